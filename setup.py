@@ -1,0 +1,36 @@
+"""Packaging: two import packages, `vmae` and (from the folder `kernels/`) `vmae_kernels`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="vmae",
+    version="0.1.0",
+    description="VideoMAE V2 pre-training with dual masking: the published method, fused kernels, and their measurement",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10,<3.13",
+    packages=[*find_packages(include=["vmae", "vmae.*"]), *find_packages("kernels")],
+    package_dir={"vmae_kernels": "kernels/vmae_kernels"},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy>=1.26",
+        "einops>=0.8",
+        "pillow>=10",
+        "tqdm>=4.66",
+        "matplotlib>=3.8",
+        "tensorboard>=2.16",
+        # Both import as `decord`, and only one may be installed; decord has no wheel for the others.
+        "decord>=0.6; platform_system != 'Darwin' and platform_machine in 'x86_64 AMD64'",
+        "decord2>=3.4; platform_system == 'Darwin' or platform_machine not in 'x86_64 AMD64'",
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
+        "xformers": ["xformers>=0.0.35"],
+        "dali": ["nvidia-dali-cuda130>=2.4; platform_system == 'Linux'"],
+        "torchcodec": ["torchcodec>=0.13,<0.14"],
+        "hf": ["transformers>=4.50", "safetensors>=0.5"],
+        "dev": ["pytest>=8", "ruff>=0.12", "safetensors>=0.5", "av>=14"],
+    },
+    classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+)
