@@ -1,0 +1,41 @@
+"""Shared by all tests: models small enough for seconds, and real inputs where they are at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vmae import ModelConfig
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def golden() -> Path:
+    """Folder of outputs computed with the published code."""
+    return GOLDEN
+
+
+@pytest.fixture
+def tiny() -> ModelConfig:
+    """4 x 4 x 4 tokens: the smallest grid on which every mask kind is defined and the counts are steady."""
+    encoder = dict(embed_dim=48, depth=2, num_heads=3)
+    return ModelConfig(img_size=64, num_frames=8, **encoder, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2)
+
+
+def random_clips(config: ModelConfig, batch: int = 2, seed: int = 1) -> torch.Tensor:
+    """uint8 [B, T, H, W, 3]"""
+    shape = (batch, config.num_frames, *config.image_hw, 3)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def clips_of():
+    return random_clips

@@ -1,0 +1,185 @@
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from vmae import DualMask, InputError, ModelConfig
+from vmae.masking import DECODER_MASKS, ENCODER_MASKS, RUNNING_CELL_RATIOS, running_cell_states
+
+GRID_B, GRID_G = (8, 14, 14), (8, 16, 16)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def literal_running_cell(grid, ratio, phase):
+    """The published rule step by step: a queue of four, read from position phase + frame + 1, as 2 x 2, tiled."""
+    frames, rows, columns = grid
+    queue = [1] * int(4 * ratio) + [0] * (4 - int(4 * ratio))
+    mask = np.zeros(grid, dtype=bool)
+    for t in range(frames):
+        for row in range(rows):
+            for column in range(columns):
+                mask[t, row, column] = queue[(phase + t + 1 + 2 * (row % 2) + column % 2) % 4]
+    return mask.reshape(-1)
+
+
+# (5, 4, 6): a frame count that 4 does not divide, and a rectangle; (1, 2, 2): one cell.
+@pytest.mark.parametrize("grid", [GRID_B, (5, 4, 6), (1, 2, 2)])
+@pytest.mark.parametrize("ratio", RUNNING_CELL_RATIOS)
+def test_running_cell_is_the_published_one(grid, ratio):
+    states = running_cell_states(grid, ratio).numpy()
+    for phase in range(4):
+        np.testing.assert_array_equal(states[phase], literal_running_cell(grid, ratio, phase))
+
+
+def test_running_cell_equals_the_golden_states(golden):
+    with np.load(golden / "running_cell_8x14x14_50.npz") as stored:
+        assert (running_cell_states(GRID_B, 0.5).numpy() == stored["masks"].astype(bool)).all()
+
+
+@pytest.mark.parametrize("model, grid, counts", [("vit_b", GRID_B, (160, 784, 704)), ("vit_g", GRID_G, (208, 1024, 920))])
+def test_published_counts(model, grid, counts):
+    assert ModelConfig.preset(model).grid == grid
+    mask = DualMask.sample(5, grid, generator=generator())
+    assert (mask.visible.shape[1], mask.decode.shape[1], mask.keep.shape[1]) == counts
+    assert mask.weight.sum(1).tolist() == [float(counts[2])] * 5
+    assert mask.target_weight.min() == 1
+
+
+@pytest.mark.parametrize("encoder", ENCODER_MASKS)
+@pytest.mark.parametrize("decoder", DECODER_MASKS)
+def test_every_pair_agrees_with_its_booleans(encoder, decoder):
+    grid = (4, 4, 6)
+    mask = DualMask.sample(
+        6, grid, encoder=encoder, encoder_ratio=0.5, decoder=decoder, decoder_ratio=0.5, generator=generator(3)
+    )
+    hidden, dropped = mask.to_bool()
+    for indices, masked in ((mask.visible, hidden), (mask.decode, dropped)):
+        assert indices.dtype == torch.int32
+        assert (indices.diff(dim=1) > 0).all(), "sorted, without repeats"
+        for clip in range(6):
+            assert indices[clip].tolist() == (~masked[clip]).nonzero()[:, 0].tolist()
+    expected = hidden.gather(1, mask.decode.long()).float()
+    assert torch.equal(mask.weight, expected)
+    # What reaches the head covers everything that counts, once.
+    counted = torch.zeros_like(mask.weight).scatter_(1, mask.keep.long(), mask.target_weight)
+    assert torch.equal(counted, mask.weight)
+    assert torch.equal(mask.target, mask.decode.gather(1, mask.keep.long()))
+    assert torch.equal(mask.hidden_rows, mask.keep + mask.visible.shape[1])
+    again = DualMask.from_bool(hidden, dropped)
+    assert torch.equal(again.visible, mask.visible) and torch.equal(again.decode, mask.decode)
+    assert torch.equal(again.weight, mask.weight)
+
+
+def test_tube_is_one_pattern_for_all_frames_and_frame_masks_whole_frames():
+    hidden, _ = DualMask.sample(3, GRID_B, generator=generator()).to_bool()
+    frames = hidden.view(3, 8, 196)
+    assert (frames == frames[:, :1]).all() and (frames[:, 0].sum(1) == 176).all()
+    hidden, dropped = DualMask.sample(
+        3, GRID_B, encoder="frame", encoder_ratio=0.75, decoder="frame", decoder_ratio=0.25, generator=generator()
+    ).to_bool()
+    assert hidden.view(3, 8, 196).all(2).sum(1).tolist() == [6] * 3
+    assert dropped.view(3, 8, 196).all(2).sum(1).tolist() == [2] * 3
+
+
+@pytest.mark.parametrize("encoder", ENCODER_MASKS)
+def test_draws_are_even(encoder):
+    """Every token is hidden about equally often; a biased subset would show."""
+    mask = DualMask.sample(4000, (4, 4, 4), encoder=encoder, encoder_ratio=0.5, decoder="none", generator=generator())
+    hidden, _ = mask.to_bool()
+    assert hidden.float().mean(0).sub(0.5).abs().max() < 0.04
+
+
+def test_phases_are_random_per_clip():
+    mask = DualMask.sample(200, (4, 4, 4), generator=generator())
+    patterns = {tuple(row.tolist()) for row in mask.decode}
+    assert len(patterns) == 4
+
+
+def test_generator_decides():
+    one, two, other = (DualMask.sample(4, GRID_B, generator=generator(s)) for s in (5, 5, 6))
+    assert torch.equal(one.visible, two.visible) and torch.equal(one.decode, two.decode)
+    assert not torch.equal(one.visible, other.visible)
+
+
+def test_decoder_ratio_zero_is_encoder_only_masking():
+    by_ratio = DualMask.sample(2, GRID_B, decoder_ratio=0, generator=generator())
+    by_name = DualMask.sample(2, GRID_B, decoder="none", generator=generator())
+    assert torch.equal(by_ratio.decode, by_name.decode) and by_name.decode.shape[1] == 1568 - 160
+    assert by_name.weight.min() == 1
+    assert torch.equal(DualMask.from_bool(by_name.to_bool()[0]).decode, by_name.decode)
+
+
+def test_counts_that_differ_keep_every_row():
+    """5 frames: how many picked tokens a tube hides depends on the draw, so all of them reach the head, with weights."""
+    mask = DualMask.sample(8, (5, 4, 4), encoder_ratio=0.75, generator=generator())
+    assert mask.keep.shape[1] == mask.decode.shape[1] > mask.weight.sum(1).max()
+    assert torch.equal(mask.target_weight, mask.weight)
+    uneven = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]]), torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]])
+    mask = DualMask.from_bool(*uneven)
+    assert mask.weight.sum(1).tolist() == [2, 1] and mask.keep.shape[1] == 2
+
+
+def test_cat_slices_and_moves():
+    parts = [DualMask.sample(1, GRID_B, generator=generator(s)) for s in range(3)]
+    whole = DualMask.cat(parts)
+    assert len(whole) == whole.batch == 3 and torch.equal(whole[1:2].visible, parts[1].visible)
+    assert torch.equal(whole.target, torch.cat([p.target for p in parts]))
+    assert whole.to("cpu").keep.equal(whole.keep)
+    with pytest.raises(InputError, match="1568 tokens with 160 visible.*2048 tokens with 208 visible"):
+        DualMask.cat([parts[0], DualMask.sample(1, GRID_G)])
+    with pytest.raises(InputError, match="empty list"):
+        DualMask.cat([])
+
+
+def test_empty_batch():
+    mask = DualMask.sample(0, GRID_B)
+    assert mask.visible.shape == (0, 160) and mask.decode.shape == (0, 784)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (dict(decoder_ratio=0.4), "0.25, 0.5 or 0.75, not 0.4"),
+        (dict(grid=(4, 3, 4)), "cannot tile a frame of 3 x 4"),
+        (dict(grid=(4, 4, 5)), "cannot tile a frame of 4 x 5"),
+        (dict(grid=(4, 0, 4)), "must be positive"),
+        (dict(encoder="cube"), "unknown encoder mask 'cube'; known: tube, random, frame"),
+        (dict(decoder="cell"), "unknown decoder mask 'cell'"),
+        (dict(decoder="cell", decoder_ratio=0), "unknown decoder mask 'cell'"),
+        (dict(encoder_ratio=1.0), "encoder_ratio must be in"),
+        (dict(encoder_ratio=0.0, decoder="none"), "no token to the decoder"),
+        (dict(encoder_ratio=0.0), "the encoder sees all"),
+    ],
+)
+def test_bad_masks_are_refused(arguments, words):
+    with pytest.raises(InputError, match=words):
+        DualMask.sample(2, **{"grid": (4, 4, 4), **arguments})
+
+
+def test_from_bool_refuses_what_it_cannot_hold():
+    good = torch.tensor([[1, 0], [0, 1]])
+    with pytest.raises(InputError, match="equally many visible tokens; these have 0 to 1"):
+        DualMask.from_bool(torch.tensor([[1, 1], [0, 1]]), good)
+    with pytest.raises(InputError, match="differ in shape"):
+        DualMask.from_bool(good, good[:, :1])
+    with pytest.raises(InputError, match="no token to the encoder"):
+        DualMask.from_bool(torch.ones(2, 2), good)
+
+
+def test_sampling_a_batch_for_vit_g_is_fast():
+    """Under 5 ms on one core; the best of some tries, because the machine does other things too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        best = float("inf")
+        for _ in range(20):
+            start = time.perf_counter()
+            DualMask.sample(32, GRID_G, generator=generator())
+            best = min(best, time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    assert best < 5e-3

@@ -1,0 +1,48 @@
+"""`python -m vmae COMMAND`: one table of commands; each lives in the module that does the work.
+
+A command's module has `add_arguments(parser)` and `run(args) -> int | None`. Input that a person can mend ends with one
+line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from vmae.errors import InputError
+
+# name: (module, what it does)
+COMMANDS = {
+    "pretrain": ("vmae.train.pretrain", "pre-train a model with dual masking on a list of videos"),
+    "reconstruct": ("vmae.evaluate.reconstruct", "draw what a checkpoint makes of a video"),
+    "samples": ("vmae.data.samples", "write a list file of the four real clips that come with a test dependency"),
+    "parity": ("vmae.interop.parity", "check golden files of the published code"),
+}
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser; only `command`'s module is imported, so that others' optional packages are not needed."""
+    parser = argparse.ArgumentParser(prog="python -m vmae", description="Pre-training of video transformers.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == command:
+            loaded = importlib.import_module(module)
+            loaded.add_arguments(sub)
+            sub.set_defaults(run=loaded.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    command = next((word for word in argv if word in COMMANDS), None)
+    args = build_parser(command).parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
