@@ -1,0 +1,85 @@
+"""Transformer blocks shared by encoder, decoder and classifier.
+
+Legend: B clips, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vmae.config import ModelConfig
+from vmae.model.attention import Attention
+
+
+def init_xavier(module: nn.Module) -> None:
+    """The published initialisation of linear layers and norms; for `Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a residual branch for whole clips (Huang et al., 2016), scaled to keep its mean."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0 or not self.training:
+            return x
+        keep = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * keep.div_(1 - self.rate)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x_BND)))
+
+
+class Block(nn.Module):
+    """Pre-norm block: attention and MLP, each with optional layer scale (`gamma_1`, `gamma_2`) and stochastic depth."""
+
+    def __init__(self, config: ModelConfig, dim: int, num_heads: int, drop_path: float, attention: str = "auto"):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.attn = Attention(
+            dim,
+            num_heads,
+            qkv_bias=config.qkv_bias,
+            qk_scale=config.qk_scale,
+            cos_attn=config.cos_attn,
+            backend=attention,
+        )
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
+        scaled = config.init_values > 0
+        self.gamma_1 = nn.Parameter(torch.full((dim,), config.init_values)) if scaled else None
+        self.gamma_2 = nn.Parameter(torch.full((dim,), config.init_values)) if scaled else None
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        x_BND = x_BND + self._branch(self.attn(self.norm1(x_BND)), self.gamma_1)
+        return x_BND + self._branch(self.mlp(self.norm2(x_BND)), self.gamma_2)
+
+    def _branch(self, update: Tensor, gamma: Tensor | None) -> Tensor:
+        return self.drop_path(update if gamma is None else gamma * update)
+
+
+def build_blocks(
+    config: ModelConfig, dim: int, depth: int, num_heads: int, drop_path_rate: float, attention: str = "auto"
+) -> nn.ModuleList:
+    """`depth` blocks whose stochastic depth rises linearly from 0 to `drop_path_rate`."""
+    rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+    return nn.ModuleList(Block(config, dim, num_heads, rate, attention) for rate in rates)

@@ -1,0 +1,127 @@
+"""The dual-masked autoencoder (VideoMAE V2, section 3): the encoder sees visible tokens, the decoder rebuilds picked ones.
+
+Legend: B clips, Nv visible, Nd decoded, Nk counted tokens, D encoder width, Dd decoder width, P values of a tubelet.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vmae.config import ModelConfig
+from vmae.errors import InputError
+from vmae.masking import DualMask
+from vmae.model.blocks import build_blocks, init_xavier
+from vmae.model.embed import PatchEmbed, register_positions, sine_cosine_positions
+from vmae_kernels import assemble_decoder_tokens, embed_visible, head_patch_loss, select_decoded
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: ModelConfig, attention: str):
+        super().__init__()
+        self.patch_embed = PatchEmbed(config)
+        register_positions(self, config.num_tokens, config.embed_dim, config.learned_pos)
+        self.blocks = build_blocks(config, config.embed_dim, config.depth, config.num_heads, config.drop_path_rate, attention)
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+        self.apply(init_xavier)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig, attention: str):
+        super().__init__()
+        dim, heads = config.decoder_embed_dim, config.decoder_num_heads
+        self.blocks = build_blocks(config, dim, config.decoder_depth, heads, config.drop_path_rate, attention)
+        self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.head = nn.Linear(dim, config.tubelet_pixels)
+        self.apply(init_xavier)
+
+
+class Pretrainer(nn.Module):
+    """Loss and predictions of dual-masked pre-training; parameter names and shapes are the published ones.
+
+    Args:
+        config: the architecture.
+        backend: of the fused operations: "torch", "triton" or "auto" (triton on a GPU).
+        attention: backend of attention, see `vmae.model.attention.attention`.
+        normalize_target: predict tubelets normalised per channel (published default) or pixels in [0, 1].
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, backend: str = "auto", attention: str = "auto", normalize_target: bool = True
+    ):
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.normalize_target = normalize_target
+        self.encoder = Encoder(config, attention)
+        self.decoder = Decoder(config, attention)
+        # Left at torch's default initialisation, as in the published code, whose `apply` covers the two halves only.
+        self.encoder_to_decoder = nn.Linear(config.embed_dim, config.decoder_embed_dim, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_embed_dim))
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        positions = sine_cosine_positions(config.num_tokens, config.decoder_embed_dim)
+        self.register_buffer("pos_embed", positions, persistent=False)
+
+    def encode(self, clips: Tensor, mask: DualMask) -> Tensor:
+        """Encoded visible tokens [B, Nv, D]."""
+        proj = self.encoder.patch_embed.proj
+        x = embed_visible(clips, mask.visible, proj.weight, proj.bias, self.encoder.pos_embed, backend=self.backend)
+        for block in self.encoder.blocks:
+            x = block(x)
+        return self.encoder.norm(x)
+
+    def decode(self, encoded: Tensor, mask: DualMask) -> Tensor:
+        """Decoder's sequence [B, Nv + Nd, Dd] before its final norm."""
+        x = self.encoder_to_decoder(encoded)
+        x = assemble_decoder_tokens(x, self.mask_token, self.pos_embed, mask.visible, mask.decode, backend=self.backend)
+        for block in self.decoder.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, clips: Tensor, mask: DualMask) -> Tensor:
+        """The loss, a float32 scalar, over the picked tokens that the encoder did not see (equation 5).
+
+        Args:
+            clips: uint8 [B, T, H, W, 3], or normalised float [B, 3, T, H, W].
+            mask: of B clips of the same grid, on the clips' device.
+        """
+        hidden = self.decode(self.encode(self._checked(clips, mask), mask), mask)
+        norm, head = self.decoder.norm, self.decoder.head
+        rows = select_decoded(hidden, norm.weight, norm.bias, mask.hidden_rows, norm.eps, backend=self.backend)
+        return head_patch_loss(
+            rows,
+            head.weight,
+            head.bias,
+            clips,
+            mask.target,
+            mask.target_weight,
+            self.normalize_target,
+            tubelet_size=self.config.tubelet_size,
+            backend=self.backend,
+        )
+
+    def predict(self, clips: Tensor, mask: DualMask) -> Tensor:
+        """Predicted tubelets [B, Nd, P] of all picked tokens, pixel order (t, h, w, c), in the target's space."""
+        hidden = self.decode(self.encode(self._checked(clips, mask), mask), mask)
+        return self.decoder.head(self.decoder.norm(hidden[:, mask.visible.shape[1] :]))
+
+    def _checked(self, clips: Tensor, mask: DualMask) -> Tensor:
+        height, width = self.config.image_hw
+        shape = (self.config.num_frames, height, width)
+        given = tuple(clips.shape[1:4] if clips.dtype == torch.uint8 else clips.shape[2:5])
+        if given != shape:
+            raise InputError(
+                f"clips of shape {list(clips.shape)} do not fit a model of {shape} (frames, height, width); clips are uint8 "
+                "[B, T, H, W, 3] or normalised float [B, 3, T, H, W]"
+            )
+        if mask.num_tokens != self.config.num_tokens or mask.batch != clips.shape[0]:
+            raise InputError(
+                f"a mask of {mask.batch} clips of {mask.num_tokens} tokens does not fit {clips.shape[0]} clips of "
+                f"{self.config.num_tokens} tokens"
+            )
+        return clips
+
+
+def build_pretrainer(config: ModelConfig, backend: str = "auto", **options) -> Pretrainer:
+    """A freshly initialised `Pretrainer`; `options` are those of its constructor."""
+    return Pretrainer(config, backend=backend, **options)
