@@ -1,0 +1,1 @@
+"""Meeting other code: published checkpoints and golden files."""

@@ -1,0 +1,109 @@
+"""AdamW with the published parameter groups, and the published cosine schedule.
+
+Source: VideoMAE V2, appendix, and the behaviour of its released code (`optim_factory`, `cosine_scheduler`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vmae.config import _Checked
+from vmae.errors import InputError
+
+NO_DECAY_NAMES = ("pos_embed", "cls_token", "mask_token", "bias", "scale")  # scale: of cosine attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(_Checked):
+    """Settings of the optimizer; all of them change results.
+
+    Attributes:
+        lr: peak learning rate for a total batch of 256 clips; scaled linearly with the batch (`scaled_to`).
+        min_lr: final learning rate, scaled alike.
+        warmup_epochs: linear warm-up from 0.
+        betas, eps, weight_decay: of AdamW; no decay for 1-d parameters, biases, positions and the mask token.
+        clip_grad: largest gradient norm; None does not clip.
+    """
+
+    lr: float = 1.5e-4
+    min_lr: float = 1e-5
+    warmup_epochs: float = 40
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    clip_grad: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if self.lr <= 0 or self.min_lr < 0 or self.warmup_epochs < 0 or self.weight_decay < 0:
+            raise InputError("lr must be above 0; min_lr, warmup_epochs and weight_decay at least 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be two numbers in [0, 1), not {self.betas}")
+        if self.clip_grad is not None and self.clip_grad <= 0:
+            raise InputError(f"clip_grad must be above 0, not {self.clip_grad}")
+
+    def scaled_to(self, total_batch: int) -> OptimConfig:
+        """The learning rates of a total batch: `lr * total_batch / 256`."""
+        return self.replace(lr=self.lr * total_batch / 256, min_lr=self.min_lr * total_batch / 256)
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: not to 1-d parameters, biases, positions, the mask token and attention's scale."""
+    return parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NO_DECAY_NAMES
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups, decayed and not, of the parameters that need a gradient, in the model's order."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in named if is_decayed(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if not is_decayed(name, p)], "weight_decay": 0.0},
+    ]
+
+
+def build_adamw(model: nn.Module, config: OptimConfig, *, fused: bool = True) -> torch.optim.AdamW:
+    """AdamW over `model`; `fused` runs one kernel for all parameters (CPU and GPU), with the same numbers."""
+    groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineSchedule:
+    """Learning rate at every step: linear from 0 to `lr` over `warmup_steps`, then half a cosine down to `min_lr`.
+
+    The published schedule exactly, off-by-ones included: step 0 has rate 0 when there is a warm-up, its last step has `lr`,
+    and the first step after it has `lr` again.
+    """
+
+    lr: float
+    min_lr: float
+    total_steps: int
+    warmup_steps: int
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 1:
+            raise InputError(f"a schedule needs at least one step, not {self.total_steps}")
+        if not 0 <= self.warmup_steps <= self.total_steps:
+            raise InputError(f"warm-up of {self.warmup_steps} steps does not fit into {self.total_steps} steps; shorten it")
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.lr * step / max(self.warmup_steps - 1, 1)
+        progress = (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
+        return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group the rate `lr` times the group's `lr_scale` (1 where it has none)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def clip_gradients(model: nn.Module, max_norm: float | None) -> torch.Tensor:
+    """Scale gradients to at most `max_norm`; returns their norm before, a float32 scalar on the parameters' device."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    return torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
