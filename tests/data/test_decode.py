@@ -1,0 +1,246 @@
+"""Decoding: pixels against PyAV, frame folders against what was written, and every kind of broken file."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vmae.data import decode
+from vmae.data.decode import Backend, DecodeError, VideoReader, open_video, register_backend
+from vmae.data.manifest import VideoEntry
+from vmae.data.samples import sample_videos
+from vmae.errors import InputError
+
+CARPHONE = sample_videos()[2]
+
+
+@pytest.fixture
+def frames_entry(tmp_path):
+    """(entry, pixels): five PNG images, numbered from 3."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 12, 16, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels, 3):
+        Image.fromarray(image).save(tmp_path / f"f_{number}.png")
+    return VideoEntry(str(tmp_path), "frames", 3, 5, None, "f_{}.png"), pixels
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """Folder of broken videos that need PyAV to make."""
+    av = pytest.importorskip("av")
+    folder = tmp_path_factory.mktemp("broken")
+    options = {"movflags": "faststart"}
+    with av.open(str(CARPHONE)) as source, av.open(str(folder / "x.mp4"), "w", options=options) as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    whole = (folder / "x.mp4").read_bytes()  # index first, so that a cut file opens and fails later
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    with av.open(str(folder / "audio.mp4"), "w") as audio:
+        stream = audio.add_stream("aac", rate=44100)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 44100
+        for packet in [*stream.encode(silence), *stream.encode(None)]:
+            audio.mux(packet)
+    return folder
+
+
+def test_video_pixels_are_those_of_pyav():
+    av = pytest.importorskip("av")
+    with av.open(str(CARPHONE)) as container:
+        expected = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    with open_video(CARPHONE) as reader:
+        assert len(reader) == len(expected) == 120
+        assert reader.fps == pytest.approx(29.97, abs=0.01)
+        for indices in ([0], [119], [7, 11, 15, 19], range(0, 120, 40)):
+            frames = reader.frames(indices)
+            assert frames.dtype == np.uint8
+            assert np.array_equal(frames, expected[list(indices)])
+
+
+def test_any_order_and_repetitions():
+    with open_video(CARPHONE) as reader:
+        frames = reader.frames([50, 3, 50, 50, 99])
+        alone = {index: reader.frames([index])[0] for index in (3, 50, 99)}
+    assert not np.array_equal(alone[3], alone[50])
+    for frame, index in zip(frames, (50, 3, 50, 50, 99), strict=True):
+        assert np.array_equal(frame, alone[index])
+
+
+def test_frame_folder(frames_entry):
+    entry, pixels = frames_entry
+    with open_video(entry) as reader:
+        assert len(reader) == 5 and reader.fps is None
+        assert np.array_equal(reader.frames([4, 0, 0]), pixels[[4, 0, 0]])
+
+
+def test_frame_folder_converts_to_rgb(frames_entry):
+    entry, _ = frames_entry
+    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(12, 16)).save(entry.frame_path(1))
+    with open_video(entry) as reader:
+        frame = reader.frames([1])[0]
+    assert frame.shape == (12, 16, 3) and np.array_equal(frame[..., 0], np.arange(192).reshape(12, 16))
+    assert np.array_equal(frame[..., 0], frame[..., 2])
+
+
+def test_a_named_video_decoder_still_lets_frame_folders_through(frames_entry):
+    entry, pixels = frames_entry
+    with open_video(entry, "decord") as reader:
+        assert np.array_equal(reader.frames([2])[0], pixels[2])
+
+
+@pytest.mark.parametrize("indices", [[5], [-1], [], [0, 5]])
+def test_frames_that_are_not_there(frames_entry, indices):
+    with open_video(frames_entry[0]) as reader, pytest.raises(IndexError):
+        reader.frames(indices)
+
+
+def test_closed_reader():
+    reader = open_video(CARPHONE)
+    reader.close()
+    with pytest.raises(DecodeError, match="closed"):
+        reader.frames([0])
+
+
+def test_readers_leave_no_file_open():
+    def open_files():
+        return len(os.listdir("/proc/self/fd"))
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    with open_video(CARPHONE) as reader:
+        reader.frames([0])
+    before = open_files()
+    for _ in range(5):
+        with open_video(CARPHONE) as reader:
+            reader.frames([0])
+    assert open_files() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"hello" * 1000], ids=["empty", "text"])
+def test_undecodable_file(tmp_path, content, capfd):
+    path = tmp_path / "bad.mp4"
+    path.write_bytes(content)
+    with pytest.raises(DecodeError) as error:
+        open_video(path)
+    assert str(error.value).startswith(f"{path}: cannot be opened: ")
+    assert "Invalid data found" in str(error.value) and "\n" not in str(error.value)
+    output = capfd.readouterr()
+    assert output.out == "" and output.err == ""
+
+
+def test_without_stderr(tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"")
+    saved = os.dup(2)
+    os.close(2)
+    try:
+        with pytest.raises(DecodeError, match="bad.mp4"):
+            open_video(tmp_path / "bad.mp4")
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def test_other_lines_on_stderr_are_passed_on(capfd):
+    with decode._library_stderr() as heard:
+        os.write(2, b"[08:41:57] /src/video_reader.cc:83: ERROR opening: x.mp4, No such luck\nsomething else\n")
+    assert capfd.readouterr().err == "something else\n"
+    assert decode._first_reason("RuntimeError", heard) == "No such luck"
+
+
+def test_cut_file(broken, capfd):
+    """decord refuses the file, decord2 opens what is left of it."""
+    try:
+        with open_video(broken / "cut.mp4") as reader:
+            assert len(reader) < 100 and len(reader.frames([0, len(reader) - 1])) == 2
+    except DecodeError as error:
+        assert "cut.mp4: cannot be" in str(error) and ".cc" not in str(error)
+    assert capfd.readouterr().err == ""
+
+
+def test_file_without_pictures(broken, capfd):
+    with pytest.raises(DecodeError) as error:
+        open_video(broken / "audio.mp4")
+    assert "audio.mp4: cannot be opened" in str(error.value) and ".cc" not in str(error.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_reason_without_source_files_and_codes():
+    raw = (
+        "[08:41:57] /github/a/threaded_decoder.cc:292: [08:41:57] /github/a/threaded_decoder.cc:218: Check failed: "
+        "avcodec_send_packet(dec_ctx_.get(), pkt.get()) >= 0 (-1094995529 vs. 0) Thread worker: Error sending packet.\n"
+        "Stack trace:\n  0: x"
+    )
+    assert decode._first_reason(raw, []) == "Thread worker: Error sending packet."
+    raw = "[08:41:57] /github/a/video_reader.cc:486: Error: av_read_frame failed with 1094995529"
+    assert decode._first_reason(raw, []) == "Error: av_read_frame failed: invalid data"
+    assert decode._first_reason("", []) == "unknown reason"
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(DecodeError, match="none.mp4: does not exist"):
+        open_video(tmp_path / "none.mp4")
+    with pytest.raises(DecodeError, match="is a folder"):
+        open_video(tmp_path)
+
+
+def test_broken_frame_folders(frames_entry):
+    entry, _ = frames_entry
+    Image.new("RGB", (8, 8)).save(entry.frame_path(1))
+    with open(entry.frame_path(2), "wb") as file:
+        file.write(b"not a picture")
+    os.remove(entry.frame_path(3))
+    with open_video(entry) as reader:
+        with pytest.raises(DecodeError, match="f_4.png: 8 x 8 pixels, unlike"):
+            reader.frames([0, 1])
+        with pytest.raises(DecodeError, match="f_5.png: cannot be decoded: cannot identify"):
+            reader.frames([2])
+        with pytest.raises(DecodeError, match="f_6.png: does not exist; the list promises 5 frames"):
+            reader.frames([3])
+    with pytest.raises(DecodeError, match="has no frames"):
+        open_video(VideoEntry(entry.path, "frames", 0, 0))
+
+
+def test_decord_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "decord", None)
+    for backend in ("auto", "decord"):
+        with pytest.raises(InputError, match="pip install decord`.*decord2") as error:
+            open_video(CARPHONE, backend)
+        assert not isinstance(error.value, DecodeError)  # no video is to blame, none may be replaced for it
+
+
+def test_backend_names():
+    with pytest.raises(InputError, match="unknown decoding backend 'nvdec'; known: auto, decord, frames"):
+        open_video(CARPHONE, "nvdec")
+    with pytest.raises(InputError, match="'frames' does not read entries of kind 'video'"):
+        open_video(CARPHONE, "frames")
+
+
+def test_another_backend_joins(monkeypatch, frames_entry):
+    class Grey(VideoReader):
+        path = "grey"
+
+        def __len__(self):
+            return 9
+
+        def _decode(self, indices):
+            return np.repeat(indices.astype(np.uint8), 12).reshape(-1, 2, 2, 3)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(decode, "BACKENDS", dict(decode.BACKENDS))
+    register_backend(Backend("grey", ("video",), lambda entry: Grey(), lambda: None))
+    register_backend(Backend("absent", ("video",), lambda entry: Grey(), lambda: "`pip install absent`"))
+    with open_video(CARPHONE, "grey") as reader:
+        assert reader.frames([7, 2])[:, 0, 0, 0].tolist() == [7, 2]
+    with open_video(CARPHONE) as reader:
+        assert len(reader) == 120  # auto: the first that was registered
+    with pytest.raises(InputError, match="pip install absent"):
+        open_video(CARPHONE, "absent")
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with open_video(CARPHONE) as reader:
+        assert len(reader) == 9  # auto: the next one that is installed

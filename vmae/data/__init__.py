@@ -1,0 +1,28 @@
+"""Videos in: list files, decoding, sampling, cropping, and the loader that pre-training reads."""
+
+from vmae.data.augment import CropBox, crop_and_resize, sample_crop
+from vmae.data.dataset import Batch, EpochSampler, PretrainDataset, PretrainLoader, build_loader, check_decodable
+from vmae.data.decode import DecodeError, VideoReader, open_video
+from vmae.data.manifest import VideoEntry, read_list
+from vmae.data.samples import sample_videos, write_sample_list
+from vmae.data.sampling import sample_frame_indices
+
+__all__ = [
+    "Batch",
+    "CropBox",
+    "DecodeError",
+    "EpochSampler",
+    "PretrainDataset",
+    "PretrainLoader",
+    "VideoEntry",
+    "VideoReader",
+    "build_loader",
+    "check_decodable",
+    "crop_and_resize",
+    "open_video",
+    "read_list",
+    "sample_crop",
+    "sample_frame_indices",
+    "sample_videos",
+    "write_sample_list",
+]

@@ -1,0 +1,432 @@
+"""Clips and masks for pre-training, the same on every machine: a sample is a pure function of (seed, epoch, index).
+
+Legend: B videos of a batch, S crops of one decode (`num_sample`), T frames, H x W pixels.
+
+Every random number comes from a generator of its own, keyed by (seed, epoch, index, attempt, purpose). So a run can
+stop at any step and go on, with another number of workers or ranks, and sees the same samples (with the same versions
+of numpy and torch, whose generators may change between versions).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vmae.config import MaskConfig
+from vmae.data.augment import RESIZERS, crop_and_resize, image_hw, sample_crop
+from vmae.data.decode import DecodeError, open_video
+from vmae.data.manifest import VideoEntry
+from vmae.data.sampling import clip_starts, sample_frame_indices
+from vmae.errors import InputError
+from vmae.masking import DualMask
+
+MAX_ATTEMPTS = 50  # videos tried for one sample: with half of a list broken, all 50 fail once in 1e15 samples
+_FRAMES, _CROPS, _MASKS, _REPLACEMENT, _ORDER = range(5)
+
+SampleKey = tuple[int, int]
+
+
+@dataclass
+class Batch:
+    """What one training step reads.
+
+    Attributes:
+        clips: uint8 [B*S, T, H, W, 3], RGB; the S crops of a video stand together.
+        mask: DualMask of B*S clips.
+        ids: (epoch, index, path) of each of the B videos; `path` is the one that was decoded.
+        replaced: (path, error) of each video that could not be decoded, and that another one stands in for.
+    """
+
+    clips: Tensor
+    mask: DualMask
+    ids: list[tuple[int, int, str]]
+    replaced: list[tuple[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def cat(cls, batches: list[Batch]) -> Batch:
+        """Join samples (batches of B = 1) or batches, in order."""
+        return cls(
+            torch.cat([batch.clips for batch in batches]),
+            DualMask.cat([batch.mask for batch in batches]),
+            [key for batch in batches for key in batch.ids],
+            [failure for batch in batches for failure in batch.replaced],
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        mask = self.mask.to(device, non_blocking=non_blocking)
+        return Batch(self.clips.to(device, non_blocking=non_blocking), mask, self.ids, self.replaced)
+
+    def pin_memory(self) -> Batch:
+        return Batch(self.clips.pin_memory(), self.mask.pin_memory(), self.ids, self.replaced)
+
+
+def _seed_sequence(seed: int, *key: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence(seed, spawn_key=key)
+
+
+def _numpy_rng(seed: int, *key: int) -> np.random.Generator:
+    return np.random.default_rng(_seed_sequence(seed, *key))
+
+
+class PretrainDataset(Dataset):
+    """Samples of a list of videos: `dataset[epoch, index]` is a `Batch` of one video (B = 1, S clips).
+
+    One decode gives `num_sample` clips of the same frames, each with its own crop and its own mask, as published
+    (repeated augmentation, VideoMAE V2, section 4). Each video is visited `repeat` times an epoch, with different
+    frames: `index % len(entries)` is the video, and `dataset[epoch, index]` takes any index from 0 on, also beyond
+    `len(dataset)`. `dataset[index]` is epoch 0.
+
+    A video that cannot be decoded is tried once more, then replaced by another one, drawn from (seed, epoch, index).
+
+    Args:
+        entries: of `read_list`, at least one.
+        num_frames: T.
+        stride: frames from one sampled frame to the next, for entries that have none of their own.
+        image_size: side, or (height, width), of the clips in pixels.
+        grid: tokens along time, height and width (`ModelConfig.grid`).
+        mask: how clips are masked.
+        num_sample: S.
+        seed: not negative.
+        repeat: visits of a video in an epoch.
+        backend: see `open_video`.
+        resize: see `crop_and_resize`.
+
+    Raises:
+        InputError: no entries, a number below 1, or a mask that does not fit the grid. On access: no video of the list
+            (or none of `MAX_ATTEMPTS`) can be decoded, or no backend is installed.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[VideoEntry],
+        *,
+        num_frames: int,
+        stride: int,
+        image_size: int | tuple[int, int],
+        grid: tuple[int, int, int],
+        mask: MaskConfig,
+        num_sample: int = 1,
+        seed: int = 0,
+        repeat: int = 1,
+        backend: str = "auto",
+        resize: str = "torch",
+    ) -> None:
+        if not entries:
+            raise InputError("no videos to train on: the list has no entries")
+        if num_sample < 1 or repeat < 1:
+            raise InputError(f"num_sample ({num_sample}) and repeat ({repeat}) must be at least 1")
+        if seed < 0:
+            raise InputError(f"seed must be at least 0, not {seed}")
+        if resize not in RESIZERS:
+            raise InputError(f"unknown resize {resize!r}; known: {', '.join(RESIZERS)}")
+        clip_starts(1, num_frames, stride)
+        self.entries = list(entries)
+        self.num_frames, self.stride, self.image_size = num_frames, stride, image_hw(image_size)
+        self.grid, self.mask = grid, mask
+        self.num_sample, self.seed, self.repeat = num_sample, seed, repeat
+        self.backend, self.resize = backend, resize
+        self._sample_mask(0, 0)
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        return len(self.entries) * self.repeat
+
+    def __getitem__(self, key: SampleKey | int) -> Batch:
+        if not isinstance(key, tuple):
+            if key >= len(self):  # ends `for sample in dataset`
+                raise IndexError(f"sample {key} of {len(self)}")
+            key = (0, key)
+        epoch, index = key
+        if epoch < 0 or index < 0:
+            raise IndexError(f"epoch {epoch} and index {index} must not be negative")
+        clips, path, replaced = self._decode_with_replacement(epoch, index)
+        return Batch(clips, self._sample_mask(epoch, index), [(epoch, index, path)], replaced)
+
+    def _sample_mask(self, epoch: int, index: int) -> DualMask:
+        state = _seed_sequence(self.seed, epoch, index, 0, _MASKS).generate_state(2, np.uint32)
+        generator = torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
+        mask = self.mask
+        return DualMask.sample(
+            self.num_sample,
+            self.grid,
+            encoder=mask.encoder,
+            encoder_ratio=mask.encoder_ratio,
+            decoder=mask.decoder,
+            decoder_ratio=mask.decoder_ratio,
+            generator=generator,
+        )
+
+    def _decode_with_replacement(self, epoch: int, index: int) -> tuple[Tensor, str, list[tuple[str, str]]]:
+        """(clips, the path they come from, the failures before it)."""
+        failures: list[tuple[str, str]] = []
+        rng = _numpy_rng(self.seed, epoch, index, 0, _REPLACEMENT)
+        total = len(self.entries)
+        video, tried = index % total, set()
+        for attempt in range(min(total, MAX_ATTEMPTS)):
+            while video in tried:
+                video = int(rng.integers(total))
+            tried.add(video)
+            entry = self.entries[video]
+            for last_chance in (False, True):
+                try:
+                    return self._decode_crops(entry, epoch, index, attempt), entry.path, failures
+                except DecodeError as error:
+                    if last_chance:
+                        failures.append((entry.path, str(error)))
+        which = f"all {total} videos" if total <= MAX_ATTEMPTS else f"{len(tried)} of {total} videos, drawn in a row,"
+        raise InputError(f"{which} are undecodable; the first: {_list_failures(failures)}")
+
+    def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
+        """uint8 [S, T, H, W, 3]"""
+        with open_video(entry, self.backend) as reader:
+            rng = _numpy_rng(self.seed, epoch, index, attempt, _FRAMES)
+            frames = reader.frames(sample_frame_indices(len(reader), self.num_frames, entry.stride or self.stride, rng))
+        height, width = frames.shape[1:3]
+        rng = _numpy_rng(self.seed, epoch, index, attempt, _CROPS)
+        boxes = [sample_crop(width, height, self.image_size, rng) for _ in range(self.num_sample)]
+        crops = [crop_and_resize(frames, box, self.image_size, resize=self.resize) for box in boxes]
+        return torch.from_numpy(np.stack(crops))
+
+
+def _list_failures(failures: Sequence[tuple[str, str]], shown: int = 3) -> str:
+    # A decoder's message starts with the file; any other needs it in front.
+    texts = [error if error.startswith(path) else f"{path}: {error}" for path, error in failures[:shown]]
+    return "; ".join(texts)
+
+
+def check_decodable(entries: Sequence[VideoEntry], *, backend: str = "auto", limit: int = 20) -> list[tuple[str, str]]:
+    """See, before a run writes anything, that some video can be decoded.
+
+    Tries one frame of up to `limit` videos, spread over the list, until one works.
+
+    Returns:
+        (path, error) of the videos that failed before it.
+
+    Raises:
+        InputError: none works (names the first three and their errors), no entries, or no backend is installed.
+    """
+    if not entries:
+        raise InputError("no videos to decode: the list has no entries")
+    count = min(len(entries), max(limit, 1))
+    failures: list[tuple[str, str]] = []
+    for place in range(count):
+        entry = entries[place * len(entries) // count]
+        try:
+            with open_video(entry, backend) as reader:
+                reader.frames([0])
+            return failures
+        except DecodeError as error:
+            failures.append((entry.path, str(error)))
+    which = f"all {count} videos" if count == len(entries) else f"all of the {count} videos tried, of {len(entries)},"
+    raise InputError(f"{which} are undecodable; the first: {_list_failures(failures)}")
+
+
+class EpochSampler:
+    """Which samples each step reads: `sampler[step]` is a list of (epoch, index), a pure function of its arguments.
+
+    An epoch is a permutation of `size` samples, cut into whole batches; the rest is dropped, as published. If there are
+    fewer samples than a batch needs, an epoch is one batch, filled up with further permutations under new indices
+    (`index + size`, ...), so that the same video comes back with other frames and crops.
+
+    Args:
+        size: samples of an epoch.
+        batch_size: videos of a step on this rank.
+        rank, world_size: the ranks of a step take consecutive parts of one batch of `batch_size * world_size`, so any
+            split of the same batch sees the same samples.
+        start_step: where iteration starts; nothing before it is replayed.
+        total_steps: where iteration ends; None means never.
+
+    Raises:
+        InputError: a number out of range.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        total_steps: int | None = None,
+    ) -> None:
+        if size < 1 or batch_size < 1:
+            raise InputError(f"{size} samples in batches of {batch_size}: both must be at least 1")
+        if not 0 <= rank < world_size or start_step < 0 or seed < 0:
+            raise InputError(f"rank {rank} of {world_size}, start step {start_step}, seed {seed}: out of range")
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.start_step, self.total_steps = start_step, total_steps
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.batch_size * self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(self.size // self.global_batch_size, 1)
+
+    @property
+    def fills_up(self) -> bool:
+        """Whether a batch holds the same video more than once, for want of samples."""
+        return self.size < self.global_batch_size
+
+    def __getitem__(self, step: int) -> list[SampleKey]:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        first = place * self.global_batch_size + self.rank * self.batch_size
+        return [(epoch, int(index)) for index in self._epoch_order(epoch)[first : first + self.batch_size]]
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        step = self.start_step
+        while self.total_steps is None or step < self.total_steps:
+            yield self[step]
+            step += 1
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """int64 [at least steps_per_epoch * global_batch_size]"""
+        if self._order[0] != epoch:
+            rng = _numpy_rng(self.seed, epoch, _ORDER)
+            rounds = -(-self.global_batch_size // self.size) if self.fills_up else 1
+            order = [rng.permutation(self.size) + turn * self.size for turn in range(rounds)]
+            self._order = (epoch, np.concatenate(order))
+        return self._order[1]
+
+
+class _BatchSource(Dataset):
+    """Makes whole batches in a worker, and hands an `InputError` over as a value: torch would wrap a raised one into a
+    traceback of the worker, and the user would not find the message."""
+
+    def __init__(self, dataset: PretrainDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, keys: list[SampleKey]) -> Batch | InputError:
+        try:
+            return Batch.cat([self.dataset[key] for key in keys])
+        except InputError as error:
+            return InputError(str(error))
+
+
+class PretrainLoader:
+    """Iterator over `Batch`, one for each step from `start_step` on. Made by `build_loader`.
+
+    Attributes:
+        sampler: which samples each step reads.
+    """
+
+    def __init__(
+        self, dataset: PretrainDataset, sampler: EpochSampler, *, num_workers: int, pin_memory: bool, prefetch: int
+    ) -> None:
+        self.dataset, self.sampler = dataset, sampler
+        # batch_size=None: a key of the sampler is a whole batch, made in one worker. The iterator spans all epochs, so
+        # workers live as long as the run. The generator keeps torch from drawing the workers' (unused) seeds from the
+        # global one, which would make the model's random numbers depend on when a loader was built.
+        loader = DataLoader(
+            _BatchSource(dataset),
+            sampler=sampler,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory and torch.cuda.is_available(),
+            prefetch_factor=prefetch if num_workers else None,
+            collate_fn=_unchanged,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),
+        )
+        self._iterator = iter(loader)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.sampler.steps_per_epoch
+
+    def __iter__(self) -> PretrainLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            raise StopIteration
+        batch = next(self._iterator)
+        if isinstance(batch, InputError):
+            self.close()
+            raise batch
+        return batch
+
+    def close(self) -> None:
+        """End the workers; iteration is over."""
+        self._iterator = None
+
+    def __enter__(self) -> PretrainLoader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _unchanged(batch: Batch | InputError) -> Batch | InputError:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)  # the workers share the cores; more threads in each only get in each other's way
+
+
+def build_loader(
+    dataset: PretrainDataset,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    start_step: int = 0,
+    total_steps: int | None = None,
+    epochs: int | None = None,
+    pin_memory: bool = False,
+    prefetch: int = 2,
+    rank: int = 0,
+    world_size: int = 1,
+) -> PretrainLoader:
+    """Batches from step `start_step` up to `total_steps` (or `epochs`; without both, for ever).
+
+    Step k's batch is the same whatever the number of workers and wherever iteration started. A list of fewer samples
+    than a batch is repeated with other frames and crops, with one warning.
+
+    Args:
+        batch_size: B, videos of a step on this rank; the batch has B * num_sample clips.
+        num_workers: processes that decode; 0 decodes in this one.
+        pin_memory: page-locked batches, for copies to a GPU beside its work; ignored where there is none.
+        prefetch: batches that each worker makes ahead.
+        rank, world_size: see `EpochSampler`.
+
+    Raises:
+        InputError: a number out of range, or both `total_steps` and `epochs`. While iterating: no video decodes.
+    """
+    if num_workers < 0 or prefetch < 1:
+        raise InputError(f"num_workers ({num_workers}) must be at least 0 and prefetch ({prefetch}) at least 1")
+    if total_steps is not None and epochs is not None:
+        raise InputError("give total_steps or epochs, not both")
+    sampler = EpochSampler(
+        len(dataset),
+        batch_size,
+        seed=dataset.seed,
+        rank=rank,
+        world_size=world_size,
+        start_step=start_step,
+        total_steps=total_steps,
+    )
+    if epochs is not None:
+        sampler.total_steps = epochs * sampler.steps_per_epoch
+    if sampler.fills_up:
+        times = -(-sampler.global_batch_size // len(dataset.entries))
+        warnings.warn(
+            f"{len(dataset)} samples an epoch are fewer than a batch of {sampler.global_batch_size}: a video comes up "
+            f"to {times} times in a batch, with other frames and crops",
+            stacklevel=2,
+        )
+    return PretrainLoader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory, prefetch=prefetch)

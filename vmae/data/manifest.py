@@ -1,0 +1,280 @@
+"""List files: which videos and frame folders to train on.
+
+One entry a line, columns apart by blanks or commas (the formats of the published VideoMAE V2 lists):
+
+    path/to/video.mp4 0 -1            a video: the start is ignored, -1 means "all frames"
+    path/to/frames 1 120              a folder of 120 images, numbered from 1
+    path/to/frames 1 120 17           a fourth column (a label) is accepted and ignored
+    path/to/video.mp4                 a path alone is a video
+
+Numbers are read from the right, so a path may contain blanks. Blank lines and lines that start with `#` are skipped,
+except `#!`, which sets the temporal stride or the file names of frames for the lines below it:
+
+    #! stride=2 pattern=frame_{:06}.jpg
+    #! stride=default pattern=default
+
+Without such a line, the published conventions hold: a path that contains `SomethingV2` has stride 2 (its material has
+12 frames a second) and `img_{:05}.jpg`; one that contains `AVA2.2` has `image_{:06}.jpg`. The published code looks for
+those names in frame folders only; here stride 2 holds for a video of that source too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmae.errors import InputError
+
+DEFAULT_PATTERN = "img_{:05}.jpg"
+SOURCE_STRIDES = {"SomethingV2": 2}
+SOURCE_PATTERNS = {"SomethingV2": "img_{:05}.jpg", "AVA2.2": "image_{:06}.jpg"}
+
+_SEPARATOR, _NUMBER = r"(?:\s*,\s*|\s+)", r"([+-]?\d+)"
+_ENDS_WITH = {count: re.compile("(.+?)" + count * (_SEPARATOR + _NUMBER)) for count in (1, 2, 3)}
+_FORMATS = "write `path 0 -1` for a video, `folder start total` for frames, or a path alone for a video"
+_VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp")
+_Reading = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class VideoEntry:
+    """One line of a list file.
+
+    Attributes:
+        path: the video file, or the folder of the frames.
+        kind: "video" or "frames".
+        start: number of a folder's first image; 0 for a video.
+        total: images in the folder; -1 for a video, whose length its file tells.
+        stride: frames from one sampled frame to the next; None means the run's own.
+        pattern: format of a folder's file names, applied to the image's number.
+        line: line number in the list file, from 1; 0 when it came from elsewhere.
+    """
+
+    path: str
+    kind: str = "video"
+    start: int = 0
+    total: int = -1
+    stride: int | None = None
+    pattern: str = DEFAULT_PATTERN
+    line: int = 0
+
+    def frame_path(self, index: int) -> str:
+        """File of the image `index` (from 0) of a frame folder."""
+        return os.path.join(self.path, self.pattern.format(self.start + index))
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A parsed line whose path has not been looked up yet.
+
+    `readings` are the (path, start, total) that it can mean, the likelier first: with three numbers at its end, the
+    last is a label, or the first belongs to the path.
+    """
+
+    number: int
+    readings: tuple[_Reading, ...]
+    stride: int | None
+    pattern: str | None
+
+
+def read_list(
+    path: str | Path, data_root: str | Path | None = None, *, frame_pattern: str = DEFAULT_PATTERN
+) -> list[VideoEntry]:
+    """Read a list file (format: see the module) and check that everything it names is there.
+
+    Args:
+        path: the list file, UTF-8 text.
+        data_root: folder that relative paths start from. Without it they start from the working directory, and where
+            nothing is found there, from the list file's own folder.
+        frame_pattern: file names of frames for sources that neither a `#!` line nor a published convention covers.
+
+    Returns:
+        One entry for each line, in order; at least one.
+
+    Raises:
+        InputError: the file is missing, no text, empty, has a malformed line (with its number), a negative start or 0
+            frames, or names a video, folder or first frame that does not exist.
+    """
+    name = str(path)
+    _check_pattern(frame_pattern, "frame pattern")
+    if data_root is not None and not os.path.isdir(data_root):
+        raise InputError(f"data root {str(data_root)!r} is not a folder")
+    lines = _parse(_read_text(path), name)
+    if not lines:
+        raise InputError(f"list file {name!r} has no entries; {_FORMATS}")
+    roots = [str(data_root)] if data_root is not None else ["", os.path.dirname(name)]
+    chunks = [lines[i : i + 256] for i in range(0, len(lines), 256)]
+    with ThreadPoolExecutor(8) as pool:  # a network file system takes long for one question, not for many side by side
+        parts = pool.map(lambda chunk: [_resolve(line, roots, frame_pattern) for line in chunk], chunks)
+        resolved = [result for part in parts for result in part]
+    problems = [(line, problem) for line, (_, problem) in zip(lines, resolved, strict=True) if problem]
+    if problems:
+        line, problem = problems[0]
+        tried = f"--data-root {str(data_root)!r}" if data_root is not None else "no --data-root given"
+        raise InputError(
+            f"list file {name!r}, line {line.number}: {problem}; {len(problems)} of {len(lines)} entries cannot be "
+            f"used ({tried}). Correct the paths, or the --data-root that they start from"
+        )
+    return [entry for entry, _ in resolved]
+
+
+def _read_text(path: str | Path) -> str:
+    name = str(path)
+    if os.path.isdir(path):
+        raise InputError(f"list file {name!r} is a folder; give a text file with one video a line")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4096)
+            if b"\0" in head:
+                raise InputError(f"list file {name!r} is not text (a video?); give a text file with one video a line")
+            data = head + file.read()
+    except FileNotFoundError:
+        raise InputError(f"list file {name!r} does not exist") from None
+    except OSError as error:
+        raise InputError(f"list file {name!r} cannot be read: {error.strerror}") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise InputError(f"list file {name!r}, line {line}: not UTF-8 text; save the list as UTF-8") from None
+
+
+def _parse(text: str, name: str) -> list[_Line]:
+    lines: list[_Line] = []
+    stride: int | None = None
+    pattern: str | None = None
+    for number, raw in enumerate(text.split("\n"), 1):
+        content = raw.strip()
+        where = f"list file {name!r}, line {number}"
+        if content.startswith("#!"):
+            stride, pattern = _parse_directive(content, where, stride, pattern)
+        elif content and not content.startswith("#"):
+            lines.append(_parse_line(content, where, number, stride, pattern))
+    return lines
+
+
+def _parse_directive(
+    content: str, where: str, stride: int | None, pattern: str | None
+) -> tuple[int | None, str | None]:
+    """The (stride, pattern) that hold after a `#!` line; None means the convention or the run's own."""
+    settings = content[2:].split()
+    if not settings:
+        raise InputError(f"{where}: `#!` sets nothing; write e.g. `#! stride=2` (or one # less for a comment)")
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key == "stride" and value == "default":
+            stride = None
+        elif key == "stride" and value.isdecimal() and int(value) > 0:
+            stride = int(value)
+        elif key == "pattern" and value == "default":
+            pattern = None
+        elif key == "pattern" and value:
+            pattern = value
+            _check_pattern(pattern, f"{where}: pattern")
+        else:
+            raise InputError(
+                f"{where}: cannot read {setting!r}; a `#!` line sets stride=N (N at least 1), "
+                "pattern=NAME_{:05}.jpg, or either to `default`, with no blanks around ="
+            )
+    return stride, pattern
+
+
+def _check_pattern(pattern: str, what: str) -> None:
+    try:
+        distinct = pattern.format(1) != pattern.format(2)
+    except (IndexError, KeyError, ValueError):
+        distinct = False
+    if not distinct:
+        raise InputError(f"{what} {pattern!r} does not number the frames; write it like {DEFAULT_PATTERN}")
+
+
+def _parse_line(content: str, where: str, number: int, stride: int | None, pattern: str | None) -> _Line:
+    readings = [_read_columns(content, count) for count in (3, 2)]
+    readings = [reading for reading in readings if reading is not None]
+    if not readings:
+        if _ENDS_WITH[1].fullmatch(content):
+            raise InputError(
+                f"{where}: malformed: one number after the path in {content!r}; {_FORMATS} (lists for pre-training "
+                "hold no labels, so `path label` needs its label removed)"
+            )
+        readings = [(content, 0, -1)]
+    if all(_complaint(reading) for reading in readings):
+        raise InputError(f"{where}: {_complaint(readings[0])} in {content!r}; {_FORMATS}")
+    return _Line(number, tuple(readings), stride, pattern)
+
+
+def _read_columns(content: str, count: int) -> _Reading | None:
+    """(path, start, total) if `content` ends with `count` whole numbers; a third one is a label."""
+    match = _ENDS_WITH[count].fullmatch(content)
+    return (match[1], int(match[2]), int(match[3])) if match else None
+
+
+def _complaint(reading: _Reading) -> str | None:
+    _, start, total = reading
+    if start < 0:
+        return f"negative start {start}"
+    if total == 0:
+        return "0 frames"
+    if total < -1:
+        return f"{total} frames (only -1 marks a video)"
+    return None
+
+
+def _resolve(line: _Line, roots: list[str], frame_pattern: str) -> tuple[VideoEntry | None, str | None]:
+    """The entry of a line, or what is wrong with it."""
+    problems = []
+    for path, start, total in line.readings:
+        found, problem = _locate(path, roots)
+        complaint = _complaint((path, start, total))
+        if found is None:
+            problems.append((0 if complaint else 1, problem))
+        elif complaint:
+            problems.append((3, f"{complaint} for {found!r}; {_FORMATS}"))
+        else:
+            entry = _make_entry(found, start, total, line, frame_pattern)
+            problem = _check_entry(entry)
+            if problem is None:
+                return entry, None
+            problems.append((2, problem))
+    return None, max(problems, key=lambda ranked: ranked[0])[1]  # what is wrong with a path that is there says most
+
+
+def _locate(path: str, roots: list[str]) -> tuple[str | None, str | None]:
+    candidates = list(dict.fromkeys(os.path.join(root, path) for root in roots))
+    for candidate in candidates:
+        if os.path.exists(candidate):
+            return candidate, None
+    for gap in re.finditer(r"[\s,]+", path):
+        shorter, rest = path[: gap.start()], path[gap.end() :]
+        there = rest[:1] in "0123456789+-" and any(os.path.exists(os.path.join(root, shorter)) for root in roots)
+        if there or shorter.lower().endswith(_VIDEO_SUFFIXES):
+            return None, f"malformed: {rest!r} after the path {shorter!r} is no start and total; {_FORMATS}"
+    return None, f"{path!r} does not exist (tried {' and '.join(os.path.abspath(c) for c in candidates)})"
+
+
+def _make_entry(path: str, start: int, total: int, line: _Line, frame_pattern: str) -> VideoEntry:
+    stride, pattern = line.stride, line.pattern
+    if stride is None:
+        stride = next((value for source, value in SOURCE_STRIDES.items() if source in path), None)
+    if pattern is None:
+        pattern = next((value for source, value in SOURCE_PATTERNS.items() if source in path), frame_pattern)
+    if total == -1:
+        return VideoEntry(path, "video", 0, -1, stride, pattern, line.number)
+    return VideoEntry(path, "frames", start, total, stride, pattern, line.number)
+
+
+def _check_entry(entry: VideoEntry) -> str | None:
+    is_folder = os.path.isdir(entry.path)
+    if entry.kind == "video":
+        return f"{entry.path!r} is a folder; write `folder start total` for a folder of frames" if is_folder else None
+    if not is_folder:
+        return f"{entry.path!r} is a file, not a folder of frames; write `path 0 -1` for a video"
+    if not os.path.isfile(entry.frame_path(0)):
+        return (
+            f"the first frame {entry.frame_path(0)!r} does not exist; the second column is the number of the first "
+            "image, and a line `#! pattern=NAME_{:05}.jpg` above sets how files are called"
+        )
+    return None
