@@ -1,0 +1,152 @@
+"""The benchmark as a user runs it, at sizes of seconds; its arithmetic by hand."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "bench" / "dual_vs_encoder.py"
+
+WRONG_VARIANTS = '''
+import torch
+
+from vmae import build_pretrainer
+from vmae.model.pretrainer import Pretrainer
+
+
+class Off(Pretrainer):
+    """Its loss is 0.1 % too high."""
+
+    def forward(self, clips, mask):
+        return super().forward(clips, mask) * 1.001
+
+
+def off(config):
+    return Off(config)
+
+
+def right(config):
+    return build_pretrainer(config)
+
+
+class Dies(Pretrainer):
+    """Dies in its own process when asked for real numbers (counting runs on fake tensors, in the parent)."""
+
+    def forward(self, clips, mask):
+        import os
+
+        if type(clips) is torch.Tensor:
+            os._exit(9)
+        return super().forward(clips, mask)
+
+
+def dies(config):
+    return Dies(config)
+'''
+
+
+QUICK = ("--model", "vit_tiny", "--batch", "1", "--masking", "dual", "--input", "synthetic")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    sys.path.insert(0, str(SCRIPT.parent))
+    spec = importlib.util.spec_from_file_location("dual_vs_encoder", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(SCRIPT.parent))
+
+
+def run(tmp_path, *words, expect=0):
+    command = [sys.executable, str(SCRIPT), "--json", str(tmp_path / "r.json"), *words]
+    paths = f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}"
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == expect, done.stdout + done.stderr
+    result = json.loads((tmp_path / "r.json").read_text()) if (tmp_path / "r.json").exists() else None
+    return done, result
+
+
+def test_measures_checks_and_draws(tmp_path):
+    done, result = run(
+        tmp_path, "--model", "vit_tiny", "--batch", "2", "--steps", "3", "--device", "cpu", "--plot", str(tmp_path / "p.png")
+    )
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert result["schema"] == "vmae-bench/1"
+    known = {"device", "cpu", "cores", "torch", "triton", "python", "commit", "clean", "date"}
+    assert known <= result["environment"].keys() and result["environment"]["device"] == "cpu"
+    records = {(r["variant"], r["masking"]): r for r in result["records"]}
+    assert set(records) == {(v, m) for v in ("reference", "torch") for m in ("encoder_only", "dual")}
+    for record in records.values():
+        assert record["model"] == "vit_tiny" and record["batch"] == 2 and record["dtype"] == "float32"
+        times = record["step_ms"]
+        assert len(times["runs"]) == 3 and 0 < times["min"] <= times["median"] <= times["max"]
+        parts = sum(record[f"{part}_ms"]["runs"][0] for part in ("forward", "backward", "optimizer"))
+        assert parts == pytest.approx(times["runs"][0])
+        assert record["clips_per_s"] == pytest.approx(2000 / times["median"])
+        assert record["peak_memory_bytes"] > 2**20
+    for masking in ("encoder_only", "dual"):
+        ours, base = records["torch", masking], records["reference", masking]
+        assert ours["loss"] == pytest.approx(base["loss"], rel=1e-5)
+        assert ours["saved_activation_bytes_per_clip"] < base["saved_activation_bytes_per_clip"]
+        assert ours["forward_macs_per_clip"] < base["forward_macs_per_clip"]
+    ratios = {(r["variant"], r["baseline"]): r for r in result["ratios"]}
+    ratio = ratios["torch dual", "reference encoder_only"]
+    pairs = zip(records["torch", "dual"]["step_ms"]["runs"], records["reference", "encoder_only"]["step_ms"]["runs"])
+    assert ratio["time"]["median"] == pytest.approx(sorted(a / b for a, b in pairs)[1])
+    assert ratio["speedup"]["max"] == pytest.approx(1 / ratio["time"]["min"])
+    assert {"memory", "saved_activations"} <= ratio.keys()
+    assert "torch, dual" in done.stdout and "times faster" in done.stdout
+
+
+def test_a_wrong_variant_gets_no_speed(tmp_path):
+    (tmp_path / "others.py").write_text(WRONG_VARIANTS)
+    done, result = run(tmp_path, *QUICK, "--steps", "1", "--warmup", "0", "--variants", "reference,off=others:off,right=others:right", expect=1)
+    by_name = {r["variant"]: r for r in result["records"]}
+    assert by_name["off=others:off"]["step_ms"] is None and by_name["off=others:off"]["clips_per_s"] is None
+    assert by_name["right=others:right"]["step_ms"]["median"] > 0
+    assert "differs from reference's" in result["rejected"]["off=others:off"]
+    assert not any("time" in r for r in result["ratios"] if "off=" in r["variant"])
+    assert "NO SPEED for off=others:off" in done.stderr
+
+
+def test_a_variant_that_dies_is_named(tmp_path):
+    (tmp_path / "others.py").write_text(WRONG_VARIANTS)
+    done, result = run(tmp_path, *QUICK, "--variants", "dies=others:dies", expect=2)
+    assert "dies=others:dies dual: its process died with code 9" in done.stderr and result is None
+
+
+def test_counts_only(tmp_path):
+    done, result = run(tmp_path, "--model", "vit_s", "--count")
+    assert all("step_ms" not in r and r["saved_activation_bytes_per_clip"] > 0 for r in result["records"])
+    assert "times faster" in done.stdout and "step ms" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--variants", "torch,tritn"], "unknown variant 'tritn'; known: reference, torch"),
+        (["--variants", "x=no_such_module:f"], "no_such_module"),
+        (["--masking", "triple"], "unknown masking 'triple'"),
+        (["--batch", "0"], "--batch must be at least 1"),
+        (["--device", "cuda"], "torch sees no GPU here"),
+        (["--model", "vit_tiny", "--input", "no_such_list.txt"], "no_such_list.txt"),
+    ],
+)
+def test_bad_input_exits_with_2(bench, capsys, monkeypatch, words, message):
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
+    assert bench.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_disagreement_is_relative_and_catches_nan(bench):
+    assert bench.disagreeing({"dual": {"reference": 1.0, "a": 1.00005, "b": 1.0002, "c": float("nan")}}).keys() == {"b", "c"}
+
+
+def test_ratios_are_paired_run_by_run(bench):
+    assert bench.paired_ratio([2, 6, 3], [1, 2, 3]) == {"median": 2, "min": 1, "max": 3}
