@@ -106,7 +106,9 @@ def test_measures_checks_and_draws(tmp_path):
 
 def test_a_wrong_variant_gets_no_speed(tmp_path):
     (tmp_path / "others.py").write_text(WRONG_VARIANTS)
-    done, result = run(tmp_path, *QUICK, "--steps", "1", "--warmup", "0", "--variants", "reference,off=others:off,right=others:right", expect=1)
+    done, result = run(
+        tmp_path, *QUICK, "--steps", "1", "--warmup", "0", "--variants", "reference,off=others:off,right=others:right", expect=1
+    )
     by_name = {r["variant"]: r for r in result["records"]}
     assert by_name["off=others:off"]["step_ms"] is None and by_name["off=others:off"]["clips_per_s"] is None
     assert by_name["right=others:right"]["step_ms"]["median"] > 0

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmae.errors import InputError
+from vmae.model.recompute import norm_linear
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "softmax")
 
@@ -74,11 +75,16 @@ class Attention(nn.Module):
         self.scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0))) if cos_attn else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """Attention of x, or of `norm(x)`, whose result is then not kept for the backward."""
         bias = None
         if self.q_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = F.linear(x_BND, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        if norm is None:
+            qkv = F.linear(x_BND, self.qkv.weight, bias)
+        else:
+            qkv = norm_linear(x_BND, norm, self.qkv.weight, bias)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         if self.scale is None:
             out = attention(qkv, self.backend, self.qk_scale)
         else:

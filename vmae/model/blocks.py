@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vmae.config import ModelConfig
 from vmae.model.attention import Attention
+from vmae.model.recompute import gelu_linear, norm_linear
 
 
 def init_xavier(module: nn.Module) -> None:
@@ -44,15 +45,31 @@ class Mlp(nn.Module):
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x_BND)))
+    def forward(self, x_BND: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """The MLP of x, or of `norm(x)` keeping neither its result nor GELU's for the backward."""
+        if norm is None:
+            return self.fc2(self.act(self.fc1(x_BND)))
+        hidden = norm_linear(x_BND, norm, self.fc1.weight, self.fc1.bias)
+        return gelu_linear(hidden, self.fc2.weight, self.fc2.bias)
 
 
 class Block(nn.Module):
-    """Pre-norm block: attention and MLP, each with optional layer scale (`gamma_1`, `gamma_2`) and stochastic depth."""
+    """Pre-norm block: attention and MLP, each with optional layer scale (`gamma_1`, `gamma_2`) and stochastic depth.
 
-    def __init__(self, config: ModelConfig, dim: int, num_heads: int, drop_path: float, attention: str = "auto"):
+    With `recompute`, LayerNorm's and GELU's results are made again in the backward instead of being kept.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dim: int,
+        num_heads: int,
+        drop_path: float,
+        attention: str = "auto",
+        recompute: bool = False,
+    ):
         super().__init__()
+        self.recompute = recompute
         self.norm1 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.attn = Attention(
             dim,
@@ -70,6 +87,9 @@ class Block(nn.Module):
         self.gamma_2 = nn.Parameter(torch.full((dim,), config.init_values)) if scaled else None
 
     def forward(self, x_BND: Tensor) -> Tensor:
+        if self.recompute:
+            x_BND = x_BND + self._branch(self.attn(x_BND, self.norm1), self.gamma_1)
+            return x_BND + self._branch(self.mlp(x_BND, self.norm2), self.gamma_2)
         x_BND = x_BND + self._branch(self.attn(self.norm1(x_BND)), self.gamma_1)
         return x_BND + self._branch(self.mlp(self.norm2(x_BND)), self.gamma_2)
 
@@ -78,8 +98,13 @@ class Block(nn.Module):
 
 
 def build_blocks(
-    config: ModelConfig, dim: int, depth: int, num_heads: int, drop_path_rate: float, attention: str = "auto"
+    config: ModelConfig,
+    dim: int,
+    depth: int,
+    num_heads: int,
+    attention: str = "auto",
+    recompute: bool = False,
 ) -> nn.ModuleList:
-    """`depth` blocks whose stochastic depth rises linearly from 0 to `drop_path_rate`."""
-    rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-    return nn.ModuleList(Block(config, dim, num_heads, rate, attention) for rate in rates)
+    """`depth` blocks whose stochastic depth rises linearly from 0 to `config.drop_path_rate`."""
+    rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+    return nn.ModuleList(Block(config, dim, num_heads, rate, attention, recompute) for rate in rates)

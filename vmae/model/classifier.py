@@ -52,7 +52,7 @@ class Classifier(nn.Module):
         self.backend = backend
         self.patch_embed = PatchEmbed(config)
         register_positions(self, config.num_tokens, config.embed_dim, config.learned_pos)
-        self.blocks = build_blocks(config, config.embed_dim, config.depth, config.num_heads, config.drop_path_rate, attention)
+        self.blocks = build_blocks(config, config.embed_dim, config.depth, config.num_heads, attention)
         norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.norm = nn.Identity() if mean_pooling else norm
         self.fc_norm = norm if mean_pooling else None

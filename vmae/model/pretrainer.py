@@ -13,24 +13,25 @@ from vmae.errors import InputError
 from vmae.masking import DualMask
 from vmae.model.blocks import build_blocks, init_xavier
 from vmae.model.embed import PatchEmbed, register_positions, sine_cosine_positions
+from vmae.model.recompute import norm_linear
 from vmae_kernels import assemble_decoder_tokens, embed_visible, head_patch_loss, select_decoded
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: ModelConfig, attention: str):
+    def __init__(self, config: ModelConfig, attention: str, recompute: bool):
         super().__init__()
         self.patch_embed = PatchEmbed(config)
         register_positions(self, config.num_tokens, config.embed_dim, config.learned_pos)
-        self.blocks = build_blocks(config, config.embed_dim, config.depth, config.num_heads, config.drop_path_rate, attention)
+        self.blocks = build_blocks(config, config.embed_dim, config.depth, config.num_heads, attention, recompute)
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.apply(init_xavier)
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig, attention: str):
+    def __init__(self, config: ModelConfig, attention: str, recompute: bool):
         super().__init__()
         dim, heads = config.decoder_embed_dim, config.decoder_num_heads
-        self.blocks = build_blocks(config, dim, config.decoder_depth, heads, config.drop_path_rate, attention)
+        self.blocks = build_blocks(config, dim, config.decoder_depth, heads, attention, recompute)
         self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.head = nn.Linear(dim, config.tubelet_pixels)
         self.apply(init_xavier)
@@ -44,17 +45,26 @@ class Pretrainer(nn.Module):
         backend: of the fused operations: "torch", "triton" or "auto" (triton on a GPU).
         attention: backend of attention, see `vmae.model.attention.attention`.
         normalize_target: predict tubelets normalised per channel (published default) or pixels in [0, 1].
+        recompute: make results of LayerNorm and GELU again in the backward instead of keeping them: 0.65 x the bytes that a
+            block keeps, no matrix product repeated (`vmae.model.recompute`).
     """
 
     def __init__(
-        self, config: ModelConfig, *, backend: str = "auto", attention: str = "auto", normalize_target: bool = True
+        self,
+        config: ModelConfig,
+        *,
+        backend: str = "auto",
+        attention: str = "auto",
+        normalize_target: bool = True,
+        recompute: bool = True,
     ):
         super().__init__()
         self.config = config
         self.backend = backend
         self.normalize_target = normalize_target
-        self.encoder = Encoder(config, attention)
-        self.decoder = Decoder(config, attention)
+        self.recompute = recompute
+        self.encoder = Encoder(config, attention, recompute)
+        self.decoder = Decoder(config, attention, recompute)
         # Left at torch's default initialisation, as in the published code, whose `apply` covers the two halves only.
         self.encoder_to_decoder = nn.Linear(config.embed_dim, config.decoder_embed_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_embed_dim))
@@ -63,16 +73,19 @@ class Pretrainer(nn.Module):
         self.register_buffer("pos_embed", positions, persistent=False)
 
     def encode(self, clips: Tensor, mask: DualMask) -> Tensor:
-        """Encoded visible tokens [B, Nv, D]."""
+        """Encoded visible tokens [B, Nv, D], before the encoder's final norm."""
         proj = self.encoder.patch_embed.proj
         x = embed_visible(clips, mask.visible, proj.weight, proj.bias, self.encoder.pos_embed, backend=self.backend)
         for block in self.encoder.blocks:
             x = block(x)
-        return self.encoder.norm(x)
+        return x
 
     def decode(self, encoded: Tensor, mask: DualMask) -> Tensor:
         """Decoder's sequence [B, Nv + Nd, Dd] before its final norm."""
-        x = self.encoder_to_decoder(encoded)
+        if self.recompute:
+            x = norm_linear(encoded, self.encoder.norm, self.encoder_to_decoder.weight, None)
+        else:
+            x = self.encoder_to_decoder(self.encoder.norm(encoded))
         x = assemble_decoder_tokens(x, self.mask_token, self.pos_embed, mask.visible, mask.decode, backend=self.backend)
         for block in self.decoder.blocks:
             x = block(x)

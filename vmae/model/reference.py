@@ -22,7 +22,7 @@ class ReferencePretrainer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, normalize_target: bool = True):
         super().__init__()
-        parts = Pretrainer(config, attention="softmax", normalize_target=normalize_target)
+        parts = Pretrainer(config, attention="softmax", normalize_target=normalize_target, recompute=False)
         self.config = config
         self.normalize_target = normalize_target
         self.encoder, self.decoder = parts.encoder, parts.decoder
