@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from vmae import ModelConfig
+if not torch.cuda.is_available():  # before anything imports triton, which reads it once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from vmae import ModelConfig  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 

@@ -1,0 +1,271 @@
+"""Builds the kernels for GPUs that are not there, and reads what came out: `python -m vmae_kernels.build --json FILE`.
+
+The public functions run on CPU tensors of the presets' shapes while every kernel launch is caught instead of done: what is
+built is what would be launched, specialised as Triton specialises it. The binaries tell registers, stack bytes (spills), shared
+memory, tensor-core instructions and global loads. By default: ViT-B and ViT-g, bf16, uint8 clips, the default
+configurations. `--full`: all presets, float32 and float clips too, and every configuration that VMAE_AUTOTUNE=1 may choose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+import vmae_kernels
+from vmae_kernels import device
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Shared memory that one program may have, bytes.
+SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
+PROJECTIONS = (
+    "embed_visible_fwd_kernel", "embed_visible_bwd_weight_kernel", "head_error_kernel", "head_weight_grad_kernel",
+)  # fmt: skip
+# patch, encoder width, decoder width, visible, decoded and counted tokens; 16 x 224 x 224 pixels, masks of 90 and 50 %.
+PRESETS = {
+    "vit_s": (16, 384, 192, 160, 784, 704),
+    "vit_b": (16, 768, 384, 160, 784, 704),
+    "vit_l": (16, 1024, 512, 160, 784, 704),
+    "vit_h": (16, 1280, 512, 160, 784, 704),
+    "vit_g": (14, 1408, 512, 208, 1024, 920),
+}
+NVIDIA_OPS = r"\b((?:HGMMA|HMMA|UTC\w*MMA|LDGSTS|LDG|UTMALDG|STG|LDL|STL)(?:\.[\w.]+)?)(?!\w)"
+AMD_OPS = r"\b(v_mfma\w*|(?:global|buffer)_load_\w+|global_store_\w+|scratch_(?:load|store)\w*)"
+
+
+class Launch:
+    """One caught launch."""
+
+    def __init__(self, function: JITFunction, args: tuple, kwargs: dict):
+        self.function, self.args, self.kwargs = function, args, kwargs
+
+
+def catch_launches(call) -> list[Launch]:
+    """Runs `call` with every kernel launch noted and not done."""
+    caught: list[Launch] = []
+    run = JITFunction.run
+
+    def note(self, *args, grid, warmup, **kwargs):
+        caught.append(Launch(self, args, kwargs))
+
+    JITFunction.run = note
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    return caught
+
+
+def compile_launch(launch: Launch, target: str):
+    """Triton's own path from arguments to a binary, for a device that is not there."""
+    backend = make_backend(TARGETS[target])
+    function, kwargs = launch.function, {"debug": False, **launch.kwargs}
+    binder = create_function_from_signature(function.signature, function.params, backend)
+    bound, specialization, options = binder(*launch.args, **kwargs)
+    options, signature, constexprs, attrs = function._pack_args(backend, kwargs, bound, specialization, options)
+    source = ASTSource(function, signature, constexprs, attrs)
+    return triton.compile(source, target=TARGETS[target], options=options.__dict__)
+
+
+def read_nvidia(binary: bytes) -> dict:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return {"registers": int(registers), "stack_bytes": int(stack), "instructions": dict(Counter(re.findall(NVIDIA_OPS, code)))}
+
+
+def read_amd(assembly: str) -> dict:
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", assembly).group(1))
+
+    counts = Counter(re.findall(AMD_OPS, assembly))
+    instructions = {name: count for name, count in counts.items() if not name.startswith("v_mfma")}
+    if products := sum(count for name, count in counts.items() if name.startswith("v_mfma")):
+        instructions["MFMA"] = products
+    stack = field("private_segment_fixed_size") + 4 * field("vgpr_spill_count")
+    return {"registers": field("vgpr_count") + field("agpr_count"), "stack_bytes": stack, "instructions": instructions}
+
+
+def widest_load(instructions: dict) -> int:
+    """Bits of the widest global load of one thread; 0 where the copy engine does it all."""
+    widths = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "ubyte": 8}
+    widest = 0
+    for name in instructions:
+        if name.startswith(("LDG.", "LDGSTS.")):
+            sizes = re.findall(r"\.(?:U|S)?(8|16|64|128)\b", name)
+            widest = max(widest, int(sizes[0]) if sizes else 32)
+        elif "_load_" in name:
+            widest = max([widest, *(bits for suffix, bits in widths.items() if name.endswith(suffix))])
+    return widest
+
+
+def tensor_core_count(record: dict) -> int:
+    name = TENSOR_CORE[record["target"]]
+    return sum(count for op, count in record["instructions"].items() if op.split(".")[0] == name)
+
+
+def inputs(preset: str, dtype: torch.dtype, float_clips: bool) -> dict[str, Tensor]:
+    """Tensors of two clips. Their values do not matter; index 0 is always legal."""
+    patch, width, decoder, shown, decoded, counted = PRESETS[preset]
+    tokens, values = 8 * (224 // patch) ** 2, 6 * patch * patch
+    clips = torch.zeros(2, 16, 224, 224, 3, dtype=torch.uint8)
+    if float_clips:
+        clips = clips.permute(0, 4, 1, 2, 3).to(dtype).contiguous()
+
+    def index(count: int) -> Tensor:
+        return torch.zeros(2, count, dtype=torch.int32)
+
+    def learned(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+    return {
+        "clips": clips, "visible": index(shown), "decode": index(decoded), "counted": index(counted),
+        "weight": learned(width, 3, 2, patch, patch), "bias": learned(width), "pos": learned(tokens, width).float(),
+        "encoded": learned(2, shown, decoder), "mask_token": learned(1, 1, decoder),
+        "decoder_pos": torch.zeros(tokens, decoder), "hidden": learned(2, shown + decoded, decoder),
+        "norm_weight": learned(decoder), "norm_bias": learned(decoder), "pixels": learned(2, counted, values),
+        "token_weight": torch.ones(2, counted), "rows": learned(2, counted, decoder),
+        "head_weight": learned(values, decoder), "head_bias": learned(values),
+    }  # fmt: skip
+
+
+def call_operation(operation: str, x: dict[str, Tensor]) -> None:
+    """Forward and backward of one public function."""
+    arguments = {
+        "embed_visible": ("clips", "visible", "weight", "bias", "pos"),
+        "assemble_decoder_tokens": ("encoded", "mask_token", "decoder_pos", "visible", "decode"),
+        "select_decoded": ("hidden", "norm_weight", "norm_bias", "counted"),
+        "patch_loss": ("pixels", "clips", "counted", "token_weight"),
+        "head_patch_loss": ("rows", "head_weight", "head_bias", "clips", "counted", "token_weight"),
+    }[operation]
+    result = getattr(vmae_kernels, operation)(*(x[name] for name in arguments), backend="triton")
+    result.backward(torch.ones_like(result))
+
+
+def build_one(job: tuple[str, str, str, str, bool, int]) -> list[dict]:
+    """All kernels of one operation for one target and shape. Runs in a process of its own."""
+    operation, target, preset, dtype, float_clips, candidate = job
+    torch.set_num_threads(1)
+    device.BUILD_TARGET, device.BUILD_CANDIDATE = target, candidate
+    x = inputs(preset, getattr(torch, dtype), float_clips)
+    records, seen = [], set()
+    for launch in catch_launches(lambda: call_operation(operation, x)):
+        name = launch.function.__name__
+        tunable = name in ("embed_visible_fwd_kernel", "embed_visible_bwd_weight_kernel")
+        options = {key: value for key, value in launch.kwargs.items() if not key.isupper() or key.startswith("BLOCK")}
+        key = (name, *options.items())
+        if key in seen or (candidate and not tunable):
+            continue
+        seen.add(key)
+        kernel = compile_launch(launch, target)
+        found = read_amd(kernel.asm["amdgcn"]) if target == "gfx942" else read_nvidia(kernel.asm["cubin"])
+        records.append({
+            "kernel": name, "operation": operation, "target": target, "shape": preset, "dtype": dtype,
+            "clips": "float" if float_clips else "uint8", "default": candidate == 0, "config": options,
+            "registers": found["registers"], "stack_bytes": found["stack_bytes"], "shared_bytes": kernel.metadata.shared,
+            "widest_load_bits": widest_load(found["instructions"]), "instructions": found["instructions"],
+        })  # fmt: skip
+    return records
+
+
+def jobs(targets: list[str], presets: list[str], full: bool) -> list[tuple]:
+    """Slow ones first."""
+    operations = ("embed_visible", "head_patch_loss", "patch_loss", "select_decoded", "assemble_decoder_tokens")
+    found = []
+    for operation in operations:
+        for target in targets:
+            for preset in presets:
+                found.append((operation, target, preset, "bfloat16", False, 0))
+                if full:
+                    found.append((operation, target, preset, "float32", True, 0))
+                    found.append((operation, target, preset, "float32", False, 0))
+                    found.append((operation, target, preset, "bfloat16", True, 0))
+                if full and operation == "embed_visible":
+                    found += [(operation, target, preset, "bfloat16", False, candidate) for candidate in (1, 2)]
+    return found
+
+
+def failures(records: list[dict]) -> list[str]:
+    """What must not be: spills in a default, a projection without tensor cores, too much shared memory."""
+    found = []
+    for record in records:
+        where = f"{record['kernel']} {record['target']} {record['shape']} {record['dtype']} {record['clips']}"
+        if record["default"] and record["stack_bytes"]:
+            found.append(f"{where}: {record['stack_bytes']} stack bytes")
+        products = record["kernel"] in PROJECTIONS and record["dtype"] == "bfloat16"
+        if record["default"] and products and tensor_core_count(record) == 0:
+            found.append(f"{where}: no {TENSOR_CORE[record['target']]}")
+        if record["default"] and record["shared_bytes"] > SHARED_LIMITS[record["target"]]:
+            found.append(f"{where}: {record['shared_bytes']} bytes of shared memory")
+    return found
+
+
+def table(records: list[dict]) -> str:
+    """Markdown, a line per kernel, shape and configuration; a cell per target: registers / stack / shared KiB / tensor-core
+    instructions / widest load in bits."""
+    targets = [target for target in TARGETS if any(record["target"] == target for record in records)]
+    rows: dict[tuple, dict[str, str]] = {}
+    for record in records:
+        name = record["kernel"].removesuffix("_kernel")
+        blocks = "x".join(str(value) for key, value in record["config"].items() if key.startswith("BLOCK"))
+        kind = "" if (record["dtype"], record["clips"]) == ("bfloat16", "uint8") else f" {record['dtype']} {record['clips']}"
+        config = f"{blocks} w{record['config'].get('num_warps', 4)}"
+        key = (name, record["shape"] + kind) if record["default"] else (name, f"{record['shape']}{kind} {config}")
+        shared = f"{record['shared_bytes'] / 1024:.0f}"
+        cells = (record["registers"], record["stack_bytes"], shared, tensor_core_count(record), record["widest_load_bits"])
+        rows.setdefault(key, {})[record["target"]] = " / ".join(str(cell) for cell in cells)
+    lines = ["| kernel | shape | " + " | ".join(targets) + " |", "|" + "---|" * (2 + len(targets))]
+    for (name, shape), cells in rows.items():
+        lines.append(f"| {name} | {shape} | " + " | ".join(cells.get(target, "") for target in targets) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m vmae_kernels.build", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the records here")
+    parser.add_argument("--full", action="store_true", help="all presets, dtypes and configurations")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--presets", nargs="+", choices=PRESETS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    options = parser.parse_args()
+    if device.INTERPRET:
+        sys.exit("TRITON_INTERPRET=1 is set: interpreting and building need separate processes; unset it")
+    presets = options.presets or (list(PRESETS) if options.full else ["vit_b", "vit_g"])
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        records = [record for found in pool.imap(build_one, jobs(options.targets, presets, options.full)) for record in found]
+    print(table(records))
+    print("\ncells: registers / stack bytes / shared KiB / tensor-core instructions / bits of a thread's widest global load")
+    if options.json:
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
+        options.json.write_text(json.dumps({"schema": "vmae-build/1", "versions": versions, "records": records}, indent=1))
+    wrong = failures(records)
+    print("\n".join(["FAIL", *wrong]) if wrong else f"ok: {len(records)} kernels, no spill in a default configuration")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

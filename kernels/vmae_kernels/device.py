@@ -1,0 +1,272 @@
+"""What the kernels share: device helpers, launch configurations, scratch memory, index checks, autocast.
+
+Names in all kernels: `i_` program or token id, `o_` offset, `m_` mask, `p_` pointer, `b_` block held in registers.
+
+The interpreter (`TRITON_INTERPRET=1`) computes bf16 wrongly and truncates float32 to bf16. So kernels upcast what they load
+to `DOT`-able float32 there, and `round_to` rounds by hand: interpreted results obey the same error bound as a device's.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vmae_kernels.tubelets import MEAN, STD, clip_strides
+
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+# A uint8 pixel minus CENTRE is an integer of at most 8 bits, exact in bf16, fp16 and tf32.
+CENTRE = tl.constexpr(114)
+MEAN_R, MEAN_G, MEAN_B = (tl.constexpr(value) for value in MEAN)
+STD_R, STD_G, STD_B = (tl.constexpr(value) for value in STD)
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def round_to(b_x, DTYPE: tl.constexpr):
+    """float32 block to DTYPE, to nearest even. The interpreter's own cast truncates."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        b_bits = b_x.to(tl.uint32, bitcast=True)
+        b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & 0xFFFF0000
+        b_x = b_bits.to(tl.float32, bitcast=True)
+    return b_x.to(DTYPE)
+
+
+@triton.jit
+def operand(b_x, DTYPE: tl.constexpr):
+    """A block as `tl.dot` takes it: DTYPE on a device; the same values in float32 when interpreting."""
+    if INTERPRET:
+        return round_to(b_x.to(tl.float32), DTYPE).to(tl.float32)
+    else:
+        return b_x.to(DTYPE)
+
+
+@triton.jit
+def by_channel(o_channel, b_r, b_g, b_b):
+    return tl.where(o_channel == 0, b_r, tl.where(o_channel == 1, b_g, b_b))
+
+
+@triton.jit
+def tubelet_offsets(
+    p_tokens, i_row, n_tokens, columns, per_frame, stride_b, stride_t, stride_h,
+    PATCH: tl.constexpr, DEPTH: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """int64 element offset of the first pixel of each row's tubelet. `i_row` int64 counts over clips and their tokens."""
+    i_token = tl.load(p_tokens + i_row)
+    i_place = i_token % per_frame
+    o_x = i_place % columns * (PATCH * 3 if CHANNELS_LAST else PATCH)
+    o_clip = (i_token // per_frame * DEPTH) * stride_t + (i_place // columns * PATCH) * stride_h + o_x
+    return (i_row // n_tokens) * tl.cast(stride_b, tl.int64) + o_clip
+
+
+@triton.jit
+def pixel_offsets(
+    o_k, stride_t, stride_h, stride_c, PATCH: tl.constexpr, DEPTH: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """int32 element offset inside a tubelet of value `o_k`: order (t, h, w, c) for uint8 clips, (c, t, h, w) for float ones."""
+    if CHANNELS_LAST:
+        o_line = o_k // (3 * PATCH)
+        return o_line // PATCH * stride_t + o_line % PATCH * stride_h + o_k % (3 * PATCH)
+    else:
+        o_line = o_k // PATCH
+        o_frame = o_line // PATCH
+        return o_frame // DEPTH * stride_c + o_frame % DEPTH * stride_t + o_line % PATCH * stride_h + o_k % PATCH
+
+
+@triton.jit
+def target_offsets(o_p, stride_t, stride_h, stride_c, PATCH: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """int32 element offset inside a tubelet of value `o_p` in the order of predictions, (t, h, w, c)."""
+    o_line = o_p // (3 * PATCH)
+    o_pixel = o_line // PATCH * stride_t + o_line % PATCH * stride_h
+    if CHANNELS_LAST:
+        return o_pixel + o_p % (3 * PATCH)
+    else:
+        return o_pixel + o_p // 3 % PATCH + o_p % 3 * stride_c
+
+
+@triton.jit
+def load_pixels(p_pixels, m_pixels, CHANNELS_LAST: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr):
+    """Pixels as a matrix operand: uint8 minus CENTRE, exact in every dtype; float as it is. Masked ones are zero."""
+    if CHANNELS_LAST:
+        if MASKED:
+            b_pixels = tl.load(p_pixels, mask=m_pixels, other=CENTRE)
+        else:
+            b_pixels = tl.load(p_pixels)
+        return operand((b_pixels.to(tl.int16) - CENTRE).to(tl.float32), DTYPE)
+    else:
+        if MASKED:
+            b_pixels = tl.load(p_pixels, mask=m_pixels, other=0.0)
+        else:
+            b_pixels = tl.load(p_pixels)
+        return operand(b_pixels.to(tl.float32), DTYPE)
+
+
+@triton.jit
+def column_sum_kernel(
+    p_x, p_partial, n_rows, n_per_clip, first, stride_b, stride_row, n_columns, rows_per_program,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """First stage of a deterministic sum: partial[i] = sum of rows i * rows_per_program ... of x[:, first:]."""
+    i_part = tl.program_id(1).to(tl.int64)
+    o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < n_columns
+    b_sum = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for o_row in range(0, rows_per_program, BLOCK_R):
+        o_r = o_row + tl.arange(0, BLOCK_R)
+        i_row = i_part * rows_per_program + o_r
+        m_r = (o_r < rows_per_program) & (i_row < n_rows)
+        o_x = (i_row // n_per_clip) * tl.cast(stride_b, tl.int64) + (first + i_row % n_per_clip) * stride_row
+        b_sum += tl.load(p_x + o_x[:, None] + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+    tl.store(p_partial + i_part * n_columns + o_d, tl.sum(b_sum, 0), mask=m_d)
+
+
+@triton.jit
+def reduce_partials_kernel(p_partial, p_out, n_parts, n_columns, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Second stage: out = sum of the partial rows, always in the same order."""
+    o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < n_columns
+    b_sum = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for o_row in range(0, n_parts, BLOCK_R):
+        i_row = (o_row + tl.arange(0, BLOCK_R)).to(tl.int64)
+        m_x = (i_row < n_parts)[:, None] & m_d[None, :]
+        b_sum += tl.load(p_partial + i_row[:, None] * n_columns + o_d[None, :], mask=m_x, other=0.0)
+    b_out = round_to(tl.sum(b_sum, 0), p_out.dtype.element_ty)
+    tl.store(p_out + o_d, b_out, mask=m_d)
+
+
+COLUMN_SUM = {"BLOCK_R": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 2}
+REDUCE_PARTIALS = {"BLOCK_R": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
+
+
+def column_sum_partials(x_BND: Tensor, first: int = 0) -> Tensor:
+    """float32 [parts, D]: sums of groups of rows of `x[:, first:]`, whose last dimension is contiguous."""
+    batch, tokens, width = x_BND.shape
+    rows = batch * (tokens - first)
+    parts = max(1, min(128, triton.cdiv(rows, 32)))
+    partial = scratch((parts, width), torch.float32, x_BND.device)
+    grid = (triton.cdiv(width, COLUMN_SUM["BLOCK_D"]), parts)
+    column_sum_kernel[grid](
+        x_BND, partial, rows, max(tokens - first, 1), first, x_BND.stride(0), x_BND.stride(1), width,
+        triton.cdiv(rows, parts), **COLUMN_SUM,
+    )  # fmt: skip
+    return partial
+
+
+def reduce_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of float32 [parts, D] over its rows, in a fixed order."""
+    out = scratch(partial.shape[1:], dtype, partial.device)
+    grid = (triton.cdiv(partial.shape[1], REDUCE_PARTIALS["BLOCK_D"]),)
+    reduce_partials_kernel[grid](partial, out, partial.shape[0], partial.shape[1], **REDUCE_PARTIALS)
+    return out
+
+
+def on_device(launch: Callable) -> Callable:
+    """Runs a launcher with its first tensor's GPU as the current one: Triton launches there, wherever its arguments are."""
+
+    @functools.wraps(launch)
+    def launch_there(first: Tensor, *args, **kwargs):
+        if not first.is_cuda:
+            return launch(first, *args, **kwargs)
+        with torch.cuda.device(first.device):
+            return launch(first, *args, **kwargs)
+
+    return launch_there
+
+
+def scratch(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that kernels will write: uninitialised, or NaN with VMAE_NAN_SCRATCH=1, so that a gap is seen."""
+    if os.environ.get("VMAE_NAN_SCRATCH") == "1":
+        return torch.full(tuple(shape), float("nan"), dtype=dtype, device=device)
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def checking_indices() -> bool:
+    """VMAE_CHECK_INDICES=1: every operation checks its indices first (and waits for the device)."""
+    return os.environ.get("VMAE_CHECK_INDICES") == "1"
+
+
+def check_indices(tokens: Tensor, count: int, name: str) -> None:
+    """Raises ValueError unless all of `tokens` lie in [0, count). Waits for the device; out of range is otherwise undefined."""
+    if tokens.numel() == 0:
+        return
+    low, high = tokens.min().item(), tokens.max().item()
+    if low < 0 or high >= count:
+        raise ValueError(f"{name} holds indices {low} to {high}; there are {count}, so 0 to {count - 1} are valid")
+
+
+def working_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype F.linear would compute in: autocast's where it is on (float64 excepted), else `dtype`."""
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return dtype
+
+
+# Set by vmae_kernels.build, which launches nothing: the target to choose for, and which candidate configuration.
+BUILD_TARGET: str | None = None
+BUILD_CANDIDATE = 0
+
+
+def target_of(device: torch.device) -> str:
+    """"sm_80", "sm_90", ..., "hip" or "cpu" (interpreting)."""
+    if BUILD_TARGET is not None:
+        return BUILD_TARGET
+    if device.type != "cuda":
+        return "cpu"
+    if torch.version.hip is not None:
+        return "hip"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def is_nvidia(target: str) -> bool:
+    return target.startswith("sm_")
+
+
+def dot_precision(device: torch.device) -> str:
+    """How float32 is multiplied: three tf32 products on NVIDIA (error near float32's own), exactly elsewhere."""
+    return "tf32x3" if is_nvidia(target_of(device)) else "ieee"
+
+
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether tensor descriptors are worth it: compute capability 9.0 and up. Elsewhere Triton emulates them with 2-byte
+    loads. The interpreter takes them too, so that both ways are tested (VMAE_NO_DESCRIPTOR=1: the other one)."""
+    target = target_of(device)
+    if os.environ.get("VMAE_NO_DESCRIPTOR") == "1":
+        return False
+    return target == "cpu" or (is_nvidia(target) and int(target[3:]) >= 90)
+
+
+def clip_arguments(clips: Tensor, tokens: int, grid: tuple[int, int, int]) -> tuple[Tensor, tuple[int, ...]]:
+    """The clip, and what kernels need to find a tubelet: tokens a clip, columns, tokens a frame, strides."""
+    clips, (stride_b, stride_t, stride_h, stride_c) = clip_strides(clips)
+    return clips, (tokens, grid[2], grid[1] * grid[2], stride_b, stride_t, stride_h, stride_c)
+
+
+def padded_width(width: int) -> int:
+    """Row length that keeps rows of 2-byte values aligned to 16 bytes, which the copy engine demands."""
+    return triton.cdiv(width, 8) * 8
+
+
+_CHOSEN: dict[tuple, dict] = {}
+
+
+def choose_config(kernel: str, candidates: list[dict], key: tuple, launch: Callable[[dict], object]) -> dict:
+    """The launch configuration of a projection kernel: the first candidate, or with VMAE_AUTOTUNE=1 the fastest.
+
+    Off by default: timing waits for the device, and another tile order moves the last bits of a sum.
+    """
+    if BUILD_TARGET is not None:
+        return candidates[min(BUILD_CANDIDATE, len(candidates) - 1)]
+    if INTERPRET or os.environ.get("VMAE_AUTOTUNE") != "1" or len(candidates) == 1:
+        return candidates[0]
+    key = (kernel, *key)
+    if key not in _CHOSEN:
+        _CHOSEN[key] = min(candidates, key=lambda config: triton.testing.do_bench(lambda: launch(config)))
+    return _CHOSEN[key]
