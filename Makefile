@@ -26,14 +26,17 @@ $(VENV)/.ready: setup.py constraints.txt
 demo: setup
 	@PYTHON=$(BIN)/python recipes/demo.sh
 
+# One process a core, one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+
 test: setup
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-slow: setup
-	@$(BIN)/python -m pytest -m slow
+	@$(PYTEST) -m slow
 
 test-all: setup
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 lint: setup
 	@$(BIN)/ruff check .

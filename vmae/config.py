@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         embed_dim=1408, depth=40, num_heads=16, decoder_embed_dim=512, decoder_num_heads=8, patch_size=14, mlp_ratio=48 / 11
     ),
     # Not published: small enough to learn something on two CPU cores in a minute or two (`make demo`).
-    "vit_tiny": dict(embed_dim=192, depth=4, num_heads=3, decoder_embed_dim=96, decoder_depth=2, decoder_num_heads=3),
+    "vit_tiny": dict(embed_dim=128, depth=4, num_heads=4, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2),
 }
 
 

