@@ -1,0 +1,366 @@
+"""`python -m vmae pretrain` on real clips: what it leaves behind, exact resume, and every wrong input, named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vmae import InputError, ModelConfig, build_pretrainer
+from vmae.cli import main
+from vmae.config import PRESETS
+from vmae.data import sample_videos
+from vmae.train.checkpoint import CheckpointFolder, export_weights
+from vmae.train.loop import Trainer
+from vmae.train.metrics import loss_of_last_tenth, read_log
+from vmae.train.pretrain import setting_changes
+
+ROOT = Path(__file__).parents[2]
+MICRO = dict(embed_dim=48, depth=2, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+# 4 x 4 x 4 tokens of 8-pixel patches: running cell and tube 0.75 both leave something to see and to count.
+SMALL = "--model micro --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75 --no-tensorboard".split()
+RUN = "--batch-size 2 --steps 6 --workers 0 --lr 0.1 --drop-path 0.2 --clip-grad 1 --log-every 1 --device cpu".split()
+
+
+@pytest.fixture(autouse=True)
+def micro(monkeypatch):
+    monkeypatch.setitem(PRESETS, "micro", MICRO)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    """A list of the two clips that decode fastest."""
+    path = tmp_path_factory.mktemp("list") / "list.txt"
+    path.write_text("# two real clips\n" + "".join(f"{video} 0 -1\n" for video in sample_videos()[2:]))
+    return path
+
+
+def pretrain(videos, output, *flags: str) -> int:
+    return main(["pretrain", "--data", str(videos), "--output", str(output), *SMALL, *RUN, *flags])
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in read_log(folder / "log.jsonl")]
+
+
+def stop_after(monkeypatch, step: int, number: int) -> None:
+    """Send a signal while step `step` is logged."""
+    plain = Trainer.log
+
+    def log(self, *args, **values):
+        plain(self, *args, **values)
+        if self.step == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Trainer, "log", log)
+
+
+def test_a_run_leaves_logs_settings_checkpoint_and_weights(videos, tmp_path, capsys):
+    out = tmp_path / "a" / "run"
+    assert pretrain(videos, out, "--num-sample", "2", "--repeat", "4") == 0
+    text = capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoint-00000006.pth", "log.jsonl", "run.json", "weights.pth",
+    ]  # fmt: skip
+    assert "effective batch 2 videos, 4 clips a step" in text and "0.1 x 2 / 256 = 0.000781" in text
+    assert "trivial predictors on the first batch: zero 0.9" in text
+    assert "64 tokens (tube 0.75: 16 visible; running_cell 0.5: 32 picked, 24 counted" in text
+    assert all(str(out / name) in text for name in ("weights.pth", "log.jsonl", "run.json"))
+    records = read_log(out / "log.jsonl")
+    assert len(records) == 6 and records[3]["epoch"] == 1.0  # 2 videos x 4 visits in batches of 2
+    start = json.loads((out / "run.json").read_text())["starts"][0]
+    assert start["torch"] == torch.__version__ and start["config"]["results"]["model"]["embed_dim"] == 48
+    weights = torch.load(out / "weights.pth", weights_only=True)
+    fresh = build_pretrainer(ModelConfig.from_dict(weights["config"]["model"]))
+    fresh.load_state_dict(weights["model"], strict=True)
+    assert "encoder.blocks.0.attn.q_bias" in weights["model"]
+
+
+# One encoder-only, one where clips of a batch count unequally many tokens.
+@pytest.mark.parametrize(
+    "flags", ["--decoder-mask none", "--encoder-mask random --decoder-mask random", "--no-normalize-target"]
+)
+def test_other_masks_and_targets_train(videos, tmp_path, flags):
+    assert pretrain(videos, tmp_path, *flags.split(), "--steps", "2") == 0
+    assert len(losses(tmp_path)) == 2
+
+
+def test_bfloat16_trains_close_to_float32(videos, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        assert pretrain(videos, tmp_path / dtype, "--dtype", dtype) == 0
+    assert losses(tmp_path / "bfloat16") == pytest.approx(losses(tmp_path / "float32"), rel=0.02)
+    assert losses(tmp_path / "bfloat16") != losses(tmp_path / "float32")
+
+
+def test_loss_falls_below_the_zero_predictors(videos, tmp_path):
+    flags = "--steps 150 --batch-size 2 --num-sample 4 --lr 0.4 --warmup-steps 10 --encoder-ratio 0.5 --drop-path 0"
+    assert pretrain(videos, tmp_path, *flags.split()) == 0
+    assert loss_of_last_tenth(read_log(tmp_path / "log.jsonl"), 150) < 0.97
+
+
+@pytest.mark.parametrize(("first_workers", "then_workers"), [(0, 0), (1, 0)])  # the same samples whoever decodes
+def test_resumed_run_is_bit_identical(videos, tmp_path, monkeypatch, capsys, first_workers, then_workers):
+    assert pretrain(videos, tmp_path / "straight") == 0
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3, signal.SIGTERM)
+        assert pretrain(videos, tmp_path / "halves", "--workers", str(first_workers)) == 0
+    assert "stopped by SIGTERM after step 3" in capsys.readouterr().out
+    assert not (tmp_path / "halves" / "weights.pth").exists()
+    assert pretrain(videos, tmp_path / "halves", "--workers", str(then_workers)) == 0
+    assert "resuming from" in capsys.readouterr().out
+    assert losses(tmp_path / "straight") == losses(tmp_path / "halves")
+    read = [torch.load(tmp_path / name / "checkpoint-00000006.pth", weights_only=True) for name in ("straight", "halves")]
+    for name, value in read[0]["model"].items():
+        assert torch.equal(value, read[1]["model"][name]), name
+    for index, state in read[0]["optimizer"]["state"].items():
+        assert all(torch.equal(value, read[1]["optimizer"]["state"][index][key]) for key, value in state.items())
+    assert len(json.loads((tmp_path / "halves" / "run.json").read_text())["starts"]) == 2
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_exits_130(videos, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 2, signal.SIGINT)
+    assert pretrain(videos, tmp_path) == 130
+    assert CheckpointFolder(tmp_path).latest().name == "checkpoint-00000002.pth"
+
+
+def test_a_complete_run_is_left_alone_and_more_steps_go_on(videos, tmp_path, capsys):
+    assert pretrain(videos, tmp_path) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "weights.pth").unlink()  # as if killed just before the export
+    capsys.readouterr()
+    assert pretrain(videos, tmp_path) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after.keys() == before.keys()
+    assert all(after[name] == before[name] for name in ("log.jsonl", "run.json", "checkpoint-00000006.pth"))
+    assert pretrain(videos, tmp_path, "--steps", "8") == 0
+    text = capsys.readouterr().out
+    assert "steps 6 in the checkpoint, 8 now" in text and "steps: 6 to 8" in text
+    assert len(losses(tmp_path)) == 8
+
+
+def test_fresh_start_says_so_and_moves_an_earlier_run(videos, tmp_path, capsys):
+    (tmp_path / ".checkpoint-00000004.pth.7.unfinished").write_bytes(b"half")
+    assert pretrain(videos, tmp_path, "--steps", "2") == 0
+    assert "no complete checkpoint (only .checkpoint-00000004.pth.7.unfinished): a fresh start" in capsys.readouterr().out
+    assert pretrain(videos, tmp_path, "--steps", "2", "--no-resume", "--seed", "1") == 0
+    assert f"to {tmp_path / 'previous-1'}" in capsys.readouterr().out
+    assert len(losses(tmp_path)) == len(losses(tmp_path / "previous-1")) == 2
+    assert losses(tmp_path) != losses(tmp_path / "previous-1")
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_can_be_named(videos, tmp_path, capsys):
+    assert pretrain(videos, tmp_path, "--save-every", "2") == 0
+    expected = losses(tmp_path)
+    newest, older = tmp_path / "checkpoint-00000006.pth", tmp_path / "checkpoint-00000004.pth"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert pretrain(videos, tmp_path) == 2
+    assert "checkpoint-00000006.pth" in capsys.readouterr().err
+    assert pretrain(videos, tmp_path, "--resume", str(older)) == 0
+    assert losses(tmp_path) == expected
+    assert (tmp_path / "previous-1" / newest.name).exists()
+
+
+def test_init_takes_full_and_encoder_only_weights(videos, tmp_path, capsys):
+    model = build_pretrainer(ModelConfig(img_size=32, patch_size=8, num_frames=8, **MICRO))
+    export_weights(tmp_path / "all.pth", model)
+    encoder = {name: value for name, value in model.state_dict().items() if name.startswith("encoder.")}
+    torch.save({"module": encoder}, tmp_path / "encoder.pth")
+    for name, line in (("all.pth", "tensors loaded"), ("encoder.pth", "start fresh")):
+        assert pretrain(videos, tmp_path / name[:3], "--init", str(tmp_path / name), "--steps", "1", "--lr", "1e-9") == 0
+        assert line in capsys.readouterr().out
+        trained = torch.load(tmp_path / name[:3] / "weights.pth", weights_only=True)["model"]
+        torch.testing.assert_close(trained["encoder.norm.weight"], model.state_dict()["encoder.norm.weight"])
+        torch.testing.assert_close(trained["encoder.blocks.0.mlp.fc1.weight"], encoder["encoder.blocks.0.mlp.fc1.weight"])
+
+
+def test_dry_run_prints_what_is_resolved_and_writes_nothing(videos, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert pretrain(videos, out, "--dry-run", "--repeat", "10", "--steps", "50") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["derived"]["steps_per_epoch"] == 10 and shown["results"]["warmup_steps"] == 5
+    assert shown["derived"]["peak_lr"] == pytest.approx(0.1 * 2 / 256)
+    assert not out.exists()
+
+
+def test_published_names_and_values_work(videos, tmp_path, capsys):
+    flags = f"""--data_path {videos} --output_dir {tmp_path / "run"} --model pretrain_videomae_small_patch16_224
+        --mask_type tube --mask_ratio 0.9 --decoder_mask_type run_cell --decoder_mask_ratio 0.5 --batch_size 32 --num_sample 4
+        --num_frames 16 --sampling_rate 4 --opt adamw --opt_betas 0.9 0.95 --opt_eps 1e-8 --warmup_epochs 30 --epochs 300
+        --lr 6e-4 --min_lr 1e-5 --clip_grad 0.02 --drop_path 0.1 --weight_decay 0.05 --decoder_depth 4 --num_workers 2
+        --device cpu --dry-run"""
+    assert main(["pretrain", *flags.split()]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["results"]["mask"]["decoder"] == "running_cell" and shown["results"]["model"]["embed_dim"] == 384
+    assert shown["results"]["steps"] == 300 and shown["results"]["warmup_steps"] == 30
+    assert shown["results"]["optim"]["betas"] == [0.9, 0.95] and shown["derived"]["peak_lr"] == pytest.approx(6e-4 / 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "warmup"),
+    [("--epochs 800", 40), ("--epochs 20", 2), ("--steps 100", 10), ("--steps 100 --warmup-epochs 30", 30),
+     ("--epochs 20 --warmup-steps 7", 7)],
+)  # fmt: skip
+def test_default_warm_up(videos, tmp_path, capsys, flags, warmup):
+    args = ["pretrain", "--data", str(videos), "--output", str(tmp_path / "run"), *SMALL, "--dry-run", *flags.split()]
+    assert main(args) == 0
+    assert json.loads(capsys.readouterr().out)["results"]["warmup_steps"] == warmup
+
+
+def broken_lists(folder: Path) -> dict[str, tuple[str, str]]:
+    """Name of a list -> (its text, what the message must hold)."""
+    (folder / "text.mp4").write_text("no video")
+    (folder / "empty").mkdir()
+    video = sample_videos()[2]
+    return {
+        "empty": ("# nothing\n", "no entries"),
+        "malformed": (f"{video} 0 -1\n{video} 0 many\n", "line 2"),
+        "gone": ("gone.mp4 0 -1\n", "gone.mp4"),
+        "undecodable": (f"{folder / 'text.mp4'} 0 -1\n", "undecodable"),
+        "no frames": (f"{folder / 'empty'} 1 0\n", "0 frames"),
+    }
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "malformed", "gone", "undecodable", "no frames"])
+def test_wrong_lists_are_named_and_nothing_is_written(tmp_path, capsys, name):
+    text, words = broken_lists(tmp_path).get(name, (None, "missing.txt"))
+    path = tmp_path / f"{name}.txt"
+    if text is not None:
+        path.write_text(text)
+    assert pretrain(path, tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--image-size 36", "36 is not divisible by the patch size 8"),
+        ("--num-frames 7", "7 frames are not divisible by the tubelet size 2"),
+        ("--encoder-ratio 1", "encoder_ratio must be in"),
+        ("--encoder-mask frame --encoder-ratio 0.75 --num-frames 2", "the loss would count no token"),
+        ("--decoder-mask random --decoder-ratio 0.98", "the loss would count no token in 1 of 17 clips"),
+        ("--encoder-mask frame --decoder-mask frame --encoder-ratio 0.5", "the loss would count no token in 1 of 6 clips"),
+        ("--decoder-ratio 0.3", "0.25, 0.5 or 0.75"),
+        ("--image-size 40", "cannot tile a frame of 5 x 5"),
+        ("--model vit_xxl", "unknown model preset 'vit_xxl'; known: vit_s"),
+        ("--encoder-mask cube", "unknown encoder mask 'cube'"),
+        ("--device cuda:99", "cuda:99"),
+        ("--device tpu", "unknown device 'tpu'"),
+        ("--backend magic", "unknown backend 'magic'"),
+        ("--dtype float16", "unknown dtype 'float16'"),
+        ("--warmup-steps 7", "warm-up of 7 steps does not fit into 6"),
+        ("--lr 0", "lr must be above 0"),
+        ("--batch-size 0", "batch_size must be at least 1"),
+        ("--steps 0", "steps must be at least 1"),
+        ("--seed -1", "seed"),
+        ("--workers -1", "num_workers must be at least 0"),
+        ("--keep 0", "at least 1 checkpoint"),
+        ("--log-every 0", "log_every must be at least 1"),
+        ("--init gone.pth", "gone.pth does not exist"),
+        ("--resume gone.pth", "gone.pth does not exist"),
+        ("--data-root gone", "gone"),
+    ],
+)
+def test_wrong_settings_are_named_and_nothing_is_written(videos, tmp_path, capsys, flags, words):
+    assert pretrain(videos, tmp_path / "run", *flags.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error, error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("below", ["", "run", "deep/run"])
+def test_output_that_is_a_file_or_below_one_is_refused(videos, tmp_path, capsys, below):
+    (tmp_path / "file").write_text("mine")
+    assert pretrain(videos, tmp_path / "file" / below) == 2
+    assert f"not writable: {tmp_path / 'file'} is not a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_output_without_permission_is_refused(videos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, whom nothing is denied
+    assert pretrain(videos, tmp_path / "run") == 2
+    assert "no permission" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_another_architecture_is_refused_with_settings_keys_and_shapes(videos, tmp_path, capsys, monkeypatch):
+    assert pretrain(videos, tmp_path, "--steps", "1") == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setitem(PRESETS, "wider", {**MICRO, "embed_dim": 64, "depth": 3})
+    assert pretrain(videos, tmp_path, "--model", "wider") == 2
+    error = capsys.readouterr().err
+    assert "model.embed_dim 48 in the checkpoint, 64 now" in error and "model.depth 2 in the checkpoint, 3 now" in error
+    assert "encoder.norm.weight" in error or "encoder.patch_embed.proj.weight: [48" in error
+    assert "encoder.blocks.2" in error and "--no-resume" in error
+    # The shapes are the same, the function is not: positions of other frames.
+    assert pretrain(videos, tmp_path, "--num-frames", "16") == 2
+    assert "model.num_frames 8 in the checkpoint, 16 now" in capsys.readouterr().err
+    assert pretrain(videos, tmp_path / "new", "--model", "wider", "--init", str(tmp_path / "weights.pth")) == 2
+    assert "encoder.blocks.2" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_nan_exits_with_the_samples_of_the_batch(videos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Trainer, "clip", lambda self: torch.tensor(float("nan")))
+    assert pretrain(videos, tmp_path) == 2
+    assert "nonfinite.json" in capsys.readouterr().err
+    ids = json.loads((tmp_path / "nonfinite.json").read_text())["ids"]
+    assert {Path(path).name for _, _, path in ids} == {"carphone_pristine.mp4", "carphone_distorted.mp4"}
+
+
+def test_setting_changes_are_found_at_any_depth():
+    before, now = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "e": 3}}
+    assert setting_changes(before, now) == {
+        "b.c": "b.c 2 in the checkpoint, 5 now",
+        "b.d": "b.d 3 in the checkpoint, None now",
+        "b.e": "b.e None in the checkpoint, 3 now",
+    }
+
+
+def start_process(videos: Path, output: Path) -> subprocess.Popen:
+    """A real run with a data worker, in a process group of its own."""
+    flags = [*SMALL, *RUN, "--model", "vit_tiny", "--steps", "100000", "--workers", "1"]
+    command = [sys.executable, "-m", "vmae", "pretrain", "--data", str(videos), "--output", str(output), *flags]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=pipe, stderr=pipe, text=True)
+
+
+# To the whole group, as `timeout`, Slurm and a terminal send it: the data workers get it too.
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_to_the_group_leaves_a_usable_checkpoint(videos, tmp_path, number, code):
+    process = start_process(videos, tmp_path / "run")
+    try:
+        deadline = time.monotonic() + 60
+        while len(read_log(tmp_path / "run" / "log.jsonl")) < 3 and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code, err
+    assert "Traceback" not in err and "stopped by" in out
+    content = torch.load(CheckpointFolder(tmp_path / "run").latest(), weights_only=True)
+    assert content["step"] == len(losses(tmp_path / "run")) >= 3
+
+
+def test_messages_hold_no_traceback(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT}"}
+    command = [sys.executable, "-m", "vmae", "pretrain", "--data", "gone.txt", "--output", "run"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "gone.txt" in done.stderr
+    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_config_classes_refuse_unknown_settings():
+    from vmae.train.pretrain import RunConfig
+
+    with pytest.raises(InputError, match="unknown setting speeed"):
+        RunConfig.from_dict({"output": "x", "speeed": 1})
