@@ -1,0 +1,234 @@
+"""`python -m vmae reconstruct`: the picture holds what its captions say, and every wrong input is named."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vmae import DualMask, InputError, ModelConfig, build_pretrainer
+from vmae.cli import main
+from vmae.data import sample_videos
+from vmae.evaluate.reconstruct import (
+    GREY,
+    Row,
+    assemble_frames,
+    draw,
+    find_weights,
+    load_model,
+    middle_clip,
+    reconstruct,
+)
+from vmae.train.checkpoint import CheckpointFolder, export_weights
+from vmae_kernels import gather_tubelets
+
+# 4 x 4 x 8 tokens, wider than high.
+CONFIG = ModelConfig(
+    img_size=(32, 64), patch_size=8, num_frames=8, embed_dim=48, depth=1, num_heads=2,
+    decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2,
+)  # fmt: skip
+MASK = dict(encoder="tube", encoder_ratio=0.75, decoder="running_cell", decoder_ratio=0.5)
+VIDEO = str(sample_videos()[2])
+
+
+def settings(**changes) -> dict:
+    return {"model": CONFIG.to_dict(), "mask": MASK, "stride": 2, "normalize_target": True, **changes}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path = tmp_path / "weights.pth"
+    export_weights(path, build_pretrainer(CONFIG), config=settings())
+    return path
+
+
+@pytest.fixture
+def clip():
+    return middle_clip(VIDEO, CONFIG, 2)[0]
+
+
+def mask_of(**changes) -> DualMask:
+    return DualMask.sample(1, CONFIG.grid, **{**MASK, **changes}, generator=torch.Generator().manual_seed(0))
+
+
+def per_tubelet(frames: np.ndarray) -> torch.Tensor:
+    """[N, P]"""
+    tokens = torch.arange(CONFIG.num_tokens)[None]
+    return gather_tubelets(torch.from_numpy(frames)[None], tokens, CONFIG.patch_size, CONFIG.tubelet_size)[0].flatten(1)
+
+
+def test_command_writes_one_picture_and_prints_losses(weights, tmp_path, capsys):
+    out = tmp_path / "new" / "picture.png"
+    assert main(["reconstruct", VIDEO, "--checkpoint", str(weights), "--output", str(out), "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "zero predictor 0.9" in text and text.startswith("loss ") and f"picture: {out}" in text
+    with Image.open(out) as picture:
+        picture.load()
+        assert picture.format == "PNG" and picture.width > 4 * 256 and picture.height > 6 * 128
+    assert [path.name for path in out.parent.iterdir()] == ["picture.png"]
+
+
+@pytest.mark.parametrize(
+    "flags", ["--decoder-mask none", "--encoder-mask random --decoder-mask random", "--frames 1 --stride 1"]
+)
+def test_other_masks(weights, tmp_path, flags):
+    assert main(["reconstruct", VIDEO, "--checkpoint", str(weights), *flags.split()]) == 0
+    assert (tmp_path / "reconstruct-carphone_pristine.png").exists()
+
+
+def test_seed_decides_the_mask(weights, tmp_path):
+    pictures = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        out = tmp_path / f"{name}.png"
+        assert main(["reconstruct", VIDEO, "--checkpoint", str(weights), "--output", str(out), "--seed", str(seed)]) == 0
+        pictures[name] = out.read_bytes()
+    assert pictures["a"] == pictures["b"] != pictures["c"]
+
+
+@pytest.mark.parametrize("decoder", ["running_cell", "none"])
+def test_rows_show_what_their_captions_say(clip, decoder):
+    model, mask = build_pretrainer(CONFIG).eval(), mask_of(decoder=decoder)
+    result = reconstruct(model, clip, mask)
+    pixels = per_tubelet(clip[0].numpy())
+    visible, picked = (~masked[0] for masked in mask.to_bool())
+    rows = {row.caption.split(" (")[0]: row for row in result.rows}
+    assert list(rows) == [
+        "input", "encoder view", "decoder selection", "reconstruction", "prediction, normalised space",
+        "target, normalised space",
+    ]  # fmt: skip
+    assert "with the input's patch mean and variance" in rows["reconstruction"].caption
+    assert ("a second pass" in rows["reconstruction"].caption) == (decoder != "none")
+    assert torch.equal(per_tubelet(rows["input"].frames), pixels)
+    for name, shown in (("encoder view", visible), ("decoder selection", picked)):
+        found = per_tubelet(rows[name].frames)
+        assert torch.equal(found[shown], pixels[shown]) and bool((found[~shown] == GREY).all())
+    rebuilt = per_tubelet(rows["reconstruction"].frames).float()
+    assert torch.equal(rebuilt[visible], pixels[visible].float())
+    assert not torch.equal(rebuilt[~visible], pixels[~visible].float())
+    assert np.array_equal(rows["decoder selection"].outlined, visible.numpy())
+    assert result.loss == pytest.approx(model(clip, mask).item())
+    assert result.zero_loss == pytest.approx(1.0, abs=0.03)
+
+
+def test_a_perfect_prediction_gives_the_input_back(clip):
+    """Undoing the normalisation is exact: a model that predicts the target rebuilds every pixel."""
+
+    class Perfect(torch.nn.Module):
+        config, normalize_target = CONFIG, True
+
+        def predict(self, clips, mask):
+            from vmae_kernels import patch_targets_ref
+
+            return patch_targets_ref(clips, mask.decode, CONFIG.patch_size, CONFIG.tubelet_size, True)
+
+        def forward(self, clips, mask):
+            return torch.zeros(())
+
+    rows = {row.caption.split(" (")[0]: row.frames for row in reconstruct(Perfect(), clip, mask_of()).rows}
+    assert np.array_equal(rows["reconstruction"], rows["input"])
+    assert np.array_equal(rows["prediction, normalised space"], rows["target, normalised space"])
+
+
+def test_pixel_targets_need_no_borrowed_statistics(clip):
+    model = build_pretrainer(CONFIG, normalize_target=False).eval()
+    captions = [row.caption for row in reconstruct(model, clip, mask_of()).rows]
+    assert len(captions) == 4 and captions[3].startswith("reconstruction (predicted pixels")
+
+
+def test_every_hidden_tubelet_is_predicted_under_its_own_selection(clip):
+    model, mask = build_pretrainer(CONFIG).eval(), mask_of()
+    asked = []
+    plain = model.predict
+    model.predict = lambda clips, selection: asked.append(selection) or plain(clips, selection)
+    reconstruct(model, clip, mask)
+    assert torch.equal(asked[-1].decode, mask.decode) and all(torch.equal(one.visible, mask.visible) for one in asked)
+    seen = torch.cat([mask.visible, *(one.decode for one in asked)], dim=1).unique()
+    assert len(seen) == CONFIG.num_tokens
+
+
+def test_middle_clip_is_centred_in_time_and_space():
+    clip, indices = middle_clip(VIDEO, CONFIG, 2)
+    assert clip.shape == (1, 8, 32, 64, 3) and clip.dtype == torch.uint8
+    assert indices == list(range(indices[0], indices[0] + 16, 2)) and indices[0] == (120 - 16 + 1) // 2
+    with pytest.raises(InputError, match="stride 0"):
+        middle_clip(VIDEO, CONFIG, 0)
+
+
+def test_assembled_frames_invert_gathering(clip):
+    assert torch.equal(assemble_frames(per_tubelet(clip[0].numpy()), CONFIG), clip[0])
+
+
+def test_picture_is_readable_in_grey(tmp_path):
+    """Outlines stand out from black, white and grey tubelets alike."""
+    for shade in (0, GREY, 255):
+        frames = np.full((8, 32, 64, 3), shade, np.uint8)
+        outlined = np.zeros(CONFIG.num_tokens, bool)
+        outlined[0] = True
+        row = Row(caption="x", frames=frames, outlined=outlined)
+        draw([row], CONFIG, tmp_path / "x.png", frame_numbers=list(range(8)), columns=1)
+        grey = np.asarray(Image.open(tmp_path / "x.png").convert("L"))
+        tubelet = grey[44 : 44 + 32, 4 : 4 + 32]
+        assert tubelet[0, 0] == 255 and tubelet[1, 1] == 0 and tubelet[16, 16] == shade
+
+
+def test_a_run_folder_gives_its_newest_checkpoint(tmp_path, weights):
+    assert find_weights(tmp_path) == weights
+    model = build_pretrainer(CONFIG)
+    content = {"model": model.state_dict(), "optimizer": {}, "config": settings()}
+    for step in (1, 2):
+        newest = CheckpointFolder(tmp_path).save(step, content)
+    assert find_weights(tmp_path) == newest
+    loaded, read = load_model(newest)
+    assert read["stride"] == 2 and not loaded.training and loaded.config == CONFIG
+    assert torch.equal(loaded.mask_token, model.mask_token)
+
+
+def test_official_files_need_a_preset(tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    model = build_pretrainer(ModelConfig.preset("vit_tiny", decoder_depth=1))
+    torch.save({"module": model.state_dict()}, tmp_path / "official.pth")
+    save_file(dict(model.state_dict()), tmp_path / "official.safetensors")
+    for name in ("official.pth", "official.safetensors"):
+        path = tmp_path / name
+        with pytest.raises(InputError, match="name it with --model"):
+            load_model(path)
+        loaded, read = load_model(path, preset="vit_tiny", decoder_depth=1)
+        assert read == {} and torch.equal(loaded.mask_token, model.mask_token)
+        with pytest.raises(InputError, match="decoder.blocks.1"):
+            load_model(path, preset="vit_tiny")
+    flags = ["--model", "vit_tiny", "--decoder-depth", "1", "--frames", "2"]
+    assert main(["reconstruct", VIDEO, "--checkpoint", str(tmp_path / "official.pth"), *flags]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"video": "gone.mp4"}, "gone.mp4"),
+        ({"video": __file__}, "test_reconstruct.py"),
+        ({"--checkpoint": "gone.pth"}, "gone.pth does not exist"),
+        ({"--checkpoint": "{tmp}/empty"}, "holds no complete checkpoint"),
+        ({"--output": "{tmp}/x.jpg"}, "ends with .png"),
+        ({"--output": "{tmp}/weights.pth/x.png"}, "is not a folder"),
+        ({"--frames": "0"}, "--frames"),
+        ({"--stride": "-1"}, "stride"),
+        ({"--encoder-mask": "cube"}, "unknown encoder mask 'cube'"),
+        ({"--encoder-ratio": "0"}, "the loss would count no token"),
+        ({"--device": "tpu"}, "unknown device"),
+    ],
+)
+def test_wrong_input_is_named_and_no_picture_is_written(weights, tmp_path, capsys, changes, words):
+    (tmp_path / "empty").mkdir()
+    flags = {"--checkpoint": str(weights), "--output": str(tmp_path / "x.png"), **changes}
+    video = flags.pop("video", VIDEO)
+    words_of = [word.format(tmp=tmp_path) for flag in flags.items() for word in flag]
+    assert main(["reconstruct", video, *words_of]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error, error
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_picture_that_cannot_be_written_is_named(tmp_path):
+    row = Row(caption="x", frames=np.zeros((8, 32, 64, 3), np.uint8))
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(InputError, match="cannot write .*x.png"):
+        draw([row], CONFIG, tmp_path / "x.png", frame_numbers=list(range(8)))
