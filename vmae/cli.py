@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
 
 from vmae.errors import InputError
@@ -18,6 +19,7 @@ COMMANDS = {
     "reconstruct": ("vmae.evaluate.reconstruct", "draw what a checkpoint makes of a video"),
     "samples": ("vmae.data.samples", "write a list file of the four real clips that come with a test dependency"),
     "parity": ("vmae.interop.parity", "check golden files of the published code"),
+    "doctor": ("vmae.doctor", "tell what is installed, what runs here, and what is missing"),
 }
 
 
@@ -38,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     command = next((word for word in argv if word in COMMANDS), None)
     args = build_parser(command).parse_args(argv)
+    # What this package says of itself (which attention backend "auto" took) goes to stderr, as plain lines.
+    logging.getLogger("vmae").setLevel(logging.INFO)
+    logging.lastResort.setLevel(logging.INFO)
     try:
         return args.run(args) or 0
     except InputError as error:

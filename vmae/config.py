@@ -177,11 +177,13 @@ class SpeedConfig(_Checked):
 
     Attributes:
         backend: the fused operations: "torch", "triton", or "auto" (triton on a GPU).
+        attention: "auto", or a name that `python -m vmae doctor` lists.
         compile: compile the blocks with `torch.compile`.
         num_workers: processes that decode video.
     """
 
     backend: str = "auto"
+    attention: str = "auto"
     compile: bool = False
     num_workers: int = 1
 

@@ -114,7 +114,9 @@ class DualMask:
         shapes = {(m.num_tokens, m.visible.shape[1], m.decode.shape[1]) for m in masks}
         if len(shapes) > 1:
             counts = ", ".join(f"{n} tokens with {v} visible and {d} decoded" for n, v, d in sorted(shapes))
-            raise InputError(f"masks with different counts cannot form one batch: {counts}")
+            raise InputError(
+                f"masks with different counts cannot form one batch: {counts} (a model takes the list of masks itself)"
+            )
         visible, decode, weight = (torch.cat([getattr(m, key) for m in masks]) for key in ("visible", "decode", "weight"))
         if len({m.keep.shape[1] for m in masks}) == 1:
             keep = torch.cat([m.keep for m in masks])

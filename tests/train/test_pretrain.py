@@ -254,6 +254,8 @@ def test_wrong_lists_are_named_and_nothing_is_written(tmp_path, capsys, name):
         ("--device cuda:99", "cuda:99"),
         ("--device tpu", "unknown device 'tpu'"),
         ("--backend magic", "unknown backend 'magic'"),
+        ("--attention magic", "unknown attention backend 'magic'"),
+        ("--attention flash2", "attention backend 'flash2' cannot run"),
         ("--dtype float16", "unknown dtype 'float16'"),
         ("--warmup-steps 7", "warm-up of 7 steps does not fit into 6"),
         ("--lr 0", "lr must be above 0"),

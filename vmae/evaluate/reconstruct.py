@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=8, help="columns: tubelets shown, spread over the clip (8)")
     parser.add_argument("--seed", type=int, default=0, help="of the mask (0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    parser.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
     mask = parser.add_argument_group("mask and sampling (default: as in training)")
     mask.add_argument("--encoder-mask", help="tube, random, frame")
     mask.add_argument("--encoder-ratio", type=float)
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     path = find_weights(args.checkpoint)
     output = Path(args.output) if args.output else path.parent / f"reconstruct-{Path(args.video).stem}.png"
     check_picture(output)
-    model, settings = load_model(path, preset=args.model, decoder_depth=args.decoder_depth)
+    model, settings = load_model(path, preset=args.model, decoder_depth=args.decoder_depth, attention=args.attention)
     mask_settings = mask_config(settings, args)
     stride = args.stride or settings.get("stride", 4)
     clip, indices = middle_clip(args.video, model.config, stride)
@@ -133,7 +134,9 @@ def check_picture(path: Path) -> None:
     check_output(path.parent)
 
 
-def load_model(path: Path, *, preset: str | None = None, decoder_depth: int | None = None) -> tuple[Pretrainer, dict[str, Any]]:
+def load_model(
+    path: Path, *, preset: str | None = None, decoder_depth: int | None = None, attention: str = "auto"
+) -> tuple[Pretrainer, dict[str, Any]]:
     """The model of a checkpoint, in eval mode on the CPU, and the settings it was trained with (empty if it holds none).
 
     Args:
@@ -152,7 +155,7 @@ def load_model(path: Path, *, preset: str | None = None, decoder_depth: int | No
         config, state = ModelConfig.preset(preset, **overrides), load_weights(path)
     else:
         raise InputError(f"{path} does not say which architecture it is of; name it with --model")
-    model = build_pretrainer(config, normalize_target=settings.get("normalize_target", True))
+    model = build_pretrainer(config, attention=attention, normalize_target=settings.get("normalize_target", True))
     load_into(model, state, path)
     return model.eval(), settings
 

@@ -227,7 +227,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("torch", "triton", "auto", "reference"),
         help="fused operations to check; reference is the plain model (default: torch)",
     )
-    parser.add_argument("--attention", default="auto", help="attention backend (default: auto)")
+    parser.add_argument("--attention", default="auto", help="attention backend; `doctor` lists them (default: auto)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vmae.config import ModelConfig
 from vmae.model.attention import Attention
+from vmae.model.packed import Lengths
 from vmae.model.recompute import gelu_linear, norm_linear
 
 
@@ -31,11 +32,13 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lengths: Lengths | None = None) -> Tensor:
+        """`x` [B, ...], or [1, T, D] of packed clips of those lengths."""
         if self.rate == 0 or not self.training:
             return x
-        keep = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * keep.div_(1 - self.rate)
+        clips = x.shape[0] if lengths is None else len(lengths.counts)
+        keep = x.new_empty((clips,) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate).div_(1 - self.rate)
+        return x * (keep if lengths is None else keep[lengths.owner].transpose(0, 1))
 
 
 class Mlp(nn.Module):
@@ -86,15 +89,16 @@ class Block(nn.Module):
         self.gamma_1 = nn.Parameter(torch.full((dim,), config.init_values)) if scaled else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), config.init_values)) if scaled else None
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, lengths: Lengths | None = None) -> Tensor:
+        """With `lengths`, x is [1, T, D]: clips of those lengths one after the other (`vmae.model.packed`)."""
         if self.recompute:
-            x_BND = x_BND + self._branch(self.attn(x_BND, self.norm1), self.gamma_1)
-            return x_BND + self._branch(self.mlp(x_BND, self.norm2), self.gamma_2)
-        x_BND = x_BND + self._branch(self.attn(self.norm1(x_BND)), self.gamma_1)
-        return x_BND + self._branch(self.mlp(self.norm2(x_BND)), self.gamma_2)
+            x_BND = x_BND + self._branch(self.attn(x_BND, self.norm1, lengths), self.gamma_1, lengths)
+            return x_BND + self._branch(self.mlp(x_BND, self.norm2), self.gamma_2, lengths)
+        x_BND = x_BND + self._branch(self.attn(self.norm1(x_BND), None, lengths), self.gamma_1, lengths)
+        return x_BND + self._branch(self.mlp(self.norm2(x_BND)), self.gamma_2, lengths)
 
-    def _branch(self, update: Tensor, gamma: Tensor | None) -> Tensor:
-        return self.drop_path(update if gamma is None else gamma * update)
+    def _branch(self, update: Tensor, gamma: Tensor | None, lengths: Lengths | None) -> Tensor:
+        return self.drop_path(update if gamma is None else gamma * update, lengths)
 
 
 def build_blocks(

@@ -5,6 +5,8 @@ Legend: B clips, Nv visible, Nd decoded, Nk counted tokens, D encoder width, Dd 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from vmae.errors import InputError
 from vmae.masking import DualMask
 from vmae.model.blocks import build_blocks, init_xavier
 from vmae.model.embed import PatchEmbed, register_positions, sine_cosine_positions
+from vmae.model.packed import packed_loss, packed_predict
 from vmae.model.recompute import norm_linear
 from vmae_kernels import assemble_decoder_tokens, embed_visible, head_patch_loss, select_decoded
 
@@ -80,24 +83,30 @@ class Pretrainer(nn.Module):
             x = block(x)
         return x
 
+    def narrow(self, encoded: Tensor) -> Tensor:
+        """[..., D] -> [..., Dd]: the encoder's final norm, and the step to the decoder's width."""
+        if self.recompute:
+            return norm_linear(encoded, self.encoder.norm, self.encoder_to_decoder.weight, None)
+        return self.encoder_to_decoder(self.encoder.norm(encoded))
+
     def decode(self, encoded: Tensor, mask: DualMask) -> Tensor:
         """Decoder's sequence [B, Nv + Nd, Dd] before its final norm."""
-        if self.recompute:
-            x = norm_linear(encoded, self.encoder.norm, self.encoder_to_decoder.weight, None)
-        else:
-            x = self.encoder_to_decoder(self.encoder.norm(encoded))
+        x = self.narrow(encoded)
         x = assemble_decoder_tokens(x, self.mask_token, self.pos_embed, mask.visible, mask.decode, backend=self.backend)
         for block in self.decoder.blocks:
             x = block(x)
         return x
 
-    def forward(self, clips: Tensor, mask: DualMask) -> Tensor:
+    def forward(self, clips: Tensor | Sequence[Tensor], mask: DualMask | Sequence[DualMask]) -> Tensor:
         """The loss, a float32 scalar, over the picked tokens that the encoder did not see (equation 5).
 
         Args:
             clips: uint8 [B, T, H, W, 3], or normalised float [B, 3, T, H, W].
-            mask: of B clips of the same grid, on the clips' device.
+            mask: of B clips of the same grid, on the clips' device. A list of masks with unequal counts, with clips of any
+                sizes, goes through `vmae.model.packed.packed_loss`.
         """
+        if not isinstance(mask, DualMask):
+            return packed_loss(self, clips, mask)
         hidden = self.decode(self.encode(self._checked(clips, mask), mask), mask)
         norm, head = self.decoder.norm, self.decoder.head
         rows = select_decoded(hidden, norm.weight, norm.bias, mask.hidden_rows, norm.eps, backend=self.backend)
@@ -113,8 +122,15 @@ class Pretrainer(nn.Module):
             backend=self.backend,
         )
 
-    def predict(self, clips: Tensor, mask: DualMask) -> Tensor:
-        """Predicted tubelets [B, Nd, P] of all picked tokens, pixel order (t, h, w, c), in the target's space."""
+    def predict(
+        self, clips: Tensor | Sequence[Tensor], mask: DualMask | Sequence[DualMask]
+    ) -> Tensor | list[Tensor]:
+        """Predicted tubelets [B, Nd, P] of all picked tokens, pixel order (t, h, w, c), in the target's space.
+
+        With a list of masks, a list with one such tensor each.
+        """
+        if not isinstance(mask, DualMask):
+            return packed_predict(self, clips, mask)
         hidden = self.decode(self.encode(self._checked(clips, mask), mask), mask)
         return self.decoder.head(self.decoder.norm(hidden[:, mask.visible.shape[1] :]))
 

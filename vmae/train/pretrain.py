@@ -28,6 +28,8 @@ from vmae.errors import InputError
 from vmae.interop.upstream import load_into, load_weights
 from vmae.masking import DualMask
 from vmae.model import Pretrainer, build_pretrainer
+from vmae.model.attention_backends import choose
+from vmae.model.attention_probes import Workload
 from vmae.train.checkpoint import WEIGHTS_NAME, CheckpointFolder, export_weights, read_training_checkpoint, set_aside
 from vmae.train.loop import LoopConfig, Trainer
 from vmae.train.metrics import (
@@ -191,6 +193,7 @@ def _add_run_arguments(group) -> None:
     group.add_argument("--workers", "--num_workers", type=int, default=1, help="processes that decode video (1)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     group.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
+    group.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
     group.add_argument("--compile", action="store_true", help="compile the blocks with torch.compile")
     resume = group.add_mutually_exclusive_group()
     resume.add_argument(
@@ -241,7 +244,7 @@ def configs_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, RunConf
         warmup_steps=warmup_steps,
         **_taken(args, "data data_root stride batch_size num_sample repeat epochs steps seed dtype normalize_target init"),
     )
-    speed = SpeedConfig(backend=args.backend, compile=args.compile, num_workers=args.workers)
+    speed = SpeedConfig(backend=args.backend, attention=args.attention, compile=args.compile, num_workers=args.workers)
     return config, RunConfig(speed=speed, **_taken(args, "output device resume save_every keep log_every tensorboard"))
 
 
@@ -318,6 +321,7 @@ def prepare(config: PretrainConfig, run: RunConfig) -> Prepared:
     """
     device = resolve_device(run.device)
     check_backend(run.speed.backend, device)
+    check_attention(run.speed, config, device)
     check_output(Path(run.output))
     folder = CheckpointFolder(run.output, run.keep)
     check_mask(config.mask, config.model.grid)
@@ -340,7 +344,10 @@ def prepare(config: PretrainConfig, run: RunConfig) -> Prepared:
     build_schedule(config, optim)
     LoopConfig(total_steps=config.steps, dtype=config.dtype, log_every=run.log_every, save_every=run.save_every)
     torch.manual_seed(config.seed)
-    model = build_pretrainer(config.model, backend=run.speed.backend, normalize_target=config.normalize_target)
+    speed = run.speed
+    model = build_pretrainer(
+        config.model, backend=speed.backend, attention=speed.attention, normalize_target=config.normalize_target
+    )
     checkpoint = _load_start(model, config, run, folder, notes)
     return Prepared(config, run, device, dataset, model.to(device), optim, steps_per_epoch, checkpoint, notes)
 
@@ -389,6 +396,16 @@ def check_mask(mask: MaskConfig, grid: tuple[int, int, int]) -> None:
             f"the loss would count no token in 1 of {1 / chance:.0f} clips: the encoder may see all {picked} that the decoder "
             "rebuilds; lower the decoder's mask ratio or raise the encoder's"
         )
+
+
+def check_attention(speed: SpeedConfig, config: PretrainConfig, device: torch.device) -> None:
+    """Raises InputError where the named attention does not run at the model's head dims; "auto" always does."""
+    if speed.attention == "auto":
+        return
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    model = config.model
+    for dim, heads in ((model.embed_dim, model.num_heads), (model.decoder_embed_dim, model.decoder_num_heads)):
+        choose(speed.attention, Workload.on(device, dtype=dtype, head_dim=dim // heads, compiled=speed.compile))
 
 
 def check_output(folder: Path) -> None:

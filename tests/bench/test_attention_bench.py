@@ -1,0 +1,134 @@
+"""The benchmark as a user runs it, at sizes of seconds; its shapes, bounds and arithmetic by hand."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "bench" / "attention.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    sys.path.insert(0, str(SCRIPT.parent))
+    spec = importlib.util.spec_from_file_location("attention", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["attention"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["attention"]
+    sys.path.remove(str(SCRIPT.parent))
+
+
+def run(tmp_path, *words):
+    command = [sys.executable, str(SCRIPT), "--quick", "--device", "cpu", "--json", str(tmp_path / "r.json"), *words]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads((tmp_path / "r.json").read_text())
+
+
+def check_records(result, backends):
+    records = result["records"]
+    assert result["schema"] == "vmae-bench/1" and result["rejected"] == {} and "flash2" in result["skipped"]
+    assert {(r["backend"], r["shape"]) for r in records} == {(b, s) for b in backends for s in ("16 x 2 x 64", "24 x 2 x 88")}
+    for r in records:
+        assert r["forward_flop_formula"] == "4 B H N^2 d" and r["forward_flops"] == 4 * 2 * r["tokens"] ** 2 * r["head_dim"]
+        assert r["forward_backward_flops"] == 3 * r["forward_flops"]
+        assert r["forward_ideal_bytes"] == 4 * r["tokens"] * 2 * r["head_dim"] * 4
+        for mode in ("forward", "forward_backward"):
+            times = r[f"{mode}_ms"]
+            assert len(times["runs"]) == 2 and 0 < times["min"] <= times["median"] <= times["max"]
+            assert r[f"{mode}_tflops"] == pytest.approx(r[f"{mode}_flops"] / times["median"] / 1e9)
+        assert r["gradient_error"] <= 2 * max(r["gradient_plain_error"], 1.2e-7)
+        assert r["saved_bytes"] > 0 and r["padding_flop_factor"] == 1.0 and r["tiles"] == [r["head_dim"]] * 2
+    by_shape = {r["backend"]: r for r in records if r["tokens"] == 24}
+    assert by_shape["sdpa"]["saved_bytes"] < by_shape["softmax"]["saved_bytes"]
+
+
+def test_measures_checks_and_writes(tmp_path):
+    shown, result = run(tmp_path, "--backends", "sdpa", "--model", "none")
+    check_records(result, ("softmax", "sdpa"))
+    assert {r["variant"] for r in result["ratios"]} == {"sdpa"}
+    assert {name for name, _ in result["order"]} == {"softmax", "sdpa"}
+    assert "fastest first: " in shown and "auto tries sdpa, softmax (measured)" in shown and "not here: flash2" in shown
+
+
+@pytest.mark.slow
+def test_with_every_backend_and_a_whole_model(tmp_path):
+    shown, result = run(tmp_path)
+    models = [r for r in result["records"] if r["kind"] == "model"]
+    result["records"] = [r for r in result["records"] if r["kind"] == "attention"]
+    check_records(result, ("softmax", "sdpa", "sdpa_flash", "sdpa_math"))
+    plain, sdpa = models
+    assert plain["loss"] == pytest.approx(sdpa["loss"], rel=1e-5)
+    assert sdpa["saved_activation_bytes_per_clip"] < plain["saved_activation_bytes_per_clip"]
+    assert "sdpa against plain: " in shown
+
+
+def test_shapes_are_those_of_the_presets(bench):
+    shapes = {(s.tokens, s.heads, s.head_dim): s.used_by for s in bench.preset_shapes(2)}
+    assert shapes[160, 12, 64] == ("vit_b encoder",) and shapes[160, 16, 80] == ("vit_h encoder",)
+    assert shapes[208, 16, 88] == ("vit_g encoder",) and shapes[2048, 16, 88] == ("vit_g classifier",)
+    assert shapes[944, 8, 64] == ("vit_l decoder", "vit_h decoder") and shapes[1232, 8, 64] == ("vit_g decoder",)
+    assert {key[0] for key in shapes} == {160, 208, 944, 1232, 1568, 2048} and {key[2] for key in shapes} == {64, 80, 88}
+    assert {name for key, names in shapes.items() for name in names} >= set(bench.CPU_CHOICE)
+
+
+def test_one_backend_in_this_process(bench):
+    job = {"backend": "sdpa", "shapes": bench.QUICK, "device": "cpu", "dtype": "float32", "span": 0.0, "threads": 1}
+    runner = bench.Runner(job)
+    found = runner.prepare(1)
+    assert 0 < found["output_error"] < 1e-6 and 0 < found["gradient_plain_error"] < 1e-6
+    qkv, out = 24 * 3 * 2 * 88 * 4, 24 * 2 * 88 * 4
+    assert found["saved_bytes"] == qkv + out + 24 * 2 * 4  # and the log-sum-exp
+    assert found["peak_bytes"] is None or found["peak_bytes"] >= 0
+    assert runner.turn("forward") > 0 and runner.turn("forward_backward") > 0
+
+
+class FakeWorker:
+    def __init__(self, name, error):
+        self.name, self.error, self.asked = name, error, []
+
+    def ask(self, request):
+        self.asked.append(request)
+        if request[0] == "turn":
+            return 1.0
+        return {"output_error": self.error, "gradient_error": 1e-7, "output_plain_error": 1e-7, "gradient_plain_error": 1e-7}
+
+
+def test_a_wrong_backend_gets_no_speed_and_the_others_take_turns(bench):
+    workers = [FakeWorker("softmax", 1e-7), FakeWorker("off", 1e-3), FakeWorker("nan", float("nan")), FakeWorker("good", 2e-7)]
+    found = bench.measure_shape(workers, 0, 3, torch.float32)
+    assert {name: result["wrong"] is None for name, result in found.items()} == {
+        "softmax": True, "off": False, "nan": False, "good": True
+    }  # fmt: skip
+    assert "output error 1.0e-03 is over 2 x the plain one's 1.0e-07" == found["off"]["wrong"]
+    assert workers[1].asked == workers[2].asked == [("prepare", 0)]
+    assert workers[3].asked == [("prepare", 0), *([("turn", "forward"), ("turn", "forward_backward")] * 3)]
+
+
+def test_order_is_the_geometric_mean(bench):
+    ratios = [{"variant": "a", "forward_backward_speedup": {"median": x}} for x in (4.0, 1.0)]
+    assert bench.measured_order(ratios) == [("a", 2.0), ("softmax", 1.0)]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--backends", "flash9"], "unknown attention backend 'flash9'"),
+        (["--backends", "flash2", "--quick"], "flash2 cannot run here: flash-attn is not installed; these can: sdpa"),
+        (["--turns", "0"], "--turns must be at least 1"),
+        (["--device", "cuda"], "torch sees no GPU here"),
+    ],
+)
+def test_bad_input_exits_with_2(bench, capsys, monkeypatch, words, message):
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
+    assert bench.main(words) == 2
+    assert message in capsys.readouterr().err

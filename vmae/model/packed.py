@@ -1,0 +1,225 @@
+"""Clips of different lengths, grids or visible counts in one batch: their tokens one after the other, none padded.
+
+The encoder's and the decoder's layers work on [1, T, D]; only attention has to know where a clip ends. `Lengths` tells it:
+flash-attn, torch's `varlen_attn` and xformers take it as it is, SDPA and the plain one through padding and a key mask, with
+the same numbers. Embedding, targets and loss run once per group of clips with equal counts.
+
+Legend: B clips, T tokens of all clips together, Nv visible, Nd decoded, H heads, d head width, D width, P values of a tubelet.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from vmae.errors import InputError
+from vmae.masking import DualMask
+from vmae.model.attention_backends import choose
+from vmae.model.attention_probes import Workload
+from vmae.model.embed import sine_cosine_positions
+from vmae_kernels import assemble_decoder_tokens, embed_visible, head_patch_loss, select_decoded
+
+if TYPE_CHECKING:
+    from vmae.model.pretrainer import Pretrainer
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths:
+    """Tokens of each sequence of a packed batch.
+
+    Attributes:
+        counts: tokens of each of B sequences, each at least 1; known on the host, so that nothing waits for a GPU.
+        device: of the packed tokens.
+    """
+
+    counts: tuple[int, ...]
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if not self.counts or min(self.counts) < 1:
+            raise InputError(f"packed sequences need at least one token each, not {self.counts}")
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def longest(self) -> int:
+        return max(self.counts)
+
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """int32 [B + 1]: where each sequence starts, and where the last ends (`cu_seqlens`)."""
+        ends = torch.tensor((0, *self.counts)).cumsum(0)
+        return ends.to(device=self.device, dtype=torch.int32)
+
+    @functools.cached_property
+    def owner(self) -> Tensor:
+        """int64 [T]: the sequence of each token."""
+        counts = torch.tensor(self.counts)
+        return torch.repeat_interleave(torch.arange(len(self.counts)), counts).to(self.device)
+
+    @functools.cached_property
+    def padded_rows(self) -> Tensor:
+        """int64 [T]: each token's row among B x longest rows."""
+        return torch.cat([torch.arange(n) + i * self.longest for i, n in enumerate(self.counts)]).to(self.device)
+
+    @functools.cached_property
+    def key_mask(self) -> Tensor:
+        """bool [B, 1, 1, longest]: True where a padded row holds a token."""
+        counts = torch.tensor(self.counts)[:, None]
+        return (torch.arange(self.longest) < counts)[:, None, None].to(self.device)
+
+
+def packed_attention(qkv: Tensor, lengths: Lengths, backend: str = "auto", scale: float | None = None) -> Tensor:
+    """`softmax(q k^T * scale) v` for every head, each sequence for itself.
+
+    Args:
+        qkv: [T, 3, H, d], sequences one after the other.
+        lengths: of the sequences, T in total.
+        backend, scale: as for `vmae.model.attention.attention`. A backend without a function for packed sequences pads them
+            (B x longest rows) and hides the padding with a key mask.
+
+    Returns:
+        [T, H, d].
+
+    Raises:
+        InputError: an unknown backend, one that can't do this here, or `lengths` of another total.
+    """
+    if qkv.shape[0] != lengths.total:
+        raise InputError(f"{qkv.shape[0]} packed tokens do not fit sequences of {lengths.total} tokens in total")
+    training = torch.is_grad_enabled() and qkv.requires_grad
+    workload = Workload.on(qkv.device, dtype=qkv.dtype, head_dim=qkv.shape[-1], training=training, packed=True)
+    chosen = choose(backend, workload)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    if chosen.packed is not None:
+        return chosen.packed(qkv, lengths, scale)
+    rows = len(lengths.counts) * lengths.longest
+    padded = qkv.new_zeros(rows, *qkv.shape[1:]).index_copy(0, lengths.padded_rows, qkv)
+    out = chosen.call(padded.unflatten(0, (-1, lengths.longest)), scale, lengths.key_mask)
+    return out.flatten(0, 1).index_select(0, lengths.padded_rows)
+
+
+# --- the pre-trainer on groups of clips -------------------------------------------------------------------------------
+
+
+def _checked(model: Pretrainer, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> list[Tensor]:
+    """Clips of each mask, or InputError."""
+    if not masks:
+        raise InputError("a packed batch needs at least one mask")
+    if isinstance(clips, Tensor):
+        counts = [mask.batch for mask in masks]
+        if sum(counts) != clips.shape[0]:
+            raise InputError(f"masks of {sum(counts)} clips in total do not fit {clips.shape[0]} clips")
+        clips = clips.split(counts)
+    if len(clips) != len(masks):
+        raise InputError(f"{len(clips)} groups of clips do not fit {len(masks)} masks")
+    for group, mask in zip(clips, masks):
+        frames, height, width = group.shape[1:4] if group.dtype == torch.uint8 else group.shape[2:5]
+        size = (model.config.tubelet_size, model.config.patch_size, model.config.patch_size)
+        tokens = (frames // size[0]) * (height // size[1]) * (width // size[2])
+        if group.shape[0] != mask.batch or tokens != mask.num_tokens or frames % size[0] or height % size[1] or width % size[2]:
+            raise InputError(
+                f"clips of shape {list(group.shape)}, {tokens} tokens each, do not fit a mask of {mask.batch} clips of "
+                f"{mask.num_tokens} tokens (tubelets of {size[0]} x {size[1]} x {size[2]})"
+            )
+    return list(clips)
+
+
+def _positions(table: Tensor, tokens: int) -> Tensor:
+    """[1, N, D]: the positions that a model built for clips of N tokens has.
+
+    The fixed table is a function of the token's index alone, so one of any size is at hand.
+    """
+    if tokens == table.shape[1]:
+        return table
+    if isinstance(table, nn.Parameter):
+        raise InputError(
+            f"learned positions are for clips of {table.shape[1]} tokens, not of {tokens}; clips of other sizes need fixed ones"
+        )
+    return table[:, :tokens] if tokens < table.shape[1] else _longer_table(tokens, table.shape[2], table.device)
+
+
+@functools.lru_cache(maxsize=16)
+def _longer_table(tokens: int, dim: int, device: torch.device) -> Tensor:
+    return sine_cosine_positions(tokens, dim).to(device)
+
+
+def _pack(groups: list[Tensor]) -> tuple[Tensor, Lengths]:
+    """[B, N, D] groups of unequal N -> [1, T, D], and the lengths of the sequences."""
+    counts = tuple(group.shape[1] for group in groups for _ in range(group.shape[0]))
+    return torch.cat([group.flatten(0, 1) for group in groups])[None], Lengths(counts, groups[0].device)
+
+
+def _unpack(x: Tensor, groups: list[Tensor]) -> list[Tensor]:
+    """[1, T, D] -> views [B, N, D] with the B and N of `groups`."""
+    parts = x[0].split([group.shape[0] * group.shape[1] for group in groups])
+    return [part.unflatten(0, group.shape[:2]) for part, group in zip(parts, groups)]
+
+
+def _decoded(model: Pretrainer, clips: list[Tensor], masks: Sequence[DualMask]) -> list[Tensor]:
+    """The decoder's output [B, Nv + Nd, Dd] of each group, before its final norm."""
+    encoder, proj, backend = model.encoder, model.encoder.patch_embed.proj, model.backend
+    groups = []
+    for group, mask in zip(clips, masks):
+        positions = _positions(encoder.pos_embed, mask.num_tokens)
+        groups.append(embed_visible(group, mask.visible, proj.weight, proj.bias, positions, backend=backend))
+    x, lengths = _pack(groups)
+    for block in encoder.blocks:
+        x = block(x, lengths)
+    x = model.narrow(x)
+    sequences = []
+    for part, mask in zip(_unpack(x, groups), masks):
+        positions = _positions(model.pos_embed, mask.num_tokens)
+        sequences.append(
+            assemble_decoder_tokens(part, model.mask_token, positions, mask.visible, mask.decode, backend=backend)
+        )
+    x, lengths = _pack(sequences)
+    for block in model.decoder.blocks:
+        x = block(x, lengths)
+    return _unpack(x, sequences)
+
+
+def packed_loss(model: Pretrainer, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> Tensor:
+    """The loss of clips with unequal counts: the weighted mean over the counted tokens of all of them, a float32 scalar.
+
+    Args:
+        clips: one tensor per mask, uint8 [B, T, H, W, 3] or normalised float [B, 3, T, H, W]; sizes may differ from group to
+            group. Or one tensor, whose clips are dealt out to the masks in order.
+        masks: of the clips of each group.
+
+    Raises:
+        InputError: clips and masks that do not fit each other, or another size where positions are learned.
+    """
+    clips = _checked(model, clips, masks)
+    norm, head = model.decoder.norm, model.decoder.head
+    total, counted = None, None
+    for hidden, group, mask in zip(_decoded(model, clips, masks), clips, masks):
+        rows = select_decoded(hidden, norm.weight, norm.bias, mask.hidden_rows, norm.eps, backend=model.backend)
+        loss = head_patch_loss(
+            rows,
+            head.weight,
+            head.bias,
+            group,
+            mask.target,
+            mask.target_weight,
+            model.normalize_target,
+            tubelet_size=model.config.tubelet_size,
+            backend=model.backend,
+        )
+        weight = mask.target_weight.sum()
+        total = loss * weight if total is None else total + loss * weight
+        counted = weight if counted is None else counted + weight
+    return total / counted
+
+
+def packed_predict(model: Pretrainer, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> list[Tensor]:
+    """Predicted tubelets [B, Nd, P] of each group; see `packed_loss`."""
+    clips = _checked(model, clips, masks)
+    decoded = _decoded(model, clips, masks)
+    return [model.decoder.head(model.decoder.norm(x[:, m.visible.shape[1] :])) for x, m in zip(decoded, masks)]
