@@ -20,6 +20,7 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.8",
         "tensorboard>=2.16",
+        "av>=14",  # reads what decord gets wrong
         # Both import as `decord`, and only one may be installed; decord has no wheel for the others.
         "decord>=0.6; platform_system != 'Darwin' and platform_machine in 'x86_64 AMD64'",
         "decord2>=3.4; platform_system == 'Darwin' or platform_machine not in 'x86_64 AMD64'",
@@ -30,7 +31,7 @@ setup(
         "dali": ["nvidia-dali-cuda130>=2.4; platform_system == 'Linux'"],
         "torchcodec": ["torchcodec>=0.13,<0.14"],
         "hf": ["transformers>=4.50", "safetensors>=0.5"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "safetensors>=0.5", "av>=14"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "safetensors>=0.5"],
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
 )

@@ -14,6 +14,10 @@ from vmae.data.samples import sample_videos
 from vmae.errors import InputError
 
 CARPHONE = sample_videos()[2]
+VIDEO_BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(lack is not None, reason=str(lack)))
+    for name, lack in ((name, decode.BACKENDS[name].missing()) for name in ("torchcodec", "decord", "pyav"))
+]
 
 
 @pytest.fixture
@@ -48,17 +52,27 @@ def broken(tmp_path_factory):
     return folder
 
 
-def test_video_pixels_are_those_of_pyav():
+@pytest.mark.parametrize("backend", VIDEO_BACKENDS)
+def test_video_pixels_are_those_of_pyav(backend):
     av = pytest.importorskip("av")
     with av.open(str(CARPHONE)) as container:
         expected = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-    with open_video(CARPHONE) as reader:
+    with open_video(CARPHONE, backend) as reader:
         assert len(reader) == len(expected) == 120
         assert reader.fps == pytest.approx(29.97, abs=0.01)
         for indices in ([0], [119], [7, 11, 15, 19], range(0, 120, 40)):
             frames = reader.frames(indices)
             assert frames.dtype == np.uint8
             assert np.array_equal(frames, expected[list(indices)])
+
+
+@pytest.mark.parametrize("backend", VIDEO_BACKENDS)
+def test_backends_agree_on_colours(backend):
+    """1280 x 720, which some would take for BT.709 though the file does not say so."""
+    pytest.importorskip("av")
+    with open_video(sample_videos()[1], "pyav") as reader, open_video(sample_videos()[1], backend) as other:
+        one, two = (r.frames([40, 90]).astype(int) for r in (reader, other))
+    assert np.abs(one - two).max() <= 2
 
 
 def test_any_order_and_repetitions():
@@ -98,36 +112,40 @@ def test_frames_that_are_not_there(frames_entry, indices):
         reader.frames(indices)
 
 
-def test_closed_reader():
-    reader = open_video(CARPHONE)
+@pytest.mark.parametrize("backend", VIDEO_BACKENDS)
+def test_closed_reader(backend):
+    reader = open_video(CARPHONE, backend)
     reader.close()
     with pytest.raises(DecodeError, match="closed"):
         reader.frames([0])
 
 
-def test_readers_leave_no_file_open():
+@pytest.mark.parametrize("backend", VIDEO_BACKENDS)
+def test_readers_leave_no_file_open(backend):
     def open_files():
         return len(os.listdir("/proc/self/fd"))
 
     if not os.path.isdir("/proc/self/fd"):
         pytest.skip("needs /proc")
-    with open_video(CARPHONE) as reader:
+    with open_video(CARPHONE, backend) as reader:
         reader.frames([0])
     before = open_files()
     for _ in range(5):
-        with open_video(CARPHONE) as reader:
+        with open_video(CARPHONE, backend) as reader:
             reader.frames([0])
     assert open_files() == before
 
 
 @pytest.mark.parametrize("content", [b"", b"hello" * 1000], ids=["empty", "text"])
-def test_undecodable_file(tmp_path, content, capfd):
+@pytest.mark.parametrize("backend", VIDEO_BACKENDS)
+def test_undecodable_file(tmp_path, content, backend, capfd):
     path = tmp_path / "bad.mp4"
     path.write_bytes(content)
     with pytest.raises(DecodeError) as error:
-        open_video(path)
+        open_video(path, backend)
     assert str(error.value).startswith(f"{path}: cannot be opened: ")
     assert "Invalid data found" in str(error.value) and "\n" not in str(error.value)
+    assert error.value.library == backend
     output = capfd.readouterr()
     assert output.out == "" and output.err == ""
 
@@ -151,19 +169,21 @@ def test_other_lines_on_stderr_are_passed_on(capfd):
     assert decode._first_reason("RuntimeError", heard) == "No such luck"
 
 
-def test_cut_file(broken, capfd):
-    """decord refuses the file, decord2 opens what is left of it."""
+@pytest.mark.parametrize("backend", VIDEO_BACKENDS)
+def test_cut_file(broken, capfd, backend):
+    """decord refuses the file, decord2 and the others open what is left of it, or find out when they decode."""
     try:
-        with open_video(broken / "cut.mp4") as reader:
+        with open_video(broken / "cut.mp4", backend) as reader:
             assert len(reader) < 100 and len(reader.frames([0, len(reader) - 1])) == 2
     except DecodeError as error:
         assert "cut.mp4: cannot be" in str(error) and ".cc" not in str(error)
     assert capfd.readouterr().err == ""
 
 
-def test_file_without_pictures(broken, capfd):
+@pytest.mark.parametrize("backend", VIDEO_BACKENDS)
+def test_file_without_pictures(broken, capfd, backend):
     with pytest.raises(DecodeError) as error:
-        open_video(broken / "audio.mp4")
+        open_video(broken / "audio.mp4", backend)
     assert "audio.mp4: cannot be opened" in str(error.value) and ".cc" not in str(error.value)
     assert capfd.readouterr().err == ""
 
@@ -204,22 +224,51 @@ def test_broken_frame_folders(frames_entry):
         open_video(VideoEntry(entry.path, "frames", 0, 0))
 
 
-def test_decord_is_not_installed(monkeypatch):
+def test_decoders_are_not_installed(monkeypatch, uninstall):
     monkeypatch.setitem(sys.modules, "decord", None)
+    monkeypatch.setitem(sys.modules, "av", None)
+    uninstall("torchcodec")
     for backend in ("auto", "decord"):
         with pytest.raises(InputError, match="pip install decord`.*decord2") as error:
             open_video(CARPHONE, backend)
         assert not isinstance(error.value, DecodeError)  # no video is to blame, none may be replaced for it
+    with pytest.raises(InputError, match="pip install av"):
+        open_video(CARPHONE, "pyav")
+
+
+def test_auto_goes_down_the_list(uninstall):
+    for gone in ("torchcodec", "decord", "pyav"):
+        with open_video(CARPHONE) as reader:
+            first = next(name for name in ("torchcodec", "decord", "pyav") if decode.BACKENDS[name].missing() is None)
+            assert reader.backend == first
+        uninstall(gone)
+        if all(decode.BACKENDS[name].missing() for name in ("torchcodec", "decord", "pyav")):
+            break
+
+
+def test_torchcodec_that_does_not_load(monkeypatch):
+    import builtins
+
+    original = builtins.__import__
+
+    def failing(name, *arguments, **keywords):
+        if name.startswith("torchcodec"):
+            raise RuntimeError("Could not load libtorchcodec\nlong story")
+        return original(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", failing)
+    lack = decode._torchcodec_missing.__wrapped__()
+    assert "libtorchcodec" in lack and "apt-get install ffmpeg" in lack and "0.13" in lack and "\n" not in lack
 
 
 def test_backend_names():
-    with pytest.raises(InputError, match="unknown decoding backend 'nvdec'; known: auto, decord, frames"):
+    with pytest.raises(InputError, match="unknown decoding backend 'nvdec'; known: auto, torchcodec, decord, pyav, frames"):
         open_video(CARPHONE, "nvdec")
     with pytest.raises(InputError, match="'frames' does not read entries of kind 'video'"):
         open_video(CARPHONE, "frames")
 
 
-def test_another_backend_joins(monkeypatch, frames_entry):
+def test_another_backend_joins(monkeypatch, uninstall):
     class Grey(VideoReader):
         path = "grey"
 
@@ -232,7 +281,8 @@ def test_another_backend_joins(monkeypatch, frames_entry):
         def close(self):
             pass
 
-    monkeypatch.setattr(decode, "BACKENDS", dict(decode.BACKENDS))
+    uninstall("torchcodec")
+    uninstall("pyav")
     register_backend(Backend("grey", ("video",), lambda entry: Grey(), lambda: None))
     register_backend(Backend("absent", ("video",), lambda entry: Grey(), lambda: "`pip install absent`"))
     with open_video(CARPHONE, "grey") as reader:

@@ -3,11 +3,15 @@
 A backend is a name, the kinds of entries it reads, and a function that opens one. `open_video` finds it in `BACKENDS`;
 another decoder joins with `register_backend`, and no caller changes. Readers are opened where they are used (in the
 loader's worker), hold one file and are closed at once: nothing that decodes is ever shared or sent between processes.
+
+torchcodec, decord (or decord2), PyAV: `auto` takes the first that is installed and safe for the file. A backend that is
+known to return wrong frames for a file (see `vmae.data.containers`) refuses it, also when it was named.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -21,12 +25,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vmae.data.containers import open_gop_hazard, seek_hazard
 from vmae.data.manifest import VideoEntry
 from vmae.errors import InputError
 
 
 class DecodeError(InputError):
-    """A file that cannot be decoded, or has no frames. The message names it and gives the library's reason."""
+    """A file that cannot be decoded, or has no frames. The message names it and gives the library's reason.
+
+    Attributes:
+        library: the backend that failed; None where none was asked.
+    """
+
+    library: str | None = None
 
 
 class VideoReader(ABC):
@@ -35,10 +46,12 @@ class VideoReader(ABC):
     Attributes:
         path: of the file or folder.
         fps: frames a second, None where it is not known.
+        backend: name of the backend that opened it.
     """
 
     path: str
     fps: float | None = None
+    backend: str = "?"
 
     @abstractmethod
     def __len__(self) -> int:
@@ -67,7 +80,11 @@ class VideoReader(ABC):
         if wanted.min() < 0 or wanted.max() >= len(self):
             raise IndexError(f"{self.path}: frames {wanted.min()} to {wanted.max()} asked for, it has {len(self)}")
         distinct, places = np.unique(wanted, return_inverse=True)
-        decoded = self._decode(distinct)
+        try:
+            decoded = self._decode(distinct)
+        except DecodeError as error:
+            error.library = self.backend
+            raise
         return decoded if np.array_equal(distinct, wanted) else decoded[places]
 
     @abstractmethod
@@ -90,19 +107,21 @@ class Backend:
         kinds: the `VideoEntry.kind`s it reads.
         open: opens an entry; raises DecodeError.
         missing: None if it can be used here, else what to install.
+        refuses: what it would decode wrongly of an entry, in a few words; None where it can be trusted.
     """
 
     name: str
     kinds: tuple[str, ...]
     open: Callable[[VideoEntry], VideoReader]
     missing: Callable[[], str | None]
+    refuses: Callable[[VideoEntry], str | None] = lambda entry: None
 
 
 BACKENDS: dict[str, Backend] = {}
 
 
 def register_backend(backend: Backend) -> Backend:
-    """Make `backend` known to `open_video`. `auto` takes the first known one that reads the kind and is installed."""
+    """Make `backend` known to `open_video`. `auto` takes the first known one that is installed and does not refuse."""
     BACKENDS[backend.name] = backend
     return backend
 
@@ -119,15 +138,23 @@ def open_video(source: VideoEntry | str | Path, backend: str = "auto") -> VideoR
         InputError: an unknown backend, one that does not read this kind of entry, or one that is not installed.
     """
     entry = source if isinstance(source, VideoEntry) else VideoEntry(str(source))
-    chosen = _choose_backend(entry.kind, backend)
+    candidates = _find_backends(entry.kind, backend)
     if not os.path.exists(entry.path):
         raise DecodeError(f"{entry.path}: does not exist")
     if entry.kind == "video" and os.path.isdir(entry.path):
         raise DecodeError(f"{entry.path}: is a folder; for frames give a list file with a line `folder start total`")
-    return chosen.open(entry)
+    chosen = _choose_backend(entry, candidates)
+    try:
+        reader = chosen.open(entry)
+    except DecodeError as error:
+        error.library = chosen.name
+        raise
+    reader.backend = chosen.name
+    return reader
 
 
-def _choose_backend(kind: str, name: str) -> Backend:
+def _find_backends(kind: str, name: str) -> list[Backend]:
+    """The installed backends that may read an entry of this kind, at least one, the preferred one first."""
     if name != "auto" and name not in BACKENDS:
         raise InputError(f"unknown decoding backend {name!r}; known: auto, {', '.join(BACKENDS)}")
     candidates = [backend for backend in BACKENDS.values() if kind in backend.kinds]
@@ -138,10 +165,82 @@ def _choose_backend(kind: str, name: str) -> Backend:
     if not candidates:
         raise InputError(f"the decoding backend {name!r} does not read entries of kind {kind!r}")
     missing = [backend.missing() for backend in candidates]
-    for backend, lack in zip(candidates, missing, strict=True):
-        if lack is None:
+    installed = [backend for backend, lack in zip(candidates, missing, strict=True) if lack is None]
+    if not installed:
+        raise InputError("; or ".join(lack for lack in missing if lack))
+    return installed
+
+
+def _choose_backend(entry: VideoEntry, candidates: list[Backend]) -> Backend:
+    refusals = []
+    for backend in candidates:
+        try:
+            refusal = backend.refuses(entry)
+        except OSError as error:
+            raise DecodeError(f"{entry.path}: cannot be read: {error.strerror}") from None
+        if refusal is None:
             return backend
-    raise InputError(" or ".join(lack for lack in missing if lack))
+        refusals.append(f"{backend.name} cannot be trusted with {refusal}")
+    others = [backend for backend in BACKENDS.values() if entry.kind in backend.kinds and backend not in candidates]
+    lacking = [lack for lack in (backend.missing() for backend in others) if lack]
+    advice = "; ".join(lacking) or f"another backend may read it: {', '.join(backend.name for backend in others)}"
+    error = DecodeError(f"{entry.path}: refused, it would give wrong frames: {'; '.join(refusals)}; {advice}")
+    error.library = candidates[-1].name
+    raise error
+
+
+class _TorchcodecReader(VideoReader):
+    """torchcodec in exact mode: the file is scanned once, so that a frame's number is its place in time."""
+
+    def __init__(self, entry: VideoEntry) -> None:
+        from torchcodec.decoders import VideoDecoder
+
+        self.path = entry.path
+        with _library_stderr() as heard:
+            try:
+                decoder = VideoDecoder(entry.path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+                self._length = len(decoder)
+                self.fps = decoder.metadata.average_fps
+            except Exception as error:  # RuntimeError, ValueError, and what FFmpeg makes of a damaged file
+                failure = error
+            else:
+                failure = None
+        if failure is not None:
+            raise DecodeError(f"{self.path}: cannot be opened: {_first_reason(str(failure), heard)}") from None
+        if self._length < 1:
+            raise DecodeError(f"{self.path}: has no frames")
+        self._decoder = decoder
+
+    def __len__(self) -> int:
+        return self._length
+
+    def _decode(self, indices: np.ndarray) -> np.ndarray:
+        if self._decoder is None:
+            raise DecodeError(f"{self.path}: is closed")
+        with _library_stderr() as heard:
+            try:
+                return self._decoder.get_frames_at(indices.tolist()).data.numpy()
+            except Exception as error:
+                failure = error
+        raise DecodeError(f"{self.path}: cannot be decoded: {_first_reason(str(failure), heard)}")
+
+    def close(self) -> None:
+        self._decoder = None
+
+
+@functools.cache  # a failing import looks for FFmpeg in many versions, which takes longer than a clip
+def _torchcodec_missing() -> str | None:
+    try:
+        from torchcodec.decoders import VideoDecoder  # noqa: F401
+    except ImportError:
+        return "torchcodec is not installed: `pip install 'torchcodec>=0.13,<0.14'` and FFmpeg's libraries"
+    except Exception as error:  # RuntimeError or OSError of its shared libraries
+        reason = (str(error).strip().splitlines() or ["unknown reason"])[0]
+        return (
+            f"torchcodec does not load ({reason}): it needs FFmpeg's shared libraries (`apt-get install ffmpeg`) and a "
+            "version that fits torch (0.13 loads with torch 2.13 on a CPU; 0.14 to 0.17 link CUDA libraries)"
+        )
+    return None
 
 
 class _DecordReader(VideoReader):
@@ -224,7 +323,151 @@ class _FrameFolderReader(VideoReader):
         pass
 
 
-register_backend(Backend("decord", ("video",), _DecordReader, _decord_missing))
+class _PyavReader(VideoReader):
+    """PyAV: frames by their packets' timestamps, or counted from the start where those cannot be relied on.
+
+    The packets are read once, undecoded. In MP4 and Matroska their presentation times, sorted, are the frames; decoding
+    starts at the last key frame that is not shown after the wanted one, so leading pictures of an open GOP come out
+    of the group before. Other containers (AVI keeps no presentation times; a transport stream cannot be sought
+    exactly) are decoded from their start.
+    """
+
+    def __init__(self, entry: VideoEntry) -> None:
+        import av
+
+        self.path = entry.path
+        self._container = None
+        try:
+            self._container = av.open(entry.path)
+            if not self._container.streams.video:
+                raise DecodeError(f"{self.path}: cannot be opened: no video stream")
+            stream = self._container.streams.video[0]
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+            self.fps = float(stream.average_rate) if stream.average_rate else None
+            packets = [(p.pts, p.is_keyframe) for p in self._container.demux(stream) if p.size and not p.is_discard]
+            counted = seek_hazard(entry.path) is not None
+        except DecodeError:
+            self.close()
+            raise
+        except Exception as error:  # av.FFmpegError and OSError, UnicodeDecodeError of damaged metadata
+            self.close()
+            raise DecodeError(f"{self.path}: cannot be opened: {_first_reason(_av_text(error), [])}") from None
+        if not packets:
+            self.close()
+            raise DecodeError(f"{self.path}: has no frames")
+        self._length = len(packets)
+        times = [time for time, _ in packets]
+        self._counted = counted or None in times or len(set(times)) < len(times)
+        if not self._counted:
+            self._times = np.sort(np.array(times, np.int64))
+            self._keys = np.sort(np.array([time for time, key in packets if key], np.int64))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def _decode(self, indices: np.ndarray) -> np.ndarray:
+        if self._container is None:
+            raise DecodeError(f"{self.path}: is closed")
+        try:
+            if self._counted:
+                return self._stack(self._frames_counted(indices), len(indices))
+            return self._stack(self._frames_timed(self._times[indices]), len(indices))
+        except DecodeError:
+            raise
+        except Exception as error:
+            raise DecodeError(f"{self.path}: cannot be decoded: {_first_reason(_av_text(error), [])}") from None
+
+    def _frames_counted(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        import av
+
+        wanted = set(indices.tolist())
+        with av.open(self.path) as container:  # afresh: not every container can be rewound
+            stream = container.streams.video[0]
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+            for number, frame in enumerate(container.decode(stream)):
+                if number in wanted:
+                    yield self._pixels(frame)
+                if number >= indices[-1]:
+                    return
+
+    def _frames_timed(self, times: np.ndarray) -> Iterator[np.ndarray]:
+        place = 0
+        while place < len(times):
+            # One run of decoding goes on as long as no later key frame would come nearer to the next frame.
+            group = self._key_before(times[place])
+            for frame in self._decode_from(group, times[place]):
+                if frame.pts is None or frame.pts < times[place]:
+                    continue
+                if frame.pts > times[place]:
+                    raise DecodeError(f"{self.path}: cannot be decoded: the frame at {times[place]} is missing")
+                yield self._pixels(frame)
+                place += 1
+                if place == len(times) or self._key_before(times[place]) > max(group, self._key_before(frame.pts)):
+                    break
+            else:
+                raise DecodeError(f"{self.path}: cannot be decoded: the file ends before its last frame")
+
+    def _key_before(self, time: int) -> int:
+        """Number of the last key frame that is not shown after `time`; 0 if there is none."""
+        return max(int(np.searchsorted(self._keys, time, side="right")) - 1, 0)
+
+    def _decode_from(self, key: int, wanted: int) -> Iterator:
+        """Frames in order from key frame number `key`, or from an earlier one if the container seeks past `wanted`."""
+        stream = self._container.streams.video[0]
+        for back in (0, 1, 2, 4, key):
+            target = int(self._keys[max(key - back, 0)]) if len(self._keys) else int(self._times[0])
+            self._container.seek(target, stream=stream, backward=True)
+            frames = self._container.decode(stream)
+            first = next(frames, None)
+            if first is not None and first.pts is not None and first.pts <= wanted:
+                yield first
+                yield from frames
+                return
+        raise DecodeError(f"{self.path}: cannot be decoded: no key frame before the frame at {wanted} can be found")
+
+    def _pixels(self, frame) -> np.ndarray:
+        if frame.is_corrupt:
+            raise DecodeError(f"{self.path}: cannot be decoded: a frame is corrupt")
+        return frame.to_ndarray(format="rgb24")
+
+    def _stack(self, frames: Iterator[np.ndarray], count: int) -> np.ndarray:
+        pixels = list(frames)
+        if len(pixels) < count:
+            raise DecodeError(f"{self.path}: cannot be decoded: the file ends before its last frame")
+        if len({picture.shape for picture in pixels}) > 1:
+            raise DecodeError(f"{self.path}: cannot be decoded: the size of its pictures changes")
+        return np.stack(pixels)
+
+    def close(self) -> None:
+        if self._container is not None:
+            self._container.close()
+        self._container = None
+
+
+def _av_text(error: Exception) -> str:
+    """PyAV's message without its number and the file's name."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _pyav_missing() -> str | None:
+    try:
+        import av  # noqa: F401
+    except Exception as error:
+        return f"PyAV, which reads every container, is not installed ({error}): `pip install av`"
+    return None
+
+
+def _refused_by_torchcodec(entry: VideoEntry) -> str | None:
+    return seek_hazard(entry.path)
+
+
+def _refused_by_decord(entry: VideoEntry) -> str | None:
+    return seek_hazard(entry.path) or open_gop_hazard(entry.path)
+
+
+register_backend(Backend("torchcodec", ("video",), _TorchcodecReader, _torchcodec_missing, _refused_by_torchcodec))
+register_backend(Backend("decord", ("video",), _DecordReader, _decord_missing, _refused_by_decord))
+register_backend(Backend("pyav", ("video",), _PyavReader, _pyav_missing))
 register_backend(Backend("frames", ("frames",), _FrameFolderReader, lambda: None))
 
 _STDERR_LOCK = threading.Lock()
