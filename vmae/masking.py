@@ -144,17 +144,17 @@ class DualMask:
             raise InputError("the loss would count no token: the encoder sees all that the decoder rebuilds")
         return cls(visible, decode, counted.float(), keep.contiguous(), num_tokens)
 
-    @functools.cached_property
+    @property
     def target(self) -> Tensor:
         """int32 [B, Nk]: the tokens that reach the head."""
         return self.decode.gather(1, self.keep.long())
 
-    @functools.cached_property
+    @property
     def target_weight(self) -> Tensor:
         """float32 [B, Nk]: their weights in the loss."""
         return self.weight.gather(1, self.keep.long())
 
-    @functools.cached_property
+    @property
     def hidden_rows(self) -> Tensor:
         """int32 [B, Nk]: their rows in the decoder's sequence (visible tokens first)."""
         return self.keep + self.visible.shape[1]
