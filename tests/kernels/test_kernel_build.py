@@ -35,6 +35,7 @@ def assert_sound(records: list[dict], targets: set[str]) -> None:
         assert record.keys() >= FIELDS and record["registers"] > 0 and record["shared_bytes"] >= 0
 
 
+@pytest.mark.slow
 def test_hopper(tmp_path):
     """sm_90, the larger shape: HGMMA in all projections, no spill; 16-byte loads of pixels at patch 16 are in the slow test."""
     records = build_report(tmp_path, "--targets", "sm_90", "--presets", "vit_g")

@@ -103,8 +103,10 @@ class Chain(torch.nn.Module):
         return patch_loss(self.head(x), clips, decode, weight, backend=backend)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("fused_head", [False, True])
+@pytest.mark.parametrize(
+    "fused_head, autocast",
+    [(True, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, False), (False, True), (False, False)))],
+)
 def test_compiled_chain(fused_head, autocast, device):
     """torch.compile(fullgraph=True): no graph break, the same loss and gradients as eager, close to plain PyTorch's."""
     torch._dynamo.reset()
