@@ -16,6 +16,7 @@ from vmae.data.augment import crop_and_resize, crop_boxes
 from vmae.data.dataset import MAX_ATTEMPTS, Batch, EpochSampler, PretrainDataset, build_loader, check_decodable
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import VideoEntry
+from vmae.data.quarantine import Failure
 from vmae.data.samples import sample_videos
 from vmae.errors import InputError
 
@@ -278,12 +279,12 @@ def test_workers_use_one_thread(entries, monkeypatch):
     class Threads(PretrainDataset):
         def __getitem__(self, key):
             sample = super().__getitem__(key)
-            sample.replaced.append(("threads", str(torch.get_num_threads())))
+            sample.replaced.append(Failure("threads", str(torch.get_num_threads())))
             return sample
 
     data = Threads(entries, **SETTINGS)
     batch = next(build_loader(data, batch_size=1, total_steps=1, num_workers=1))
-    assert batch.replaced == [("threads", "1")]
+    assert batch.replaced == [Failure("threads", "1")]
 
 
 def test_real_videos_in_workers():
@@ -308,7 +309,8 @@ def test_a_broken_video_is_replaced_and_recorded(entries, tmp_path):
     assert_equal(sample, make([entries[0], bad, entries[1]])[0, 1])
     ((epoch, index, path),) = sample.ids
     assert (epoch, index) == (0, 1) and path in (entries[0].path, entries[1].path)
-    ((failed, error),) = sample.replaced
+    ((failed, error, library),) = sample.replaced
+    assert library in ("torchcodec", "decord", "pyav")
     assert failed == bad.path and "bad.mp4: cannot be opened" in error
     # the stand-in is drawn by epoch and index, and its clip is not the one that it gives under its own index
     assert {data[e, 1].ids[0][2] for e in range(12)} == {entries[0].path, entries[1].path}
@@ -323,7 +325,7 @@ def test_replacements_cross_the_worker_and_the_batch(entries, tmp_path):
     (plain,) = build_loader(data, batch_size=4, total_steps=1)
     (parallel,) = build_loader(data, batch_size=4, total_steps=1, num_workers=1)
     assert_equal(plain, parallel)
-    assert {path.rsplit("/", 1)[1] for path, _ in plain.replaced} == {"bad.mp4", "worse.mp4"}
+    assert {path.rsplit("/", 1)[1] for path, _, _ in plain.replaced} == {"bad.mp4", "worse.mp4"}
     assert plain.clips.shape[0] == 4
 
 

@@ -10,19 +10,22 @@ of numpy and torch, whose generators may change between versions).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vmae.config import MaskConfig
 from vmae.data.augment import RESIZERS, crop_and_resize, image_hw, sample_crop
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import VideoEntry
+from vmae.data.quarantine import Failure, Quarantine, list_failures
 from vmae.data.sampling import clip_starts, sample_frame_indices
+from vmae.data.workers import WorkerPool
 from vmae.errors import InputError
 from vmae.masking import DualMask
 
@@ -40,13 +43,13 @@ class Batch:
         clips: uint8 [B*S, T, H, W, 3], RGB; the S crops of a video stand together.
         mask: DualMask of B*S clips.
         ids: (epoch, index, path) of each of the B videos; `path` is the one that was decoded.
-        replaced: (path, error) of each video that could not be decoded, and that another one stands in for.
+        replaced: (path, error, library) of each video that could not be decoded, and that another one stands in for.
     """
 
     clips: Tensor
     mask: DualMask
     ids: list[tuple[int, int, str]]
-    replaced: list[tuple[str, str]] = field(default_factory=list)
+    replaced: list[Failure] = field(default_factory=list)
 
     @classmethod
     def cat(cls, batches: list[Batch]) -> Batch:
@@ -97,6 +100,9 @@ class PretrainDataset(Dataset):
         backend: see `open_video`.
         resize: see `crop_and_resize`.
 
+    Attributes:
+        watch: called with an entry's number before it is decoded; what a worker tells its overseer.
+
     Raises:
         InputError: no entries, a number below 1, or a mask that does not fit the grid. On access: no video of the list
             (or none of `MAX_ATTEMPTS`) can be decoded, or no backend is installed.
@@ -131,7 +137,13 @@ class PretrainDataset(Dataset):
         self.grid, self.mask = grid, mask
         self.num_sample, self.seed, self.repeat = num_sample, seed, repeat
         self.backend, self.resize = backend, resize
+        self.watch: Callable[[int], None] | None = None
+        self._blocked: dict[int, str] = {}
         self._sample_mask(0, 0)
+
+    def block(self, video: int, reason: str) -> None:
+        """Treat the entry number `video` as undecodable from now on; its error is `reason`."""
+        self._blocked[video] = reason
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -162,9 +174,9 @@ class PretrainDataset(Dataset):
             generator=generator,
         )
 
-    def _decode_with_replacement(self, epoch: int, index: int) -> tuple[Tensor, str, list[tuple[str, str]]]:
+    def _decode_with_replacement(self, epoch: int, index: int) -> tuple[Tensor, str, list[Failure]]:
         """(clips, the path they come from, the failures before it)."""
-        failures: list[tuple[str, str]] = []
+        failures: list[Failure] = []
         rng = _numpy_rng(self.seed, epoch, index, 0, _REPLACEMENT)
         total = len(self.entries)
         video, tried = index % total, set()
@@ -172,15 +184,27 @@ class PretrainDataset(Dataset):
             while video in tried:
                 video = int(rng.integers(total))
             tried.add(video)
-            entry = self.entries[video]
-            for last_chance in (False, True):
-                try:
-                    return self._decode_crops(entry, epoch, index, attempt), entry.path, failures
-                except DecodeError as error:
-                    if last_chance:
-                        failures.append((entry.path, str(error)))
+            clips = self._try_twice(video, epoch, index, attempt, failures)
+            if clips is not None:
+                return clips, self.entries[video].path, failures
         which = f"all {total} videos" if total <= MAX_ATTEMPTS else f"{len(tried)} of {total} videos, drawn in a row,"
-        raise InputError(f"{which} are undecodable; the first: {_list_failures(failures)}")
+        raise InputError(f"{which} are undecodable; the first: {list_failures(failures)}")
+
+    def _try_twice(self, video: int, epoch: int, index: int, attempt: int, failures: list[Failure]) -> Tensor | None:
+        """Clips of entry number `video`; None, and one more failure, where it cannot be decoded."""
+        entry = self.entries[video]
+        if video in self._blocked:
+            failures.append(Failure(entry.path, self._blocked[video], "worker"))
+            return None
+        if self.watch is not None:
+            self.watch(video)
+        for last_chance in (False, True):
+            try:
+                return self._decode_crops(entry, epoch, index, attempt)
+            except DecodeError as error:
+                if last_chance:
+                    failures.append(Failure(entry.path, str(error), error.library))
+        return None
 
     def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
         """uint8 [S, T, H, W, 3]"""
@@ -192,12 +216,6 @@ class PretrainDataset(Dataset):
         boxes = [sample_crop(width, height, self.image_size, rng) for _ in range(self.num_sample)]
         crops = [crop_and_resize(frames, box, self.image_size, resize=self.resize) for box in boxes]
         return torch.from_numpy(np.stack(crops))
-
-
-def _list_failures(failures: Sequence[tuple[str, str]], shown: int = 3) -> str:
-    # A decoder's message starts with the file; any other needs it in front.
-    texts = [error if error.startswith(path) else f"{path}: {error}" for path, error in failures[:shown]]
-    return "; ".join(texts)
 
 
 def check_decodable(entries: Sequence[VideoEntry], *, backend: str = "auto", limit: int = 20) -> list[tuple[str, str]]:
@@ -224,7 +242,7 @@ def check_decodable(entries: Sequence[VideoEntry], *, backend: str = "auto", lim
         except DecodeError as error:
             failures.append((entry.path, str(error)))
     which = f"all {count} videos" if count == len(entries) else f"all of the {count} videos tried, of {len(entries)},"
-    raise InputError(f"{which} are undecodable; the first: {_list_failures(failures)}")
+    raise InputError(f"{which} are undecodable; the first: {list_failures(failures)}")
 
 
 class EpochSampler:
@@ -300,15 +318,12 @@ class EpochSampler:
         return self._order[1]
 
 
-class _BatchSource(Dataset):
-    """Makes whole batches in a worker, and hands an `InputError` over as a value: torch would wrap a raised one into a
-    traceback of the worker, and the user would not find the message."""
+class _BatchSource:
+    """Makes whole batches in a worker, and hands an `InputError` over as a value: a raised one would reach the main
+    process as a traceback of the worker, and the user would not find the message."""
 
     def __init__(self, dataset: PretrainDataset) -> None:
         self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, keys: list[SampleKey]) -> Batch | InputError:
         try:
@@ -316,33 +331,39 @@ class _BatchSource(Dataset):
         except InputError as error:
             return InputError(str(error))
 
+    def block(self, video: int, reason: str) -> None:
+        self.dataset.block(video, reason)
+
+    def set_watch(self, watch: Callable[[int], None]) -> None:
+        self.dataset.watch = watch
+
 
 class PretrainLoader:
     """Iterator over `Batch`, one for each step from `start_step` on. Made by `build_loader`.
 
     Attributes:
         sampler: which samples each step reads.
+        quarantine: what failed so far.
     """
 
     def __init__(
-        self, dataset: PretrainDataset, sampler: EpochSampler, *, num_workers: int, pin_memory: bool, prefetch: int
+        self,
+        dataset: PretrainDataset,
+        sampler: EpochSampler,
+        quarantine: Quarantine,
+        *,
+        num_workers: int,
+        pin_memory: bool,
+        prefetch: int,
+        hang_s: float,
     ) -> None:
-        self.dataset, self.sampler = dataset, sampler
-        # batch_size=None: a key of the sampler is a whole batch, made in one worker. The iterator spans all epochs, so
-        # workers live as long as the run. The generator keeps torch from drawing the workers' (unused) seeds from the
-        # global one, which would make the model's random numbers depend on when a loader was built.
-        loader = DataLoader(
-            _BatchSource(dataset),
-            sampler=sampler,
-            batch_size=None,
-            num_workers=num_workers,
-            pin_memory=pin_memory and torch.cuda.is_available(),
-            prefetch_factor=prefetch if num_workers else None,
-            collate_fn=_unchanged,
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),
-        )
-        self._iterator = iter(loader)
+        self.dataset, self.sampler, self.quarantine = dataset, sampler, quarantine
+        self._pin = pin_memory and torch.cuda.is_available()
+        source = _BatchSource(dataset)
+        if num_workers:  # they live as long as the run: the iterator spans all epochs
+            self._iterator = WorkerPool(source, iter(sampler), count=num_workers, prefetch=prefetch, hang_s=hang_s)
+        else:
+            self._iterator = (source[keys] for keys in sampler)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -355,13 +376,19 @@ class PretrainLoader:
         if self._iterator is None:
             raise StopIteration
         batch = next(self._iterator)
-        if isinstance(batch, InputError):
+        try:
+            if isinstance(batch, InputError):
+                raise batch
+            self.quarantine.add(len(batch.ids), batch.replaced)
+        except InputError:
             self.close()
-            raise batch
-        return batch
+            raise
+        return batch.pin_memory() if self._pin else batch
 
     def close(self) -> None:
         """End the workers; iteration is over."""
+        if self._iterator is not None:
+            self._iterator.close()
         self._iterator = None
 
     def __enter__(self) -> PretrainLoader:
@@ -369,14 +396,6 @@ class PretrainLoader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _unchanged(batch: Batch | InputError) -> Batch | InputError:
-    return batch
-
-
-def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)  # the workers share the cores; more threads in each only get in each other's way
 
 
 def build_loader(
@@ -391,6 +410,9 @@ def build_loader(
     prefetch: int = 2,
     rank: int = 0,
     world_size: int = 1,
+    quarantine: str | Path | None = None,
+    max_bad_share: float = 0.05,
+    hang_s: float = 120.0,
 ) -> PretrainLoader:
     """Batches from step `start_step` up to `total_steps` (or `epochs`; without both, for ever).
 
@@ -403,12 +425,20 @@ def build_loader(
         pin_memory: page-locked batches, for copies to a GPU beside its work; ignored where there is none.
         prefetch: batches that each worker makes ahead.
         rank, world_size: see `EpochSampler`.
+        quarantine: file for the bad videos, one JSON line each; with many ranks, rank 3 writes NAME-3.jsonl.
+        max_bad_share: share of reads that may fail, see `Quarantine`.
+        hang_s: seconds that a video may take in a worker, before the worker is replaced and the video counts as bad.
 
     Raises:
-        InputError: a number out of range, or both `total_steps` and `epochs`. While iterating: no video decodes.
+        InputError: a number out of range, or both `total_steps` and `epochs`. While iterating: no video decodes, or too
+            many do not.
     """
     if num_workers < 0 or prefetch < 1:
         raise InputError(f"num_workers ({num_workers}) must be at least 0 and prefetch ({prefetch}) at least 1")
+    if hang_s <= 0:
+        raise InputError(f"hang_s must be above 0, not {hang_s}")
+    if quarantine is not None and rank:
+        quarantine = Path(quarantine).with_stem(f"{Path(quarantine).stem}-{rank}")
     if total_steps is not None and epochs is not None:
         raise InputError("give total_steps or epochs, not both")
     sampler = EpochSampler(
@@ -429,4 +459,7 @@ def build_loader(
             f"to {times} times in a batch, with other frames and crops",
             stacklevel=2,
         )
-    return PretrainLoader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory, prefetch=prefetch)
+    bad = Quarantine(quarantine, max_bad_share)
+    return PretrainLoader(
+        dataset, sampler, bad, num_workers=num_workers, pin_memory=pin_memory, prefetch=prefetch, hang_s=hang_s
+    )

@@ -1,0 +1,120 @@
+"""Videos that could not be decoded: counted, written down, and too many of them stop the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vmae.errors import InputError
+
+QUARANTINE_NAME = "quarantine.jsonl"
+JUDGED_FROM = 200  # reads; before that, a share says little
+
+
+class Failure(NamedTuple):
+    """A video that could not be decoded, and that another one stands in for.
+
+    Attributes:
+        path: of the file or folder.
+        error: the library's reason.
+        library: the backend that failed, or "worker" for a process that hung or crashed on it; None where none was asked.
+    """
+
+    path: str
+    error: str
+    library: str | None = None
+
+
+def list_failures(failures: Sequence[tuple], shown: int = 3) -> str:
+    """The first failures in one line."""
+    # A decoder's message starts with the file; any other needs it in front.
+    texts = [error if error.startswith(path) else f"{path}: {error}" for path, error, *_ in failures[:shown]]
+    return "; ".join(texts)
+
+
+class Quarantine:
+    """What failed so far in a run.
+
+    Args:
+        path: file that gets one JSON line (path, error, library) for each bad video, once; None writes nothing. What it
+            holds already, from before a run was resumed, stays and is not written again.
+        max_share: share of reads that may fail. It is judged after 200 reads, with three standard deviations to spare,
+            so that a list with just that share does not stop by chance.
+
+    Attributes:
+        reads, failures: videos tried, and how many of these tries failed.
+        bad: the failure of each bad video, by its path.
+
+    Raises:
+        InputError: a share outside 0 to 1, or a file that cannot be written.
+    """
+
+    def __init__(self, path: str | Path | None = None, max_share: float = 0.05) -> None:
+        if not 0 <= max_share <= 1:
+            raise InputError(f"the share of bad videos must be between 0 and 1, not {max_share}")
+        self.path, self.max_share = None if path is None else Path(path), max_share
+        self.reads = self.failures = 0
+        self.bad: dict[str, Failure] = {}
+        self._written = self._read_paths()
+
+    def _read_paths(self) -> set[str]:
+        if self.path is None or not self.path.is_file():
+            return set()
+        paths = set()
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                paths.add(json.loads(line)["path"])
+            except (ValueError, KeyError, TypeError):  # the last line of a killed run
+                continue
+        return paths
+
+    def add(self, read: int, failed: Sequence[Failure]) -> None:
+        """Count `read` good videos and those that `failed`, and write the new ones down.
+
+        Raises:
+            InputError: too many failed (with a summary), or the file cannot be written.
+        """
+        self.reads += read + len(failed)
+        self.failures += len(failed)
+        for failure in failed:
+            self.bad.setdefault(failure.path, failure)
+        self._write([failure for failure in dict.fromkeys(failed) if failure.path not in self._written])
+        expected = self.max_share * self.reads
+        if self.reads >= JUDGED_FROM and self.failures > expected + 3 * math.sqrt(expected):
+            raise InputError(
+                f"{self.summary()}. No more than {self.max_share:.0%} may fail; `python -m vmae check-data LIST` tells what "
+                "is wrong with them and writes a list without them"
+            )
+
+    def _write(self, failures: list[Failure]) -> None:
+        if self.path is None or not failures:
+            return
+        lines = []
+        for failure in failures:
+            if failure.path not in self._written:
+                self._written.add(failure.path)
+                lines.append(json.dumps(failure._asdict(), ensure_ascii=False) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a+b") as file:
+                file.seek(max(file.tell() - 1, 0))
+                cut = file.read() not in (b"", b"\n")  # by a kill
+                file.write(("\n" * cut + "".join(lines)).encode())
+        except OSError as error:
+            raise InputError(f"cannot write the list of bad videos {str(self.path)!r}: {error.strerror}") from None
+
+    def summary(self) -> str:
+        """What failed, in a line: how many, with which libraries, the first three, and where the rest is."""
+        if not self.failures:
+            return f"all {self.reads} videos read could be decoded"
+        libraries = Counter(failure.library or "no library" for failure in self.bad.values())
+        kinds = ", ".join(f"{count} with {name}" for name, count in libraries.most_common())
+        where = f"; all of them in {self.path}" if self.path is not None else ""
+        return (
+            f"{self.failures} of {self.reads} reads failed ({self.failures / self.reads:.1%}), of {len(self.bad)} videos "
+            f"({kinds}); the first: {list_failures(list(self.bad.values()))}{where}"
+        )

@@ -1,0 +1,225 @@
+"""Processes that make batches, in order; one that hangs or crashes is replaced, not waited for.
+
+Why not torch's `DataLoader`: a worker of it that hangs stops the run, one that a decoder crashes raises an error at
+any moment in the main process, and neither can be replaced. Here each worker has a pipe of its own and writes down
+which video it is at, so the main process knows whom to blame: the video is blocked (another one stands in for it)
+and what the worker still owed is made again by a new one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.connection
+import multiprocessing.sharedctypes
+import os
+import signal
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.multiprocessing
+
+from vmae.errors import InputError
+
+CRASHES = {
+    -number for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGKILL)
+}
+MAX_IDLE_RESTARTS = 5  # of workers that no video is to blame for, in a row without a batch
+_POLL_S, _GRACE_S = 1.0, 5.0
+
+
+class Maker(Protocol):
+    """What runs in the workers."""
+
+    def __getitem__(self, task: Any) -> Any:
+        """The result of a task."""
+
+    def set_watch(self, watch: Callable[[int], None]) -> None:
+        """Call `watch(video number)` before each video from now on."""
+
+    def block(self, video: int, reason: str) -> None:
+        """Treat a video as undecodable from now on."""
+
+
+class _Worker:
+    """A process, its pipe, the tasks it owes, and the video it is at."""
+
+    def __init__(self, context, maker: Maker) -> None:
+        self.tasks: deque[tuple[int, Any]] = deque()
+        self.suspected: tuple[float, float] | None = None  # (when its video began, when that was found too long)
+        self.slot = multiprocessing.sharedctypes.RawArray("d", [-1.0, 0.0])
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(maker, theirs, self.slot, os.getpid()), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def give(self, number: int, task: Any) -> None:
+        self.tasks.append((number, task))
+        self.tell("make", number, task)
+
+    def tell(self, *message: Any) -> None:
+        try:
+            self.pipe.send(message)
+        except OSError:  # it has died; whoever waits for it finds out
+            pass
+
+    @property
+    def video(self) -> int:
+        return int(self.slot[0])
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def _work(maker: Maker, pipe, slot, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)  # the workers share the cores; more threads in each only get in each other's way
+
+    def watch(video: int) -> None:
+        slot[1] = time.monotonic()
+        slot[0] = video
+
+    maker.set_watch(watch)
+    while True:
+        while not pipe.poll(_POLL_S):
+            if os.getppid() != parent:
+                return
+        try:
+            kind, *content = pipe.recv()
+        except EOFError:
+            return
+        if kind == "block":
+            maker.block(*content)
+            continue
+        number, task = content
+        try:
+            answer = (number, True, maker[task])
+        except Exception:
+            answer = (number, False, traceback.format_exc())
+        watch(-1)
+        try:
+            pipe.send(answer)
+        except OSError:
+            return
+
+
+class WorkerPool:
+    """Iterator over the results of `tasks`, in order, made ahead by `count` processes.
+
+    Args:
+        maker: copied into each process.
+        tasks: what `maker[task]` is called with; drawn as workers become free.
+        count: processes.
+        prefetch: tasks that each has at a time.
+        hang_s: seconds that one video may take.
+
+    Attributes:
+        lost: (video number, reason) of each video that hung or crashed a worker; whoever reads it empties it.
+
+    Raises:
+        RuntimeError: on iteration: `maker` raised, a worker was stopped by somebody else, or workers keep dying.
+    """
+
+    def __init__(self, maker: Maker, tasks: Iterator[Any], *, count: int, prefetch: int, hang_s: float) -> None:
+        self.lost: list[tuple[int, str]] = []
+        self._maker, self._tasks = maker, enumerate(tasks)
+        self._prefetch, self._hang_s = prefetch, hang_s
+        self._context = torch.multiprocessing.get_context()
+        self._ready: dict[int, Any] = {}
+        self._next = self._idle_restarts = 0
+        self._workers = [_Worker(self._context, maker) for _ in range(count)]
+        for _ in range(prefetch):
+            for worker in self._workers:
+                self._feed(worker)
+
+    def _feed(self, worker: _Worker) -> None:
+        for number, task in self._tasks:
+            worker.give(number, task)
+            return
+
+    def __iter__(self) -> WorkerPool:
+        return self
+
+    def __next__(self) -> Any:
+        while self._next not in self._ready:
+            if not any(worker.tasks for worker in self._workers):
+                self.close()
+                raise StopIteration
+            self._wait()
+        good, result = self._ready.pop(self._next)
+        self._next += 1
+        self._idle_restarts = 0
+        if not good:
+            self.close()
+            raise RuntimeError(f"a data worker failed:\n{result}")
+        return result
+
+    def _wait(self) -> None:
+        """Take what has arrived, within a second, and replace who hangs or has died."""
+        owing = {worker.pipe: worker for worker in self._workers if worker.tasks}
+        for pipe in multiprocessing.connection.wait(list(owing), min(_POLL_S, self._hang_s / 4)):
+            worker = owing[pipe]
+            try:
+                number, good, result = pipe.recv()
+            except (EOFError, OSError):  # also when it dies while its tensors are handed over
+                self._replace(worker, None)
+                continue
+            worker.tasks.popleft()
+            self._ready[number] = (good, result)
+            self._feed(worker)
+        now = time.monotonic()
+        for worker in list(self._workers):
+            if not worker.process.is_alive() and not worker.pipe.poll():
+                self._replace(worker, None)
+            elif worker.tasks and self._hangs(worker, now):
+                self._replace(worker, f"took more than {self._hang_s:g} s; its worker was stopped")
+
+    def _hangs(self, worker: _Worker, now: float) -> bool:
+        """Whether its video takes too long, also a moment after that was first seen (all may have been suspended)."""
+        video, began = worker.slot
+        if video < 0 or now - began < self._hang_s:
+            worker.suspected = None
+            return False
+        if worker.suspected is None or worker.suspected[0] != began:
+            worker.suspected = (began, now)
+        return now - worker.suspected[1] >= min(_GRACE_S, self._hang_s / 2)
+
+    def _replace(self, worker: _Worker, reason: str | None) -> None:
+        if reason is None:
+            worker.process.join(1)
+            code = worker.process.exitcode
+            if code not in CRASHES:
+                self.close()
+                raise RuntimeError(f"a data worker was stopped (exit code {code})")
+            if code != -signal.SIGKILL:  # that is for want of memory, and no video's fault
+                reason = f"crashed its worker ({signal.Signals(-code).name})"
+        video = worker.video
+        worker.kill()
+        if reason is not None and video >= 0:
+            self.lost.append((video, reason))
+            self._maker.block(video, reason)
+            for other in self._workers:
+                other.tell("block", video, reason)
+        else:
+            self._idle_restarts += 1
+            if self._idle_restarts > MAX_IDLE_RESTARTS:
+                self.close()
+                raise InputError("data workers keep dying, for want of memory most likely; try fewer, or a smaller batch")
+        fresh = _Worker(self._context, self._maker)
+        self._workers[self._workers.index(worker)] = fresh
+        for number, task in worker.tasks:
+            fresh.give(number, task)
+
+    def close(self) -> None:
+        """End the processes; iteration is over."""
+        for worker in self._workers:
+            worker.kill()
+        self._workers, self._tasks = [], iter(())
+
+    def __del__(self) -> None:
+        self.close()
