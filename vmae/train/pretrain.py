@@ -578,6 +578,7 @@ def _open_batches(prepared: Prepared, start_step: int) -> PretrainLoader:
             start_step=start_step,
             total_steps=prepared.config.steps,
             pin_memory=prepared.device.type == "cuda",
+            quarantine=Path(prepared.run.output) / "quarantine.jsonl",
         )
     for warning in caught:
         print(f"note: {warning.message}", flush=True)
