@@ -137,12 +137,52 @@ def test_bad_settings(entries):
         ({"num_frames": 0}, "0 frames"),
         ({"image_size": 0}, "image size 0"),
         ({"resize": "cubic"}, "cubic"),
+        ({"sampling": "random"}, "unknown sampling 'random'; known: published, exact, fps"),
+        ({"sampling": "fps"}, "fps"),
+        ({"fps": 5.0}, "fps"),
+        ({"sampling": "fps", "fps": 0}, "above 0"),
+        ({"min_frames": 0}, "min_frames"),
         ({"mask": MaskConfig(encoder_ratio=0.75, decoder_ratio=0.4)}, "0.4"),  # no running cell has it
     ):
         with pytest.raises(InputError, match=message):
             make(entries, **changes)
     with pytest.raises(InputError, match="no entries"):
         make([])
+
+
+def test_flip(entries):
+    plain, flipped = make(entries, num_sample=16)[0, 1], make(entries, num_sample=16, flip=True)[0, 1]
+    same = [torch.equal(a, b) for a, b in zip(plain.clips, flipped.clips, strict=True)]
+    mirrored = [torch.equal(a.flip(2), b) for a, b in zip(plain.clips, flipped.clips, strict=True)]
+    assert all(a != b for a, b in zip(same, mirrored, strict=True)) and 2 < sum(same) < 14
+    assert torch.equal(plain.mask.visible, flipped.mask.visible)
+
+
+def test_sampling_modes(bar_videos, read_numbers):
+    """The bars of the clips' frames say which frames they are: 25 frames a second."""
+
+    def numbers(**settings):
+        data = make([VideoEntry(str(bar_videos["h264_closed"]))], image_size=(64, 128), grid=(2, 4, 8), **settings)
+        data.num_frames = 8
+        monkeypatched = [data._decode_with_replacement(epoch, 0)[0] for epoch in range(6)]
+        return [read_numbers(clips[0].numpy()) for clips in monkeypatched]
+
+    full_frame = pytest.MonkeyPatch()
+    full_frame.setattr(dataset_module, "sample_crop", lambda *a: (0, 0, 128, 64))
+    try:
+        assert {b - a for clip in numbers() for a, b in zip(clip, clip[1:])} == {2}
+        assert {b - a for clip in numbers(sampling="exact", stride=5) for a, b in zip(clip, clip[1:])} == {5}
+        assert {clip[-1] - clip[0] for clip in numbers(sampling="fps", fps=10)} == {17}  # floor(7 * 2.5)
+        assert {clip[-1] - clip[0] for clip in numbers(sampling="fps", fps=50)} == {3}
+    finally:
+        full_frame.undo()
+
+
+def test_a_short_video_can_count_as_bad(entries):
+    short = VideoEntry(entries[0].path, "frames", 1, 5, None, "{}.png")
+    (failure,) = make([short, *entries[1:]], min_frames=6)[0, 0].replaced
+    assert "has 5 frames, fewer than 6" in failure.error and failure.library == "frames"
+    assert make([short, *entries[1:]])[0, 0].replaced == []
 
 
 # ---- batches
@@ -349,6 +389,8 @@ def test_readers_are_closed_when_decoding_fails(entries, monkeypatch):
     events = []
 
     class Failing:
+        fps = None
+
         def __len__(self):
             return 20
 

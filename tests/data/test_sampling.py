@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vmae.data.sampling import clip_starts, sample_frame_indices, walk_frames
+from vmae.data.sampling import clip_starts, exact_starts, sample_exact_indices, sample_frame_indices, walk_frames
 from vmae.errors import InputError
 
 
@@ -61,3 +61,28 @@ def test_short_videos_repeat_a_late_frame():
 def test_nothing_to_sample(arguments):
     with pytest.raises(InputError):
         sample_frame_indices(*arguments, np.random.default_rng(0))
+
+
+# A span that fits with room, exactly, and not; strides that are no whole numbers, also below one.
+@pytest.mark.parametrize(
+    ("total", "num_frames", "stride"), [(100, 16, 4), (61, 16, 4), (60, 16, 4), (1, 4, 3), (100, 16, 2.4), (20, 8, 0.5)]
+)
+def test_exact_stride(total, num_frames, stride):
+    starts = exact_starts(total, num_frames, stride)
+    span = int((num_frames - 1) * stride)
+    assert len(starts) == max(total - span, 1)
+    rng = np.random.default_rng(0)
+    clips = [sample_exact_indices(total, num_frames, stride, rng) for _ in range(50 * len(starts))]
+    assert {int(clip[0]) for clip in clips} == set(starts)
+    for clip in clips:
+        assert clip.dtype == np.int64
+        expected = [min(int(clip[0]) + int(k * stride), total - 1) for k in range(num_frames)]
+        assert clip.tolist() == expected
+    if total > span:
+        assert max(clip[-1] for clip in clips) == total - 1  # the last frame can be met
+
+
+@pytest.mark.parametrize("arguments", [(0, 16, 4), (100, 0, 4), (100, 16, 0), (100, 16, float("inf"))])
+def test_nothing_to_sample_exactly(arguments):
+    with pytest.raises(InputError):
+        sample_exact_indices(*arguments, np.random.default_rng(0))

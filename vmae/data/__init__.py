@@ -4,6 +4,8 @@ from vmae.data.augment import CropBox, crop_and_resize, sample_crop
 from vmae.data.dataset import Batch, EpochSampler, PretrainDataset, PretrainLoader, build_loader, check_decodable
 from vmae.data.decode import DecodeError, VideoReader, open_video
 from vmae.data.manifest import VideoEntry, read_list
+from vmae.data.mix import Mix, describe_data, read_data
+from vmae.data.quarantine import Failure, Quarantine
 from vmae.data.samples import sample_videos, write_sample_list
 from vmae.data.sampling import sample_frame_indices
 
@@ -12,14 +14,19 @@ __all__ = [
     "CropBox",
     "DecodeError",
     "EpochSampler",
+    "Failure",
+    "Mix",
     "PretrainDataset",
     "PretrainLoader",
+    "Quarantine",
     "VideoEntry",
     "VideoReader",
     "build_loader",
     "check_decodable",
     "crop_and_resize",
+    "describe_data",
     "open_video",
+    "read_data",
     "read_list",
     "sample_crop",
     "sample_frame_indices",

@@ -23,14 +23,15 @@ from vmae.config import MaskConfig
 from vmae.data.augment import RESIZERS, crop_and_resize, image_hw, sample_crop
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import VideoEntry
+from vmae.data.mix import Mix
 from vmae.data.quarantine import Failure, Quarantine, list_failures
-from vmae.data.sampling import clip_starts, sample_frame_indices
+from vmae.data.sampling import SAMPLINGS, clip_starts, sample_exact_indices, sample_frame_indices
 from vmae.data.workers import WorkerPool
 from vmae.errors import InputError
 from vmae.masking import DualMask
 
 MAX_ATTEMPTS = 50  # videos tried for one sample: with half of a list broken, all 50 fail once in 1e15 samples
-_FRAMES, _CROPS, _MASKS, _REPLACEMENT, _ORDER = range(5)
+_FRAMES, _CROPS, _MASKS, _REPLACEMENT, _ORDER, _FLIPS = range(6)
 
 SampleKey = tuple[int, int]
 
@@ -88,7 +89,7 @@ class PretrainDataset(Dataset):
     A video that cannot be decoded is tried once more, then replaced by another one, drawn from (seed, epoch, index).
 
     Args:
-        entries: of `read_list`, at least one.
+        entries: of `read_list` or `read_data`, at least one.
         num_frames: T.
         stride: frames from one sampled frame to the next, for entries that have none of their own.
         image_size: side, or (height, width), of the clips in pixels.
@@ -99,6 +100,11 @@ class PretrainDataset(Dataset):
         repeat: visits of a video in an epoch.
         backend: see `open_video`.
         resize: see `crop_and_resize`.
+        sampling: "published", "exact" (the stride is kept exactly, and a clip may reach the last frame) or "fps" (frames
+            `fps` to a second; where a video, or a folder, tells no rate, its stride).
+        fps: frames a second of the clips, for "fps".
+        flip: mirror half of the clips; off as published, and never right where left and right mean something (SSv2).
+        min_frames: a video of fewer counts as bad.
 
     Attributes:
         watch: called with an entry's number before it is decoded; what a worker tells its overseer.
@@ -122,6 +128,10 @@ class PretrainDataset(Dataset):
         repeat: int = 1,
         backend: str = "auto",
         resize: str = "torch",
+        sampling: str = "published",
+        fps: float | None = None,
+        flip: bool = False,
+        min_frames: int = 1,
     ) -> None:
         if not entries:
             raise InputError("no videos to train on: the list has no entries")
@@ -131,8 +141,16 @@ class PretrainDataset(Dataset):
             raise InputError(f"seed must be at least 0, not {seed}")
         if resize not in RESIZERS:
             raise InputError(f"unknown resize {resize!r}; known: {', '.join(RESIZERS)}")
+        if sampling not in SAMPLINGS:
+            raise InputError(f"unknown sampling {sampling!r}; known: {', '.join(SAMPLINGS)}")
+        if (sampling == "fps") != (fps is not None) or (fps is not None and not 0 < fps < float("inf")):
+            raise InputError(f"sampling by fps needs `fps` above 0, and only that does; not {sampling!r} with fps {fps}")
+        if min_frames < 1:
+            raise InputError(f"min_frames must be at least 1, not {min_frames}")
         clip_starts(1, num_frames, stride)
+        self._mix = entries if isinstance(entries, Mix) else None
         self.entries = list(entries)
+        self.sampling, self.fps, self.flip, self.min_frames = sampling, fps, flip, min_frames
         self.num_frames, self.stride, self.image_size = num_frames, stride, image_hw(image_size)
         self.grid, self.mask = grid, mask
         self.num_sample, self.seed, self.repeat = num_sample, seed, repeat
@@ -178,11 +196,13 @@ class PretrainDataset(Dataset):
         """(clips, the path they come from, the failures before it)."""
         failures: list[Failure] = []
         rng = _numpy_rng(self.seed, epoch, index, 0, _REPLACEMENT)
-        total = len(self.entries)
-        video, tried = index % total, set()
+        video, others = index % len(self.entries), range(len(self.entries))
+        if self._mix is not None:
+            video, others = self._mix.pick(self.seed, epoch, index, len(self))
+        total, tried = len(others), set()
         for attempt in range(min(total, MAX_ATTEMPTS)):
             while video in tried:
-                video = int(rng.integers(total))
+                video = others[int(rng.integers(total))]
             tried.add(video)
             clips = self._try_twice(video, epoch, index, attempt, failures)
             if clips is not None:
@@ -209,13 +229,28 @@ class PretrainDataset(Dataset):
     def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
         """uint8 [S, T, H, W, 3]"""
         with open_video(entry, self.backend) as reader:
+            if len(reader) < self.min_frames:
+                error = DecodeError(f"{entry.path}: has {len(reader)} frames, fewer than {self.min_frames}")
+                error.library = reader.backend
+                raise error
             rng = _numpy_rng(self.seed, epoch, index, attempt, _FRAMES)
-            frames = reader.frames(sample_frame_indices(len(reader), self.num_frames, entry.stride or self.stride, rng))
+            frames = reader.frames(self._sample_indices(len(reader), reader.fps, entry, rng))
         height, width = frames.shape[1:3]
         rng = _numpy_rng(self.seed, epoch, index, attempt, _CROPS)
         boxes = [sample_crop(width, height, self.image_size, rng) for _ in range(self.num_sample)]
         crops = [crop_and_resize(frames, box, self.image_size, resize=self.resize) for box in boxes]
+        if self.flip:
+            flips = _numpy_rng(self.seed, epoch, index, attempt, _FLIPS).integers(2, size=self.num_sample)
+            crops = [crop[:, :, ::-1] if flip else crop for crop, flip in zip(crops, flips, strict=True)]
         return torch.from_numpy(np.stack(crops))
+
+    def _sample_indices(self, total: int, fps: float | None, entry: VideoEntry, rng: np.random.Generator) -> np.ndarray:
+        stride = entry.stride or self.stride
+        if self.sampling == "published":
+            return sample_frame_indices(total, self.num_frames, stride, rng)
+        if self.sampling == "fps" and fps:
+            return sample_exact_indices(total, self.num_frames, fps / self.fps, rng)
+        return sample_exact_indices(total, self.num_frames, stride, rng)
 
 
 def check_decodable(entries: Sequence[VideoEntry], *, backend: str = "auto", limit: int = 20) -> list[tuple[str, str]]:

@@ -1,0 +1,250 @@
+"""Mixes: several sources of videos in one run, as in VideoMAE V2's UnlabeledHybrid (section 4.1 and appendix).
+
+A YAML file names them (relative paths start from its own folder):
+
+    mixing: weighted             # or natural (every video as often as every other), the default without weights
+    sources:
+      - name: kinetics
+        list: k710_train.txt     # see vmae.data.manifest
+        root: /data/kinetics     # where the list's relative paths start; else as without --data-root
+        kind: video              # optional: refuse a list that holds anything else
+        stride: 4                # optional, as are the others below; what the list itself says comes first
+        weight: 2
+      - name: something
+        list: ssv2_train.txt
+        root: /data/ssv2_frames
+        kind: frames
+        pattern: img_{:05}.jpg
+        stride: 2
+        weight: 1
+
+Weighted, an epoch still has as many samples as there are videos; each source gets its share of them, and goes through
+its videos in an order of its own, which goes on from epoch to epoch: none comes twice before all came once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vmae.data.decode import DecodeError, open_video
+from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry, read_list
+from vmae.errors import InputError
+
+MIX_SUFFIXES = (".yaml", ".yml")
+MIXINGS = ("natural", "weighted")
+_SOURCE_KEYS = {"name", "list", "root", "kind", "pattern", "stride", "weight"}
+_MIX_ORDER = 7  # keeps these random numbers apart from the loader's
+
+
+@dataclass(frozen=True)
+class Source:
+    """One line of videos in a mix.
+
+    Attributes:
+        name: for people.
+        first, count: its place among the mix's entries.
+        weight: its share before all shares are made to add up to 1.
+    """
+
+    name: str
+    first: int
+    count: int
+    weight: float
+
+
+class Mix(Sequence):
+    """The entries of all sources, one after the other, and how often each comes.
+
+    Args:
+        entries: of all sources, in order.
+        sources: cover the entries, in order.
+        mixing: "natural" or "weighted".
+    """
+
+    def __init__(self, entries: Sequence[VideoEntry], sources: Sequence[Source], mixing: str = "natural") -> None:
+        if mixing not in MIXINGS:
+            raise InputError(f"unknown mixing {mixing!r}; known: {', '.join(MIXINGS)}")
+        self.entries, self.sources, self.mixing = list(entries), list(sources), mixing
+        self._orders: dict[int, tuple[tuple[int, ...], np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index):
+        return self.entries[index]
+
+    def shares(self) -> list[float]:
+        """Share of the samples that each source gets; they add up to 1."""
+        weights = [source.weight if self.mixing == "weighted" else source.count for source in self.sources]
+        return [weight / sum(weights) for weight in weights]
+
+    def samples(self, size: int) -> list[int]:
+        """How many of an epoch's `size` samples each source gets: its share, by the largest remainder."""
+        exact = [share * size for share in self.shares()]
+        counts = [math.floor(value) for value in exact]
+        order = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+        for i in order[: size - sum(counts)]:
+            counts[i] += 1
+        return counts
+
+    def pick(self, seed: int, epoch: int, index: int, size: int) -> tuple[int, range]:
+        """(the entry of a sample, the entries that may stand in for it), a pure function of the arguments.
+
+        Args:
+            index: from 0; from `size` on, further rounds of the same epoch (see `EpochSampler`).
+            size: samples of an epoch.
+        """
+        if self.mixing == "natural":
+            return index % len(self), range(len(self))
+        turn, place = divmod(index, size)
+        samples, number = self.samples(size), 0
+        while place >= samples[number]:
+            place -= samples[number]
+            number += 1
+        source = self.sources[number]
+        cycle, offset = divmod(epoch * samples[number] + place, source.count)
+        video = source.first + int(self._order(seed, number, turn, cycle)[offset])
+        return video, range(source.first, source.first + source.count)
+
+    def _order(self, seed: int, number: int, turn: int, cycle: int) -> np.ndarray:
+        key = (seed, number, turn, cycle)
+        cached = self._orders.get(2 * number + cycle % 2)  # an epoch may end one cycle and begin the next
+        if cached is None or cached[0] != key:
+            generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_MIX_ORDER, number, turn, cycle)))
+            cached = (key, generator.permutation(self.sources[number].count))
+            self._orders[2 * number + cycle % 2] = cached
+        return cached[1]
+
+
+def read_data(path: str | Path, data_root: str | Path | None = None) -> Mix:
+    """Read a mix (YAML) or a single list as a mix of one source.
+
+    Args:
+        path: ends in .yaml or .yml for a mix; anything else is a list file.
+        data_root: see `read_list`; for a mix, where relative roots and lists start.
+
+    Raises:
+        InputError: see `read_list`; a mix that is no YAML, lacks a key or has an unknown one, or a wrong value.
+    """
+    if Path(path).suffix.lower() in MIX_SUFFIXES:
+        return _read_mix(Path(path), data_root)
+    entries = read_list(path, data_root)
+    return Mix(entries, [Source(Path(path).stem, 0, len(entries), 1.0)])
+
+
+def _read_mix(path: Path, data_root: str | Path | None) -> Mix:
+    content = _load_yaml(path)
+    unknown = set(content) - {"mixing", "sources"}
+    if unknown or not isinstance(content.get("sources"), list) or not content["sources"]:
+        wrong = f"unknown {', '.join(sorted(map(str, unknown)))}" if unknown else "no list of sources"
+        raise InputError(f"mix {str(path)!r}: {wrong}; a mix has `sources`, a list, and maybe `mixing`")
+    start = Path(data_root) if data_root is not None else path.parent
+    entries: list[VideoEntry] = []
+    sources: list[Source] = []
+    for number, given in enumerate(content["sources"], 1):
+        where = f"mix {str(path)!r}, source {number}"
+        _check_source(given, where)
+        found = _read_source(given, start, where)
+        name = str(given.get("name", Path(given["list"]).stem))
+        if name in {source.name for source in sources}:
+            raise InputError(f"{where}: the name {name!r} is taken; give each source a `name` of its own")
+        sources.append(Source(name, len(entries), len(found), float(given.get("weight", 1.0))))
+        entries += found
+    weighted = any("weight" in given for given in content["sources"])
+    return Mix(entries, sources, content.get("mixing", "weighted" if weighted else "natural"))
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    try:
+        import yaml
+    except ImportError as error:
+        raise InputError(f"reading a mix needs PyYAML ({error}): `pip install pyyaml`") from None
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"mix {str(path)!r} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"mix {str(path)!r} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"mix {str(path)!r}: expected `sources:` and a list of them; a plain list file must not end in .yaml")
+    return content
+
+
+def _check_source(given: Any, where: str) -> None:
+    if not isinstance(given, dict) or "list" not in given:
+        raise InputError(f"{where}: expected keys and values, at least `list`")
+    unknown = {str(key) for key in given} - _SOURCE_KEYS
+    if unknown:
+        raise InputError(f"{where}: unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(_SOURCE_KEYS))}")
+    if given.get("kind", "video") not in ("video", "frames"):
+        raise InputError(f"{where}: kind must be video or frames, not {given['kind']!r}")
+    weight, stride = given.get("weight", 1), given.get("stride", 1)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+        raise InputError(f"{where}: weight must be a number above 0, not {weight!r}")
+    if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
+        raise InputError(f"{where}: stride must be a whole number of at least 1, not {stride!r}")
+
+
+def _read_source(given: dict[str, Any], start: Path, where: str) -> list[VideoEntry]:
+    root = None if given.get("root") is None else os.path.join(start, str(given["root"]))
+    try:
+        entries = read_list(
+            os.path.join(start, str(given["list"])), root, frame_pattern=str(given.get("pattern", DEFAULT_PATTERN))
+        )
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    others = [entry for entry in entries if entry.kind != given.get("kind", entry.kind)]
+    if others:
+        first = others[0]
+        raise InputError(
+            f"{where}: line {first.line} of its list is of kind {first.kind}, not {given['kind']}, as are {len(others)} of "
+            f"{len(entries)}; a video is `path 0 -1`, frames are `folder start total`"
+        )
+    stride = given.get("stride")
+    return [entry if entry.stride is not None else dataclasses.replace(entry, stride=stride) for entry in entries]
+
+
+def describe_data(data: Sequence[VideoEntry], *, backend: str = "auto", probes: int = 24) -> list[str]:
+    """Lines for the start of a run: videos, hours and share of each source.
+
+    Hours are estimated from up to `probes` videos of a source, spread over it; frame folders tell no time, so their
+    frames are counted.
+    """
+    if not isinstance(data, Mix):
+        data = Mix(data, [Source("list", 0, len(data), 1.0)])
+    lines = []
+    for source, share in zip(data.sources, data.shares(), strict=True):
+        entries = data.entries[source.first : source.first + source.count]
+        strides = sorted({entry.stride for entry in entries if entry.stride is not None})
+        stride = f", stride {', '.join(map(str, strides))}" if strides else ""
+        lines.append(f"{source.name}: {source.count} videos{_length(entries, backend, probes)}, {share:.1%} of samples{stride}")
+    if len(lines) > 1:
+        lines.append(f"{data.mixing} mixing of {len(data.sources)} sources, {len(data)} videos")
+    return lines
+
+
+def _length(entries: Sequence[VideoEntry], backend: str, probes: int) -> str:
+    frames = sum(entry.total for entry in entries if entry.kind == "frames")
+    videos = [entry for entry in entries if entry.kind == "video"]
+    seconds = []
+    for place in range(min(probes, len(videos))):
+        try:
+            with open_video(videos[place * len(videos) // min(probes, len(videos))], backend) as reader:
+                seconds.append(len(reader) / reader.fps if reader.fps else 0.0)
+        except DecodeError:
+            continue
+    texts = []
+    if seconds:
+        about = "" if len(seconds) == len(videos) else "about "
+        texts.append(f"{about}{sum(seconds) / len(seconds) * len(videos) / 3600:.3g} hours")
+    if frames:
+        texts.append(f"{frames} images")
+    return "".join(f", {text}" for text in texts)
