@@ -18,6 +18,8 @@ COMMANDS = {
     "pretrain": ("vmae.train.pretrain", "pre-train a model with dual masking on a list of videos"),
     "reconstruct": ("vmae.evaluate.reconstruct", "draw what a checkpoint makes of a video"),
     "samples": ("vmae.data.samples", "write a list file of the four real clips that come with a test dependency"),
+    "check-data": ("vmae.data.check", "open every video of a list: table, report, histogram, a list without the bad ones"),
+    "pack": ("vmae.data.pack", "re-encode a list's videos so that clips decode fast: short side 256, a key frame every 12"),
     "parity": ("vmae.interop.parity", "check golden files of the published code"),
     "doctor": ("vmae.doctor", "tell what is installed, what runs here, and what is missing"),
 }

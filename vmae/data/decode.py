@@ -138,7 +138,7 @@ def open_video(source: VideoEntry | str | Path, backend: str = "auto") -> VideoR
         InputError: an unknown backend, one that does not read this kind of entry, or one that is not installed.
     """
     entry = source if isinstance(source, VideoEntry) else VideoEntry(str(source))
-    candidates = _find_backends(entry.kind, backend)
+    candidates = find_backends(entry.kind, backend)
     if not os.path.exists(entry.path):
         raise DecodeError(f"{entry.path}: does not exist")
     if entry.kind == "video" and os.path.isdir(entry.path):
@@ -153,7 +153,7 @@ def open_video(source: VideoEntry | str | Path, backend: str = "auto") -> VideoR
     return reader
 
 
-def _find_backends(kind: str, name: str) -> list[Backend]:
+def find_backends(kind: str, name: str) -> list[Backend]:
     """The installed backends that may read an entry of this kind, at least one, the preferred one first."""
     if name != "auto" and name not in BACKENDS:
         raise InputError(f"unknown decoding backend {name!r}; known: auto, {', '.join(BACKENDS)}")
@@ -510,6 +510,7 @@ def _first_reason(message: str, heard: list[str]) -> str:
     opening = next((line for line in heard if "ERROR opening" in line), None)
     text = opening.rsplit(", ", 1)[-1] if opening else (message.strip().splitlines() or ["unknown reason"])[0]
     text = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", text)
+    text = re.sub(r"^(\w+, )?/\S+\.(cpp|cc|h):\d+, ", "", text)
     text = text.replace("failed with 1094995529", "failed: invalid data")  # FFmpeg's AVERROR_INVALIDDATA
     # "Check failed: CODE >= 0 (-1094995529 vs. 0) Thread worker: Error sending packet." -> the words at its end
     return re.sub(r"^Check failed: .*?\(\S+ vs\. \S+\)\s*(?=\S)", "", text).strip() or "unknown reason"

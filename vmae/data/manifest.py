@@ -98,6 +98,25 @@ def read_list(
         InputError: the file is missing, no text, empty, has a malformed line (with its number), a negative start or 0
             frames, or names a video, folder or first frame that does not exist.
     """
+    entries, problems = read_list_with_problems(path, data_root, frame_pattern=frame_pattern)
+    if problems:
+        line, problem = problems[0]
+        tried = f"--data-root {str(data_root)!r}" if data_root is not None else "no --data-root given"
+        raise InputError(
+            f"list file {str(path)!r}, line {line}: {problem}; {len(problems)} of {len(entries) + len(problems)} entries "
+            f"cannot be used ({tried}). Correct the paths, or the --data-root that they start from"
+        )
+    return entries
+
+
+def read_list_with_problems(
+    path: str | Path, data_root: str | Path | None = None, *, frame_pattern: str = DEFAULT_PATTERN
+) -> tuple[list[VideoEntry], list[tuple[int, str]]]:
+    """Like `read_list`, for a list that names things which are not there: (entries, [(line number, what is wrong)]).
+
+    Raises:
+        InputError: the file is missing, no text, empty, or has a malformed line.
+    """
     name = str(path)
     _check_pattern(frame_pattern, "frame pattern")
     if data_root is not None and not os.path.isdir(data_root):
@@ -110,15 +129,8 @@ def read_list(
     with ThreadPoolExecutor(8) as pool:  # a network file system takes long for one question, not for many side by side
         parts = pool.map(lambda chunk: [_resolve(line, roots, frame_pattern) for line in chunk], chunks)
         resolved = [result for part in parts for result in part]
-    problems = [(line, problem) for line, (_, problem) in zip(lines, resolved, strict=True) if problem]
-    if problems:
-        line, problem = problems[0]
-        tried = f"--data-root {str(data_root)!r}" if data_root is not None else "no --data-root given"
-        raise InputError(
-            f"list file {name!r}, line {line.number}: {problem}; {len(problems)} of {len(lines)} entries cannot be "
-            f"used ({tried}). Correct the paths, or the --data-root that they start from"
-        )
-    return [entry for entry, _ in resolved]
+    problems = [(line.number, problem) for line, (_, problem) in zip(lines, resolved, strict=True) if problem]
+    return [entry for entry, problem in resolved if not problem], problems
 
 
 def _read_text(path: str | Path) -> str:

@@ -1,0 +1,301 @@
+"""`python -m vmae check-data LIST`: open every video of a list before a run does.
+
+Each video is opened, and one clip of it is decoded, in worker processes that are replaced if a file hangs or crashes
+them. What comes out: a table; `report.json` with a record for each video; `histogram.png`; `clean.txt`, the list
+without the bad ones. A list that cannot be read is explained instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vmae.data.augment import crop_and_resize, sample_crop
+from vmae.data.containers import container_kind, read_mp4_track
+from vmae.data.decode import DecodeError, find_backends, open_video
+from vmae.data.manifest import VideoEntry, read_list_with_problems
+from vmae.data.sampling import sample_frame_indices
+from vmae.data.workers import WorkerPool
+from vmae.errors import InputError
+
+
+def decode_clip(
+    entry: VideoEntry,
+    rng: np.random.Generator,
+    *,
+    backend: str = "auto",
+    num_frames: int = 16,
+    stride: int = 4,
+    size: int = 224,
+) -> dict[str, Any]:
+    """Decode, cut and resize one clip as a run does; says how long that took (`clip_s`) and what was opened.
+
+    Raises:
+        DecodeError: see `open_video`.
+    """
+    find_backends(entry.kind, backend)  # imports the decoders, which is no part of a clip's time
+    began = time.perf_counter()
+    with open_video(entry, backend) as reader:
+        frames = reader.frames(sample_frame_indices(len(reader), num_frames, entry.stride or stride, rng))
+        height, width = frames.shape[1:3]
+        crop_and_resize(frames, sample_crop(width, height, size, rng), size)
+        seconds = time.perf_counter() - began
+        about = {"library": reader.backend, "frames": len(reader), "fps": reader.fps}
+    return {**about, "width": width, "height": height, "clip_s": seconds}
+
+
+def inspect_stream(path: str) -> dict[str, Any]:
+    """Codec and length of the groups of pictures, from the packets, undecoded; what is not known is left out.
+
+    Returns:
+        `codec`, `gop` (median frames from one key frame to the next), `open_gop` (MP4 only).
+    """
+    found: dict[str, Any] = {}
+    track = read_mp4_track(path) if container_kind(path) == "MP4" else None
+    if track is not None:
+        found = {"codec": track.codec.decode("latin-1"), "open_gop": track.open_gop}
+    try:
+        import av
+    except ImportError:
+        return found
+    try:
+        with av.open(path) as container:
+            stream = container.streams.video[0]
+            found["codec"] = stream.codec_context.name
+            keys = [packet.is_keyframe for packet in container.demux(stream) if packet.size]
+    except Exception:  # the decoder that a run uses has the say whether the file is bad
+        return found
+    places = [*np.flatnonzero(keys).tolist(), len(keys)]
+    return {**found, "gop": statistics.median(b - a for a, b in zip(places, places[1:]))} if len(places) > 1 else found
+
+
+def check_entry(entry: VideoEntry, backend: str = "auto") -> dict[str, Any]:
+    """The record of one video: what it is, or its `error` and the `library` that gave it."""
+    record: dict[str, Any] = {"path": entry.path, "line": entry.line, "kind": entry.kind, "error": None}
+    try:
+        record |= decode_clip(entry, np.random.default_rng(entry.line), backend=backend)
+    except DecodeError as error:
+        return record | {"error": str(error), "library": error.library}
+    if entry.kind == "video":
+        record |= {"bytes": os.path.getsize(entry.path), "container": container_kind(entry.path), **inspect_stream(entry.path)}
+    record["seconds"] = record["frames"] / record["fps"] if record["fps"] else None
+    return record
+
+
+class _Checker:
+    """What runs in the workers."""
+
+    def __init__(self, entries: Sequence[VideoEntry], backend: str) -> None:
+        self.entries, self.backend = entries, backend
+        self.blocked: dict[int, str] = {}
+        self.watch: Callable[[int], None] = lambda video: None
+
+    def set_watch(self, watch: Callable[[int], None]) -> None:
+        self.watch = watch
+
+    def block(self, video: int, reason: str) -> None:
+        self.blocked[video] = reason
+
+    def __getitem__(self, video: int) -> dict[str, Any]:
+        entry = self.entries[video]
+        if video in self.blocked:
+            about = {"path": entry.path, "line": entry.line, "kind": entry.kind}
+            return {**about, "error": self.blocked[video], "library": "worker"}
+        self.watch(video)
+        return check_entry(entry, self.backend)
+
+
+def check_entries(
+    entries: Sequence[VideoEntry], *, backend: str = "auto", workers: int = 1, hang_s: float = 120.0, progress: bool = True
+) -> list[dict[str, Any]]:
+    """Records of all entries, in order; see `check_entry`.
+
+    Raises:
+        InputError: an unknown backend, or one that is not installed.
+    """
+    for kind in {entry.kind for entry in entries}:
+        find_backends(kind, backend)
+    pool = WorkerPool(_Checker(entries, backend), iter(range(len(entries))), count=workers, prefetch=4, hang_s=hang_s)
+    try:
+        return list(tqdm(pool, total=len(entries), unit="video", disable=None if progress else True))
+    finally:
+        pool.close()
+
+
+# --- A list that cannot be read ---
+
+
+def explain_list(path: str | Path, data_root: str | None = None) -> list[str]:
+    """What is likely wrong with a list file, in sentences; empty where nothing is found."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError):
+        return []
+    lines = [line for line in lines if line and not line.startswith("#")]
+    total, found = len(lines), []
+
+    def most(pattern: str) -> bool:
+        return sum(re.search(pattern, line) is not None for line in lines) > total / 2
+
+    for delimiter in ";|":
+        if most(re.escape(delimiter)):
+            found.append(f"columns seem to be apart by {delimiter!r}; use a blank or a comma")
+    if most(r"""^["']"""):
+        found.append("paths stand in quotes; write them without")
+    if lines and re.fullmatch(r"[A-Za-z_]+([,;\s]+[A-Za-z_]+)+", lines[0]) and most(r"\d\s*$|\.\w{2,4}$"):
+        found.append(f"the first line, {lines[0]!r}, looks like a table's head; remove it or put # before it")
+    if most(r"\.\w{2,4}[,\s]+\d+$"):
+        found.append("lines look like `path label`, a list for fine-tuning; pre-training has no labels: remove the last column")
+    if most(r"\\"):
+        found.append("paths have backslashes; write / between folders")
+    return found + _explain_roots(lines, Path(path), data_root)
+
+
+def _explain_roots(lines: list[str], path: Path, data_root: str | None) -> list[str]:
+    names = [re.split(r"[,;|]|\s+-?\d+(?=\s|$)", line.strip("\"'"))[0].strip("\"' ") for line in lines[:50]]
+    start = path.resolve().parent
+    bases = [Path(data_root)] if data_root else [Path("."), start]
+    missing = [name for name in names if not any((base / name).exists() for base in bases)]
+    for name in missing:
+        parts = Path(name).parts
+        for base in dict.fromkeys([*bases, start, *list(start.parents)[:3]]):
+            for cut in range(len(parts)):
+                if (base / Path(*parts[cut:])).exists():
+                    if cut == 0:
+                        return [f"paths start from another folder; try --data-root {base}"]
+                    return [f"{name!r} is there as {str(base / Path(*parts[cut:]))!r}: the paths' beginnings differ"]
+    if names and len(missing) == len(names):
+        return [f"none of the first {len(names)} paths exists; --data-root sets the folder that relative paths start from"]
+    return []
+
+
+# --- What comes out ---
+
+
+_COLUMNS = (
+    ("frames", "frames", 0), ("frames a second", "fps", 2), ("GOP", "gop", 0), ("width", "width", 0), ("height", "height", 0),
+)  # fmt: skip
+
+
+def summarise(records: Sequence[dict[str, Any]]) -> list[str]:
+    """The table: what the videos are, and how fast they decode."""
+    good = [record for record in records if not record["error"]]
+    bad = [record for record in records if record["error"]]
+    lines = [f"{len(records)} videos: {len(good)} good, {len(bad)} bad ({len(bad) / max(len(records), 1):.1%})"]
+    seconds = [record["seconds"] for record in good if record["seconds"]]
+    if seconds:
+        lines.append(f"hours: {sum(seconds) / 3600:.3g}; seconds a video: median {statistics.median(seconds):.3g}")
+    for title, key in (("codecs", "codec"), ("containers", "container"), ("decoded with", "library")):
+        counts = Counter(record[key] for record in good if record.get(key))
+        if counts:
+            lines.append(f"{title}: " + ", ".join(f"{name} {count}" for name, count in counts.most_common()))
+    for title, key, digits in _COLUMNS:
+        values = [record[key] for record in good if record.get(key)]
+        if values:
+            low, middle, high = (f"{v:.{digits}f}" for v in (min(values), statistics.median(values), max(values)))
+            lines.append(f"{title}: {low} to {high}, median {middle}")
+    if good:
+        rates = [1 / record["clip_s"] for record in good]
+        mean = len(rates) / sum(record["clip_s"] for record in good)
+        lines.append(f"clips a second, one process: {mean:.1f} (slowest video {min(rates):.1f})")
+    long_gops = [record for record in good if record.get("gop", 0) > 60]
+    if long_gops:
+        lines.append(f"{len(long_gops)} videos have key frames more than 60 apart: slow clips; `python -m vmae pack` helps")
+    return lines
+
+
+def write_clean_list(source: Path, target: Path, bad_lines: set[int]) -> None:
+    """The list's text without the lines of bad videos."""
+    text = source.read_text(encoding="utf-8-sig")
+    kept = [line for number, line in enumerate(text.split("\n"), 1) if number not in bad_lines]
+    target.write_text("\n".join(kept), encoding="utf-8")
+
+
+def plot_histogram(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Durations, frame rates, GOPs and decode rates of the good videos."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    good = [record for record in records if not record["error"]]
+    panels = {
+        "seconds": [record["seconds"] for record in good if record["seconds"]],
+        "frames a second": [record["fps"] for record in good if record["fps"]],
+        "frames from key frame to key frame": [record["gop"] for record in good if record.get("gop")],
+        "ms for a clip": [1e3 * record["clip_s"] for record in good],
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(14, 3))
+    for axis, (title, values) in zip(axes, panels.items()):
+        axis.hist(values, bins=30, color="#1f5fa8")
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("videos")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("list", metavar="LIST", help="list file: one video or frame folder a line")
+    parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
+    parser.add_argument("--output", metavar="DIR", help="where the report goes (default: LIST-check beside the list)")
+    parser.add_argument("--backend", default="auto", help="decoder: auto, torchcodec, decord, pyav (auto)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one for each core)")
+    parser.add_argument("--hang", type=float, default=120.0, help="seconds that a video may take (120)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; 1 where a video is bad."""
+    if args.workers < 1 or args.hang <= 0:
+        raise InputError(f"--workers ({args.workers}) must be at least 1, --hang ({args.hang:g}) above 0")
+    source = Path(args.list)
+    entries, records = _read_with_advice(source, args.data_root)
+    records += check_entries(entries, backend=args.backend, workers=args.workers, hang_s=args.hang)
+    records.sort(key=lambda record: record["line"])
+    folder = Path(args.output) if args.output else source.with_name(f"{source.stem}-check")
+    bad = [record for record in records if record["error"]]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").write_text(json.dumps({"list": str(source), "videos": records}, indent=1) + "\n")
+        write_clean_list(source, folder / "clean.txt", {record["line"] for record in bad})
+        plot_histogram(folder / "histogram.png", records)
+    except OSError as error:
+        raise InputError(f"cannot write the report to {str(folder)!r}: {error.strerror}") from None
+    print("\n".join(summarise(records)))
+    for record in bad[:10]:
+        print(f"bad: line {record['line']}: {record['error']}")
+    if len(bad) > 10:
+        print(f"bad: {len(bad) - 10} more")
+    print(f"report.json, histogram.png and clean.txt ({len(records) - len(bad)} videos) are in {folder}")
+    return 1 if bad else 0
+
+
+def _read_with_advice(source: Path, data_root: str | None) -> tuple[list[VideoEntry], list[dict[str, Any]]]:
+    """(entries, records of those that are not there); prints, or raises with, what is likely wrong with the list."""
+    try:
+        entries, problems = read_list_with_problems(source, data_root)
+        failure = None
+    except InputError as error:
+        entries, problems, failure = [], [], str(error)
+    if problems and not entries:
+        line, problem = problems[0]
+        failure = f"no entry of list file {str(source)!r} can be used; the first, line {line}: {problem}"
+    hints = explain_list(source, data_root) if problems or failure else []
+    if failure:
+        raise InputError("\n  likely: ".join([failure, *hints]))
+    for hint in hints:
+        print(f"likely: {hint}")
+    missing = {"path": None, "kind": None, "library": None}
+    return entries, [{**missing, "line": line, "error": problem} for line, problem in problems]
