@@ -362,7 +362,7 @@ def test_messages_hold_no_traceback(tmp_path):
 
 
 def test_config_classes_refuse_unknown_settings():
-    from vmae.train.pretrain import RunConfig
+    from vmae.train.pretrain_settings import RunConfig
 
     with pytest.raises(InputError, match="unknown setting speeed"):
         RunConfig.from_dict({"output": "x", "speeed": 1})

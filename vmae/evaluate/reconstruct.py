@@ -23,8 +23,8 @@ from vmae.interop.upstream import load_into, load_weights, read_checkpoint
 from vmae.masking import DualMask
 from vmae.model import Pretrainer, build_pretrainer
 from vmae.train.checkpoint import WEIGHTS_NAME, CheckpointFolder, write_atomically
+from vmae.train.checks import check_output, resolve_device
 from vmae.train.metrics import trivial_losses
-from vmae.train.pretrain import check_output, resolve_device
 from vmae_kernels import gather_tubelets, patch_targets_ref
 
 GREY = 128

@@ -1,0 +1,82 @@
+"""What every command checks before it writes anything: device, backend, attention, masks, output folder."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from vmae.config import MaskConfig, ModelConfig, SpeedConfig
+from vmae.errors import InputError
+from vmae.masking import DualMask
+from vmae.model.attention_backends import choose
+from vmae.model.attention_probes import Workload
+from vmae_kernels import resolve_backend
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `name` ("auto", "cpu", "cuda", "cuda:1") stands for here.
+
+    Raises:
+        InputError: an unknown name, or a GPU where there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {name!r}; known: auto, cpu, cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name!r} asked for, but torch {torch.__version__} finds {torch.cuda.device_count()} GPUs here"
+        )
+    return device
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raises InputError where an operation has no such implementation."""
+    for operation in ("embed_visible", "assemble_decoder_tokens", "select_decoded", "head_patch_loss"):
+        try:
+            resolve_backend(backend, operation, torch.empty(0, device=device))
+        except (ValueError, NotImplementedError) as error:
+            raise InputError(f"--backend {backend}: {error}") from error
+
+
+def check_mask(mask: MaskConfig, grid: tuple[int, int, int]) -> None:
+    """Raises InputError where a mask can't be drawn, or where some draws would leave the loss nothing to count."""
+    one = DualMask.sample(1, grid, **mask.to_dict())
+    total, visible, picked = one.num_tokens, one.visible.shape[1], one.decode.shape[1]
+    if mask.encoder == mask.decoder == "frame":  # whole frames are drawn
+        total, visible, picked = (count // (grid[1] * grid[2]) for count in (total, visible, picked))
+    elif mask.decoder != "random":  # every frame has hidden tokens, and every frame or hidden one is picked from
+        return
+    chance = math.comb(visible, picked) / math.comb(total, picked)
+    if chance > 1e-9:
+        raise InputError(
+            f"the loss would count no token in 1 of {1 / chance:.0f} clips: the encoder may see all {picked} that the decoder "
+            "rebuilds; lower the decoder's mask ratio or raise the encoder's"
+        )
+
+
+def check_attention(speed: SpeedConfig, model: ModelConfig, dtype_name: str, device: torch.device) -> None:
+    """Raises InputError where the named attention does not run at the model's head dims; "auto" always does."""
+    if speed.attention == "auto":
+        return
+    dtype = torch.bfloat16 if dtype_name == "bfloat16" else torch.float32
+    for dim, heads in ((model.embed_dim, model.num_heads), (model.decoder_embed_dim, model.decoder_num_heads)):
+        choose(speed.attention, Workload.on(device, dtype=dtype, head_dim=dim // heads, compiled=speed.compile))
+
+
+def check_output(folder: Path) -> None:
+    """Raises InputError unless `folder` is, or can become, a folder to write to; it is not made."""
+    place = folder.absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"output folder {folder} is not writable: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"output folder {folder} is not writable: no permission to write to {place}")

@@ -1,0 +1,214 @@
+"""Settings of `python -m vmae pretrain`: what decides the result, what only carries a run out, and the flags for both."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from vmae.config import MaskConfig, ModelConfig, SpeedConfig, _Checked
+from vmae.errors import InputError
+from vmae.train.optim import OptimConfig
+
+PUBLISHED_MODELS = {
+    "pretrain_videomae_small_patch16_224": "vit_s",
+    "pretrain_videomae_base_patch16_224": "vit_b",
+    "pretrain_videomae_large_patch16_224": "vit_l",
+    "pretrain_videomae_huge_patch16_224": "vit_h",
+    "pretrain_videomae_giant_patch14_224": "vit_g",
+}
+PUBLISHED_MASKS = {"run_cell": "running_cell"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(_Checked):
+    """Everything that decides the weights that come out.
+
+    Attributes:
+        model, mask, optim: see their classes; `optim.lr` is for 256 videos a step.
+        data: the list file.
+        data_root: folder that its relative paths start from.
+        stride: frames from one sampled frame to the next, where the list says nothing else.
+        batch_size: videos of a step.
+        num_sample: clips cut from each of them.
+        repeat: visits of a video in an epoch.
+        epochs: length of the run; not used when `steps` is given.
+        steps: length of the run in steps; None means `epochs`.
+        warmup_steps: length of the warm-up; None means `optim.warmup_epochs`.
+        seed: of weights, samples and masks.
+        dtype: "float32" or "bfloat16" (autocast, float32 weights and loss).
+        normalize_target: predict tubelets normalised per channel, or pixels in [0, 1].
+        init: file of weights to start from.
+    """
+
+    model: ModelConfig
+    mask: MaskConfig
+    optim: OptimConfig
+    data: str
+    data_root: str | None = None
+    stride: int = 4
+    batch_size: int = 32
+    num_sample: int = 1
+    repeat: int = 1
+    epochs: int = 800
+    steps: int | None = None
+    warmup_steps: int | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    normalize_target: bool = True
+    init: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("stride", "batch_size", "num_sample", "repeat", "epochs", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, not {value}")
+        if self.seed < 0 or (self.warmup_steps is not None and self.warmup_steps < 0):
+            raise InputError("seed and warmup_steps must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(_Checked):
+    """Where and how a run is carried out; nothing here decides what comes out.
+
+    Attributes:
+        output: folder of the run.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        speed: see `SpeedConfig`.
+        resume: "auto" (the newest checkpoint in `output`), a checkpoint's path, or None (start afresh).
+        save_every, log_every: steps from one checkpoint, or log line, to the next.
+        keep: newest checkpoints that stay.
+        tensorboard: also write TensorBoard files.
+    """
+
+    output: str
+    device: str = "auto"
+    speed: SpeedConfig = dataclasses.field(default_factory=SpeedConfig)
+    resume: str | None = "auto"
+    save_every: int = 1000
+    keep: int = 3
+    log_every: int = 10
+    tensorboard: bool = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command; the published names of the same settings work too."""
+    source = parser.add_argument_group("data and output")
+    source.add_argument(
+        "--data", "--data_path", required=True, metavar="LIST", help="list file: one video or frame folder a line"
+    )
+    source.add_argument("--data-root", "--data_root", metavar="DIR", help="where the list's relative paths start")
+    source.add_argument("--output", "--output_dir", required=True, metavar="DIR", help="folder of the run: checkpoints, logs")
+    source.add_argument("--init", metavar="WEIGHTS", help="start from these weights (.pth or .safetensors, published names)")
+    source.add_argument("--dry-run", action="store_true", help="check everything, print the resolved settings, write nothing")
+    _add_result_arguments(parser.add_argument_group("settings that change results"))
+    _add_optimizer_arguments(parser.add_argument_group("optimizer (changes results)"))
+    _add_run_arguments(parser.add_argument_group("settings that change speed and housekeeping only"))
+
+
+def _add_result_arguments(group) -> None:
+    group.add_argument("--model", default="vit_b", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny (default vit_b)")
+    group.add_argument("--image-size", "--input_size", type=_image_size, help="side in pixels, or HEIGHTxWIDTH (default 224)")
+    group.add_argument("--num-frames", "--num_frames", type=int, help="frames of a clip (default 16)")
+    group.add_argument("--patch-size", type=int, help="side of a tubelet in pixels (default: the preset's)")
+    group.add_argument("--decoder-depth", "--decoder_depth", type=int, help="blocks of the decoder (default: the preset's)")
+    group.add_argument("--drop-path", "--drop_path", type=float, default=0.0, help="stochastic depth of the encoder")
+    group.add_argument("--stride", "--sampling_rate", type=int, default=4, help="frames from one sampled frame to the next (4)")
+    group.add_argument("--batch-size", "--batch_size", type=int, default=32, help="videos a step (32)")
+    group.add_argument("--num-sample", "--num_sample", type=int, default=1, help="clips cut from each decoded video (1)")
+    group.add_argument("--repeat", type=int, default=1, help="visits of a video in an epoch, for short lists (1)")
+    group.add_argument("--encoder-mask", "--mask_type", default="tube", help="tube, random, frame (tube)")
+    group.add_argument("--encoder-ratio", "--mask_ratio", type=float, default=0.9, help="share hidden from the encoder (0.9)")
+    group.add_argument(
+        "--decoder-mask", "--decoder_mask_type", default="running_cell",
+        help="running_cell, random, frame, none (encoder-only masking) (running_cell)",
+    )  # fmt: skip
+    group.add_argument(
+        "--decoder-ratio", "--decoder_mask_ratio", type=float, default=0.5, help="share left out by the decoder (0.5)"
+    )
+    group.add_argument("--epochs", type=int, default=800, help="length of the run (800)")
+    group.add_argument("--steps", type=int, help="length of the run in steps, instead of --epochs")
+    group.add_argument("--seed", type=int, default=0, help="of weights, samples and masks (0)")
+    group.add_argument("--dtype", default="float32", help="float32, or bfloat16 with float32 weights and loss (float32)")
+    group.add_argument(
+        "--normalize-target", action=argparse.BooleanOptionalAction, default=True, help="predict normalised tubelets (yes)"
+    )
+
+
+def _add_optimizer_arguments(group) -> None:
+    group.add_argument("--lr", type=float, default=1.5e-4, help="peak learning rate for 256 videos a step (1.5e-4)")
+    group.add_argument("--min-lr", "--min_lr", type=float, default=1e-5, help="final learning rate for 256 videos (1e-5)")
+    group.add_argument(
+        "--warmup-epochs", "--warmup_epochs", type=float,
+        help="linear warm-up (40 as published; a tenth of runs shorter than 80 epochs)",
+    )  # fmt: skip
+    group.add_argument("--warmup-steps", "--warmup_steps", type=int, help="linear warm-up in steps, instead of epochs")
+    group.add_argument("--weight-decay", "--weight_decay", type=float, default=0.05, help="(0.05)")
+    group.add_argument("--clip-grad", "--clip_grad", type=float, help="largest gradient norm (no clipping)")
+    group.add_argument("--betas", "--opt_betas", type=float, nargs=2, default=(0.9, 0.95), help="of AdamW (0.9 0.95)")
+    group.add_argument("--eps", "--opt_eps", type=float, default=1e-8, help="of AdamW (1e-8)")
+    group.add_argument("--opt", choices=["adamw"], default="adamw", help=argparse.SUPPRESS)
+
+
+def _add_run_arguments(group) -> None:
+    group.add_argument("--workers", "--num_workers", type=int, default=1, help="processes that decode video (1)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    group.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
+    group.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
+    group.add_argument("--compile", action="store_true", help="compile the blocks with torch.compile")
+    resume = group.add_mutually_exclusive_group()
+    resume.add_argument(
+        "--resume", "--auto_resume", nargs="?", const="auto", default="auto", metavar="CHECKPOINT",
+        help="go on from this checkpoint; by default from the newest one in the output folder",
+    )  # fmt: skip
+    resume.add_argument(
+        "--no-resume", "--no_auto_resume", dest="resume", action="store_const", const=None,
+        help="start afresh; an earlier run in the output folder is moved to DIR/previous-N",
+    )  # fmt: skip
+    group.add_argument("--save-every", type=int, default=1000, help="steps from one checkpoint to the next (1000)")
+    group.add_argument("--keep", type=int, default=3, help="newest checkpoints that stay (3)")
+    group.add_argument("--log-every", type=int, default=10, help="steps from one log line to the next (10)")
+    group.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True, help="TensorBoard files (yes)")
+
+
+def _image_size(text: str) -> int | tuple[int, int]:
+    sides = [int(side) for side in text.lower().split("x")]
+    if len(sides) > 2:
+        raise ValueError(text)
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def configs_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, RunConfig]:
+    """The checked settings of a command line.
+
+    Raises:
+        InputError: an unknown preset, or settings that do not fit together.
+    """
+    chosen = dict(
+        img_size=args.image_size, num_frames=args.num_frames, patch_size=args.patch_size, decoder_depth=args.decoder_depth
+    )
+    overrides = {key: value for key, value in chosen.items() if value is not None}
+    warmup_epochs, warmup_steps = args.warmup_epochs, args.warmup_steps
+    if warmup_epochs is None:
+        warmup_epochs = OptimConfig.warmup_epochs if args.epochs >= 2 * OptimConfig.warmup_epochs else args.epochs / 10
+        if warmup_steps is None and args.steps is not None:
+            warmup_steps = args.steps // 10
+    config = PretrainConfig(
+        model=ModelConfig.preset(PUBLISHED_MODELS.get(args.model, args.model), drop_path_rate=args.drop_path, **overrides),
+        mask=MaskConfig(
+            encoder=args.encoder_mask,
+            encoder_ratio=args.encoder_ratio,
+            decoder=PUBLISHED_MASKS.get(args.decoder_mask, args.decoder_mask),
+            decoder_ratio=args.decoder_ratio,
+        ),
+        optim=OptimConfig(warmup_epochs=warmup_epochs, **_taken(args, "lr min_lr betas eps weight_decay clip_grad")),
+        warmup_steps=warmup_steps,
+        **_taken(args, "data data_root stride batch_size num_sample repeat epochs steps seed dtype normalize_target init"),
+    )
+    speed = SpeedConfig(backend=args.backend, attention=args.attention, compile=args.compile, num_workers=args.workers)
+    return config, RunConfig(speed=speed, **_taken(args, "output device resume save_every keep log_every tensorboard"))
+
+
+def _taken(args: argparse.Namespace, names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names.split()}
