@@ -17,23 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from vmae.config import MaskConfig
-from vmae.data.augment import RESIZERS, crop_and_resize, image_hw, sample_crop
+from vmae.data.augment import crop_and_resize, image_hw, sample_crop
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import VideoEntry
-from vmae.data.mix import Mix
 from vmae.data.quarantine import Failure, Quarantine, list_failures
 from vmae.data.sampling import SAMPLINGS, clip_starts, sample_exact_indices, sample_frame_indices
+from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng, seed_sequence
 from vmae.data.workers import WorkerPool
 from vmae.errors import InputError
 from vmae.masking import DualMask
-
-MAX_ATTEMPTS = 50  # videos tried for one sample: with half of a list broken, all 50 fail once in 1e15 samples
-_FRAMES, _CROPS, _MASKS, _REPLACEMENT, _ORDER, _FLIPS = range(6)
-
-SampleKey = tuple[int, int]
 
 
 @dataclass
@@ -70,15 +64,7 @@ class Batch:
         return Batch(self.clips.pin_memory(), self.mask.pin_memory(), self.ids, self.replaced)
 
 
-def _seed_sequence(seed: int, *key: int) -> np.random.SeedSequence:
-    return np.random.SeedSequence(seed, spawn_key=key)
-
-
-def _numpy_rng(seed: int, *key: int) -> np.random.Generator:
-    return np.random.default_rng(_seed_sequence(seed, *key))
-
-
-class PretrainDataset(Dataset):
+class PretrainDataset(VideoDataset):
     """Samples of a list of videos: `dataset[epoch, index]` is a `Batch` of one video (B = 1, S clips).
 
     One decode gives `num_sample` clips of the same frames, each with its own crop and its own mask, as published
@@ -106,9 +92,6 @@ class PretrainDataset(Dataset):
         flip: mirror half of the clips; off as published, and never right where left and right mean something (SSv2).
         min_frames: a video of fewer counts as bad.
 
-    Attributes:
-        watch: called with an entry's number before it is decoded; what a worker tells its overseer.
-
     Raises:
         InputError: no entries, a number below 1, or a mask that does not fit the grid. On access: no video of the list
             (or none of `MAX_ATTEMPTS`) can be decoded, or no backend is installed.
@@ -133,53 +116,26 @@ class PretrainDataset(Dataset):
         flip: bool = False,
         min_frames: int = 1,
     ) -> None:
-        if not entries:
-            raise InputError("no videos to train on: the list has no entries")
-        if num_sample < 1 or repeat < 1:
-            raise InputError(f"num_sample ({num_sample}) and repeat ({repeat}) must be at least 1")
-        if seed < 0:
-            raise InputError(f"seed must be at least 0, not {seed}")
-        if resize not in RESIZERS:
-            raise InputError(f"unknown resize {resize!r}; known: {', '.join(RESIZERS)}")
+        super().__init__(
+            entries, num_sample=num_sample, seed=seed, repeat=repeat, backend=backend, resize=resize, min_frames=min_frames
+        )
         if sampling not in SAMPLINGS:
             raise InputError(f"unknown sampling {sampling!r}; known: {', '.join(SAMPLINGS)}")
         if (sampling == "fps") != (fps is not None) or (fps is not None and not 0 < fps < float("inf")):
             raise InputError(f"sampling by fps needs `fps` above 0, and only that does; not {sampling!r} with fps {fps}")
-        if min_frames < 1:
-            raise InputError(f"min_frames must be at least 1, not {min_frames}")
         clip_starts(1, num_frames, stride)
-        self._mix = entries if isinstance(entries, Mix) else None
-        self.entries = list(entries)
-        self.sampling, self.fps, self.flip, self.min_frames = sampling, fps, flip, min_frames
+        self.sampling, self.fps, self.flip = sampling, fps, flip
         self.num_frames, self.stride, self.image_size = num_frames, stride, image_hw(image_size)
         self.grid, self.mask = grid, mask
-        self.num_sample, self.seed, self.repeat = num_sample, seed, repeat
-        self.backend, self.resize = backend, resize
-        self.watch: Callable[[int], None] | None = None
-        self._blocked: dict[int, str] = {}
         self._sample_mask(0, 0)
 
-    def block(self, video: int, reason: str) -> None:
-        """Treat the entry number `video` as undecodable from now on; its error is `reason`."""
-        self._blocked[video] = reason
-
-    def __len__(self) -> int:
-        """Samples of an epoch."""
-        return len(self.entries) * self.repeat
-
     def __getitem__(self, key: SampleKey | int) -> Batch:
-        if not isinstance(key, tuple):
-            if key >= len(self):  # ends `for sample in dataset`
-                raise IndexError(f"sample {key} of {len(self)}")
-            key = (0, key)
-        epoch, index = key
-        if epoch < 0 or index < 0:
-            raise IndexError(f"epoch {epoch} and index {index} must not be negative")
-        clips, path, replaced = self._decode_with_replacement(epoch, index)
-        return Batch(clips, self._sample_mask(epoch, index), [(epoch, index, path)], replaced)
+        epoch, index = self._checked_key(key)
+        clips, video, replaced = self._decode_with_replacement(epoch, index)
+        return Batch(clips, self._sample_mask(epoch, index), [(epoch, index, self.entries[video].path)], replaced)
 
     def _sample_mask(self, epoch: int, index: int) -> DualMask:
-        state = _seed_sequence(self.seed, epoch, index, 0, _MASKS).generate_state(2, np.uint32)
+        state = seed_sequence(self.seed, epoch, index, 0, Purpose.MASKS).generate_state(2, np.uint32)
         generator = torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
         mask = self.mask
         return DualMask.sample(
@@ -192,55 +148,17 @@ class PretrainDataset(Dataset):
             generator=generator,
         )
 
-    def _decode_with_replacement(self, epoch: int, index: int) -> tuple[Tensor, str, list[Failure]]:
-        """(clips, the path they come from, the failures before it)."""
-        failures: list[Failure] = []
-        rng = _numpy_rng(self.seed, epoch, index, 0, _REPLACEMENT)
-        video, others = index % len(self.entries), range(len(self.entries))
-        if self._mix is not None:
-            video, others = self._mix.pick(self.seed, epoch, index, len(self))
-        total, tried = len(others), set()
-        for attempt in range(min(total, MAX_ATTEMPTS)):
-            while video in tried:
-                video = others[int(rng.integers(total))]
-            tried.add(video)
-            clips = self._try_twice(video, epoch, index, attempt, failures)
-            if clips is not None:
-                return clips, self.entries[video].path, failures
-        which = f"all {total} videos" if total <= MAX_ATTEMPTS else f"{len(tried)} of {total} videos, drawn in a row,"
-        raise InputError(f"{which} are undecodable; the first: {list_failures(failures)}")
-
-    def _try_twice(self, video: int, epoch: int, index: int, attempt: int, failures: list[Failure]) -> Tensor | None:
-        """Clips of entry number `video`; None, and one more failure, where it cannot be decoded."""
-        entry = self.entries[video]
-        if video in self._blocked:
-            failures.append(Failure(entry.path, self._blocked[video], "worker"))
-            return None
-        if self.watch is not None:
-            self.watch(video)
-        for last_chance in (False, True):
-            try:
-                return self._decode_crops(entry, epoch, index, attempt)
-            except DecodeError as error:
-                if last_chance:
-                    failures.append(Failure(entry.path, str(error), error.library))
-        return None
-
     def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
         """uint8 [S, T, H, W, 3]"""
-        with open_video(entry, self.backend) as reader:
-            if len(reader) < self.min_frames:
-                error = DecodeError(f"{entry.path}: has {len(reader)} frames, fewer than {self.min_frames}")
-                error.library = reader.backend
-                raise error
-            rng = _numpy_rng(self.seed, epoch, index, attempt, _FRAMES)
+        with self._open(entry) as reader:
+            rng = numpy_rng(self.seed, epoch, index, attempt, Purpose.FRAMES)
             frames = reader.frames(self._sample_indices(len(reader), reader.fps, entry, rng))
         height, width = frames.shape[1:3]
-        rng = _numpy_rng(self.seed, epoch, index, attempt, _CROPS)
+        rng = numpy_rng(self.seed, epoch, index, attempt, Purpose.CROPS)
         boxes = [sample_crop(width, height, self.image_size, rng) for _ in range(self.num_sample)]
         crops = [crop_and_resize(frames, box, self.image_size, resize=self.resize) for box in boxes]
         if self.flip:
-            flips = _numpy_rng(self.seed, epoch, index, attempt, _FLIPS).integers(2, size=self.num_sample)
+            flips = numpy_rng(self.seed, epoch, index, attempt, Purpose.FLIPS).integers(2, size=self.num_sample)
             crops = [crop[:, :, ::-1] if flip else crop for crop, flip in zip(crops, flips, strict=True)]
         return torch.from_numpy(np.stack(crops))
 
@@ -346,7 +264,7 @@ class EpochSampler:
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """int64 [at least steps_per_epoch * global_batch_size]"""
         if self._order[0] != epoch:
-            rng = _numpy_rng(self.seed, epoch, _ORDER)
+            rng = numpy_rng(self.seed, epoch, Purpose.ORDER)
             rounds = -(-self.global_batch_size // self.size) if self.fills_up else 1
             order = [rng.permutation(self.size) + turn * self.size for turn in range(rounds)]
             self._order = (epoch, np.concatenate(order))
@@ -357,12 +275,13 @@ class _BatchSource:
     """Makes whole batches in a worker, and hands an `InputError` over as a value: a raised one would reach the main
     process as a traceback of the worker, and the user would not find the message."""
 
-    def __init__(self, dataset: PretrainDataset) -> None:
+    def __init__(self, dataset: VideoDataset) -> None:
         self.dataset = dataset
 
     def __getitem__(self, keys: list[SampleKey]) -> Batch | InputError:
         try:
-            return Batch.cat([self.dataset[key] for key in keys])
+            samples = [self.dataset[key] for key in keys]
+            return type(samples[0]).cat(samples)
         except InputError as error:
             return InputError(str(error))
 
@@ -383,7 +302,7 @@ class PretrainLoader:
 
     def __init__(
         self,
-        dataset: PretrainDataset,
+        dataset: VideoDataset,
         sampler: EpochSampler,
         quarantine: Quarantine,
         *,
@@ -434,7 +353,7 @@ class PretrainLoader:
 
 
 def build_loader(
-    dataset: PretrainDataset,
+    dataset: VideoDataset,
     *,
     batch_size: int,
     num_workers: int = 0,
