@@ -154,7 +154,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor], path: str | Path, *, a
         fresh = [name for name in missing if not name.startswith("encoder.")]
         missing = [name for name in missing if name.startswith("encoder.")]
     if missing or extra or differing:
-        raise InputError(_mismatch(path, missing, extra, differing))
+        raise InputError(describe_mismatch(path, missing, extra, differing))
     model.load_state_dict(state, strict=not fresh)
     if fresh:
         return f"{path}: encoder loaded; the file has no decoder, so {len(fresh)} other tensors start fresh"
@@ -166,7 +166,8 @@ def _fixed_tables_dropped(state: dict[str, Tensor], own: dict[str, Tensor]) -> d
     return {name: value for name, value in state.items() if name in own or name.rsplit(".", 1)[-1] != "pos_embed"}
 
 
-def _mismatch(path: str | Path, missing: list[str], extra: list[str], differing: list[str], limit: int = 8) -> str:
+def describe_mismatch(path: str | Path, missing: list[str], extra: list[str], differing: list[str], limit: int = 8) -> str:
+    """Which keys of a checkpoint and a model don't fit, the first of each kind by name."""
     lines = [f"checkpoint {path} is of another architecture:"]
     for title, names in (("shapes differ", differing), ("missing in the file", missing), ("not in the model", extra)):
         if names:
