@@ -17,7 +17,6 @@ from vmae.config import MaskConfig, ModelConfig
 from vmae.masking import DualMask
 from vmae.model.reference import ReferencePretrainer
 
-
 # Dense peak FLOP/s by a part of the device's name, from the vendors' datasheets (no sparsity): bfloat16, float32 without TF32.
 # The first part that fits counts, so longer names come first.
 _PEAK_FLOPS = {
