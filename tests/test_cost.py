@@ -3,7 +3,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmae import DualMask, MaskConfig, ModelConfig, build_pretrainer, build_reference
-from vmae.cost import count_saved_bytes, forward_macs, saved_activation_bytes_per_clip, token_counts
+from vmae.cost import count_saved_bytes, forward_macs, peak_flops, saved_activation_bytes_per_clip, token_counts
 
 PAPER_GMACS = [("vit_b", 0, 35.48), ("vit_b", 0.5, 25.87), ("vit_g", 0, 263.93), ("vit_g", 0.5, 241.61)]
 DUAL, ENCODER_ONLY = MaskConfig(), MaskConfig(decoder="none")
@@ -78,3 +78,10 @@ def test_saved_activations_of_vit_b_are_below_the_reference():
     # Known figures of the published algorithm in bfloat16: 149 MiB dual, 257 encoder-only.
     for mask, mib in ((DUAL, 149), (ENCODER_ONLY, 257)):
         assert round(saved_activation_bytes_per_clip(build_reference, config, mask, torch.bfloat16) / 2**20) == mib
+
+
+def test_peak_flops_by_the_devices_own_name():
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "float32") == 19.5e12
+    assert peak_flops("cpu", "bfloat16") is None

@@ -17,6 +17,25 @@ from vmae.config import MaskConfig, ModelConfig
 from vmae.masking import DualMask
 from vmae.model.reference import ReferencePretrainer
 
+# Dense peak FLOP/s by a part of the device's name, from the vendors' datasheets (no sparsity): bfloat16, float32 without TF32.
+# The first part that fits counts, so longer names come first.
+_PEAK_FLOPS = {
+    "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100": (989e12, 67e12),
+    "H200": (989e12, 67e12),
+    "B200": (2250e12, 80e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "MI300X": (1307e12, 163.4e12),
+}
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """Dense peak FLOP/s of a device at "bfloat16" or "float32"; None where it is not known (any CPU)."""
+    found = next((peaks for part, peaks in _PEAK_FLOPS.items() if part.lower() in device_name.lower()), None)
+    return None if found is None else found[("bfloat16", "float32").index(dtype)]
+
 
 @dataclass(frozen=True)
 class TokenCounts:

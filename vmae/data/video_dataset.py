@@ -58,6 +58,7 @@ class VideoDataset(Dataset):
         min_frames: a video of fewer counts as bad.
 
     Attributes:
+        data: `entries` as they were given.
         watch: called with an entry's number before it is decoded; what a worker tells its overseer.
 
     Raises:
@@ -85,8 +86,7 @@ class VideoDataset(Dataset):
             raise InputError(f"unknown resize {resize!r}; known: {', '.join(RESIZERS)}")
         if min_frames < 1:
             raise InputError(f"min_frames must be at least 1, not {min_frames}")
-        self._mix = entries if isinstance(entries, Mix) else None
-        self.entries = list(entries)
+        self.data, self.entries = entries, list(entries)
         self.num_sample, self.seed, self.repeat = num_sample, seed, repeat
         self.backend, self.resize, self.min_frames = backend, resize, min_frames
         self.watch: Callable[[int], None] | None = None
@@ -130,8 +130,8 @@ class VideoDataset(Dataset):
         failures: list[Failure] = []
         rng = numpy_rng(self.seed, epoch, index, 0, Purpose.REPLACEMENT)
         video, others = index % len(self.entries), range(len(self.entries))
-        if self._mix is not None:
-            video, others = self._mix.pick(self.seed, epoch, index, len(self))
+        if isinstance(self.data, Mix):
+            video, others = self.data.pick(self.seed, epoch, index, len(self))
         total, tried = len(others), set()
         for attempt in range(min(total, MAX_ATTEMPTS)):
             while video in tried:

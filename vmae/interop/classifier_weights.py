@@ -16,7 +16,7 @@ from torch import Tensor
 from vmae.config import ModelConfig
 from vmae.data.labels import HEAD_NAMES, convert_head
 from vmae.errors import InputError
-from vmae.interop.upstream import describe_mismatch, load_weights
+from vmae.interop.upstream import check_shapes, load_weights
 from vmae.model.classifier import Classifier
 from vmae.model.embed import interpolate_positions
 
@@ -105,17 +105,9 @@ def start_classifier(
     state = _fit_positions(state, model, grid, report)
     own = model.state_dict()
     may_be_fresh = ("pool.",) + (("head.", "fc_norm.") if pretrained else ()) + (("head.",) if new_head else ())
-    missing = [name for name in own if name not in state]
-    report.fresh = [name for name in missing if name.startswith(may_be_fresh)]
-    missing = [name for name in missing if name not in report.fresh]
-    extra = [name for name in state if name not in own]
-    differing = [
-        f"{name}: {list(value.shape)} in the file, {list(own[name].shape)} in the model"
-        for name, value in state.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    if missing or extra or differing:
-        raise InputError(describe_mismatch(path, missing, extra, differing))
+    report.fresh = [name for name in own if name not in state and name.startswith(may_be_fresh)]
+    wanted = {name: value.shape for name, value in own.items() if name not in report.fresh}
+    check_shapes(wanted, {name: value.shape for name, value in state.items()}, path)
     model.load_state_dict(state, strict=False)
     report.loaded = len(state)
     return report
