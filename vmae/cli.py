@@ -16,6 +16,7 @@ from vmae.errors import InputError
 # name: (module, what it does)
 COMMANDS = {
     "pretrain": ("vmae.train.pretrain", "pre-train a model with dual masking on a list of videos"),
+    "finetune": ("vmae.train.finetune", "train a classifier on labelled videos: post-pre-training, fine-tuning, probes"),
     "reconstruct": ("vmae.evaluate.reconstruct", "draw what a checkpoint makes of a video"),
     "samples": ("vmae.data.samples", "write a list file of the four real clips that come with a test dependency"),
     "moving-shapes": ("vmae.data.moving_shapes", "make videos whose class is a motion, with two label sets that overlap"),
