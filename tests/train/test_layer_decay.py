@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vmae import InputError, build_classifier
+from vmae import build_classifier
 from vmae.config import ModelConfig
 from vmae.train.ema import WeightAverage
 from vmae.train.layer_decay import build_layer_adamw, layer_groups, layer_of, layer_scales
@@ -27,9 +27,6 @@ def test_scales_of_the_published_models():
     vit_g = layer_scales(40, 0.9)
     assert vit_g[0] == pytest.approx(0.013302794647291147) and vit_g[40] == 0.9  # 0.9 ** 41
     assert layer_scales(3, 1.0) == [1.0] * 5
-    for wrong in (0.0, 1.1):
-        with pytest.raises(InputError, match="layer decay"):
-            layer_scales(12, wrong)
 
 
 def test_groups_of_a_model():
@@ -91,5 +88,3 @@ def test_moving_average():
     other = WeightAverage(torch.nn.Linear(2, 2), 0.9)
     other.load_state_dict(average.state_dict())
     assert torch.equal(other.average["weight"], average.average["weight"])
-    with pytest.raises(InputError, match="average"):
-        WeightAverage(model, 1.0)

@@ -136,15 +136,27 @@ class ClassifyDataset(VideoDataset):
         clip: which frames and pixels.
         augment: how they are changed.
         num_sample: S.
+        cycle: epochs after which the same samples come again; None means never.
         options: of `VideoDataset`.
     """
 
-    def __init__(self, labelled: LabelledList, clip: ClipConfig, augment: AugmentConfig, *, num_sample: int = 1, **options):
+    def __init__(
+        self,
+        labelled: LabelledList,
+        clip: ClipConfig,
+        augment: AugmentConfig,
+        *,
+        num_sample: int = 1,
+        cycle: int | None = None,
+        **options,
+    ):
         super().__init__(labelled.entries, num_sample=num_sample, **options)
-        self.labelled, self.clip, self.augment = labelled, clip, augment
+        self.labelled, self.clip, self.augment, self.cycle = labelled, clip, augment, cycle
 
     def __getitem__(self, key: SampleKey | int) -> LabelledBatch:
         epoch, index = self._checked_key(key)
+        if self.cycle is not None:
+            epoch %= self.cycle
         clips, video, replaced = self._decode_with_replacement(epoch, index)
         targets = self.labelled.targets([video]).expand(self.num_sample, -1)
         return LabelledBatch(clips, targets, [(epoch, index, self.entries[video].path)], replaced)

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from vmae.errors import InputError
-
 
 class WeightAverage:
     """`average = decay * average + (1 - decay) * weights`, after every step, from the weights it starts with.
@@ -20,8 +18,6 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise InputError(f"the decay of the weights' average must be in [0, 1), not {decay}")
         self.model, self.decay = model, decay
         self.average: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.named_parameters()}
 

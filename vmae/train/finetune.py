@@ -144,11 +144,14 @@ def read_data(config: FinetuneConfig) -> tuple[LabelledList, list[str]]:
     return labelled, notes
 
 
-def prepare_finetune(config: FinetuneConfig, run: RunConfig, parallel: Parallel, source: Source | None = None) -> Prepared:
+def prepare_finetune(
+    config: FinetuneConfig, run: RunConfig, parallel: Parallel, source: Source | None = None, cycle: int | None = None
+) -> Prepared:
     """Check everything that a run needs, and write nothing. All ranks call it.
 
     Args:
         source: what `config.init` names, as `settings_of` reads it.
+        cycle: see `ClassifyDataset`.
 
     Raises:
         InputError: names what is wrong: list, labels, videos, output folder, device, checkpoint, head.
@@ -159,9 +162,7 @@ def prepare_finetune(config: FinetuneConfig, run: RunConfig, parallel: Parallel,
     check_output(Path(run.output))
     labelled, notes = read_data(config)
     config = dataclasses.replace(config, multi_label=config.multi_label or labelled.multi)
-    dataset = ClassifyDataset(
-        labelled, config.clip, config.augment, num_sample=config.num_sample, seed=config.seed, repeat=config.repeat
-    )
+    dataset = build_dataset(config, labelled, cycle)
     steps_per_epoch = EpochSampler(len(dataset), config.effective_batch).steps_per_epoch
     config = with_steps(config, steps_per_epoch)
     optim = config.optim.scaled_to(config.effective_batch)
@@ -179,6 +180,19 @@ def prepare_finetune(config: FinetuneConfig, run: RunConfig, parallel: Parallel,
 
     checkpoint, start_step = find_start(model, config, run, parallel, notes, load_init)
     return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, checkpoint, start_step, notes)
+
+
+def build_dataset(config: FinetuneConfig, labelled: LabelledList, cycle: int | None = None) -> ClassifyDataset:
+    """The samples of a run."""
+    return ClassifyDataset(
+        labelled,
+        config.clip,
+        config.augment,
+        num_sample=config.num_sample,
+        cycle=cycle,
+        seed=config.seed,
+        repeat=config.repeat,
+    )
 
 
 def build_model(config: FinetuneConfig, run: RunConfig) -> Classifier:

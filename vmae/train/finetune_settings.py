@@ -88,6 +88,10 @@ class FinetuneConfig(_Checked):
                 raise InputError(f"{name} must be at least 1, not {value}")
         if self.seed < 0 or (self.warmup_steps is not None and self.warmup_steps < 0):
             raise InputError("seed and warmup_steps must be at least 0")
+        if not 0 < self.layer_decay <= 1:
+            raise InputError(f"layer decay must be above 0 and at most 1, not {self.layer_decay}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise InputError(f"the decay of the weights' average must be in [0, 1), not {self.ema_decay}")
         if self.probe not in PROBES:
             raise InputError(f"unknown probe {self.probe!r}; known: {', '.join(PROBES)}")
         if self.probe != "none" and self.init is None:

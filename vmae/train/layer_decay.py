@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vmae.errors import InputError
 from vmae.train.optim import OptimConfig, is_decayed
 
 
@@ -21,13 +20,7 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def layer_scales(depth: int, decay: float) -> list[float]:
-    """The factor of each layer, `depth + 2` of them, the last one 1.
-
-    Raises:
-        InputError: a decay outside (0, 1].
-    """
-    if not 0 < decay <= 1:
-        raise InputError(f"layer decay must be above 0 and at most 1, not {decay}")
+    """The factor of each layer, `depth + 2` of them, the last one 1."""
     return [decay ** (depth + 1 - layer) for layer in range(depth + 2)]
 
 
