@@ -1,0 +1,42 @@
+"""Pictures of benchmark records; each needs matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def plot_steps(path: str, records: list[dict[str, Any]], title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = [
+        ("saved_activation_bytes_per_clip", "saved activations, MiB a clip", 2**20),
+        ("forward_macs_per_clip", "forward GMACs a clip", 1e9),
+    ]
+    timed = [r for r in records if r.get("step_ms")]
+    if timed:
+        columns = [("step", "ms a training step", 1.0), ("peak_memory_bytes", "peak memory, MiB", 2**20), *columns]
+        records = timed
+    labels = [f"{r['variant']}, {r['masking'].replace('_', '-')}" for r in records]
+    figure, axes = plt.subplots(1, len(columns), figsize=(3.4 * len(columns), 0.6 + 0.55 * len(records)), sharey=True)
+    for axis, (key, text, unit) in zip(axes, columns):
+        values = [(r["step_ms"]["median"] if key == "step" else r[key]) / unit for r in records]
+        shades = ["0.75" if r["masking"] == "encoder_only" else "#1f5fa8" for r in records]
+        bars = axis.barh(labels, values, color=shades)
+        if key == "step":
+            low = [v - r["step_ms"]["min"] for v, r in zip(values, records)]
+            high = [r["step_ms"]["max"] - v for v, r in zip(values, records)]
+            axis.errorbar(values, range(len(values)), xerr=[low, high], fmt="none", ecolor="black", capsize=3)
+        axis.bar_label(bars, fmt="%.0f" if max(values) >= 10 else "%.2f", padding=4)
+        axis.set_title(text, fontsize=10)
+        axis.margins(x=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
