@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from common import environment, print_table, write_json
 from paper import compare_with_paper, report_paper
-from records import compare, count_record, load_clips, make_record
+from records import choose_input, compare, count_record, load_clips, make_record
 from stepping import measure, sweep_batches
 from variants import MASKINGS, VARIANTS, default_variants, resolve_variant
 
@@ -97,7 +97,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "NAME=MODULE:FUNCTION: your own",
     )
     parser.add_argument("--masking", default="encoder_only,dual", help=f"comma-separated: {', '.join(MASKINGS)}; or all")
-    parser.add_argument("--input", default="real", help="real (the sample clips), synthetic, or a list file of videos")
+    parser.add_argument("--input", default="auto", help="real (the sample clips), synthetic, a list file; auto: real if there")
     parser.add_argument("--count", action="store_true", help="count activations and MACs only, time nothing")
     parser.add_argument("--sweep", type=int, metavar="N", help="also time batches of 1, 2, 4, ... up to this, or to what fits")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
@@ -151,9 +151,10 @@ def run_jobs(
     """Results of each job, the variants that were wrong, and the sweeps."""
     if args.count:
         return [None] * len(jobs), {}, []
+    source = choose_input(args.input)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "clips.pt")
-        torch.save(load_clips(args.input, args.batch, jobs[0]["config"]), path)
+        torch.save(load_clips(source, args.batch, jobs[0]["config"]), path)
         jobs = [{**job, "clips": path} for job in jobs]
         results, wrong = measure(jobs, args.steps, args.warmup)
         swept = [job for job in jobs if args.sweep and job["variant"] not in wrong]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
-def plot_steps(path: str, records: list[dict[str, Any]], title: str) -> None:
+def plot_steps(path: str | IO[str], records: list[dict[str, Any]], title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,7 +36,38 @@ def plot_steps(path: str, records: list[dict[str, Any]], title: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def plot_classes(path: str | IO[str], record: dict[str, Any]) -> None:
+    """Where a step's time goes (`bench/step.py`): one bar a kind, the longest first; gaps and data below them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [found for found in record["classes"] if found["share"] >= 0.002]
+    labels = [found["name"] for found in shown]
+    shades = ["0.55" if name in ("host gaps", "waiting for data") else "#1f5fa8" for name in labels]
+    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.34 * len(shown)))
+    bars = axis.barh(labels, [found["ms"] for found in shown], color=shades)
+    axis.bar_label(bars, [f"{found['ms']:.1f} ms, {found['share']:.0%}" for found in shown], padding=4)
+    axis.invert_yaxis()
+    axis.margins(x=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    about = ", ".join(str(record[key]) for key in ("model", "variant", "dtype"))
+    axis.set_title(f"{about}, batch {record['batch']}: ms a step", fontsize=10)
+    _save(figure, path)
+
+
+def _save(figure, path: str | IO[str]) -> None:
+    """To a file by its name, or as SVG to an open one."""
+    import matplotlib.pyplot as plt
+
     figure.tight_layout()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    if isinstance(path, str):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+    else:
+        figure.savefig(path, format="svg")
     plt.close(figure)

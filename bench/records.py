@@ -43,8 +43,10 @@ def load_clips(source: str, batch: int, config: ModelConfig) -> torch.Tensor:
     return torch.cat([dataset[(0, i)].clips for i in range(batch)])
 
 
-def real_clips_reason() -> str | None:
-    """Why the sample videos can't be had here; None if they can."""
+def choose_input(source: str) -> str:
+    """`source`; "auto" becomes "real" where the sample videos and a decoder are, else "synthetic", with a note."""
+    if source != "auto":
+        return source
     from vmae import InputError
     from vmae.data.decode import find_backends
     from vmae.data.samples import sample_videos
@@ -53,8 +55,9 @@ def real_clips_reason() -> str | None:
         sample_videos()
         find_backends("video", "auto")
     except InputError as error:
-        return str(error)
-    return None
+        print(f"note: synthetic clips, nothing is decoded: {error}")
+        return "synthetic"
+    return "real"
 
 
 def count_record(variant: str, masking: str, config: ModelConfig, dtype: str) -> dict[str, int | None]:
