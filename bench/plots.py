@@ -25,12 +25,16 @@ def plot_steps(path: str | IO[str], records: list[dict[str, Any]], title: str) -
     for axis, (key, text, unit) in zip(axes, columns):
         values = [(r["step_ms"]["median"] if key == "step" else r[key]) / unit for r in records]
         shades = ["0.75" if r["masking"] == "encoder_only" else "#1f5fa8" for r in records]
-        bars = axis.barh(labels, values, color=shades)
+        axis.barh(labels, values, color=shades)
+        past = [0.0] * len(values)
         if key == "step":
             low = [v - r["step_ms"]["min"] for v, r in zip(values, records)]
             high = [r["step_ms"]["max"] - v for v, r in zip(values, records)]
             axis.errorbar(values, range(len(values)), xerr=[low, high], fmt="none", ecolor="black", capsize=3)
-        axis.bar_label(bars, fmt="%.0f" if max(values) >= 10 else "%.2f", padding=4)
+            past = high
+        for place, (value, more) in enumerate(zip(values, past)):
+            shown = f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+            axis.annotate(shown, (value + more, place), xytext=(4, 0), textcoords="offset points", va="center")
         axis.set_title(text, fontsize=10)
         axis.margins(x=0.25)
         axis.spines[["top", "right"]].set_visible(False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 0 auto; max-width: 75rem; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ccc; } h3 { font-size: 1rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #888; }
-p.note { color: #555; font-size: .85rem; } svg { max-width: 100%; height: auto; } .bad { color: #a00; font-weight: 600; }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4; }
+td { white-space: nowrap; } th { border-bottom: 2px solid #888; vertical-align: bottom; max-width: 9rem; }
+.text { text-align: left; }
+p.note { color: #555; font-size: .85rem; } svg { min-width: 44rem; max-width: 100%; height: auto; }
+.bad { color: #a00; font-weight: 600; }
 """
 TITLES = {
     "kernels": "Kernels",
@@ -30,8 +33,11 @@ TITLES = {
 
 
 def table_html(table: Table) -> str:
+    text = [not all(re.match(r"-?\d|-$", row[i]) for row in table.rows) for i in range(len(table.head))]
+
     def line(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        marked = zip(cells, (" class=text" if is_text else "" for is_text in text))
+        return "<tr>" + "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for cell, mark in marked) + "</tr>"
 
     rows = "\n".join(line(row, "td") for row in table.rows)
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
@@ -57,7 +63,7 @@ def pictures(part: str, content: dict[str, Any]) -> str:
     except ImportError:
         return ""
     svg = target.getvalue()
-    return svg[svg.index("<svg") :]
+    return f'<div class="wide">{svg[svg.index("<svg") :]}</div>'
 
 
 def status_html(parts: list[dict[str, Any]]) -> str:
