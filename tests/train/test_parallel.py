@@ -187,7 +187,9 @@ def test_checkpointing_changes_nothing(straight, tmp_path, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "kind", "checkpointing"), [(1, "none", "selective"), (2, "fsdp", "full"), (2, "ddp", "none")])
+@pytest.mark.parametrize(
+    ("count", "kind", "checkpointing"), [(1, "none", "selective"), (2, "fsdp", "full"), (2, "ddp", "none")]
+)
 def test_compiled_blocks_agree(straight, tmp_path, run_ranks, count, kind, checkpointing):
     options = {"compiled": True, "checkpointing": checkpointing, "total_steps": 4}
     found = run_ranks(count, train, kind, tmp_path, options)[0]

@@ -15,7 +15,7 @@ SUFFIXES = (".pth", ".pt", ".safetensors")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("source", metavar="RUN|CHECKPOINT", help="a run's folder (its newest checkpoint), a checkpoint, or weights")
+    parser.add_argument("source", metavar="RUN|CHECKPOINT", help="a run's folder (its newest checkpoint), or one checkpoint")
     parser.add_argument("output", metavar="OUT.pth|OUT.safetensors", help="the file to write")
 
 
