@@ -289,9 +289,10 @@ class EpochSampler:
 
     Args:
         size: samples of an epoch.
-        batch_size: videos of a step on this rank.
-        rank, world_size: the ranks of a step take consecutive parts of one batch of `batch_size * world_size`, so any
-            split of the same batch sees the same samples.
+        batch_size: videos of a micro-batch on this rank.
+        accumulate: micro-batches of a step on each rank.
+        rank, world_size: the ranks of a step take consecutive parts of one batch of `batch_size * accumulate * world_size`,
+            so any split of the same batch sees the same samples.
         start_step: where iteration starts; nothing before it is replayed.
         total_steps: where iteration ends; None means never.
 
@@ -307,21 +308,22 @@ class EpochSampler:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
         start_step: int = 0,
         total_steps: int | None = None,
     ) -> None:
-        if size < 1 or batch_size < 1:
-            raise InputError(f"{size} samples in batches of {batch_size}: both must be at least 1")
+        if size < 1 or batch_size < 1 or accumulate < 1:
+            raise InputError(f"{size} samples in {accumulate} batches of {batch_size}: all must be at least 1")
         if not 0 <= rank < world_size or start_step < 0 or seed < 0:
             raise InputError(f"rank {rank} of {world_size}, start step {start_step}, seed {seed}: out of range")
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.start_step, self.total_steps = start_step, total_steps
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     @property
     def global_batch_size(self) -> int:
-        return self.batch_size * self.world_size
+        return self.batch_size * self.accumulate * self.world_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -334,13 +336,17 @@ class EpochSampler:
 
     def __getitem__(self, step: int) -> list[SampleKey]:
         epoch, place = divmod(step, self.steps_per_epoch)
-        first = place * self.global_batch_size + self.rank * self.batch_size
-        return [(epoch, int(index)) for index in self._epoch_order(epoch)[first : first + self.batch_size]]
+        own = self.batch_size * self.accumulate
+        first = place * self.global_batch_size + self.rank * own
+        return [(epoch, int(index)) for index in self._epoch_order(epoch)[first : first + own]]
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
+        """Micro-batches, `accumulate` of each step."""
         step = self.start_step
         while self.total_steps is None or step < self.total_steps:
-            yield self[step]
+            samples = self[step]
+            for first in range(0, len(samples), self.batch_size):
+                yield samples[first : first + self.batch_size]
             step += 1
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
@@ -445,21 +451,22 @@ def build_loader(
     prefetch: int = 2,
     rank: int = 0,
     world_size: int = 1,
+    accumulate: int = 1,
     quarantine: str | Path | None = None,
     max_bad_share: float = 0.05,
     hang_s: float = 120.0,
 ) -> PretrainLoader:
-    """Batches from step `start_step` up to `total_steps` (or `epochs`; without both, for ever).
+    """Micro-batches from step `start_step` up to `total_steps` (or `epochs`; without both, for ever).
 
     Step k's batch is the same whatever the number of workers and wherever iteration started. A list of fewer samples
     than a batch is repeated with other frames and crops, with one warning.
 
     Args:
-        batch_size: B, videos of a step on this rank; the batch has B * num_sample clips.
+        batch_size: B, videos of a micro-batch on this rank; it has B * num_sample clips.
         num_workers: processes that decode; 0 decodes in this one.
         pin_memory: page-locked batches, for copies to a GPU beside its work; ignored where there is none.
         prefetch: batches that each worker makes ahead.
-        rank, world_size: see `EpochSampler`.
+        rank, world_size, accumulate: see `EpochSampler`.
         quarantine: file for the bad videos, one JSON line each; with many ranks, rank 3 writes NAME-3.jsonl.
         max_bad_share: share of reads that may fail, see `Quarantine`.
         hang_s: seconds that a video may take in a worker, before the worker is replaced and the video counts as bad.
@@ -482,6 +489,7 @@ def build_loader(
         seed=dataset.seed,
         rank=rank,
         world_size=world_size,
+        accumulate=accumulate,
         start_step=start_step,
         total_steps=total_steps,
     )
