@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import ctypes
 import math
-import multiprocessing
 import os
 import statistics
 import sys
@@ -30,16 +29,9 @@ from typing import Any
 
 import torch
 from common import environment, paired_ratio, print_table, spread, write_json
-from dual_vs_encoder import (
-    Worker,
-    compare,
-    count_record,
-    load_clips,
-    make_record,
-    resident_bytes,
-    show_progress,
-)
-from dual_vs_encoder import measure as measure_models
+from records import compare, count_record, load_clips, make_record
+from stepping import Worker, resident_bytes, show_progress
+from stepping import measure as measure_models
 
 from vmae import InputError, MaskConfig, ModelConfig, build_pretrainer
 from vmae.config import PRESETS
@@ -109,7 +101,7 @@ CPU_CHOICE = ("vit_b encoder", "vit_h encoder", "vit_g encoder", "vit_b decoder"
 QUICK = [Shape(16, 2, 64, 1, ("quick",)), Shape(24, 2, 88, 1, ("quick",))]
 
 
-# --- one backend in its own process -----------------------------------------------------------------------------------
+# --- one backend, in a process of its own -----------------------------------------------------------------------------------
 
 
 def reset_peak(device: torch.device) -> bool:
@@ -216,33 +208,6 @@ class Runner:
         return max(resident_bytes(peak=True) - before, 0)
 
 
-def serve(job: dict[str, Any], pipe) -> None:
-    """A worker: does what the pipe asks, answers (True, result) or (False, message)."""
-    try:
-        runner = Runner(job)
-        pipe.send((True, None))
-        while (request := pipe.recv()) is not None:
-            method, argument = request
-            pipe.send((True, getattr(runner, method)(argument)))
-    except EOFError:
-        pass
-    except BaseException as error:  # the parent reports it and stops the others
-        with contextlib.suppress(OSError):
-            pipe.send((False, f"{type(error).__name__}: {error}"))
-
-
-class BackendWorker(Worker):
-    """A backend and its process."""
-
-    def __init__(self, job: dict[str, Any]):
-        self.job, self.name = job, job["backend"]
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(job, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-
-
 # --- the measurement --------------------------------------------------------------------------------------------------
 
 
@@ -255,9 +220,9 @@ def why_wrong(found: dict[str, float], dtype: torch.dtype) -> str | None:
     return None
 
 
-def measure_shape(workers: list[BackendWorker], index: int, turns: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+def measure_shape(workers: list[Worker], index: int, turns: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """By backend: what `prepare` found, the runs of each mode, and the reason if it was not timed."""
-    found = {worker.name: worker.ask(("prepare", index)) for worker in workers}
+    found = {worker.name: worker.ask("prepare", index) for worker in workers}
     for result in found.values():
         result["wrong"] = why_wrong(result, dtype)
         result["runs"] = {mode: [] for mode in MODES}
@@ -265,7 +230,7 @@ def measure_shape(workers: list[BackendWorker], index: int, turns: int, dtype: t
         for mode in MODES:
             for worker in workers:
                 if found[worker.name]["wrong"] is None:
-                    found[worker.name]["runs"][mode].append(worker.ask(("turn", mode)))
+                    found[worker.name]["runs"][mode].append(worker.ask("turn", mode))
     return found
 
 
@@ -450,7 +415,7 @@ def measure_shapes(
     with contextlib.ExitStack() as stack:
         workers = []
         for name in names:
-            workers.append(BackendWorker({**job, "backend": name}))
+            workers.append(Worker({**job, "backend": name}, Runner, name))
             stack.callback(workers[-1].close)
         for worker in workers:
             worker.wait_ready()

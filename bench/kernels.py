@@ -13,7 +13,6 @@ fails its check is not timed.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -22,12 +21,10 @@ from pathlib import Path
 
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "kernels")]
 
-# Triton must not be imported before the interpreter is chosen.
+# Triton must not be imported before `common` has chosen the interpreter.
 import torch.nn.functional as F  # noqa: E402
 from common import print_table, write_json  # noqa: E402
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "distil": ("vmae.train.distill", "train a small classifier on what a large one makes of the clips"),
     "evaluate": ("vmae.evaluate.classify", "test a classifier on many views of each video: top-1, top-5, a table, a picture"),
     "predict": ("vmae.evaluate.predict", "name the classes of one video"),
+    "export": ("vmae.interop.export", "write a run's weights as one .pth or .safetensors file with published names"),
     "reconstruct": ("vmae.evaluate.reconstruct", "draw what a checkpoint makes of a video"),
     "samples": ("vmae.data.samples", "write a list file of the four real clips that come with a test dependency"),
     "moving-shapes": ("vmae.data.moving_shapes", "make videos whose class is a motion, with two label sets that overlap"),

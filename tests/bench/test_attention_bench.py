@@ -96,7 +96,7 @@ class FakeWorker:
     def __init__(self, name, error):
         self.name, self.error, self.asked = name, error, []
 
-    def ask(self, request):
+    def ask(self, *request):
         self.asked.append(request)
         if request[0] == "turn":
             return 1.0

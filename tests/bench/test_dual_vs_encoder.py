@@ -132,7 +132,7 @@ def test_counts_only(tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--variants", "torch,tritn"], "unknown variant 'tritn'; known: reference, torch"),
+        (["--variants", "torch,tritn"], "unknown variant 'tritn'; known: reference, reference+sdpa"),
         (["--variants", "x=no_such_module:f"], "no_such_module"),
         (["--masking", "triple"], "unknown masking 'triple'"),
         (["--batch", "0"], "--batch must be at least 1"),
@@ -147,8 +147,66 @@ def test_bad_input_exits_with_2(bench, capsys, monkeypatch, words, message):
 
 
 def test_disagreement_is_relative_and_catches_nan(bench):
-    assert bench.disagreeing({"dual": {"reference": 1.0, "a": 1.00005, "b": 1.0002, "c": float("nan")}}).keys() == {"b", "c"}
+    import stepping
+
+    assert stepping.disagreeing({"dual": {"reference": 1.0, "a": 1.00005, "b": 1.0002, "c": float("nan")}}).keys() == {"b", "c"}
 
 
 def test_ratios_are_paired_run_by_run(bench):
-    assert bench.paired_ratio([2, 6, 3], [1, 2, 3]) == {"median": 2, "min": 1, "max": 3}
+    from common import paired_ratio
+
+    assert paired_ratio([2, 6, 3], [1, 2, 3]) == {"median": 2, "min": 1, "max": 3}
+
+
+def test_maskings(tmp_path):
+    done, result = run(tmp_path, "--model", "vit_tiny", "--count", "--variants", "torch", "--masking", "all")
+    records = {r["masking"]: r for r in result["records"]}
+    for key in ("forward_macs_per_clip", "saved_activation_bytes_per_clip"):
+        values = [records[m][key] for m in ("encoder_only", "dual_25", "dual", "dual_75")]
+        assert values == sorted(values, reverse=True) and len(set(values)) == 4
+
+
+def test_sweep_and_parts_of_the_memory(tmp_path):
+    words = [*QUICK, "--steps", "2", "--warmup", "0", "--sweep", "4", "--variants", "torch", "--device", "cpu"]
+    done, result = run(tmp_path, *words)
+    record, sweep = result["records"][0], result["sweeps"][0]
+    memory = record["memory"]
+    assert memory["gradients"] == memory["parameters"] and 1.9 < memory["optimizer"] / memory["parameters"] < 2.1
+    assert memory["peak"] >= memory["activations"]
+    assert record["mfu"] is None and record["model_flops_per_s"] > 0
+    assert [b["batch"] for b in sweep["batches"]] == [1, 2, 4] and sweep["masking"] == "dual"
+    assert all(b["clips_per_s"] > 0 and len(b["step_ms"]) == 1 for b in sweep["batches"])
+    assert "batch sweep" in done.stdout and "4: " in done.stdout
+
+
+def test_the_papers_table_stands_beside_ours(tmp_path):
+    done, result = run(tmp_path, "--model", "vit_b", "--count", "--dtype", "bfloat16", "--variants", "reference,torch,triton")
+    lines = {line["variant"]: line for line in result["paper"]}
+    assert lines["torch"]["paper_speedup"] == 1.79 and lines["torch"]["speedup"] is None
+    assert lines["reference"]["macs"] == pytest.approx(lines["reference"]["paper_macs"], rel=2e-3)
+    assert "paper, as recalled" in done.stdout
+    saved = {(r["variant"], r["masking"]): r["saved_activation_bytes_per_clip"] for r in result["records"]}
+    assert saved["triton", "dual"] <= 0.25 * saved["reference", "encoder_only"]
+    assert saved["triton", "dual"] <= 0.45 * saved["reference", "dual"]
+
+
+def test_the_fastest_competitor_is_named(bench):
+    import records
+
+    def record(variant, step):
+        times = {"step_ms": {"median": step, "runs": [step]}, "peak_memory_bytes": 8}
+        counts = {"saved_activation_bytes_per_clip": 4, "forward_macs_per_clip": 2}
+        return {"model": "m", "masking": "dual", "variant": variant, **counts, **times}
+
+    made = [record("reference", 9), record("reference+sdpa", 3), record("torch", 2)]
+    ratios = records.compare(made)
+    fastest = [r for r in ratios if r["fastest_competitor"]]
+    assert [(r["variant"], r["baseline"]) for r in fastest] == [("torch dual", "reference+sdpa dual")]
+    assert fastest[0]["speedup"]["median"] == 1.5
+    untimed = [{**r, "step_ms": None} for r in made]
+    assert not any(r["fastest_competitor"] for r in records.compare(untimed))
+
+
+def test_variants_that_cannot_run_say_why(bench, capsys):
+    assert bench.main(["--variants", "triton", "--device", "cpu"]) == 2
+    assert "'triton' does not run here: needs a GPU" in capsys.readouterr().err

@@ -193,7 +193,7 @@ def open_parallel(kind: str = "auto", device: str = "auto", *, shard_size: int |
     if shape is not None:
         from torch.distributed.device_mesh import init_device_mesh
 
-        mesh = init_device_mesh(found.type, shape)
+        mesh = init_device_mesh(found.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
     try:
         yield Parallel(kind, found, dist.get_rank(), ranks, mesh, dist.new_group(backend="gloo"))
     except Exception as error:

@@ -18,7 +18,7 @@ from torch.distributed import checkpoint as dcp
 from vmae.errors import InputError
 from vmae.train.checkpoint import CheckpointFolder, sync_folder
 from vmae.train.parallel import Parallel
-from vmae.train.sharded import MANIFEST, file_facts, make_manifest, quiet, reason_of
+from vmae.train.sharded import MANIFEST, file_facts, make_manifest, reason_of
 from vmae.train.state import NamedTensors
 
 
@@ -51,12 +51,10 @@ class Saver:
         self._together(lambda: self._make_room(beside) if self.parallel.is_main else None, path)
         where = dict(storage_writer=dcp.FileSystemWriter(beside), process_group=self._group, no_dist=self._group is None)
         if not self.background:
-            with quiet():
-                self._together(lambda: dcp.save(tensors, **where), path)
+            self._together(lambda: dcp.save(tensors, **where), path)
             self._complete(beside, path, step, about)
             return
-        with quiet():
-            done = dcp.async_save(tensors, **where)
+        done = dcp.async_save(tensors, **where)
 
         def complete() -> None:
             try:

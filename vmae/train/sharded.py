@@ -11,13 +11,11 @@ description classes are accepted.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import pickle
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,9 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from vmae.errors import InputError
+
+# A process alone knows that it is.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -105,9 +106,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         own = content.pop("sha256")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{path} is not a training checkpoint: it has no {MANIFEST}; weights alone go to --init") from error
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error})") from error
     if own != _digest(content):
         raise InputError(f"checkpoint {path} is damaged: {MANIFEST} is not what was written")
@@ -174,8 +175,7 @@ def load_tensors(path: str | Path, state: dict[str, dict[str, Tensor]], group: A
         InputError: a file can't be read, or lacks one of the tensors.
     """
     try:
-        with quiet():
-            dcp.load(state, storage_reader=SafeReader(path), process_group=group, no_dist=group is None)
+        dcp.load(state, storage_reader=SafeReader(path), process_group=group, no_dist=group is None)
     except (dcp.CheckpointException, RuntimeError, OSError, ValueError, pickle.UnpicklingError, EOFError) as error:
         raise InputError(f"checkpoint {path} cannot be read: {reason_of(error)}") from error
 
@@ -189,14 +189,6 @@ def read_group(path: str | Path, group: str = "model") -> dict[str, Tensor]:
         raise InputError(f"checkpoint {path} holds no {group}")
     load_tensors(path, {group: tensors})
     return tensors
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without torch's remark that a process alone is alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        yield
 
 
 def reason_of(error: BaseException) -> str:

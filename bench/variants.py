@@ -1,0 +1,121 @@
+"""The ways to do one and the same training step that the benchmarks compare."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vmae import InputError, MaskConfig, ModelConfig, build_pretrainer, build_reference
+from vmae.model.attention import Attention
+
+MASKINGS = {
+    "encoder_only": MaskConfig(decoder="none"),
+    "dual_25": MaskConfig(decoder_ratio=0.25),
+    "dual": MaskConfig(),
+    "dual_75": MaskConfig(decoder_ratio=0.75),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way.
+
+    Attributes:
+        build: makes the model, from its configuration.
+        text: what it is, in words.
+        ours: whether it embeds visible and predicts counted tokens only, as this code does; else it is a competitor.
+        needs_gpu: it does not run on a CPU in sensible time.
+        compiled: its blocks go through torch.compile, which decides for itself what it keeps: not countable on paper.
+        check: raises ImportError or InputError where it can't run.
+    """
+
+    build: Callable[[ModelConfig], nn.Module]
+    text: str
+    ours: bool = True
+    needs_gpu: bool = False
+    compiled: bool = False
+    check: Callable[[], object] = lambda: None
+
+    def why_not(self, device: str) -> str | None:
+        """The reason why it does not run on `device`; None if it does."""
+        if self.needs_gpu and not device.startswith("cuda"):
+            return "needs a GPU; here Triton could only be interpreted"
+        try:
+            self.check()
+        except (ImportError, InputError) as error:
+            return str(error)
+        return None
+
+
+def build_reference_sdpa(config: ModelConfig) -> nn.Module:
+    """The published algorithm with the one change that most people make first: fused attention."""
+    model = build_reference(config)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.backend = "sdpa"
+    return model
+
+
+def compile_blocks(model: nn.Module) -> nn.Module:
+    for block in (*model.encoder.blocks, *model.decoder.blocks):
+        block.compile()
+    return model
+
+
+def build_torch(config: ModelConfig) -> nn.Module:
+    return build_pretrainer(config, backend="torch")
+
+
+def build_triton(config: ModelConfig) -> nn.Module:
+    return build_pretrainer(config, backend="triton")
+
+
+VARIANTS: dict[str, Variant] = {
+    "reference": Variant(build_reference, "the published algorithm, written plainly", ours=False),
+    "reference+sdpa": Variant(build_reference_sdpa, "the same with torch's fused attention", ours=False),
+    "reference+compile": Variant(
+        lambda config: compile_blocks(build_reference_sdpa(config)), "the same, blocks compiled too", ours=False, compiled=True
+    ),
+    "torch": Variant(build_torch, "this code, PyTorch operations"),
+    "triton": Variant(build_triton, "this code, Triton kernels", needs_gpu=True),
+    "triton+compile": Variant(
+        lambda config: compile_blocks(build_triton(config)), "the same, blocks compiled", needs_gpu=True, compiled=True
+    ),
+}
+
+
+def resolve_variant(name: str) -> Variant:
+    """A variant by name, or one's own as NAME=MODULE:FUNCTION, where FUNCTION(config) returns the model.
+
+    Raises:
+        InputError: no such variant, module or function.
+    """
+    if name in VARIANTS:
+        return VARIANTS[name]
+    module, _, function = name.partition("=")[2].partition(":")
+    if not function:
+        raise InputError(f"unknown variant {name!r}; known: {', '.join(VARIANTS)}, or NAME=MODULE:FUNCTION")
+    try:
+        return Variant(getattr(importlib.import_module(module), function), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"variant {name!r}: {error}") from error
+
+
+def default_variants(device: str, quick: bool = False) -> list[str]:
+    """All that run on `device`; on a CPU, where minutes count, two."""
+    if not device.startswith("cuda"):
+        return ["reference", "torch"]
+    return ["reference", "reference+sdpa", "triton"] if quick else list(VARIANTS)
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.numel() * value.element_size() for value in states if isinstance(value, torch.Tensor))

@@ -1,0 +1,53 @@
+"""Counting without a GPU, and scoring predictions when one was there."""
+
+import json
+
+import pytest
+
+
+def test_counts_intervals_and_floors(benches, tmp_path, capsys):
+    words = ["--presets", "vit_s", "--variants", "reference", "triton", "--json", str(tmp_path / "r.json")]
+    assert benches("predict").main(words) == 0
+    content = json.loads((tmp_path / "r.json").read_text())
+    steps = {(r["variant"], r["masking"]): r for r in content["records"] if r["kind"] == "step"}
+    assert set(steps) == {(v, m) for v in ("reference", "triton") for m in ("encoder_only", "dual")}
+    ours, base = steps["triton", "dual"], steps["reference", "encoder_only"]
+    expected = ours["saved_activation_bytes_per_clip"] / base["saved_activation_bytes_per_clip"]
+    assert ours["over_reference_encoder_only"] == pytest.approx(expected) and expected < 0.25
+    for record in steps.values():
+        for span in record["predicted_step_ms"].values():
+            assert 0 < span["fast"] < span["slow"]
+        assert record["predicted_step_ms"]["A100"]["fast"] > record["predicted_step_ms"]["H100"]["fast"]
+    floors = [r for r in content["records"] if r["kind"] == "floor"]
+    assert len(floors) == 10 and all(r["floor_us"]["H100"] > 0 for r in floors)
+    assert content["assumptions"]["fast"]["matrix_share"] > content["assumptions"]["slow"]["matrix_share"]
+    assert "not measurements" in capsys.readouterr().out
+    titles = [table.title for table in benches("tables").tables_of("predict", content)]
+    assert any("PREDICTED, not measured" in title for title in titles)
+
+
+def measured(step_ms: float) -> dict:
+    counts = {"saved_activation_bytes_per_clip": 60 * 2**20, "forward_macs_per_clip": 24 * 10**9}
+    names = {"model": "vit_b", "variant": "triton", "masking": "dual", "batch": 32, "dtype": "bfloat16"}
+    return {**names, **counts, "step_ms": {"median": step_ms}, "optimizer_ms": {"median": 0.0}}
+
+
+def test_scoring(benches, tmp_path, capsys):
+    predict = benches("predict")
+    found = predict.score([measured(1.0), measured(15.0), measured(1000.0), {"model": "vit_b"}], "H100")
+    assert [r["place"] for r in found] == ["faster", "inside", "slower"]
+    (tmp_path / "m.json").write_text(json.dumps({"records": [measured(15.0)]}))
+    assert predict.main(["--score", str(tmp_path / "m.json")]) == 0
+    assert "inside" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [(None, "No such file"), ("{}", "not a benchmark's result"), ('{"records": []}', "no timed step")],
+)
+def test_scoring_bad_files(benches, tmp_path, capsys, text, message):
+    path = tmp_path / "m.json"
+    if text is not None:
+        path.write_text(text)
+    assert benches("predict").main(["--score", str(path)]) == 2
+    assert message in capsys.readouterr().err
