@@ -81,6 +81,29 @@ def test_a_run_leaves_logs_settings_checkpoint_and_weights(videos, tmp_path, cap
     assert "encoder.blocks.0.attn.q_bias" in weights["model"]
 
 
+def test_a_mix_is_described_and_its_samples_counted(tmp_path, capsys):
+    for name, video in zip(("one", "two"), sample_videos()[2:], strict=True):
+        (tmp_path / f"{name}.txt").write_text(f"{video} 0 -1\n" * 2)
+    sources = "- {list: one.txt, weight: 3}\n- {list: two.txt, weight: 1, stride: 2}\n"
+    (tmp_path / "mix.yaml").write_text(f"sources:\n{sources}")
+    assert pretrain(tmp_path / "mix.yaml", tmp_path / "run", "--log-every", "2") == 0
+    text = capsys.readouterr().out
+    assert "one: 2 videos, 0.00222 hours, 75.0% of samples\n" in text and "25.0% of samples, stride 2\n" in text
+    assert "weighted mixing of 2 sources, 4 videos" in text
+    records = read_log(tmp_path / "run" / "log.jsonl")  # 4 samples an epoch: 2 steps
+    assert [(r["samples/one"], r["samples/two"]) for r in records] == [(3, 1)] * 3
+
+
+def test_sampling_flip_and_resize_reach_the_clips(videos, tmp_path):
+    plain, others = tmp_path / "plain", ("--sampling exact", "--sampling fps --fps 7", "--flip", "--resize pil")
+    assert pretrain(videos, plain) == 0
+    for number, flags in enumerate(others):
+        assert pretrain(videos, tmp_path / str(number), *flags.split()) == 0
+        assert losses(tmp_path / str(number)) != losses(plain)
+    assert pretrain(videos, tmp_path / "same", "--sampling", "published", "--no-flip", "--resize", "torch") == 0
+    assert losses(tmp_path / "same") == losses(plain)
+
+
 # One encoder-only, one where clips of a batch count unequally many tokens.
 @pytest.mark.parametrize(
     "flags", ["--decoder-mask none", "--encoder-mask random --decoder-mask random", "--no-normalize-target"]
@@ -268,6 +291,11 @@ def test_wrong_lists_are_named_and_nothing_is_written(tmp_path, capsys, name):
         ("--init gone.pth", "gone.pth does not exist"),
         ("--resume gone.pth", "gone.pth does not exist"),
         ("--data-root gone", "gone"),
+        ("--sampling uniform", "unknown sampling 'uniform'; known: published, exact, fps"),
+        ("--sampling fps", "sampling by fps needs `fps` above 0"),
+        ("--fps 8", "sampling by fps needs `fps` above 0"),
+        ("--resize nearest", "unknown resize 'nearest'; known: torch, pil"),
+        ("--max-bad-share 2", "the share of bad videos must be between 0 and 1, not 2"),
     ],
 )
 def test_wrong_settings_are_named_and_nothing_is_written(videos, tmp_path, capsys, flags, words):

@@ -107,6 +107,7 @@ class PretrainDataset(Dataset):
         min_frames: a video of fewer counts as bad.
 
     Attributes:
+        data: `entries` as they were given.
         watch: called with an entry's number before it is decoded; what a worker tells its overseer.
 
     Raises:
@@ -148,8 +149,7 @@ class PretrainDataset(Dataset):
         if min_frames < 1:
             raise InputError(f"min_frames must be at least 1, not {min_frames}")
         clip_starts(1, num_frames, stride)
-        self._mix = entries if isinstance(entries, Mix) else None
-        self.entries = list(entries)
+        self.data, self.entries = entries, list(entries)
         self.sampling, self.fps, self.flip, self.min_frames = sampling, fps, flip, min_frames
         self.num_frames, self.stride, self.image_size = num_frames, stride, image_hw(image_size)
         self.grid, self.mask = grid, mask
@@ -166,6 +166,13 @@ class PretrainDataset(Dataset):
     def __len__(self) -> int:
         """Samples of an epoch."""
         return len(self.entries) * self.repeat
+
+    def count_sources(self, batch: Batch) -> dict[str, int]:
+        """Samples of each source in a batch, as `samples/NAME` for the logs; empty where there is one source only."""
+        if not isinstance(self.data, Mix) or len(self.data.sources) < 2:
+            return {}
+        counts = self.data.count_sources([index for _, index, _ in batch.ids], len(self))
+        return {f"samples/{name}": count for name, count in counts.items()}
 
     def __getitem__(self, key: SampleKey | int) -> Batch:
         if not isinstance(key, tuple):
@@ -197,8 +204,8 @@ class PretrainDataset(Dataset):
         failures: list[Failure] = []
         rng = _numpy_rng(self.seed, epoch, index, 0, _REPLACEMENT)
         video, others = index % len(self.entries), range(len(self.entries))
-        if self._mix is not None:
-            video, others = self._mix.pick(self.seed, epoch, index, len(self))
+        if isinstance(self.data, Mix):
+            video, others = self.data.pick(self.seed, epoch, index, len(self))
         total, tried = len(others), set()
         for attempt in range(min(total, MAX_ATTEMPTS)):
             while video in tried:

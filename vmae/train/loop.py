@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,7 @@ class Trainer:
         about: plain containers that stand as `config` in every checkpoint.
         tensorboard: also write TensorBoard files.
         on_first_batch: called with the first batch of this start.
+        count: batch -> numbers whose sums since the last line of the logs stand in the next one.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class Trainer:
         device: torch.device | str = "cpu",
         tensorboard: bool = True,
         on_first_batch: Callable[[TrainingBatch], None] | None = None,
+        count: Callable[[TrainingBatch], dict[str, int]] | None = None,
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.open_batches, self.compute_loss, self.config = open_batches, compute_loss, config
@@ -150,6 +153,7 @@ class Trainer:
         self.tensorboard, self.on_first_batch = tensorboard, on_first_batch
         self.step = 0  # optimizer steps done
         self.meter = StepMeter()
+        self.count, self.counts = count, Counter()
         self.saved_step: int | None = None
 
     def resume(self, checkpoint: dict[str, Any]) -> None:
@@ -253,6 +257,7 @@ class Trainer:
         """Count the step; every `log_every` steps, and after the last, a line goes to the logs."""
         clips = batch.clips.shape[0]
         self.meter.add(loss=loss, clips=clips, step_s=step_s, data_s=data_s, replaced=len(batch.replaced))
+        self.counts.update(self.count(batch) if self.count else {})
         self.log_file.step(self.step, loss=loss, clips=clips, step_s=step_s, data_s=data_s)
         if self.step % self.config.log_every and self.step < self.config.total_steps:
             return
@@ -264,10 +269,11 @@ class Trainer:
                 "grad_norm": grad_norm,
                 "lr": lr,
                 **self.meter.means(),
+                **self.counts,
                 "memory": peak_memory_bytes(self.device),
             }
         )
-        self.meter = StepMeter()
+        self.meter, self.counts = StepMeter(), Counter()
 
     def checkpoint(self) -> Path:
         """Write a checkpoint of the steps done."""

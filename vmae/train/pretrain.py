@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vmae.data import Batch, PretrainDataset, build_loader, check_decodable, read_list
+from vmae.data import Batch, PretrainDataset, Quarantine, build_loader, check_decodable, describe_data, read_data
 from vmae.data.dataset import EpochSampler, PretrainLoader
 from vmae.errors import InputError
 from vmae.interop.upstream import load_into, load_weights
@@ -119,7 +119,8 @@ def prepare(config: PretrainConfig, run: RunConfig) -> Prepared:
     check_output(Path(run.output))
     folder = CheckpointFolder(run.output, run.keep)
     check_mask(config.mask, config.model.grid)
-    entries = read_list(config.data, config.data_root)
+    Quarantine(max_share=run.max_bad_share)
+    entries = read_data(config.data, config.data_root)
     notes = [f"note: skipped, cannot be decoded: {error}" for _, error in check_decodable(entries)]
     dataset = PretrainDataset(
         entries,
@@ -131,6 +132,10 @@ def prepare(config: PretrainConfig, run: RunConfig) -> Prepared:
         num_sample=config.num_sample,
         seed=config.seed,
         repeat=config.repeat,
+        sampling=config.sampling,
+        fps=config.fps,
+        flip=config.flip,
+        resize=config.resize,
     )
     steps_per_epoch = EpochSampler(len(dataset), config.batch_size).steps_per_epoch
     config = _with_steps(config, steps_per_epoch)
@@ -276,6 +281,7 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
         device=prepared.device,
         tensorboard=run.tensorboard,
         on_first_batch=show_trivial_losses,
+        count=prepared.dataset.count_sources,
     )
     if prepared.checkpoint:
         trainer.resume(prepared.checkpoint)
@@ -306,6 +312,7 @@ def _open_batches(prepared: Prepared, start_step: int) -> PretrainLoader:
             total_steps=prepared.config.steps,
             pin_memory=prepared.device.type == "cuda",
             quarantine=Path(prepared.run.output) / "quarantine.jsonl",
+            max_bad_share=prepared.run.max_bad_share,
         )
     for warning in caught:
         print(f"note: {warning.message}", flush=True)
@@ -325,6 +332,7 @@ def banner(prepared: Prepared) -> list[str]:
         f"({mask.encoder} {mask.encoder_ratio:g}: {one.visible.shape[1]} visible; {decoder}: {one.decode.shape[1]} picked, "
         f"{int(one.weight.sum())} counted by the loss)",
         f"data: {about['videos']} videos x {config.repeat} visits an epoch, {prepared.steps_per_epoch} steps an epoch",
+        *(f"  {line}" for line in describe_data(prepared.dataset.data)),
         f"batch: effective batch {config.batch_size} videos, {about['clips_per_step']} clips a step; learning rate "
         f"{config.optim.lr:g} x {config.batch_size} / 256 = {optim.lr:.3g} at its peak, {optim.min_lr:.3g} at the end",
         f"steps: {prepared.start_step} to {config.steps} ({config.steps / prepared.steps_per_epoch:g} epochs), "

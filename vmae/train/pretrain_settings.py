@@ -27,9 +27,10 @@ class PretrainConfig(_Checked):
 
     Attributes:
         model, mask, optim: see their classes; `optim.lr` is for 256 videos a step.
-        data: the list file.
+        data: the list file, or a mix (YAML, see `vmae.data.mix`).
         data_root: folder that its relative paths start from.
         stride: frames from one sampled frame to the next, where the list says nothing else.
+        sampling, fps, flip, resize: see `vmae.data.PretrainDataset`.
         batch_size: videos of a step.
         num_sample: clips cut from each of them.
         repeat: visits of a video in an epoch.
@@ -48,6 +49,10 @@ class PretrainConfig(_Checked):
     data: str
     data_root: str | None = None
     stride: int = 4
+    sampling: str = "published"
+    fps: float | None = None
+    flip: bool = False
+    resize: str = "torch"
     batch_size: int = 32
     num_sample: int = 1
     repeat: int = 1
@@ -80,6 +85,7 @@ class RunConfig(_Checked):
         save_every, log_every: steps from one checkpoint, or log line, to the next.
         keep: newest checkpoints that stay.
         tensorboard: also write TensorBoard files.
+        max_bad_share: share of reads that may fail before the run stops, see `vmae.data.Quarantine`.
     """
 
     output: str
@@ -90,13 +96,18 @@ class RunConfig(_Checked):
     keep: int = 3
     log_every: int = 10
     tensorboard: bool = True
+    max_bad_share: float = 0.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command; the published names of the same settings work too."""
     source = parser.add_argument_group("data and output")
     source.add_argument(
-        "--data", "--data_path", required=True, metavar="LIST", help="list file: one video or frame folder a line"
+        "--data",
+        "--data_path",
+        required=True,
+        metavar="LIST",
+        help="list file: one video or frame folder a line; or a mix of lists (.yaml)",
     )
     source.add_argument("--data-root", "--data_root", metavar="DIR", help="where the list's relative paths start")
     source.add_argument("--output", "--output_dir", required=True, metavar="DIR", help="folder of the run: checkpoints, logs")
@@ -115,6 +126,16 @@ def _add_result_arguments(group) -> None:
     group.add_argument("--decoder-depth", "--decoder_depth", type=int, help="blocks of the decoder (default: the preset's)")
     group.add_argument("--drop-path", "--drop_path", type=float, default=0.0, help="stochastic depth of the encoder")
     group.add_argument("--stride", "--sampling_rate", type=int, default=4, help="frames from one sampled frame to the next (4)")
+    group.add_argument(
+        "--sampling", default="published",
+        help="published; exact (the stride kept exactly, the last frame in reach); fps (clips of --fps) (published)",
+    )  # fmt: skip
+    group.add_argument("--fps", type=float, help="frames a second of the clips, with --sampling fps")
+    group.add_argument(
+        "--flip", action=argparse.BooleanOptionalAction, default=False,
+        help="mirror half of the clips; wrong where left and right mean something, as in SSv2 (no)",
+    )  # fmt: skip
+    group.add_argument("--resize", default="torch", help="torch; pil: pixels as published, slower (torch)")
     group.add_argument("--batch-size", "--batch_size", type=int, default=32, help="videos a step (32)")
     group.add_argument("--num-sample", "--num_sample", type=int, default=1, help="clips cut from each decoded video (1)")
     group.add_argument("--repeat", type=int, default=1, help="visits of a video in an epoch, for short lists (1)")
@@ -153,6 +174,7 @@ def _add_optimizer_arguments(group) -> None:
 
 def _add_run_arguments(group) -> None:
     group.add_argument("--workers", "--num_workers", type=int, default=1, help="processes that decode video (1)")
+    group.add_argument("--max-bad-share", type=float, default=0.05, help="bad videos that do not stop the run, of all (0.05)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     group.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
     group.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
@@ -204,10 +226,13 @@ def configs_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, RunConf
         ),
         optim=OptimConfig(warmup_epochs=warmup_epochs, **_taken(args, "lr min_lr betas eps weight_decay clip_grad")),
         warmup_steps=warmup_steps,
-        **_taken(args, "data data_root stride batch_size num_sample repeat epochs steps seed dtype normalize_target init"),
+        **_taken(args, "data data_root stride sampling fps flip resize batch_size num_sample repeat"),
+        **_taken(args, "epochs steps seed dtype normalize_target init"),
     )
     speed = SpeedConfig(backend=args.backend, attention=args.attention, compile=args.compile, num_workers=args.workers)
-    return config, RunConfig(speed=speed, **_taken(args, "output device resume save_every keep log_every tensorboard"))
+    return config, RunConfig(
+        speed=speed, **_taken(args, "output device resume save_every keep log_every tensorboard max_bad_share")
+    )
 
 
 def _taken(args: argparse.Namespace, names: str) -> dict[str, Any]:
