@@ -427,6 +427,11 @@ class PretrainLoader:
             raise
         return batch.pin_memory() if self._pin else batch
 
+    def interrupt(self) -> None:
+        """End iteration soon, also where another thread waits for a batch."""
+        if isinstance(self._iterator, WorkerPool):
+            self._iterator.interrupt()
+
     def close(self) -> None:
         """End the workers; iteration is over."""
         if self._iterator is not None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vmae.data import Batch, PretrainDataset, Quarantine, build_loader, check_decodable, describe_data, read_data
+from vmae.data import Batch, Prefetcher, PretrainDataset, Quarantine, build_loader, check_decodable, describe_data, read_data
 from vmae.data.dataset import EpochSampler, PretrainLoader
 from vmae.errors import InputError
 from vmae.interop.upstream import load_into, load_weights
@@ -265,7 +265,7 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
         model=model,
         optimizer=build_adamw(model, prepared.optim),
         schedule=build_schedule(config, prepared.optim),
-        open_batches=lambda start_step: _open_batches(prepared, start_step),
+        open_batches=lambda start_step: Prefetcher(_open_batches(prepared, start_step), prepared.device),
         compute_loss=compute_loss,
         config=LoopConfig(
             total_steps=config.steps,
