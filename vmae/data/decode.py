@@ -46,11 +46,15 @@ class VideoReader(ABC):
     Attributes:
         path: of the file or folder.
         fps: frames a second, None where it is not known.
+        size: width and height, None where they are known only once a frame is decoded.
+        codec: FFmpeg's name of it, None where it is not known.
         backend: name of the backend that opened it.
     """
 
     path: str
     fps: float | None = None
+    size: tuple[int, int] | None = None
+    codec: str | None = None
     backend: str = "?"
 
     @abstractmethod
@@ -363,7 +367,8 @@ class _PyavReader(VideoReader):
         if not self._counted:
             self._times = np.sort(np.array(times, np.int64))
             self._keys = np.sort(np.array([time for time, key in packets if key], np.int64))
-        self._skips = self._stream.codec_context.name == "h264"
+        context = self._stream.codec_context
+        self.size, self.codec = (context.width, context.height), context.name
 
     def _first_video(self, container):
         if not container.streams.video:
@@ -416,7 +421,7 @@ class _PyavReader(VideoReader):
             pictures.update((frame.pts, self._pixels(frame)) for frame in frames if frame.pts in wanted)
 
         for packet in self._packets_from(key, times[0]):
-            if self._skips:
+            if self.codec == "h264":
                 context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             unfed.discard(packet.pts)
             keep(packet.decode())
