@@ -41,7 +41,7 @@ test-all: setup
 
 test-decoders: setup
 	@$(PIP) -c constraints.txt -e '.[torchcodec,dali]'
-	@$(PYTEST) tests/data tests/bench/test_data.py -k "torchcodec or dali"
+	@$(PYTEST) tests/data tests/bench/test_data.py tests/train/test_pretrain.py -k "torchcodec or dali"
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import sys
 import tempfile
@@ -270,15 +271,18 @@ class _ClipMaker:
         pass
 
 
-def time_workers(variant: str, paths: Sequence[str], seeds: Sequence[int], count: int, rounds: int) -> float:
-    """Clips a second that arrive from `count` processes, after each has delivered its first two."""
-    tasks = [(path, seed) for _ in range(4 * rounds) for seed in seeds for path in paths]
-    warm = [tasks[i % len(tasks)] for i in range(2 * count)]
-    pool = WorkerPool(_ClipMaker(variant), iter(warm + tasks), count=count, prefetch=2, hang_s=600)
+def time_workers(variant: str, paths: Sequence[str], seeds: Sequence[int], count: int, span: float) -> float:
+    """Clips a second that arrive from `count` processes within `span` seconds, after each has delivered its first two."""
+    tasks = itertools.cycle([(path, seed) for seed in seeds for path in paths])
+    pool = WorkerPool(_ClipMaker(variant), tasks, count=count, prefetch=2, hang_s=600)
     try:
-        for _ in warm:
+        for _ in range(2 * count):
             next(pool)
-        return len(tasks) / seconds_of(lambda: [None for _ in pool])
+        clips, start = 0, time.perf_counter()
+        while (seconds := time.perf_counter() - start) < span or clips % (len(paths) * len(seeds)):
+            next(pool)
+            clips += 1
+        return clips / seconds
     finally:
         pool.close()
 
@@ -433,7 +437,7 @@ def measure(args: argparse.Namespace, variants: list[str]) -> list[dict[str, Any
         for kind in ("original", "h264, GOP 12", "h264, GOP 250", "packed"):
             for variant in ("published", default_of(kinds[kind])):
                 for count in args.workers if (kind, variant) in timed else ():
-                    rate = time_workers(variant, kinds[kind], seeds, count, args.rounds)
+                    rate = time_workers(variant, kinds[kind], seeds, count, 1.0 if args.quick else 4.0)
                     records.append(
                         {"kind": "workers", "videos": kind, "variant": variant, "workers": count, "clips_per_s": rate}
                     )

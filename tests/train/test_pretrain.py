@@ -15,6 +15,7 @@ from vmae import InputError, ModelConfig, build_pretrainer
 from vmae.cli import main
 from vmae.config import PRESETS
 from vmae.data import sample_videos
+from vmae.data.dali import dali_missing
 from vmae.train.checkpoint import CheckpointFolder, export_weights
 from vmae.train.loop import Trainer
 from vmae.train.metrics import loss_of_last_tenth, read_log
@@ -102,6 +103,13 @@ def test_sampling_flip_and_resize_reach_the_clips(videos, tmp_path):
         assert losses(tmp_path / str(number)) != losses(plain)
     assert pretrain(videos, tmp_path / "same", "--sampling", "published", "--no-flip", "--resize", "torch") == 0
     assert losses(tmp_path / "same") == losses(plain)
+
+
+@pytest.mark.skipif(dali_missing() is not None, reason=str(dali_missing()))
+def test_a_run_with_dali_sees_the_same_samples(videos, tmp_path):
+    for loader in ("cpu", "dali"):  # H.264 on a CPU: the loader's way round DALI, so the very same losses
+        assert pretrain(videos, tmp_path / loader, "--loader", loader, "--num-sample", "2") == 0
+    assert losses(tmp_path / "cpu") == losses(tmp_path / "dali")
 
 
 # One encoder-only, one where clips of a batch count unequally many tokens.
@@ -295,6 +303,7 @@ def test_wrong_lists_are_named_and_nothing_is_written(tmp_path, capsys, name):
         ("--sampling fps", "sampling by fps needs `fps` above 0"),
         ("--fps 8", "sampling by fps needs `fps` above 0"),
         ("--resize nearest", "unknown resize 'nearest'; known: torch, pil"),
+        ("--loader gpu", "unknown loader 'gpu'; known: cpu, dali"),
         ("--max-bad-share 2", "the share of bad videos must be between 0 and 1, not 2"),
     ],
 )

@@ -84,7 +84,7 @@ class DaliLoader:
         num_threads: that look into the videos, and that DALI has.
 
     Raises:
-        InputError: DALI is not installed, or fails from the first batch on; else as `PretrainLoader`.
+        InputError: DALI fails from the first batch on; else as `PretrainLoader`.
     """
 
     def __init__(
@@ -96,8 +96,6 @@ class DaliLoader:
         device: torch.device | str,
         num_threads: int = 1,
     ) -> None:
-        if lack := dali_missing():
-            raise InputError(lack)
         self.dataset, self.sampler, self.quarantine = dataset, sampler, quarantine
         self.device, self._threads = torch.device(device), num_threads
         self._codecs = GPU_CODECS if self.device.type == "cuda" else CPU_CODECS

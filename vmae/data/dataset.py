@@ -460,6 +460,21 @@ class PretrainLoader:
         self.close()
 
 
+def check_loader(name: str) -> None:
+    """See that a loader can be had.
+
+    Raises:
+        InputError: an unknown name, or DALI is not installed.
+    """
+    if name not in LOADERS:
+        raise InputError(f"unknown loader {name!r}; known: {', '.join(LOADERS)}")
+    if name == "dali":
+        from vmae.data.dali import dali_missing
+
+        if lack := dali_missing():
+            raise InputError(lack)
+
+
 def build_loader(
     dataset: PretrainDataset,
     *,
@@ -501,8 +516,7 @@ def build_loader(
     """
     if num_workers < 0 or prefetch < 1:
         raise InputError(f"num_workers ({num_workers}) must be at least 0 and prefetch ({prefetch}) at least 1")
-    if loader not in LOADERS:
-        raise InputError(f"unknown loader {loader!r}; known: {', '.join(LOADERS)}")
+    check_loader(loader)
     if hang_s <= 0:
         raise InputError(f"hang_s must be above 0, not {hang_s}")
     if quarantine is not None and rank:

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from vmae.data import Batch, Prefetcher, PretrainDataset, Quarantine, build_loader, check_decodable, describe_data, read_data
-from vmae.data.dataset import EpochSampler, PretrainLoader
+from vmae.data.dataset import EpochSampler, check_loader
 from vmae.errors import InputError
 from vmae.interop.upstream import load_into, load_weights
 from vmae.masking import DualMask
@@ -120,6 +120,7 @@ def prepare(config: PretrainConfig, run: RunConfig) -> Prepared:
     folder = CheckpointFolder(run.output, run.keep)
     check_mask(config.mask, config.model.grid)
     Quarantine(max_share=run.max_bad_share)
+    check_loader(config.loader)
     entries = read_data(config.data, config.data_root)
     notes = [f"note: skipped, cannot be decoded: {error}" for _, error in check_decodable(entries)]
     dataset = PretrainDataset(
@@ -265,7 +266,7 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
         model=model,
         optimizer=build_adamw(model, prepared.optim),
         schedule=build_schedule(config, prepared.optim),
-        open_batches=lambda start_step: Prefetcher(_open_batches(prepared, start_step), prepared.device),
+        open_batches=lambda start_step: _open_batches(prepared, start_step),
         compute_loss=compute_loss,
         config=LoopConfig(
             total_steps=config.steps,
@@ -301,7 +302,7 @@ def _open_folder(prepared: Prepared, folder: Path) -> None:
     write_run_file(folder, describe_start(about, device=prepared.device, start_step=prepared.start_step))
 
 
-def _open_batches(prepared: Prepared, start_step: int) -> PretrainLoader:
+def _open_batches(prepared: Prepared, start_step: int) -> Prefetcher:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loader = build_loader(
@@ -313,10 +314,12 @@ def _open_batches(prepared: Prepared, start_step: int) -> PretrainLoader:
             pin_memory=prepared.device.type == "cuda",
             quarantine=Path(prepared.run.output) / "quarantine.jsonl",
             max_bad_share=prepared.run.max_bad_share,
+            loader=prepared.config.loader,
+            device=prepared.device,
         )
     for warning in caught:
         print(f"note: {warning.message}", flush=True)
-    return loader
+    return Prefetcher(loader, prepared.device, threaded=False if prepared.config.loader == "dali" else None)
 
 
 def banner(prepared: Prepared) -> list[str]:

@@ -31,6 +31,7 @@ class PretrainConfig(_Checked):
         data_root: folder that its relative paths start from.
         stride: frames from one sampled frame to the next, where the list says nothing else.
         sampling, fps, flip, resize: see `vmae.data.PretrainDataset`.
+        loader: "cpu", or "dali", whose pixels differ by some levels, see `vmae.data.build_loader`.
         batch_size: videos of a step.
         num_sample: clips cut from each of them.
         repeat: visits of a video in an epoch.
@@ -53,6 +54,7 @@ class PretrainConfig(_Checked):
     fps: float | None = None
     flip: bool = False
     resize: str = "torch"
+    loader: str = "cpu"
     batch_size: int = 32
     num_sample: int = 1
     repeat: int = 1
@@ -136,6 +138,7 @@ def _add_result_arguments(group) -> None:
         help="mirror half of the clips; wrong where left and right mean something, as in SSv2 (no)",
     )  # fmt: skip
     group.add_argument("--resize", default="torch", help="torch; pil: pixels as published, slower (torch)")
+    group.add_argument("--loader", default="cpu", help="who decodes: cpu, or dali (a GPU's decoder; some levels off) (cpu)")
     group.add_argument("--batch-size", "--batch_size", type=int, default=32, help="videos a step (32)")
     group.add_argument("--num-sample", "--num_sample", type=int, default=1, help="clips cut from each decoded video (1)")
     group.add_argument("--repeat", type=int, default=1, help="visits of a video in an epoch, for short lists (1)")
@@ -226,7 +229,7 @@ def configs_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, RunConf
         ),
         optim=OptimConfig(warmup_epochs=warmup_epochs, **_taken(args, "lr min_lr betas eps weight_decay clip_grad")),
         warmup_steps=warmup_steps,
-        **_taken(args, "data data_root stride sampling fps flip resize batch_size num_sample repeat"),
+        **_taken(args, "data data_root stride sampling fps flip resize loader batch_size num_sample repeat"),
         **_taken(args, "epochs steps seed dtype normalize_target init"),
     )
     speed = SpeedConfig(backend=args.backend, attention=args.attention, compile=args.compile, num_workers=args.workers)
