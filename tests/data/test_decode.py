@@ -212,10 +212,10 @@ def test_without_stderr(tmp_path):
 
 
 def test_other_lines_on_stderr_are_passed_on(capfd):
-    with decode._library_stderr() as heard:
+    with decode.library_stderr() as heard:
         os.write(2, b"[08:41:57] /src/video_reader.cc:83: ERROR opening: x.mp4, No such luck\nsomething else\n")
     assert capfd.readouterr().err == "something else\n"
-    assert decode._first_reason("RuntimeError", heard) == "No such luck"
+    assert decode.first_reason("RuntimeError", heard) == "No such luck"
 
 
 @pytest.mark.parametrize("backend", VIDEO_BACKENDS)
@@ -243,10 +243,10 @@ def test_reason_without_source_files_and_codes():
         "avcodec_send_packet(dec_ctx_.get(), pkt.get()) >= 0 (-1094995529 vs. 0) Thread worker: Error sending packet.\n"
         "Stack trace:\n  0: x"
     )
-    assert decode._first_reason(raw, []) == "Thread worker: Error sending packet."
+    assert decode.first_reason(raw, []) == "Thread worker: Error sending packet."
     raw = "[08:41:57] /github/a/video_reader.cc:486: Error: av_read_frame failed with 1094995529"
-    assert decode._first_reason(raw, []) == "Error: av_read_frame failed: invalid data"
-    assert decode._first_reason("", []) == "unknown reason"
+    assert decode.first_reason(raw, []) == "Error: av_read_frame failed: invalid data"
+    assert decode.first_reason("", []) == "unknown reason"
 
 
 def test_missing_file_and_folder(tmp_path):
