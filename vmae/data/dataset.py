@@ -9,10 +9,12 @@ of numpy and torch, whose generators may change between versions).
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vmae.config import MaskConfig
-from vmae.data.augment import RESIZERS, crop_and_resize, image_hw, sample_crop
+from vmae.data.augment import RESIZERS, CropBox, crop_and_resize, image_hw, sample_crop
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import VideoEntry
 from vmae.data.mix import Mix
@@ -30,8 +32,13 @@ from vmae.data.workers import WorkerPool
 from vmae.errors import InputError
 from vmae.masking import DualMask
 
+if TYPE_CHECKING:
+    from vmae.data.dali import DaliLoader
+
 MAX_ATTEMPTS = 50  # videos tried for one sample: with half of a list broken, all 50 fail once in 1e15 samples
 _FRAMES, _CROPS, _MASKS, _REPLACEMENT, _ORDER, _FLIPS = range(6)
+
+LOADERS = ("cpu", "dali")
 
 SampleKey = tuple[int, int]
 
@@ -45,12 +52,18 @@ class Batch:
         mask: DualMask of B*S clips.
         ids: (epoch, index, path) of each of the B videos; `path` is the one that was decoded.
         replaced: (path, error, library) of each video that could not be decoded, and that another one stands in for.
+        counted: sum of the mask's weights, known without asking the device that the mask is on.
     """
 
     clips: Tensor
     mask: DualMask
     ids: list[tuple[int, int, str]]
     replaced: list[Failure] = field(default_factory=list)
+    counted: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.counted is None:
+            self.counted = self.mask.weight.sum().item()
 
     @classmethod
     def cat(cls, batches: list[Batch]) -> Batch:
@@ -60,14 +73,15 @@ class Batch:
             DualMask.cat([batch.mask for batch in batches]),
             [key for batch in batches for key in batch.ids],
             [failure for batch in batches for failure in batch.replaced],
+            sum(batch.counted for batch in batches),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         mask = self.mask.to(device, non_blocking=non_blocking)
-        return Batch(self.clips.to(device, non_blocking=non_blocking), mask, self.ids, self.replaced)
+        return dataclasses.replace(self, clips=self.clips.to(device, non_blocking=non_blocking), mask=mask)
 
     def pin_memory(self) -> Batch:
-        return Batch(self.clips.pin_memory(), self.mask.pin_memory(), self.ids, self.replaced)
+        return dataclasses.replace(self, clips=self.clips.pin_memory(), mask=self.mask.pin_memory())
 
 
 def _seed_sequence(seed: int, *key: int) -> np.random.SeedSequence:
@@ -107,6 +121,7 @@ class PretrainDataset(Dataset):
         min_frames: a video of fewer counts as bad.
 
     Attributes:
+        data: `entries` as they were given.
         watch: called with an entry's number before it is decoded; what a worker tells its overseer.
 
     Raises:
@@ -148,8 +163,7 @@ class PretrainDataset(Dataset):
         if min_frames < 1:
             raise InputError(f"min_frames must be at least 1, not {min_frames}")
         clip_starts(1, num_frames, stride)
-        self._mix = entries if isinstance(entries, Mix) else None
-        self.entries = list(entries)
+        self.data, self.entries = entries, list(entries)
         self.sampling, self.fps, self.flip, self.min_frames = sampling, fps, flip, min_frames
         self.num_frames, self.stride, self.image_size = num_frames, stride, image_hw(image_size)
         self.grid, self.mask = grid, mask
@@ -157,7 +171,7 @@ class PretrainDataset(Dataset):
         self.backend, self.resize = backend, resize
         self.watch: Callable[[int], None] | None = None
         self._blocked: dict[int, str] = {}
-        self._sample_mask(0, 0)
+        self.sample_mask(0, 0)
 
     def block(self, video: int, reason: str) -> None:
         """Treat the entry number `video` as undecodable from now on; its error is `reason`."""
@@ -166,6 +180,19 @@ class PretrainDataset(Dataset):
     def __len__(self) -> int:
         """Samples of an epoch."""
         return len(self.entries) * self.repeat
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Of a mix; empty where there is one source only."""
+        mixed = isinstance(self.data, Mix) and len(self.data.sources) > 1
+        return tuple(source.name for source in self.data.sources) if mixed else ()
+
+    def count_sources(self, batch: Batch) -> list[int]:
+        """Samples in a batch of each of the `source_names`."""
+        if not self.source_names:
+            return []
+        counts = self.data.count_sources([index for _, index, _ in batch.ids], len(self))
+        return [counts[name] for name in self.source_names]
 
     def __getitem__(self, key: SampleKey | int) -> Batch:
         if not isinstance(key, tuple):
@@ -176,9 +203,10 @@ class PretrainDataset(Dataset):
         if epoch < 0 or index < 0:
             raise IndexError(f"epoch {epoch} and index {index} must not be negative")
         clips, path, replaced = self._decode_with_replacement(epoch, index)
-        return Batch(clips, self._sample_mask(epoch, index), [(epoch, index, path)], replaced)
+        return Batch(clips, self.sample_mask(epoch, index), [(epoch, index, path)], replaced)
 
-    def _sample_mask(self, epoch: int, index: int) -> DualMask:
+    def sample_mask(self, epoch: int, index: int) -> DualMask:
+        """The masks of a sample's S clips."""
         state = _seed_sequence(self.seed, epoch, index, 0, _MASKS).generate_state(2, np.uint32)
         generator = torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
         mask = self.mask
@@ -192,13 +220,33 @@ class PretrainDataset(Dataset):
             generator=generator,
         )
 
+    def pick_video(self, epoch: int, index: int) -> tuple[int, range]:
+        """(number of a sample's entry, those of the entries that may stand in for it)."""
+        if isinstance(self.data, Mix):
+            return self.data.pick(self.seed, epoch, index, len(self))
+        return index % len(self.entries), range(len(self.entries))
+
+    def pick_frames(self, entry: VideoEntry, total: int, fps: float | None, epoch: int, index: int, attempt: int = 0):
+        """int64 [T]: which of `total` frames a sample's clips are made of."""
+        rng, stride = _numpy_rng(self.seed, epoch, index, attempt, _FRAMES), entry.stride or self.stride
+        if self.sampling == "published":
+            return sample_frame_indices(total, self.num_frames, stride, rng)
+        if self.sampling == "fps" and fps:
+            return sample_exact_indices(total, self.num_frames, fps / self.fps, rng)
+        return sample_exact_indices(total, self.num_frames, stride, rng)
+
+    def pick_crops(self, width: int, height: int, epoch: int, index: int, attempt: int = 0) -> list[tuple[CropBox, bool]]:
+        """Box of each of a sample's S clips in frames of `width` x `height`, and whether it is mirrored."""
+        rng = _numpy_rng(self.seed, epoch, index, attempt, _CROPS)
+        boxes = [sample_crop(width, height, self.image_size, rng) for _ in range(self.num_sample)]
+        flips = _numpy_rng(self.seed, epoch, index, attempt, _FLIPS).integers(2, size=self.num_sample)
+        return [(box, bool(flip) and self.flip) for box, flip in zip(boxes, flips, strict=True)]
+
     def _decode_with_replacement(self, epoch: int, index: int) -> tuple[Tensor, str, list[Failure]]:
         """(clips, the path they come from, the failures before it)."""
         failures: list[Failure] = []
         rng = _numpy_rng(self.seed, epoch, index, 0, _REPLACEMENT)
-        video, others = index % len(self.entries), range(len(self.entries))
-        if self._mix is not None:
-            video, others = self._mix.pick(self.seed, epoch, index, len(self))
+        video, others = self.pick_video(epoch, index)
         total, tried = len(others), set()
         for attempt in range(min(total, MAX_ATTEMPTS)):
             while video in tried:
@@ -233,24 +281,12 @@ class PretrainDataset(Dataset):
                 error = DecodeError(f"{entry.path}: has {len(reader)} frames, fewer than {self.min_frames}")
                 error.library = reader.backend
                 raise error
-            rng = _numpy_rng(self.seed, epoch, index, attempt, _FRAMES)
-            frames = reader.frames(self._sample_indices(len(reader), reader.fps, entry, rng))
-        height, width = frames.shape[1:3]
-        rng = _numpy_rng(self.seed, epoch, index, attempt, _CROPS)
-        boxes = [sample_crop(width, height, self.image_size, rng) for _ in range(self.num_sample)]
-        crops = [crop_and_resize(frames, box, self.image_size, resize=self.resize) for box in boxes]
-        if self.flip:
-            flips = _numpy_rng(self.seed, epoch, index, attempt, _FLIPS).integers(2, size=self.num_sample)
-            crops = [crop[:, :, ::-1] if flip else crop for crop, flip in zip(crops, flips, strict=True)]
+            frames = reader.frames(self.pick_frames(entry, len(reader), reader.fps, epoch, index, attempt))
+        crops = []
+        for box, flip in self.pick_crops(frames.shape[2], frames.shape[1], epoch, index, attempt):
+            crop = crop_and_resize(frames, box, self.image_size, resize=self.resize)
+            crops.append(crop[:, :, ::-1] if flip else crop)
         return torch.from_numpy(np.stack(crops))
-
-    def _sample_indices(self, total: int, fps: float | None, entry: VideoEntry, rng: np.random.Generator) -> np.ndarray:
-        stride = entry.stride or self.stride
-        if self.sampling == "published":
-            return sample_frame_indices(total, self.num_frames, stride, rng)
-        if self.sampling == "fps" and fps:
-            return sample_exact_indices(total, self.num_frames, fps / self.fps, rng)
-        return sample_exact_indices(total, self.num_frames, stride, rng)
 
 
 def check_decodable(entries: Sequence[VideoEntry], *, backend: str = "auto", limit: int = 20) -> list[tuple[str, str]]:
@@ -426,6 +462,11 @@ class PretrainLoader:
             raise
         return batch.pin_memory() if self._pin else batch
 
+    def interrupt(self) -> None:
+        """End iteration soon, also where another thread waits for a batch."""
+        if isinstance(self._iterator, WorkerPool):
+            self._iterator.interrupt()
+
     def close(self) -> None:
         """End the workers; iteration is over."""
         if self._iterator is not None:
@@ -437,6 +478,21 @@ class PretrainLoader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def check_loader(name: str) -> None:
+    """See that a loader can be had.
+
+    Raises:
+        InputError: an unknown name, or DALI is not installed.
+    """
+    if name not in LOADERS:
+        raise InputError(f"unknown loader {name!r}; known: {', '.join(LOADERS)}")
+    if name == "dali":
+        from vmae.data.dali import dali_missing
+
+        if lack := dali_missing():
+            raise InputError(lack)
 
 
 def build_loader(
@@ -455,7 +511,9 @@ def build_loader(
     quarantine: str | Path | None = None,
     max_bad_share: float = 0.05,
     hang_s: float = 120.0,
-) -> PretrainLoader:
+    loader: str = "cpu",
+    device: torch.device | str = "cpu",
+) -> PretrainLoader | DaliLoader:
     """Micro-batches from step `start_step` up to `total_steps` (or `epochs`; without both, for ever).
 
     Step k's batch is the same whatever the number of workers and wherever iteration started. A list of fewer samples
@@ -470,13 +528,16 @@ def build_loader(
         quarantine: file for the bad videos, one JSON line each; with many ranks, rank 3 writes NAME-3.jsonl.
         max_bad_share: share of reads that may fail, see `Quarantine`.
         hang_s: seconds that a video may take in a worker, before the worker is replaced and the video counts as bad.
+        loader: "cpu", or "dali" (see `vmae.data.dali`; `num_workers` are its threads).
+        device: where DALI decodes; the CPU's loader has no use for it.
 
     Raises:
-        InputError: a number out of range, or both `total_steps` and `epochs`. While iterating: no video decodes, or too
-            many do not.
+        InputError: a number out of range, both `total_steps` and `epochs`, a loader that is unknown or not installed. While
+            iterating: no video decodes, or too many do not.
     """
     if num_workers < 0 or prefetch < 1:
         raise InputError(f"num_workers ({num_workers}) must be at least 0 and prefetch ({prefetch}) at least 1")
+    check_loader(loader)
     if hang_s <= 0:
         raise InputError(f"hang_s must be above 0, not {hang_s}")
     if quarantine is not None and rank:
@@ -503,6 +564,10 @@ def build_loader(
             stacklevel=2,
         )
     bad = Quarantine(quarantine, max_bad_share)
+    if loader == "dali":
+        from vmae.data.dali import DaliLoader
+
+        return DaliLoader(dataset, sampler, bad, device=device, num_threads=max(num_workers, 1))
     return PretrainLoader(
         dataset, sampler, bad, num_workers=num_workers, pin_memory=pin_memory, prefetch=prefetch, hang_s=hang_s
     )

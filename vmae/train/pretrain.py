@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from vmae.cost import forward_macs, token_counts
-from vmae.data import Batch, PretrainDataset, build_loader, check_decodable, read_list
-from vmae.data.dataset import EpochSampler, PretrainLoader
+from vmae.data import Batch, Prefetcher, PretrainDataset, Quarantine, build_loader, check_decodable, read_data
+from vmae.data.dataset import EpochSampler, check_loader
 from vmae.errors import InputError
 from vmae.interop.upstream import check_shapes, load_into, load_weights
 from vmae.model import Pretrainer, build_pretrainer
@@ -123,7 +123,9 @@ def prepare(config: PretrainConfig, run: RunConfig, parallel: Parallel) -> Prepa
     check_output(Path(run.output))
     folder = CheckpointFolder(run.output, run.keep, run.keep_every)
     check_mask(config.mask, config.model.grid)
-    entries = read_list(config.data, config.data_root)
+    Quarantine(max_share=run.max_bad_share)
+    check_loader(config.loader)
+    entries = read_data(config.data, config.data_root)
     notes = [f"note: skipped, cannot be decoded: {error}" for _, error in check_decodable(entries)]
     dataset = PretrainDataset(
         entries,
@@ -135,6 +137,10 @@ def prepare(config: PretrainConfig, run: RunConfig, parallel: Parallel) -> Prepa
         num_sample=config.num_sample,
         seed=config.seed,
         repeat=config.repeat,
+        sampling=config.sampling,
+        fps=config.fps,
+        flip=config.flip,
+        resize=config.resize,
     )
     steps_per_epoch = EpochSampler(len(dataset), config.effective_batch).steps_per_epoch
     config = _with_steps(config, steps_per_epoch)
@@ -260,7 +266,7 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
         return wrapped(batch.clips, batch.mask)
 
     def weigh(batch: Batch) -> float:
-        return float(batch.mask.weight.sum()) / usual
+        return batch.counted / usual
 
     def show_trivial_losses(batch: Batch) -> None:
         trivial.update(trivial_losses(batch.clips, batch.mask, config.model, config.normalize_target))
@@ -290,6 +296,8 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
         flops_per_clip=_flops_per_clip(config),
         tensorboard=run.tensorboard,
         on_first_batch=show_trivial_losses if parallel.is_main else None,
+        sources=prepared.dataset.source_names,
+        count_sources=prepared.dataset.count_sources,
     )
     if prepared.checkpoint:
         trainer.resume(prepared.checkpoint)
@@ -318,7 +326,7 @@ def _open_folder(prepared: Prepared, folder: Path) -> None:
     write_run_file(folder, describe_start(about, device=prepared.device, start_step=prepared.start_step))
 
 
-def _open_batches(prepared: Prepared, start_step: int) -> PretrainLoader:
+def _open_batches(prepared: Prepared, start_step: int) -> Prefetcher:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loader = build_loader(
@@ -332,7 +340,10 @@ def _open_batches(prepared: Prepared, start_step: int) -> PretrainLoader:
             total_steps=prepared.config.steps,
             pin_memory=prepared.device.type == "cuda",
             quarantine=Path(prepared.run.output) / "quarantine.jsonl",
+            max_bad_share=prepared.run.max_bad_share,
+            loader=prepared.config.loader,
+            device=prepared.device,
         )
     for warning in caught if prepared.parallel.is_main else ():
         print(f"note: {warning.message}", flush=True)
-    return loader
+    return Prefetcher(loader, prepared.device, threaded=False if prepared.config.loader == "dali" else None)
