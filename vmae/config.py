@@ -171,6 +171,9 @@ class MaskConfig(_Checked):
                 raise InputError(f"{name} must be in [0, 1), not {getattr(self, name)}")
 
 
+CHECKPOINTING = ("none", "selective", "full")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpeedConfig(_Checked):
     """What changes speed and memory, never the result beyond the error of the dtype.
@@ -179,15 +182,24 @@ class SpeedConfig(_Checked):
         backend: the fused operations: "torch", "triton", or "auto" (triton on a GPU).
         attention: "auto", or a name that `python -m vmae doctor` lists.
         compile: compile the blocks with `torch.compile`.
+        checkpointing: what is made again in the backward instead of being kept: "none", "selective" (the MLPs' hidden
+            layers) or "full" (all but each block's input); see `vmae.train.activations`.
+        parallel: "none", "ddp", "fsdp", "hybrid", or "auto" (ddp with several processes); see `vmae.train.parallel`.
+        shard_size: ranks that share one copy of the model, for "hybrid"; None means those of a node.
         num_workers: processes that decode video.
     """
 
     backend: str = "auto"
     attention: str = "auto"
     compile: bool = False
+    checkpointing: str = "none"
+    parallel: str = "auto"
+    shard_size: int | None = None
     num_workers: int = 1
 
     def __post_init__(self) -> None:
+        if self.checkpointing not in CHECKPOINTING:
+            raise InputError(f"unknown checkpointing {self.checkpointing!r}; known: {', '.join(CHECKPOINTING)}")
         if self.backend not in ("auto", "torch", "triton"):
             raise InputError(f"unknown backend {self.backend!r}; known: auto, torch, triton")
         if self.num_workers < 0:

@@ -256,6 +256,18 @@ def test_ranks_split_the_same_batch(size):
             assert [key for rank in ranks for key in rank[step]] == whole[step]
 
 
+@pytest.mark.parametrize("size", [100, 5])
+def test_micro_batches_split_the_same_batch(size):
+    whole = EpochSampler(size, 8, seed=3)
+    ranks = [EpochSampler(size, 2, accumulate=2, seed=3, rank=r, world_size=2, start_step=4, total_steps=7) for r in (0, 1)]
+    assert {sampler.steps_per_epoch for sampler in ranks} == {whole.steps_per_epoch}
+    parts = [list(sampler) for sampler in ranks]
+    assert [len(rank) for rank in parts] == [6, 6]  # two of each step
+    for step in (0, 1, 2):
+        found = [key for rank in parts for part in rank[2 * step : 2 * step + 2] for key in part]
+        assert found == whole[4 + step]
+
+
 def test_fewer_videos_than_a_batch(entries):
     data = make(entries[:3])
     with pytest.warns(UserWarning, match="3 samples an epoch are fewer than a batch of 8: .* up to 3 times"):
@@ -294,6 +306,7 @@ def test_loader_errors(entries):
         {"batch_size": 2, "num_workers": -1},
         {"batch_size": 2, "prefetch": 0},
         {"batch_size": 2, "epochs": 1, "total_steps": 1},
+        {"batch_size": 2, "accumulate": 0},
         {"batch_size": 2, "rank": 2, "world_size": 2},
         {"batch_size": 2, "start_step": -1},
     ):

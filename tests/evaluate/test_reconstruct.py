@@ -13,12 +13,12 @@ from vmae.evaluate.reconstruct import (
     Row,
     assemble_frames,
     draw,
-    find_weights,
     load_model,
     middle_clip,
     reconstruct,
 )
-from vmae.train.checkpoint import CheckpointFolder, export_weights
+from vmae.train.checkpoint import CheckpointFolder, export_weights, find_weights
+from vmae.train.saver import Saver
 from vmae_kernels import gather_tubelets
 
 # 4 x 4 x 8 tokens, wider than high.
@@ -37,7 +37,7 @@ def settings(**changes) -> dict:
 @pytest.fixture
 def weights(tmp_path):
     path = tmp_path / "weights.pth"
-    export_weights(path, build_pretrainer(CONFIG), config=settings())
+    export_weights(path, build_pretrainer(CONFIG).state_dict(), config=settings())
     return path
 
 
@@ -173,10 +173,11 @@ def test_picture_is_readable_in_grey(tmp_path):
 def test_a_run_folder_gives_its_newest_checkpoint(tmp_path, weights):
     assert find_weights(tmp_path) == weights
     model = build_pretrainer(CONFIG)
-    content = {"model": model.state_dict(), "optimizer": {}, "config": settings()}
+    folder = CheckpointFolder(tmp_path)
     for step in (1, 2):
-        newest = CheckpointFolder(tmp_path).save(step, content)
-    assert find_weights(tmp_path) == newest
+        Saver(folder).save(step, {"model": model.state_dict(), "optimizer": {}}, {"config": settings()})
+    newest = folder.path_of(2)
+    assert find_weights(tmp_path) == newest == find_weights(newest)
     loaded, read = load_model(newest)
     assert read["stride"] == 2 and not loaded.training and loaded.config == CONFIG
     assert torch.equal(loaded.mask_token, model.mask_token)

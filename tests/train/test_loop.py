@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from vmae import InputError
-from vmae.train.checkpoint import CheckpointFolder, read_training_checkpoint
-from vmae.train.loop import LoopConfig, NonFiniteError, StopSignals, Trainer
+from vmae.train.checkpoint import CheckpointFolder
+from vmae.train.loop import LoopConfig, NonFiniteError, StepRecord, Trainer
 from vmae.train.metrics import read_log
 from vmae.train.optim import CosineSchedule
+from vmae.train.saver import Saver
+from vmae.train.sharded import read_manifest
+from vmae.train.signals import StopSignals
 
 
 @dataclass
@@ -41,30 +44,31 @@ class ToyBatches:
         self.closed = True
 
 
-def toy_trainer(folder, *, total=8, trainer_class=Trainer, open_batches=ToyBatches, scale=1.0, **loop) -> Trainer:
+def toy_trainer(folder, *, total=8, trainer_class=Trainer, open_batches=ToyBatches, more=None, fused=True, **loop) -> Trainer:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 8))
-    return trainer_class(
+    given = dict(
         model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=0.1),
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused),
         schedule=CosineSchedule(lr=0.1, min_lr=0.01, total_steps=total, warmup_steps=2),
         open_batches=open_batches,
-        compute_loss=lambda batch: (scale * model(batch.clips) - batch.clips).float().square().mean(),
+        compute_loss=lambda batch: (model(batch.clips) - batch.clips).float().square().mean(),
         config=LoopConfig(total_steps=total, **{"log_every": 1, "seed": 3, **loop}),
-        checkpoints=CheckpointFolder(folder),
+        saver=Saver(CheckpointFolder(folder)),
         about={"kind": "toy"},
         tensorboard=False,
     )
+    return trainer_class(**{**given, **(more or {})})
 
 
 def stopping(after: int, number: int):
-    """A Trainer that gets a signal while step `after` is logged."""
+    """A Trainer that gets a signal while it does step number `after`."""
 
     class Stopping(Trainer):
-        def log(self, *args, **values):
-            super().log(*args, **values)
-            if self.step == after:
+        def clip(self, record):
+            if record.step + 1 == after:
                 os.kill(os.getpid(), number)
+            return super().clip(record)
 
     return Stopping
 
@@ -78,11 +82,11 @@ def test_a_run_logs_every_step_and_leaves_a_checkpoint(tmp_path):
     assert trainer.run() is None
     records = read_log(tmp_path / "log.jsonl")
     assert [record["step"] for record in records] == list(range(1, 9))
-    wanted = "step epoch loss grad_norm lr loss_mean clips_per_s data_share step_s data_s replaced memory"
+    wanted = "step epoch loss grad_norm lr loss_mean clips_per_s data_share step_s data_s replaced mfu memory"
     assert set(records[0]) == set(wanted.split())
     assert records[7]["epoch"] == 2.0 and records[0]["lr"] == 0.0 and records[1]["lr"] == 0.1
     steps = [path.name for path in CheckpointFolder(tmp_path).paths()]
-    assert steps == ["checkpoint-00000003.pth", "checkpoint-00000006.pth", "checkpoint-00000008.pth"]
+    assert steps == ["checkpoint-00000003", "checkpoint-00000006", "checkpoint-00000008"]
 
 
 def test_named_steps_run_in_order(tmp_path, monkeypatch):
@@ -97,11 +101,11 @@ def test_named_steps_run_in_order(tmp_path, monkeypatch):
 
         return noted
 
-    for name in ("fetch", "forward_backward", "clip", "check_finite", "optimizer_step", "log", "checkpoint"):
+    for name in ("fetch", "forward_backward", "clip", "optimizer_step", "log", "checkpoint"):
         monkeypatch.setattr(Trainer, name, noting(name))
-    toy_trainer(tmp_path, total=2, save_every=2).run()
-    once = ["fetch", "forward_backward", "clip", "check_finite", "optimizer_step", "log"]
-    assert called == [*once, *once, "checkpoint"]
+    toy_trainer(tmp_path, total=2, save_every=2, accumulate=2).run()
+    once = ["fetch", "forward_backward"] * 2 + ["clip", "optimizer_step"]
+    assert called == [*once, *once, "log", "log", "checkpoint"]  # a step's numbers are read during the next one
 
 
 def test_log_lines_hold_means_between_them(tmp_path):
@@ -124,16 +128,13 @@ def test_stop_and_resume_is_bit_identical(tmp_path, stop_after):
     assert first.run() == signal.SIGTERM
     torch.randn(5)  # whatever else draws random numbers must not matter
     second = toy_trainer(halves, clip_grad=0.5)
-    saved = read_training_checkpoint(CheckpointFolder(halves).latest())
+    latest = CheckpointFolder(halves).latest()
+    saved = read_manifest(latest)
     assert saved["step"] == stop_after and saved["config"] == {"kind": "toy"}
-    second.model.load_state_dict(saved["model"])
-    second.resume(saved)
+    second.resume(latest)
     second.run()
     assert losses(straight) == losses(halves)
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, second.model.state_dict()[name]), name
-    for before, after in zip(whole.optimizer.state.values(), second.optimizer.state.values()):
-        assert all(torch.equal(before[key], after[key]) for key in before)
+    assert_same_training(whole, second)
 
 
 def test_dropout_differs_between_steps(tmp_path):
@@ -141,11 +142,13 @@ def test_dropout_differs_between_steps(tmp_path):
     batch = next(ToyBatches(0))
     found = []
     for trainer.step in (0, 1, 0):
-        found.append(trainer.forward_backward(batch).item())
+        record = StepRecord(trainer.step, lr=0.1)
+        trainer.forward_backward(batch, 1.0, record, 0)
+        found.append(record.loss_sum.item())
     assert found[0] == found[2] != found[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_restores_handlers(tmp_path, number):
     before = signal.getsignal(number)
     opened = []
@@ -156,16 +159,16 @@ def test_a_signal_ends_the_step_saves_and_restores_handlers(tmp_path, number):
 
     trainer = toy_trainer(tmp_path, trainer_class=stopping(3, number), open_batches=open_batches)
     assert trainer.run() == number
-    assert CheckpointFolder(tmp_path).latest().name == "checkpoint-00000003.pth"
+    assert CheckpointFolder(tmp_path).latest().name == "checkpoint-00000003"
     assert signal.getsignal(number) == before and opened[0].closed
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
     class Impatient(Trainer):
-        def clip(self):
+        def clip(self, record):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-            return super().clip()
+            return super().clip(record)
 
     with pytest.raises(KeyboardInterrupt):
         toy_trainer(tmp_path, trainer_class=Impatient).run()
@@ -203,7 +206,7 @@ class DyingBatches(ToyBatches):
 
 def test_workers_that_die_of_the_same_signal_do_not_lose_the_checkpoint(tmp_path):
     assert toy_trainer(tmp_path, open_batches=DyingBatches).run() == signal.SIGTERM
-    assert CheckpointFolder(tmp_path).latest().name == "checkpoint-00000002.pth"
+    assert CheckpointFolder(tmp_path).latest().name == "checkpoint-00000002"
 
 
 def test_workers_that_die_alone_are_an_error(tmp_path, monkeypatch):
@@ -220,20 +223,42 @@ class NanBatches(ToyBatches):
         return batch
 
 
-def test_nan_stops_before_the_weights_move(tmp_path):
-    trainer = toy_trainer(tmp_path, open_batches=NanBatches, save_every=2)
-    with pytest.raises(NonFiniteError, match=r"step 3: the loss is nan.*nonfinite.json.*checkpoint-00000002.pth"):
+@pytest.mark.parametrize("fused", [True, False])  # looks at the flag on the device; on the host
+def test_nan_is_noticed_a_step_late_with_the_weights_as_before_it(tmp_path, fused):
+    """Step 3 fails; step 4 has run by then, and has moved nothing either."""
+    (tmp_path / "good").mkdir()
+    good = toy_trainer(tmp_path / "good", total=3, fused=fused)
+    good.schedule = (trainer := toy_trainer(tmp_path, open_batches=NanBatches, save_every=2, fused=fused)).schedule
+    good.run()
+    with pytest.raises(NonFiniteError, match=r"step 3: the loss is nan.*nonfinite.json.*checkpoint-00000002"):
         trainer.run()
     report = json.loads((tmp_path / "nonfinite.json").read_text())
     assert report["step"] == 3 and report["ids"] == [[0, 3, "toy.mp4"]] and report["loss"] == "nan"
-    assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+    assert_same_training(good, trainer)
+    assert [record["step"] for record in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
+
+
+def assert_same_training(one: Trainer, other: Trainer) -> None:
+    """Weights and optimizer state, bit for bit."""
+    one, other = one.state.tensors(), other.state.tensors()
+    for group, tensors in one.items():
+        assert tensors.keys() == other[group].keys()
+        assert all(torch.equal(value, other[group][name]) for name, value in tensors.items()), group
+
+
+def test_a_bad_last_step_is_not_saved(tmp_path):
+    with pytest.raises(NonFiniteError, match="step 3"):
+        toy_trainer(tmp_path, total=4, open_batches=NanBatches).run()
+    assert CheckpointFolder(tmp_path).latest() is None
 
 
 def test_infinite_gradient_stops_too(tmp_path):
     trainer = toy_trainer(tmp_path)
-    trainer.clip = lambda: torch.tensor(float("inf"))
-    with pytest.raises(NonFiniteError, match="norm inf.*there is no checkpoint yet"):
+    trainer.clip = lambda record: torch.tensor(float("inf"))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(NonFiniteError, match="step 0.*norm inf.*there is no checkpoint yet"):
         trainer.run()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
 def test_bfloat16_keeps_float32_weights(tmp_path):

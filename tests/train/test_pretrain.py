@@ -20,6 +20,7 @@ from vmae.train.checkpoint import CheckpointFolder, export_weights
 from vmae.train.loop import Trainer
 from vmae.train.metrics import loss_of_last_tenth, read_log
 from vmae.train.pretrain import setting_changes
+from vmae.train.sharded import read_group, read_manifest
 
 ROOT = Path(__file__).parents[2]
 MICRO = dict(embed_dim=48, depth=2, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
@@ -49,16 +50,20 @@ def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in read_log(folder / "log.jsonl")]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def stop_after(monkeypatch, step: int, number: int) -> None:
-    """Send a signal while step `step` is logged."""
-    plain = Trainer.log
+    """Send a signal during step `step`."""
+    plain = Trainer.clip
 
-    def log(self, *args, **values):
-        plain(self, *args, **values)
-        if self.step == step:
+    def clip(self, record):
+        if record.step + 1 == step:
             os.kill(os.getpid(), number)
+        return plain(self, record)
 
-    monkeypatch.setattr(Trainer, "log", log)
+    monkeypatch.setattr(Trainer, "clip", clip)
 
 
 def test_a_run_leaves_logs_settings_checkpoint_and_weights(videos, tmp_path, capsys):
@@ -66,9 +71,10 @@ def test_a_run_leaves_logs_settings_checkpoint_and_weights(videos, tmp_path, cap
     assert pretrain(videos, out, "--num-sample", "2", "--repeat", "4") == 0
     text = capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == [
-        "checkpoint-00000006.pth", "log.jsonl", "run.json", "weights.pth",
+        "checkpoint-00000006", "log.jsonl", "run.json", "weights.pth",
     ]  # fmt: skip
-    assert "effective batch 2 videos, 4 clips a step" in text and "0.1 x 2 / 256 = 0.000781" in text
+    assert "effective batch 2 videos (2 x 1 micro-batches x 1 ranks), 4 clips a step" in text
+    assert "0.1 x 2 / 256 = 0.000781" in text
     assert "trivial predictors on the first batch: zero 0.9" in text
     assert "64 tokens (tube 0.75: 16 visible; running_cell 0.5: 32 picked, 24 counted" in text
     assert all(str(out / name) in text for name in ("weights.pth", "log.jsonl", "run.json"))
@@ -92,17 +98,19 @@ def test_a_mix_is_described_and_its_samples_counted(tmp_path, capsys):
     assert "one: 2 videos, 0.00222 hours, 75.0% of samples\n" in text and "25.0% of samples, stride 2\n" in text
     assert "weighted mixing of 2 sources, 4 videos" in text
     records = read_log(tmp_path / "run" / "log.jsonl")  # 4 samples an epoch: 2 steps
-    assert [(r["samples/one"], r["samples/two"]) for r in records] == [(3, 1)] * 3
+    assert [r["samples"] for r in records] == [{"one": 3 * n, "two": n} for n in (1, 2, 3)]
 
 
 def test_sampling_flip_and_resize_reach_the_clips(videos, tmp_path):
-    plain, others = tmp_path / "plain", ("--sampling exact", "--sampling fps --fps 7", "--flip", "--resize pil")
-    assert pretrain(videos, plain) == 0
-    for number, flags in enumerate(others):
-        assert pretrain(videos, tmp_path / str(number), *flags.split()) == 0
-        assert losses(tmp_path / str(number)) != losses(plain)
-    assert pretrain(videos, tmp_path / "same", "--sampling", "published", "--no-flip", "--resize", "torch") == 0
-    assert losses(tmp_path / "same") == losses(plain)
+    def first_loss(*flags):
+        output = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert pretrain(videos, output, "--steps", "1", *flags) == 0
+        return losses(output)
+
+    plain = first_loss()
+    for flags in ("--sampling exact", "--sampling fps --fps 7", "--flip", "--resize pil"):
+        assert first_loss(*flags.split()) != plain, flags
+    assert first_loss("--sampling", "published", "--no-flip", "--resize", "torch") == plain
 
 
 @pytest.mark.skipif(dali_missing() is not None, reason=str(dali_missing()))
@@ -145,30 +153,26 @@ def test_resumed_run_is_bit_identical(videos, tmp_path, monkeypatch, capsys, fir
     assert pretrain(videos, tmp_path / "halves", "--workers", str(then_workers)) == 0
     assert "resuming from" in capsys.readouterr().out
     assert losses(tmp_path / "straight") == losses(tmp_path / "halves")
-    read = [torch.load(tmp_path / name / "checkpoint-00000006.pth", weights_only=True) for name in ("straight", "halves")]
-    for name, value in read[0]["model"].items():
-        assert torch.equal(value, read[1]["model"][name]), name
-    for index, state in read[0]["optimizer"]["state"].items():
-        assert all(torch.equal(value, read[1]["optimizer"]["state"][index][key]) for key, value in state.items())
+    for group in ("model", "optimizer"):
+        whole, halves = (read_group(tmp_path / name / "checkpoint-00000006", group) for name in ("straight", "halves"))
+        assert all(torch.equal(value, halves[name]) for name, value in whole.items())
     assert len(json.loads((tmp_path / "halves" / "run.json").read_text())["starts"]) == 2
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_exits_130(videos, tmp_path, monkeypatch):
     stop_after(monkeypatch, 2, signal.SIGINT)
     assert pretrain(videos, tmp_path) == 130
-    assert CheckpointFolder(tmp_path).latest().name == "checkpoint-00000002.pth"
+    assert CheckpointFolder(tmp_path).latest().name == "checkpoint-00000002"
 
 
 def test_a_complete_run_is_left_alone_and_more_steps_go_on(videos, tmp_path, capsys):
     assert pretrain(videos, tmp_path) == 0
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
     (tmp_path / "weights.pth").unlink()  # as if killed just before the export
     capsys.readouterr()
     assert pretrain(videos, tmp_path) == 0
     assert "nothing to do" in capsys.readouterr().out
-    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert after.keys() == before.keys()
-    assert all(after[name] == before[name] for name in ("log.jsonl", "run.json", "checkpoint-00000006.pth"))
+    assert contents(tmp_path) == before
     assert pretrain(videos, tmp_path, "--steps", "8") == 0
     text = capsys.readouterr().out
     assert "steps 6 in the checkpoint, 8 now" in text and "steps: 6 to 8" in text
@@ -176,30 +180,65 @@ def test_a_complete_run_is_left_alone_and_more_steps_go_on(videos, tmp_path, cap
 
 
 def test_fresh_start_says_so_and_moves_an_earlier_run(videos, tmp_path, capsys):
-    (tmp_path / ".checkpoint-00000004.pth.7.unfinished").write_bytes(b"half")
+    (tmp_path / ".checkpoint-00000004.unfinished").write_bytes(b"half")
     assert pretrain(videos, tmp_path, "--steps", "2") == 0
-    assert "no complete checkpoint (only .checkpoint-00000004.pth.7.unfinished): a fresh start" in capsys.readouterr().out
+    assert "no complete checkpoint (only .checkpoint-00000004.unfinished): a fresh start" in capsys.readouterr().out
     assert pretrain(videos, tmp_path, "--steps", "2", "--no-resume", "--seed", "1") == 0
     assert f"to {tmp_path / 'previous-1'}" in capsys.readouterr().out
     assert len(losses(tmp_path)) == len(losses(tmp_path / "previous-1")) == 2
     assert losses(tmp_path) != losses(tmp_path / "previous-1")
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_can_be_named(videos, tmp_path, capsys):
+def damage(checkpoint: Path, kind: str) -> None:
+    shard = checkpoint / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    if kind == "missing":
+        shard.unlink()
+        return
+    if kind == "truncated":
+        del content[1000:]
+    else:
+        content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("truncated", "has 1000 bytes instead of"), ("bit-flipped", "its SHA-256 differs"), ("missing", "is missing")],
+)
+def test_a_damaged_shard_is_refused_by_name_and_the_checkpoint_before_is_used_if_asked(videos, tmp_path, capsys, kind, words):
     assert pretrain(videos, tmp_path, "--save-every", "2") == 0
     expected = losses(tmp_path)
-    newest, older = tmp_path / "checkpoint-00000006.pth", tmp_path / "checkpoint-00000004.pth"
-    newest.write_bytes(newest.read_bytes()[:1000])
+    newest = tmp_path / "checkpoint-00000006"
+    damage(newest, kind)
     assert pretrain(videos, tmp_path) == 2
-    assert "checkpoint-00000006.pth" in capsys.readouterr().err
-    assert pretrain(videos, tmp_path, "--resume", str(older)) == 0
+    error = capsys.readouterr().err
+    assert "checkpoint-00000006 is damaged: __0_0.distcp" in error and words in error and "--resume last-good" in error
+    assert pretrain(videos, tmp_path, "--resume", "last-good") == 0
+    text = capsys.readouterr().out
+    assert "passed over, damaged: checkpoint-00000006: __0_0.distcp" in text and "checkpoint-00000004, step 4" in text
     assert losses(tmp_path) == expected
     assert (tmp_path / "previous-1" / newest.name).exists()
 
 
+def test_a_checkpoint_can_be_named(videos, tmp_path):
+    assert pretrain(videos, tmp_path, "--save-every", "2") == 0
+    expected = losses(tmp_path)
+    assert pretrain(videos, tmp_path, "--resume", str(tmp_path / "checkpoint-00000002")) == 0
+    assert losses(tmp_path) == expected
+
+
+def test_another_effective_batch_is_refused_and_another_split_of_it_is_not(videos, tmp_path, capsys):
+    assert pretrain(videos, tmp_path, "--steps", "1") == 0
+    assert pretrain(videos, tmp_path, "--batch-size", "3", "--accumulate", "2", "--steps", "2") == 2
+    error = capsys.readouterr().err
+    assert "takes 2 videos a step; --batch-size 3 x --accumulate 2 x 1 ranks make 6" in error and "product is 2" in error
+    assert pretrain(videos, tmp_path, "--batch-size", "1", "--accumulate", "2", "--steps", "2") == 0
+
+
 def test_init_takes_full_and_encoder_only_weights(videos, tmp_path, capsys):
     model = build_pretrainer(ModelConfig(img_size=32, patch_size=8, num_frames=8, **MICRO))
-    export_weights(tmp_path / "all.pth", model)
+    export_weights(tmp_path / "all.pth", model.state_dict())
     encoder = {name: value for name, value in model.state_dict().items() if name.startswith("encoder.")}
     torch.save({"module": encoder}, tmp_path / "encoder.pth")
     for name, line in (("all.pth", "tensors loaded"), ("encoder.pth", "start fresh")):
@@ -288,6 +327,12 @@ def test_wrong_lists_are_named_and_nothing_is_written(tmp_path, capsys, name):
         ("--attention magic", "unknown attention backend 'magic'"),
         ("--attention flash2", "attention backend 'flash2' cannot run"),
         ("--dtype float16", "unknown dtype 'float16'"),
+        ("--parallel magic", "unknown --parallel 'magic'"),
+        ("--parallel fsdp --shard-size 2", "--shard-size is for --parallel hybrid"),
+        ("--checkpointing some", "unknown checkpointing 'some'"),
+        ("--accumulate 0", "accumulate must be at least 1"),
+        ("--keep-every 0", "keep_every must be at least 1"),
+        ("--resume weights.pth", "weights.pth does not exist"),
         ("--warmup-steps 7", "warm-up of 7 steps does not fit into 6"),
         ("--lr 0", "lr must be above 0"),
         ("--batch-size 0", "batch_size must be at least 1"),
@@ -330,7 +375,7 @@ def test_output_without_permission_is_refused(videos, tmp_path, capsys, monkeypa
 
 def test_another_architecture_is_refused_with_settings_keys_and_shapes(videos, tmp_path, capsys, monkeypatch):
     assert pretrain(videos, tmp_path, "--steps", "1") == 0
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
     monkeypatch.setitem(PRESETS, "wider", {**MICRO, "embed_dim": 64, "depth": 3})
     assert pretrain(videos, tmp_path, "--model", "wider") == 2
     error = capsys.readouterr().err
@@ -342,11 +387,11 @@ def test_another_architecture_is_refused_with_settings_keys_and_shapes(videos, t
     assert "model.num_frames 8 in the checkpoint, 16 now" in capsys.readouterr().err
     assert pretrain(videos, tmp_path / "new", "--model", "wider", "--init", str(tmp_path / "weights.pth")) == 2
     assert "encoder.blocks.2" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
 
 
 def test_nan_exits_with_the_samples_of_the_batch(videos, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Trainer, "clip", lambda self: torch.tensor(float("nan")))
+    monkeypatch.setattr(Trainer, "clip", lambda self, record: torch.tensor(float("nan")))
     assert pretrain(videos, tmp_path) == 2
     assert "nonfinite.json" in capsys.readouterr().err
     ids = json.loads((tmp_path / "nonfinite.json").read_text())["ids"]
@@ -372,7 +417,7 @@ def start_process(videos: Path, output: Path) -> subprocess.Popen:
 
 
 # To the whole group, as `timeout`, Slurm and a terminal send it: the data workers get it too.
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
 def test_a_signal_to_the_group_leaves_a_usable_checkpoint(videos, tmp_path, number, code):
     process = start_process(videos, tmp_path / "run")
     try:
@@ -386,8 +431,7 @@ def test_a_signal_to_the_group_leaves_a_usable_checkpoint(videos, tmp_path, numb
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == code, err
     assert "Traceback" not in err and "stopped by" in out
-    content = torch.load(CheckpointFolder(tmp_path / "run").latest(), weights_only=True)
-    assert content["step"] == len(losses(tmp_path / "run")) >= 3
+    assert read_manifest(CheckpointFolder(tmp_path / "run").latest())["step"] == len(losses(tmp_path / "run")) >= 3
 
 
 def test_messages_hold_no_traceback(tmp_path):

@@ -9,6 +9,7 @@ of numpy and torch, whose generators may change between versions).
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -51,12 +52,18 @@ class Batch:
         mask: DualMask of B*S clips.
         ids: (epoch, index, path) of each of the B videos; `path` is the one that was decoded.
         replaced: (path, error, library) of each video that could not be decoded, and that another one stands in for.
+        counted: sum of the mask's weights: tokens that the loss counts, known without asking a GPU.
     """
 
     clips: Tensor
     mask: DualMask
     ids: list[tuple[int, int, str]]
     replaced: list[Failure] = field(default_factory=list)
+    counted: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.counted is None:
+            self.counted = float(self.mask.weight.sum())
 
     @classmethod
     def cat(cls, batches: list[Batch]) -> Batch:
@@ -70,10 +77,10 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         mask = self.mask.to(device, non_blocking=non_blocking)
-        return Batch(self.clips.to(device, non_blocking=non_blocking), mask, self.ids, self.replaced)
+        return dataclasses.replace(self, clips=self.clips.to(device, non_blocking=non_blocking), mask=mask)
 
     def pin_memory(self) -> Batch:
-        return Batch(self.clips.pin_memory(), self.mask.pin_memory(), self.ids, self.replaced)
+        return dataclasses.replace(self, clips=self.clips.pin_memory(), mask=self.mask.pin_memory())
 
 
 def _seed_sequence(seed: int, *key: int) -> np.random.SeedSequence:
@@ -173,12 +180,18 @@ class PretrainDataset(Dataset):
         """Samples of an epoch."""
         return len(self.entries) * self.repeat
 
-    def count_sources(self, batch: Batch) -> dict[str, int]:
-        """Samples of each source in a batch, as `samples/NAME` for the logs; empty where there is one source only."""
-        if not isinstance(self.data, Mix) or len(self.data.sources) < 2:
-            return {}
+    @property
+    def sources(self) -> list[str]:
+        """Names of the mix's sources; empty where there is one only."""
+        several = isinstance(self.data, Mix) and len(self.data.sources) > 1
+        return [source.name for source in self.data.sources] if several else []
+
+    def count_sources(self, batch: Batch) -> list[int]:
+        """Clips of each of the `sources` in a batch."""
+        if not self.sources:
+            return []
         counts = self.data.count_sources([index for _, index, _ in batch.ids], len(self))
-        return {f"samples/{name}": count for name, count in counts.items()}
+        return [count * self.num_sample for count in counts]
 
     def __getitem__(self, key: SampleKey | int) -> Batch:
         if not isinstance(key, tuple):
@@ -311,9 +324,10 @@ class EpochSampler:
 
     Args:
         size: samples of an epoch.
-        batch_size: videos of a step on this rank.
-        rank, world_size: the ranks of a step take consecutive parts of one batch of `batch_size * world_size`, so any
-            split of the same batch sees the same samples.
+        batch_size: videos of a micro-batch on this rank.
+        accumulate: micro-batches of a step on each rank.
+        rank, world_size: the ranks of a step take consecutive parts of one batch of `batch_size * accumulate * world_size`,
+            so any split of the same batch sees the same samples.
         start_step: where iteration starts; nothing before it is replayed.
         total_steps: where iteration ends; None means never.
 
@@ -329,21 +343,22 @@ class EpochSampler:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
         start_step: int = 0,
         total_steps: int | None = None,
     ) -> None:
-        if size < 1 or batch_size < 1:
-            raise InputError(f"{size} samples in batches of {batch_size}: both must be at least 1")
+        if size < 1 or batch_size < 1 or accumulate < 1:
+            raise InputError(f"{size} samples in {accumulate} batches of {batch_size}: all must be at least 1")
         if not 0 <= rank < world_size or start_step < 0 or seed < 0:
             raise InputError(f"rank {rank} of {world_size}, start step {start_step}, seed {seed}: out of range")
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.start_step, self.total_steps = start_step, total_steps
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     @property
     def global_batch_size(self) -> int:
-        return self.batch_size * self.world_size
+        return self.batch_size * self.accumulate * self.world_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -356,13 +371,17 @@ class EpochSampler:
 
     def __getitem__(self, step: int) -> list[SampleKey]:
         epoch, place = divmod(step, self.steps_per_epoch)
-        first = place * self.global_batch_size + self.rank * self.batch_size
-        return [(epoch, int(index)) for index in self._epoch_order(epoch)[first : first + self.batch_size]]
+        own = self.batch_size * self.accumulate
+        first = place * self.global_batch_size + self.rank * own
+        return [(epoch, int(index)) for index in self._epoch_order(epoch)[first : first + own]]
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
+        """Micro-batches, `accumulate` of each step."""
         step = self.start_step
         while self.total_steps is None or step < self.total_steps:
-            yield self[step]
+            samples = self[step]
+            for first in range(0, len(samples), self.batch_size):
+                yield samples[first : first + self.batch_size]
             step += 1
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
@@ -487,23 +506,24 @@ def build_loader(
     prefetch: int = 2,
     rank: int = 0,
     world_size: int = 1,
+    accumulate: int = 1,
     quarantine: str | Path | None = None,
     max_bad_share: float = 0.05,
     hang_s: float = 120.0,
     loader: str = "cpu",
     device: torch.device | str = "cpu",
 ) -> PretrainLoader | DaliLoader:
-    """Batches from step `start_step` up to `total_steps` (or `epochs`; without both, for ever).
+    """Micro-batches from step `start_step` up to `total_steps` (or `epochs`; without both, for ever).
 
     Step k's batch is the same whatever the number of workers and wherever iteration started. A list of fewer samples
     than a batch is repeated with other frames and crops, with one warning.
 
     Args:
-        batch_size: B, videos of a step on this rank; the batch has B * num_sample clips.
+        batch_size: B, videos of a micro-batch on this rank; it has B * num_sample clips.
         num_workers: processes that decode; 0 decodes in this one.
         pin_memory: page-locked batches, for copies to a GPU beside its work; ignored where there is none.
         prefetch: batches that each worker makes ahead.
-        rank, world_size: see `EpochSampler`.
+        rank, world_size, accumulate: see `EpochSampler`.
         quarantine: file for the bad videos, one JSON line each; with many ranks, rank 3 writes NAME-3.jsonl.
         max_bad_share: share of reads that may fail, see `Quarantine`.
         hang_s: seconds that a video may take in a worker, before the worker is replaced and the video counts as bad.
@@ -529,6 +549,7 @@ def build_loader(
         seed=dataset.seed,
         rank=rank,
         world_size=world_size,
+        accumulate=accumulate,
         start_step=start_step,
         total_steps=total_steps,
     )

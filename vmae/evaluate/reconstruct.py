@@ -19,10 +19,10 @@ from vmae.config import MaskConfig, ModelConfig
 from vmae.data import CropBox, crop_and_resize, open_video
 from vmae.data.sampling import clip_starts, walk_frames
 from vmae.errors import InputError
-from vmae.interop.upstream import load_into, load_weights, read_checkpoint
+from vmae.interop.upstream import load_into, read_settings_and_weights
 from vmae.masking import DualMask
 from vmae.model import Pretrainer, build_pretrainer
-from vmae.train.checkpoint import WEIGHTS_NAME, CheckpointFolder, write_atomically
+from vmae.train.checkpoint import find_weights, write_atomically
 from vmae.train.checks import check_output, resolve_device
 from vmae.train.metrics import trivial_losses
 from vmae_kernels import gather_tubelets, patch_targets_ref
@@ -108,23 +108,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"picture: {output}")
 
 
-def find_weights(checkpoint: str | Path) -> Path:
-    """The file to read: `checkpoint` itself, or a run folder's newest checkpoint, or its exported weights.
-
-    Raises:
-        InputError: there is no such file, or none in the folder.
-    """
-    path = Path(checkpoint)
-    if path.is_dir():
-        found = CheckpointFolder(path).latest() or path / WEIGHTS_NAME
-        if not found.is_file():
-            raise InputError(f"{path} holds no complete checkpoint and no {WEIGHTS_NAME}")
-        return found
-    if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist")
-    return path
-
-
 def check_picture(path: Path) -> None:
     """Raises InputError unless a PNG can be written to `path`; nothing is."""
     if path.suffix.lower() != ".png":
@@ -145,14 +128,12 @@ def load_model(
     Raises:
         InputError: the file can't be read, does not tell its architecture, or does not fit it.
     """
-    content = {} if path.suffix == ".safetensors" else read_checkpoint(path)
-    settings = content.get("config") if isinstance(content, dict) else None
-    settings = settings if isinstance(settings, dict) and "model" in settings else {}
+    settings, state = read_settings_and_weights(path)
     if settings:
-        config, state = ModelConfig.from_dict(settings["model"]), content["model"]
+        config = ModelConfig.from_dict(settings["model"])
     elif preset is not None:
         overrides = {} if decoder_depth is None else {"decoder_depth": decoder_depth}
-        config, state = ModelConfig.preset(preset, **overrides), load_weights(path)
+        config = ModelConfig.preset(preset, **overrides)
     else:
         raise InputError(f"{path} does not say which architecture it is of; name it with --model")
     model = build_pretrainer(config, attention=attention, normalize_target=settings.get("normalize_target", True))

@@ -7,6 +7,7 @@ The released checkpoints are `torch.save`d dictionaries whose weights sit under 
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from vmae.config import ModelConfig
 from vmae.errors import InputError
+from vmae.train.sharded import read_group, read_manifest
 
 # Published constructor argument -> ours, of both models; encoder names lose their prefix.
 _ARCH_FIELDS = {
@@ -98,14 +100,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Named tensors of a `.pth` or `.safetensors` file, without the wrappers (`model`, `module`) and prefixes (`module.`).
 
+    A training checkpoint's folder is read too.
+
     Raises:
         InputError: the file can't be read or holds no tensors.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        state = _load_safetensors(path)
+    return read_settings_and_weights(path)[1]
+
+
+def read_settings_and_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The settings that a file written here was trained with (else empty), and `load_weights` of it."""
+    path, settings = Path(path), None
+    if path.is_dir():
+        settings, state = read_manifest(path).get("config"), read_group(path)
+    elif path.suffix == ".safetensors":
+        state, settings = _load_safetensors(path)
     else:
         state = read_checkpoint(path)
+        settings = state.get("config") if isinstance(state, dict) else None
         for wrapper in ("model", "module"):
             if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
                 state = state[wrapper]
@@ -115,18 +127,21 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"checkpoint {path} holds no weights (looked for tensors by name, under 'model' or 'module' too)")
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return tensors
+    return (settings if isinstance(settings, dict) and "model" in settings else {}), tensors
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Tensors, and `config` of the metadata."""
     try:
-        from safetensors.torch import load_file
+        from safetensors import safe_open
     except ImportError as error:
         raise InputError(f"reading {path} needs the safetensors package: pip install safetensors") from error
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist or is not a file")
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            config = (file.metadata() or {}).get("config", "null")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(config)
     except Exception as error:
         raise InputError(f"checkpoint {path} cannot be read: {error}") from error
 
@@ -142,23 +157,28 @@ def load_into(model: nn.Module, state: dict[str, Tensor], path: str | Path, *, a
     """
     own = model.state_dict()
     state = _fixed_tables_dropped(state, own)
-    missing = [name for name in own if name not in state]
-    extra = [name for name in state if name not in own]
-    differing = [
-        f"{name}: {list(state[name].shape)} in the file, {list(own[name].shape)} in the model"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
     fresh: list[str] = []
     if allow_encoder_only and not any(name.startswith("decoder.") for name in state):
-        fresh = [name for name in missing if not name.startswith("encoder.")]
-        missing = [name for name in missing if name.startswith("encoder.")]
-    if missing or extra or differing:
-        raise InputError(_mismatch(path, missing, extra, differing))
+        fresh = [name for name in own if name not in state and not name.startswith("encoder.")]
+    wanted = {name: value.shape for name, value in own.items() if name not in fresh}
+    check_shapes(wanted, {name: value.shape for name, value in state.items()}, path)
     model.load_state_dict(state, strict=not fresh)
     if fresh:
         return f"{path}: encoder loaded; the file has no decoder, so {len(fresh)} other tensors start fresh"
     return f"{path}: all {len(state)} tensors loaded"
+
+
+def check_shapes(own: dict[str, torch.Size], found: dict[str, torch.Size], path: str | Path) -> None:
+    """Raises InputError unless the tensors `found` in a file are those of the model, by name and shape."""
+    missing = [name for name in own if name not in found]
+    extra = [name for name in found if name not in own]
+    differing = [
+        f"{name}: {list(found[name])} in the file, {list(shape)} in the model"
+        for name, shape in own.items()
+        if name in found and found[name] != shape
+    ]
+    if missing or extra or differing:
+        raise InputError(_mismatch(path, missing, extra, differing))
 
 
 def _fixed_tables_dropped(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -34,19 +34,21 @@ class _NormLinear(torch.autograd.Function):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias)
         ctx.eps, ctx.dtype = eps, dtype
         with torch.autocast(x.device.type, enabled=False):
-            normed = F.layer_norm(x.float(), norm_weight.shape, norm_weight, norm_bias, eps).to(dtype)
+            normed = F.layer_norm(x.float(), norm_weight.shape, norm_weight.float(), norm_bias.float(), eps).to(dtype)
             return F.linear(normed, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx, grad):
         x, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
         shape, x_float = norm_weight.shape, x.float()
-        normed, mean, rstd = torch.native_layer_norm(x_float, shape, norm_weight, norm_bias, ctx.eps)
+        norm = (norm_weight.float(), norm_bias.float())
+        normed, mean, rstd = torch.native_layer_norm(x_float, shape, *norm, ctx.eps)
         grad_normed, grad_weight, grad_bias = _linear_gradients(grad, normed.to(ctx.dtype), weight, bias)
         grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
-            grad_normed.float(), x_float, shape, mean, rstd, norm_weight, norm_bias, [True, True, True]
+            grad_normed.float(), x_float, shape, mean, rstd, *norm, [True, True, True]
         )
-        return grad_x.to(x.dtype), grad_norm_weight, grad_norm_bias, None, grad_weight, grad_bias, None
+        grad_norm = (grad_norm_weight.to(norm_weight.dtype), grad_norm_bias.to(norm_bias.dtype))
+        return grad_x.to(x.dtype), *grad_norm, None, grad_weight, grad_bias, None
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -68,7 +70,7 @@ def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | No
 
     Args:
         x: [..., D], at least two dimensions; the statistics are float32 whatever its dtype.
-        norm: LayerNorm over D with weight and bias, float32.
+        norm: LayerNorm over D with weight and bias; float32, or what FSDP gathers them in.
         weight: [E, D]; bias: [E] or None.
 
     Returns:

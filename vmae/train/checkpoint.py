@@ -1,26 +1,29 @@
-"""Checkpoints that are complete or absent: written beside, forced to the disk, then renamed.
+"""A run's folder: its checkpoints by name, the newest one, what is deleted when, and files that replace others at once.
 
-A training checkpoint `checkpoint-00001000.pth` holds `model` (published names), `optimizer`, `step` (optimizer steps done)
-and `config` (plain containers). Nothing else is needed to go on: samples and the model's random numbers are functions of
-the seed and the step. All files load with `weights_only=True`, and the published code reads `model` out of them.
+A training checkpoint `checkpoint-00001000/` (`vmae.train.sharded`) is complete or absent, and nothing else is needed to go
+on: samples and the model's random numbers are functions of the seed and the step. `weights.pth` at the end of a run is one
+file with published names, which the published code reads too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from vmae.errors import InputError
+from vmae.train.sharded import find_damage, is_checkpoint
 
 WEIGHTS_NAME = "weights.pth"
-_NAME = re.compile(r"checkpoint-(\d{8,})\.pth")
-_KEYS = ("model", "optimizer", "step", "config")
+_NAME = re.compile(r"checkpoint-(\d{8,})")
 
 
 @contextlib.contextmanager
@@ -33,12 +36,12 @@ def _replacing(path: Path, mode: str) -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """The rename itself must reach the disk; file systems that can't sync a folder need no help."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -73,69 +76,95 @@ class CheckpointFolder:
     Args:
         folder: of the run; it need not exist yet.
         keep: newest checkpoints to keep; older ones are deleted once a newer one is complete.
+        keep_every: checkpoints of steps that this divides stay for ever.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 3) -> None:
+    def __init__(self, folder: str | Path, keep: int = 3, keep_every: int | None = None) -> None:
         if keep < 1:
             raise InputError(f"a run must keep at least 1 checkpoint, not {keep}")
-        self.folder, self.keep = Path(folder), keep
+        if keep_every is not None and keep_every < 1:
+            raise InputError(f"keep_every must be at least 1, not {keep_every}")
+        self.folder, self.keep, self.keep_every = Path(folder), keep, keep_every
+
+    def path_of(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step:08d}"
 
     def paths(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of)
+        return sorted((path for path in found if _NAME.fullmatch(path.name) and is_checkpoint(path)), key=step_of)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
         return paths[-1] if (paths := self.paths()) else None
 
+    def last_good(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint whose every file is as it was written, and what is wrong with newer ones."""
+        problems: list[str] = []
+        for path in reversed(self.paths()):
+            try:
+                damage = find_damage(path)
+            except InputError as error:
+                damage = [str(error)]
+            if not damage:
+                return path, problems
+            problems.append(f"{path.name}: {'; '.join(damage)}")
+        return None, problems
+
     def unfinished(self) -> list[Path]:
-        """What killed runs left beside; never read, deleted by the next `save`."""
+        """What killed runs left beside; never read, deleted by the next save."""
         return sorted(self.folder.glob(".*.unfinished")) if self.folder.is_dir() else []
 
-    def save(self, step: int, content: dict[str, Any]) -> Path:
-        """Write the checkpoint of `step`, then delete those that are too old.
+    def remove(self, path: Path) -> None:
+        """Delete a checkpoint; should that be cut short, it no longer has a checkpoint's name."""
+        doomed = path.with_name(f".{path.name}.old.unfinished")
+        os.replace(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
-        Args:
-            content: `model`, `optimizer` and `config`; tensors and plain containers.
-
-        Raises:
-            InputError: it can't be written; the earlier checkpoints are all still there.
-        """
-        path = self.folder / f"checkpoint-{step:08d}.pth"
-        for left_over in self.unfinished():
-            left_over.unlink(missing_ok=True)
-        write_atomically(path, lambda file: torch.save({**content, "step": step}, file))
-        for old in self.paths()[: -self.keep]:
-            old.unlink(missing_ok=True)
-        return path
+    def prune(self) -> None:
+        """Delete what is older than the newest `keep`, but for every `keep_every` steps."""
+        for path in self.paths()[: -self.keep]:
+            if self.keep_every is None or step_of(path) % self.keep_every:
+                self.remove(path)
 
 
-def read_training_checkpoint(path: str | Path) -> dict[str, Any]:
-    """`model`, `optimizer`, `step` and `config` of a training checkpoint, on the CPU.
+def find_weights(checkpoint: str | Path) -> Path:
+    """What to read: `checkpoint` itself (a file, or a training checkpoint's folder), or a run's newest one, or its weights.
 
     Raises:
-        InputError: the file is missing, damaged, or holds weights only.
+        InputError: there is no such file, or none in the folder.
     """
-    from vmae.interop.upstream import read_checkpoint
+    path = Path(checkpoint)
+    if path.is_dir() and not is_checkpoint(path):
+        found = CheckpointFolder(path).latest() or path / WEIGHTS_NAME
+        if not found.exists():
+            raise InputError(f"{path} holds no complete checkpoint and no {WEIGHTS_NAME}")
+        return found
+    if not path.exists():
+        raise InputError(f"checkpoint {path} does not exist")
+    return path
 
-    content = read_checkpoint(path)
-    missing = [key for key in _KEYS if key not in content] if isinstance(content, dict) else list(_KEYS)
-    if missing:
-        raise InputError(
-            f"{path} is not a training checkpoint (it has no {', '.join(missing)}); to start from weights use --init"
-        )
-    return content
 
+def export_weights(path: str | Path, state: dict[str, Tensor], **about: Any) -> None:
+    """Write named tensors as one file for this and the published code; `about` (plain containers) stands beside them.
 
-def export_weights(path: str | Path, model: torch.nn.Module, **about: Any) -> None:
-    """Write `{"model": state_dict}` for this and the published code; `about` (plain containers) stands beside it.
+    Args:
+        path: ends in .safetensors for that format (`about` is then its metadata, as JSON); else `{"model": state}` of torch.
 
     Raises:
         InputError: it can't be written.
     """
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    write_atomically(Path(path), lambda file: torch.save({"model": state, **about}, file))
+    path = Path(path)
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    if path.suffix != ".safetensors":
+        write_atomically(path, lambda file: torch.save({"model": state, **about}, file))
+        return
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise InputError(f"writing {path} needs the safetensors package: pip install safetensors") from error
+    metadata = {key: json.dumps(value) for key, value in about.items()}
+    write_atomically(path, lambda file: file.write(save(state, {"format": "pt", **metadata})))
 
 
 def set_aside(folder: str | Path, after_step: int | None = None) -> Path | None:

@@ -1,21 +1,20 @@
-"""The training loop: named steps, the same for every kind of training.
+"""The training loop: named steps, the same for every kind of training, on one process or many.
 
-One step: fetch, forward and backward, clip, check, optimizer step, log, checkpoint. What is trained is decided by
-`compute_loss(batch)`; everything random in it is seeded by (seed, step), so a run can stop at any step and go on.
+One step: fetch, forward and backward (of each micro-batch), clip, optimizer step, then log of the step before, and
+checkpoint. What is trained is decided by `compute_loss(batch)`; everything random in it is seeded by (seed, step), so a run
+can stop at any step and go on.
+
+Nothing waits for a GPU: the loss and the gradient's norm of a step are read while the next one runs. Should one not be
+finite, a flag on the device has kept that step and the next from the weights (`vmae.train.guard`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
-import os
-import signal
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,9 +24,14 @@ from torch import Tensor, nn
 
 from vmae.config import _Checked
 from vmae.errors import InputError
-from vmae.train.checkpoint import CheckpointFolder, write_atomically
-from vmae.train.metrics import RunLog, StepMeter, peak_memory_bytes
+from vmae.train.checkpoint import write_atomically
+from vmae.train.guard import FiniteGuard, LateNumbers, device_is_idle
+from vmae.train.metrics import NoLog, RunLog, StepMeter, flops_utilisation, peak_memory_bytes
 from vmae.train.optim import clip_gradients, set_learning_rate
+from vmae.train.parallel import Parallel, bare
+from vmae.train.saver import Saver
+from vmae.train.signals import STOP_SIGNALS, StopSignals
+from vmae.train.state import TrainingState
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NONFINITE_NAME = "nonfinite.json"
@@ -38,7 +42,7 @@ class NonFiniteError(InputError):
 
 
 class TrainingBatch(Protocol):
-    """What the loop needs of a batch; `vmae.data.Batch` is one."""
+    """What the loop needs of a micro-batch; `vmae.data.Batch` is one."""
 
     clips: Tensor
     ids: list
@@ -54,6 +58,7 @@ class LoopConfig(_Checked):
     Attributes:
         total_steps: optimizer steps of the whole run.
         steps_per_epoch: for the logs.
+        accumulate: micro-batches of a step on each rank.
         clip_grad: largest gradient norm; None does not clip.
         dtype: "float32", or "bfloat16" (autocast; weights, reductions and loss stay float32).
         seed: of everything random in a step.
@@ -62,6 +67,7 @@ class LoopConfig(_Checked):
 
     total_steps: int
     steps_per_epoch: int = 1
+    accumulate: int = 1
     clip_grad: float | None = None
     dtype: str = "float32"
     seed: int = 0
@@ -71,64 +77,57 @@ class LoopConfig(_Checked):
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
-        for name in ("total_steps", "steps_per_epoch", "log_every", "save_every"):
+        for name in ("total_steps", "steps_per_epoch", "accumulate", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
-class StopSignals:
-    """While open, SIGTERM and Ctrl-C ask for a stop at the next step's end; a second Ctrl-C interrupts at once.
+@dataclass
+class StepRecord:
+    """What one step did; `ids` are this rank's, `loss_sum` too, the other counts are sums over the ranks.
 
-    A data worker that dies (of the same signal, most often) must not interrupt a step half done either: its error is
-    raised only while `waiting` for a batch.
+    Attributes:
+        step: optimizer steps before it.
+        weight: of all its micro-batches.
+        loss_sum: sum of weight * loss of this rank's micro-batches, on the device.
+        samples: clips by source.
+        numbers: loss, gradient norm and whether anything failed, on their way to the host.
     """
 
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.waiting = False
-        self._before: dict[int, Any] = {}
-        self._owner = os.getpid()
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._on_stop)
-        return self
-
-    def guard_workers(self) -> None:
-        """Take over from the loader's own handler of workers' deaths; call it once the loader is there."""
-        raise_error = signal.getsignal(signal.SIGCHLD)
-        if self._before and callable(raise_error):
-            self._before.setdefault(signal.SIGCHLD, raise_error)
-            signal.signal(signal.SIGCHLD, lambda *received: raise_error(*received) if self.waiting else None)
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on_stop(self, number: int, frame: object) -> None:
-        if os.getpid() != self._owner:  # a forked data worker: the run's process decides
-            return
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
+    step: int
+    lr: float
+    weight: float = 0.0
+    loss_sum: Tensor | None = None
+    ids: list = field(default_factory=list)
+    clips: int = 0
+    replaced: int = 0
+    samples: list[int] = field(default_factory=list)
+    data_s: float = 0.0
+    step_s: float = 0.0
+    numbers: LateNumbers | None = None
 
 
 class Trainer:
-    """Trains `model` by one batch a step.
+    """Trains `model`, one optimizer step at a time.
 
     Args:
-        model: on `device`.
-        optimizer: over its parameters.
-        schedule: step (from 0) -> learning rate.
-        open_batches: first step -> iterator over the batches from that step on.
-        compute_loss: batch on `device` -> float32 scalar.
+        model: `parallel.wrap` of the module that is trained.
+        optimizer: over its parameters; fused ones keep the host from waiting.
+        schedule: step (from 0) -> learning rate; a group's `lr_scale` multiplies it.
+        open_batches: first step -> iterator over this rank's micro-batches from that step on, `config.accumulate` a step.
+        compute_loss: micro-batch on the device -> float32 scalar, a mean over what the micro-batch counts. Calls `model`.
         config: see `LoopConfig`.
-        checkpoints: where checkpoints go.
+        saver: where checkpoints go.
         about: plain containers that stand as `config` in every checkpoint.
+        parallel: this process among the others.
+        weigh: micro-batch on the host -> how much its loss counts beside the others of the step, about 1 (what it counts,
+            over what such a micro-batch mostly counts). Then the gradient is that of one large batch.
+        companions: further modules that checkpoints hold (an average of the weights, say), by name.
+        after_step: called after every optimizer step with the number of steps done, with nothing waited for.
+        sources, count_sources: names of the data's sources, and micro-batch -> clips of each, for the logs.
+        flops_per_clip: of forward and backward, for the utilisation in the logs.
         tensorboard: also write TensorBoard files.
-        on_first_batch: called with the first batch of this start.
-        count: batch -> numbers whose sums since the last line of the logs stand in the next one.
+        on_first_batch: called with the first micro-batch of this start, on the device.
     """
 
     def __init__(
@@ -140,26 +139,43 @@ class Trainer:
         open_batches: Callable[[int], Iterator[TrainingBatch]],
         compute_loss: Callable[[TrainingBatch], Tensor],
         config: LoopConfig,
-        checkpoints: CheckpointFolder,
+        saver: Saver,
         about: dict[str, Any],
-        device: torch.device | str = "cpu",
+        parallel: Parallel | None = None,
+        weigh: Callable[[TrainingBatch], float] | None = None,
+        companions: dict[str, nn.Module] | None = None,
+        after_step: Callable[[int], None] | None = None,
+        sources: Sequence[str] = (),
+        count_sources: Callable[[TrainingBatch], Sequence[int]] | None = None,
+        flops_per_clip: float | None = None,
         tensorboard: bool = True,
         on_first_batch: Callable[[TrainingBatch], None] | None = None,
-        count: Callable[[TrainingBatch], dict[str, int]] | None = None,
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.open_batches, self.compute_loss, self.config = open_batches, compute_loss, config
-        self.checkpoints, self.about, self.device = checkpoints, about, torch.device(device)
+        self.saver, self.about, self.parallel = saver, about, parallel or Parallel()
+        self.device = self.parallel.device
+        self.weigh, self.after_step, self.flops_per_clip = weigh, after_step, flops_per_clip
+        self.sources, self.count_sources = tuple(sources), count_sources
         self.tensorboard, self.on_first_batch = tensorboard, on_first_batch
+        self.state = TrainingState(bare(model), optimizer, companions or {})
+        self.guard = FiniteGuard(optimizer, self.device)
         self.step = 0  # optimizer steps done
+        self.samples = dict.fromkeys(self.sources, 0)
+        self.pending: StepRecord | None = None
         self.meter = StepMeter()
-        self.count, self.counts = count, Counter()
         self.saved_step: int | None = None
+        self.stopped_by: int | None = None
 
-    def resume(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from `optimizer` and `step` of a training checkpoint; the model's weights are loaded already."""
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.step = self.saved_step = checkpoint["step"]
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint: weights, optimizer state, companions, step and counts.
+
+        Raises:
+            InputError: it does not fit what is trained here, or can't be read.
+        """
+        manifest = self.state.load(path, self.parallel.save_group)
+        self.step = self.saved_step = manifest["step"]
+        self.samples.update({name: count for name, count in manifest["samples"].items() if name in self.samples})
 
     def run(self) -> int | None:
         """Train up to `total_steps`; the last step always leaves a checkpoint.
@@ -168,7 +184,7 @@ class Trainer:
             None when the run is complete, else the signal that stopped it, after a checkpoint.
 
         Raises:
-            NonFiniteError: a loss or gradient is not finite; the batch's samples stand in `nonfinite.json`.
+            NonFiniteError: a loss or gradient is not finite; the step's samples stand in `nonfinite.json`.
             InputError: no video decodes, or a file can't be written.
         """
         self.model.train()
@@ -177,37 +193,76 @@ class Trainer:
             batches = self.open_batches(self.step)  # before the logs, which start threads: workers are forked
             stack.callback(getattr(batches, "close", lambda: None))
             self.stop.guard_workers()
-            self.log_file = RunLog(self.checkpoints.folder, self.step, self.config.total_steps, self.tensorboard)
+            self.log_file = self._open_log()
             stack.callback(self.log_file.close)
-            while self.step < self.config.total_steps and self.stop.received is None:
+            stack.push(self.saver.close)
+            while self.step < self.config.total_steps and self.stopped_by is None:
                 self.train_step(batches)
+            self.settle()
             if self.saved_step != self.step:
                 self.checkpoint()
-            return self.stop.received
+        return self.stopped_by
+
+    def _open_log(self) -> RunLog | NoLog:
+        if not self.parallel.is_main:
+            return NoLog()
+        return RunLog(self.saver.folder.folder, self.step, self.config.total_steps, self.tensorboard)
 
     def train_step(self, batches: Iterator[TrainingBatch]) -> None:
-        """All of one step; `self.step` counts it once the weights have moved."""
+        """All of one step; `self.step` counts it, unless a stop was asked for."""
         start = time.perf_counter()
-        batch = self.fetch(batches)
-        if batch is None:
-            return
-        data_s = time.perf_counter() - start
-        lr = self.schedule(self.step)
-        loss_tensor = self.forward_backward(batch)
-        norm_tensor = self.clip()
-        loss, norm = loss_tensor.item(), norm_tensor.item()
-        self.check_finite(batch, loss, norm, lr)
-        self.optimizer_step(lr)
+        record = StepRecord(self.step, self.schedule(self.step), samples=[0] * len(self.sources))
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in range(self.config.accumulate):
+            fetched = self.fetch(batches, record, part)
+            if fetched is None:
+                self.optimizer.zero_grad(set_to_none=True)
+                return
+            self.forward_backward(*fetched, record, part)
+        norm = self.clip(record)
+        self.optimizer_step(record, norm)
         self.step += 1
-        self.log(batch, loss=loss, grad_norm=norm, lr=lr, step_s=time.perf_counter() - start, data_s=data_s)
+        if self.after_step is not None:
+            self.after_step(self.step)
+        self.settle()
+        record.step_s = time.perf_counter() - start
+        self.pending = record
         if self.step % self.config.save_every == 0 or self.step == self.config.total_steps:
+            self.settle()
             self.checkpoint()
 
-    def fetch(self, batches: Iterator[TrainingBatch]) -> TrainingBatch | None:
-        """The next batch on the device; None when a stop was asked for and the workers went down with it."""
+    def fetch(
+        self, batches: Iterator[TrainingBatch], record: StepRecord, part: int
+    ) -> tuple[TrainingBatch, float] | None:
+        """The next micro-batch on the device, and its weight; None when any rank was asked to stop.
+
+        All ranks learn of all: a stop is taken between two steps, or at once where a rank's workers went down with it.
+        """
+        start = time.perf_counter()
+        batch = self._next_batch(batches)
+        weight = self.weigh(batch) if self.weigh and batch is not None else 1.0
+        sources = self.count_sources(batch) if self.count_sources and batch is not None else [0] * len(self.sources)
+        counts = (0, 0) if batch is None else (batch.clips.shape[0], len(batch.replaced))
+        own_stops = [self.stop.received == number for number in STOP_SIGNALS]
+        waited = time.perf_counter() - start
+        everyone = self.parallel.exchange([batch is not None, *own_stops, waited, weight, *counts, *sources])
+        present, stops, sums = everyone[:, 0], everyone[:, 1:4].amax(0).tolist(), everyone[:, 5:].sum(0).tolist()
+        asked = next((number for number, set_ in zip(STOP_SIGNALS, stops) if set_), None)
+        if asked is not None and (part == 0 or not present.all()):
+            self.stopped_by = asked
+            return None
+        if device_is_idle(self.device):  # else it had work all the while
+            record.data_s += everyone[:, 4].max().item()
+        record.weight += sums[0]
+        record.clips, record.replaced = record.clips + int(sums[1]), record.replaced + int(sums[2])
+        record.samples = [a + int(b) for a, b in zip(record.samples, sums[3:])]
+        record.ids += batch.ids
+        return self._to_device(batch), weight
+
+    def _next_batch(self, batches: Iterator[TrainingBatch]) -> TrainingBatch | None:
         self.stop.waiting = True
         try:
-            batch = next(batches).to(self.device, non_blocking=True)
+            return next(batches)
         except RuntimeError:
             time.sleep(0.2)  # a signal to the whole process group may reach a worker first
             if self.stop.received is None:
@@ -215,69 +270,106 @@ class Trainer:
             return None
         finally:
             self.stop.waiting = False
+
+    def _to_device(self, batch: TrainingBatch) -> TrainingBatch:
+        batch = batch.to(self.device, non_blocking=True)
         if self.on_first_batch is not None:
             self.on_first_batch(batch)
             self.on_first_batch = None
         return batch
 
-    def forward_backward(self, batch: TrainingBatch) -> Tensor:
-        """Gradients of the batch's loss, which is returned, detached."""
-        torch.manual_seed(int(np.random.SeedSequence((self.config.seed, self.step)).generate_state(1, np.uint64)[0] >> 1))
-        self.optimizer.zero_grad(set_to_none=True)
+    def forward_backward(self, batch: TrainingBatch, weight: float, record: StepRecord, part: int) -> None:
+        """Add the gradients of the micro-batch's weighted loss, and the loss itself, to the step's."""
+        parts = self.config.accumulate
+        seed_random(self.config.seed, self.step, self.parallel.rank * parts + part)
         low_precision = self.config.dtype != "float32"
-        with torch.autocast(self.device.type, dtype=DTYPES[self.config.dtype], enabled=low_precision):
-            loss = self.compute_loss(batch)
-        loss.backward()
-        return loss.detach()
+        with self.parallel.gradients(self.model, last=part == parts - 1):
+            with torch.autocast(self.device.type, dtype=DTYPES[self.config.dtype], enabled=low_precision):
+                loss = self.compute_loss(batch)
+            (loss if weight == parts else loss * (weight / parts)).backward()
+        loss = loss.detach() * weight
+        record.loss_sum = loss if record.loss_sum is None else record.loss_sum + loss
 
-    def clip(self) -> Tensor:
-        """Scale the gradients down to `clip_grad`; returns their norm before."""
-        return clip_gradients(self.model, self.config.clip_grad)
+    def clip(self, record: StepRecord) -> Tensor:
+        """Make the gradients those of the weighted mean, at most `clip_grad` long; returns their norm before clipping."""
+        # Each micro-batch counted weight / parts, and the ranks' gradients were averaged.
+        scale = self.config.accumulate * self.parallel.world_size / record.weight
+        return clip_gradients(self.model, self.config.clip_grad, scale=scale)
 
-    def check_finite(self, batch: TrainingBatch, loss: float, norm: float, lr: float) -> None:
-        """Stop before a loss or gradient that is not finite reaches the weights, and write down where it came from."""
-        if math.isfinite(loss) and math.isfinite(norm):
+    def optimizer_step(self, record: StepRecord, norm: Tensor) -> None:
+        """Move the weights, if all is finite, and send the step's numbers to the host."""
+        loss = self.parallel.sum(record.loss_sum.float()) / record.weight
+        set_learning_rate(self.optimizer, record.lr)
+        self.guard.step(loss, norm)
+        record.numbers = LateNumbers(torch.stack([loss, norm.float(), self.guard.failed]))
+
+    def settle(self) -> None:
+        """Read the numbers of the step before, and log it.
+
+        Raises:
+            NonFiniteError: it was not taken, and nothing after it.
+        """
+        record, self.pending = self.pending, None
+        if record is None:
             return
-        path = Path(self.checkpoints.folder) / NONFINITE_NAME
-        report = {"step": self.step, "loss": str(loss), "grad_norm": str(norm), "lr": lr, "ids": batch.ids}
-        write_atomically(path, lambda file: file.write(json.dumps(report, indent=2) + "\n"), binary=False)
-        latest = self.checkpoints.latest()
-        raise NonFiniteError(
-            f"step {self.step}: the loss is {loss} and the gradient's norm {norm}, so the step was not taken. The samples of "
+        start = time.perf_counter()
+        loss, norm, failed = record.numbers.read()
+        if failed:
+            raise self._nonfinite(record, loss, norm)
+        if self.step == record.step + 1:  # the device was waited for; else this falls into the next step's time
+            record.step_s += time.perf_counter() - start
+        self.log(record, loss, norm)
+
+    def _nonfinite(self, record: StepRecord, loss: float, norm: float) -> NonFiniteError:
+        """Write down which samples a bad step came from."""
+        self.step = record.step
+        folder = self.saver.folder
+        path = folder.folder / NONFINITE_NAME
+        ids = [key for rank in self.parallel.gather(record.ids) for key in rank]
+        report = {"step": record.step, "loss": str(loss), "grad_norm": str(norm), "lr": record.lr, "ids": ids}
+        if self.parallel.is_main:
+            write_atomically(path, lambda file: file.write(json.dumps(report, indent=2) + "\n"), binary=False)
+        latest = folder.latest()
+        return NonFiniteError(
+            f"step {record.step}: the loss is {loss} and the gradient's norm {norm}, so the step was not taken. The samples of "
             f"the batch are in {path}. A lower --lr or --clip-grad often helps; "
             + (f"the run can go on from {latest}" if latest else "there is no checkpoint yet")
         )
 
-    def optimizer_step(self, lr: float) -> None:
-        """Move the weights."""
-        set_learning_rate(self.optimizer, lr)
-        self.optimizer.step()
-
-    def log(self, batch: TrainingBatch, *, loss: float, grad_norm: float, lr: float, step_s: float, data_s: float) -> None:
-        """Count the step; every `log_every` steps, and after the last, a line goes to the logs."""
-        clips = batch.clips.shape[0]
-        self.meter.add(loss=loss, clips=clips, step_s=step_s, data_s=data_s, replaced=len(batch.replaced))
-        self.counts.update(self.count(batch) if self.count else {})
-        self.log_file.step(self.step, loss=loss, clips=clips, step_s=step_s, data_s=data_s)
-        if self.step % self.config.log_every and self.step < self.config.total_steps:
+    def log(self, record: StepRecord, loss: float, norm: float) -> None:
+        """Count a step; every `log_every` steps, and after the last, a line goes to the logs."""
+        done = record.step + 1
+        for name, count in zip(self.sources, record.samples):
+            self.samples[name] += count
+        times = dict(loss=loss, clips=record.clips, step_s=record.step_s, data_s=record.data_s)
+        self.meter.add(**times, replaced=record.replaced)
+        self.log_file.step(done, **times)
+        if done % self.config.log_every and done < self.config.total_steps:
             return
+        means = self.meter.means()
+        flops = self.flops_per_clip and self.flops_per_clip * means["clips_per_s"] / self.parallel.world_size
         self.log_file.record(
             {
-                "step": self.step,
-                "epoch": self.step / self.config.steps_per_epoch,
+                "step": done,
+                "epoch": done / self.config.steps_per_epoch,
                 "loss": loss,
-                "grad_norm": grad_norm,
-                "lr": lr,
-                **self.meter.means(),
-                **self.counts,
+                "grad_norm": norm,
+                "lr": record.lr,
+                **means,
+                "mfu": flops_utilisation(flops, self.device, self.config.dtype),
                 "memory": peak_memory_bytes(self.device),
+                **({"samples": dict(self.samples)} if self.sources else {}),
             }
         )
-        self.meter, self.counts = StepMeter(), Counter()
+        self.meter = StepMeter()
 
-    def checkpoint(self) -> Path:
-        """Write a checkpoint of the steps done."""
-        content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "config": self.about}
-        path = self.checkpoints.save(self.step, content)
+    def checkpoint(self) -> None:
+        """Save the steps done; every rank takes part. With a background save, it may be complete a little later."""
+        self.saver.save(self.step, self.state.tensors(), {"config": self.about, "samples": self.samples})
         self.saved_step = self.step
-        return path
+
+
+def seed_random(seed: int, step: int, part: int) -> None:
+    """Seed torch for micro-batch number `part` (over all ranks) of a step: random numbers are a function of these three."""
+    state = np.random.SeedSequence((seed, step, part)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> 1))

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vmae.config import ModelConfig
+from vmae.cost import peak_flops
 from vmae.masking import DualMask
 from vmae.train.checkpoint import write_atomically
 from vmae_kernels import patch_loss, patch_targets_ref
@@ -73,6 +74,12 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     factor = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor
+
+
+def flops_utilisation(flops: float | None, device: torch.device, dtype: str) -> float | None:
+    """Share of the device's peak that `flops` a second are; None where either is not known."""
+    peak = peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+    return flops / peak if flops and peak else None
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
@@ -169,8 +176,10 @@ class RunLog:
         self._file.flush()
         if self._writer is not None:
             for key, value in values.items():
-                if key != "step":
-                    self._writer.add_scalar(key, value, values["step"])
+                named = {f"{key}/{name}": number for name, number in value.items()} if isinstance(value, dict) else {key: value}
+                for name, number in named.items():
+                    if name != "step" and number is not None:
+                        self._writer.add_scalar(name, number, values["step"])
 
     def _warn_about_data(self) -> None:
         run = self.whole_run
@@ -187,6 +196,18 @@ class RunLog:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+class NoLog:
+    """A `RunLog` that writes nothing, for all ranks but the first."""
+
+    def say(self, text: str) -> None: ...
+
+    def step(self, done: int, **values: float) -> None: ...
+
+    def record(self, values: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def code_version() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vmae.config import _Checked
 from vmae.errors import InputError
@@ -103,7 +104,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def clip_gradients(model: nn.Module, max_norm: float | None) -> torch.Tensor:
-    """Scale gradients to at most `max_norm`; returns their norm before, a float32 scalar on the parameters' device."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
+def clip_gradients(model: nn.Module, max_norm: float | None, scale: float = 1.0) -> torch.Tensor:
+    """Multiply gradients by `scale`, then shorten them to at most `max_norm`.
+
+    Returns:
+        Their norm in between, over all shards, a float32 scalar on the parameters' device; nothing waits for it.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    norm = norm * scale
+    if max_norm is not None:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0) * scale)
+    elif scale != 1:
+        torch._foreach_mul_(gradients, scale)
+    return norm

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import signal
 import time
@@ -19,26 +18,24 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vmae.data import Batch, Prefetcher, PretrainDataset, Quarantine, build_loader, check_decodable, describe_data, read_data
+from vmae.cost import forward_macs, token_counts
+from vmae.data import Batch, Prefetcher, PretrainDataset, Quarantine, build_loader, check_decodable, read_data
 from vmae.data.dataset import EpochSampler, check_loader
 from vmae.errors import InputError
-from vmae.interop.upstream import load_into, load_weights
-from vmae.masking import DualMask
+from vmae.interop.upstream import check_shapes, load_into, load_weights
 from vmae.model import Pretrainer, build_pretrainer
-from vmae.train.checkpoint import WEIGHTS_NAME, CheckpointFolder, export_weights, read_training_checkpoint, set_aside
-from vmae.train.checks import check_attention, check_backend, check_mask, check_output, resolve_device
+from vmae.train.activations import prepare_blocks
+from vmae.train.checkpoint import WEIGHTS_NAME, CheckpointFolder, export_weights, set_aside
+from vmae.train.checks import check_attention, check_backend, check_mask, check_output
 from vmae.train.loop import LoopConfig, Trainer
-from vmae.train.metrics import (
-    LOG_NAME,
-    RUN_NAME,
-    describe_start,
-    loss_of_last_tenth,
-    read_log,
-    trivial_losses,
-    write_run_file,
-)
+from vmae.train.metrics import describe_start, trivial_losses, write_run_file
 from vmae.train.optim import CosineSchedule, OptimConfig, build_adamw
+from vmae.train.parallel import Parallel, open_parallel
+from vmae.train.pretrain_report import banner, summary
 from vmae.train.pretrain_settings import PretrainConfig, RunConfig, add_arguments, configs_from_args
+from vmae.train.resume import choose_checkpoint, setting_changes
+from vmae.train.saver import Saver
+from vmae.train.sharded import read_group, read_manifest, shapes_of, tensor_layouts
 
 __all__ = ["Prepared", "add_arguments", "build_trainer", "prepare", "pretrain", "run", "setting_changes"]
 
@@ -47,13 +44,16 @@ _TRAINING_ONLY = ("model.drop_path_rate",)
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; 0 also after SIGTERM (the run goes on when it is started again), 130 after Ctrl-C."""
+    """The command; 0 also after SIGTERM or SIGUSR1 (the run goes on when it is started again), 130 after Ctrl-C."""
     config, run_config = configs_from_args(args)
-    prepared = prepare(config, run_config)
-    if args.dry_run:
-        print(json.dumps(prepared.describe(), indent=2))
-        return 0
-    return 130 if pretrain(prepared) == signal.SIGINT else 0
+    speed = run_config.speed
+    with open_parallel(speed.parallel, run_config.device, shard_size=speed.shard_size) as parallel:
+        prepared = prepare(config, run_config, parallel)
+        if args.dry_run:
+            if parallel.is_main:
+                print(json.dumps(prepared.describe(), indent=2))
+            return 0
+        return 130 if pretrain(prepared) == signal.SIGINT else 0
 
 
 # --- Checks: nothing is written ---
@@ -66,28 +66,30 @@ class Prepared:
     Attributes:
         config: with `steps` and `warmup_steps` resolved.
         run: as given.
-        device: the one found.
+        parallel: this process among those of the run, with its device.
         dataset: of the list's videos.
-        model: on `device`, with the weights to start from.
+        model: on the device, with the weights to start from, unless a checkpoint brings them.
         optim: with the learning rates of this batch.
         steps_per_epoch: optimizer steps of an epoch.
         checkpoint: the one to go on from, if any.
+        start_step: the steps that it has done.
         notes: lines for the user.
     """
 
     config: PretrainConfig
     run: RunConfig
-    device: torch.device
+    parallel: Parallel
     dataset: PretrainDataset
     model: Pretrainer
     optim: OptimConfig
     steps_per_epoch: int
-    checkpoint: dict[str, Any] | None
+    checkpoint: Path | None
+    start_step: int
     notes: list[str]
 
     @property
-    def start_step(self) -> int:
-        return self.checkpoint["step"] if self.checkpoint else 0
+    def device(self) -> torch.device:
+        return self.parallel.device
 
     def describe(self) -> dict[str, Any]:
         """The resolved settings in plain containers, with what follows from them."""
@@ -98,8 +100,10 @@ class Prepared:
             "steps_per_epoch": self.steps_per_epoch,
             "total_steps": config.steps,
             "start_step": self.start_step,
-            "effective_batch_videos": config.batch_size,
-            "clips_per_step": config.batch_size * config.num_sample,
+            "ranks": self.parallel.world_size,
+            "parallel": self.parallel.kind,
+            "effective_batch_videos": config.effective_batch,
+            "clips_per_step": config.effective_batch * config.num_sample,
             "peak_lr": self.optim.lr,
             "final_lr": self.optim.min_lr,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -107,17 +111,17 @@ class Prepared:
         return {"results": config.to_dict(), "run": self.run.to_dict(), "derived": derived}
 
 
-def prepare(config: PretrainConfig, run: RunConfig) -> Prepared:
-    """Check everything that a run needs, and write nothing.
+def prepare(config: PretrainConfig, run: RunConfig, parallel: Parallel) -> Prepared:
+    """Check everything that a run needs, and write nothing. All ranks call it.
 
     Raises:
         InputError: names what is wrong: list, videos, masks, output folder, device, weights, checkpoint.
     """
-    device = resolve_device(run.device)
+    device = parallel.device
     check_backend(run.speed.backend, device)
     check_attention(run.speed, config.model, config.dtype, device)
     check_output(Path(run.output))
-    folder = CheckpointFolder(run.output, run.keep)
+    folder = CheckpointFolder(run.output, run.keep, run.keep_every)
     check_mask(config.mask, config.model.grid)
     Quarantine(max_share=run.max_bad_share)
     check_loader(config.loader)
@@ -138,9 +142,9 @@ def prepare(config: PretrainConfig, run: RunConfig) -> Prepared:
         flip=config.flip,
         resize=config.resize,
     )
-    steps_per_epoch = EpochSampler(len(dataset), config.batch_size).steps_per_epoch
+    steps_per_epoch = EpochSampler(len(dataset), config.effective_batch).steps_per_epoch
     config = _with_steps(config, steps_per_epoch)
-    optim = config.optim.scaled_to(config.batch_size)
+    optim = config.optim.scaled_to(config.effective_batch)
     build_schedule(config, optim)
     LoopConfig(total_steps=config.steps, dtype=config.dtype, log_every=run.log_every, save_every=run.save_every)
     torch.manual_seed(config.seed)
@@ -148,8 +152,8 @@ def prepare(config: PretrainConfig, run: RunConfig) -> Prepared:
     model = build_pretrainer(
         config.model, backend=speed.backend, attention=speed.attention, normalize_target=config.normalize_target
     )
-    checkpoint = _load_start(model, config, run, folder, notes)
-    return Prepared(config, run, device, dataset, model.to(device), optim, steps_per_epoch, checkpoint, notes)
+    checkpoint, start_step = _find_start(model, config, run, parallel, folder, notes)
+    return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, checkpoint, start_step, notes)
 
 
 def build_schedule(config: PretrainConfig, optim: OptimConfig) -> CosineSchedule:
@@ -168,43 +172,36 @@ def _with_steps(config: PretrainConfig, steps_per_epoch: int) -> PretrainConfig:
     return dataclasses.replace(config, steps=steps, warmup_steps=warmup)
 
 
-def _load_start(
-    model: Pretrainer, config: PretrainConfig, run: RunConfig, folder: CheckpointFolder, notes: list[str]
-) -> dict[str, Any] | None:
-    """Give `model` the weights it starts from; returns the training checkpoint to go on from, if there is one."""
-    path = folder.latest() if run.resume == "auto" else run.resume and Path(run.resume)
+def _find_start(
+    model: Pretrainer, config: PretrainConfig, run: RunConfig, parallel: Parallel, folder: CheckpointFolder, notes: list[str]
+) -> tuple[Path | None, int]:
+    """The checkpoint to go on from, whole and fitting, and its step; without one, `model` gets the weights to start from."""
+    path = choose_checkpoint(run.resume, folder, parallel, notes)
     if path is None:
-        if run.resume and folder.folder.is_dir():
-            left = ", ".join(path.name for path in folder.unfinished())
-            notes.append(f"{run.output} holds no complete checkpoint{f' (only {left})' if left else ''}: a fresh start")
         if config.init is not None:
             notes.append(load_into(model, load_weights(config.init), config.init, allow_encoder_only=True))
-        return None
-    checkpoint = read_training_checkpoint(path)
-    changes = setting_changes(checkpoint["config"], config.to_dict())
+        return None, 0
+    manifest = read_manifest(path)
+    changes = setting_changes(manifest["config"], json.loads(json.dumps(config.to_dict())))
     architecture = [text for name, text in changes.items() if name.startswith("model.") and name not in _TRAINING_ONLY]
     advice = "choose another --output, or --no-resume for a fresh start"
+    own = {name: value.shape for name, value in model.state_dict().items()}
     try:
-        load_into(model, checkpoint["model"], path)
+        check_shapes(own, shapes_of(tensor_layouts(path), "model"), path)
     except InputError as error:
         raise InputError(f"{error}\n  settings that differ: {'; '.join(architecture) or 'none'}\n  {advice}") from error
     if architecture:
         raise InputError(f"checkpoint {path} is of another architecture: {'; '.join(architecture)}; {advice}")
-    notes.append(f"resuming from {path}, step {checkpoint['step']}")
+    if "effective_batch" in changes:
+        wanted, now = manifest["config"].get("effective_batch"), config.effective_batch
+        raise InputError(
+            f"the run of {path} takes {wanted} videos a step; --batch-size {run.batch_size} x --accumulate {run.accumulate} x "
+            f"{parallel.world_size} ranks make {now}. Choose numbers whose product is {wanted}; to go on with another batch, "
+            f"start a new run with --init {path}"
+        )
+    notes.append(f"resuming from {path}, step {manifest['step']}")
     notes += [f"note: setting changed: {text}" for text in changes.values()]
-    return checkpoint
-
-
-def setting_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Settings (`group.name`) that differ between two nested dictionaries, each with a sentence on how."""
-    changes: dict[str, str] = {}
-    for name in dict.fromkeys([*before, *now]):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes |= setting_changes(old, new, f"{prefix}{name}.")
-        elif old != new:
-            changes[prefix + name] = f"{prefix}{name} {old} in the checkpoint, {new} now"
-    return changes
+    return path, manifest["step"]
 
 
 # --- The run ---
@@ -219,43 +216,55 @@ def pretrain(prepared: Prepared) -> int | None:
     Raises:
         InputError: see `Trainer.run`, or the output folder can't be written.
     """
-    run, config = prepared.run, prepared.config
-    folder = Path(run.output)
+    config, parallel = prepared.config, prepared.parallel
+    folder = Path(prepared.run.output)
+    say = print if parallel.is_main else _say_nothing
     if prepared.start_step >= config.steps:
-        print(f"nothing to do: {folder} has done {prepared.start_step} of {config.steps} steps; more --steps go on from there")
-        if not (folder / WEIGHTS_NAME).exists():  # stopped between the last checkpoint and its export
-            _export(prepared)
+        say(f"nothing to do: {folder} has done {prepared.start_step} of {config.steps} steps; more --steps go on from there")
+        if parallel.is_main and not (folder / WEIGHTS_NAME).exists():  # stopped between the last checkpoint and its export
+            _export(prepared.checkpoint, folder)
         return None
-    _open_folder(prepared, folder)
+    if parallel.is_main:
+        _open_folder(prepared, folder)
+    parallel.barrier()
     for line in (*prepared.notes, *banner(prepared)):
-        print(line, flush=True)
+        say(line, flush=True)
     trivial: dict[str, float] = {}
     trainer = build_trainer(prepared, trivial)
     began, first_step = time.monotonic(), trainer.step
     stopped_by = trainer.run()
     if stopped_by is not None:
-        print(f"stopped by {signal.Signals(stopped_by).name} after step {trainer.step}; the same command goes on from there")
+        say(f"stopped by {signal.Signals(stopped_by).name} after step {trainer.step}; the same command goes on from there")
         return stopped_by
-    _export(prepared)
-    for line in summary(folder, config, trivial, trainer.step - first_step, time.monotonic() - began):
-        print(line)
+    if parallel.is_main:
+        _export(trainer.saver.folder.latest(), folder)
+        for line in summary(folder, config, trivial, trainer.step - first_step, time.monotonic() - began):
+            print(line)
     return None
 
 
-def _export(prepared: Prepared) -> None:
-    config = prepared.config
-    export_weights(Path(prepared.run.output) / WEIGHTS_NAME, prepared.model, config=config.to_dict(), step=config.steps)
+def _say_nothing(*text: str, **options: Any) -> None:
+    """For all ranks but the first."""
+
+
+def _export(checkpoint: Path, folder: Path) -> None:
+    about = read_manifest(checkpoint)
+    export_weights(folder / WEIGHTS_NAME, read_group(checkpoint), config=about["config"], step=about["step"])
 
 
 def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
     """The loop for a prepared run, at its start step; fills `trivial` with the trivial predictors' losses."""
-    run, config, model = prepared.run, prepared.config, prepared.model
-    if run.speed.compile:
-        for block in (*model.encoder.blocks, *model.decoder.blocks):
-            block.compile()
+    run, config, model, parallel = prepared.run, prepared.config, prepared.model, prepared.parallel
+    blocks = [*model.encoder.blocks, *model.decoder.blocks]
+    prepare_blocks(blocks, checkpointing=run.speed.checkpointing, compiled=run.speed.compile)
+    wrapped = parallel.wrap(model, blocks, config.dtype)
+    usual = token_counts(config.model, config.mask).counted * run.batch_size * config.num_sample
 
     def compute_loss(batch: Batch) -> torch.Tensor:
-        return model(batch.clips, batch.mask)
+        return wrapped(batch.clips, batch.mask)
+
+    def weigh(batch: Batch) -> float:
+        return batch.counted / usual
 
     def show_trivial_losses(batch: Batch) -> None:
         trivial.update(trivial_losses(batch.clips, batch.mask, config.model, config.normalize_target))
@@ -263,7 +272,7 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
         tqdm.write(f"loss of trivial predictors on the first batch: zero {zero:.4f}, mean of the visible tubelets {mean:.4f}")
 
     trainer = Trainer(
-        model=model,
+        model=wrapped,
         optimizer=build_adamw(model, prepared.optim),
         schedule=build_schedule(config, prepared.optim),
         open_batches=lambda start_step: _open_batches(prepared, start_step),
@@ -271,22 +280,35 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
         config=LoopConfig(
             total_steps=config.steps,
             steps_per_epoch=prepared.steps_per_epoch,
+            accumulate=run.accumulate,
             clip_grad=config.optim.clip_grad,
             dtype=config.dtype,
             seed=config.seed,
             log_every=run.log_every,
             save_every=run.save_every,
         ),
-        checkpoints=CheckpointFolder(run.output, run.keep),
+        saver=Saver(CheckpointFolder(run.output, run.keep, run.keep_every), parallel, background=run.async_save),
         about=config.to_dict(),
-        device=prepared.device,
+        parallel=parallel,
+        weigh=weigh,
+        sources=prepared.dataset.sources,
+        count_sources=prepared.dataset.count_sources,
+        flops_per_clip=_flops_per_clip(config),
         tensorboard=run.tensorboard,
-        on_first_batch=show_trivial_losses,
-        count=prepared.dataset.count_sources,
+        on_first_batch=show_trivial_losses if parallel.is_main else None,
     )
     if prepared.checkpoint:
         trainer.resume(prepared.checkpoint)
     return trainer
+
+
+def _flops_per_clip(config: PretrainConfig) -> float | None:
+    """Of forward and backward, recomputation not counted; None for masks that the paper does not use."""
+    mask = config.mask
+    if mask.encoder != "tube" or mask.decoder not in ("running_cell", "none"):
+        return None
+    ratio = mask.decoder_ratio if mask.decoder == "running_cell" else 0.0
+    return 6.0 * forward_macs(config.model, mask.encoder_ratio, ratio, fused=True)
 
 
 def _open_folder(prepared: Prepared, folder: Path) -> None:
@@ -307,7 +329,10 @@ def _open_batches(prepared: Prepared, start_step: int) -> Prefetcher:
         warnings.simplefilter("always")
         loader = build_loader(
             prepared.dataset,
-            batch_size=prepared.config.batch_size,
+            batch_size=prepared.run.batch_size,
+            accumulate=prepared.run.accumulate,
+            rank=prepared.parallel.rank,
+            world_size=prepared.parallel.world_size,
             num_workers=prepared.run.speed.num_workers,
             start_step=start_step,
             total_steps=prepared.config.steps,
@@ -317,45 +342,6 @@ def _open_batches(prepared: Prepared, start_step: int) -> Prefetcher:
             loader=prepared.config.loader,
             device=prepared.device,
         )
-    for warning in caught:
+    for warning in caught if prepared.parallel.is_main else ():
         print(f"note: {warning.message}", flush=True)
     return Prefetcher(loader, prepared.device, threaded=False if prepared.config.loader == "dali" else None)
-
-
-def banner(prepared: Prepared) -> list[str]:
-    """What was resolved, in words."""
-    config, optim, run = prepared.config, prepared.optim, prepared.run
-    model, mask, about = config.model, config.mask, prepared.describe()["derived"]
-    one = DualMask.sample(1, model.grid, **mask.to_dict())
-    frames, (height, width) = model.num_frames, model.image_hw
-    threads = f", {torch.get_num_threads()} threads" if prepared.device.type == "cpu" else ""
-    decoder = "all hidden" if mask.decoder == "none" else f"{mask.decoder} {mask.decoder_ratio:g}"
-    return [
-        f"model: {about['parameters'] / 1e6:.1f} M parameters, clips {frames} x {height} x {width}, {model.num_tokens} tokens "
-        f"({mask.encoder} {mask.encoder_ratio:g}: {one.visible.shape[1]} visible; {decoder}: {one.decode.shape[1]} picked, "
-        f"{int(one.weight.sum())} counted by the loss)",
-        f"data: {about['videos']} videos x {config.repeat} visits an epoch, {prepared.steps_per_epoch} steps an epoch",
-        *(f"  {line}" for line in describe_data(prepared.dataset.data)),
-        f"batch: effective batch {config.batch_size} videos, {about['clips_per_step']} clips a step; learning rate "
-        f"{config.optim.lr:g} x {config.batch_size} / 256 = {optim.lr:.3g} at its peak, {optim.min_lr:.3g} at the end",
-        f"steps: {prepared.start_step} to {config.steps} ({config.steps / prepared.steps_per_epoch:g} epochs), "
-        f"warm-up {config.warmup_steps}",
-        f"device: {prepared.device}{threads}, {config.dtype}, backend {run.speed.backend}, {run.speed.num_workers} workers",
-    ]
-
-
-def summary(folder: Path, config: PretrainConfig, trivial: dict[str, float], steps: int, seconds: float) -> list[str]:
-    """How the run ended, and where everything is."""
-    log = folder / LOG_NAME
-    loss = loss_of_last_tenth(read_log(log), config.steps)
-    known = (
-        f"; zero predictor {trivial['zero']:.4f}, mean of the visible tubelets {trivial['visible_mean']:.4f}" if trivial else ""
-    )
-    board = folder / "tensorboard"
-    return [
-        f"done: {steps} steps in {datetime.timedelta(seconds=round(seconds))}",
-        f"final loss (mean of the last tenth): {'not logged' if loss is None else f'{loss:.4f}'}{known}",
-        f"weights: {folder / WEIGHTS_NAME} (published names)",
-        f"log: {log}; settings: {folder / RUN_NAME}" + (f"; tensorboard --logdir {board}" if board.is_dir() else ""),
-        f"checkpoints: {', '.join(path.name for path in CheckpointFolder(folder).paths())} in {folder}",
-    ]

@@ -10,6 +10,7 @@ from typing import Any
 from vmae.config import MaskConfig, ModelConfig, SpeedConfig, _Checked
 from vmae.errors import InputError
 from vmae.train.optim import OptimConfig
+from vmae.train.parallel import world_size
 
 PUBLISHED_MODELS = {
     "pretrain_videomae_small_patch16_224": "vit_s",
@@ -32,7 +33,7 @@ class PretrainConfig(_Checked):
         stride: frames from one sampled frame to the next, where the list says nothing else.
         sampling, fps, flip, resize: see `vmae.data.PretrainDataset`.
         loader: "cpu", or "dali", whose pixels differ by some levels, see `vmae.data.build_loader`.
-        batch_size: videos of a step.
+        effective_batch: videos of a step, over all ranks and micro-batches.
         num_sample: clips cut from each of them.
         repeat: visits of a video in an epoch.
         epochs: length of the run; not used when `steps` is given.
@@ -55,7 +56,7 @@ class PretrainConfig(_Checked):
     flip: bool = False
     resize: str = "torch"
     loader: str = "cpu"
-    batch_size: int = 32
+    effective_batch: int = 32
     num_sample: int = 1
     repeat: int = 1
     epochs: int = 800
@@ -67,7 +68,7 @@ class PretrainConfig(_Checked):
     init: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("stride", "batch_size", "num_sample", "repeat", "epochs", "steps"):
+        for name in ("stride", "effective_batch", "num_sample", "repeat", "epochs", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}")
@@ -83,9 +84,14 @@ class RunConfig(_Checked):
         output: folder of the run.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         speed: see `SpeedConfig`.
-        resume: "auto" (the newest checkpoint in `output`), a checkpoint's path, or None (start afresh).
+        batch_size: videos of a micro-batch on one rank.
+        accumulate: micro-batches of a step on each rank. The effective batch is `batch_size * accumulate * ranks`.
+        resume: "auto" (the newest checkpoint in `output`), "last-good" (the newest one that is not damaged), a checkpoint's
+            path, or None (start afresh).
         save_every, log_every: steps from one checkpoint, or log line, to the next.
         keep: newest checkpoints that stay.
+        keep_every: checkpoints of steps that this divides stay as well.
+        async_save: write checkpoints while training goes on.
         tensorboard: also write TensorBoard files.
         max_bad_share: share of reads that may fail before the run stops, see `vmae.data.Quarantine`.
     """
@@ -93,12 +99,21 @@ class RunConfig(_Checked):
     output: str
     device: str = "auto"
     speed: SpeedConfig = dataclasses.field(default_factory=SpeedConfig)
+    batch_size: int = 32
+    accumulate: int = 1
     resume: str | None = "auto"
     save_every: int = 1000
     keep: int = 3
+    keep_every: int | None = None
+    async_save: bool = False
     log_every: int = 10
     tensorboard: bool = True
     max_bad_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +154,11 @@ def _add_result_arguments(group) -> None:
     )  # fmt: skip
     group.add_argument("--resize", default="torch", help="torch; pil: pixels as published, slower (torch)")
     group.add_argument("--loader", default="cpu", help="who decodes: cpu, or dali (a GPU's decoder; some levels off) (cpu)")
-    group.add_argument("--batch-size", "--batch_size", type=int, default=32, help="videos a step (32)")
+    group.add_argument("--batch-size", "--batch_size", type=int, default=32, help="videos of a micro-batch on one rank (32)")
+    group.add_argument(
+        "--accumulate", "--update_freq", type=int, default=1,
+        help="micro-batches of a step; effective batch = batch size x accumulate x ranks (1)",
+    )  # fmt: skip
     group.add_argument("--num-sample", "--num_sample", type=int, default=1, help="clips cut from each decoded video (1)")
     group.add_argument("--repeat", type=int, default=1, help="visits of a video in an epoch, for short lists (1)")
     group.add_argument("--encoder-mask", "--mask_type", default="tube", help="tube, random, frame (tube)")
@@ -182,10 +201,20 @@ def _add_run_arguments(group) -> None:
     group.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
     group.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
     group.add_argument("--compile", action="store_true", help="compile the blocks with torch.compile")
+    group.add_argument(
+        "--checkpointing", default="none",
+        help="made again in the backward: none, selective (MLPs' hidden layers), full (all but blocks' inputs) (none)",
+    )  # fmt: skip
+    group.add_argument(
+        "--parallel", default="auto",
+        help="none, ddp, fsdp (weights split over all ranks), hybrid (over a group of ranks); auto: ddp under torchrun (auto)",
+    )  # fmt: skip
+    group.add_argument("--shard-size", type=int, help="ranks of a group, for hybrid (default: those of a node)")
     resume = group.add_mutually_exclusive_group()
     resume.add_argument(
         "--resume", "--auto_resume", nargs="?", const="auto", default="auto", metavar="CHECKPOINT",
-        help="go on from this checkpoint; by default from the newest one in the output folder",
+        help="go on from this checkpoint; by default from the newest one in the output folder; last-good: from the newest "
+        "one that is not damaged",
     )  # fmt: skip
     resume.add_argument(
         "--no-resume", "--no_auto_resume", dest="resume", action="store_const", const=None,
@@ -193,6 +222,8 @@ def _add_run_arguments(group) -> None:
     )  # fmt: skip
     group.add_argument("--save-every", type=int, default=1000, help="steps from one checkpoint to the next (1000)")
     group.add_argument("--keep", type=int, default=3, help="newest checkpoints that stay (3)")
+    group.add_argument("--keep-every", type=int, metavar="STEPS", help="checkpoints of these steps stay as well (none)")
+    group.add_argument("--async-save", action="store_true", help="write checkpoints while training goes on")
     group.add_argument("--log-every", type=int, default=10, help="steps from one log line to the next (10)")
     group.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True, help="TensorBoard files (yes)")
 
@@ -219,6 +250,11 @@ def configs_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, RunConf
         warmup_epochs = OptimConfig.warmup_epochs if args.epochs >= 2 * OptimConfig.warmup_epochs else args.epochs / 10
         if warmup_steps is None and args.steps is not None:
             warmup_steps = args.steps // 10
+    speed = SpeedConfig(num_workers=args.workers, **_taken(args, "backend attention compile checkpointing parallel shard_size"))
+    names = (
+        "output device batch_size accumulate resume save_every keep keep_every async_save log_every tensorboard max_bad_share"
+    )
+    run = RunConfig(speed=speed, **_taken(args, names))
     config = PretrainConfig(
         model=ModelConfig.preset(PUBLISHED_MODELS.get(args.model, args.model), drop_path_rate=args.drop_path, **overrides),
         mask=MaskConfig(
@@ -229,13 +265,11 @@ def configs_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, RunConf
         ),
         optim=OptimConfig(warmup_epochs=warmup_epochs, **_taken(args, "lr min_lr betas eps weight_decay clip_grad")),
         warmup_steps=warmup_steps,
-        **_taken(args, "data data_root stride sampling fps flip resize loader batch_size num_sample repeat"),
+        effective_batch=args.batch_size * args.accumulate * world_size(),
+        **_taken(args, "data data_root stride sampling fps flip resize loader num_sample repeat"),
         **_taken(args, "epochs steps seed dtype normalize_target init"),
     )
-    speed = SpeedConfig(backend=args.backend, attention=args.attention, compile=args.compile, num_workers=args.workers)
-    return config, RunConfig(
-        speed=speed, **_taken(args, "output device resume save_every keep log_every tensorboard max_bad_share")
-    )
+    return config, run
 
 
 def _taken(args: argparse.Namespace, names: str) -> dict[str, Any]:

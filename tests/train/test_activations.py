@@ -1,0 +1,51 @@
+"""What a block keeps for its backward is what the table says, and no choice changes a number."""
+
+import pytest
+import torch
+
+from vmae import InputError, ModelConfig
+from vmae.cost import count_saved_bytes
+from vmae.model.blocks import build_blocks
+from vmae.train.activations import prepare_blocks
+
+CONFIG = ModelConfig(img_size=32, embed_dim=64, num_heads=2, drop_path_rate=0.3)
+TOKENS = 512  # many, so that what does not grow with them is small beside it
+
+
+def widths_kept(checkpointing: str) -> float:
+    """Values that a block keeps for each token, in widths of the block."""
+    block = build_blocks(CONFIG, 64, 1, 2, attention="sdpa", recompute=True)
+    prepare_blocks(block, checkpointing=checkpointing)
+    x = torch.randn(1, TOKENS, 64, requires_grad=True)
+    return count_saved_bytes(lambda: block[0](x), block) / (TOKENS * 64 * 4)
+
+
+# sdpa keeps a row sum a head beside its output: 2 of 64 values.
+@pytest.mark.parametrize(("checkpointing", "widths"), [("none", 10), ("selective", 6), ("full", 1)])
+def test_widths_kept_are_those_of_the_table(checkpointing, widths):
+    assert widths_kept(checkpointing) == pytest.approx(widths, abs=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_gradients_are_the_same_to_the_bit_with_stochastic_depth(checkpointing):
+    blocks = build_blocks(CONFIG, 64, 3, 2, attention="sdpa", recompute=True)
+    x = torch.randn(4, 16, 64)
+    upstream = torch.randn(4, 16, 64)
+
+    def gradients():
+        torch.manual_seed(1)
+        blocks.zero_grad()
+        out = x
+        for block in blocks:
+            out = block(out)
+        out.backward(upstream)
+        return [p.grad.clone() for p in blocks.parameters()]
+
+    plain = gradients()
+    prepare_blocks(blocks, checkpointing=checkpointing)
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients()))
+
+
+def test_unknown_kinds_are_named():
+    with pytest.raises(InputError, match="unknown checkpointing 'some'; known: none, selective, full"):
+        prepare_blocks([], checkpointing="some")

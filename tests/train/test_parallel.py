@@ -1,0 +1,261 @@
+"""One large batch, whoever computes it: 1, 2 and 4 ranks, DDP, FSDP2, hybrid and accumulation train the same model."""
+
+import json
+import os
+import signal
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from vmae import DualMask, InputError, MaskConfig, ModelConfig, build_pretrainer
+from vmae.train.activations import prepare_blocks
+from vmae.train.checkpoint import CheckpointFolder
+from vmae.train.loop import LoopConfig, NonFiniteError, Trainer
+from vmae.train.metrics import read_log
+from vmae.train.optim import CosineSchedule, OptimConfig, build_adamw
+from vmae.train.parallel import open_parallel, resolve_kind
+from vmae.train.saver import Saver
+
+MODEL = ModelConfig(
+    img_size=32, patch_size=8, num_frames=8, embed_dim=48, depth=2, num_heads=3, decoder_embed_dim=32, decoder_depth=2,
+    decoder_num_heads=2,
+)  # fmt: skip
+# Both random: clips count unequally many tokens, so equal shares would be wrong.
+MASK = MaskConfig(encoder="random", encoder_ratio=0.75, decoder="random", decoder_ratio=0.5)
+STEPS, GLOBAL_BATCH = 20, 8
+
+
+@dataclass
+class Clips:
+    clips: torch.Tensor
+    mask: DualMask
+    ids: list
+    replaced: list = field(default_factory=list)
+
+    def to(self, device, non_blocking=False):
+        return self
+
+
+def clip(step: int, index: int) -> Clips:
+    """A function of its place in the run."""
+    generator = torch.Generator().manual_seed(1000 * step + index)
+    pixels = torch.randint(0, 256, (1, MODEL.num_frames, *MODEL.image_hw, 3), dtype=torch.uint8, generator=generator)
+    return Clips(pixels, DualMask.sample(1, MODEL.grid, **MASK.to_dict(), generator=generator), [(step, index, "clip")])
+
+
+def batches(parallel, accumulate, start_step):
+    size = GLOBAL_BATCH // parallel.world_size // accumulate
+    for step in range(start_step, STEPS):
+        for part in range(accumulate):
+            first = (parallel.rank * accumulate + part) * size
+            found = [clip(step, index) for index in range(first, first + size)]
+            mask = DualMask.cat([one.mask for one in found])
+            yield Clips(torch.cat([one.clips for one in found]), mask, [key for one in found for key in one.ids])
+
+
+def make_trainer(parallel, folder, *, accumulate=1, trainer_class=Trainer, backend="torch", checkpointing="none",
+                 compiled=False, open_batches=batches, background=False, more=None, **loop):  # fmt: skip
+    torch.manual_seed(0)
+    model = build_pretrainer(MODEL, backend=backend)
+    blocks = [*model.encoder.blocks, *model.decoder.blocks]
+    prepare_blocks(blocks, checkpointing=checkpointing, compiled=compiled)
+    config = LoopConfig(**{"total_steps": STEPS, "log_every": 1, "clip_grad": 0.5, "accumulate": accumulate, **loop})
+    wrapped = parallel.wrap(model, blocks, config.dtype)
+    return trainer_class(
+        model=wrapped,
+        optimizer=build_adamw(model, OptimConfig()),
+        schedule=CosineSchedule(lr=1e-3, min_lr=1e-4, total_steps=STEPS, warmup_steps=3),
+        open_batches=lambda start_step: open_batches(parallel, accumulate, start_step),
+        compute_loss=lambda batch: wrapped(batch.clips, batch.mask),
+        weigh=lambda batch: float(batch.mask.weight.sum()) / (24 * batch.clips.shape[0]),
+        config=config,
+        saver=Saver(CheckpointFolder(folder, keep=9), parallel, background=background),
+        about={"kind": "test"},
+        parallel=parallel,
+        tensorboard=False,
+        **(more or {}),
+    )
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+
+
+def train(kind, folder, options=None, resume=False, shard_size=None):
+    """(weights, losses) after the run; the folder is made, and holds the log."""
+    os.makedirs(folder, exist_ok=True)
+    with open_parallel(kind, "cpu", shard_size=shard_size) as parallel:
+        trainer = make_trainer(parallel, folder, **(options or {}))
+        if resume:
+            trainer.resume(CheckpointFolder(folder).latest())
+        trainer.run()
+        weights = {name: whole(value).numpy() for name, value in trainer.state.tensors()["model"].items()}
+        return weights, [record["loss"] for record in read_log(f"{folder}/log.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """One process, one batch of 8."""
+    return train("none", tmp_path_factory.mktemp("straight"))
+
+
+def assert_agrees(found, straight, steps=STEPS):
+    weights, losses = found
+    assert len(losses) == steps
+    assert losses == pytest.approx(straight[1][:steps], rel=1e-6)
+    for name, value in weights.items():
+        assert abs(value - straight[0][name]).max() < 2e-5, name  # each has moved by up to 2e-2
+
+
+def test_accumulation_agrees(straight, tmp_path):
+    assert_agrees(train("none", tmp_path, {"accumulate": 4}), straight)
+
+
+@pytest.mark.parametrize(
+    ("count", "kind", "options"),
+    [
+        (1, "fsdp", {}),
+        (2, "ddp", {}),
+        (2, "fsdp", {"accumulate": 2}),  # no exchange in between
+        (2, "fsdp", {"checkpointing": "full"}),  # gathered again, and run again, in the backward
+        (4, "ddp", {"accumulate": 2}),
+        (4, "fsdp", {}),
+        (4, "hybrid", {}),
+    ],
+)
+def test_ranks_agree(straight, tmp_path, run_ranks, count, kind, options):
+    found = run_ranks(count, train, kind, tmp_path, options, False, 2 if kind == "hybrid" else None)
+    assert_agrees(found[0], straight)
+    for name, value in found[0][0].items():
+        assert all((other[0][name] == value).all() for other in found), f"{name} differs between ranks"
+
+
+def stop_after(step):
+    class Stopping(Trainer):
+        """One rank is told to stop; all do, after the same step."""
+
+        def clip(self, record):
+            if record.step + 1 == step and self.parallel.rank == self.parallel.world_size - 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return super().clip(record)
+
+    return Stopping
+
+
+# Written and read by different numbers of ranks, of different kinds; once in the background.
+@pytest.mark.parametrize(
+    ("before", "after", "background"),
+    [((2, "fsdp"), (1, "none"), False), ((1, "none"), (2, "fsdp"), False), ((2, "ddp"), (4, "fsdp"), True),
+     ((4, "hybrid"), (2, "fsdp"), True)],
+)  # fmt: skip
+def test_a_run_goes_on_with_other_ranks(straight, tmp_path, run_ranks, before, after, background):
+    options = {"trainer_class": stop_after(7), "background": background}
+    run_ranks(before[0], train, before[1], tmp_path, options, False, 2 if before[1] == "hybrid" else None)
+    assert CheckpointFolder(tmp_path).latest().name == "checkpoint-00000007"
+    found = run_ranks(after[0], train, after[1], tmp_path, None, True)
+    assert_agrees(found[0], straight)
+
+
+def test_fsdp_resumes_bit_for_bit(tmp_path, run_ranks):
+    whole_run = run_ranks(2, train, "fsdp", tmp_path / "straight")[0]
+    run_ranks(2, train, "fsdp", tmp_path / "halves", {"trainer_class": stop_after(9)})
+    halves = run_ranks(2, train, "fsdp", tmp_path / "halves", None, True)[0]
+    assert halves[1] == whole_run[1]
+    assert all((value == whole_run[0][name]).all() for name, value in halves[0].items())
+
+
+# Autocast alone; weights gathered in bfloat16. Both beside float32, whose rounding is 2^-16 of theirs.
+@pytest.mark.parametrize(("count", "kind"), [(1, "none"), (2, "fsdp")])
+def test_bfloat16_agrees_within_its_rounding(straight, tmp_path, run_ranks, count, kind):
+    weights, losses = run_ranks(count, train, kind, tmp_path, {"dtype": "bfloat16"})[0]
+    assert losses == pytest.approx(straight[1], rel=2**-7) and losses != straight[1]
+    assert {str(value.dtype) for value in weights.values()} == {"float32"}
+
+
+def test_fused_kernels_read_gathered_weights(straight, tmp_path, run_ranks):
+    """The head's weight and the embedding's go to kernels as they are, outside their modules."""
+    options = {"backend": "triton", "total_steps": 2}
+    found = run_ranks(2, train, "fsdp", tmp_path, options)[0]
+    assert found[1] == pytest.approx(straight[1][:2], rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"checkpointing": "selective"}, {"checkpointing": "full"}])
+def test_checkpointing_changes_nothing(straight, tmp_path, options):
+    weights, losses = train("none", tmp_path, options)
+    assert losses == straight[1] and all((value == straight[0][name]).all() for name, value in weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "kind", "checkpointing"), [(1, "none", "selective"), (2, "fsdp", "full"), (2, "ddp", "none")]
+)
+def test_compiled_blocks_agree(straight, tmp_path, run_ranks, count, kind, checkpointing):
+    options = {"compiled": True, "checkpointing": checkpointing, "total_steps": 4}
+    found = run_ranks(count, train, kind, tmp_path, options)[0]
+    assert found[1] == pytest.approx(straight[1][:4], rel=1e-5)
+
+
+class BadOnOneRank(Trainer):
+    def forward_backward(self, batch, weight, record, part):
+        if record.step == 3 and self.parallel.rank == 1:
+            weight = float("nan")
+        super().forward_backward(batch, weight, record, part)
+
+
+def train_badly(kind, folder):
+    with open_parallel(kind, "cpu") as parallel:
+        trainer = make_trainer(parallel, folder, trainer_class=BadOnOneRank, save_every=3)
+        try:
+            trainer.run()
+        except NonFiniteError as error:
+            weights = [whole(value) for value in trainer.state.tensors()["model"].values()]
+            return str(error), all(value.isfinite().all() for value in weights)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_bad_loss_on_one_rank_stops_all_and_names_all_samples(tmp_path, run_ranks, kind):
+    found = run_ranks(2, train_badly, kind, tmp_path)
+    assert all("step 3: the loss is nan" in message and finite for message, finite in found)
+    ids = json.loads((tmp_path / "nonfinite.json").read_text())["ids"]
+    assert ids == [[3, index, "clip"] for index in range(GLOBAL_BATCH)]
+    assert CheckpointFolder(tmp_path).latest().name == "checkpoint-00000003"
+
+
+def counted_batches(parallel, accumulate, start_step):
+    for batch in batches(parallel, accumulate, start_step):
+        batch.replaced = [("bad.mp4", "error", "av")] * (parallel.rank + 1)
+        yield batch
+
+
+def train_counting(folder, resume):
+    with open_parallel("ddp", "cpu") as parallel:
+        more = dict(sources=("even", "odd"), count_sources=lambda batch: [2, batch.clips.shape[0] - 2])
+        options = dict(open_batches=counted_batches, more=more)
+        if not resume:
+            options["trainer_class"] = stop_after(2)
+        trainer = make_trainer(parallel, folder, total_steps=4, **options)
+        if resume:
+            trainer.resume(CheckpointFolder(folder).latest())
+        trainer.run()
+
+
+def test_logs_count_all_ranks_and_go_on_counting(tmp_path, run_ranks):
+    for resume in (False, True):
+        run_ranks(2, train_counting, tmp_path, resume)
+    records = read_log(tmp_path / "log.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert {record["replaced"] for record in records} == {3}
+    assert records[-1]["samples"] == {"even": 16, "odd": 16}
+    assert records[-1]["clips_per_s"] == pytest.approx(GLOBAL_BATCH / records[-1]["step_s"])
+
+
+def test_kinds_are_checked(monkeypatch):
+    assert resolve_kind("auto", 1) == "none" and resolve_kind("auto", 2) == "ddp"
+    with pytest.raises(InputError, match="unknown --parallel 'tensor'"):
+        resolve_kind("tensor", 2)
+    with pytest.raises(InputError, match="--parallel none, but 2 processes were started"):
+        resolve_kind("none", 2)
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(InputError, match="--shard-size 4 does not divide 6 ranks"), open_parallel("hybrid", shard_size=4):
+        pass

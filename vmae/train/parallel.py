@@ -1,0 +1,202 @@
+"""One process or many: who this one is, how a model is split over all, and how their gradients become one.
+
+Torch's own parts: DDP, and FSDP2 (`fully_shard`, a block at a time), started by torchrun or by anything else that sets RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Tensors of a GPU travel by NCCL; host numbers, and all tensors of a CPU,
+by gloo, so that agreeing on a number never waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from vmae.errors import InputError
+from vmae.train.checks import resolve_device
+
+KINDS = ("auto", "none", "ddp", "fsdp", "hybrid")
+
+
+def world_size() -> int:
+    """Processes of this run, as its launcher says; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@dataclass(eq=False)
+class Parallel:
+    """This process among those of a run; as it is constructed, the only one. Made by `open_parallel`.
+
+    Attributes:
+        kind: "none", "ddp" (each rank holds all), "fsdp" (each holds its part of weights, gradients and optimizer state), or
+            "hybrid" (parts within a group of ranks, copies across groups).
+        device: of this rank.
+        rank, world_size: among all processes.
+        mesh: of the ranks, for "fsdp" [ranks] and "hybrid" [groups, ranks of a group].
+        save_group: for the numbers that background saves exchange.
+    """
+
+    kind: str = "none"
+    device: torch.device = torch.device("cpu")
+    rank: int = 0
+    world_size: int = 1
+    mesh: Any = None
+    save_group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes logs and manifests."""
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        return self.kind in ("fsdp", "hybrid")
+
+    def wrap(self, model: nn.Module, blocks: Sequence[nn.Module] = (), dtype: str = "float32") -> nn.Module:
+        """What to call in training instead of `model`, which lies on `device` with the same weights on every rank.
+
+        Wrap before an optimizer is made: sharding replaces the parameters. Their names stay, see `bare`.
+
+        Args:
+            blocks: parts of `model` that are gathered one at a time, in the order in which they run.
+            dtype: "bfloat16" gathers weights in bfloat16 and sums gradients in float32 (sharded kinds only: the others
+                have autocast alone).
+        """
+        if self.kind == "none":
+            return model
+        if self.kind == "ddp":
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            return nn.parallel.DistributedDataParallel(
+                model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        half = dtype == "bfloat16"
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if half else None,
+            reduce_dtype=torch.float32 if half else None,
+            cast_forward_inputs=False,  # autocast decides, as without sharding
+        )
+        for block in blocks:
+            fully_shard(block, mesh=self.mesh, mp_policy=policy)
+        return fully_shard(model, mesh=self.mesh, mp_policy=policy)
+
+    @contextlib.contextmanager
+    def gradients(self, model: nn.Module, *, last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch: only the `last` one of a step exchanges gradients."""
+        if self.sharded:
+            model.set_requires_gradient_sync(last)
+        with model.no_sync() if self.kind == "ddp" and not last else contextlib.nullcontext():
+            yield
+
+    def exchange(self, numbers: Sequence[float]) -> Tensor:
+        """Host numbers of all ranks: float64 [world_size, len(numbers)], on the CPU."""
+        own = torch.tensor(list(numbers), dtype=torch.float64)
+        if self.world_size == 1:
+            return own[None]
+        found = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(found, own)
+        return torch.stack(found)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """`value` summed over the ranks, in place, on its device; nothing waits for it."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.exchange([0.0])
+
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        """Small picklable `value` of every rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        found = [None] * self.world_size
+        dist.all_gather_object(found, value, group=group)
+        return found
+
+    def from_main(self, value: Any, group: Any = None) -> Any:
+        """Rank 0's small picklable `value`, on every rank."""
+        return self.gather(value if self.is_main else None, group)[0]
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model itself, whose parameters have the published names."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def resolve_kind(kind: str, ranks: int) -> str:
+    """The kind that "auto" stands for, or `kind`, checked.
+
+    Raises:
+        InputError: an unknown kind, or "none" for many processes.
+    """
+    if kind not in KINDS:
+        raise InputError(f"unknown --parallel {kind!r}; known: {', '.join(KINDS)}")
+    if kind == "none" and ranks > 1:
+        raise InputError(f"--parallel none, but {ranks} processes were started: each trains alone; use ddp, fsdp or hybrid")
+    return kind if kind != "auto" else ("ddp" if ranks > 1 else "none")
+
+
+def _mesh_shape(kind: str, ranks: int, shard_size: int | None) -> tuple[int, ...] | None:
+    """Ranks along the mesh's dimensions: the last one shards."""
+    if shard_size is not None and kind != "hybrid":
+        raise InputError(f"--shard-size is for --parallel hybrid, not {kind}")
+    if kind == "fsdp":
+        return (ranks,)
+    if kind != "hybrid":
+        return None
+    size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    if size < 1 or ranks % size:
+        raise InputError(f"--shard-size {size} does not divide {ranks} ranks; by default it is the ranks of a node")
+    return (ranks // size, size)
+
+
+def _rank_device(name: str) -> torch.device:
+    device = resolve_device(name)
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+
+
+@contextlib.contextmanager
+def open_parallel(kind: str = "auto", device: str = "auto", *, shard_size: int | None = None) -> Iterator[Parallel]:
+    """Join the other processes of this run, as the launcher's environment describes them, and leave them at the end.
+
+    Args:
+        kind: see `Parallel`; "auto" is "ddp" with several processes, else "none".
+        device: "auto", "cpu" or "cuda" (each rank takes the GPU of its LOCAL_RANK).
+        shard_size: ranks that share one copy, for "hybrid"; None means those of a node.
+
+    Raises:
+        InputError: a kind, device or shard size that does not fit what was started.
+    """
+    ranks = world_size()
+    kind = resolve_kind(kind, ranks)
+    shape = _mesh_shape(kind, ranks, shard_size)
+    found = _rank_device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    if kind == "none":
+        yield Parallel(device=found)
+        return
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo", **alone)
+    mesh = None
+    if shape is not None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        mesh = init_device_mesh(found.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
+    try:
+        yield Parallel(kind, found, dist.get_rank(), ranks, mesh, dist.new_group(backend="gloo"))
+    except Exception as error:
+        get_error_handler().record_exception(error)  # for torchrun, which shows the first rank's that failed
+        raise
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone

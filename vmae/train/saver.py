@@ -1,0 +1,138 @@
+"""Writing checkpoints, with all ranks, at once or in the background: complete or absent, whatever happens meanwhile.
+
+A checkpoint is written to `.checkpoint-N.unfinished/`, every file forced to the disk, then the manifest; and when every rank
+is done, rank 0 renames the folder. Only then are older ones deleted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import checkpoint as dcp
+
+from vmae.errors import InputError
+from vmae.train.checkpoint import CheckpointFolder, sync_folder
+from vmae.train.parallel import Parallel
+from vmae.train.sharded import MANIFEST, file_facts, make_manifest, reason_of
+from vmae.train.state import NamedTensors
+
+
+class Saver:
+    """Saves the checkpoints of a run. Every rank has one, and they are called together.
+
+    Args:
+        folder: of the run.
+        parallel: this rank.
+        background: copy the tensors to host memory, and write them while training goes on; the next save waits for it.
+    """
+
+    def __init__(self, folder: CheckpointFolder, parallel: Parallel | None = None, *, background: bool = False) -> None:
+        self.folder, self.parallel, self.background = folder, parallel or Parallel(), background
+        self._writing: threading.Thread | None = None
+        self._error: InputError | None = None
+
+    def save(self, step: int, tensors: NamedTensors, about: dict[str, Any]) -> None:
+        """Write the checkpoint of `step`, then delete those that are too old.
+
+        Args:
+            about: plain containers for the manifest; `config` among them.
+
+        Raises:
+            InputError: this one, or an earlier one in the background, can't be written; the complete ones are all still there.
+        """
+        self.finish()
+        path = self.folder.path_of(step)
+        beside = path.with_name(f".{path.name}.unfinished")
+        self._together(lambda: self._make_room(beside) if self.parallel.is_main else None, path)
+        where = dict(storage_writer=dcp.FileSystemWriter(beside), process_group=self._group, no_dist=self._group is None)
+        if not self.background:
+            self._together(lambda: dcp.save(tensors, **where), path)
+            self._complete(beside, path, step, about)
+            return
+        done = dcp.async_save(tensors, **where)
+
+        def complete() -> None:
+            try:
+                self._together(done.result, path)
+                self._complete(beside, path, step, about)
+            except InputError as error:
+                self._error = error
+
+        self._writing = threading.Thread(target=complete, name="checkpoint")
+        self._writing.start()
+
+    def finish(self) -> None:
+        """Wait for the save in the background, if there is one.
+
+        Raises:
+            InputError: it could not be written.
+        """
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self, kind: type | None = None, error: BaseException | None = None, trace: object = None) -> None:
+        """`finish`, as the end of a `with`: an earlier error is not covered by one of the save."""
+        try:
+            self.finish()
+        except InputError:
+            if error is None:
+                raise
+
+    @property
+    def _group(self) -> Any:
+        return self.parallel.save_group
+
+    def _together(self, work: Callable[[], Any], path: Path) -> None:
+        """Do `work` on every rank; an error on any of them is an error on all, and the unfinished folder goes."""
+        failure = None
+        try:
+            work()
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:  # torch reports a full disk as either
+            failure = reason_of(error)
+        failures = [text for text in self.parallel.gather(failure, self._group) if text]
+        if failures:
+            if self.parallel.is_main:
+                shutil.rmtree(path.with_name(f".{path.name}.unfinished"), ignore_errors=True)
+            raise InputError(f"cannot write {path}: {failures[0]}; the earlier checkpoints are untouched")
+
+    def _make_room(self, beside: Path) -> None:
+        for left_over in self.folder.unfinished():
+            shutil.rmtree(left_over, ignore_errors=True) if left_over.is_dir() else left_over.unlink(missing_ok=True)
+        beside.mkdir(parents=True)
+
+    def _complete(self, beside: Path, path: Path, step: int, about: dict[str, Any]) -> None:
+        """Vouch for the files, give the folder its name, and delete what is too old."""
+        own: dict[str, dict[str, Any]] = {}
+
+        def hash_own() -> None:
+            for file in beside.iterdir():
+                if file.name.startswith(f"__{self.parallel.rank}_") or (self.parallel.is_main and file.name[:2] != "__"):
+                    own[file.name] = file_facts(file)
+
+        self._together(hash_own, path)
+        files = {name: facts for rank in self.parallel.gather(own, self._group) for name, facts in rank.items()}
+
+        def publish() -> None:
+            if self.parallel.is_main:
+                text = make_manifest(files, step, self.parallel.world_size, about)
+                with open(beside / MANIFEST, "w", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                sync_folder(beside)
+                if path.exists():  # of the same step, which a resumed run writes again
+                    self.folder.remove(path)
+                os.replace(beside, path)
+                sync_folder(path.parent)
+                self.folder.prune()
+
+        self._together(publish, path)
