@@ -10,6 +10,7 @@ DALI's CPU operators decode VP8, VP9 and MJPEG only. They are here for tests; Py
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import warnings
@@ -245,7 +246,7 @@ class DaliLoader:
         for key, plan in zip(step.keys, step.plans, strict=True):
             if plan is None or clips is None:
                 sample = self.dataset[key]
-                samples.append(Batch(sample.clips.to(self.device), sample.mask, sample.ids, sample.replaced))
+                samples.append(dataclasses.replace(sample, clips=sample.clips.to(self.device)))
             else:
                 samples.append(Batch(next(made), self.dataset.sample_mask(*key), [(*key, plan.path)]))
         if clips is not None and len(clips) == len(samples):

@@ -52,7 +52,7 @@ class Batch:
         mask: DualMask of B*S clips.
         ids: (epoch, index, path) of each of the B videos; `path` is the one that was decoded.
         replaced: (path, error, library) of each video that could not be decoded, and that another one stands in for.
-        counted: sum of the mask's weights, known without asking the device that the mask is on.
+        counted: sum of the mask's weights: tokens that the loss counts, known without asking a GPU.
     """
 
     clips: Tensor
@@ -63,7 +63,7 @@ class Batch:
 
     def __post_init__(self) -> None:
         if self.counted is None:
-            self.counted = self.mask.weight.sum().item()
+            self.counted = float(self.mask.weight.sum())
 
     @classmethod
     def cat(cls, batches: list[Batch]) -> Batch:
@@ -73,7 +73,6 @@ class Batch:
             DualMask.cat([batch.mask for batch in batches]),
             [key for batch in batches for key in batch.ids],
             [failure for batch in batches for failure in batch.replaced],
-            sum(batch.counted for batch in batches),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -182,17 +181,17 @@ class PretrainDataset(Dataset):
         return len(self.entries) * self.repeat
 
     @property
-    def source_names(self) -> tuple[str, ...]:
-        """Of a mix; empty where there is one source only."""
-        mixed = isinstance(self.data, Mix) and len(self.data.sources) > 1
-        return tuple(source.name for source in self.data.sources) if mixed else ()
+    def sources(self) -> list[str]:
+        """Names of the mix's sources; empty where there is one only."""
+        several = isinstance(self.data, Mix) and len(self.data.sources) > 1
+        return [source.name for source in self.data.sources] if several else []
 
     def count_sources(self, batch: Batch) -> list[int]:
-        """Samples in a batch of each of the `source_names`."""
-        if not self.source_names:
+        """Clips of each of the `sources` in a batch."""
+        if not self.sources:
             return []
         counts = self.data.count_sources([index for _, index, _ in batch.ids], len(self))
-        return [counts[name] for name in self.source_names]
+        return [count * self.num_sample for count in counts]
 
     def __getitem__(self, key: SampleKey | int) -> Batch:
         if not isinstance(key, tuple):

@@ -120,14 +120,14 @@ class Mix(Sequence):
             number += 1
         return turn, number, place, samples[number]
 
-    def count_sources(self, indices: Iterable[int], size: int) -> dict[str, int]:
-        """How many of the samples `indices` of an epoch of `size` fall to each source; those of none are there with 0."""
-        counts = {source.name: 0 for source in self.sources}
+    def count_sources(self, indices: Iterable[int], size: int) -> list[int]:
+        """How many of the samples `indices` of an epoch of `size` fall to each source."""
+        counts = [0] * len(self.sources)
         starts = [source.first for source in self.sources]
         for index in indices:
             natural = self.mixing == "natural"
             number = bisect_right(starts, index % len(self)) - 1 if natural else self._find_turn(index, size)[1]
-            counts[self.sources[number].name] += 1
+            counts[number] += 1
         return counts
 
     def _order(self, seed: int, number: int, turn: int, cycle: int) -> np.ndarray:

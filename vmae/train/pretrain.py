@@ -153,9 +153,7 @@ def prepare(config: PretrainConfig, run: RunConfig, parallel: Parallel) -> Prepa
         config.model, backend=speed.backend, attention=speed.attention, normalize_target=config.normalize_target
     )
     checkpoint, start_step = _find_start(model, config, run, parallel, folder, notes)
-    return Prepared(
-        config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, checkpoint, start_step, notes
-    )
+    return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, checkpoint, start_step, notes)
 
 
 def build_schedule(config: PretrainConfig, optim: OptimConfig) -> CosineSchedule:
@@ -293,11 +291,11 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
         about=config.to_dict(),
         parallel=parallel,
         weigh=weigh,
+        sources=prepared.dataset.sources,
+        count_sources=prepared.dataset.count_sources,
         flops_per_clip=_flops_per_clip(config),
         tensorboard=run.tensorboard,
         on_first_batch=show_trivial_losses if parallel.is_main else None,
-        sources=prepared.dataset.source_names,
-        count_sources=prepared.dataset.count_sources,
     )
     if prepared.checkpoint:
         trainer.resume(prepared.checkpoint)

@@ -250,11 +250,11 @@ def configs_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, RunConf
         warmup_epochs = OptimConfig.warmup_epochs if args.epochs >= 2 * OptimConfig.warmup_epochs else args.epochs / 10
         if warmup_steps is None and args.steps is not None:
             warmup_steps = args.steps // 10
-    speed = SpeedConfig(
-        num_workers=args.workers, **_taken(args, "backend attention compile checkpointing parallel shard_size")
+    speed = SpeedConfig(num_workers=args.workers, **_taken(args, "backend attention compile checkpointing parallel shard_size"))
+    names = (
+        "output device batch_size accumulate resume save_every keep keep_every async_save log_every tensorboard max_bad_share"
     )
-    names = "output device batch_size accumulate resume save_every keep keep_every async_save log_every tensorboard"
-    run = RunConfig(speed=speed, **_taken(args, f"{names} max_bad_share"))
+    run = RunConfig(speed=speed, **_taken(args, names))
     config = PretrainConfig(
         model=ModelConfig.preset(PUBLISHED_MODELS.get(args.model, args.model), drop_path_rate=args.drop_path, **overrides),
         mask=MaskConfig(
