@@ -53,6 +53,7 @@ class Cluster(_Checked):
     Attributes:
         gpus: all of them.
         gpus_per_node: of one machine.
+        shard_size: GPUs that share one copy of the state in hybrid sharding; None means those of a node.
         memory: bytes of one GPU.
         reserve: share of it left to CUDA, NCCL and what the allocator can't use.
         peak_flops: of one GPU in the run's dtype, FLOP/s; None where it is not known: then no time is told.
@@ -61,6 +62,7 @@ class Cluster(_Checked):
 
     gpus: int = 8
     gpus_per_node: int = 8
+    shard_size: int | None = None
     memory: float = 80 * 2**30
     reserve: float = 0.08
     peak_flops: float | None = 989e12
@@ -80,12 +82,21 @@ class Cluster(_Checked):
     def nodes(self) -> int:
         return max(1, self.gpus // self.gpus_per_node)
 
-    def shardings(self) -> dict[str, int]:
-        """Name of every way to spread the state: number of GPUs that share one copy of it."""
-        if self.gpus == 1:
-            return {"none": 1}
-        hybrid = {"hybrid": self.gpus_per_node} if self.nodes > 1 and self.gpus_per_node > 1 else {}
-        return {"ddp": 1, **hybrid, "fsdp": self.gpus}
+    def shardings(self, parallel: str = "auto") -> dict[str, int]:
+        """Name of every way to spread the state, least communication first: number of GPUs that share one copy of it.
+
+        Raises:
+            InputError: `parallel` names one that these machines don't have.
+        """
+        part = self.shard_size or self.gpus_per_node
+        if self.gpus % part:
+            raise InputError(f"--shard-size {part} does not divide {self.gpus} GPUs")
+        known = {"none": 1} if self.gpus == 1 else {"ddp": 1, "hybrid": part, "fsdp": self.gpus}
+        if parallel == "auto":
+            return {name: sharers for name, sharers in known.items() if name != "hybrid" or 1 < part < self.gpus}
+        if parallel not in known:
+            raise InputError(f"--parallel {parallel} does not fit {self.gpus} GPUs; known there: {', '.join(known)}")
+        return {parallel: known[parallel]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,16 +198,21 @@ class Plan:
         return largest if largest.largest_batch else None
 
 
-def make_plan(config: ModelConfig, mask: MaskConfig, cluster: Cluster, workload: Workload) -> Plan:
-    """Every checkpointing with every sharding. Seconds for any model; nothing of its size is allocated."""
+def make_plan(
+    config: ModelConfig, mask: MaskConfig, cluster: Cluster, workload: Workload,
+    *, checkpointing: str | None = None, parallel: str = "auto",
+) -> Plan:  # fmt: skip
+    """Every checkpointing with every sharding, or the named ones. Seconds for any model; nothing of its size is allocated."""
+    shardings = cluster.shardings(parallel)
     with torch.device("meta"):
         model = build_pretrainer(config, backend="torch")
     model_flops = 6.0 * masked_macs(config, mask) * workload.clips_per_step
-    counted = {name: count_activations(config, mask, workload.dtype, name) for name in CHECKPOINTING}
+    plain = count_activations(config, mask, workload.dtype, "none")
     rows = []
-    for name, activations in counted.items():
-        recomputed = (activations.flops - counted["none"].flops) * workload.clips_per_step
-        for sharding, sharers in cluster.shardings().items():
+    for name in [checkpointing] if checkpointing else CHECKPOINTING:
+        activations = plain if name == "none" else count_activations(config, mask, workload.dtype, name)
+        recomputed = (activations.flops - plain.flops) * workload.clips_per_step
+        for sharding, sharers in shardings.items():
             state = state_bytes(model, sharers, workload.dtype, workload.accumulate(cluster.gpus))
             rows.append(_row(name, sharding, state, activations, model_flops, recomputed, cluster, workload))
     parameters = sum(p.numel() for p in model.parameters())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from vmae.config import MaskConfig, ModelConfig
 from vmae.masking import DualMask
@@ -162,8 +162,23 @@ def saved_activation_bytes_per_clip(
         return count_saved_bytes(lambda: loss_of(2), model) - count_saved_bytes(lambda: loss_of(1), model)
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations made and that still live: `now`, and the most there were, `peak`.
+def _cpu_attention_flops(query, key, value, *rest, out_val=None, **more) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _cpu_attention_backward_flops(grad, query, key, value, *rest, out_val=None, **more) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+# torch counts the attention of GPUs only (2.11 to 2.13).
+_FLOPS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flops,
+}
+
+
+class _StepCounter(TorchDispatchMode):
+    """FLOPs of the operations that run, and bytes of the storages they make: those that live, `now`, and their `peak`.
 
     Sees what every way of keeping a tensor keeps: autograd, activation checkpointing's caches, a variable. Not seen: scratch
     that a single operation makes and frees.
@@ -171,15 +186,19 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self._seen: dict[int, weakref.ref] = {id(s): weakref.ref(s) for s in (t.untyped_storage() for t in known)}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())
         self.peak = max(self.peak, self.now)
+        count = _FLOPS.get(func.overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=result)
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -193,21 +212,6 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= size
         if self._seen.get(key) is reference:
             del self._seen[key]
-
-
-def _cpu_attention_flops(query, key, value, *rest, **more) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _cpu_attention_backward_flops(grad, query, key, value, *rest, **more) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-# torch counts the attention of GPUs only (2.11 to 2.13).
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flops,
-}
 
 
 @dataclass(frozen=True)
@@ -229,9 +233,8 @@ def count_step(forward: Callable[[], Tensor], model: nn.Module) -> StepCount:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in model.parameters()]
-    live = _LiveBytes([*model.parameters(), *model.buffers(), *gradients])
-    with live, FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as flops:
+    with _StepCounter([*model.parameters(), *model.buffers(), *gradients]) as counter:
         loss = forward()
-        saved = live.now
+        saved = counter.now
         loss.backward()
-    return StepCount(saved, live.peak, flops.get_total_flops())
+    return StepCount(saved, counter.peak, counter.flops)

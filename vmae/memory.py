@@ -6,10 +6,9 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from vmae.config import CHECKPOINTING, MaskConfig, ModelConfig
+from vmae.config import MaskConfig, ModelConfig
 from vmae.cost import StepCount, count_step, on_paper
 from vmae.model import Pretrainer, build_pretrainer
 from vmae.train.activations import prepare_blocks

@@ -1,7 +1,8 @@
 """`python -m vmae plan`: what a pre-training run will need, told before it is started.
 
 It takes the flags of `pretrain`, whose batch, masks, samples and length it plans, and the machines. A table for people, JSON
-for machines, and one line of recommendation. Nothing is measured; what is assumed is printed.
+for machines, and one line of recommendation. Nothing is measured; what is assumed is printed. With --checkpointing or
+--parallel only that choice is shown.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         if action.dest == "device":
             action.help = "GPU whose peak FLOP/s count, such as h100 or a100; auto and cuda stand for h100 (auto)"
-    parser.set_defaults(model="vit_g", dtype="bfloat16", num_sample=4, epochs=None, lr=None, data="", output="", accumulate=None)
+    parser.set_defaults(model="vit_g", dtype="bfloat16", num_sample=4, data="", output="")
+    parser.set_defaults(epochs=None, lr=None, accumulate=None, checkpointing=None)  # see plan_from_args
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,11 +81,12 @@ def plan_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, Plan, Sequ
         effective = args.gpus * args.batch_size * accumulate
     elif effective is None:
         effective = published.effective_batch if published else args.gpus * args.batch_size
+    checkpointing, args.checkpointing = args.checkpointing, args.checkpointing or "none"
     args.accumulate = accumulate or 1
-    config, _ = pretrain_settings.configs_from_args(args)
+    config, settings = pretrain_settings.configs_from_args(args)
     entries = read_data(args.data, args.data_root) if args.data else []
     workload = Workload(
-        batch_size=config.batch_size,
+        batch_size=settings.batch_size,
         num_sample=config.num_sample,
         effective_batch=effective,
         videos=config.repeat * (args.videos or len(entries) or UNLABELED_HYBRID),
@@ -94,12 +97,14 @@ def plan_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, Plan, Sequ
     cluster = Cluster(
         gpus=args.gpus,
         gpus_per_node=min(args.gpus_per_node, args.gpus),
+        shard_size=args.shard_size,
         memory=args.memory,
         reserve=args.reserve,
         peak_flops=_peak_flops(args),
         mfu=args.mfu,
     )
-    return config, make_plan(config.model, config.mask, cluster, workload), entries
+    plan = make_plan(config.model, config.mask, cluster, workload, checkpointing=checkpointing, parallel=args.parallel)
+    return config, plan, entries
 
 
 def _peak_flops(args: argparse.Namespace) -> float | None:
@@ -132,7 +137,7 @@ def report(plan: Plan, config: PretrainConfig, args: argparse.Namespace) -> list
         + (f"({work.videos} videos x {work.epochs} epochs)" if work.steps is None else ""),
         *_mismatch(work, cluster),
         "",
-        f"memory of one GPU in GiB at {work.batch_size} videos ({work.batch_size * work.num_sample} clips), largest batch, cost:",
+        f"memory of one GPU in GiB at {work.batch_size} videos ({work.batch_size * work.num_sample} clips), and a step's cost:",
         *table(plan),
         "",
         assumptions(cluster),
@@ -144,7 +149,7 @@ def assumptions(cluster: Cluster) -> str:
     """What the figures rest on, in a line."""
     rate = "no peak FLOP/s known, so no time (--peak tells it)"
     if cluster.peak_flops:
-        rate = f"{cluster.mfu:.0%} of {cluster.peak_flops / 1e12:g} TFLOP/s a GPU for all that is executed, recomputation included"
+        rate = f"{cluster.mfu:.0%} of {cluster.peak_flops / 1e12:g} TFLOP/s a GPU for all that is executed, made again or not"
     return f"assumed: {rate}; {cluster.reserve:.0%} of the memory left to CUDA, NCCL and the allocator; not measured"
 
 
@@ -164,8 +169,8 @@ def gib(size: float) -> str:
 
 def table(plan: Plan) -> list[str]:
     """One line a row, columns aligned."""
-    head = ["checkpointing", "sharding", *_MEMORY, "total", "fits", "largest batch", "TFLOP", "MFU %", "s/step", "hours", "clips/s"]
-    lines = [head]
+    cost = ["TFLOP", "MFU %", "s/step", "hours", "clips/s"]
+    lines = [["checkpointing", "sharding", *_MEMORY, "total", "fits", "largest batch", *cost]]
     for row in plan.rows:
         memory = [gib(getattr(row.memory, name)) for name in _MEMORY]
         cost = [row.executed_flops / 1e12, 100 * row.mfu, row.step_s, row.hours, row.clips_per_s]
@@ -184,10 +189,10 @@ def recommendation(plan: Plan) -> str:
     flags = " ".join(recommended_flags(plan, row))
     if row.hours is None:
         return f"recommendation: {flags}"
-    videos = row.clips_per_s / work.num_sample
+    clips, videos = row.clips_per_s, row.clips_per_s / work.num_sample
     return (
-        f"recommendation: {flags}: {row.hours:.4g} hours ({row.hours / 24:.3g} days); the data must supply {row.clips_per_s:.0f} "
-        f"clips/s, from {videos:.0f} videos/s ({videos / cluster.gpus:.1f} a GPU)"
+        f"recommendation: {flags}: {row.hours:.4g} hours ({row.hours / 24:.3g} days); data must supply {clips:.0f} clips/s, "
+        f"from {videos:.0f} videos/s ({videos / cluster.gpus:.1f} a GPU)"
     )
 
 
@@ -215,9 +220,9 @@ def list_lines(data: str, entries: Sequence[VideoEntry], count: int = 3) -> list
 def describe(plan: Plan, config: PretrainConfig) -> dict[str, Any]:
     """Everything in plain containers; bytes, FLOPs, seconds."""
     work, cluster, best = plan.workload, plan.cluster, plan.best
-    rows = [
-        {**dataclasses.asdict(row), "memory": {**dataclasses.asdict(row.memory), "total": row.memory.total}} for row in plan.rows
-    ]
+    rows = [dataclasses.asdict(row) for row in plan.rows]
+    for content, row in zip(rows, plan.rows):
+        content["memory"]["total"] = row.memory.total
     return {
         "schema": SCHEMA,
         "model": plan.config.to_dict(),

@@ -114,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
         "--data", "--data_path", required=required, metavar="LIST", help="list file: one video or frame folder a line"
     )
     source.add_argument("--data-root", "--data_root", metavar="DIR", help="where the list's relative paths start")
-    source.add_argument("--output", "--output_dir", required=required, metavar="DIR", help="folder of the run: checkpoints, logs")
+    source.add_argument("--output", "--output_dir", required=required, metavar="DIR", help="folder of the run")
     source.add_argument("--init", metavar="WEIGHTS", help="start from these weights (.pth or .safetensors, published names)")
     source.add_argument("--dry-run", action="store_true", help="check everything, print the resolved settings, write nothing")
     _add_result_arguments(parser.add_argument_group("settings that change results"))
