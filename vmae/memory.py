@@ -38,15 +38,20 @@ class Activations:
         return self.working_fixed + self.working_per_clip * clips
 
 
-def count_activations(config: ModelConfig, mask: MaskConfig, dtype: str, checkpointing: str) -> Activations:
-    """Counted on fake tensors with the Triton operations, at two batches and two depths; the rest are straight lines.
+def count_activations(
+    config: ModelConfig, mask: MaskConfig, dtype: str, checkpointing: str, backend: str = "triton"
+) -> Activations:
+    """Counted on fake tensors at two batches and two depths; everything else is a straight line.
 
     All blocks of the encoder are alike, and the worst moment comes while all of them hold what they keep.
+
+    Args:
+        backend: of the fused operations; "triton" is what runs on a GPU.
     """
 
     def step(depth: int, clips: int) -> StepCount:
         def build(smaller: ModelConfig) -> Pretrainer:
-            model = build_pretrainer(smaller, backend="triton", attention="sdpa")
+            model = build_pretrainer(smaller, backend=backend, attention="sdpa")
             prepare_blocks((*model.encoder.blocks, *model.decoder.blocks), checkpointing=checkpointing)
             return model
 
