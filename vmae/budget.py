@@ -226,7 +226,7 @@ def _row(
     clips = workload.batch_size * workload.num_sample
     memory = Memory(*state, activations.saved(clips), activations.working(clips))
     usable = cluster.memory * (1 - cluster.reserve)
-    left = usable - sum(state) - activations.saved(0) - activations.working(0)
+    left = usable - sum(state) - activations.fixed - activations.working_fixed
     a_video = workload.num_sample * (activations.per_clip + activations.working_per_clip)
     executed = model_flops + recomputed
     rate = cluster.gpus * (cluster.peak_flops or 0) * cluster.mfu

@@ -21,7 +21,7 @@ class Activations:
 
     Attributes:
         fixed, per_clip: kept between forward and backward.
-        working_fixed, working_per_clip: on top of that, at the worst moment.
+        working_fixed, working_per_clip: on top of that, at the worst moment; the first may be below 0.
         flops: of a clip's forward and backward, recomputation included, as far as PyTorch runs them.
     """
 
@@ -35,7 +35,7 @@ class Activations:
         return self.fixed + self.per_clip * clips
 
     def working(self, clips: float) -> float:
-        return self.working_fixed + self.working_per_clip * clips
+        return max(0.0, self.working_fixed + self.working_per_clip * clips)
 
 
 def count_activations(
@@ -69,9 +69,9 @@ def count_activations(
         flops[clips] = two.flops + (config.depth - 2) * (two.flops - one.flops)
     slope, working_slope = ((line[many] - line[few]) / (many - few) for line in (saved, working))
     return Activations(
-        fixed=max(saved[few] - few * slope, 0.0),
+        fixed=saved[few] - few * slope,
         per_clip=slope,
-        working_fixed=max(working[few] - few * working_slope, 0.0),
+        working_fixed=working[few] - few * working_slope,
         working_per_clip=working_slope,
         flops=flops[few] / few,
     )
