@@ -63,7 +63,7 @@ divide_batch() {
   NODES=${NODES:-$((GPUS > 8 ? (GPUS + 7) / 8 : 1))}
   is_count "$NODES" || fail "NODES=$NODES is not a number of machines"
   ((GPUS % NODES == 0)) || fail "GPUS=$GPUS do not fill NODES=$NODES machines; set both"
-  ((EFFECTIVE_BATCH % GPUS == 0)) || fail "GPUS=$GPUS do not divide the effective batch of $EFFECTIVE_BATCH videos; use fewer"
+  ((EFFECTIVE_BATCH % GPUS == 0)) || fail "GPUS=$GPUS do not divide the effective batch of $EFFECTIVE_BATCH videos; use a number that does"
   local share=$((EFFECTIVE_BATCH / GPUS))
   BATCH=${BATCH:-$((share < BATCH_PER_GPU ? share : BATCH_PER_GPU))}
   is_count "$BATCH" || fail "BATCH=$BATCH is not a number of videos"
@@ -85,7 +85,7 @@ set_flags() {
 announce() {
   awk -v lr="$LR" -v batch="$EFFECTIVE_BATCH" -v clips="$((EFFECTIVE_BATCH * NUM_SAMPLE))" -v gpus="$GPUS" -v each="$BATCH" \
     -v times="$ACCUMULATE" -v name="$NAME" 'BEGIN {
-      printf "%s: effective batch %d videos = %d GPUs x %d videos x %d accumulated (%d clips a step); ", name, batch, gpus, each, times, clips
+      printf "%s: effective batch %d videos = %d (GPUs) x %d (videos) x %d (accumulated), %d clips a step; ", name, batch, gpus, each, times, clips
       printf "effective learning rate %g x %d / 256 = %g\n", lr, batch, lr * batch / 256 }'
 }
 

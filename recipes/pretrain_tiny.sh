@@ -9,6 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 NAME=pretrain_tiny
 MODEL=vit_tiny
 GPUS=${GPUS:-1} # processes
+DEVICE=${DEVICE:-cpu}
 EFFECTIVE_BATCH=4
 BATCH_PER_GPU=4
 NUM_SAMPLE=2

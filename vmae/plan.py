@@ -84,6 +84,15 @@ def plan_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, Plan, Sequ
     checkpointing, args.checkpointing = args.checkpointing, args.checkpointing or "none"
     args.accumulate = accumulate or 1
     config, settings = pretrain_settings.configs_from_args(args)
+    cluster = Cluster(
+        gpus=args.gpus,
+        gpus_per_node=min(args.gpus_per_node, args.gpus),
+        shard_size=args.shard_size,
+        memory=args.memory,
+        reserve=args.reserve,
+        peak_flops=_peak_flops(args),
+        mfu=args.mfu,
+    )
     entries = read_data(args.data, args.data_root) if args.data else []
     workload = Workload(
         batch_size=settings.batch_size,
@@ -93,15 +102,6 @@ def plan_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, Plan, Sequ
         epochs=config.epochs,
         steps=config.steps,
         dtype=config.dtype,
-    )
-    cluster = Cluster(
-        gpus=args.gpus,
-        gpus_per_node=min(args.gpus_per_node, args.gpus),
-        shard_size=args.shard_size,
-        memory=args.memory,
-        reserve=args.reserve,
-        peak_flops=_peak_flops(args),
-        mfu=args.mfu,
     )
     plan = make_plan(config.model, config.mask, cluster, workload, checkpointing=checkpointing, parallel=args.parallel)
     return config, plan, entries
@@ -132,9 +132,9 @@ def report(plan: Plan, config: PretrainConfig, args: argparse.Namespace) -> list
         f"picked, {tokens.counted} counted by the loss); {work.num_sample} clips a video",
         f"step: effective batch {work.effective_batch} videos = {cluster.gpus} x {work.batch_size} x "
         f"{work.accumulate(cluster.gpus)} accumulated, {work.clips_per_step} clips; learning rate {config.optim.lr:g} x "
-        f"{work.effective_batch} / 256 = {optim.lr:.4g} at its peak; {plan.model_flops / 1e12:.4g} TFLOP (3 forward passes)",
-        f"run: {work.total_steps} steps, {work.total_steps * work.clips_per_step / 1e6:.4g} M clips "
-        + (f"({work.videos} videos x {work.epochs} epochs)" if work.steps is None else ""),
+        f"{work.effective_batch} / 256 = {optim.lr:.4g} at its peak; {_number(plan.model_flops / 1e12)} TFLOP (3 x forward)",
+        f"run: {work.total_steps} steps, {work.total_steps * work.clips_per_step / 1e6:.4g} M clips"
+        + (f" ({work.videos} videos x {work.epochs} epochs)" if work.steps is None else ""),
         *_mismatch(work, cluster),
         "",
         f"memory of one GPU in GiB at {work.batch_size} videos ({work.batch_size * work.num_sample} clips), and a step's cost:",
@@ -175,10 +175,16 @@ def table(plan: Plan) -> list[str]:
         memory = [gib(getattr(row.memory, name)) for name in _MEMORY]
         cost = [row.executed_flops / 1e12, 100 * row.mfu, row.step_s, row.hours, row.clips_per_s]
         fits = [gib(row.memory.total), "yes" if row.fits else "no", str(row.largest_batch)]
-        lines.append([row.checkpointing, row.sharding, *memory, *fits, *("-" if c is None else f"{c:.4g}" for c in cost)])
+        lines.append([row.checkpointing, row.sharding, *memory, *fits, *map(_number, cost)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     aligned = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in lines]
     return [aligned[0], "-" * len(aligned[0]), *aligned[1:]]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def recommendation(plan: Plan) -> str:
@@ -191,8 +197,8 @@ def recommendation(plan: Plan) -> str:
         return f"recommendation: {flags}"
     clips, videos = row.clips_per_s, row.clips_per_s / work.num_sample
     return (
-        f"recommendation: {flags}: {row.hours:.4g} hours ({row.hours / 24:.3g} days); data must supply {clips:.0f} clips/s, "
-        f"from {videos:.0f} videos/s ({videos / cluster.gpus:.1f} a GPU)"
+        f"recommendation: {flags}: {_number(row.hours)} hours ({_number(row.hours / 24)} days); data must supply "
+        f"{clips:.0f} clips/s, from {videos:.0f} videos/s ({videos / cluster.gpus:.1f} a GPU)"
     )
 
 
@@ -206,9 +212,9 @@ def recommended_flags(plan: Plan, row: Row) -> list[str]:
 
 
 def list_lines(data: str, entries: Sequence[VideoEntry], count: int = 3) -> list[str]:
-    """The first videos of the list, or what a list is."""
+    """The first videos of the list, if there is one."""
     if not data:
-        return ["data: no --data given; it is a list file with a video or frame folder a line, or a YAML file of several lists"]
+        return []
     shown = [entries[i] for i in range(min(count, len(entries)))]
     lines = [f"  {e.path}" + (f" ({e.total} frames)" if e.kind == "frames" else "") for e in shown]
     return [f"data: {data}, {len(entries)} entries, the first:", *lines]
