@@ -17,6 +17,8 @@ from vmae.errors import InputError
 COMMANDS = {
     "pretrain": ("vmae.train.pretrain", "pre-train a model with dual masking on a list of videos"),
     "export": ("vmae.interop.export", "write a run's weights as one .pth or .safetensors file with published names"),
+    "plan": ("vmae.plan", "tell what a pre-training run will need: memory, largest batch, hours, clips a second"),
+    "curves": ("vmae.curves", "plot the logs of several runs together"),
     "reconstruct": ("vmae.evaluate.reconstruct", "draw what a checkpoint makes of a video"),
     "samples": ("vmae.data.samples", "write a list file of the four real clips that come with a test dependency"),
     "check-data": ("vmae.data.check", "open every video of a list: table, report, histogram, a list without the bad ones"),

@@ -116,18 +116,15 @@ class RunConfig(_Checked):
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command; the published names of the same settings work too."""
+def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Flags of the command; the published names of the same settings work too. `required`: those for data and output are."""
     source = parser.add_argument_group("data and output")
     source.add_argument(
-        "--data",
-        "--data_path",
-        required=True,
-        metavar="LIST",
+        "--data", "--data_path", required=required, metavar="LIST",
         help="list file: one video or frame folder a line; or a mix of lists (.yaml)",
-    )
+    )  # fmt: skip
     source.add_argument("--data-root", "--data_root", metavar="DIR", help="where the list's relative paths start")
-    source.add_argument("--output", "--output_dir", required=True, metavar="DIR", help="folder of the run: checkpoints, logs")
+    source.add_argument("--output", "--output_dir", required=required, metavar="DIR", help="folder of the run")
     source.add_argument("--init", metavar="WEIGHTS", help="start from these weights (.pth or .safetensors, published names)")
     source.add_argument("--dry-run", action="store_true", help="check everything, print the resolved settings, write nothing")
     _add_result_arguments(parser.add_argument_group("settings that change results"))
