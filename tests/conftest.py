@@ -43,3 +43,25 @@ def random_clips(config: ModelConfig, batch: int = 2, seed: int = 1) -> torch.Te
 @pytest.fixture
 def clips_of():
     return random_clips
+
+
+@pytest.fixture(scope="session")
+def labelled_world(tmp_path_factory) -> Path:
+    """Twelve folders of 10 images of 40 x 32, of three classes that differ in colour; `train.txt`, `val.txt`, `classes.txt`."""
+    import numpy as np
+    from PIL import Image
+
+    root, rng = tmp_path_factory.mktemp("world"), np.random.default_rng(0)
+    lines = []
+    for video in range(12):
+        folder = root / f"v{video:02}"
+        folder.mkdir()
+        for number in range(10):
+            pixels = rng.integers(0, 120, (32, 40, 3), dtype=np.uint8)
+            pixels[..., video % 3] += 100
+            Image.fromarray(pixels).save(folder / f"img_{number + 1:05}.jpg", quality=95)
+        lines.append(f"{folder} 10 {video % 3}\n")
+    (root / "train.txt").write_text("".join(lines))
+    (root / "val.txt").write_text("".join(lines[:7]))
+    (root / "classes.txt").write_text("red things\ngreen things\nblue things\n")
+    return root

@@ -16,11 +16,17 @@ from vmae.errors import InputError
 # name: (module, what it does)
 COMMANDS = {
     "pretrain": ("vmae.train.pretrain", "pre-train a model with dual masking on a list of videos"),
+    "finetune": ("vmae.train.finetune", "train a classifier on labelled videos: post-pre-training, fine-tuning, probes"),
+    "distil": ("vmae.train.distill", "train a small classifier on what a large one makes of the clips"),
+    "evaluate": ("vmae.evaluate.classify", "test a classifier on many views of each video: top-1, top-5, a table, a picture"),
+    "predict": ("vmae.evaluate.predict", "name the classes of one video"),
     "export": ("vmae.interop.export", "write a run's weights as one .pth or .safetensors file with published names"),
     "plan": ("vmae.plan", "tell what a pre-training run will need: memory, largest batch, hours, clips a second"),
     "curves": ("vmae.curves", "plot the logs of several runs together"),
     "reconstruct": ("vmae.evaluate.reconstruct", "draw what a checkpoint makes of a video"),
     "samples": ("vmae.data.samples", "write a list file of the four real clips that come with a test dependency"),
+    "moving-shapes": ("vmae.data.moving_shapes", "make videos whose class is a motion, with two label sets that overlap"),
+    "merge-labels": ("vmae.data.merge_labels", "make one label set from several, as Kinetics-710 is made"),
     "check-data": ("vmae.data.check", "open every video of a list: table, report, histogram, a list without the bad ones"),
     "pack": ("vmae.data.pack", "re-encode a list's videos so that clips decode fast: short side 256, a key frame every 12"),
     "parity": ("vmae.interop.parity", "check golden files of the published code"),

@@ -62,6 +62,8 @@ class ModelConfig(_Checked):
         drop_path_rate: stochastic depth of the last block of encoder and decoder, rising linearly from 0.
         init_values: initial layer scale; 0 means none.
         learned_pos: learned instead of fixed sine-cosine positions in the encoder.
+        pos_grid: token grid (time, height, width) that the fixed positions are made for, then interpolated to this model's;
+            None means its own. For encoders trained on other frame counts or sizes.
         cos_attn: cosine attention with a learned temperature per head.
         layer_norm_eps: of every LayerNorm.
 
@@ -85,12 +87,17 @@ class ModelConfig(_Checked):
     drop_path_rate: float = 0.0
     init_values: float = 0.0
     learned_pos: bool = False
+    pos_grid: tuple[int, int, int] | None = None
     cos_attn: bool = False
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         if isinstance(self.img_size, list):
             object.__setattr__(self, "img_size", tuple(self.img_size))
+        if self.pos_grid is not None:
+            object.__setattr__(self, "pos_grid", tuple(self.pos_grid))
+            if len(self.pos_grid) != 3 or min(self.pos_grid) < 1 or self.learned_pos:
+                raise InputError(f"pos_grid {self.pos_grid} must be three positive numbers, and needs fixed positions")
         for name in ("patch_size", "tubelet_size", "num_frames", "embed_dim", "depth", "num_heads", "decoder_embed_dim",
                      "decoder_depth", "decoder_num_heads"):
             value = getattr(self, name)

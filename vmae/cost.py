@@ -91,6 +91,13 @@ def masked_macs(config: ModelConfig, mask: MaskConfig, *, fused: bool = True) ->
     return macs + predicted * decoder_dim * config.tubelet_pixels
 
 
+def classifier_macs(config: ModelConfig, num_classes: int) -> int:
+    """Multiply-accumulates of the classifier's forward pass of one clip: matrix products and attention, nothing else."""
+    macs = config.num_tokens * config.tubelet_pixels * config.embed_dim
+    macs += config.depth * _block_macs(config.num_tokens, config.embed_dim, config.mlp_ratio)
+    return macs + config.embed_dim * num_classes
+
+
 def count_saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     """Bytes that autograd keeps for the backward of `forward()`, each storage once, parameters and buffers left out."""
     own = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}

@@ -12,12 +12,14 @@ from PIL import Image
 
 from vmae.config import MaskConfig
 from vmae.data import dataset as dataset_module
+from vmae.data import video_dataset
 from vmae.data.augment import crop_and_resize, crop_boxes
-from vmae.data.dataset import MAX_ATTEMPTS, Batch, EpochSampler, PretrainDataset, build_loader, check_decodable
+from vmae.data.dataset import Batch, EpochSampler, PretrainDataset, build_loader, check_decodable
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure
 from vmae.data.samples import sample_videos
+from vmae.data.video_dataset import MAX_ATTEMPTS
 from vmae.errors import InputError
 
 SETTINGS = dict(num_frames=4, stride=2, image_size=32, grid=(2, 4, 4), mask=MaskConfig(encoder_ratio=0.75))
@@ -216,7 +218,7 @@ def test_resume_at_any_step(entries):
 def test_resuming_decodes_nothing_before_its_step(entries, monkeypatch):
     opened = []
     original = dataset_module.open_video
-    monkeypatch.setattr(dataset_module, "open_video", lambda *a: opened.append(a) or original(*a))
+    monkeypatch.setattr(video_dataset, "open_video", lambda *a: opened.append(a) or original(*a))
     next(build_loader(make(entries), batch_size=2, start_step=1_000_000))
     assert len(opened) == 2
 
@@ -393,7 +395,7 @@ def test_a_failure_is_retried_once(entries, monkeypatch):
         return original(entry, backend)
 
     expected = make(entries)[0, 3]
-    monkeypatch.setattr(dataset_module, "open_video", flaky)
+    monkeypatch.setattr(video_dataset, "open_video", flaky)
     assert_equal(make(entries)[0, 3], expected)
     assert attempts == {entries[3].path: 2}
 
@@ -417,7 +419,7 @@ def test_readers_are_closed_when_decoding_fails(entries, monkeypatch):
         def frames(self, indices):
             raise DecodeError("x: broken")
 
-    monkeypatch.setattr(dataset_module, "open_video", lambda entry, backend: Failing())
+    monkeypatch.setattr(video_dataset, "open_video", lambda entry, backend: Failing())
     with pytest.raises(InputError, match="all 2 videos are undecodable"):
         make(entries[:2])[0, 0]
     assert events == ["open", "close"] * 4
@@ -442,7 +444,7 @@ def test_a_long_list_gives_up_after_a_bound(tmp_path, monkeypatch):
         tried.append(entry.path)
         raise DecodeError(f"{entry.path}: gone")
 
-    monkeypatch.setattr(dataset_module, "open_video", failing)
+    monkeypatch.setattr(video_dataset, "open_video", failing)
     data = make([VideoEntry(f"v{i}.mp4") for i in range(1000)])
     with pytest.raises(InputError, match=f"{MAX_ATTEMPTS} of 1000 videos"):
         data[0, 0]
@@ -453,6 +455,7 @@ def test_no_backend_is_not_a_broken_video(entries, monkeypatch):
     def absent(entry, backend):
         raise InputError("decoding video needs decord")
 
+    monkeypatch.setattr(video_dataset, "open_video", absent)
     monkeypatch.setattr(dataset_module, "open_video", absent)
     with pytest.raises(InputError, match="^decoding video needs decord$"):
         make(entries)[0, 0]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vmae.config import MaskConfig
-from vmae.data import dataset as dataset_module
+from vmae.data import video_dataset
 from vmae.data.dataset import PretrainDataset, build_loader
 from vmae.data.decode import DecodeError, VideoReader
 from vmae.data.manifest import VideoEntry
@@ -51,7 +51,7 @@ class Noise(VideoReader):
 
 @pytest.fixture
 def make(monkeypatch):
-    monkeypatch.setattr(dataset_module, "open_video", lambda entry, backend: Noise(entry))
+    monkeypatch.setattr(video_dataset, "open_video", lambda entry, backend: Noise(entry))
     return lambda names: PretrainDataset([VideoEntry(name) for name in names], **SETTINGS)
 
 

@@ -6,24 +6,38 @@ from vmae import InputError, build_classifier
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD
 
 
-def literal_features(model, clips, mean_pooling):
+def literal_pool(pool, x):
+    """A learned query attends to all tokens, a head after the other."""
+    x = F.layer_norm(x, pool.norm.weight.shape, pool.norm.weight, pool.norm.bias, 1e-6)
+    k, v = (x @ pool.kv.weight.T + pool.kv.bias).chunk(2, -1)
+    width = x.shape[2] // pool.num_heads
+    heads = []
+    for head in range(pool.num_heads):
+        part = slice(head * width, (head + 1) * width)
+        scores = (k[..., part] @ pool.query[0, 0, part]) / width**0.5
+        heads.append((scores.softmax(1)[..., None] * v[..., part]).sum(1))
+    return torch.cat(heads, -1) @ pool.proj.weight.T + pool.proj.bias
+
+
+def literal_features(model, clips, pooling):
     """All tokens through the Conv3d, blocks, pooling."""
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     images = ((clips / 255 - mean) / std).permute(0, 4, 1, 2, 3)
     x = model.patch_embed(images) + model.pos_embed
     for block in model.blocks:
         x = block(x)
-    norm = model.fc_norm if mean_pooling else model.norm
-    return F.layer_norm(x.mean(1) if mean_pooling else x[:, 0], norm.weight.shape, norm.weight, norm.bias, 1e-6)
+    norm = model.norm if pooling == "first" else model.fc_norm
+    pooled = {"mean": lambda: x.mean(1), "first": lambda: x[:, 0], "attentive": lambda: literal_pool(model.pool, x)}[pooling]()
+    return F.layer_norm(pooled, norm.weight.shape, norm.weight, norm.bias, 1e-6)
 
 
-@pytest.mark.parametrize("mean_pooling", [True, False])
+@pytest.mark.parametrize("pooling", ["mean", "first", "attentive"])
 @pytest.mark.parametrize("change", [{}, dict(learned_pos=True, init_values=0.1)])
-def test_features_and_logits(tiny, clips_of, mean_pooling, change):
+def test_features_and_logits(tiny, clips_of, pooling, change):
     config = tiny.replace(**change)
-    model = build_classifier(config, 7, mean_pooling=mean_pooling).eval()
+    model = build_classifier(config, 7, pooling=pooling).eval()
     clips = clips_of(config, 3)
-    expected = literal_features(model, clips, mean_pooling)
+    expected = literal_features(model, clips, pooling)
     torch.testing.assert_close(model.features(clips), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model(clips), expected @ model.head.weight.T + model.head.bias, atol=1e-5, rtol=1e-4)
 
@@ -50,3 +64,36 @@ def test_features_only_and_dropout(tiny, clips_of):
     assert torch.equal(model.eval()(clips), model(clips))
     with pytest.raises(InputError, match="num_classes must be at least 0"):
         build_classifier(tiny, -1)
+
+
+@pytest.mark.parametrize("pooling, trained", [("mean", {"fc_norm", "head"}), ("attentive", {"fc_norm", "head", "pool"})])
+def test_a_probe_trains_its_head_only(tiny, clips_of, pooling, trained):
+    model, clips = build_classifier(tiny, 3, pooling=pooling), clips_of(tiny)
+    before = model(clips)
+    model.freeze_encoder()
+    loss = model(clips).square().sum()
+    loss.backward()
+    assert torch.equal(before, model(clips))
+    grads = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert grads == trained == {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_an_attentive_probe_has_names_of_its_own(tiny):
+    names = {name for name, _ in build_classifier(tiny, 3, pooling="attentive").named_parameters() if "pool" in name}
+    layers = [f"pool.{layer}.{kind}" for layer in ("norm", "kv", "proj") for kind in ("weight", "bias")]
+    assert names == {"pool.query", *layers}
+
+
+def test_dropped_paths_and_layer_scale(tiny, clips_of):
+    model, clips = build_classifier(tiny.replace(drop_path_rate=0.5, init_values=0.1), 3), clips_of(tiny, 4)
+    assert [block.drop_path.rate for block in model.blocks] == [0.0, 0.5]
+    assert model.blocks[0].gamma_1.tolist() == pytest.approx([0.1] * 48)
+    assert not torch.equal(model(clips), model(clips)) and torch.equal(model.eval()(clips), model(clips))
+
+
+def test_clips_of_another_size_are_refused(tiny, clips_of):
+    with pytest.raises(InputError, match="do not fit a model of \\(8, 64, 64\\)"):
+        build_classifier(tiny, 3)(clips_of(tiny.replace(num_frames=4)))
+    for wrong in (dict(pooling="max"), dict(head_drop_rate=1.0)):
+        with pytest.raises(InputError):
+            build_classifier(tiny, 3, **wrong)

@@ -19,15 +19,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from vmae.config import MaskConfig
-from vmae.data.augment import RESIZERS, CropBox, crop_and_resize, image_hw, sample_crop
+from vmae.data.augment import CropBox, crop_and_resize, image_hw, sample_crop
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import VideoEntry
-from vmae.data.mix import Mix
 from vmae.data.quarantine import Failure, Quarantine, list_failures
 from vmae.data.sampling import SAMPLINGS, clip_starts, sample_exact_indices, sample_frame_indices
+from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng, seed_sequence
 from vmae.data.workers import WorkerPool
 from vmae.errors import InputError
 from vmae.masking import DualMask
@@ -35,12 +34,7 @@ from vmae.masking import DualMask
 if TYPE_CHECKING:
     from vmae.data.dali import DaliLoader
 
-MAX_ATTEMPTS = 50  # videos tried for one sample: with half of a list broken, all 50 fail once in 1e15 samples
-_FRAMES, _CROPS, _MASKS, _REPLACEMENT, _ORDER, _FLIPS = range(6)
-
 LOADERS = ("cpu", "dali")
-
-SampleKey = tuple[int, int]
 
 
 @dataclass
@@ -83,15 +77,7 @@ class Batch:
         return dataclasses.replace(self, clips=self.clips.pin_memory(), mask=self.mask.pin_memory())
 
 
-def _seed_sequence(seed: int, *key: int) -> np.random.SeedSequence:
-    return np.random.SeedSequence(seed, spawn_key=key)
-
-
-def _numpy_rng(seed: int, *key: int) -> np.random.Generator:
-    return np.random.default_rng(_seed_sequence(seed, *key))
-
-
-class PretrainDataset(Dataset):
+class PretrainDataset(VideoDataset):
     """Samples of a list of videos: `dataset[epoch, index]` is a `Batch` of one video (B = 1, S clips).
 
     One decode gives `num_sample` clips of the same frames, each with its own crop and its own mask, as published
@@ -119,10 +105,6 @@ class PretrainDataset(Dataset):
         flip: mirror half of the clips; off as published, and never right where left and right mean something (SSv2).
         min_frames: a video of fewer counts as bad.
 
-    Attributes:
-        data: `entries` as they were given.
-        watch: called with an entry's number before it is decoded; what a worker tells its overseer.
-
     Raises:
         InputError: no entries, a number below 1, or a mask that does not fit the grid. On access: no video of the list
             (or none of `MAX_ATTEMPTS`) can be decoded, or no backend is installed.
@@ -147,66 +129,27 @@ class PretrainDataset(Dataset):
         flip: bool = False,
         min_frames: int = 1,
     ) -> None:
-        if not entries:
-            raise InputError("no videos to train on: the list has no entries")
-        if num_sample < 1 or repeat < 1:
-            raise InputError(f"num_sample ({num_sample}) and repeat ({repeat}) must be at least 1")
-        if seed < 0:
-            raise InputError(f"seed must be at least 0, not {seed}")
-        if resize not in RESIZERS:
-            raise InputError(f"unknown resize {resize!r}; known: {', '.join(RESIZERS)}")
+        super().__init__(
+            entries, num_sample=num_sample, seed=seed, repeat=repeat, backend=backend, resize=resize, min_frames=min_frames
+        )
         if sampling not in SAMPLINGS:
             raise InputError(f"unknown sampling {sampling!r}; known: {', '.join(SAMPLINGS)}")
         if (sampling == "fps") != (fps is not None) or (fps is not None and not 0 < fps < float("inf")):
             raise InputError(f"sampling by fps needs `fps` above 0, and only that does; not {sampling!r} with fps {fps}")
-        if min_frames < 1:
-            raise InputError(f"min_frames must be at least 1, not {min_frames}")
         clip_starts(1, num_frames, stride)
-        self.data, self.entries = entries, list(entries)
-        self.sampling, self.fps, self.flip, self.min_frames = sampling, fps, flip, min_frames
+        self.sampling, self.fps, self.flip = sampling, fps, flip
         self.num_frames, self.stride, self.image_size = num_frames, stride, image_hw(image_size)
         self.grid, self.mask = grid, mask
-        self.num_sample, self.seed, self.repeat = num_sample, seed, repeat
-        self.backend, self.resize = backend, resize
-        self.watch: Callable[[int], None] | None = None
-        self._blocked: dict[int, str] = {}
         self.sample_mask(0, 0)
 
-    def block(self, video: int, reason: str) -> None:
-        """Treat the entry number `video` as undecodable from now on; its error is `reason`."""
-        self._blocked[video] = reason
-
-    def __len__(self) -> int:
-        """Samples of an epoch."""
-        return len(self.entries) * self.repeat
-
-    @property
-    def sources(self) -> list[str]:
-        """Names of the mix's sources; empty where there is one only."""
-        several = isinstance(self.data, Mix) and len(self.data.sources) > 1
-        return [source.name for source in self.data.sources] if several else []
-
-    def count_sources(self, batch: Batch) -> list[int]:
-        """Clips of each of the `sources` in a batch."""
-        if not self.sources:
-            return []
-        counts = self.data.count_sources([index for _, index, _ in batch.ids], len(self))
-        return [count * self.num_sample for count in counts]
-
     def __getitem__(self, key: SampleKey | int) -> Batch:
-        if not isinstance(key, tuple):
-            if key >= len(self):  # ends `for sample in dataset`
-                raise IndexError(f"sample {key} of {len(self)}")
-            key = (0, key)
-        epoch, index = key
-        if epoch < 0 or index < 0:
-            raise IndexError(f"epoch {epoch} and index {index} must not be negative")
-        clips, path, replaced = self._decode_with_replacement(epoch, index)
-        return Batch(clips, self.sample_mask(epoch, index), [(epoch, index, path)], replaced)
+        epoch, index = self._checked_key(key)
+        clips, video, replaced = self._decode_with_replacement(epoch, index)
+        return Batch(clips, self.sample_mask(epoch, index), [(epoch, index, self.entries[video].path)], replaced)
 
     def sample_mask(self, epoch: int, index: int) -> DualMask:
         """The masks of a sample's S clips."""
-        state = _seed_sequence(self.seed, epoch, index, 0, _MASKS).generate_state(2, np.uint32)
+        state = seed_sequence(self.seed, epoch, index, 0, Purpose.MASKS).generate_state(2, np.uint32)
         generator = torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
         mask = self.mask
         return DualMask.sample(
@@ -219,15 +162,9 @@ class PretrainDataset(Dataset):
             generator=generator,
         )
 
-    def pick_video(self, epoch: int, index: int) -> tuple[int, range]:
-        """(number of a sample's entry, those of the entries that may stand in for it)."""
-        if isinstance(self.data, Mix):
-            return self.data.pick(self.seed, epoch, index, len(self))
-        return index % len(self.entries), range(len(self.entries))
-
     def pick_frames(self, entry: VideoEntry, total: int, fps: float | None, epoch: int, index: int, attempt: int = 0):
         """int64 [T]: which of `total` frames a sample's clips are made of."""
-        rng, stride = _numpy_rng(self.seed, epoch, index, attempt, _FRAMES), entry.stride or self.stride
+        rng, stride = numpy_rng(self.seed, epoch, index, attempt, Purpose.FRAMES), entry.stride or self.stride
         if self.sampling == "published":
             return sample_frame_indices(total, self.num_frames, stride, rng)
         if self.sampling == "fps" and fps:
@@ -236,50 +173,14 @@ class PretrainDataset(Dataset):
 
     def pick_crops(self, width: int, height: int, epoch: int, index: int, attempt: int = 0) -> list[tuple[CropBox, bool]]:
         """Box of each of a sample's S clips in frames of `width` x `height`, and whether it is mirrored."""
-        rng = _numpy_rng(self.seed, epoch, index, attempt, _CROPS)
+        rng = numpy_rng(self.seed, epoch, index, attempt, Purpose.CROPS)
         boxes = [sample_crop(width, height, self.image_size, rng) for _ in range(self.num_sample)]
-        flips = _numpy_rng(self.seed, epoch, index, attempt, _FLIPS).integers(2, size=self.num_sample)
+        flips = numpy_rng(self.seed, epoch, index, attempt, Purpose.FLIPS).integers(2, size=self.num_sample)
         return [(box, bool(flip) and self.flip) for box, flip in zip(boxes, flips, strict=True)]
-
-    def _decode_with_replacement(self, epoch: int, index: int) -> tuple[Tensor, str, list[Failure]]:
-        """(clips, the path they come from, the failures before it)."""
-        failures: list[Failure] = []
-        rng = _numpy_rng(self.seed, epoch, index, 0, _REPLACEMENT)
-        video, others = self.pick_video(epoch, index)
-        total, tried = len(others), set()
-        for attempt in range(min(total, MAX_ATTEMPTS)):
-            while video in tried:
-                video = others[int(rng.integers(total))]
-            tried.add(video)
-            clips = self._try_twice(video, epoch, index, attempt, failures)
-            if clips is not None:
-                return clips, self.entries[video].path, failures
-        which = f"all {total} videos" if total <= MAX_ATTEMPTS else f"{len(tried)} of {total} videos, drawn in a row,"
-        raise InputError(f"{which} are undecodable; the first: {list_failures(failures)}")
-
-    def _try_twice(self, video: int, epoch: int, index: int, attempt: int, failures: list[Failure]) -> Tensor | None:
-        """Clips of entry number `video`; None, and one more failure, where it cannot be decoded."""
-        entry = self.entries[video]
-        if video in self._blocked:
-            failures.append(Failure(entry.path, self._blocked[video], "worker"))
-            return None
-        if self.watch is not None:
-            self.watch(video)
-        for last_chance in (False, True):
-            try:
-                return self._decode_crops(entry, epoch, index, attempt)
-            except DecodeError as error:
-                if last_chance:
-                    failures.append(Failure(entry.path, str(error), error.library))
-        return None
 
     def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
         """uint8 [S, T, H, W, 3]"""
-        with open_video(entry, self.backend) as reader:
-            if len(reader) < self.min_frames:
-                error = DecodeError(f"{entry.path}: has {len(reader)} frames, fewer than {self.min_frames}")
-                error.library = reader.backend
-                raise error
+        with self._open(entry) as reader:
             frames = reader.frames(self.pick_frames(entry, len(reader), reader.fps, epoch, index, attempt))
         crops = []
         for box, flip in self.pick_crops(frames.shape[2], frames.shape[1], epoch, index, attempt):
@@ -387,7 +288,7 @@ class EpochSampler:
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """int64 [at least steps_per_epoch * global_batch_size]"""
         if self._order[0] != epoch:
-            rng = _numpy_rng(self.seed, epoch, _ORDER)
+            rng = numpy_rng(self.seed, epoch, Purpose.ORDER)
             rounds = -(-self.global_batch_size // self.size) if self.fills_up else 1
             order = [rng.permutation(self.size) + turn * self.size for turn in range(rounds)]
             self._order = (epoch, np.concatenate(order))
@@ -398,12 +299,13 @@ class _BatchSource:
     """Makes whole batches in a worker, and hands an `InputError` over as a value: a raised one would reach the main
     process as a traceback of the worker, and the user would not find the message."""
 
-    def __init__(self, dataset: PretrainDataset) -> None:
+    def __init__(self, dataset: VideoDataset) -> None:
         self.dataset = dataset
 
     def __getitem__(self, keys: list[SampleKey]) -> Batch | InputError:
         try:
-            return Batch.cat([self.dataset[key] for key in keys])
+            samples = [self.dataset[key] for key in keys]
+            return type(samples[0]).cat(samples)
         except InputError as error:
             return InputError(str(error))
 
@@ -424,7 +326,7 @@ class PretrainLoader:
 
     def __init__(
         self,
-        dataset: PretrainDataset,
+        dataset: VideoDataset,
         sampler: EpochSampler,
         quarantine: Quarantine,
         *,
@@ -495,7 +397,7 @@ def check_loader(name: str) -> None:
 
 
 def build_loader(
-    dataset: PretrainDataset,
+    dataset: VideoDataset,
     *,
     batch_size: int,
     num_workers: int = 0,

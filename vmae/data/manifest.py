@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ class VideoEntry:
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
     """A parsed line whose path has not been looked up yet.
 
     `readings` are the (path, start, total) that it can mean, the likelier first: with three numbers at its end, the
@@ -80,8 +81,15 @@ class _Line:
     pattern: str | None
 
 
+ParseLine = Callable[[str, str, int, int | None, str | None], Line]
+
+
 def read_list(
-    path: str | Path, data_root: str | Path | None = None, *, frame_pattern: str = DEFAULT_PATTERN
+    path: str | Path,
+    data_root: str | Path | None = None,
+    *,
+    frame_pattern: str = DEFAULT_PATTERN,
+    parse_line: ParseLine | None = None,
 ) -> list[VideoEntry]:
     """Read a list file (format: see the module) and check that everything it names is there.
 
@@ -90,6 +98,7 @@ def read_list(
         data_root: folder that relative paths start from. Without it they start from the working directory, and where
             nothing is found there, from the list file's own folder.
         frame_pattern: file names of frames for sources that neither a `#!` line nor a published convention covers.
+        parse_line: for lists with other columns: (content, where it stands, line number, stride, pattern) -> `Line`.
 
     Returns:
         One entry for each line, in order; at least one.
@@ -98,7 +107,7 @@ def read_list(
         InputError: the file is missing, no text, empty, has a malformed line (with its number), a negative start or 0
             frames, or names a video, folder or first frame that does not exist.
     """
-    entries, problems = read_list_with_problems(path, data_root, frame_pattern=frame_pattern)
+    entries, problems = read_list_with_problems(path, data_root, frame_pattern=frame_pattern, parse_line=parse_line)
     if problems:
         line, problem = problems[0]
         tried = f"--data-root {str(data_root)!r}" if data_root is not None else "no --data-root given"
@@ -110,7 +119,11 @@ def read_list(
 
 
 def read_list_with_problems(
-    path: str | Path, data_root: str | Path | None = None, *, frame_pattern: str = DEFAULT_PATTERN
+    path: str | Path,
+    data_root: str | Path | None = None,
+    *,
+    frame_pattern: str = DEFAULT_PATTERN,
+    parse_line: ParseLine | None = None,
 ) -> tuple[list[VideoEntry], list[tuple[int, str]]]:
     """Like `read_list`, for a list that names things which are not there: (entries, [(line number, what is wrong)]).
 
@@ -121,7 +134,7 @@ def read_list_with_problems(
     _check_pattern(frame_pattern, "frame pattern")
     if data_root is not None and not os.path.isdir(data_root):
         raise InputError(f"data root {str(data_root)!r} is not a folder")
-    lines = _parse(_read_text(path), name)
+    lines = _parse(read_text(path), name, parse_line or _parse_line)
     if not lines:
         raise InputError(f"list file {name!r} has no entries; {_FORMATS}")
     roots = [str(data_root)] if data_root is not None else ["", os.path.dirname(name)]
@@ -133,7 +146,12 @@ def read_list_with_problems(
     return [entry for entry, problem in resolved if not problem], problems
 
 
-def _read_text(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
+    """The text of a list file.
+
+    Raises:
+        InputError: it is missing, a folder, or no UTF-8 text.
+    """
     name = str(path)
     if os.path.isdir(path):
         raise InputError(f"list file {name!r} is a folder; give a text file with one video a line")
@@ -154,8 +172,8 @@ def _read_text(path: str | Path) -> str:
         raise InputError(f"list file {name!r}, line {line}: not UTF-8 text; save the list as UTF-8") from None
 
 
-def _parse(text: str, name: str) -> list[_Line]:
-    lines: list[_Line] = []
+def _parse(text: str, name: str, parse_line: ParseLine) -> list[Line]:
+    lines: list[Line] = []
     stride: int | None = None
     pattern: str | None = None
     for number, raw in enumerate(text.split("\n"), 1):
@@ -164,7 +182,7 @@ def _parse(text: str, name: str) -> list[_Line]:
         if content.startswith("#!"):
             stride, pattern = _parse_directive(content, where, stride, pattern)
         elif content and not content.startswith("#"):
-            lines.append(_parse_line(content, where, number, stride, pattern))
+            lines.append(parse_line(content, where, number, stride, pattern))
     return lines
 
 
@@ -203,7 +221,7 @@ def _check_pattern(pattern: str, what: str) -> None:
         raise InputError(f"{what} {pattern!r} does not number the frames; write it like {DEFAULT_PATTERN}")
 
 
-def _parse_line(content: str, where: str, number: int, stride: int | None, pattern: str | None) -> _Line:
+def _parse_line(content: str, where: str, number: int, stride: int | None, pattern: str | None) -> Line:
     readings = [_read_columns(content, count) for count in (3, 2)]
     readings = [reading for reading in readings if reading is not None]
     if not readings:
@@ -215,7 +233,7 @@ def _parse_line(content: str, where: str, number: int, stride: int | None, patte
         readings = [(content, 0, -1)]
     if all(_complaint(reading) for reading in readings):
         raise InputError(f"{where}: {_complaint(readings[0])} in {content!r}; {_FORMATS}")
-    return _Line(number, tuple(readings), stride, pattern)
+    return Line(number, tuple(readings), stride, pattern)
 
 
 def _read_columns(content: str, count: int) -> _Reading | None:
@@ -235,7 +253,7 @@ def _complaint(reading: _Reading) -> str | None:
     return None
 
 
-def _resolve(line: _Line, roots: list[str], frame_pattern: str) -> tuple[VideoEntry | None, str | None]:
+def _resolve(line: Line, roots: list[str], frame_pattern: str) -> tuple[VideoEntry | None, str | None]:
     """The entry of a line, or what is wrong with it."""
     problems = []
     for path, start, total in line.readings:
@@ -267,7 +285,7 @@ def _locate(path: str, roots: list[str]) -> tuple[str | None, str | None]:
     return None, f"{path!r} does not exist (tried {' and '.join(os.path.abspath(c) for c in candidates)})"
 
 
-def _make_entry(path: str, start: int, total: int, line: _Line, frame_pattern: str) -> VideoEntry:
+def _make_entry(path: str, start: int, total: int, line: Line, frame_pattern: str) -> VideoEntry:
     stride, pattern = line.stride, line.pattern
     if stride is None:
         stride = next((value for source, value in SOURCE_STRIDES.items() if source in path), None)

@@ -79,3 +79,93 @@ def sample_exact_indices(total: int, num_frames: int, stride: float, rng: np.ran
     starts = exact_starts(total, num_frames, stride)
     steps = np.floor(np.arange(num_frames) * stride).astype(np.int64)
     return np.minimum(int(rng.integers(len(starts))) + steps, total - 1)
+
+
+# --- Fine-tuning and testing: the published dense (Kinetics) and sparse (Something-Something) sampling ---
+
+
+def sample_dense_indices(total: int, num_frames: int, stride: int, rng: np.random.Generator | None) -> np.ndarray:
+    """Frames of a clip to fine-tune on, close together: `num_frames` spread over a span of `num_frames * stride` frames.
+
+    As published: the frames divide the span evenly from its first to the one after its last (so a step is a little
+    longer than the stride), and a short video repeats its last frame.
+
+    Args:
+        rng: draws the span's place; None takes the middle, to validate.
+
+    Returns:
+        int64 [num_frames], ascending, from 0.
+
+    Raises:
+        InputError: see `clip_starts`.
+    """
+    clip_starts(total, num_frames, stride)
+    span = num_frames * stride
+    if total <= span:
+        moving = total // stride
+        places = np.concatenate([np.linspace(0, total, num=moving), np.full(num_frames - moving, float(total))])
+        return np.clip(places, 0, total - 1).astype(np.int64)
+    end = (span + total) // 2 if rng is None else int(rng.integers(span, total))
+    return np.clip(np.linspace(end - span, end, num=num_frames), end - span, end - 1).astype(np.int64)
+
+
+def sample_sparse_indices(total: int, num_frames: int, rng: np.random.Generator | None) -> np.ndarray:
+    """Frames of a clip to fine-tune on, one from each of `num_frames` equal parts of the video (TSN; published for SSv2).
+
+    A video of fewer frames repeats its first.
+
+    Args:
+        rng: draws a frame of each part; None takes the middle ones, to validate.
+
+    Returns:
+        int64 [num_frames], ascending, from 0.
+
+    Raises:
+        InputError: see `clip_starts`.
+    """
+    clip_starts(total, num_frames, 1)
+    part = total // num_frames
+    if part == 0:
+        return np.maximum(np.arange(num_frames, dtype=np.int64) - (num_frames - total), 0)
+    places = part // 2 if rng is None else rng.integers(part, size=num_frames)
+    return np.arange(num_frames, dtype=np.int64) * part + places
+
+
+def dense_view_indices(total: int, num_frames: int, stride: int, segments: int) -> np.ndarray:
+    """Frames of all test clips: every `stride`-th frame, `segments` windows of them spread from the first to the last.
+
+    One segment is the middle window. A short video repeats its last frame.
+
+    Returns:
+        int64 [segments, num_frames].
+
+    Raises:
+        InputError: see `clip_starts`, or no segment.
+    """
+    clip_starts(total, num_frames, stride)
+    _check_segments(segments)
+    frames = np.arange(0, total, stride, dtype=np.int64)
+    room = max(len(frames) - num_frames, 0)
+    starts = [room // 2] if segments == 1 else [int(i * (room / (segments - 1))) for i in range(segments)]
+    places = np.asarray(starts)[:, None] + np.arange(num_frames)
+    return frames[np.minimum(places, len(frames) - 1)]
+
+
+def sparse_view_indices(total: int, num_frames: int, segments: int) -> np.ndarray:
+    """Frames of all test clips: the video in `num_frames` equal parts, clip k at k / `segments` of each.
+
+    Returns:
+        int64 [segments, num_frames].
+
+    Raises:
+        InputError: see `clip_starts`, or no segment.
+    """
+    clip_starts(total, num_frames, 1)
+    _check_segments(segments)
+    part = total / num_frames
+    return np.array([[int(k * part / segments + part * i) for i in range(num_frames)] for k in range(segments)], np.int64)
+
+
+def _check_segments(segments: int) -> None:
+    if segments < 1:
+        raise InputError(f"a test needs at least 1 segment, not {segments}")

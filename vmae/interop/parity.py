@@ -165,9 +165,8 @@ def check_classify(arrays: dict[str, np.ndarray], meta: dict[str, Any], backend:
     arch = meta["arch"]
     config = config_from_arch(arch)
     backend = "torch" if backend == "reference" else backend
-    model = build_classifier(
-        config, arch["num_classes"], mean_pooling=arch.get("use_mean_pooling", True), backend=backend, attention=attention
-    )
+    pooling = "mean" if arch.get("use_mean_pooling", True) else "first"
+    model = build_classifier(config, arch["num_classes"], pooling=pooling, backend=backend, attention=attention)
     fill_golden(model)
     clips, labels = golden_clip(arrays, meta, config), torch.from_numpy(arrays["labels"]).long()
     errors = {}

@@ -1,11 +1,12 @@
-"""The encoder with a linear head, for post-pre-training, fine-tuning and evaluation, with the published names.
+"""The encoder with a head, for post-pre-training, fine-tuning, probing and evaluation, with the published names.
 
-Legend: B clips, N tokens, D width, K classes.
+Legend: B clips, N tokens, D width, K classes, H heads.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmae.config import ModelConfig
@@ -13,6 +14,8 @@ from vmae.errors import InputError
 from vmae.model.blocks import build_blocks
 from vmae.model.embed import PatchEmbed, register_positions
 from vmae_kernels import embed_visible
+
+POOLINGS = ("mean", "first", "attentive")
 
 
 def init_truncated_normal(module: nn.Module) -> None:
@@ -23,15 +26,35 @@ def init_truncated_normal(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+class AttentivePool(nn.Module):
+    """One learned query that attends to all tokens, for probes of frozen encoders (as V-JEPA's, Bardes et al., 2024)."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Parameter(torch.empty(1, 1, dim))
+        nn.init.trunc_normal_(self.query, std=0.02)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """[B, D]"""
+        k, v = self.kv(self.norm(x_BND)).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query = self.query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).expand(x_BND.shape[0], -1, -1, -1)
+        return self.proj(F.scaled_dot_product_attention(query.to(k.dtype), k, v).flatten(1))
+
+
 class Classifier(nn.Module):
-    """Video classifier (VideoMAE V2, section 3.4): all tokens, their mean, `fc_norm`, `head`.
+    """Video classifier (VideoMAE V2, section 3.4): all tokens, pooled, `fc_norm`, `head`.
 
     Args:
         config: the architecture; its decoder is not used.
         num_classes: K; 0 gives features only.
-        mean_pooling: mean over tokens and `fc_norm` (published default), or `norm` and the first token.
+        pooling: "mean" over tokens (published default), the "first" token after `norm`, or "attentive".
         head_drop_rate: dropout before the head, in training.
         init_scale: factor on the head's initial weight.
+        recompute: see `Pretrainer`.
     """
 
     def __init__(
@@ -39,23 +62,31 @@ class Classifier(nn.Module):
         config: ModelConfig,
         num_classes: int,
         *,
-        mean_pooling: bool = True,
+        pooling: str = "mean",
         head_drop_rate: float = 0.0,
         init_scale: float = 1.0,
         backend: str = "auto",
         attention: str = "auto",
+        recompute: bool = True,
     ):
         super().__init__()
         if num_classes < 0:
             raise InputError(f"num_classes must be at least 0, not {num_classes}")
-        self.config = config
+        if pooling not in POOLINGS:
+            raise InputError(f"unknown pooling {pooling!r}; known: {', '.join(POOLINGS)}")
+        if not 0 <= head_drop_rate < 1:
+            raise InputError(f"head_drop_rate must be in [0, 1), not {head_drop_rate}")
+        self.config, self.num_classes, self.pooling = config, num_classes, pooling
         self.backend = backend
+        self.frozen = False
         self.patch_embed = PatchEmbed(config)
-        register_positions(self, config.num_tokens, config.embed_dim, config.learned_pos)
-        self.blocks = build_blocks(config, config.embed_dim, config.depth, config.num_heads, attention)
+        register_positions(self, config)
+        self.blocks = build_blocks(config, config.embed_dim, config.depth, config.num_heads, attention, recompute)
         norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
-        self.norm = nn.Identity() if mean_pooling else norm
-        self.fc_norm = norm if mean_pooling else None
+        self.norm = norm if pooling == "first" else nn.Identity()
+        self.fc_norm = None if pooling == "first" else norm
+        attentive = pooling == "attentive"
+        self.pool = AttentivePool(config.embed_dim, config.num_heads, config.layer_norm_eps) if attentive else None
         self.head_dropout = nn.Dropout(head_drop_rate)
         self.head = nn.Linear(config.embed_dim, num_classes) if num_classes else nn.Identity()
         every_token = torch.arange(config.num_tokens, dtype=torch.int32)
@@ -66,19 +97,43 @@ class Classifier(nn.Module):
                 self.head.weight.mul_(init_scale)
                 self.head.bias.mul_(init_scale)
 
-    def features(self, clips: Tensor) -> Tensor:
-        """[B, D] from uint8 [B, T, H, W, 3] or normalised float [B, 3, T, H, W] clips."""
-        tokens = self.every_token.expand(clips.shape[0], -1)
+    def freeze_encoder(self) -> None:
+        """Train the pooling, `fc_norm` and the head only: a probe. The encoder then keeps nothing for a backward."""
+        self.frozen = True
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not name.startswith(("patch_embed.", "pos_embed", "blocks.", "norm.")))
+
+    def tokens(self, clips: Tensor) -> Tensor:
+        """[B, N, D] after the last block, from uint8 [B, T, H, W, 3] or normalised float [B, 3, T, H, W] clips.
+
+        Raises:
+            InputError: clips of another size than the model's.
+        """
+        self._check(clips)
+        every_token = self.every_token.expand(clips.shape[0], -1)
         proj = self.patch_embed.proj
-        x = embed_visible(clips, tokens, proj.weight, proj.bias, self.pos_embed, backend=self.backend)
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)
-        return self.fc_norm(x.mean(1)) if self.fc_norm is not None else x[:, 0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            x = embed_visible(clips, every_token, proj.weight, proj.bias, self.pos_embed, backend=self.backend)
+            for block in self.blocks:
+                x = block(x)
+            return self.norm(x)
+
+    def features(self, clips: Tensor) -> Tensor:
+        """[B, D]"""
+        x = self.tokens(clips)
+        if self.pooling == "first":
+            return x[:, 0]
+        return self.fc_norm(x.mean(1) if self.pool is None else self.pool(x))
 
     def forward(self, clips: Tensor) -> Tensor:
         """Logits [B, K]."""
         return self.head(self.head_dropout(self.features(clips)))
+
+    def _check(self, clips: Tensor) -> None:
+        shape = (self.config.num_frames, *self.config.image_hw)
+        given = tuple(clips.shape[1:4] if clips.dtype == torch.uint8 else clips.shape[2:5])
+        if given != shape:
+            raise InputError(f"clips of shape {list(clips.shape)} do not fit a model of {shape} (frames, height, width)")
 
 
 def build_classifier(config: ModelConfig, num_classes: int, **options) -> Classifier:

@@ -5,7 +5,10 @@ Legend: N tokens, D width.
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmae.config import ModelConfig
@@ -23,6 +26,27 @@ def sine_cosine_positions(num_tokens: int, dim: int) -> Tensor:
     return table.float()[None]
 
 
+def interpolate_positions(table: Tensor, source: tuple[int, int, int], target: tuple[int, int, int]) -> Tensor:
+    """Positions of one token grid (time, height, width) for another: bicubic in space, linear in time, as published.
+
+    Args:
+        table: [1, N, D] of the `source` grid.
+
+    Returns:
+        [1, N', D] of the `target` grid; `table` itself where the grids are the same.
+    """
+    if source == target:
+        return table
+    dim = table.shape[2]
+    x = table.reshape(source[0], source[1], source[2], dim).permute(0, 3, 1, 2)
+    if source[1:] != target[1:]:
+        x = F.interpolate(x, size=target[1:], mode="bicubic", align_corners=False)
+    if source[0] != target[0]:
+        x = F.interpolate(x.flatten(1).T[None], size=target[0], mode="linear", align_corners=False)
+        x = x[0].T.reshape(target[0], dim, *target[1:])
+    return x.permute(0, 2, 3, 1).reshape(1, -1, dim)
+
+
 class PatchEmbed(nn.Module):
     """Holds the Conv3d whose weight `proj.weight` [D, 3, t, p, p] embeds tubelets; `forward` embeds all of them."""
 
@@ -35,10 +59,13 @@ class PatchEmbed(nn.Module):
         return self.proj(clips_BCTHW).flatten(2).transpose(1, 2)
 
 
-def register_positions(module: nn.Module, num_tokens: int, dim: int, learned: bool) -> None:
-    """Give `module` a `pos_embed` [1, N, D]: a parameter, or fixed and left out of checkpoints as in the published code."""
-    if learned:
-        module.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, dim))
+def register_positions(module: nn.Module, config: ModelConfig) -> None:
+    """Give `module` the encoder's `pos_embed` [1, N, D]: a parameter, or fixed and left out of checkpoints as in the
+    published code."""
+    if config.learned_pos:
+        module.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, config.embed_dim))
         nn.init.trunc_normal_(module.pos_embed, std=0.02, a=-0.02, b=0.02)
-    else:
-        module.register_buffer("pos_embed", sine_cosine_positions(num_tokens, dim), persistent=False)
+        return
+    grid = config.pos_grid or config.grid
+    table = sine_cosine_positions(math.prod(grid), config.embed_dim)
+    module.register_buffer("pos_embed", interpolate_positions(table, grid, config.grid), persistent=False)

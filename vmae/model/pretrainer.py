@@ -24,7 +24,7 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig, attention: str, recompute: bool):
         super().__init__()
         self.patch_embed = PatchEmbed(config)
-        register_positions(self, config.num_tokens, config.embed_dim, config.learned_pos)
+        register_positions(self, config)
         self.blocks = build_blocks(config, config.embed_dim, config.depth, config.num_heads, attention, recompute)
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.apply(init_xavier)

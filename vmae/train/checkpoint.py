@@ -22,7 +22,7 @@ from torch import Tensor
 from vmae.errors import InputError
 from vmae.train.sharded import find_damage, is_checkpoint
 
-WEIGHTS_NAME = "weights.pth"
+WEIGHTS_NAME, AVERAGED_NAME = "weights.pth", "weights_ema.pth"
 _NAME = re.compile(r"checkpoint-(\d{8,})")
 
 
@@ -182,7 +182,7 @@ def set_aside(folder: str | Path, after_step: int | None = None) -> Path | None:
     folder = Path(folder)
     found = [path for path in CheckpointFolder(folder).paths() if after_step is None or step_of(path) > after_step]
     if after_step is None:
-        names = ("log.jsonl", "run.json", "nonfinite.json", "tensorboard", WEIGHTS_NAME)
+        names = ("log.jsonl", "run.json", "nonfinite.json", "tensorboard", WEIGHTS_NAME, AVERAGED_NAME)
         found += [folder / name for name in names if (folder / name).exists()]
     if not found:
         return None

@@ -11,11 +11,13 @@ import json
 import signal
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from vmae.cost import forward_macs, token_counts
@@ -25,7 +27,7 @@ from vmae.errors import InputError
 from vmae.interop.upstream import check_shapes, load_into, load_weights
 from vmae.model import Pretrainer, build_pretrainer
 from vmae.train.activations import prepare_blocks
-from vmae.train.checkpoint import WEIGHTS_NAME, CheckpointFolder, export_weights, set_aside
+from vmae.train.checkpoint import AVERAGED_NAME, WEIGHTS_NAME, CheckpointFolder, export_weights, set_aside
 from vmae.train.checks import check_attention, check_backend, check_mask, check_output
 from vmae.train.loop import LoopConfig, Trainer
 from vmae.train.metrics import describe_start, trivial_losses, write_run_file
@@ -121,7 +123,6 @@ def prepare(config: PretrainConfig, run: RunConfig, parallel: Parallel) -> Prepa
     check_backend(run.speed.backend, device)
     check_attention(run.speed, config.model, config.dtype, device)
     check_output(Path(run.output))
-    folder = CheckpointFolder(run.output, run.keep, run.keep_every)
     check_mask(config.mask, config.model.grid)
     Quarantine(max_share=run.max_bad_share)
     check_loader(config.loader)
@@ -143,7 +144,7 @@ def prepare(config: PretrainConfig, run: RunConfig, parallel: Parallel) -> Prepa
         resize=config.resize,
     )
     steps_per_epoch = EpochSampler(len(dataset), config.effective_batch).steps_per_epoch
-    config = _with_steps(config, steps_per_epoch)
+    config = with_steps(config, steps_per_epoch)
     optim = config.optim.scaled_to(config.effective_batch)
     build_schedule(config, optim)
     LoopConfig(total_steps=config.steps, dtype=config.dtype, log_every=run.log_every, save_every=run.save_every)
@@ -152,11 +153,15 @@ def prepare(config: PretrainConfig, run: RunConfig, parallel: Parallel) -> Prepa
     model = build_pretrainer(
         config.model, backend=speed.backend, attention=speed.attention, normalize_target=config.normalize_target
     )
-    checkpoint, start_step = _find_start(model, config, run, parallel, folder, notes)
+
+    def load_init() -> str:
+        return load_into(model, load_weights(config.init), config.init, allow_encoder_only=True)
+
+    checkpoint, start_step = find_start(model, config, run, parallel, notes, load_init)
     return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, checkpoint, start_step, notes)
 
 
-def build_schedule(config: PretrainConfig, optim: OptimConfig) -> CosineSchedule:
+def build_schedule(config: Any, optim: OptimConfig) -> CosineSchedule:
     """The learning rate of every step; `config` has its steps resolved.
 
     Raises:
@@ -165,21 +170,25 @@ def build_schedule(config: PretrainConfig, optim: OptimConfig) -> CosineSchedule
     return CosineSchedule(lr=optim.lr, min_lr=optim.min_lr, total_steps=config.steps, warmup_steps=config.warmup_steps)
 
 
-def _with_steps(config: PretrainConfig, steps_per_epoch: int) -> PretrainConfig:
+def with_steps(config: Any, steps_per_epoch: int) -> Any:
+    """`config` with `steps` and `warmup_steps` resolved."""
     steps = config.steps or config.epochs * steps_per_epoch
     warmup = config.warmup_steps
     warmup = int(config.optim.warmup_epochs * steps_per_epoch) if warmup is None else warmup
     return dataclasses.replace(config, steps=steps, warmup_steps=warmup)
 
 
-def _find_start(
-    model: Pretrainer, config: PretrainConfig, run: RunConfig, parallel: Parallel, folder: CheckpointFolder, notes: list[str]
+def find_start(
+    model: nn.Module, config: Any, run: RunConfig, parallel: Parallel, notes: list[str], load_init: Callable[[], str]
 ) -> tuple[Path | None, int]:
-    """The checkpoint to go on from, whole and fitting, and its step; without one, `model` gets the weights to start from."""
-    path = choose_checkpoint(run.resume, folder, parallel, notes)
+    """The checkpoint to go on from, whole and fitting, and its step.
+
+    Without one, `load_init` gives `model` the weights to start from, where the settings name some, and says so in a line.
+    """
+    path = choose_checkpoint(run.resume, CheckpointFolder(run.output, run.keep, run.keep_every), parallel, notes)
     if path is None:
         if config.init is not None:
-            notes.append(load_into(model, load_weights(config.init), config.init, allow_encoder_only=True))
+            notes.append(load_init())
         return None, 0
     manifest = read_manifest(path)
     changes = setting_changes(manifest["config"], json.loads(json.dumps(config.to_dict())))
@@ -216,29 +225,55 @@ def pretrain(prepared: Prepared) -> int | None:
     Raises:
         InputError: see `Trainer.run`, or the output folder can't be written.
     """
+    trivial: dict[str, float] = {}
+    folder = Path(prepared.run.output)
+    return carry_out(
+        prepared,
+        banner(prepared),
+        lambda: build_trainer(prepared, trivial),
+        lambda steps, seconds: summary(folder, prepared.config, trivial, steps, seconds),
+    )
+
+
+def carry_out(
+    prepared: Prepared,
+    introduction: Sequence[str],
+    make_trainer: Callable[[], Trainer],
+    summarise: Callable[[int, float], list[str]],
+    averaged: bool = False,
+) -> int | None:
+    """A prepared run of any kind: open its folder, train, export.
+
+    Args:
+        introduction: lines to print first.
+        summarise: (steps done, seconds) -> lines to print at the end.
+        averaged: the checkpoints hold an average of the weights, to export too.
+
+    Returns:
+        None when the run is complete, else the signal that stopped it.
+    """
     config, parallel = prepared.config, prepared.parallel
     folder = Path(prepared.run.output)
     say = print if parallel.is_main else _say_nothing
     if prepared.start_step >= config.steps:
         say(f"nothing to do: {folder} has done {prepared.start_step} of {config.steps} steps; more --steps go on from there")
         if parallel.is_main and not (folder / WEIGHTS_NAME).exists():  # stopped between the last checkpoint and its export
-            _export(prepared.checkpoint, folder)
+            export_run(prepared.checkpoint, folder, averaged)
         return None
     if parallel.is_main:
-        _open_folder(prepared, folder)
+        open_folder(prepared, folder)
     parallel.barrier()
-    for line in (*prepared.notes, *banner(prepared)):
+    for line in (*prepared.notes, *introduction):
         say(line, flush=True)
-    trivial: dict[str, float] = {}
-    trainer = build_trainer(prepared, trivial)
+    trainer = make_trainer()
     began, first_step = time.monotonic(), trainer.step
     stopped_by = trainer.run()
     if stopped_by is not None:
         say(f"stopped by {signal.Signals(stopped_by).name} after step {trainer.step}; the same command goes on from there")
         return stopped_by
     if parallel.is_main:
-        _export(trainer.saver.folder.latest(), folder)
-        for line in summary(folder, config, trivial, trainer.step - first_step, time.monotonic() - began):
+        export_run(trainer.saver.folder.latest(), folder, averaged)
+        for line in summarise(trainer.step - first_step, time.monotonic() - began):
             print(line)
     return None
 
@@ -247,9 +282,11 @@ def _say_nothing(*text: str, **options: Any) -> None:
     """For all ranks but the first."""
 
 
-def _export(checkpoint: Path, folder: Path) -> None:
+def export_run(checkpoint: Path, folder: Path, averaged: bool = False) -> None:
+    """`weights.pth`, and `weights_ema.pth` of averaged weights, from a run's last checkpoint."""
     about = read_manifest(checkpoint)
-    export_weights(folder / WEIGHTS_NAME, read_group(checkpoint), config=about["config"], step=about["step"])
+    for name, group in ((WEIGHTS_NAME, "model"), (AVERAGED_NAME, "ema"))[: 1 + averaged]:
+        export_weights(folder / name, read_group(checkpoint, group), config=about["config"], step=about["step"])
 
 
 def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
@@ -275,7 +312,7 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
         model=wrapped,
         optimizer=build_adamw(model, prepared.optim),
         schedule=build_schedule(config, prepared.optim),
-        open_batches=lambda start_step: _open_batches(prepared, start_step),
+        open_batches=lambda start_step: open_batches(prepared, start_step),
         compute_loss=compute_loss,
         config=LoopConfig(
             total_steps=config.steps,
@@ -311,7 +348,7 @@ def _flops_per_clip(config: PretrainConfig) -> float | None:
     return 6.0 * forward_macs(config.model, mask.encoder_ratio, ratio, fused=True)
 
 
-def _open_folder(prepared: Prepared, folder: Path) -> None:
+def open_folder(prepared: Prepared, folder: Path) -> None:
     """Make the output folder, move an earlier run out of the way, and write `run.json`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -324,7 +361,9 @@ def _open_folder(prepared: Prepared, folder: Path) -> None:
     write_run_file(folder, describe_start(about, device=prepared.device, start_step=prepared.start_step))
 
 
-def _open_batches(prepared: Prepared, start_step: int) -> Prefetcher:
+def open_batches(prepared: Prepared, start_step: int) -> Prefetcher:
+    """This rank's micro-batches from `start_step` on."""
+    decoder = getattr(prepared.config, "loader", "cpu")  # only pre-training has the choice
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loader = build_loader(
@@ -339,9 +378,9 @@ def _open_batches(prepared: Prepared, start_step: int) -> Prefetcher:
             pin_memory=prepared.device.type == "cuda",
             quarantine=Path(prepared.run.output) / "quarantine.jsonl",
             max_bad_share=prepared.run.max_bad_share,
-            loader=prepared.config.loader,
+            loader=decoder,
             device=prepared.device,
         )
     for warning in caught if prepared.parallel.is_main else ():
         print(f"note: {warning.message}", flush=True)
-    return Prefetcher(loader, prepared.device, threaded=False if prepared.config.loader == "dali" else None)
+    return Prefetcher(loader, prepared.device, threaded=False if decoder == "dali" else None)

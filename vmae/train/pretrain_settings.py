@@ -129,12 +129,12 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
     source.add_argument("--dry-run", action="store_true", help="check everything, print the resolved settings, write nothing")
     _add_result_arguments(parser.add_argument_group("settings that change results"))
     _add_optimizer_arguments(parser.add_argument_group("optimizer (changes results)"))
-    _add_run_arguments(parser.add_argument_group("settings that change speed and housekeeping only"))
+    add_run_arguments(parser.add_argument_group("settings that change speed and housekeeping only"))
 
 
 def _add_result_arguments(group) -> None:
     group.add_argument("--model", default="vit_b", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny (default vit_b)")
-    group.add_argument("--image-size", "--input_size", type=_image_size, help="side in pixels, or HEIGHTxWIDTH (default 224)")
+    group.add_argument("--image-size", "--input_size", type=image_size, help="side in pixels, or HEIGHTxWIDTH (default 224)")
     group.add_argument("--num-frames", "--num_frames", type=int, help="frames of a clip (default 16)")
     group.add_argument("--patch-size", type=int, help="side of a tubelet in pixels (default: the preset's)")
     group.add_argument("--decoder-depth", "--decoder_depth", type=int, help="blocks of the decoder (default: the preset's)")
@@ -191,7 +191,8 @@ def _add_optimizer_arguments(group) -> None:
     group.add_argument("--opt", choices=["adamw"], default="adamw", help=argparse.SUPPRESS)
 
 
-def _add_run_arguments(group) -> None:
+def add_run_arguments(group) -> None:
+    """Flags of `RunConfig`, the same for every kind of training."""
     group.add_argument("--workers", "--num_workers", type=int, default=1, help="processes that decode video (1)")
     group.add_argument("--max-bad-share", type=float, default=0.05, help="bad videos that do not stop the run, of all (0.05)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
@@ -225,7 +226,8 @@ def _add_run_arguments(group) -> None:
     group.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True, help="TensorBoard files (yes)")
 
 
-def _image_size(text: str) -> int | tuple[int, int]:
+def image_size(text: str) -> int | tuple[int, int]:
+    """`224` or `224x320` (height, width)."""
     sides = [int(side) for side in text.lower().split("x")]
     if len(sides) > 2:
         raise ValueError(text)
@@ -247,11 +249,7 @@ def configs_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, RunConf
         warmup_epochs = OptimConfig.warmup_epochs if args.epochs >= 2 * OptimConfig.warmup_epochs else args.epochs / 10
         if warmup_steps is None and args.steps is not None:
             warmup_steps = args.steps // 10
-    speed = SpeedConfig(num_workers=args.workers, **_taken(args, "backend attention compile checkpointing parallel shard_size"))
-    names = (
-        "output device batch_size accumulate resume save_every keep keep_every async_save log_every tensorboard max_bad_share"
-    )
-    run = RunConfig(speed=speed, **_taken(args, names))
+    run = run_from_args(args)
     config = PretrainConfig(
         model=ModelConfig.preset(PUBLISHED_MODELS.get(args.model, args.model), drop_path_rate=args.drop_path, **overrides),
         mask=MaskConfig(
@@ -260,14 +258,24 @@ def configs_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, RunConf
             decoder=PUBLISHED_MASKS.get(args.decoder_mask, args.decoder_mask),
             decoder_ratio=args.decoder_ratio,
         ),
-        optim=OptimConfig(warmup_epochs=warmup_epochs, **_taken(args, "lr min_lr betas eps weight_decay clip_grad")),
+        optim=OptimConfig(warmup_epochs=warmup_epochs, **taken(args, "lr min_lr betas eps weight_decay clip_grad")),
         warmup_steps=warmup_steps,
         effective_batch=args.batch_size * args.accumulate * world_size(),
-        **_taken(args, "data data_root stride sampling fps flip resize loader num_sample repeat"),
-        **_taken(args, "epochs steps seed dtype normalize_target init"),
+        **taken(args, "data data_root stride sampling fps flip resize loader num_sample repeat"),
+        **taken(args, "epochs steps seed dtype normalize_target init"),
     )
     return config, run
 
 
-def _taken(args: argparse.Namespace, names: str) -> dict[str, Any]:
+def run_from_args(args: argparse.Namespace) -> RunConfig:
+    """Where and how, of the flags of `add_run_arguments` and of the batch."""
+    speed = SpeedConfig(
+        num_workers=args.workers, **taken(args, "backend attention compile checkpointing parallel shard_size")
+    )
+    names = "output device batch_size accumulate resume save_every keep keep_every async_save log_every tensorboard"
+    return RunConfig(speed=speed, **taken(args, f"{names} max_bad_share"))
+
+
+def taken(args: argparse.Namespace, names: str) -> dict[str, Any]:
+    """Some of the arguments, by name (blanks between)."""
     return {name: getattr(args, name) for name in names.split()}

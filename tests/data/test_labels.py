@@ -1,0 +1,135 @@
+"""Labelled lists, class names and label maps, in the formats that the published code reads."""
+
+import json
+
+import pytest
+import torch
+
+from vmae.data.labels import (
+    convert_head,
+    read_class_names,
+    read_label_map,
+    read_labelled_list,
+    write_labelled_list,
+)
+from vmae.errors import InputError
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Videos, and folders of images, one of them named with blanks and a number at its end."""
+    for name in ("a.mp4", "b c.mp4", "take 3"):
+        (tmp_path / name).write_bytes(b"x")
+    for folder in ("frames", "walk 2"):
+        (tmp_path / folder).mkdir()
+        for number in range(3):
+            (tmp_path / folder / f"img_{number:05}.jpg").write_bytes(b"x")
+    return tmp_path
+
+
+def read(world, text, **options):
+    (world / "list.txt").write_text(text)
+    return read_labelled_list(world / "list.txt", **options)
+
+
+def test_every_format(world):
+    text = "a.mp4 3\nb c.mp4, 0\nframes 2 5\nframes,2,1\nframes 0 3 4\n# comment\n\ntake 3 2\nwalk 2 2 1\n"
+    found = read(world, text)
+    about = [(entry.path.rsplit("/", 1)[1], entry.kind, entry.start, entry.total) for entry in found.entries]
+    assert about == [
+        ("a.mp4", "video", 0, -1), ("b c.mp4", "video", 0, -1), ("frames", "frames", 1, 2), ("frames", "frames", 1, 2),
+        ("frames", "frames", 0, 3), ("take 3", "video", 0, -1), ("walk 2", "frames", 1, 2),
+    ]  # fmt: skip
+    assert found.labels == [(3,), (0,), (5,), (1,), (4,), (2,), (1,)]
+    assert found.num_classes == 6 and not found.multi
+
+
+def test_several_labels(world):
+    found = read(world, "a.mp4 2;0;2\nframes 2 1\n", num_classes=4)
+    assert found.labels == [(2, 0), (1,)] and found.multi
+    assert found.targets([0, 1]).tolist() == [[1, 0, 1, 0], [0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a.mp4 1\na.mp4 7\n", "line 2: label 7 is out of range; labels are 0 to 6 \\(7 classes\\)"),
+        ("a.mp4 -1\n", "line 1: label -1 is out of range"),
+        ("a.mp4\n", "line 1: no label at the end"),
+        ("nothing.mp4 1\n", "line 1: .*does not exist"),
+        ("frames 1\n", "is a folder"),
+        ("# only words\n", "has no entries"),
+    ],
+)
+def test_bad_lists(world, text, message):
+    with pytest.raises(InputError, match=message):
+        read(world, text, num_classes=7)
+
+
+def test_written_lists_read_back(world):
+    first = read(world, "#! stride=2 pattern=img_{:05}.jpg\na.mp4 3;1\n#! stride=default\nframes 0 3 4\n")
+    write_labelled_list(world / "made.txt", first.entries, first.labels)
+    again = read_labelled_list(world / "made.txt")
+    assert again.labels == first.labels
+    assert [(e.path, e.start, e.total, e.stride) for e in again.entries] == [
+        (e.path, e.start, e.total, e.stride) for e in first.entries
+    ]
+
+
+def test_class_names(tmp_path):
+    forms = {
+        "plain.txt": "eating cake\nhi, you\n",
+        "numbered.csv": "id,name\n1,\"hi, you\"\n0,eating cake\n",
+        "list.json": '["eating cake", "hi, you"]',
+        "dict.json": '{"hi, you": 1, "eating cake": "0"}',
+    }  # fmt: skip
+    for name, text in forms.items():
+        (tmp_path / name).write_text(text)
+        assert read_class_names(tmp_path / name) == ["eating cake", "hi, you"], name
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("c.txt", "a\na\n", "'a' comes twice"),
+        ("c.txt", "0,a\n2,b\n", "not 0 to 1"),
+        ("c.txt", "", "names no classes"),
+        ("c.json", '{"a": "x"}', "neither a list"),
+        ("c.json", "{", "is no JSON"),
+    ],
+)
+def test_bad_class_names(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_class_names(tmp_path / name)
+
+
+def test_a_head_of_710_becomes_one_of_400(tmp_path):
+    numbers = torch.randperm(710)[:400].tolist()
+    (tmp_path / "label_710to400.json").write_text(json.dumps(numbers))
+    found = read_label_map(tmp_path / "label_710to400.json", source_classes=710, num_classes=400)
+    state = {"head.weight": torch.randn(710, 8), "head.bias": torch.randn(710), "fc_norm.weight": torch.randn(8)}
+    converted = convert_head(state, found)
+    features = torch.randn(5, 8)
+    before = features @ state["head.weight"].T + state["head.bias"]
+    after = features @ converted["head.weight"].T + converted["head.bias"]
+    torch.testing.assert_close(after, before[:, numbers])
+    assert converted["fc_norm.weight"] is state["fc_norm.weight"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[0, 1]", "misses classes: it maps 2 classes, the target has 3"),
+        ("[0, 1, 2, 3]", "has too many"),
+        ("[0, 1, 9]", "names class 9, but the source has 5 classes"),
+        ("[0, 1, 1]", "two target classes the same"),
+        ('{"0": 1}', "no list of whole numbers"),
+        ("[0, true, 2]", "no list of whole numbers"),
+        ("[", "no JSON"),
+    ],
+)
+def test_bad_maps(tmp_path, content, message):
+    (tmp_path / "map.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_label_map(tmp_path / "map.json", source_classes=5, num_classes=3)

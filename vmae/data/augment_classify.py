@@ -1,0 +1,301 @@
+"""Augmentation for classification, as published: RandAugment, random resized crop, flip, random erasing, mixup and cutmix.
+
+RandAugment (Cubuk et al., 2020) is the published `rand-m7-n4-mstd0.5-inc1` of timm's set, drawn once for a clip. Its
+operations are Pillow's, as there. Kornia 0.9, the kept-up library without torchvision, was tried: its RandAugment refuses
+to draw once for all frames of a clip, has no noise on the magnitude, and needs Python 3.11.
+
+Legend: B clips, T frames, H x W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+from vmae.config import IMAGENET_MEAN, IMAGENET_STD, _Checked
+from vmae.data.augment import CropBox
+from vmae.data.video_dataset import Purpose, numpy_rng
+from vmae.errors import InputError
+
+_TOP, _GREY = 10, (128, 128, 128)  # largest magnitude; what comes in where a picture is moved
+_AREA, _RATIO = (0.08, 1.0), (0.75, 1.3333)  # of a random resized crop
+_ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
+_TRIES = 10
+Operation = Callable[[Image.Image], Image.Image]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig(_Checked):
+    """How clips to train on are changed; all of it changes results. The defaults are the published ones.
+
+    Attributes:
+        operations: RandAugment operations of a clip, each applied with probability 0.5; 0 means none.
+        magnitude, magnitude_std: of the operations, 0 to 10, with normal noise.
+        crop: random resized crop; else the whole frame is resized.
+        flip: mirror half of the clips; never where left and right mean something (SSv2).
+        erase: probability that a box of the clip becomes noise.
+        mixup, cutmix: alpha of the Beta distribution; 0 means off. With both, each pair of videos gets one of them.
+        smoothing: share of a label that is spread over all classes.
+    """
+
+    operations: int = 4
+    magnitude: float = 7.0
+    magnitude_std: float = 0.5
+    crop: bool = True
+    flip: bool = True
+    erase: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.operations < 0 or not 0 <= self.magnitude <= _TOP or self.magnitude_std < 0:
+            raise InputError(f"RandAugment takes operations from 0, a magnitude from 0 to {_TOP} and a std from 0")
+        if not 0 <= self.erase <= 1 or not 0 <= self.smoothing < 1:
+            raise InputError(f"erase ({self.erase}) must be in [0, 1] and smoothing ({self.smoothing}) in [0, 1)")
+        if self.mixup < 0 or self.cutmix < 0:
+            raise InputError(f"mixup ({self.mixup}) and cutmix ({self.cutmix}) must be at least 0")
+
+    @classmethod
+    def none(cls, **changes) -> AugmentConfig:
+        """No augmentation but `changes`."""
+        off = dict(operations=0, crop=False, flip=False, erase=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0)
+        return cls(**{**off, **changes})
+
+
+# --- RandAugment ---
+
+
+def _signed(value: float, rng: np.random.Generator) -> float:
+    return -value if rng.random() > 0.5 else value
+
+
+def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=_GREY)
+
+
+def _rotate(share: float, rng: np.random.Generator) -> Operation:
+    angle = _signed(share * 30, rng)
+    return lambda image: image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=_GREY)
+
+
+def _shear(share: float, rng: np.random.Generator, *, along_x: bool) -> Operation:
+    slope = _signed(share * 0.3, rng)
+    matrix = (1, slope, 0, 0, 1, 0) if along_x else (1, 0, 0, slope, 1, 0)
+    return lambda image: _affine(image, matrix)
+
+
+def _translate(share: float, rng: np.random.Generator, *, along_x: bool) -> Operation:
+    part = _signed(share * 0.45, rng)
+    if along_x:
+        return lambda image: _affine(image, (1, 0, part * image.width, 0, 1, 0))
+    return lambda image: _affine(image, (1, 0, 0, 0, 1, part * image.height))
+
+
+def _enhance(share: float, rng: np.random.Generator, *, kind: type) -> Operation:
+    factor = 1 + _signed(share * 0.9, rng)
+    return lambda image: kind(image).enhance(factor)
+
+
+def _posterize(share: float, rng: np.random.Generator) -> Operation:
+    lost = 4 + int(share * 4)  # bits; all 8 at the largest magnitude, which ImageOps.posterize refuses
+    table = [level >> lost << lost for level in range(256)] * 3
+    return lambda image: image.point(table)
+
+
+def _solarize(share: float, rng: np.random.Generator) -> Operation:
+    threshold = 256 - int(share * 256)
+    return lambda image: ImageOps.solarize(image, threshold)
+
+
+def _solarize_add(share: float, rng: np.random.Generator) -> Operation:
+    table = [min(255, level + int(share * 110)) if level < 128 else level for level in range(256)] * 3
+    return lambda image: image.point(table)
+
+
+def _plain(share: float, rng: np.random.Generator, *, operation: Operation) -> Operation:
+    return operation
+
+
+# timm's "increasing" set: a larger magnitude is a larger change. (share of the largest magnitude, rng) -> operation.
+OPERATIONS: dict[str, Callable[[float, np.random.Generator], Operation]] = {
+    "auto_contrast": partial(_plain, operation=ImageOps.autocontrast),
+    "equalize": partial(_plain, operation=ImageOps.equalize),
+    "invert": partial(_plain, operation=ImageOps.invert),
+    "rotate": _rotate,
+    "posterize": _posterize,
+    "solarize": _solarize,
+    "solarize_add": _solarize_add,
+    "color": partial(_enhance, kind=ImageEnhance.Color),
+    "contrast": partial(_enhance, kind=ImageEnhance.Contrast),
+    "brightness": partial(_enhance, kind=ImageEnhance.Brightness),
+    "sharpness": partial(_enhance, kind=ImageEnhance.Sharpness),
+    "shear_x": partial(_shear, along_x=True),
+    "shear_y": partial(_shear, along_x=False),
+    "translate_x": partial(_translate, along_x=True),
+    "translate_y": partial(_translate, along_x=False),
+}
+
+
+def draw_operations(config: AugmentConfig, rng: np.random.Generator) -> list[tuple[str, Operation]]:
+    """The operations of one clip, in order."""
+    drawn = []
+    for name in rng.choice(list(OPERATIONS), config.operations):
+        applied, noise = rng.random() < 0.5, rng.normal()
+        magnitude = min(max(config.magnitude + config.magnitude_std * noise, 0.0), _TOP)
+        operation = OPERATIONS[name](magnitude / _TOP, rng)
+        if applied:
+            drawn.append((str(name), operation))
+    return drawn
+
+
+def rand_augment(frames: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [T, H, W, 3] after the same drawn operations on every frame."""
+    operations = draw_operations(config, rng)
+    if not operations:
+        return frames
+    images = [Image.fromarray(frame) for frame in frames]
+    for _, operation in operations:
+        images = [operation(image) for image in images]
+    return np.stack([np.asarray(image) for image in images])
+
+
+# --- Boxes ---
+
+
+def sample_resized_crop(
+    width: int, height: int, rng: np.random.Generator, *, area: Sequence[float] = _AREA, ratio: Sequence[float] = _RATIO
+) -> CropBox:
+    """A box of random area and width to height ratio (Szegedy et al., 2015); in the middle if ten draws do not fit."""
+    for _ in range(_TRIES):
+        size, aspect = rng.uniform(*area) * width * height, math.exp(rng.uniform(*map(math.log, ratio)))
+        box_width, box_height = round(math.sqrt(size * aspect)), round(math.sqrt(size / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left, top = int(rng.integers(width - box_width + 1)), int(rng.integers(height - box_height + 1))
+            return CropBox(left, top, box_width, box_height)
+    box_width = min(width, max(round(height * ratio[1]), 1))
+    box_height = min(height, max(round(width / ratio[0]), 1))
+    return CropBox((width - box_width) // 2, (height - box_height) // 2, box_width, box_height)
+
+
+def erase_box(clip: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
+    """Random erasing (Zhong et al., 2020): one box, the same in all frames, becomes noise in each.
+
+    Published: standard normal noise in the normalised clip. Here it is that noise in pixels, cut to 0 to 255.
+
+    Args:
+        clip: uint8 [T, H, W, 3].
+
+    Returns:
+        A copy, or `clip` itself where nothing is erased.
+    """
+    if rng.random() >= probability:
+        return clip
+    _, height, width, _ = clip.shape
+    for _ in range(_TRIES):
+        size = rng.uniform(*_ERASED_AREA) * width * height
+        aspect = math.exp(rng.uniform(*map(math.log, _ERASED_RATIO)))
+        box_height, box_width = round(math.sqrt(size * aspect)), round(math.sqrt(size / aspect))
+        if 0 < box_width < width and 0 < box_height < height:
+            top, left = int(rng.integers(height - box_height + 1)), int(rng.integers(width - box_width + 1))
+            noise = rng.standard_normal((len(clip), box_height, box_width, 3), dtype=np.float32)
+            pixels = 255 * (noise * np.float32(IMAGENET_STD) + np.float32(IMAGENET_MEAN))
+            clip = clip.copy()
+            clip[:, top : top + box_height, left : left + box_width] = np.clip(pixels, 0, 255).astype(np.uint8)
+            break
+    return clip
+
+
+# --- Mixing clips and labels ---
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How the clips of a batch are mixed with a partner.
+
+    Attributes:
+        partner: int64 [B], which clip each is mixed with.
+        weight: float32 [B], the clip's own share of the label, 1 where it is not mixed.
+        boxes: [B] (left, top, width, height) of the partner's pixels for cutmix; None where all pixels are mixed.
+    """
+
+    partner: Tensor
+    weight: Tensor
+    boxes: list[CropBox | None]
+
+
+def draw_mixing(
+    keys: Sequence[tuple[int, int]], num_sample: int, size: tuple[int, int], config: AugmentConfig, seed: int
+) -> Mixing | None:
+    """Mixup or cutmix for a batch; None where the configuration has neither.
+
+    Neighbouring videos are partners, and what a pair draws depends on its own (epoch, index) only. So a batch is mixed the
+    same however it is split over ranks or accumulated, as long as each part has an even number of videos; an odd last
+    one is not mixed. (The published code mixes clip i with clip B - 1 - i, with one draw for a batch.)
+
+    Args:
+        keys: (epoch, index) of each video.
+        num_sample: clips of each video, which stand together.
+        size: (height, width) of the clips in pixels.
+    """
+    if not config.mixup and not config.cutmix:
+        return None
+    videos = len(keys)
+    partner, weight, boxes = list(range(videos)), [1.0] * videos, [None] * videos
+    for first in range(0, videos - 1, 2):
+        partner[first], partner[first + 1] = first + 1, first
+        rng = numpy_rng(seed, *keys[first], Purpose.MIXING)
+        share, box = _draw_pair(config, size, rng)
+        weight[first] = weight[first + 1] = share
+        boxes[first] = boxes[first + 1] = box
+    places = [partner[video] * num_sample + k for video in range(videos) for k in range(num_sample)]
+    weights = torch.tensor(weight, dtype=torch.float32).repeat_interleave(num_sample)
+    return Mixing(torch.tensor(places), weights, [boxes[video] for video in range(videos) for _ in range(num_sample)])
+
+
+def _draw_pair(config: AugmentConfig, size: tuple[int, int], rng: np.random.Generator) -> tuple[float, CropBox | None]:
+    cut = config.cutmix > 0 and (config.mixup == 0 or rng.random() < 0.5)
+    alpha = config.cutmix if cut else config.mixup
+    share = float(rng.beta(alpha, alpha))
+    if not cut:
+        return share, None
+    height, width = size
+    middle = (int(rng.integers(width)), int(rng.integers(height)))
+    half = [int(side * math.sqrt(1 - share)) // 2 for side in (width, height)]
+    left, top = (max(m - h, 0) for m, h in zip(middle, half))
+    right, bottom = (min(m + h, side) for m, h, side in zip(middle, half, (width, height)))
+    box = CropBox(left, top, right - left, bottom - top)
+    return 1 - box.width * box.height / (width * height), box
+
+
+def mix_clips(clips: Tensor, mixing: Mixing) -> Tensor:
+    """uint8 [B, T, H, W, 3] of clips mixed with their partners (rounded to whole levels)."""
+    mixed = clips.clone()
+    for i, (partner, weight) in enumerate(zip(mixing.partner.tolist(), mixing.weight.tolist())):
+        box = mixing.boxes[i]
+        if box is not None:
+            rows, columns = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
+            mixed[i, :, rows, columns] = clips[partner, :, rows, columns]
+        elif partner != i:
+            mixed[i] = torch.lerp(clips[partner].float(), clips[i].float(), weight).round_().to(torch.uint8)
+    return mixed
+
+
+def mix_targets(targets: Tensor, mixing: Mixing | None, smoothing: float) -> Tensor:
+    """float32 [B, K] of smoothed labels, mixed as the clips are.
+
+    Args:
+        targets: float32 [B, K], 1 at each label.
+    """
+    smooth = targets * (1 - smoothing) + smoothing / targets.shape[1]
+    if mixing is None:
+        return smooth
+    weight = mixing.weight.to(targets.device)[:, None]
+    return smooth * weight + smooth[mixing.partner.to(targets.device)] * (1 - weight)

@@ -1,0 +1,252 @@
+"""Labelled clips to train on, and the views of videos to test on; each sample a pure function of (seed, epoch, index).
+
+Legend: B videos of a batch, S clips of one decode (repeated augmentation), V views of a tested video, T frames, H x W
+pixels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vmae.config import _Checked
+from vmae.data.augment import CropBox, crop_and_resize, image_hw
+from vmae.data.augment_classify import AugmentConfig, erase_box, rand_augment, sample_resized_crop
+from vmae.data.decode import VideoReader
+from vmae.data.labels import LabelledList
+from vmae.data.manifest import VideoEntry
+from vmae.data.quarantine import Failure
+from vmae.data.sampling import (
+    clip_starts,
+    dense_view_indices,
+    sample_dense_indices,
+    sample_sparse_indices,
+    sparse_view_indices,
+)
+from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
+from vmae.data.workers import WorkerPool
+from vmae.errors import InputError
+
+CLIP_SAMPLINGS = ("dense", "sparse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig(_Checked):
+    """Which frames and pixels make a clip.
+
+    Attributes:
+        num_frames: T.
+        image_size: side, or (height, width), in pixels.
+        sampling: "dense" (Kinetics: a span of `num_frames * stride` frames) or "sparse" (SSv2: over the whole video).
+        stride: for dense; an entry's own comes first.
+    """
+
+    num_frames: int = 16
+    image_size: int | tuple[int, int] = 224
+    sampling: str = "dense"
+    stride: int = 4
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image_size, list):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        if self.sampling not in CLIP_SAMPLINGS:
+            raise InputError(f"unknown sampling {self.sampling!r}; known: {', '.join(CLIP_SAMPLINGS)}")
+        image_hw(self.image_size)
+        clip_starts(1, self.num_frames, self.stride)
+
+    def train_indices(self, total: int, entry: VideoEntry, rng: np.random.Generator) -> np.ndarray:
+        """int64 [T] of a random clip of a video of `total` frames."""
+        if self.sampling == "sparse":
+            return sample_sparse_indices(total, self.num_frames, rng)
+        return sample_dense_indices(total, self.num_frames, entry.stride or self.stride, rng)
+
+    def view_indices(self, total: int, entry: VideoEntry, segments: int) -> np.ndarray:
+        """int64 [segments, T] of the test clips."""
+        if self.sampling == "sparse":
+            return sparse_view_indices(total, self.num_frames, segments)
+        return dense_view_indices(total, self.num_frames, entry.stride or self.stride, segments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig(_Checked):
+    """How many views a test takes of a video: published 5 x 3 dense, 2 x 3 sparse.
+
+    Attributes:
+        segments: clips in time.
+        crops: of each, along the longer side.
+    """
+
+    segments: int = 5
+    crops: int = 3
+
+    def __post_init__(self) -> None:
+        if self.segments < 1 or self.crops < 1:
+            raise InputError(f"a test takes at least 1 segment and 1 crop, not {self.segments} x {self.crops}")
+
+
+@dataclass
+class LabelledBatch:
+    """What one supervised step reads.
+
+    Attributes:
+        clips: uint8 [B*S, T, H, W, 3], RGB; the S clips of a video stand together.
+        targets: float32 [B*S, K], 1 at each label.
+        ids: (epoch, index, path) of each of the B videos; `path` is the one that was decoded.
+        replaced: each video that could not be decoded, and that another one stands in for (with its own label).
+    """
+
+    clips: Tensor
+    targets: Tensor
+    ids: list[tuple[int, int, str]]
+    replaced: list[Failure] = field(default_factory=list)
+
+    @property
+    def num_sample(self) -> int:
+        """S"""
+        return self.clips.shape[0] // len(self.ids)
+
+    @classmethod
+    def cat(cls, batches: list[LabelledBatch]) -> LabelledBatch:
+        """Join samples (batches of B = 1) or batches, in order."""
+        return cls(
+            torch.cat([batch.clips for batch in batches]),
+            torch.cat([batch.targets for batch in batches]),
+            [key for batch in batches for key in batch.ids],
+            [failure for batch in batches for failure in batch.replaced],
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> LabelledBatch:
+        clips, targets = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.clips, self.targets))
+        return LabelledBatch(clips, targets, self.ids, self.replaced)
+
+    def pin_memory(self) -> LabelledBatch:
+        return LabelledBatch(self.clips.pin_memory(), self.targets.pin_memory(), self.ids, self.replaced)
+
+
+class ClassifyDataset(VideoDataset):
+    """Labelled clips of a list: `dataset[epoch, index]` is a `LabelledBatch` of one video (B = 1, S clips of one decode,
+    each augmented on its own). Mixup and cutmix are a batch's business (`draw_mixing`).
+
+    Args:
+        labelled: the list.
+        clip: which frames and pixels.
+        augment: how they are changed.
+        num_sample: S.
+        cycle: epochs after which the same samples come again; None means never.
+        options: of `VideoDataset`.
+    """
+
+    def __init__(
+        self,
+        labelled: LabelledList,
+        clip: ClipConfig,
+        augment: AugmentConfig,
+        *,
+        num_sample: int = 1,
+        cycle: int | None = None,
+        **options,
+    ):
+        super().__init__(labelled.entries, num_sample=num_sample, **options)
+        self.labelled, self.clip, self.augment, self.cycle = labelled, clip, augment, cycle
+
+    def __getitem__(self, key: SampleKey | int) -> LabelledBatch:
+        epoch, index = self._checked_key(key)
+        if self.cycle is not None:
+            epoch %= self.cycle
+        clips, video, replaced = self._decode_with_replacement(epoch, index)
+        targets = self.labelled.targets([video]).expand(self.num_sample, -1)
+        return LabelledBatch(clips, targets, [(epoch, index, self.entries[video].path)], replaced)
+
+    def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
+        key = (self.seed, epoch, index, attempt)
+        with self._open(entry) as reader:
+            frames = reader.frames(self.clip.train_indices(len(reader), entry, numpy_rng(*key, Purpose.FRAMES)))
+        rngs = {purpose: numpy_rng(*key, purpose) for purpose in (Purpose.AUGMENT, Purpose.CROPS, Purpose.FLIPS, Purpose.ERASE)}
+        return torch.from_numpy(np.stack([self._augmented(frames, rngs) for _ in range(self.num_sample)]))
+
+    def _augmented(self, frames: np.ndarray, rngs: dict[Purpose, np.random.Generator]) -> np.ndarray:
+        """uint8 [T, H, W, 3]: one clip, changed in the published order."""
+        config, size = self.augment, self.clip.image_size
+        if config.operations:
+            frames = rand_augment(frames, config, rngs[Purpose.AUGMENT])
+        if config.crop:
+            box = sample_resized_crop(frames.shape[2], frames.shape[1], rngs[Purpose.CROPS])
+            clip = crop_and_resize(frames, box, size, resize=self.resize)
+        else:
+            clip = spatial_views(frames, size, 1, resize=self.resize)[0]
+        if config.flip and rngs[Purpose.FLIPS].integers(2):
+            clip = np.ascontiguousarray(clip[:, :, ::-1])
+        return erase_box(clip, config.erase, rngs[Purpose.ERASE]) if config.erase else clip
+
+
+def spatial_views(frames: np.ndarray, size: int | tuple[int, int], crops: int, *, resize: str = "torch") -> np.ndarray:
+    """uint8 [crops, T, height, width, 3]: frames resized to cover `size`, cut at `crops` places along the longer side.
+
+    As published: places are spread evenly from one end to the other; one crop is the middle one.
+
+    Args:
+        frames: uint8 [T, H, W, 3].
+    """
+    height, width = image_hw(size)
+    source_height, source_width = frames.shape[1:3]
+    scale = max(height / source_height, width / source_width)
+    resized = (max(int(source_height * scale + 1e-6), height), max(int(source_width * scale + 1e-6), width))
+    whole = crop_and_resize(frames, CropBox(0, 0, source_width, source_height), resized, resize=resize)
+    room = np.array([resized[0] - height, resized[1] - width])
+    shares = [0.5] if crops == 1 else [k / (crops - 1) for k in range(crops)]
+    corners = [(room * share).astype(int) for share in shares]
+    return np.stack([whole[:, top : top + height, left : left + width] for top, left in corners])
+
+
+class ViewDataset(VideoDataset):
+    """The views of each video of a list: `dataset[video]` is uint8 [V, T, H, W, 3], or the `Failure` of a broken video,
+    which nothing stands in for. The views of a segment stand together.
+
+    Args:
+        entries: of a labelled list, or other videos.
+        clip: which frames and pixels.
+        views: how many.
+        options: of `VideoDataset`.
+    """
+
+    def __init__(self, entries: Sequence[VideoEntry], clip: ClipConfig, views: ViewConfig, **options):
+        super().__init__(entries, num_sample=views.segments * views.crops, **options)
+        self.clip, self.views = clip, views
+
+    def set_watch(self, watch: Callable[[int], None]) -> None:
+        self.watch = watch
+
+    def __getitem__(self, video: int) -> Tensor | Failure:
+        failures: list[Failure] = []
+        clips = self._try_twice(video, 0, video, 0, failures)
+        return failures[0] if clips is None else clips
+
+    def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
+        with self._open(entry) as reader:
+            indices = self.clip.view_indices(len(reader), entry, self.views.segments)
+            frames = self._frames(reader, indices)
+        clips = [spatial_views(clip, self.clip.image_size, self.views.crops, resize=self.resize) for clip in frames]
+        return torch.from_numpy(np.concatenate(clips))
+
+    @staticmethod
+    def _frames(reader: VideoReader, indices: np.ndarray) -> np.ndarray:
+        """uint8 [segments, T, H, W, 3], each frame decoded once."""
+        distinct, places = np.unique(indices, return_inverse=True)
+        return reader.frames(distinct)[places.reshape(indices.shape)]
+
+    def read(
+        self, videos: Sequence[int], num_workers: int = 0, *, hang_s: float = 300.0
+    ) -> Iterator[tuple[int, Tensor | Failure]]:
+        """(video, its views) in the order of `videos`, decoded ahead by `num_workers` processes."""
+        if not num_workers:
+            yield from ((video, self[video]) for video in videos)
+            return
+        pool = WorkerPool(self, iter(videos), count=num_workers, prefetch=2, hang_s=hang_s)
+        try:
+            yield from zip(videos, pool)
+        finally:
+            pool.close()

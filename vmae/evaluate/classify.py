@@ -1,0 +1,262 @@
+"""`python -m vmae evaluate LIST`: the published multi-view test of a fine-tuned classifier.
+
+Every video is cut into segments x crops views; their softmax is averaged. Each video is tested once, by one rank, whatever
+the number of ranks and whenever the test was stopped: predictions are written as they come, and a test that is started
+again takes the videos that are left.
+
+    predictions.jsonl   a line for each video: number, path, labels, the five best classes
+    results.json        scores and settings
+    classes.csv         a row for each class
+    confusion.png       what is taken for what
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vmae.data.classify_dataset import ViewConfig, ViewDataset
+from vmae.data.labels import LabelledList, read_class_names, read_labelled_list
+from vmae.data.quarantine import Failure
+from vmae.errors import InputError
+from vmae.evaluate.scores import TOP, Record, class_table, confusion, draw_confusion, score, write_table
+from vmae.train.checkpoint import write_atomically
+from vmae.train.checks import check_backend, check_output
+from vmae.train.finetune_settings import list_of
+from vmae.train.load import (
+    LoadedClassifier,
+    add_model_arguments,
+    fingerprint,
+    load_from_args,
+    named,
+    view_probabilities,
+)
+from vmae.train.loop import DTYPES
+from vmae.train.metrics import code_version, read_log
+from vmae.train.parallel import Parallel, open_parallel
+
+PREDICTIONS, RESULTS, SETTINGS = "predictions.jsonl", "results.json", "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What a test measures.
+
+    Attributes:
+        data, data_root: the labelled list.
+        views: of each video; None takes the published 5 x 3, or 2 x 3 where frames are sampled sparsely.
+        dtype: "float32" or "bfloat16".
+        keep_scores: write the probabilities of all classes (always done for videos of several labels).
+    """
+
+    data: str
+    data_root: str | None = None
+    views: ViewConfig | None = None
+    dtype: str = "float32"
+    keep_scores: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="LIST", help="labelled list, `path label` a line")
+    parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for predictions, scores, table and picture")
+    parser.add_argument("--classes", metavar="FILE", help="class names, where the checkpoint has none")
+    add_model_arguments(parser)
+    test = parser.add_argument_group("the test")
+    test.add_argument("--segments", "--test_num_segment", type=int, help="clips of a video in time (5; 2 for sparse sampling)")
+    test.add_argument("--crops", "--test_num_crop", type=int, help="of each clip (3)")
+    test.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
+    test.add_argument("--scores", action="store_true", help="write the probabilities of all classes")
+    speed = parser.add_argument_group("settings that change speed only")
+    speed.add_argument("--batch-size", type=int, default=16, help="views at once (16)")
+    speed.add_argument("--workers", type=int, default=1, help="processes that decode video (1)")
+    speed.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    speed.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
+    speed.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; 1 where a video could not be decoded."""
+    if args.batch_size < 1 or args.workers < 0:
+        raise InputError(f"--batch-size ({args.batch_size}) must be at least 1 and --workers ({args.workers}) at least 0")
+    with open_parallel("auto", args.device) as parallel:
+        check_backend(args.backend, parallel.device)
+        check_output(Path(args.output))
+        loaded = load_from_args(args, backend=args.backend, attention=args.attention)
+        views = published_views(loaded.clip.sampling, args.segments, args.crops)
+        config = EvaluationConfig(
+            data=list_of(args.data), data_root=args.data_root, views=views, dtype=args.dtype, keep_scores=args.scores
+        )
+        names = tuple(read_class_names(args.classes)) if args.classes else loaded.class_names
+        results = evaluate(
+            loaded, config, args.output, parallel=parallel, class_names=names, batch_size=args.batch_size, workers=args.workers
+        )
+    return 1 if results["undecodable"] else 0
+
+
+def published_views(sampling: str, segments: int | None = None, crops: int | None = None) -> ViewConfig:
+    """The published number of views, with what was chosen otherwise."""
+    return ViewConfig(segments=segments or (2 if sampling == "sparse" else 5), crops=crops or 3)
+
+
+def evaluate(
+    loaded: LoadedClassifier,
+    config: EvaluationConfig,
+    output: str | Path,
+    *,
+    parallel: Parallel | None = None,
+    class_names: Sequence[str] | None = None,
+    batch_size: int = 16,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Test a classifier on a list, or finish a test that was stopped; all ranks call it.
+
+    Returns:
+        The scores, see `vmae.evaluate.scores.score`; the same on every rank.
+
+    Raises:
+        InputError: the list cannot be read or has labels that the head has not; `output` holds another test.
+    """
+    parallel, folder, model = parallel or Parallel(), Path(output), loaded.model
+    labelled = read_labelled_list(config.data, config.data_root, num_classes=model.num_classes)
+    if class_names is not None and len(class_names) != model.num_classes:
+        raise InputError(f"{len(class_names)} class names for a head of {model.num_classes} classes")
+    views = config.views or published_views(loaded.clip.sampling)
+    multi_label = loaded.multi_label or labelled.multi
+    settings = {
+        "weights": fingerprint(model), "data": config.data, "videos": len(labelled.entries), "clip": loaded.clip.to_dict(),
+        "views": views.to_dict(), "dtype": config.dtype, "scores": config.keep_scores or multi_label,
+    }  # fmt: skip
+    if parallel.is_main:
+        _claim(folder, settings)
+        if loaded.note:
+            print(loaded.note, flush=True)
+    done = parallel.from_main({record["video"] for record in _collect(folder)} if parallel.is_main else None)
+    todo = [video for video in range(len(labelled.entries)) if video not in done]
+    dataset = ViewDataset(labelled.entries, loaded.clip, views)
+    model.to(parallel.device)
+
+    def predict(seen: Tensor) -> Record:
+        probabilities = view_probabilities(
+            model, seen, device=parallel.device, dtype=config.dtype, multi_label=multi_label, batch_size=batch_size
+        )
+        return describe_prediction(probabilities, settings["scores"])
+
+    parallel.barrier()  # rank 0 has taken older parts in
+    write_share(folder, labelled, dataset, todo, predict, rank=parallel.rank, world_size=parallel.world_size, workers=workers)
+    parallel.barrier()
+    results = finish(folder, labelled, settings, class_names) if parallel.is_main else None
+    return parallel.from_main(results)
+
+
+def write_share(
+    folder: Path,
+    labelled: LabelledList,
+    dataset: ViewDataset,
+    todo: Sequence[int],
+    predict: Callable[[Tensor], Record],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> None:
+    """Test this rank's share of the videos `todo`, and write a line for each as it is done."""
+    own = todo[rank::world_size]
+    try:
+        with open(folder / f"predictions-{rank}.part.jsonl", "w", encoding="utf-8") as part:
+            for video, seen in tqdm(dataset.read(own, workers), total=len(own), unit="video", disable=True if rank else None):
+                record = {"video": video, "path": labelled.entries[video].path, "labels": labelled.labels[video]}
+                record |= {"error": seen.error} if isinstance(seen, Failure) else predict(seen)
+                part.write(json.dumps(record) + "\n")
+                part.flush()
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def describe_prediction(probabilities: Tensor, keep_scores: bool) -> Record:
+    best = probabilities.topk(min(TOP, len(probabilities)))
+    record: Record = {"top": [[int(k), float(p)] for p, k in zip(*best)]}
+    return {**record, "scores": probabilities.tolist()} if keep_scores else record
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Make `folder` the one of this test, or go on in it."""
+    path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot use {folder}: {error}") from error
+    if before is None:
+        write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1) + "\n"), binary=False)
+    elif before != settings:
+        changed = ", ".join(key for key in settings if before.get(key) != settings[key])
+        raise InputError(f"{folder} holds another test (its {changed} differ); choose another --output")
+
+
+def _collect(folder: Path) -> list[Record]:
+    """All predictions so far, sorted; parts that ranks have left become one file."""
+    parts = sorted(folder.glob("predictions-*.part.jsonl"))
+    records = {record["video"]: record for path in (folder / PREDICTIONS, *parts) for record in read_log(path)}
+    ordered = [records[video] for video in sorted(records)]
+    if parts:
+        text = "".join(json.dumps(record) + "\n" for record in ordered)
+        write_atomically(folder / PREDICTIONS, lambda file: file.write(text), binary=False)
+        for path in parts:
+            path.unlink()
+    return ordered
+
+
+def finish(
+    folder: Path, labelled: LabelledList, settings: dict[str, Any], class_names: Sequence[str] | None
+) -> dict[str, Any]:
+    """Scores, table and picture of all predictions in the folder.
+
+    Raises:
+        InputError: no video could be decoded, or a file can't be written.
+    """
+    records = _collect(folder)
+    results = score(records, labelled.labels, labelled.num_classes)
+    about = {**results, "settings": settings, "torch": torch.__version__, **code_version()}
+    write_atomically(folder / RESULTS, lambda file: file.write(json.dumps(about, indent=1) + "\n"), binary=False)
+    for record in records:
+        if "error" in record:
+            print(f"could not be decoded, and does not count: {record['error']}")
+    if not results["videos"]:
+        raise InputError(f"no video of {settings['data']} could be decoded")
+    matrix, names = confusion(records, labelled.labels, labelled.num_classes), named(range(labelled.num_classes), class_names)
+    rows = class_table(matrix, names)
+    write_table(folder / "classes.csv", rows)
+    draw_confusion(folder / "confusion.png", matrix, names)
+    for line in _report(results, settings, rows, folder):
+        print(line)
+    return results
+
+
+def _report(results: dict[str, Any], settings: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    views = settings["views"]
+    lines = [
+        f"{results['videos']} videos, {settings['clip']['num_frames']} frames x {views['segments']} segments x "
+        f"{views['crops']} crops",
+        f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %, mean class accuracy "
+        f"{results['mean_class_accuracy']:.2f} %",
+    ]
+    if "mean_average_precision" in results:
+        lines.append(f"mean average precision {results['mean_average_precision']:.2f} %")
+    worst = sorted(rows, key=lambda row: row["accuracy"])[:10]
+    width = max(len(row["name"]) for row in worst)
+    lines += [f"{'class':{width}}  videos  accuracy  taken for" + (" (the ten worst)" if len(rows) > 10 else "")]
+    lines += [f"{row['name']:{width}}  {row['videos']:6}  {row['accuracy']:7.1f}%  {row['taken_for']}" for row in worst]
+    return [*lines, f"in {folder}: {PREDICTIONS}, {RESULTS}, classes.csv, confusion.png"]

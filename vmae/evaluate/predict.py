@@ -1,0 +1,54 @@
+"""`python -m vmae predict VIDEO`: what a fine-tuned classifier makes of one file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from vmae.data.classify_dataset import ViewDataset
+from vmae.data.labels import read_class_names
+from vmae.data.manifest import VideoEntry
+from vmae.data.quarantine import Failure
+from vmae.errors import InputError
+from vmae.evaluate.classify import published_views
+from vmae.train.checks import check_backend, resolve_device
+from vmae.train.load import add_model_arguments, load_from_args, named, view_probabilities
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("video", metavar="VIDEO", help="a video file")
+    add_model_arguments(parser)
+    parser.add_argument("--classes", metavar="FILE", help="class names, where the checkpoint has none")
+    parser.add_argument("--top", type=int, default=5, help="classes to name (5)")
+    parser.add_argument("--segments", type=int, help="clips of the video in time (5; 2 for sparse sampling)")
+    parser.add_argument("--crops", type=int, help="of each clip (3)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    parser.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
+    parser.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.top < 1:
+        raise InputError(f"--top must be at least 1, not {args.top}")
+    device = resolve_device(args.device)
+    check_backend(args.backend, device)
+    loaded = load_from_args(args, backend=args.backend, attention=args.attention)
+    names = read_class_names(args.classes) if args.classes else loaded.class_names
+    if names is not None and len(names) != loaded.model.num_classes:
+        raise InputError(f"{len(names)} class names for a head of {loaded.model.num_classes} classes")
+    views = published_views(loaded.clip.sampling, args.segments, args.crops)
+    seen = ViewDataset([VideoEntry(args.video)], loaded.clip, views)[0]
+    if isinstance(seen, Failure):
+        raise InputError(seen.error)
+    model = loaded.model.to(device)
+    probabilities = view_probabilities(
+        model, seen, device=device, dtype="float32", multi_label=loaded.multi_label, batch_size=views.crops
+    )
+    best = probabilities.topk(min(args.top, len(probabilities)))
+    found = list(zip(named(best.indices.tolist(), names), best.values.tolist(), strict=True))
+    if args.json:
+        print(json.dumps({"video": args.video, "classes": [{"name": name, "probability": p} for name, p in found]}))
+        return
+    for name, probability in found:
+        print(f"{100 * probability:6.2f} %  {name}")

@@ -1,0 +1,130 @@
+"""From predictions to scores, a table for each class, and a picture of what is taken for what."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vmae.errors import InputError
+from vmae.train.checkpoint import write_atomically
+
+TOP = 5  # classes of a prediction that are kept
+Record = dict[str, Any]
+
+
+def score(records: Sequence[Record], labels: Sequence[tuple[int, ...]], num_classes: int) -> dict[str, Any]:
+    """Scores in percent, of the videos that could be decoded.
+
+    Args:
+        records: `video`, `top` ([class, probability] pairs, best first), and `scores` [K] for videos of several labels; or
+            `error` for a video that could not be decoded.
+        labels: by video.
+
+    Returns:
+        `videos`, `undecodable`, `top1`, `top5`, `mean_class_accuracy` (mean over the classes that have videos); with several
+        labels, `top1` counts any of them, and `mean_average_precision` is over the classes that have videos.
+    """
+    good = [record for record in records if "error" not in record]
+    found: dict[str, Any] = {"videos": len(good), "undecodable": len(records) - len(good)}
+    if not good:
+        return found
+    hits = [[number in labels[record["video"]] for number, _ in record["top"]] for record in good]
+    found["top1"] = 100 * float(np.mean([hit[0] for hit in hits]))
+    found["top5"] = 100 * float(np.mean([any(hit[:TOP]) for hit in hits]))
+    matrix = confusion(good, labels, num_classes)
+    counts = matrix.sum(1)
+    found["mean_class_accuracy"] = 100 * float((matrix.diagonal()[counts > 0] / counts[counts > 0]).mean())
+    if all("scores" in record for record in good):
+        scores = np.array([record["scores"] for record in good])
+        truth = np.zeros_like(scores, dtype=bool)
+        for row, record in zip(truth, good, strict=True):
+            row[list(labels[record["video"]])] = True
+        found["mean_average_precision"] = 100 * mean_average_precision(scores, truth)
+    return found
+
+
+def confusion(records: Sequence[Record], labels: Sequence[tuple[int, ...]], num_classes: int) -> np.ndarray:
+    """int64 [K, K]: videos by (label, best prediction); a video of several labels counts at the predicted one if that is
+    right, else at its first."""
+    matrix = np.zeros((num_classes, num_classes), np.int64)
+    for record in records:
+        if "error" not in record:
+            best, own = record["top"][0][0], labels[record["video"]]
+            matrix[best if best in own else own[0], best] += 1
+    return matrix
+
+
+def mean_average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Mean over the classes that have positives of the mean precision at each positive, by falling score.
+
+    Args:
+        scores: [videos, K].
+        truth: bool [videos, K].
+    """
+    values = []
+    for k in np.flatnonzero(truth.any(0)):
+        hits = truth[np.argsort(-scores[:, k], kind="stable"), k]
+        precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+        values.append(precision[hits].mean())
+    return float(np.mean(values))
+
+
+def class_table(matrix: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each class that has videos: number, name, videos, accuracy in percent, and what it is taken for most."""
+    rows = []
+    for number in np.flatnonzero(matrix.sum(1)):
+        row = matrix[number].copy()
+        videos, right = int(row.sum()), int(row[number])
+        row[number] = 0
+        other = int(row.argmax())
+        taken = f"{names[other]} ({row[other]})" if row[other] else ""
+        about = {"class": int(number), "name": names[number], "videos": videos}
+        rows.append({**about, "accuracy": 100 * right / videos, "taken_for": taken})
+    return rows
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A CSV file.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "accuracy": f"{row['accuracy']:.2f}"} for row in rows)
+    write_atomically(path, lambda file: file.write(text.getvalue()), binary=False)
+
+
+def draw_confusion(path: Path, matrix: np.ndarray, names: Sequence[str]) -> None:
+    """A PNG of the matrix, each label's row in shares; names where there is room for them.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    count = len(matrix)
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    size = min(max(4.0, 0.28 * count), 16.0)
+    figure, axes = pyplot.subplots(figsize=(size + 1.5, size), layout="constrained")
+    image = axes.imshow(shares, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xlabel="predicted", ylabel="label", title=f"{int(matrix.sum())} videos, {count} classes")
+    if count <= 60:
+        axes.set_xticks(range(count), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(count), names, fontsize=7)
+    figure.colorbar(image, ax=axes, label="share of the label's videos", shrink=0.7)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        pyplot.close(figure)

@@ -1,0 +1,256 @@
+"""Settings of supervised training (`finetune`, `distil`): what decides the result, and its flags."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmae.config import ModelConfig, _Checked
+from vmae.data.augment_classify import AugmentConfig
+from vmae.data.classify_dataset import ClipConfig
+from vmae.data.labels import read_class_names
+from vmae.errors import InputError
+from vmae.train.optim import OptimConfig
+from vmae.train.parallel import world_size
+from vmae.train.pretrain_settings import RunConfig, add_run_arguments, image_size, run_from_args, taken
+
+PUBLISHED_CLASSIFIERS = {
+    "vit_small_patch16_224": "vit_s",
+    "vit_base_patch16_224": "vit_b",
+    "vit_large_patch16_224": "vit_l",
+    "vit_huge_patch16_224": "vit_h",
+    "vit_giant_patch14_224": "vit_g",
+}
+PROBES = ("none", "linear", "attentive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(_Checked):
+    """Everything that decides the weights that come out.
+
+    Attributes:
+        model, clip, augment, optim: see their classes; `optim.lr` is for 256 videos a step.
+        data: the labelled list.
+        data_root: folder that its relative paths start from.
+        num_classes: of the head.
+        class_names: by number, where they are known; kept with the weights.
+        multi_label: a video may have several labels; each class has a loss of its own.
+        probe: "none" trains everything; "linear" and "attentive" only what reads the frozen encoder.
+        pooling: of the tokens, see `Classifier`.
+        layer_decay: see `vmae.train.layer_decay`.
+        ema_decay: of the weights' moving average; None keeps none.
+        head_drop_rate, init_scale: see `Classifier`.
+        effective_batch: videos of a step, over all ranks and micro-batches.
+        num_sample: clips of each decoded video (repeated augmentation).
+        repeat: visits of a video in an epoch.
+        epochs: length of the run; not used when `steps` is given.
+        steps: length of the run in steps; None means `epochs`.
+        warmup_steps: length of the warm-up; None means `optim.warmup_epochs`.
+        seed: of weights, samples and augmentation.
+        dtype: "float32" or "bfloat16" (autocast, float32 weights and loss).
+        init: checkpoint to start from.
+        label_map: file that says which of a larger head's classes to keep.
+        new_head: leave the checkpoint's head out.
+    """
+
+    model: ModelConfig
+    clip: ClipConfig
+    augment: AugmentConfig
+    optim: OptimConfig
+    data: str
+    num_classes: int
+    data_root: str | None = None
+    class_names: tuple[str, ...] | None = None
+    multi_label: bool = False
+    probe: str = "none"
+    pooling: str = "mean"
+    layer_decay: float = 0.75
+    ema_decay: float | None = None
+    head_drop_rate: float = 0.0
+    init_scale: float = 0.001
+    effective_batch: int = 64
+    num_sample: int = 2
+    repeat: int = 1
+    epochs: int = 30
+    steps: int | None = None
+    warmup_steps: int | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    init: str | None = None
+    label_map: str | None = None
+    new_head: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_classes", "effective_batch", "num_sample", "repeat", "epochs", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, not {value}")
+        if self.seed < 0 or (self.warmup_steps is not None and self.warmup_steps < 0):
+            raise InputError("seed and warmup_steps must be at least 0")
+        if not 0 < self.layer_decay <= 1:
+            raise InputError(f"layer decay must be above 0 and at most 1, not {self.layer_decay}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise InputError(f"the decay of the weights' average must be in [0, 1), not {self.ema_decay}")
+        if self.probe not in PROBES:
+            raise InputError(f"unknown probe {self.probe!r}; known: {', '.join(PROBES)}")
+        if self.probe != "none" and self.init is None:
+            raise InputError("a probe reads a trained encoder: name its checkpoint with --init")
+        if (self.label_map or self.new_head) and self.init is None:
+            raise InputError("--label-map and --new-head are about a checkpoint's head: name it with --init")
+        if self.label_map and self.new_head:
+            raise InputError("--label-map keeps a checkpoint's head, --new-head leaves it out: choose one")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise InputError(f"the class list has {len(self.class_names)} names, but num_classes is {self.num_classes}")
+
+    @classmethod
+    def from_dict(cls, values):
+        """Of `to_dict`, also after a way through JSON."""
+        nested = {"model": ModelConfig, "clip": ClipConfig, "augment": AugmentConfig, "optim": OptimConfig}
+        made = {key: nested[key].from_dict(v) if key in nested and isinstance(v, dict) else v for key, v in values.items()}
+        if made.get("class_names") is not None:
+            made["class_names"] = tuple(made["class_names"])
+        return super().from_dict(made)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command; the published names of the same settings work too."""
+    source = parser.add_argument_group("data and output")
+    source.add_argument(
+        "--data", "--data_path", required=True, metavar="LIST",
+        help="labelled list, `path label` a line, or a folder with train.csv",
+    )  # fmt: skip
+    source.add_argument("--data-root", "--data_root", metavar="DIR", help="where the list's relative paths start")
+    source.add_argument("--classes", metavar="FILE", help="class names: a name a line, or JSON")
+    source.add_argument("--num-classes", "--nb_classes", type=int, help="without --classes (default: largest label + 1)")
+    source.add_argument("--output", "--output_dir", required=True, metavar="DIR", help="folder of the run: checkpoints, logs")
+    source.add_argument("--dry-run", action="store_true", help="check everything, print the resolved settings, write nothing")
+    _add_start_arguments(parser.add_argument_group("what to start from"))
+    _add_result_arguments(parser.add_argument_group("settings that change results"))
+    _add_augment_arguments(parser.add_argument_group("augmentation (changes results)"))
+    _add_optimizer_arguments(parser.add_argument_group("optimizer (changes results)"))
+    add_run_arguments(parser.add_argument_group("settings that change speed and housekeeping only"))
+
+
+def _add_start_arguments(group) -> None:
+    group.add_argument("--init", "--finetune", metavar="CHECKPOINT", help="pre-trained or fine-tuned: run folder, or file")
+    group.add_argument("--label-map", metavar="FILE.json", help="turn the checkpoint's head of more classes into one of these")
+    group.add_argument("--new-head", action="store_true", help="leave the checkpoint's head out")
+    group.add_argument("--init-frames", type=int, help="frames of the checkpoint's clips, if it does not say (16)")
+    group.add_argument("--init-size", type=int, help="side of the checkpoint's clips, if it does not say (224)")
+    group.add_argument("--probe", default="none", help="freeze the encoder, train a linear or attentive reader (none)")
+
+
+def _add_result_arguments(group) -> None:
+    group.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny (the checkpoint's, else vit_b)")
+    group.add_argument("--image-size", "--input_size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
+    group.add_argument("--num-frames", "--num_frames", type=int, help="frames of a clip")
+    group.add_argument("--patch-size", type=int, help="side of a tubelet in pixels (default: the preset's)")
+    group.add_argument("--drop-path", "--drop_path", type=float, default=0.1, help="stochastic depth (0.1)")
+    group.add_argument("--head-drop", "--head_drop_rate", type=float, default=0.0, help="dropout before the head (0)")
+    group.add_argument("--init-scale", "--init_scale", type=float, default=0.001, help="factor on a new head's weights (0.001)")
+    group.add_argument("--layer-scale", type=float, help="initial layer scale (default: the checkpoint's, else none)")
+    group.add_argument("--pooling", default="mean", help="of the tokens: mean, first (mean)")
+    group.add_argument("--sampling", default="dense", help="frames: dense, or sparse as for SSv2 (dense)")
+    group.add_argument("--sparse_sample", dest="sampling", action="store_const", const="sparse", help=argparse.SUPPRESS)
+    group.add_argument("--stride", "--sampling_rate", type=int, default=4, help="frames from one to the next, for dense (4)")
+    group.add_argument("--batch-size", "--batch_size", type=int, default=64, help="videos of a micro-batch on one rank (64)")
+    group.add_argument(
+        "--accumulate", "--update_freq", type=int, default=1,
+        help="micro-batches of a step; effective batch = batch size x accumulate x ranks (1)",
+    )  # fmt: skip
+    group.add_argument("--num-sample", "--num_sample", type=int, default=2, help="clips of each decoded video (2)")
+    group.add_argument("--repeat", type=int, default=1, help="visits of a video in an epoch, for short lists (1)")
+    group.add_argument("--epochs", type=int, default=30, help="length of the run (30)")
+    group.add_argument("--steps", type=int, help="length of the run in steps, instead of --epochs")
+    group.add_argument("--multi-label", action="store_true", help="a loss for each class (found in the list otherwise)")
+    group.add_argument("--ema", "--model_ema_decay", type=float, metavar="DECAY", help="average the weights, 0.9999 say (no)")
+    group.add_argument("--seed", type=int, default=0, help="of weights, samples and augmentation (0)")
+    group.add_argument("--dtype", default="float32", help="float32, or bfloat16 with float32 weights and loss (float32)")
+
+
+def _add_augment_arguments(group) -> None:
+    group.add_argument("--augment", default="published", choices=["published", "none"], help="what the others start from")
+    group.add_argument("--operations", type=int, help="RandAugment operations of a clip, each with probability 0.5 (4)")
+    group.add_argument("--magnitude", type=float, help="of RandAugment, 0 to 10 (7)")
+    group.add_argument("--magnitude-std", type=float, help="(0.5)")
+    group.add_argument("--crop", action=argparse.BooleanOptionalAction, help="random resized crop (yes)")
+    group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the clips; not for SSv2 (yes)")
+    group.add_argument("--erase", "--reprob", type=float, help="probability of random erasing (0.25)")
+    group.add_argument("--mixup", type=float, help="alpha (0.8)")
+    group.add_argument("--cutmix", type=float, help="alpha (1.0)")
+    group.add_argument("--smoothing", type=float, help="of labels (0.1)")
+
+
+def _add_optimizer_arguments(group) -> None:
+    group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate for 256 videos a step (1e-3)")
+    group.add_argument("--min-lr", "--min_lr", type=float, default=1e-6, help="final learning rate for 256 videos (1e-6)")
+    group.add_argument("--warmup-epochs", "--warmup_epochs", type=float, help="linear warm-up (5; at most a sixth of the run)")
+    group.add_argument("--warmup-steps", "--warmup_steps", type=int, help="linear warm-up in steps, instead of epochs")
+    group.add_argument("--layer-decay", "--layer_decay", type=float, default=0.75, help="factor from a layer to the one before")
+    group.add_argument("--weight-decay", "--weight_decay", type=float, default=0.05, help="(0.05)")
+    group.add_argument("--clip-grad", "--clip_grad", type=float, help="largest gradient norm (no clipping)")
+    group.add_argument("--betas", "--opt_betas", type=float, nargs=2, default=(0.9, 0.999), help="of AdamW (0.9 0.999)")
+    group.add_argument("--eps", "--opt_eps", type=float, default=1e-8, help="of AdamW (1e-8)")
+    group.add_argument("--opt", choices=["adamw"], default="adamw", help=argparse.SUPPRESS)
+
+
+def augment_from_args(args: argparse.Namespace) -> AugmentConfig:
+    names = "operations magnitude magnitude_std crop flip erase mixup cutmix smoothing"
+    chosen = {name: value for name, value in taken(args, names).items() if value is not None}
+    return AugmentConfig(**chosen) if args.augment == "published" else AugmentConfig.none(**chosen)
+
+
+def list_of(path: str) -> str:
+    """The list file that `path` means: itself, or the train.csv in it."""
+    return str(Path(path) / "train.csv") if Path(path).is_dir() else path
+
+
+def model_from_args(args: argparse.Namespace, found: dict | None) -> ModelConfig:
+    """The architecture: the preset named, or the checkpoint's own (`found`, its `config.model`), with what was changed.
+
+    Raises:
+        InputError: an unknown preset, or sizes that do not fit together.
+    """
+    flags = {"img_size": "image_size", "num_frames": "num_frames", "patch_size": "patch_size", "init_values": "layer_scale"}
+    changes = {name: getattr(args, flag) for name, flag in flags.items() if getattr(args, flag) is not None}
+    changes["drop_path_rate"] = 0.0 if args.probe != "none" else args.drop_path
+    if args.model is None and found is not None:
+        return ModelConfig.from_dict(found).replace(pos_grid=None, **changes)
+    return ModelConfig.preset(PUBLISHED_CLASSIFIERS.get(args.model, args.model or "vit_b"), **changes)
+
+
+def configs_from_args(args: argparse.Namespace, model: ModelConfig, num_classes: int) -> tuple[FinetuneConfig, RunConfig]:
+    """The checked settings of a command line.
+
+    Args:
+        model: with the grid of its positions.
+        num_classes: of the class list, the flag, or the labels.
+
+    Raises:
+        InputError: settings that do not fit together.
+    """
+    warmup_epochs, warmup_steps = args.warmup_epochs, args.warmup_steps
+    if warmup_epochs is None:
+        warmup_epochs = min(5.0, args.epochs / 6)
+        if warmup_steps is None and args.steps is not None:
+            warmup_steps = args.steps // 10
+    config = FinetuneConfig(
+        model=model,
+        clip=ClipConfig(
+            num_frames=model.num_frames, image_size=model.img_size, sampling=args.sampling, stride=args.stride
+        ),
+        augment=augment_from_args(args),
+        optim=OptimConfig(warmup_epochs=warmup_epochs, **taken(args, "lr min_lr betas eps weight_decay clip_grad")),
+        data=list_of(args.data),
+        num_classes=num_classes,
+        class_names=tuple(read_class_names(args.classes)) if args.classes else None,
+        pooling="attentive" if args.probe == "attentive" else args.pooling,
+        ema_decay=args.ema,
+        head_drop_rate=args.head_drop,
+        warmup_steps=warmup_steps,
+        effective_batch=args.batch_size * args.accumulate * world_size(),
+        **taken(args, "data_root multi_label probe layer_decay init_scale num_sample repeat epochs steps seed dtype"),
+        **taken(args, "init label_map new_head"),
+    )
+    return config, run_from_args(args)
