@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 PIP_FLAGS ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
-.PHONY: help setup demo test test-slow test-all lint clean
+.PHONY: help setup demo test test-slow test-all test-decoders lint clean
 
 help:
 	@echo "make demo       set up, benchmark dual against encoder-only masking, pre-train a small model, draw a reconstruction"
 	@echo "make test       set up, run the tests (make test-slow: the long ones; make test-all: both; make lint: ruff)"
+	@echo "make test-decoders  install torchcodec (which needs FFmpeg's libraries) and DALI, run the tests that want them"
 	@echo "make clean      remove .venv and what the demo wrote"
 
 setup: $(VENV)/.ready
@@ -26,8 +27,8 @@ $(VENV)/.ready: setup.py constraints.txt
 demo: setup
 	@PYTHON=$(BIN)/python recipes/demo.sh
 
-# One process a core, one thread each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+# One process a core, one thread each; says what was skipped, and why.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -rs
 
 test: setup
 	@$(PYTEST) -m "not slow"
@@ -37,6 +38,10 @@ test-slow: setup
 
 test-all: setup
 	@$(PYTEST)
+
+test-decoders: setup
+	@$(PIP) -c constraints.txt -e '.[torchcodec,dali]'
+	@$(PYTEST) tests/data tests/bench/test_data.py tests/train/test_pretrain.py -k "torchcodec or dali"
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -20,7 +20,8 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.8",
         "tensorboard>=2.16",
-        "av>=14",  # reads what decord gets wrong
+        "av>=14",  # decodes video, and encodes it for `pack`
+        "pyyaml>=6",
         # Both import as `decord`, and only one may be installed; decord has no wheel for the others.
         "decord>=0.6; platform_system != 'Darwin' and platform_machine in 'x86_64 AMD64'",
         "decord2>=3.4; platform_system == 'Darwin' or platform_machine not in 'x86_64 AMD64'",

@@ -12,11 +12,8 @@ echo "== 1 of 3: what dual masking saves, and what this code saves over the publ
 
 echo
 echo "== 2 of 3: pre-training a small model on four real clips (about 2 minutes) =="
-"$PYTHON" -m vmae samples "$OUT/clips.txt" --frames "$OUT/frames"
 rm -rf "$OUT/run"
-"$PYTHON" -m vmae pretrain --data "$OUT/clips.txt" --output "$OUT/run" \
-  --model vit_tiny --image-size 64 --num-frames 8 --stride 2 --encoder-ratio 0.75 \
-  --batch-size 4 --num-sample 2 --repeat 100 --steps 2000 --lr 0.064 --log-every 50 --save-every 500
+PYTHON=$PYTHON OUTPUT=$OUT/run recipes/pretrain_tiny.sh
 
 echo
 echo "== 3 of 3: what it reconstructs =="

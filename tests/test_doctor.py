@@ -30,6 +30,22 @@ def test_prints_backends_packages_and_what_is_missing(capsys, tmp_path):
         # What is missing is listed again with its cost and what to type.
         assert part["found"] or (part["without"] in shown and part["install"] in shown)
     assert next(part for part in found["parts"] if part["name"] == "decord")["found"]
+    assert found["video"]["order"][0] == "pyav" and "decord" in found["video"]["order"] and found["video"]["note"] is None
+    assert f"auto decodes with the first of {', '.join(found['video']['order'])}" in shown
+
+
+def test_two_decords_are_one_too_many(capsys, monkeypatch):
+    version = doctor.importlib.metadata.version
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "3.4.0" if name == "decord2" else version(name))
+    assert main(["doctor"]) == 0
+    assert "decord and decord2 are both installed and share an import name" in capsys.readouterr().out
+
+
+def test_a_package_that_imports_and_does_not_work_has_a_reason():
+    part = doctor.Part(
+        name="x", group="video", module="json", packages=("x",), install="-", without="-", probe=lambda: "too old for this"
+    )
+    assert doctor.look_for(part)["reason"] == "too old for this" and not doctor.look_for(part)["found"]
 
 
 def test_every_backend_that_needs_a_package_has_a_reason_and_a_remedy():

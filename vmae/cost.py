@@ -1,17 +1,22 @@
-"""What a step costs, counted rather than timed: multiply-accumulates on paper, and bytes that autograd keeps.
+"""What a step costs, counted rather than timed: multiply-accumulates on paper, bytes that autograd keeps, bytes at the peak.
 
 Legend: N tokens of a clip, Nv visible to the encoder, Nd picked for the decoder, P values of a tubelet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from vmae.config import MaskConfig, ModelConfig
 from vmae.masking import DualMask
@@ -71,6 +76,11 @@ def forward_macs(
     """
     decoder = "running_cell" if decoder_ratio else "none"
     mask = MaskConfig(encoder="tube", encoder_ratio=encoder_ratio, decoder=decoder, decoder_ratio=decoder_ratio)
+    return masked_macs(config, mask, fused=fused)
+
+
+def masked_macs(config: ModelConfig, mask: MaskConfig, *, fused: bool = True) -> int:
+    """`forward_macs` for any mask."""
     counts = token_counts(config, mask)
     embedded, predicted = (counts.visible, counts.counted) if fused else (counts.total, counts.decoded)
     dim, decoder_dim = config.embed_dim, config.decoder_embed_dim
@@ -109,7 +119,7 @@ class _RealMasks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if tensors and not any(isinstance(t, FakeTensor) for t in tensors):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
@@ -121,13 +131,11 @@ class _RealMasks(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def saved_activation_bytes_per_clip(
-    build: Callable[[ModelConfig], nn.Module],
-    config: ModelConfig,
-    mask: MaskConfig,
-    dtype: torch.dtype = torch.float32,
-) -> int:
-    """Bytes that one more clip makes autograd keep: batch 2 minus batch 1, on fake CPU tensors, so of any model size.
+@contextlib.contextmanager
+def on_paper(
+    build: Callable[[ModelConfig], nn.Module], config: ModelConfig, mask: MaskConfig, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[nn.Module, Callable[[int], Tensor]]]:
+    """A model on fake CPU tensors, of any size, and a function: number of clips -> their loss, with a graph to go back through.
 
     Args:
         build: makes the model; its forward takes uint8 clips and a `DualMask`.
@@ -138,12 +146,102 @@ def saved_activation_bytes_per_clip(
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model.to_empty(device="cpu")
 
-        def saved(batch: int) -> int:
+        def loss_of(batch: int) -> Tensor:
             with unset_fake_temporarily():
                 drawn = DualMask.sample(batch, config.grid, **mask.to_dict(), generator=torch.Generator().manual_seed(0))
                 given = drawn.to_bool() if isinstance(model, ReferencePretrainer) else drawn
-            clips = fake.from_tensor(torch.empty(batch, config.num_frames, *config.image_hw, 3, dtype=torch.uint8))
+                clips = torch.empty(1, dtype=torch.uint8)
+            clips = fake.from_tensor(clips).new_empty((batch, config.num_frames, *config.image_hw, 3))
             with _RealMasks(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                return count_saved_bytes(lambda: model(clips, given), model)
+                return model(clips, given)
 
-        return saved(2) - saved(1)
+        yield model, loss_of
+
+
+def saved_activation_bytes_per_clip(
+    build: Callable[[ModelConfig], nn.Module],
+    config: ModelConfig,
+    mask: MaskConfig,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Bytes that one more clip makes autograd keep: batch 2 minus batch 1. Arguments as in `on_paper`."""
+    with on_paper(build, config, mask, dtype) as (model, loss_of):
+        return count_saved_bytes(lambda: loss_of(2), model) - count_saved_bytes(lambda: loss_of(1), model)
+
+
+def _cpu_attention_flops(query, key, value, *rest, out_val=None, **more) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _cpu_attention_backward_flops(grad, query, key, value, *rest, out_val=None, **more) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+# torch counts the attention of GPUs only (2.11 to 2.13).
+_FLOPS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flops,
+}
+
+
+class _StepCounter(TorchDispatchMode):
+    """FLOPs of the operations that run, and bytes of the storages they make: those that live, `now`, and their `peak`.
+
+    Sees what every way of keeping a tensor keeps: autograd, activation checkpointing's caches, a variable. Not seen: scratch
+    that a single operation makes and frees.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = self.flops = 0
+        self._seen: dict[int, weakref.ref] = {id(s): weakref.ref(s) for s in (t.untyped_storage() for t in known)}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        count = _FLOPS.get(func.overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=result)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        seen = self._seen.get(key)
+        if seen is None or seen() is not storage:  # an id may be given again once its storage is gone
+            self._seen[key] = weakref.ref(storage, partial(self._remove, key, size))
+            self.now += size
+
+    def _remove(self, key: int, size: int, reference: weakref.ref) -> None:
+        self.now -= size
+        if self._seen.get(key) is reference:
+            del self._seen[key]
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """One forward and backward, counted: bytes kept in between (the clips among them), bytes at the peak, FLOPs.
+
+    Parameters, buffers and their gradients are not in the bytes. FLOPs are those of matrix products and attention that
+    PyTorch runs; what a Triton kernel computes is not in them.
+    """
+
+    saved: int
+    peak: int
+    flops: int
+
+
+def count_step(forward: Callable[[], Tensor], model: nn.Module) -> StepCount:
+    """Count a step of `forward() -> loss` and its backward, on real or fake tensors; gradients are added to the model's."""
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in model.parameters()]
+    with _StepCounter([*model.parameters(), *model.buffers(), *gradients]) as counter:
+        loss = forward()
+        saved = counter.now
+        loss.backward()
+    return StepCount(saved, counter.peak, counter.flops)

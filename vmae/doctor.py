@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from vmae.data.dali import dali_missing
+from vmae.data.decode import BACKENDS as VIDEO_BACKENDS
 from vmae.errors import InputError
 from vmae.model.attention_backends import BACKENDS, auto_order, runnable
 from vmae.model.attention_probes import Workload
@@ -40,6 +42,7 @@ class Part:
         install: what to type.
         without: what it costs not to have it.
         gpu: of no use without a GPU.
+        probe: what else keeps it from working once it imports; None where nothing does.
     """
 
     name: str
@@ -49,6 +52,12 @@ class Part:
     install: str
     without: str
     gpu: bool = False
+    probe: Callable[[], str | None] = lambda: None
+
+
+def video_lack(name: str) -> Callable[[], str | None]:
+    """The probe of a decoding backend."""
+    return lambda: VIDEO_BACKENDS[name].missing()
 
 
 PARTS = (
@@ -60,21 +69,22 @@ PARTS = (
     Part(
         name="decord", group="video", module="decord", packages=("decord", "decord2"),
         install="pip install decord, or decord2 (newer Pythons, AV1); never both",
-        without="no video file can be read (folders of frames can)",
+        without="nothing: PyAV reads all that it reads; only bench/data.py's baseline is gone",
     ),
     Part(
         name="torchcodec", group="video", module="torchcodec", packages=("torchcodec",),
-        install="pip install 'torchcodec>=0.13,<0.14' beside a CPU torch, with FFmpeg's libraries of the distribution",
-        without="nothing: decord reads the same files",
+        install="pip install 'torchcodec>=0.13,<0.14', and FFmpeg's libraries (apt-get install ffmpeg); 0.13 loads with torch "
+        "2.13 on a CPU, 0.14 to 0.17 link CUDA libraries",
+        without="nothing: PyAV reads the same files, H.264 faster", probe=video_lack("torchcodec"),
     ),
     Part(
         name="PyAV", group="video", module="av", packages=("av",),
-        install="pip install av",
-        without="nothing in training: the tests make their videos with it",
+        install="pip install av", probe=video_lack("pyav"),
+        without="AVI, MPEG-TS and many open GOPs are refused, H.264 is slower, `vmae pack` and DALI's loader do not run",
     ),
     Part(
         name="DALI", group="video", module="nvidia.dali", packages=("nvidia-dali-cuda130", "nvidia-dali-cuda120"), gpu=True,
-        install="pip install nvidia-dali-cuda130 (200 MB)",
+        install="pip install nvidia-dali-cuda130 (200 MB)", probe=dali_missing,
         without="videos are decoded by CPU cores instead of the GPU's decoder",
     ),
     Part(
@@ -140,7 +150,8 @@ def look_for(part: Part) -> dict[str, Any]:
             record["reason"] = "not installed"
             return record
         module = importlib.import_module(part.module)
-        record["found"] = True
+        record["reason"] = part.probe()
+        record["found"] = record["reason"] is None
         record["version"] = record["version"] or getattr(module, "__version__", None)
     except ModuleNotFoundError as error:
         here = error.name and part.module.startswith(error.name)
@@ -187,6 +198,14 @@ def look_at_auto(device: torch.device, dtype: torch.dtype, head_dims: tuple[int,
     return {"takes": taken, "order": list(auto_order(workloads[0])[0]), "measured": auto_order(workloads[0])[1]}
 
 
+def look_at_video() -> dict[str, Any]:
+    """Which decoders `auto` tries, the first first, and what is wrong with those that are installed, if anything."""
+    order = [name for name, backend in VIDEO_BACKENDS.items() if "video" in backend.kinds and backend.missing() is None]
+    clash = _version(("decord",)) is not None and _version(("decord2",)) is not None
+    note = "decord and decord2 are both installed and share an import name: pip uninstall one, reinstall the other"
+    return {"order": order, "note": note if clash else None}
+
+
 def look_at_machine(device: torch.device) -> dict[str, Any]:
     gpus = []
     for index in range(torch.cuda.device_count()):
@@ -214,6 +233,7 @@ def examine(device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...]
         "workload": {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "head_dims": list(head_dims)},
         "attention": look_at_attention(device, dtype, head_dims),
         "auto": look_at_auto(device, dtype, head_dims),
+        "video": look_at_video(),
         "parts": [look_for(part) for part in PARTS],
     }
 
@@ -261,6 +281,11 @@ def report(found: dict[str, Any], say: Callable[[str], None] = print) -> None:
     taken = ", ".join(dict.fromkeys(auto["takes"].values()))
     order = "measured on this class of device" if auto["measured"] else "expected, not measured on this class of device"
     say(f"  auto takes {taken}; its order, {order}: {', '.join(auto['order'])}")
+
+    order = ", ".join(found["video"]["order"])
+    say(f"\nvideo files: auto decodes with the first of {order}" if order else "\nvideo files: none can be decoded")
+    if found["video"]["note"]:
+        say(f"  {found['video']['note']}")
 
     say("\npackages")
     rows = [("package", "for", "version", "")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vmae_kernels import device
 
@@ -39,7 +40,8 @@ def resolve_backend(backend: str, operation: str, tensor: Tensor, dtype: torch.d
             raise NotImplementedError(f"{operation} has no Triton kernel; use backend='torch' or 'auto'")
         if not fits:
             raise ValueError(f"{operation}: the Triton kernels compute in float32, bfloat16 or float16, not {dtype}")
-        if not tensor.is_cuda and not INTERPRETING and device.BUILD_TARGET is None:
+        runs = not isinstance(tensor, FakeTensor)  # a fake one launches nothing: its step is counted, not computed
+        if runs and not tensor.is_cuda and not INTERPRETING and device.BUILD_TARGET is None:
             raise ValueError(
                 f"{operation}: backend='triton' needs a GPU, and the tensors are on {tensor.device}. Move them to a GPU, use "
                 "backend='torch' or 'auto', or set TRITON_INTERPRET=1 before Python starts to interpret the kernels (slow)"

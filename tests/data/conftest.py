@@ -26,6 +26,7 @@ BAR_VIDEOS = {
     "hevc_closed": (".mp4", "libx265", {"preset": "ultrafast", "x265-params": f"{OPEN_GOP}:open-gop=0:log-level=none"}, (40,)),
     "hevc_open": (".mp4", "libx265", {"preset": "ultrafast", "x265-params": f"{OPEN_GOP}:open-gop=1:log-level=none"}, (40,)),
     "vp9": (".webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "g": "24", "b:v": "300k"}, (40,)),
+    "vp9_vfr": (".webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "g": "24", "b:v": "300k"}, (40, 10, 170, 60)),
     "vfr": (".mp4", "libx264", {**X264, "x264-params": f"{OPEN_GOP}:open-gop=0"}, (40, 10, 170, 40, 60, 20)),
     "avi": (".avi", "libx264", {**X264, "x264-params": f"{OPEN_GOP}:open-gop=0"}, (40,)),
     "ts": (".ts", "libx264", {**X264, "x264-params": f"{OPEN_GOP}:open-gop=0"}, (40,)),

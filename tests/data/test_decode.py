@@ -14,9 +14,10 @@ from vmae.data.samples import sample_videos
 from vmae.errors import InputError
 
 CARPHONE = sample_videos()[2]
+ORDER = ("pyav", "torchcodec", "decord")  # of auto
 VIDEO_BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(lack is not None, reason=str(lack)))
-    for name, lack in ((name, decode.BACKENDS[name].missing()) for name in ("torchcodec", "decord", "pyav"))
+    for name, lack in ((name, decode.BACKENDS[name].missing()) for name in ORDER)
 ]
 
 
@@ -64,6 +65,54 @@ def test_video_pixels_are_those_of_pyav(backend):
             frames = reader.frames(indices)
             assert frames.dtype == np.uint8
             assert np.array_equal(frames, expected[list(indices)])
+
+
+def write_noise(path, total=60):
+    """A video coded as most are: B pictures that others refer to, several references, weighted prediction."""
+    av = pytest.importorskip("av")
+    options = {"preset": "medium", "crf": "30", "threads": "1", "x264-params": "keyint=30:b-adapt=0:bframes=3:b-pyramid=normal"}
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        still = rng.integers(0, 256, (64, 160, 3), dtype=np.uint8)
+        for number in range(total):
+            moved = still[:, number : number + 96] // 2 + rng.integers(0, 64, (64, 96, 3), dtype=np.uint8) + number
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(moved), format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def disposable_pictures(path):
+    """Indices of the H.264 pictures that no other refers to, with the place in the file and the bytes of each."""
+    av = pytest.importorskip("av")
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        times = sorted(packet.pts for packet in packets)
+        heads = {times.index(packet.pts): (packet.pos, packet.size, bytes(packet)[4]) for packet in packets}
+    return {index: (place, size) for index, (place, size, head) in heads.items() if head & 31 == 1 and not head & 0x60}
+
+
+def test_pyav_leaves_out_pictures_and_keeps_the_pixels(tmp_path):
+    av = pytest.importorskip("av")
+    path = write_noise(tmp_path / "noise.mp4")
+    with av.open(str(path)) as container:
+        expected = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    disposable = disposable_pictures(path)
+    assert len(expected) == 60 and 20 < len(disposable) < 40
+    reads = [[index] for index in range(60)] + [list(range(start, 60, step)) for start in range(4) for step in (2, 3, 4, 7)]
+    with open_video(path, "pyav") as reader:
+        assert [read for read in reads if not np.array_equal(reader.frames(read), expected[read])] == []
+
+    damaged = bytearray(path.read_bytes())  # pictures that are never decoded may hold anything
+    for place, size in disposable.values():
+        damaged[place + 5 : place + size] = bytes(size - 5)
+    path.write_bytes(damaged)
+    others = [index for index in range(60) if index not in disposable]
+    with open_video(path, "pyav") as reader:
+        assert np.array_equal(reader.frames(others), expected[others])
+        with pytest.raises(DecodeError, match="noise.mp4: cannot be decoded"):
+            reader.frames([others[5], min(disposable)])
 
 
 @pytest.mark.parametrize("backend", VIDEO_BACKENDS)
@@ -163,10 +212,10 @@ def test_without_stderr(tmp_path):
 
 
 def test_other_lines_on_stderr_are_passed_on(capfd):
-    with decode._library_stderr() as heard:
+    with decode.library_stderr() as heard:
         os.write(2, b"[08:41:57] /src/video_reader.cc:83: ERROR opening: x.mp4, No such luck\nsomething else\n")
     assert capfd.readouterr().err == "something else\n"
-    assert decode._first_reason("RuntimeError", heard) == "No such luck"
+    assert decode.first_reason("RuntimeError", heard) == "No such luck"
 
 
 @pytest.mark.parametrize("backend", VIDEO_BACKENDS)
@@ -194,10 +243,10 @@ def test_reason_without_source_files_and_codes():
         "avcodec_send_packet(dec_ctx_.get(), pkt.get()) >= 0 (-1094995529 vs. 0) Thread worker: Error sending packet.\n"
         "Stack trace:\n  0: x"
     )
-    assert decode._first_reason(raw, []) == "Thread worker: Error sending packet."
+    assert decode.first_reason(raw, []) == "Thread worker: Error sending packet."
     raw = "[08:41:57] /github/a/video_reader.cc:486: Error: av_read_frame failed with 1094995529"
-    assert decode._first_reason(raw, []) == "Error: av_read_frame failed: invalid data"
-    assert decode._first_reason("", []) == "unknown reason"
+    assert decode.first_reason(raw, []) == "Error: av_read_frame failed: invalid data"
+    assert decode.first_reason("", []) == "unknown reason"
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -237,12 +286,12 @@ def test_decoders_are_not_installed(monkeypatch, uninstall):
 
 
 def test_auto_goes_down_the_list(uninstall):
-    for gone in ("torchcodec", "decord", "pyav"):
+    for gone in ORDER:
         with open_video(CARPHONE) as reader:
-            first = next(name for name in ("torchcodec", "decord", "pyav") if decode.BACKENDS[name].missing() is None)
+            first = next(name for name in ORDER if decode.BACKENDS[name].missing() is None)
             assert reader.backend == first
         uninstall(gone)
-        if all(decode.BACKENDS[name].missing() for name in ("torchcodec", "decord", "pyav")):
+        if all(decode.BACKENDS[name].missing() for name in ORDER):
             break
 
 
@@ -262,7 +311,7 @@ def test_torchcodec_that_does_not_load(monkeypatch):
 
 
 def test_backend_names():
-    with pytest.raises(InputError, match="unknown decoding backend 'nvdec'; known: auto, torchcodec, decord, pyav, frames"):
+    with pytest.raises(InputError, match="unknown decoding backend 'nvdec'; known: auto, pyav, torchcodec, decord, frames"):
         open_video(CARPHONE, "nvdec")
     with pytest.raises(InputError, match="'frames' does not read entries of kind 'video'"):
         open_video(CARPHONE, "frames")

@@ -95,6 +95,16 @@ def test_weighted_shares_and_even_visits(counts, weights):
     assert again[::-1] != [mix.pick(4, 17, index, size)[0] for index in range(size)]
 
 
+@pytest.mark.parametrize("mixing", ["natural", "weighted"])
+def test_samples_of_each_source_are_counted(mixing):
+    sources = [Source("a", 0, 5, 1), Source("b", 5, 1, 2), Source("c", 6, 3, 1)]
+    mix = Mix(entries(9), sources, mixing)
+    for indices in (range(9), range(20), [3], [5, 6, 7, 30], []):
+        picked = [mix.pick(0, 2, index, 9)[0] for index in indices]
+        expected = [sum(s.first <= p < s.first + s.count for p in picked) for s in sources]
+        assert mix.count_sources(indices, 9) == expected
+
+
 def test_a_bad_video_is_replaced_from_its_own_source(tmp_path):
     videos = [VideoEntry(str(path)) for path in sample_videos()[2:]]
     (tmp_path / "bad.mp4").touch()

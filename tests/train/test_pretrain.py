@@ -15,6 +15,7 @@ from vmae import InputError, ModelConfig, build_pretrainer
 from vmae.cli import main
 from vmae.config import PRESETS
 from vmae.data import sample_videos
+from vmae.data.dali import dali_missing
 from vmae.train.checkpoint import CheckpointFolder, export_weights
 from vmae.train.loop import Trainer
 from vmae.train.metrics import loss_of_last_tenth, read_log
@@ -85,6 +86,38 @@ def test_a_run_leaves_logs_settings_checkpoint_and_weights(videos, tmp_path, cap
     fresh = build_pretrainer(ModelConfig.from_dict(weights["config"]["model"]))
     fresh.load_state_dict(weights["model"], strict=True)
     assert "encoder.blocks.0.attn.q_bias" in weights["model"]
+
+
+def test_a_mix_is_described_and_its_samples_counted(tmp_path, capsys):
+    for name, video in zip(("one", "two"), sample_videos()[2:], strict=True):
+        (tmp_path / f"{name}.txt").write_text(f"{video} 0 -1\n" * 2)
+    sources = "- {list: one.txt, weight: 3}\n- {list: two.txt, weight: 1, stride: 2}\n"
+    (tmp_path / "mix.yaml").write_text(f"sources:\n{sources}")
+    assert pretrain(tmp_path / "mix.yaml", tmp_path / "run", "--log-every", "2") == 0
+    text = capsys.readouterr().out
+    assert "one: 2 videos, 0.00222 hours, 75.0% of samples\n" in text and "25.0% of samples, stride 2\n" in text
+    assert "weighted mixing of 2 sources, 4 videos" in text
+    records = read_log(tmp_path / "run" / "log.jsonl")  # 4 samples an epoch: 2 steps
+    assert [r["samples"] for r in records] == [{"one": 3 * n, "two": n} for n in (1, 2, 3)]
+
+
+def test_sampling_flip_and_resize_reach_the_clips(videos, tmp_path):
+    def first_loss(*flags):
+        output = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert pretrain(videos, output, "--steps", "1", *flags) == 0
+        return losses(output)
+
+    plain = first_loss()
+    for flags in ("--sampling exact", "--sampling fps --fps 7", "--flip", "--resize pil"):
+        assert first_loss(*flags.split()) != plain, flags
+    assert first_loss("--sampling", "published", "--no-flip", "--resize", "torch") == plain
+
+
+@pytest.mark.skipif(dali_missing() is not None, reason=str(dali_missing()))
+def test_a_run_with_dali_sees_the_same_samples(videos, tmp_path):
+    for loader in ("cpu", "dali"):  # H.264 on a CPU: the loader's way round DALI, so the very same losses
+        assert pretrain(videos, tmp_path / loader, "--loader", loader, "--num-sample", "2") == 0
+    assert losses(tmp_path / "cpu") == losses(tmp_path / "dali")
 
 
 # One encoder-only, one where clips of a batch count unequally many tokens.
@@ -311,6 +344,12 @@ def test_wrong_lists_are_named_and_nothing_is_written(tmp_path, capsys, name):
         ("--init gone.pth", "gone.pth does not exist"),
         ("--resume gone.pth", "gone.pth does not exist"),
         ("--data-root gone", "gone"),
+        ("--sampling uniform", "unknown sampling 'uniform'; known: published, exact, fps"),
+        ("--sampling fps", "sampling by fps needs `fps` above 0"),
+        ("--fps 8", "sampling by fps needs `fps` above 0"),
+        ("--resize nearest", "unknown resize 'nearest'; known: torch, pil"),
+        ("--loader gpu", "unknown loader 'gpu'; known: cpu, dali"),
+        ("--max-bad-share 2", "the share of bad videos must be between 0 and 1, not 2"),
     ],
 )
 def test_wrong_settings_are_named_and_nothing_is_written(videos, tmp_path, capsys, flags, words):

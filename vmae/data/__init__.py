@@ -5,6 +5,7 @@ from vmae.data.dataset import Batch, EpochSampler, PretrainDataset, PretrainLoad
 from vmae.data.decode import DecodeError, VideoReader, open_video
 from vmae.data.manifest import VideoEntry, read_list
 from vmae.data.mix import Mix, describe_data, read_data
+from vmae.data.prefetch import Prefetcher
 from vmae.data.quarantine import Failure, Quarantine
 from vmae.data.samples import sample_videos, write_sample_list
 from vmae.data.sampling import sample_frame_indices
@@ -16,6 +17,7 @@ __all__ = [
     "EpochSampler",
     "Failure",
     "Mix",
+    "Prefetcher",
     "PretrainDataset",
     "PretrainLoader",
     "Quarantine",

@@ -9,17 +9,19 @@ of numpy and torch, whose generators may change between versions).
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vmae.config import MaskConfig
-from vmae.data.augment import crop_and_resize, image_hw, sample_crop
+from vmae.data.augment import CropBox, crop_and_resize, image_hw, sample_crop
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure, Quarantine, list_failures
@@ -28,6 +30,11 @@ from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng,
 from vmae.data.workers import WorkerPool
 from vmae.errors import InputError
 from vmae.masking import DualMask
+
+if TYPE_CHECKING:
+    from vmae.data.dali import DaliLoader
+
+LOADERS = ("cpu", "dali")
 
 
 @dataclass
@@ -39,12 +46,18 @@ class Batch:
         mask: DualMask of B*S clips.
         ids: (epoch, index, path) of each of the B videos; `path` is the one that was decoded.
         replaced: (path, error, library) of each video that could not be decoded, and that another one stands in for.
+        counted: sum of the mask's weights: tokens that the loss counts, known without asking a GPU.
     """
 
     clips: Tensor
     mask: DualMask
     ids: list[tuple[int, int, str]]
     replaced: list[Failure] = field(default_factory=list)
+    counted: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.counted is None:
+            self.counted = float(self.mask.weight.sum())
 
     @classmethod
     def cat(cls, batches: list[Batch]) -> Batch:
@@ -58,10 +71,10 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         mask = self.mask.to(device, non_blocking=non_blocking)
-        return Batch(self.clips.to(device, non_blocking=non_blocking), mask, self.ids, self.replaced)
+        return dataclasses.replace(self, clips=self.clips.to(device, non_blocking=non_blocking), mask=mask)
 
     def pin_memory(self) -> Batch:
-        return Batch(self.clips.pin_memory(), self.mask.pin_memory(), self.ids, self.replaced)
+        return dataclasses.replace(self, clips=self.clips.pin_memory(), mask=self.mask.pin_memory())
 
 
 class PretrainDataset(VideoDataset):
@@ -127,14 +140,15 @@ class PretrainDataset(VideoDataset):
         self.sampling, self.fps, self.flip = sampling, fps, flip
         self.num_frames, self.stride, self.image_size = num_frames, stride, image_hw(image_size)
         self.grid, self.mask = grid, mask
-        self._sample_mask(0, 0)
+        self.sample_mask(0, 0)
 
     def __getitem__(self, key: SampleKey | int) -> Batch:
         epoch, index = self._checked_key(key)
         clips, video, replaced = self._decode_with_replacement(epoch, index)
-        return Batch(clips, self._sample_mask(epoch, index), [(epoch, index, self.entries[video].path)], replaced)
+        return Batch(clips, self.sample_mask(epoch, index), [(epoch, index, self.entries[video].path)], replaced)
 
-    def _sample_mask(self, epoch: int, index: int) -> DualMask:
+    def sample_mask(self, epoch: int, index: int) -> DualMask:
+        """The masks of a sample's S clips."""
         state = seed_sequence(self.seed, epoch, index, 0, Purpose.MASKS).generate_state(2, np.uint32)
         generator = torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
         mask = self.mask
@@ -148,27 +162,31 @@ class PretrainDataset(VideoDataset):
             generator=generator,
         )
 
-    def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
-        """uint8 [S, T, H, W, 3]"""
-        with self._open(entry) as reader:
-            rng = numpy_rng(self.seed, epoch, index, attempt, Purpose.FRAMES)
-            frames = reader.frames(self._sample_indices(len(reader), reader.fps, entry, rng))
-        height, width = frames.shape[1:3]
-        rng = numpy_rng(self.seed, epoch, index, attempt, Purpose.CROPS)
-        boxes = [sample_crop(width, height, self.image_size, rng) for _ in range(self.num_sample)]
-        crops = [crop_and_resize(frames, box, self.image_size, resize=self.resize) for box in boxes]
-        if self.flip:
-            flips = numpy_rng(self.seed, epoch, index, attempt, Purpose.FLIPS).integers(2, size=self.num_sample)
-            crops = [crop[:, :, ::-1] if flip else crop for crop, flip in zip(crops, flips, strict=True)]
-        return torch.from_numpy(np.stack(crops))
-
-    def _sample_indices(self, total: int, fps: float | None, entry: VideoEntry, rng: np.random.Generator) -> np.ndarray:
-        stride = entry.stride or self.stride
+    def pick_frames(self, entry: VideoEntry, total: int, fps: float | None, epoch: int, index: int, attempt: int = 0):
+        """int64 [T]: which of `total` frames a sample's clips are made of."""
+        rng, stride = numpy_rng(self.seed, epoch, index, attempt, Purpose.FRAMES), entry.stride or self.stride
         if self.sampling == "published":
             return sample_frame_indices(total, self.num_frames, stride, rng)
         if self.sampling == "fps" and fps:
             return sample_exact_indices(total, self.num_frames, fps / self.fps, rng)
         return sample_exact_indices(total, self.num_frames, stride, rng)
+
+    def pick_crops(self, width: int, height: int, epoch: int, index: int, attempt: int = 0) -> list[tuple[CropBox, bool]]:
+        """Box of each of a sample's S clips in frames of `width` x `height`, and whether it is mirrored."""
+        rng = numpy_rng(self.seed, epoch, index, attempt, Purpose.CROPS)
+        boxes = [sample_crop(width, height, self.image_size, rng) for _ in range(self.num_sample)]
+        flips = numpy_rng(self.seed, epoch, index, attempt, Purpose.FLIPS).integers(2, size=self.num_sample)
+        return [(box, bool(flip) and self.flip) for box, flip in zip(boxes, flips, strict=True)]
+
+    def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
+        """uint8 [S, T, H, W, 3]"""
+        with self._open(entry) as reader:
+            frames = reader.frames(self.pick_frames(entry, len(reader), reader.fps, epoch, index, attempt))
+        crops = []
+        for box, flip in self.pick_crops(frames.shape[2], frames.shape[1], epoch, index, attempt):
+            crop = crop_and_resize(frames, box, self.image_size, resize=self.resize)
+            crops.append(crop[:, :, ::-1] if flip else crop)
+        return torch.from_numpy(np.stack(crops))
 
 
 def check_decodable(entries: Sequence[VideoEntry], *, backend: str = "auto", limit: int = 20) -> list[tuple[str, str]]:
@@ -345,6 +363,11 @@ class PretrainLoader:
             raise
         return batch.pin_memory() if self._pin else batch
 
+    def interrupt(self) -> None:
+        """End iteration soon, also where another thread waits for a batch."""
+        if isinstance(self._iterator, WorkerPool):
+            self._iterator.interrupt()
+
     def close(self) -> None:
         """End the workers; iteration is over."""
         if self._iterator is not None:
@@ -356,6 +379,21 @@ class PretrainLoader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def check_loader(name: str) -> None:
+    """See that a loader can be had.
+
+    Raises:
+        InputError: an unknown name, or DALI is not installed.
+    """
+    if name not in LOADERS:
+        raise InputError(f"unknown loader {name!r}; known: {', '.join(LOADERS)}")
+    if name == "dali":
+        from vmae.data.dali import dali_missing
+
+        if lack := dali_missing():
+            raise InputError(lack)
 
 
 def build_loader(
@@ -374,7 +412,9 @@ def build_loader(
     quarantine: str | Path | None = None,
     max_bad_share: float = 0.05,
     hang_s: float = 120.0,
-) -> PretrainLoader:
+    loader: str = "cpu",
+    device: torch.device | str = "cpu",
+) -> PretrainLoader | DaliLoader:
     """Micro-batches from step `start_step` up to `total_steps` (or `epochs`; without both, for ever).
 
     Step k's batch is the same whatever the number of workers and wherever iteration started. A list of fewer samples
@@ -389,13 +429,16 @@ def build_loader(
         quarantine: file for the bad videos, one JSON line each; with many ranks, rank 3 writes NAME-3.jsonl.
         max_bad_share: share of reads that may fail, see `Quarantine`.
         hang_s: seconds that a video may take in a worker, before the worker is replaced and the video counts as bad.
+        loader: "cpu", or "dali" (see `vmae.data.dali`; `num_workers` are its threads).
+        device: where DALI decodes; the CPU's loader has no use for it.
 
     Raises:
-        InputError: a number out of range, or both `total_steps` and `epochs`. While iterating: no video decodes, or too
-            many do not.
+        InputError: a number out of range, both `total_steps` and `epochs`, a loader that is unknown or not installed. While
+            iterating: no video decodes, or too many do not.
     """
     if num_workers < 0 or prefetch < 1:
         raise InputError(f"num_workers ({num_workers}) must be at least 0 and prefetch ({prefetch}) at least 1")
+    check_loader(loader)
     if hang_s <= 0:
         raise InputError(f"hang_s must be above 0, not {hang_s}")
     if quarantine is not None and rank:
@@ -422,6 +465,10 @@ def build_loader(
             stacklevel=2,
         )
     bad = Quarantine(quarantine, max_bad_share)
+    if loader == "dali":
+        from vmae.data.dali import DaliLoader
+
+        return DaliLoader(dataset, sampler, bad, device=device, num_threads=max(num_workers, 1))
     return PretrainLoader(
         dataset, sampler, bad, num_workers=num_workers, pin_memory=pin_memory, prefetch=prefetch, hang_s=hang_s
     )

@@ -4,21 +4,15 @@ A backend is a name, the kinds of entries it reads, and a function that opens on
 another decoder joins with `register_backend`, and no caller changes. Readers are opened where they are used (in the
 loader's worker), hold one file and are closed at once: nothing that decodes is ever shared or sent between processes.
 
-torchcodec, decord (or decord2), PyAV: `auto` takes the first that is installed and safe for the file. A backend that is
+PyAV, torchcodec, decord (or decord2): `auto` takes the first that is installed and safe for the file. A backend that is
 known to return wrong frames for a file (see `vmae.data.containers`) refuses it, also when it was named.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-import re
-import sys
-import tempfile
-import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,76 +20,10 @@ import numpy as np
 from PIL import Image
 
 from vmae.data.containers import open_gop_hazard, seek_hazard
+from vmae.data.decode_pyav import PyavReader, pyav_missing
 from vmae.data.manifest import VideoEntry
+from vmae.data.video_reader import DecodeError, VideoReader, first_reason, library_stderr
 from vmae.errors import InputError
-
-
-class DecodeError(InputError):
-    """A file that cannot be decoded, or has no frames. The message names it and gives the library's reason.
-
-    Attributes:
-        library: the backend that failed; None where none was asked.
-    """
-
-    library: str | None = None
-
-
-class VideoReader(ABC):
-    """An open video; a context manager that closes it.
-
-    Attributes:
-        path: of the file or folder.
-        fps: frames a second, None where it is not known.
-        backend: name of the backend that opened it.
-    """
-
-    path: str
-    fps: float | None = None
-    backend: str = "?"
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Frames of the video, at least 1."""
-
-    @abstractmethod
-    def _decode(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 [T, H, W, 3], RGB, of ascending, distinct, valid int64 `indices` [T >= 1]."""
-
-    def frames(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Decode some frames, in any order; each is decoded once, even if it is named twice.
-
-        Args:
-            indices: whole numbers [T], from 0, T at least 1.
-
-        Returns:
-            uint8 [T, H, W, 3], RGB.
-
-        Raises:
-            IndexError: a frame that the video does not have, or no index.
-            DecodeError: a frame cannot be decoded.
-        """
-        wanted = np.asarray(indices, dtype=np.int64)
-        if wanted.ndim != 1 or wanted.size == 0:
-            raise IndexError(f"{self.path}: frame indices must be a list of at least one number")
-        if wanted.min() < 0 or wanted.max() >= len(self):
-            raise IndexError(f"{self.path}: frames {wanted.min()} to {wanted.max()} asked for, it has {len(self)}")
-        distinct, places = np.unique(wanted, return_inverse=True)
-        try:
-            decoded = self._decode(distinct)
-        except DecodeError as error:
-            error.library = self.backend
-            raise
-        return decoded if np.array_equal(distinct, wanted) else decoded[places]
-
-    @abstractmethod
-    def close(self) -> None:
-        """Let go of the file; the reader is of no further use."""
-
-    def __enter__(self) -> VideoReader:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 @dataclass(frozen=True)
@@ -196,7 +124,7 @@ class _TorchcodecReader(VideoReader):
         from torchcodec.decoders import VideoDecoder
 
         self.path = entry.path
-        with _library_stderr() as heard:
+        with library_stderr() as heard:
             try:
                 decoder = VideoDecoder(entry.path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
                 self._length = len(decoder)
@@ -206,7 +134,7 @@ class _TorchcodecReader(VideoReader):
             else:
                 failure = None
         if failure is not None:
-            raise DecodeError(f"{self.path}: cannot be opened: {_first_reason(str(failure), heard)}") from None
+            raise DecodeError(f"{self.path}: cannot be opened: {first_reason(str(failure), heard)}") from None
         if self._length < 1:
             raise DecodeError(f"{self.path}: has no frames")
         self._decoder = decoder
@@ -217,12 +145,12 @@ class _TorchcodecReader(VideoReader):
     def _decode(self, indices: np.ndarray) -> np.ndarray:
         if self._decoder is None:
             raise DecodeError(f"{self.path}: is closed")
-        with _library_stderr() as heard:
+        with library_stderr() as heard:
             try:
                 return self._decoder.get_frames_at(indices.tolist()).data.numpy()
             except Exception as error:
                 failure = error
-        raise DecodeError(f"{self.path}: cannot be decoded: {_first_reason(str(failure), heard)}")
+        raise DecodeError(f"{self.path}: cannot be decoded: {first_reason(str(failure), heard)}")
 
     def close(self) -> None:
         self._decoder = None
@@ -251,7 +179,7 @@ class _DecordReader(VideoReader):
 
         decord.logging.set_level(decord.logging.QUIET)
         self.path = entry.path
-        with _library_stderr() as heard:
+        with library_stderr() as heard:
             try:
                 reader = decord.VideoReader(entry.path, ctx=decord.cpu(0), num_threads=1)
                 self._length = len(reader)
@@ -261,7 +189,7 @@ class _DecordReader(VideoReader):
             else:
                 failure = None
         if failure is not None:
-            raise DecodeError(f"{self.path}: cannot be opened: {_first_reason(str(failure), heard)}") from None
+            raise DecodeError(f"{self.path}: cannot be opened: {first_reason(str(failure), heard)}") from None
         if self._length < 1:
             raise DecodeError(f"{self.path}: has no frames")
         self._reader = reader
@@ -275,7 +203,7 @@ class _DecordReader(VideoReader):
         try:
             batch = self._reader.get_batch(indices.tolist())
         except Exception as error:
-            raise DecodeError(f"{self.path}: cannot be decoded: {_first_reason(str(error), [])}") from None
+            raise DecodeError(f"{self.path}: cannot be decoded: {first_reason(str(error), [])}") from None
         # A program that set decord's bridge gets tensors of its framework; all of them convert.
         return batch.asnumpy() if hasattr(batch, "asnumpy") else np.asarray(batch)
 
@@ -313,7 +241,7 @@ class _FrameFolderReader(VideoReader):
             except FileNotFoundError:
                 raise DecodeError(f"{path}: does not exist; the list promises {len(self)} frames") from None
             except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError and more
-                raise DecodeError(f"{path}: cannot be decoded: {_first_reason(str(error), [])}") from None
+                raise DecodeError(f"{path}: cannot be decoded: {first_reason(str(error), [])}") from None
             if images[-1].shape != images[0].shape:
                 height, width = images[-1].shape[:2]
                 raise DecodeError(f"{path}: {width} x {height} pixels, unlike the frames before it")
@@ -321,140 +249,6 @@ class _FrameFolderReader(VideoReader):
 
     def close(self) -> None:
         pass
-
-
-class _PyavReader(VideoReader):
-    """PyAV: frames by their packets' timestamps, or counted from the start where those cannot be relied on.
-
-    The packets are read once, undecoded. In MP4 and Matroska their presentation times, sorted, are the frames; decoding
-    starts at the last key frame that is not shown after the wanted one, so leading pictures of an open GOP come out
-    of the group before. Other containers (AVI keeps no presentation times; a transport stream cannot be sought
-    exactly) are decoded from their start.
-    """
-
-    def __init__(self, entry: VideoEntry) -> None:
-        import av
-
-        self.path = entry.path
-        self._container = None
-        try:
-            self._container = av.open(entry.path)
-            if not self._container.streams.video:
-                raise DecodeError(f"{self.path}: cannot be opened: no video stream")
-            stream = self._container.streams.video[0]
-            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-            self.fps = float(stream.average_rate) if stream.average_rate else None
-            packets = [(p.pts, p.is_keyframe) for p in self._container.demux(stream) if p.size and not p.is_discard]
-            counted = seek_hazard(entry.path) is not None
-        except DecodeError:
-            self.close()
-            raise
-        except Exception as error:  # av.FFmpegError and OSError, UnicodeDecodeError of damaged metadata
-            self.close()
-            raise DecodeError(f"{self.path}: cannot be opened: {_first_reason(_av_text(error), [])}") from None
-        if not packets:
-            self.close()
-            raise DecodeError(f"{self.path}: has no frames")
-        self._length = len(packets)
-        times = [time for time, _ in packets]
-        self._counted = counted or None in times or len(set(times)) < len(times)
-        if not self._counted:
-            self._times = np.sort(np.array(times, np.int64))
-            self._keys = np.sort(np.array([time for time, key in packets if key], np.int64))
-
-    def __len__(self) -> int:
-        return self._length
-
-    def _decode(self, indices: np.ndarray) -> np.ndarray:
-        if self._container is None:
-            raise DecodeError(f"{self.path}: is closed")
-        try:
-            if self._counted:
-                return self._stack(self._frames_counted(indices), len(indices))
-            return self._stack(self._frames_timed(self._times[indices]), len(indices))
-        except DecodeError:
-            raise
-        except Exception as error:
-            raise DecodeError(f"{self.path}: cannot be decoded: {_first_reason(_av_text(error), [])}") from None
-
-    def _frames_counted(self, indices: np.ndarray) -> Iterator[np.ndarray]:
-        import av
-
-        wanted = set(indices.tolist())
-        with av.open(self.path) as container:  # afresh: not every container can be rewound
-            stream = container.streams.video[0]
-            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-            for number, frame in enumerate(container.decode(stream)):
-                if number in wanted:
-                    yield self._pixels(frame)
-                if number >= indices[-1]:
-                    return
-
-    def _frames_timed(self, times: np.ndarray) -> Iterator[np.ndarray]:
-        place = 0
-        while place < len(times):
-            # One run of decoding goes on as long as no later key frame would come nearer to the next frame.
-            group = self._key_before(times[place])
-            for frame in self._decode_from(group, times[place]):
-                if frame.pts is None or frame.pts < times[place]:
-                    continue
-                if frame.pts > times[place]:
-                    raise DecodeError(f"{self.path}: cannot be decoded: the frame at {times[place]} is missing")
-                yield self._pixels(frame)
-                place += 1
-                if place == len(times) or self._key_before(times[place]) > max(group, self._key_before(frame.pts)):
-                    break
-            else:
-                raise DecodeError(f"{self.path}: cannot be decoded: the file ends before its last frame")
-
-    def _key_before(self, time: int) -> int:
-        """Number of the last key frame that is not shown after `time`; 0 if there is none."""
-        return max(int(np.searchsorted(self._keys, time, side="right")) - 1, 0)
-
-    def _decode_from(self, key: int, wanted: int) -> Iterator:
-        """Frames in order from key frame number `key`, or from an earlier one if the container seeks past `wanted`."""
-        stream = self._container.streams.video[0]
-        for back in (0, 1, 2, 4, key):
-            target = int(self._keys[max(key - back, 0)]) if len(self._keys) else int(self._times[0])
-            self._container.seek(target, stream=stream, backward=True)
-            frames = self._container.decode(stream)
-            first = next(frames, None)
-            if first is not None and first.pts is not None and first.pts <= wanted:
-                yield first
-                yield from frames
-                return
-        raise DecodeError(f"{self.path}: cannot be decoded: no key frame before the frame at {wanted} can be found")
-
-    def _pixels(self, frame) -> np.ndarray:
-        if frame.is_corrupt:
-            raise DecodeError(f"{self.path}: cannot be decoded: a frame is corrupt")
-        return frame.to_ndarray(format="rgb24")
-
-    def _stack(self, frames: Iterator[np.ndarray], count: int) -> np.ndarray:
-        pixels = list(frames)
-        if len(pixels) < count:
-            raise DecodeError(f"{self.path}: cannot be decoded: the file ends before its last frame")
-        if len({picture.shape for picture in pixels}) > 1:
-            raise DecodeError(f"{self.path}: cannot be decoded: the size of its pictures changes")
-        return np.stack(pixels)
-
-    def close(self) -> None:
-        if self._container is not None:
-            self._container.close()
-        self._container = None
-
-
-def _av_text(error: Exception) -> str:
-    """PyAV's message without its number and the file's name."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def _pyav_missing() -> str | None:
-    try:
-        import av  # noqa: F401
-    except Exception as error:
-        return f"PyAV, which reads every container, is not installed ({error}): `pip install av`"
-    return None
 
 
 def _refused_by_torchcodec(entry: VideoEntry) -> str | None:
@@ -465,52 +259,10 @@ def _refused_by_decord(entry: VideoEntry) -> str | None:
     return seek_hazard(entry.path) or open_gop_hazard(entry.path)
 
 
+# The order of `auto`, as measured by bench/data.py on one core (clips of 16 frames, stride 4, short side 256): PyAV, which
+# leaves out pictures that H.264 does not need, beats torchcodec on H.264, is level with it on HEVC, VP9 and MPEG-4, and
+# refuses nothing; decord is the slowest and refuses most.
+register_backend(Backend("pyav", ("video",), PyavReader, pyav_missing))
 register_backend(Backend("torchcodec", ("video",), _TorchcodecReader, _torchcodec_missing, _refused_by_torchcodec))
 register_backend(Backend("decord", ("video",), _DecordReader, _decord_missing, _refused_by_decord))
-register_backend(Backend("pyav", ("video",), _PyavReader, _pyav_missing))
 register_backend(Backend("frames", ("frames",), _FrameFolderReader, lambda: None))
-
-_STDERR_LOCK = threading.Lock()
-
-
-@contextlib.contextmanager
-def _library_stderr() -> Iterator[list[str]]:
-    """Keep what C libraries write to stderr from the terminal; yields a list that gets their lines at the end.
-
-    decord tells why a file cannot be opened there and nowhere else. Lines of others that come meanwhile are passed on.
-    """
-    heard: list[str] = []
-    with _STDERR_LOCK:
-        try:
-            saved = os.dup(2)
-        except OSError:  # the process has no stderr
-            yield heard
-            return
-        with tempfile.TemporaryFile() as capture:
-            if sys.stderr is not None:
-                sys.stderr.flush()
-            os.dup2(capture.fileno(), 2)
-            try:
-                yield heard
-            finally:
-                if sys.stderr is not None:
-                    sys.stderr.flush()
-                os.dup2(saved, 2)
-                os.close(saved)
-                capture.seek(0)
-                for line in capture.read().decode(errors="replace").splitlines(keepends=True):
-                    if line.startswith("["):  # decord: [08:41:57] /src/...; FFmpeg: [mov,mp4 @ 0x55...]
-                        heard.append(line.strip())
-                    elif line.strip():
-                        os.write(2, line.encode())
-
-
-def _first_reason(message: str, heard: list[str]) -> str:
-    """One line without source files and addresses, from a library's exception and what it wrote to stderr."""
-    opening = next((line for line in heard if "ERROR opening" in line), None)
-    text = opening.rsplit(", ", 1)[-1] if opening else (message.strip().splitlines() or ["unknown reason"])[0]
-    text = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", text)
-    text = re.sub(r"^(\w+, )?/\S+\.(cpp|cc|h):\d+, ", "", text)
-    text = text.replace("failed with 1094995529", "failed: invalid data")  # FFmpeg's AVERROR_INVALIDDATA
-    # "Check failed: CODE >= 0 (-1094995529 vs. 0) Thread worker: Error sending packet." -> the words at its end
-    return re.sub(r"^Check failed: .*?\(\S+ vs\. \S+\)\s*(?=\S)", "", text).strip() or "unknown reason"

@@ -27,7 +27,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,15 +105,30 @@ class Mix(Sequence):
         """
         if self.mixing == "natural":
             return index % len(self), range(len(self))
+        turn, number, place, samples = self._find_turn(index, size)
+        source = self.sources[number]
+        cycle, offset = divmod(epoch * samples + place, source.count)
+        video = source.first + int(self._order(seed, number, turn, cycle)[offset])
+        return video, range(source.first, source.first + source.count)
+
+    def _find_turn(self, index: int, size: int) -> tuple[int, int, int, int]:
+        """Weighted: (round of the epoch, source, which of its samples, how many of an epoch it has) of a sample."""
         turn, place = divmod(index, size)
         samples, number = self.samples(size), 0
         while place >= samples[number]:
             place -= samples[number]
             number += 1
-        source = self.sources[number]
-        cycle, offset = divmod(epoch * samples[number] + place, source.count)
-        video = source.first + int(self._order(seed, number, turn, cycle)[offset])
-        return video, range(source.first, source.first + source.count)
+        return turn, number, place, samples[number]
+
+    def count_sources(self, indices: Iterable[int], size: int) -> list[int]:
+        """How many of the samples `indices` of an epoch of `size` fall to each source."""
+        counts = [0] * len(self.sources)
+        starts = [source.first for source in self.sources]
+        for index in indices:
+            natural = self.mixing == "natural"
+            number = bisect_right(starts, index % len(self)) - 1 if natural else self._find_turn(index, size)[1]
+            counts[number] += 1
+        return counts
 
     def _order(self, seed: int, number: int, turn: int, cycle: int) -> np.ndarray:
         key = (seed, number, turn, cycle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -125,13 +126,30 @@ class VideoDataset(Dataset):
             raise error
         return reader
 
+    @property
+    def sources(self) -> list[str]:
+        """Names of the mix's sources; empty where there is one only."""
+        several = isinstance(self.data, Mix) and len(self.data.sources) > 1
+        return [source.name for source in self.data.sources] if several else []
+
+    def count_sources(self, batch: Any) -> list[int]:
+        """Clips of each of the `sources` in a batch (`batch.ids`: (epoch, index, path) of each sample)."""
+        if not self.sources:
+            return []
+        counts = self.data.count_sources([index for _, index, _ in batch.ids], len(self))
+        return [count * self.num_sample for count in counts]
+
+    def pick_video(self, epoch: int, index: int) -> tuple[int, range]:
+        """(number of a sample's entry, those of the entries that may stand in for it)."""
+        if isinstance(self.data, Mix):
+            return self.data.pick(self.seed, epoch, index, len(self))
+        return index % len(self.entries), range(len(self.entries))
+
     def _decode_with_replacement(self, epoch: int, index: int) -> tuple[Tensor, int, list[Failure]]:
         """(clips, number of the entry they come from, the failures before it)."""
         failures: list[Failure] = []
         rng = numpy_rng(self.seed, epoch, index, 0, Purpose.REPLACEMENT)
-        video, others = index % len(self.entries), range(len(self.entries))
-        if isinstance(self.data, Mix):
-            video, others = self.data.pick(self.seed, epoch, index, len(self))
+        video, others = self.pick_video(epoch, index)
         total, tried = len(others), set()
         for attempt in range(min(total, MAX_ATTEMPTS)):
             while video in tried:

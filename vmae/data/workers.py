@@ -132,6 +132,7 @@ class WorkerPool:
         self._context = torch.multiprocessing.get_context()
         self._ready: dict[int, Any] = {}
         self._next = self._idle_restarts = 0
+        self._interrupted = False
         self._workers = [_Worker(self._context, maker) for _ in range(count)]
         for _ in range(prefetch):
             for worker in self._workers:
@@ -147,6 +148,8 @@ class WorkerPool:
 
     def __next__(self) -> Any:
         while self._next not in self._ready:
+            if self._interrupted:
+                raise StopIteration
             if not any(worker.tasks for worker in self._workers):
                 self.close()
                 raise StopIteration
@@ -214,6 +217,10 @@ class WorkerPool:
         self._workers[self._workers.index(worker)] = fresh
         for number, task in worker.tasks:
             fresh.give(number, task)
+
+    def interrupt(self) -> None:
+        """End iteration within a second, also where another thread waits in `next`; the processes stay until `close`."""
+        self._interrupted = True
 
     def close(self) -> None:
         """End the processes; iteration is over."""

@@ -21,8 +21,8 @@ from torch import nn
 from tqdm import tqdm
 
 from vmae.cost import forward_macs, token_counts
-from vmae.data import Batch, PretrainDataset, build_loader, check_decodable, read_list
-from vmae.data.dataset import EpochSampler, PretrainLoader
+from vmae.data import Batch, Prefetcher, PretrainDataset, Quarantine, build_loader, check_decodable, read_data
+from vmae.data.dataset import EpochSampler, check_loader
 from vmae.errors import InputError
 from vmae.interop.upstream import check_shapes, load_into, load_weights
 from vmae.model import Pretrainer, build_pretrainer
@@ -124,7 +124,9 @@ def prepare(config: PretrainConfig, run: RunConfig, parallel: Parallel) -> Prepa
     check_attention(run.speed, config.model, config.dtype, device)
     check_output(Path(run.output))
     check_mask(config.mask, config.model.grid)
-    entries = read_list(config.data, config.data_root)
+    Quarantine(max_share=run.max_bad_share)
+    check_loader(config.loader)
+    entries = read_data(config.data, config.data_root)
     notes = [f"note: skipped, cannot be decoded: {error}" for _, error in check_decodable(entries)]
     dataset = PretrainDataset(
         entries,
@@ -136,6 +138,10 @@ def prepare(config: PretrainConfig, run: RunConfig, parallel: Parallel) -> Prepa
         num_sample=config.num_sample,
         seed=config.seed,
         repeat=config.repeat,
+        sampling=config.sampling,
+        fps=config.fps,
+        flip=config.flip,
+        resize=config.resize,
     )
     steps_per_epoch = EpochSampler(len(dataset), config.effective_batch).steps_per_epoch
     config = with_steps(config, steps_per_epoch)
@@ -152,9 +158,7 @@ def prepare(config: PretrainConfig, run: RunConfig, parallel: Parallel) -> Prepa
         return load_into(model, load_weights(config.init), config.init, allow_encoder_only=True)
 
     checkpoint, start_step = find_start(model, config, run, parallel, notes, load_init)
-    return Prepared(
-        config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, checkpoint, start_step, notes
-    )
+    return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, checkpoint, start_step, notes)
 
 
 def build_schedule(config: Any, optim: OptimConfig) -> CosineSchedule:
@@ -297,7 +301,7 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
         return wrapped(batch.clips, batch.mask)
 
     def weigh(batch: Batch) -> float:
-        return float(batch.mask.weight.sum()) / usual
+        return batch.counted / usual
 
     def show_trivial_losses(batch: Batch) -> None:
         trivial.update(trivial_losses(batch.clips, batch.mask, config.model, config.normalize_target))
@@ -324,6 +328,8 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
         about=config.to_dict(),
         parallel=parallel,
         weigh=weigh,
+        sources=prepared.dataset.sources,
+        count_sources=prepared.dataset.count_sources,
         flops_per_clip=_flops_per_clip(config),
         tensorboard=run.tensorboard,
         on_first_batch=show_trivial_losses if parallel.is_main else None,
@@ -355,8 +361,9 @@ def open_folder(prepared: Prepared, folder: Path) -> None:
     write_run_file(folder, describe_start(about, device=prepared.device, start_step=prepared.start_step))
 
 
-def open_batches(prepared: Prepared, start_step: int) -> PretrainLoader:
+def open_batches(prepared: Prepared, start_step: int) -> Prefetcher:
     """This rank's micro-batches from `start_step` on."""
+    decoder = getattr(prepared.config, "loader", "cpu")  # only pre-training has the choice
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loader = build_loader(
@@ -370,7 +377,10 @@ def open_batches(prepared: Prepared, start_step: int) -> PretrainLoader:
             total_steps=prepared.config.steps,
             pin_memory=prepared.device.type == "cuda",
             quarantine=Path(prepared.run.output) / "quarantine.jsonl",
+            max_bad_share=prepared.run.max_bad_share,
+            loader=decoder,
+            device=prepared.device,
         )
     for warning in caught if prepared.parallel.is_main else ():
         print(f"note: {warning.message}", flush=True)
-    return loader
+    return Prefetcher(loader, prepared.device, threaded=False if decoder == "dali" else None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vmae.data import describe_data
 from vmae.masking import DualMask
 from vmae.train.checkpoint import WEIGHTS_NAME, CheckpointFolder
 from vmae.train.metrics import LOG_NAME, RUN_NAME, loss_of_last_tenth, read_log
@@ -30,6 +31,7 @@ def banner(prepared: Prepared) -> list[str]:
         f"({mask.encoder} {mask.encoder_ratio:g}: {one.visible.shape[1]} visible; {decoder}: {one.decode.shape[1]} picked, "
         f"{int(one.weight.sum())} counted by the loss)",
         f"data: {about['videos']} videos x {config.repeat} visits an epoch, {prepared.steps_per_epoch} steps an epoch",
+        *(f"  {line}" for line in describe_data(prepared.dataset.data)),
         f"batch: effective batch {config.effective_batch} videos ({run.batch_size} x {run.accumulate} micro-batches x "
         f"{prepared.parallel.world_size} ranks), {about['clips_per_step']} clips a step; learning rate {config.optim.lr:g} x "
         f"{config.effective_batch} / 256 = {optim.lr:.3g} at its peak, {optim.min_lr:.3g} at the end",

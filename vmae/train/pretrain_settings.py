@@ -28,9 +28,11 @@ class PretrainConfig(_Checked):
 
     Attributes:
         model, mask, optim: see their classes; `optim.lr` is for 256 videos a step.
-        data: the list file.
+        data: the list file, or a mix (YAML, see `vmae.data.mix`).
         data_root: folder that its relative paths start from.
         stride: frames from one sampled frame to the next, where the list says nothing else.
+        sampling, fps, flip, resize: see `vmae.data.PretrainDataset`.
+        loader: "cpu", or "dali", whose pixels differ by some levels, see `vmae.data.build_loader`.
         effective_batch: videos of a step, over all ranks and micro-batches.
         num_sample: clips cut from each of them.
         repeat: visits of a video in an epoch.
@@ -49,6 +51,11 @@ class PretrainConfig(_Checked):
     data: str
     data_root: str | None = None
     stride: int = 4
+    sampling: str = "published"
+    fps: float | None = None
+    flip: bool = False
+    resize: str = "torch"
+    loader: str = "cpu"
     effective_batch: int = 32
     num_sample: int = 1
     repeat: int = 1
@@ -86,6 +93,7 @@ class RunConfig(_Checked):
         keep_every: checkpoints of steps that this divides stay as well.
         async_save: write checkpoints while training goes on.
         tensorboard: also write TensorBoard files.
+        max_bad_share: share of reads that may fail before the run stops, see `vmae.data.Quarantine`.
     """
 
     output: str
@@ -100,6 +108,7 @@ class RunConfig(_Checked):
     async_save: bool = False
     log_every: int = 10
     tensorboard: bool = True
+    max_bad_share: float = 0.05
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate"):
@@ -107,14 +116,15 @@ class RunConfig(_Checked):
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command; the published names of the same settings work too."""
+def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Flags of the command; the published names of the same settings work too. `required`: those for data and output are."""
     source = parser.add_argument_group("data and output")
     source.add_argument(
-        "--data", "--data_path", required=True, metavar="LIST", help="list file: one video or frame folder a line"
-    )
+        "--data", "--data_path", required=required, metavar="LIST",
+        help="list file: one video or frame folder a line; or a mix of lists (.yaml)",
+    )  # fmt: skip
     source.add_argument("--data-root", "--data_root", metavar="DIR", help="where the list's relative paths start")
-    source.add_argument("--output", "--output_dir", required=True, metavar="DIR", help="folder of the run: checkpoints, logs")
+    source.add_argument("--output", "--output_dir", required=required, metavar="DIR", help="folder of the run")
     source.add_argument("--init", metavar="WEIGHTS", help="start from these weights (.pth or .safetensors, published names)")
     source.add_argument("--dry-run", action="store_true", help="check everything, print the resolved settings, write nothing")
     _add_result_arguments(parser.add_argument_group("settings that change results"))
@@ -130,6 +140,17 @@ def _add_result_arguments(group) -> None:
     group.add_argument("--decoder-depth", "--decoder_depth", type=int, help="blocks of the decoder (default: the preset's)")
     group.add_argument("--drop-path", "--drop_path", type=float, default=0.0, help="stochastic depth of the encoder")
     group.add_argument("--stride", "--sampling_rate", type=int, default=4, help="frames from one sampled frame to the next (4)")
+    group.add_argument(
+        "--sampling", default="published",
+        help="published; exact (the stride kept exactly, the last frame in reach); fps (clips of --fps) (published)",
+    )  # fmt: skip
+    group.add_argument("--fps", type=float, help="frames a second of the clips, with --sampling fps")
+    group.add_argument(
+        "--flip", action=argparse.BooleanOptionalAction, default=False,
+        help="mirror half of the clips; wrong where left and right mean something, as in SSv2 (no)",
+    )  # fmt: skip
+    group.add_argument("--resize", default="torch", help="torch; pil: pixels as published, slower (torch)")
+    group.add_argument("--loader", default="cpu", help="who decodes: cpu, or dali (a GPU's decoder; some levels off) (cpu)")
     group.add_argument("--batch-size", "--batch_size", type=int, default=32, help="videos of a micro-batch on one rank (32)")
     group.add_argument(
         "--accumulate", "--update_freq", type=int, default=1,
@@ -173,6 +194,7 @@ def _add_optimizer_arguments(group) -> None:
 def add_run_arguments(group) -> None:
     """Flags of `RunConfig`, the same for every kind of training."""
     group.add_argument("--workers", "--num_workers", type=int, default=1, help="processes that decode video (1)")
+    group.add_argument("--max-bad-share", type=float, default=0.05, help="bad videos that do not stop the run, of all (0.05)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     group.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
     group.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
@@ -239,7 +261,8 @@ def configs_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, RunConf
         optim=OptimConfig(warmup_epochs=warmup_epochs, **taken(args, "lr min_lr betas eps weight_decay clip_grad")),
         warmup_steps=warmup_steps,
         effective_batch=args.batch_size * args.accumulate * world_size(),
-        **taken(args, "data data_root stride num_sample repeat epochs steps seed dtype normalize_target init"),
+        **taken(args, "data data_root stride sampling fps flip resize loader num_sample repeat"),
+        **taken(args, "epochs steps seed dtype normalize_target init"),
     )
     return config, run
 
@@ -250,7 +273,7 @@ def run_from_args(args: argparse.Namespace) -> RunConfig:
         num_workers=args.workers, **taken(args, "backend attention compile checkpointing parallel shard_size")
     )
     names = "output device batch_size accumulate resume save_every keep keep_every async_save log_every tensorboard"
-    return RunConfig(speed=speed, **taken(args, names))
+    return RunConfig(speed=speed, **taken(args, f"{names} max_bad_share"))
 
 
 def taken(args: argparse.Namespace, names: str) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+# Shared by the recipes, which set their numbers as shell variables, source this file and call `pretrain "$@"`.
+#
+# What a person sets, in the environment:
+#   DATA          list file (one video or frame folder a line), or a YAML file that mixes several lists
+#   DATA_ROOT     folder that the list's relative paths start from
+#   OUTPUT        folder of the run (runs/NAME_OF_THE_RECIPE)
+#   GPUS          all GPUs of the run (those of this machine; 1 where there is none); processes, on a CPU
+#   NODES         machines that they are in (GPUS / 8, at least 1); on each of them start the recipe with NODE_RANK=0, 1, ...
+#                 and MASTER_ADDR (and MASTER_PORT) of the first one, or let recipes/slurm.sh do so
+#   BATCH         videos on a GPU at once (as published, or less where the GPUs are many); smaller needs less memory, and the
+#                 effective batch stays, by accumulation
+#   WORKERS       processes a GPU that decode video (10, as published)
+#   PYTHON        interpreter (.venv/bin/python where it is there, else python)
+#   RESTARTS      times that torchrun starts all processes again after one died; each time they resume (3 with several)
+#   GPU_MEMORY, DEVICE  of one GPU (80GiB, h100), for the plan of --dry-run
+# Arguments go on to `python -m vmae pretrain`; --dry-run prints the plan, the command and the first videos, and starts nothing.
+
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# What all published sizes share: the released scripts (scripts/pretrain in OpenGVLab/VideoMAEv2), and for MIN_LR and
+# WEIGHT_DECAY the defaults of its run_mae_pretraining.py. A recipe sets what differs after sourcing this file.
+BATCH_PER_GPU=32  # videos
+NUM_SAMPLE=4      # clips of a video
+ENCODER_RATIO=0.9 # tube mask
+DECODER_RATIO=0.5 # running-cell mask
+DECODER_DEPTH=4
+NUM_FRAMES=16
+STRIDE=4
+BETAS="0.9 0.95"
+WEIGHT_DECAY=0.05
+MIN_LR=1e-5     # for 256 videos, like LR; the cosine ends there
+DTYPE=bfloat16  # published: float16 with loss scaling
+CLIP_GRAD=      # none
+STEPS=          # length of the run where it is not EPOCHS
+MORE_FLAGS=(--workers "${WORKERS:-10}")
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+is_count() {
+  [[ $1 =~ ^[1-9][0-9]*$ ]]
+}
+
+find_python() {
+  if [ -n "${PYTHON:-}" ]; then return; fi
+  PYTHON=python
+  if [ -x "$ROOT/.venv/bin/python" ]; then PYTHON=$ROOT/.venv/bin/python; fi
+}
+
+count_gpus() {
+  local found
+  found=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
+  echo $((found > 0 ? found : 1))
+}
+
+# GPUS, NODES and BATCH, checked; ACCUMULATE such that GPUS x BATCH x ACCUMULATE is the published EFFECTIVE_BATCH.
+divide_batch() {
+  GPUS=${GPUS:-$(count_gpus)}
+  is_count "$GPUS" || fail "GPUS=$GPUS is not a number of GPUs"
+  NODES=${NODES:-$((GPUS > 8 ? (GPUS + 7) / 8 : 1))}
+  is_count "$NODES" || fail "NODES=$NODES is not a number of machines"
+  ((GPUS % NODES == 0)) || fail "GPUS=$GPUS do not fill NODES=$NODES machines; set both"
+  ((EFFECTIVE_BATCH % GPUS == 0)) || fail "GPUS=$GPUS do not divide the effective batch of $EFFECTIVE_BATCH videos; use a number that does"
+  local share=$((EFFECTIVE_BATCH / GPUS))
+  BATCH=${BATCH:-$((share < BATCH_PER_GPU ? share : BATCH_PER_GPU))}
+  is_count "$BATCH" || fail "BATCH=$BATCH is not a number of videos"
+  ((share % BATCH == 0)) || fail "BATCH=$BATCH does not divide the $share videos of a GPU in a step ($EFFECTIVE_BATCH / $GPUS GPUs)"
+  ACCUMULATE=$((share / BATCH))
+}
+
+# The flags of `pretrain` that decide the result, but for DATA.
+set_flags() {
+  # shellcheck disable=SC2086  # BETAS are two words
+  FLAGS=(--model "$MODEL" --batch-size "$BATCH" --accumulate "$ACCUMULATE" --num-sample "$NUM_SAMPLE"
+    --encoder-mask tube --encoder-ratio "$ENCODER_RATIO" --decoder-mask running_cell --decoder-ratio "$DECODER_RATIO"
+    --num-frames "$NUM_FRAMES" --stride "$STRIDE" --decoder-depth "$DECODER_DEPTH"
+    --lr "$LR" --min-lr "$MIN_LR" --betas $BETAS --weight-decay "$WEIGHT_DECAY" --dtype "$DTYPE" "${MORE_FLAGS[@]}")
+  if [ -n "${CLIP_GRAD:-}" ]; then FLAGS+=(--clip-grad "$CLIP_GRAD"); fi
+  if [ -n "${STEPS:-}" ]; then FLAGS+=(--steps "$STEPS"); else FLAGS+=(--epochs "$EPOCHS" --warmup-epochs "$WARMUP_EPOCHS"); fi
+}
+
+announce() {
+  awk -v lr="$LR" -v batch="$EFFECTIVE_BATCH" -v clips="$((EFFECTIVE_BATCH * NUM_SAMPLE))" -v gpus="$GPUS" -v each="$BATCH" \
+    -v times="$ACCUMULATE" -v name="$NAME" 'BEGIN {
+      printf "%s: effective batch %d videos = %d (GPUs) x %d (videos) x %d (accumulated), %d clips a step; ", name, batch, gpus, each, times, clips
+      printf "effective learning rate %g x %d / 256 = %g\n", lr, batch, lr * batch / 256 }'
+}
+
+# A stop (SIGTERM, SIGUSR1) goes from torchrun to all processes, which have time to write a checkpoint.
+set_launcher() {
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
+  export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+  LAUNCH=("$PYTHON" -m torch.distributed.run --nproc-per-node $((GPUS / NODES))
+    --max-restarts "${RESTARTS:-$((GPUS > 1 ? 3 : 0))}")
+  if ((NODES == 1)); then
+    LAUNCH+=(--standalone)
+  else
+    LAUNCH+=(--nnodes "$NODES" --node-rank "${NODE_RANK:-0}" --master-addr "${MASTER_ADDR:-localhost}"
+      --master-port "${MASTER_PORT:-29500}")
+  fi
+}
+
+dry_run() {
+  local list=()
+  if [ -n "${DATA:-}" ]; then list=(--data "$DATA" ${DATA_ROOT:+--data-root "$DATA_ROOT"}); fi
+  "$PYTHON" -m vmae plan --gpus "$GPUS" --gpus-per-node $((GPUS / NODES)) --memory "${GPU_MEMORY:-80GiB}" \
+    "${FLAGS[@]}" "${list[@]}" "$@" --device "${DEVICE:-h100}"
+  if [ -z "${DATA:-}" ]; then echo "$NO_DATA"; fi
+  printf 'command:'
+  printf ' %q' "${COMMAND[@]}"
+  printf '\n'
+}
+
+NO_DATA="DATA is not set: set it to the list file (one video or frame folder a line), or to a YAML file that mixes several lists"
+
+# Called where a run is started without DATA; a recipe that has videos of its own defines it anew and sets DATA.
+default_data() {
+  fail "$NO_DATA"
+}
+
+pretrain() {
+  local dry= argument arguments=()
+  for argument in "$@"; do
+    if [ "$argument" = --dry-run ]; then dry=1; else arguments+=("$argument"); fi
+  done
+  find_python
+  divide_batch
+  set_flags
+  set_launcher
+  announce
+  export PYTHONPATH="$ROOT:$ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}"
+  OUTPUT=${OUTPUT:-runs/$NAME}
+  if [ -z "${DATA:-}$dry" ]; then default_data; fi
+  COMMAND=("${LAUNCH[@]}" -m vmae pretrain --data "${DATA:-DATA}" ${DATA_ROOT:+--data-root "$DATA_ROOT"}
+    --output "$OUTPUT" "${FLAGS[@]}" "${arguments[@]}")
+  if [ -n "$dry" ]; then
+    dry_run "${arguments[@]}"
+    return
+  fi
+  exec "${COMMAND[@]}"
+}

@@ -1,0 +1,134 @@
+"""What every decoder looks like from outside, and what they share: an error, and ears for what C libraries say."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from vmae.errors import InputError
+
+
+class DecodeError(InputError):
+    """A file that cannot be decoded, or has no frames. The message names it and gives the library's reason.
+
+    Attributes:
+        library: the backend that failed; None where none was asked.
+    """
+
+    library: str | None = None
+
+
+class VideoReader(ABC):
+    """An open video; a context manager that closes it.
+
+    Attributes:
+        path: of the file or folder.
+        fps: frames a second, None where it is not known.
+        size: width and height, None where they are known only once a frame is decoded.
+        codec: FFmpeg's name of it, None where it is not known.
+        backend: name of the backend that opened it.
+    """
+
+    path: str
+    fps: float | None = None
+    size: tuple[int, int] | None = None
+    codec: str | None = None
+    backend: str = "?"
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Frames of the video, at least 1."""
+
+    @abstractmethod
+    def _decode(self, indices: np.ndarray) -> np.ndarray:
+        """uint8 [T, H, W, 3], RGB, of ascending, distinct, valid int64 `indices` [T >= 1]."""
+
+    def frames(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Decode some frames, in any order; each is decoded once, even if it is named twice.
+
+        Args:
+            indices: whole numbers [T], from 0, T at least 1.
+
+        Returns:
+            uint8 [T, H, W, 3], RGB.
+
+        Raises:
+            IndexError: a frame that the video does not have, or no index.
+            DecodeError: a frame cannot be decoded.
+        """
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wanted.ndim != 1 or wanted.size == 0:
+            raise IndexError(f"{self.path}: frame indices must be a list of at least one number")
+        if wanted.min() < 0 or wanted.max() >= len(self):
+            raise IndexError(f"{self.path}: frames {wanted.min()} to {wanted.max()} asked for, it has {len(self)}")
+        distinct, places = np.unique(wanted, return_inverse=True)
+        try:
+            decoded = self._decode(distinct)
+        except DecodeError as error:
+            error.library = self.backend
+            raise
+        return decoded if np.array_equal(distinct, wanted) else decoded[places]
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the file; the reader is of no further use."""
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+_STDERR_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def library_stderr() -> Iterator[list[str]]:
+    """Keep what C libraries write to stderr from the terminal; yields a list that gets their lines at the end.
+
+    decord tells why a file cannot be opened there and nowhere else. Lines of others that come meanwhile are passed on.
+    """
+    heard: list[str] = []
+    with _STDERR_LOCK:
+        try:
+            saved = os.dup(2)
+        except OSError:  # the process has no stderr
+            yield heard
+            return
+        with tempfile.TemporaryFile() as capture:
+            if sys.stderr is not None:
+                sys.stderr.flush()
+            os.dup2(capture.fileno(), 2)
+            try:
+                yield heard
+            finally:
+                if sys.stderr is not None:
+                    sys.stderr.flush()
+                os.dup2(saved, 2)
+                os.close(saved)
+                capture.seek(0)
+                for line in capture.read().decode(errors="replace").splitlines(keepends=True):
+                    if line.startswith("["):  # decord: [08:41:57] /src/...; FFmpeg: [mov,mp4 @ 0x55...]
+                        heard.append(line.strip())
+                    elif line.strip():
+                        os.write(2, line.encode())
+
+
+def first_reason(message: str, heard: list[str]) -> str:
+    """One line without source files and addresses, from a library's exception and what it wrote to stderr."""
+    opening = next((line for line in heard if "ERROR opening" in line), None)
+    text = opening.rsplit(", ", 1)[-1] if opening else (message.strip().splitlines() or ["unknown reason"])[0]
+    text = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", text)
+    text = re.sub(r"^(\w+, )?/\S+\.(cpp|cc|h):\d+, ", "", text)
+    text = text.replace("failed with 1094995529", "failed: invalid data")  # FFmpeg's AVERROR_INVALIDDATA
+    # "Check failed: CODE >= 0 (-1094995529 vs. 0) Thread worker: Error sending packet." -> the words at its end
+    return re.sub(r"^Check failed: .*?\(\S+ vs\. \S+\)\s*(?=\S)", "", text).strip() or "unknown reason"
