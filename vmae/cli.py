@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": ("vmae.evaluate.classify", "test a classifier on many views of each video: top-1, top-5, a table, a picture"),
     "predict": ("vmae.evaluate.predict", "name the classes of one video"),
     "export": ("vmae.interop.export", "write a run's weights as one .pth or .safetensors file with published names"),
+    "convert": ("vmae.interop.convert", "weights to and from a folder that transformers (Hugging Face) reads"),
     "plan": ("vmae.plan", "tell what a pre-training run will need: memory, largest batch, hours, clips a second"),
     "curves": ("vmae.curves", "plot the logs of several runs together"),
     "reconstruct": ("vmae.evaluate.reconstruct", "draw what a checkpoint makes of a video"),
