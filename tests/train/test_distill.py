@@ -1,0 +1,158 @@
+"""A student learns what the teacher makes of the very clips that it sees; logits may be stored once, with the views' seeds."""
+
+import json
+
+import pytest
+import torch
+
+from vmae import InputError, ModelConfig, build_classifier
+from vmae.cli import main
+from vmae.interop.upstream import load_weights
+from vmae.train.checkpoint import export_weights
+from vmae.train.distill import distillation_loss
+from vmae.train.logit_store import LogitStore, fill_store
+
+CONFIG = ModelConfig.preset("vit_tiny", img_size=32, num_frames=4)
+FLAGS = [
+    "--model", "vit_tiny", "--image-size", "32", "--num-frames", "4", "--stride", "2", "--batch-size", "4", "--num-sample", "1",
+    "--workers", "0", "--log-every", "1", "--no-tensorboard", "--device", "cpu", "--mixup", "0", "--cutmix", "0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Fine-tuned checkpoints of 3 and of 5 classes, with random weights."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("teachers")
+    for classes in (3, 5):
+        model = build_classifier(CONFIG, classes)
+        torch.nn.init.normal_(model.head.weight)
+        export_weights(folder / f"{classes}.pth", model.state_dict(), config={"model": CONFIG.to_dict()})
+    return folder
+
+
+@pytest.fixture
+def distil(labelled_world, tmp_path):
+    def start(teacher, *flags, out="run"):
+        where = ["--data", str(labelled_world / "train.txt"), "--output", str(tmp_path / out), "--teacher", str(teacher)]
+        return main(["distil", *where, *FLAGS, *map(str, flags)])
+
+    return start
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_loss():
+    student, teacher = torch.randn(4, 3), torch.randn(4, 3)
+    p, q = (teacher / 2).softmax(1), (student / 2).softmax(1)
+    expected = 4 * (p * (p.log() - q.log())).sum(1).mean()
+    torch.testing.assert_close(distillation_loss(student, teacher, 2.0), expected)
+    assert float(distillation_loss(teacher + 3, teacher, 1.0)) == pytest.approx(0, abs=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert distillation_loss(student.bfloat16(), teacher, 2.0).dtype == torch.float32
+
+
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(distil, teachers, tmp_path):
+    flags = ["--init", teachers / "3.pth", "--kl-weight", "1", "--steps", "1", "--drop-path", "0"]
+    assert distil(teachers / "3.pth", *flags) == 0
+    assert losses(tmp_path / "run")[0] == pytest.approx(0, abs=1e-5)
+
+
+def test_live_and_stored_logits_train_the_same_student(distil, teachers, tmp_path, capsys):
+    flags = ["--kl-weight", "0.5", "--steps", "4", "--warmup-steps", "0", "--lr", "0.01"]
+    store = ["--logits", tmp_path / "logits"]
+    assert distil(teachers / "3.pth", *flags, out="live") == 0
+    assert distil(teachers / "3.pth", *flags, *store, "--store", "2") == 0
+    assert "bf16 logits of 2 epochs x 12 samples, 3 classes" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    assert distil(teachers / "3.pth", *flags, *store) == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "live"), rel=5e-3)  # but for bf16
+    live, stored = (load_weights(tmp_path / name / "weights.pth")["head.weight"] for name in ("live", "run"))
+    torch.testing.assert_close(live, stored, atol=2e-3, rtol=0.05)
+
+
+def test_stored_epochs_come_again(distil, teachers, tmp_path):
+    """Three steps are an epoch: with one stored, step 4 sees the views of the first epoch, in another order."""
+    flags = ["--steps", "5", "--logits", tmp_path / "logits"]
+    assert distil(teachers / "3.pth", *flags, "--store", "1") == 0
+    assert distil(teachers / "3.pth", *flags) == 0
+    assert len(losses(tmp_path / "run")) == 5
+
+
+def test_a_larger_teachers_head_is_converted(distil, teachers, tmp_path, capsys):
+    assert distil(teachers / "5.pth", "--steps", "1") == 2
+    assert "has 5 classes, the labels have 3; --teacher-map FILE.json" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "map.json").write_text("[4, 2, 0]")
+    assert distil(teachers / "5.pth", "--steps", "1", "--teacher-map", tmp_path / "map.json") == 0
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--store", "1"], "--store needs the folder to store to"),
+        (["--logits", "L", "--mixup", "0.8"], "stored logits are of single clips"),
+        (["--logits", "L"], "holds no stored logits"),
+        (["--temperature", "0"], "temperature (0.0) must be above 0"),
+        (["--kl-weight", "2"], "kl_weight (2.0) in [0, 1]"),
+    ],
+)
+def test_bad_input(distil, teachers, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert distil(teachers / "3.pth", "--steps", "1", *flags) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_logits_of_other_views_are_refused(distil, teachers, tmp_path, capsys):
+    flags = ["--logits", tmp_path / "logits", "--steps", "1"]
+    assert distil(teachers / "3.pth", *flags, "--store", "1") == 0
+    for change, named in ((["--seed", "1"], "seed"), (["--stride", "1"], "clip"), (["--erase", "0"], "augment")):
+        assert distil(teachers / "3.pth", *flags, *change) == 2
+        assert f"of other views or another teacher: {named} differ" in capsys.readouterr().err
+    (tmp_path / "logits" / "epoch-0000.done").write_bytes(b"\1" * 11 + b"\0")
+    assert distil(teachers / "3.pth", *flags) == 2
+    assert "lacks the logits of 1 samples" in capsys.readouterr().err
+
+
+# --- The store ---
+
+ABOUT = {"epochs": 2, "samples": 5, "num_sample": 2, "classes": 3, "seed": 0}
+
+
+def row(key):
+    return torch.full((2, 3), 10.0 * key[0] + key[1])
+
+
+def test_the_store_resumes_and_ranks_share_it(tmp_path):
+    store, asked = LogitStore(tmp_path, ABOUT), []
+
+    def compute(keys):
+        asked.extend(keys)
+        if len(asked) > 4:
+            raise KeyboardInterrupt
+        return torch.cat([row(key) for key in keys])
+
+    store.create()
+    with pytest.raises(KeyboardInterrupt):
+        fill_store(store, compute, batch_size=2)
+    again = LogitStore(tmp_path, ABOUT)
+    again.create()  # keeps what is there
+    assert len(again.missing()) == 6
+    shares = [again.missing()[rank::3] for rank in range(3)]
+    for rank in range(3):  # ranks that run at the same time have looked before anyone wrote
+        again.write(shares[rank], torch.cat([row(key) for key in shares[rank]]))
+    assert not again.missing()
+    found = LogitStore(tmp_path, ABOUT).read([(1, 4), (0, 0)])
+    assert found.dtype == torch.float32 and torch.equal(found, torch.cat([row((1, 4)), row((0, 0))]))
+
+
+def test_the_store_names_what_differs(tmp_path):
+    LogitStore(tmp_path, ABOUT).create()
+    with pytest.raises(InputError, match="seed differ"):
+        LogitStore(tmp_path, {**ABOUT, "seed": 1})
+    with pytest.raises(InputError, match="no stored logits"):
+        LogitStore(tmp_path / "gone", ABOUT).missing()
+    (tmp_path / "logits.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        LogitStore(tmp_path, ABOUT)
