@@ -20,6 +20,7 @@ COMMANDS = {
     "distil": ("vmae.train.distill", "train a small classifier on what a large one makes of the clips"),
     "evaluate": ("vmae.evaluate.classify", "test a classifier on many views of each video: top-1, top-5, a table, a picture"),
     "predict": ("vmae.evaluate.predict", "name the classes of one video"),
+    "features": ("vmae.evaluate.features", "features of a video's windows, for temporal detection"),
     "export": ("vmae.interop.export", "write a run's weights as one .pth or .safetensors file with published names"),
     "convert": ("vmae.interop.convert", "weights to and from a folder that transformers (Hugging Face) reads"),
     "plan": ("vmae.plan", "tell what a pre-training run will need: memory, largest batch, hours, clips a second"),
