@@ -53,7 +53,8 @@ def start(tmp_path: Path, how: str, steps: int, *options: str) -> subprocess.Pop
 
 
 def test_a_killed_rank_brings_all_down_and_a_restart_goes_on(tmp_path):
-    out, err = (process := start(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", 8, "--max-restarts=1")).communicate(timeout=300)
+    process = start(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", 8, "--max-restarts=1")
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     starts = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
     assert [start["start_step"] for start in starts] == [0, 4]
