@@ -3,8 +3,9 @@ that feeds a GPU.
 
 Real clips as they come, packed by `vmae pack`, and re-encoded at short side 256 (played to and fro up to 300 frames, ten
 seconds, so that a group of 250 is one). All variants take turns, clip by clip, on one core, with the same frames and
-crops. First their clips are compared with the truth: frames decoded one after the other, cut and resized by PIL. A
-variant that is more than two grey levels off anywhere gets no speed.
+crops; counted are CPU seconds of all threads, which others on the machine disturb less than seconds on the wall. First
+their clips are compared with the truth: frames decoded one after the other, cut and resized by PIL. A variant that is
+more than two grey levels off anywhere gets no speed.
 
     python bench/data.py            # some five minutes
     python bench/data.py --quick    # under a minute: two small clips, H.264 only
@@ -208,14 +209,15 @@ def one_core() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def seconds_of(call: Callable, *arguments: Any) -> float:
-    start = time.perf_counter()
+def cpu_seconds_of(call: Callable, *arguments: Any) -> float:
+    """Of all threads of this process, in user and system mode."""
+    start = time.process_time()
     call(*arguments)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def time_clips(variants: Sequence[str], paths: Sequence[str], seeds: Sequence[int], rounds: int) -> dict[str, list[float]]:
-    """Seconds a clip of each variant, for each round: the mean over videos and seeds, which all variants do in turn."""
+    """CPU seconds a clip of each variant, for each round: the mean over videos and seeds, which all variants do in turn."""
     runs: dict[str, list[float]] = {variant: [] for variant in variants}
     for turn in range(rounds):
         sums = dict.fromkeys(variants, 0.0)
@@ -223,14 +225,14 @@ def time_clips(variants: Sequence[str], paths: Sequence[str], seeds: Sequence[in
             for seed in seeds:
                 order = variants[turn % len(variants) :] + variants[: turn % len(variants)]
                 for variant in order:
-                    sums[variant] += seconds_of(make_clip, variant, path, seed)
+                    sums[variant] += cpu_seconds_of(make_clip, variant, path, seed)
         for variant, total in sums.items():
             runs[variant].append(total / len(paths) / len(seeds))
     return runs
 
 
 def time_parts(paths: Sequence[str], seeds: Sequence[int]) -> dict[str, float]:
-    """Milliseconds a clip of the default path's parts; conversion to RGB is timed alone and taken off the decoding."""
+    """CPU milliseconds a clip of the default path's parts; conversion to RGB is timed alone and taken off the decoding."""
     import av
 
     parts = dict.fromkeys(("open", "decode", "convert", "resize"), 0.0)
@@ -239,16 +241,16 @@ def time_parts(paths: Sequence[str], seeds: Sequence[int]) -> dict[str, float]:
             pictures = [frame for frame, _ in zip(container.decode(video=0), range(NUM_FRAMES))]
         reformatter = av.video.reformatter.VideoReformatter()
         for seed in seeds:
-            rng, marks = np.random.default_rng(seed), [time.perf_counter()]
+            rng, marks = np.random.default_rng(seed), [time.process_time()]
             with open_video(path) as reader:
-                marks.append(time.perf_counter())
+                marks.append(time.process_time())
                 frames = reader.frames(sample_frame_indices(len(reader), NUM_FRAMES, STRIDE, rng))
-            marks.append(time.perf_counter())
+            marks.append(time.process_time())
             crop_and_resize(frames, sample_crop(frames.shape[2], frames.shape[1], SIZE, rng), SIZE)
-            marks.append(time.perf_counter())
+            marks.append(time.process_time())
             for picture in pictures:
                 reformatter.reformat(picture, format="rgb24").to_ndarray()
-            marks.append(time.perf_counter())
+            marks.append(time.process_time())
             opened, decoded, resized, converted = np.diff(marks)
             for name, value in zip(parts, (opened, decoded - converted, converted, resized)):
                 parts[name] += value
@@ -324,11 +326,16 @@ def measure_kind(kind: str, paths: list[str], variants: list[str], seeds: range,
     records, default = [], default_of(paths)
     for variant in variants:
         record = {"kind": "clip", "videos": kind, "variant": variant, "default": variant == default}
-        record |= {"error_levels": errors[variant], "wrong": wrong.get(variant), "clip_ms": None, "clips_per_s_per_core": None}
+        record |= {
+            "error_levels": errors[variant],
+            "wrong": wrong.get(variant),
+            "clip_cpu_ms": None,
+            "clips_per_s_per_core": None,
+        }
         if variant in runs:
             times = [value * 1e3 for value in runs[variant]]
-            record |= {"clip_ms": {**spread(times), "runs": times}}
-            record["clips_per_s_per_core"] = 1e3 / record["clip_ms"]["median"]
+            record["clip_cpu_ms"] = {**spread(times), "runs": times}
+            record["clips_per_s_per_core"] = 1e3 / record["clip_cpu_ms"]["median"]
         records.append(record)
     say(f"measured {kind}")
     return records
@@ -336,7 +343,7 @@ def measure_kind(kind: str, paths: list[str], variants: list[str], seeds: range,
 
 def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every variant over the published path on the same videos, and on the originals for packed ones, round by round."""
-    runs = {(r["videos"], r["variant"]): r["clip_ms"]["runs"] for r in records if r["clip_ms"]}
+    runs = {(r["videos"], r["variant"]): r["clip_cpu_ms"]["runs"] for r in records if r["clip_cpu_ms"]}
     defaults = {(r["videos"], r["variant"]) for r in records if r["default"]}
     ratios = []
     for (kind, variant), ours in runs.items():
@@ -362,8 +369,8 @@ def report(records: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> None:
             continue
         s = speedups.get((r["videos"], r["variant"]))
         ratio = f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})" if s else "1"
-        rows.append([name, r["error_levels"], f"{r['clip_ms']['median']:.1f}", f"{r['clips_per_s_per_core']:.1f}", ratio])
-    print_table(["videos: variant", "levels off", "ms a clip", "clips/s a core", "x published (min to max)"], rows)
+        rows.append([name, r["error_levels"], f"{r['clip_cpu_ms']['median']:.1f}", f"{r['clips_per_s_per_core']:.1f}", ratio])
+    print_table(["videos: variant", "levels off", "CPU ms a clip", "clips/s a core", "x published (min to max)"], rows)
     for r in clips:
         if r["wrong"]:
             print(f"NO SPEED for {r['variant']} on {r['videos']}: {r['wrong']}", file=sys.stderr)
@@ -373,7 +380,7 @@ def report(records: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> None:
         for r in records
         if r["kind"] == "parts"
     ]
-    print_table(["default path, ms a clip", "open", "decode", "convert", "resize"], rows)
+    print_table(["default path, CPU ms a clip", "open", "decode", "convert", "resize"], rows)
     print()
     rows = [
         [f"{r['videos']}: {r['variant']}", r["workers"], f"{r['clips_per_s']:.1f}"] for r in records if r["kind"] == "workers"
@@ -433,7 +440,7 @@ def measure(args: argparse.Namespace, variants: list[str]) -> list[dict[str, Any
             for kind, paths in kinds.items():
                 records += measure_kind(kind, paths, variants, seeds, args.rounds)
                 records.append({"kind": "parts", "videos": kind, **time_parts(paths, seeds)})
-        timed = {(r["videos"], r["variant"]) for r in records if r["kind"] == "clip" and r["clip_ms"]}
+        timed = {(r["videos"], r["variant"]) for r in records if r["kind"] == "clip" and r["clip_cpu_ms"]}
         for kind in ("original", "h264, GOP 12", "h264, GOP 250", "packed"):
             for variant in ("published", default_of(kinds[kind])):
                 for count in args.workers if (kind, variant) in timed else ():
@@ -458,7 +465,7 @@ def run(args: argparse.Namespace) -> int:
     share = next(r for r in records if r["kind"] == "parts" and r["videos"] == "packed")
     flops = args.gpu_flops or ASSUMED_MFU * peak_flops(ASSUMED_GPU, "bfloat16")
     source = "as given" if args.gpu_flops else f"{ASSUMED_MFU:.0%} of a {ASSUMED_GPU}'s dense bfloat16 peak"
-    feeds = needs(packed["clips_per_s_per_core"], share["resize"] / packed["clip_ms"]["median"], flops)
+    feeds = needs(packed["clips_per_s_per_core"], share["resize"] / packed["clip_cpu_ms"]["median"], flops)
     records += [{**feed, "assumption": f"{flops / 1e12:.0f} TFLOP/s, {source}"} for feed in feeds]
     ratios = compare([r for r in records if r["kind"] == "clip"])
     print()

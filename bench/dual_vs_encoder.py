@@ -142,7 +142,8 @@ def make_jobs(args: argparse.Namespace, config: ModelConfig) -> list[dict[str, A
             raise InputError(f"variant {variant!r} does not run here: {reason}")
     shared = {name: getattr(args, name) for name in ("model", "device", "dtype", "batch")}
     shared |= {"config": config, "threads": torch.get_num_threads()}
-    return [{**shared, "masking": masking, "variant": variant} for masking in maskings for variant in variants]
+    pairs = [(m, v) for m in maskings for v in variants if m in resolve_variant(v).maskings]
+    return [{**shared, "masking": masking, "variant": variant} for masking, variant in pairs]
 
 
 def run_jobs(

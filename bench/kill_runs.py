@@ -12,10 +12,11 @@ weights must be those of the undisturbed run, to the last bit. Exits with 1 wher
 from __future__ import annotations
 
 import argparse
+import importlib
+import multiprocessing
 import os
 import random
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,8 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from common import ROOT, print_table, write_json
+from common import print_table, write_json
 
+from vmae.cli import main as main_of_vmae
 from vmae.data import sample_videos
 from vmae.train.checkpoint import CheckpointFolder, step_of
 from vmae.train.metrics import read_log
@@ -32,10 +34,11 @@ from vmae.train.sharded import find_damage, read_group
 
 FLAGS = (
     "--model vit_tiny --decoder-depth 1 --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75 "
-    "--drop-path 0.1 --lr 0.1 --clip-grad 1 --device cpu --workers 0 --log-every 1 --save-every 3 --keep 3 --no-tensorboard"
+    "--drop-path 0.1 --lr 0.1 --clip-grad 1 --device cpu --workers 0 --log-every 1 --save-every 4 --keep 3 --no-tensorboard"
 ).split()
 MOMENTS = ("start", "step", "write", "write")  # half of the kills during a write
-GIVE_UP_S = 120.0
+GIVE_UP_S = 240.0
+FORK = multiprocessing.get_context("fork")
 
 
 @dataclass
@@ -60,6 +63,23 @@ class Kill:
     others_ended_s: float | None
 
 
+def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun would say to a rank; nothing to a run of one."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in place.items()} if ranks > 1 else {}
+
+
+def start(arguments: list[str], environment: dict[str, str], output: Path) -> None:
+    """The command, in a process forked from this one, so that nothing has to be imported again."""
+    with open(output, "a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ.update(environment)
+    code = main_of_vmae(arguments)
+    sys.stdout.flush()
+    os._exit(code)
+
+
 class Run:
     """A pre-training run of one or two ranks in `folder`."""
 
@@ -71,31 +91,18 @@ class Run:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.output = open(folder.with_suffix(".txt"), "a")
+        self.output = folder.with_suffix(".txt")
+        arguments = ["pretrain", *place, *FLAGS, *batch, *more]
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "vmae", "pretrain", *place, *FLAGS, *batch, *more],
-                env=self._environment(rank, ranks, port),
-                cwd=ROOT,
-                stdout=self.output,
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(ranks)
+            FORK.Process(target=start, args=(arguments, environment(rank, ranks, port), self.output)) for rank in range(ranks)
         ]
+        for process in self.processes:
+            process.start()
         self.began = time.monotonic()
-
-    @staticmethod
-    def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-        paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-        found = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        if ranks > 1:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            found |= {name: str(value) for name, value in place.items()}
-        return found
 
     @property
     def running(self) -> bool:
-        return all(process.poll() is None for process in self.processes)
+        return all(process.is_alive() for process in self.processes)
 
     @property
     def newest(self) -> int:
@@ -108,15 +115,19 @@ class Run:
         Raises:
             RuntimeError: a rank failed.
         """
-        codes = [process.wait(GIVE_UP_S) for process in self.processes]
-        self.output.close()
-        if any(codes):
-            raise RuntimeError(f"exit codes {codes}:\n{Path(self.output.name).read_text()[-3000:]}")
+        for process in self.processes:
+            process.join(GIVE_UP_S)
+        codes = [process.exitcode for process in self.processes]
+        if any(code != 0 for code in codes):
+            raise RuntimeError(f"exit codes {codes}:\n{self.tail()}")
+
+    def tail(self) -> str:
+        return self.output.read_text()[-3000:]
 
     def wait_for(self, moment: str, chance: random.Random) -> bool:
         """Until the moment; False if the run ended before."""
         if moment == "start":
-            self._sleep(chance.uniform(0, 6))
+            self._sleep(chance.uniform(0, 3))
             return self.running
         begun = self.newest
         while self.running and self.newest == begun:  # a checkpoint later: some way is made between two kills
@@ -132,7 +143,7 @@ class Run:
     def _sleep(self, seconds: float) -> None:
         if time.monotonic() - self.began > GIVE_UP_S:
             self.kill(0)
-            raise RuntimeError(f"the run hangs:\n{Path(self.output.name).read_text()[-3000:]}")
+            raise RuntimeError(f"the run hangs:\n{self.tail()}")
         time.sleep(seconds)
 
     def kill(self, rank: int) -> float | None:
@@ -140,14 +151,11 @@ class Run:
         self.processes[rank].kill()
         began = time.monotonic()
         others = [process for process in self.processes if process is not self.processes[rank]]
-        for process in others:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
+        for process in (self.processes[rank], *others):
+            process.join(30)
+            if process.is_alive():
                 process.kill()
-                raise RuntimeError("the other rank went on waiting for 30 s") from None
-        self.processes[rank].wait()
-        self.output.close()
+                raise RuntimeError("the other rank went on waiting for 30 s")
         return time.monotonic() - began if others else None
 
 
@@ -235,11 +243,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    importlib.import_module("vmae.train.pretrain")  # once, before the forks
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         try:
             done, wrong = run(args.kills, args.steps, args.seed, Path(folder))
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
+        except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     report(done, wrong, time.monotonic() - began)

@@ -141,7 +141,7 @@ def report_score(found: list[dict[str, Any]], gpu: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--presets", nargs="+", choices=list(KERNEL_SHAPES), default=list(KERNEL_SHAPES))
-    countable = [name for name, variant in VARIANTS.items() if not variant.compiled]
+    countable = [name for name, variant in VARIANTS.items() if variant.countable]
     parser.add_argument("--variants", nargs="+", choices=countable, default=countable)
     parser.add_argument("--batch", type=int, default=32, help="clips of the predicted step (32)")
     parser.add_argument("--score", metavar="FILE", help="hold the measured steps of this result against the prediction")

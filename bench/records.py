@@ -63,12 +63,12 @@ def choose_input(source: str) -> str:
 def count_record(variant: str, masking: str, config: ModelConfig, dtype: str) -> dict[str, int | None]:
     """Exact, with no GPU: bytes that autograd keeps for one more clip, and multiply-accumulates of a clip's forward.
 
-    Bytes are None for compiled variants: the compiler chooses what it keeps.
+    Bytes are None for variants that cannot be counted, such as compiled ones: the compiler chooses what it keeps.
     """
     known = resolve_variant(variant)
     mask = MASKINGS[masking]
     ratio = 0.0 if mask.decoder == "none" else mask.decoder_ratio
-    saved = None if known.compiled else saved_activation_bytes_per_clip(known.build, config, mask, getattr(torch, dtype))
+    saved = None if not known.countable else saved_activation_bytes_per_clip(known.build, config, mask, getattr(torch, dtype))
     macs = forward_macs(config, mask.encoder_ratio, ratio, fused=known.ours)
     return {"saved_activation_bytes_per_clip": saved, "forward_macs_per_clip": macs}
 

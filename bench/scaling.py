@@ -60,7 +60,7 @@ def predict(variant: str, config: ModelConfig, batch: int, dtype: str) -> dict[s
     with torch.device("meta"):
         parameters = 4 * sum(p.numel() for p in known.build(config).parameters())
     saved = None
-    if not known.compiled:
+    if known.countable:
         saved = batch * saved_activation_bytes_per_clip(known.build, config, mask, getattr(torch, dtype))
     macs = batch * forward_macs(config, mask.encoder_ratio, mask.decoder_ratio, fused=known.ours)
     parts = {"parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters, "activations": saved}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from vmae import InputError, MaskConfig, ModelConfig, build_pretrainer, build_reference
+from vmae import DualMask, InputError, MaskConfig, ModelConfig, build_pretrainer, build_reference
+from vmae.config import IMAGENET_MEAN, IMAGENET_STD
 from vmae.model.attention import Attention
 
 MASKINGS = {
@@ -29,7 +31,8 @@ class Variant:
         text: what it is, in words.
         ours: whether it embeds visible and predicts counted tokens only, as this code does; else it is a competitor.
         needs_gpu: it does not run on a CPU in sensible time.
-        compiled: its blocks go through torch.compile, which decides for itself what it keeps: not countable on paper.
+        countable: what it keeps can be counted on fake tensors; not where torch.compile decides it.
+        maskings: those that it can do.
         check: raises ImportError or InputError where it can't run.
     """
 
@@ -37,7 +40,8 @@ class Variant:
     text: str
     ours: bool = True
     needs_gpu: bool = False
-    compiled: bool = False
+    countable: bool = True
+    maskings: tuple[str, ...] = tuple(MASKINGS)
     check: Callable[[], object] = lambda: None
 
     def why_not(self, device: str) -> str | None:
@@ -66,6 +70,30 @@ def compile_blocks(model: nn.Module) -> nn.Module:
     return model
 
 
+class HuggingFace(nn.Module):
+    """transformers' VideoMAEForPreTraining with the weights that `build_pretrainer` would begin with."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        from transformers import VideoMAEForPreTraining
+
+        from vmae.interop.huggingface import save_pretrained
+
+        with tempfile.TemporaryDirectory() as folder:
+            save_pretrained(build_pretrainer(config), folder)
+            self.model = VideoMAEForPreTraining.from_pretrained(folder, attn_implementation="sdpa").train()
+
+    def forward(self, clips: Tensor, mask: DualMask) -> Tensor:
+        """The loss of uint8 [B, T, H, W, 3] clips."""
+        mean, std = (torch.tensor(values, device=clips.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        pixels = ((clips.float() / 255 - mean) / std).permute(0, 1, 4, 2, 3)
+        return self.model(pixels, mask.to_bool()[0]).loss
+
+
+def check_transformers() -> None:
+    import transformers  # noqa: F401
+
+
 def build_torch(config: ModelConfig) -> nn.Module:
     return build_pretrainer(config, backend="torch")
 
@@ -78,12 +106,23 @@ VARIANTS: dict[str, Variant] = {
     "reference": Variant(build_reference, "the published algorithm, written plainly", ours=False),
     "reference+sdpa": Variant(build_reference_sdpa, "the same with torch's fused attention", ours=False),
     "reference+compile": Variant(
-        lambda config: compile_blocks(build_reference_sdpa(config)), "the same, blocks compiled too", ours=False, compiled=True
+        lambda config: compile_blocks(build_reference_sdpa(config)),
+        "the same, blocks compiled too",
+        ours=False,
+        countable=False,
+    ),
+    "huggingface": Variant(
+        HuggingFace,
+        "transformers' VideoMAEForPreTraining",
+        ours=False,
+        countable=False,
+        maskings=("encoder_only",),
+        check=check_transformers,
     ),
     "torch": Variant(build_torch, "this code, PyTorch operations"),
     "triton": Variant(build_triton, "this code, Triton kernels", needs_gpu=True),
     "triton+compile": Variant(
-        lambda config: compile_blocks(build_triton(config)), "the same, blocks compiled", needs_gpu=True, compiled=True
+        lambda config: compile_blocks(build_triton(config)), "the same, blocks compiled", needs_gpu=True, countable=False
     ),
 }
 
@@ -105,11 +144,11 @@ def resolve_variant(name: str) -> Variant:
         raise InputError(f"variant {name!r}: {error}") from error
 
 
-def default_variants(device: str, quick: bool = False) -> list[str]:
+def default_variants(device: str) -> list[str]:
     """All that run on `device`; on a CPU, where minutes count, two."""
     if not device.startswith("cuda"):
         return ["reference", "torch"]
-    return ["reference", "reference+sdpa", "triton"] if quick else list(VARIANTS)
+    return [name for name, variant in VARIANTS.items() if variant.why_not(device) is None]
 
 
 def parameter_bytes(model: nn.Module) -> int:

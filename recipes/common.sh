@@ -89,10 +89,7 @@ announce() {
       printf "effective learning rate %g x %d / 256 = %g\n", lr, batch, lr * batch / 256 }'
 }
 
-# A stop (SIGTERM, SIGUSR1) goes from torchrun to all processes, which have time to write a checkpoint.
 set_launcher() {
-  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
-  export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
   LAUNCH=("$PYTHON" -m torch.distributed.run --nproc-per-node $((GPUS / NODES))
     --max-restarts "${RESTARTS:-$((GPUS > 1 ? 3 : 0))}")
   if ((NODES == 1)); then
@@ -112,6 +109,21 @@ dry_run() {
   printf 'command:'
   printf ' %q' "${COMMAND[@]}"
   printf '\n'
+}
+
+# Run COMMAND. SIGTERM and SIGUSR1 go to the training processes, which write a checkpoint and end with 0, and torchrun with them;
+# if torchrun itself is signalled, it has to wait for that checkpoint, and says that it was stopped.
+launch() {
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
+  (trap '' USR1 && exec "${COMMAND[@]}") &
+  local torchrun=$! status
+  trap 'pkill -TERM -P $torchrun' TERM
+  trap 'pkill -USR1 -P $torchrun' USR1
+  trap : INT
+  while true; do # a signal ends `wait`, not the run
+    wait "$torchrun" && status=0 || status=$?
+    kill -0 "$torchrun" 2>/dev/null || return "$status"
+  done
 }
 
 NO_DATA="DATA is not set: set it to the list file (one video or frame folder a line), or to a YAML file that mixes several lists"
@@ -140,5 +152,5 @@ pretrain() {
     dry_run "${arguments[@]}"
     return
   fi
-  exec "${COMMAND[@]}"
+  launch
 }

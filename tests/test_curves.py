@@ -28,7 +28,7 @@ def test_several_runs_in_one_picture(tmp_path, capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[1] == ["a", "100", "0.9000", "0.9000", "45.0"] and rows[2][:2] == ["b", "50"] and rows[3][:2] == ["c", "10"]
     picture = Image.open(tmp_path / "out.png").convert("L")
-    assert picture.width > 1000 and len({*picture.getdata()}) > 10
+    assert picture.width > 1000 and sum(count > 0 for count in picture.histogram()) > 10
 
 
 def test_a_run_that_was_killed_while_it_wrote(tmp_path):

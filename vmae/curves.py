@@ -136,6 +136,7 @@ def draw(curves: Sequence[Curve], path: Path, by: str = "step") -> None:
             axis.plot(*curve.values(key, by), label=curve.name, **style)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
+    axes[1, 1].set_ylim(bottom=0)
     axes[0, 0].legend()
     for axis in axes[1]:
         axis.set_xlabel(AXES[by])

@@ -37,7 +37,8 @@ def memory_size(text: str) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("machines and assumptions")
+    about = "The flags of `pretrain` say what is planned; here --device may name a GPU (h100, a100, ...; by default h100)."
+    group = parser.add_argument_group("machines and assumptions", about)
     group.add_argument("--gpus", type=int, default=8, help="all GPUs of the run (8)")
     group.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of one machine (8)")
     group.add_argument("--memory", type=memory_size, default=memory_size("80GiB"), help="of one GPU: 80GiB, 40GB (80GiB)")
@@ -48,9 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--videos", type=int, help=f"in the list (default: those of --data, else {UNLABELED_HYBRID})")
     group.add_argument("--json", metavar="FILE", help="write everything there too; - for the terminal, and nothing else")
     pretrain_settings.add_arguments(parser, required=False)
-    for action in parser._actions:
-        if action.dest == "device":
-            action.help = "GPU whose peak FLOP/s count, such as h100 or a100; auto and cuda stand for h100 (auto)"
     parser.set_defaults(model="vit_g", dtype="bfloat16", num_sample=4, data="", output="")
     parser.set_defaults(epochs=None, lr=None, accumulate=None, checkpointing=None)  # see plan_from_args
 

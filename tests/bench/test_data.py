@@ -44,8 +44,8 @@ def test_measures_checks_and_writes(tmp_path):
     clips = {(r["videos"], r["variant"]): r for r in result["records"] if r["kind"] == "clip"}
     assert set(clips) == {(kind, variant) for kind in KINDS for variant in here}
     for r in clips.values():
-        assert r["wrong"] is None and r["error_levels"] <= 2 and len(r["clip_ms"]["runs"]) == 2
-        assert r["clips_per_s_per_core"] == pytest.approx(1e3 / r["clip_ms"]["median"])
+        assert r["wrong"] is None and r["error_levels"] <= 2 and len(r["clip_cpu_ms"]["runs"]) == 2
+        assert r["clips_per_s_per_core"] == pytest.approx(1e3 / r["clip_cpu_ms"]["median"])
         assert r["variant"] != "published" or r["error_levels"] == 0
     assert {r["videos"]: r["target"] for r in result["ratios"] if r["target"]} == {
         "h264, GOP 12": 1.8, "h264, GOP 250": 1.3, "packed / original": 2.5
@@ -77,7 +77,7 @@ def test_a_wrong_or_refusing_variant_gets_no_speed(bench, monkeypatch):
     monkeypatch.setattr(bench, "make_clip", make)
     records = bench.measure_kind("original", [CARPHONE], ["pyav", "late", "refuses"], range(1), 2)
     by_variant = {r["variant"]: r for r in records}
-    assert by_variant["pyav"]["wrong"] is None and len(by_variant["pyav"]["clip_ms"]["runs"]) == 2
+    assert by_variant["pyav"]["wrong"] is None and len(by_variant["pyav"]["clip_cpu_ms"]["runs"]) == 2
     assert "levels, 2 allowed" in by_variant["late"]["wrong"] and by_variant["late"]["error_levels"] > 2
     assert by_variant["refuses"]["wrong"] == "refused"
     assert all(by_variant[name]["clips_per_s_per_core"] is None for name in ("late", "refuses"))
@@ -98,14 +98,14 @@ def test_resizing_is_within_the_tolerance_on_all_crops(bench):
 
 def test_ratios_by_hand(bench):
     def record(videos, variant, runs, default=False):
-        return {"videos": videos, "variant": variant, "default": default, "clip_ms": {"runs": runs}}
+        return {"videos": videos, "variant": variant, "default": default, "clip_cpu_ms": {"runs": runs}}
 
     ratios = bench.compare(
         [
             record("original", "published", [60.0, 90.0]),
             record("packed", "published", [30.0, 30.0]),
             record("packed", "pyav", [20.0, 20.0], True),
-            {"videos": "packed", "variant": "torchcodec", "default": False, "clip_ms": None},
+            {"videos": "packed", "variant": "torchcodec", "default": False, "clip_cpu_ms": None},
         ]
     )
     medians = {(r["videos"], r["variant"]): (r["speedup"]["median"], r["target"], r["met"]) for r in ratios}

@@ -210,3 +210,14 @@ def test_the_fastest_competitor_is_named(bench):
 def test_variants_that_cannot_run_say_why(bench, capsys):
     assert bench.main(["--variants", "triton", "--device", "cpu"]) == 2
     assert "'triton' does not run here: needs a GPU" in capsys.readouterr().err
+
+
+def test_transformers_own_model_does_the_same(tmp_path):
+    """Encoder-only masking: it has no other. Its loss agrees with the reference's, else it would not be timed."""
+    pytest.importorskip("transformers")
+    words = ["--model", "vit_tiny", "--batch", "1", "--input", "synthetic", "--steps", "1", "--device", "cpu"]
+    done, result = run(tmp_path, *words, "--variants", "reference,huggingface,torch")
+    pairs = {(r["variant"], r["masking"]) for r in result["records"]}
+    assert ("huggingface", "encoder_only") in pairs and ("huggingface", "dual") not in pairs
+    assert result["rejected"] == {} and all(r["step_ms"]["median"] > 0 for r in result["records"])
+    assert any(r["variant"] == "torch encoder_only" and r["fastest_competitor"] for r in result["ratios"])

@@ -188,7 +188,7 @@ def test_a_stop_reaches_the_run_through_torchrun(number, tmp_path):
         while not read_log(log) and time.monotonic() < patience:
             time.sleep(0.2)
         job.send_signal(number)
-        job.wait(timeout=60)
+        assert job.wait(timeout=60) == 0
     text = (tmp_path / "told.txt").read_text()
     assert f"stopped by {number.name} after step" in text, text
     assert CheckpointFolder(tmp_path / "out").latest() is not None

@@ -173,6 +173,7 @@ def test_bfloat16_agrees_within_its_rounding(straight, tmp_path, run_ranks, coun
     assert {str(value.dtype) for value in weights.values()} == {"float32"}
 
 
+@pytest.mark.slow
 def test_fused_kernels_read_gathered_weights(straight, tmp_path, run_ranks):
     """The head's weight and the embedding's go to kernels as they are, outside their modules."""
     options = {"backend": "triton", "total_steps": 2}

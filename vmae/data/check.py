@@ -251,7 +251,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("list", metavar="LIST", help="list file: one video or frame folder a line")
     parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
     parser.add_argument("--output", metavar="DIR", help="where the report goes (default: LIST-check beside the list)")
-    parser.add_argument("--backend", default="auto", help="decoder: auto, torchcodec, decord, pyav (auto)")
+    parser.add_argument("--backend", default="auto", help="decoder: auto, pyav, torchcodec, decord (auto)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one for each core)")
     parser.add_argument("--hang", type=float, default=120.0, help="seconds that a video may take (120)")
 

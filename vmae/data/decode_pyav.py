@@ -79,6 +79,23 @@ class PyavReader(VideoReader):
             raise DecodeError(f"{self.path}: cannot be decoded: the size of its pictures changes")
         return np.stack(pictures)
 
+    def iterate(self) -> Iterator[np.ndarray]:
+        import av
+
+        shown = None if self._counted else set(self._times.tolist())
+        try:
+            with av.open(self.path) as container:
+                for frame in container.decode(self._first_video(container)):
+                    if shown is None or frame.pts in shown:
+                        yield self._pixels(frame)
+        except DecodeError as error:
+            error.library = self.backend
+            raise
+        except av.FFmpegError as error:
+            failed = DecodeError(f"{self.path}: cannot be decoded: {first_reason(_av_text(error), [])}")
+            failed.library = self.backend
+            raise failed from None
+
     def _decode_counted(self, indices: np.ndarray) -> list[np.ndarray]:
         import av
 

@@ -15,6 +15,8 @@ import numpy as np
 
 from vmae.errors import InputError
 
+_FRAMES_AT_ONCE = 64
+
 
 class DecodeError(InputError):
     """A file that cannot be decoded, or has no frames. The message names it and gives the library's reason.
@@ -76,6 +78,15 @@ class VideoReader(ABC):
             error.library = self.backend
             raise
         return decoded if np.array_equal(distinct, wanted) else decoded[places]
+
+    def iterate(self) -> Iterator[np.ndarray]:
+        """Every frame once, in order: uint8 [H, W, 3], RGB.
+
+        Raises:
+            DecodeError: a frame cannot be decoded.
+        """
+        for start in range(0, len(self), _FRAMES_AT_ONCE):
+            yield from self.frames(range(start, min(start + _FRAMES_AT_ONCE, len(self))))
 
     @abstractmethod
     def close(self) -> None:

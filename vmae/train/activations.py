@@ -6,7 +6,7 @@ outside of the compiled or recomputed part, and their names stay.
 What a block of width D keeps for each token, beside attention's row sums:
 
     none        10 D   x, q, k, v, attention's output, x, the MLP's 4 D (norms and GELU are made again: `vmae.model.recompute`)
-    selective    6 D   the MLP's 4 D too are made again from x: one product of the block's four, 11 % more FLOPs a step
+    selective    6 D   the MLP runs again from x: two products of the block's four, 22 % more FLOPs a step (ViT-g, counted)
     full         1 D   x alone; the whole block runs again, 33 % more FLOPs a step
 """
 

@@ -187,6 +187,17 @@ class Trainer:
             NonFiniteError: a loss or gradient is not finite; the step's samples stand in `nonfinite.json`.
             InputError: no video decodes, or a file can't be written.
         """
+        with self.opened() as batches:
+            while self.step < self.config.total_steps and self.stopped_by is None:
+                self.train_step(batches)
+            self.settle()
+            if self.saved_step != self.step:
+                self.checkpoint()
+        return self.stopped_by
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Iterator[TrainingBatch]]:
+        """Batches, logs and signals, ready for `train_step`."""
         self.model.train()
         with contextlib.ExitStack() as stack:
             self.stop = stack.enter_context(StopSignals())
@@ -196,12 +207,7 @@ class Trainer:
             self.log_file = self._open_log()
             stack.callback(self.log_file.close)
             stack.push(self.saver.close)
-            while self.step < self.config.total_steps and self.stopped_by is None:
-                self.train_step(batches)
-            self.settle()
-            if self.saved_step != self.step:
-                self.checkpoint()
-        return self.stopped_by
+            yield batches
 
     def _open_log(self) -> RunLog | NoLog:
         if not self.parallel.is_main:

@@ -1,0 +1,133 @@
+"""Features of windows: the same numbers as a loop that decodes every window by itself."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vmae import InputError, ModelConfig, build_classifier
+from vmae.cli import main
+from vmae.data.decode import open_video
+from vmae.data.manifest import VideoEntry
+from vmae.data.samples import sample_videos
+from vmae.evaluate.features import WindowConfig, extract, name_targets, read_features, windows
+from vmae.train.checkpoint import export_weights
+
+CONFIG = ModelConfig(img_size=32, num_frames=8, embed_dim=48, depth=2, num_heads=3)
+
+
+@pytest.fixture(scope="module")
+def video() -> str:
+    return str(sample_videos()[2])  # 120 frames of 176 x 144
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build_classifier(CONFIG, 5).eval()
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path):
+    clip = {"num_frames": 8, "image_size": 32}
+    settings = {"model": CONFIG.to_dict(), "num_classes": 5, "clip": clip}
+    export_weights(tmp_path / "weights.pth", model.state_dict(), config=settings)
+    return tmp_path / "weights.pth"
+
+
+def published_loop(model, path, step):
+    """One window after the other, each decoded and resized by itself."""
+    found = []
+    with open_video(VideoEntry(path)) as reader, torch.no_grad():
+        for start in range(0, len(reader) - 7, step):
+            frames = torch.from_numpy(reader.frames(range(start, start + 8))).permute(3, 0, 1, 2).float() / 255
+            frames = F.interpolate(frames, size=(32, 32), mode="bilinear", align_corners=False)
+            found.append(model.features(frames[None]))
+    return torch.cat(found).numpy()
+
+
+@pytest.mark.parametrize("step", [4, 8, 11])
+def test_the_same_as_window_by_window(model, video, step):
+    config = WindowConfig(frames=8, step=step, size=(32, 32))
+    found = extract(model, VideoEntry(video), config, batch_size=5, device=torch.device("cpu"))
+    expected = published_loop(model, video, step)
+    assert found.shape == (len(config.starts(120)), 48) and found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_normalising_changes_them(model, video):
+    plain, normalized = (
+        extract(
+            model,
+            VideoEntry(video),
+            WindowConfig(frames=8, step=40, size=(32, 32), normalize=normalize),
+            batch_size=5,
+            device=torch.device("cpu"),
+        )
+        for normalize in (False, True)
+    )
+    assert plain.shape == normalized.shape and np.abs(plain - normalized).max() > 1e-2
+
+
+@pytest.mark.parametrize("step", [1, 3, 8, 13])
+def test_windows_hold_the_frames_that_follow_each_other(step):
+    frames = (np.full((4, 4, 3), number, np.uint8) for number in range(40))
+    config = WindowConfig(frames=8, step=step, size=(4, 4))
+    first = [(window[0, :, 0, 0] * 255).round().tolist() for window in windows(frames, config)]
+    assert first == [list(range(start, start + 8)) for start in config.starts(40)]
+
+
+def test_every_reader_iterates_over_its_frames(video):
+    for backend in ("pyav", "decord"):
+        try:
+            reader = open_video(VideoEntry(video), backend)
+        except InputError as error:
+            if "not installed" in str(error):
+                continue
+            raise
+        with reader:
+            seen = list(reader.iterate())
+            assert len(seen) == 120 and np.array_equal(np.stack(seen[100:104]), reader.frames(range(100, 104)))
+
+
+def test_the_command_goes_on_where_it_stopped(checkpoint, video, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text(f"{video}\n{sample_videos()[3]}\n{tmp_path / 'bad.mp4'}\n")
+    (tmp_path / "bad.mp4").write_text("no video")
+    words = ["features", str(tmp_path / "list.txt"), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
+    words += ["--step", "32"]
+    assert main(words) == 1
+    assert "bad.mp4" in capsys.readouterr().out
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["carphone_distorted.npy", "carphone_pristine.npy", "features.json"]
+    first = read_features(tmp_path / "out" / "carphone_pristine.npy")
+    assert first.shape == (4, 48)
+    (tmp_path / "out" / "carphone_distorted.npy").unlink()
+    before = (tmp_path / "out" / "carphone_pristine.npy").stat().st_mtime_ns
+    assert main(words) == 1 and (tmp_path / "out" / "carphone_distorted.npy").exists()
+    assert (tmp_path / "out" / "carphone_pristine.npy").stat().st_mtime_ns == before
+    assert main([*words[:-1], "16"]) == 2
+    assert "other weights or windows" in capsys.readouterr().err
+
+
+def test_bad_input(checkpoint, tmp_path, capsys):
+    end = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
+    (tmp_path / "empty").mkdir()
+    for words, message in (
+        ([str(tmp_path / "empty")], "holds no videos"),
+        ([str(tmp_path / "none.mp4")], "does not exist"),
+        ([str(sample_videos()[2]), "--step", "0"], "step must be at least 1"),
+        ([str(sample_videos()[2]), "--batch-size", "0"], "--batch-size must be at least 1"),
+    ):
+        assert main(["features", *words, *end]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(InputError, match="would both become a.npy"):
+        name_targets([VideoEntry("x/a.mp4"), VideoEntry("y/a.mkv")], tmp_path)
+    (tmp_path / "bad.npy").write_text("x")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_features(tmp_path / "bad.npy")
+
+
+def test_a_video_shorter_than_a_window(model, video):
+    config = WindowConfig(frames=200, step=4, size=(32, 32))
+    with pytest.raises(InputError, match="has 120 frames, fewer than a window of 200"):
+        extract(model, VideoEntry(video), config, batch_size=5, device=torch.device("cpu"))

@@ -1,0 +1,81 @@
+"""Mean average precision of segments, by hand; ActionFormer's dataset file."""
+
+import json
+
+import pytest
+
+from vmae import InputError
+from vmae.evaluate.temporal import (
+    Segment,
+    average_precision,
+    mean_average_precision,
+    read_actionformer,
+    temporal_iou,
+    write_actionformer,
+)
+
+TRUTH = [Segment("a", 0, 10, "run"), Segment("a", 20, 30, "run"), Segment("b", 0, 4, "run"), Segment("b", 5, 9, "jump")]
+# Of "run" by score: hit (IoU 0.8), miss (another video), a second on the same truth, hit (0.6); the third truth is not found.
+FOUND = [
+    Segment("a", 0, 8, "run", 0.9),
+    Segment("c", 0, 10, "run", 0.8),
+    Segment("a", 1, 10, "run", 0.7),
+    Segment("a", 20, 26, "run", 0.6),
+    Segment("b", 5, 9, "jump", 0.5),
+]
+
+
+def test_iou():
+    assert temporal_iou(TRUTH[0], FOUND[0]) == pytest.approx(0.8)
+    assert temporal_iou(TRUTH[0], TRUTH[1]) == 0
+    assert temporal_iou(Segment("a", 0, 2, "x"), Segment("a", 1, 3, "x")) == pytest.approx(1 / 3)
+
+
+def test_a_case_by_hand():
+    run_truth, run_found = TRUTH[:3], FOUND[:4]
+    # Hits: yes, no, no, yes. Precision at the hits 1 and 2/4; three to find: (1 + 0.5) / 3.
+    assert average_precision(run_truth, run_found, 0.5) == pytest.approx(0.5)
+    assert average_precision(run_truth, run_found, 0.7) == pytest.approx(1 / 3)  # the last hit has 0.6 only
+    assert average_precision(run_truth, [], 0.5) == 0
+    result = mean_average_precision(TRUTH, FOUND, (0.5, 0.7))
+    assert result["map"] == {0.5: pytest.approx(0.75), 0.7: pytest.approx(2 / 3)}
+    assert result["average"] == pytest.approx((0.75 + 2 / 3) / 2)
+    assert result["classes"]["jump"] == {0.5: 1.0, 0.7: 1.0}
+
+
+def test_precision_is_interpolated_from_the_right():
+    truth = [Segment("a", 10 * i, 10 * i + 5, "x") for i in range(2)]
+    found = [Segment("a", 50, 55, "x", 0.9), *(Segment("a", t.start, t.end, "x", 0.8 - 0.1 * i) for i, t in enumerate(truth))]
+    # Precision 0, 1/2, 2/3: at the first recall the better 2/3 counts.
+    assert average_precision(truth, found, 0.5) == pytest.approx(2 / 3)
+
+
+def test_the_dataset_file(tmp_path):
+    videos = {"a": (40.0, 25.0), "b": (10.0, 30.0), "empty": (5.0, 30.0)}
+    subsets = {"a": "training", "b": "test", "empty": "test"}
+    write_actionformer(tmp_path / "d.json", TRUTH, videos, subsets)
+    database = json.loads((tmp_path / "d.json").read_text())["database"]
+    first = {"label": "run", "segment": [0, 10], "segment(frames)": [0, 250.0], "label_id": 1}
+    assert database["a"]["annotations"][0] == first and database["empty"]["annotations"] == []
+    assert read_actionformer(tmp_path / "d.json") == TRUTH
+    assert read_actionformer(tmp_path / "d.json", "test") == TRUTH[2:]
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(InputError, match="needs 0 <= start < end"):
+        Segment("a", 5, 5, "x")
+    with pytest.raises(InputError, match="no ground truth"):
+        mean_average_precision([], FOUND)
+    with pytest.raises(InputError, match="does not have: fly"):
+        mean_average_precision(TRUTH, [Segment("a", 0, 1, "fly", 1.0)])
+    with pytest.raises(InputError, match="'b', which is not among"):
+        write_actionformer(tmp_path / "d.json", TRUTH, {"a": (40.0, 25.0)}, {"a": "test"})
+    with pytest.raises(InputError, match="the video has 20"):
+        write_actionformer(tmp_path / "d.json", TRUTH[:2], {"a": (20.0, 25.0)}, {"a": "test"})
+    with pytest.raises(InputError, match="no subset for a"):
+        write_actionformer(tmp_path / "d.json", TRUTH[:1], {"a": (40.0, 25.0)}, {})
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(InputError, match="not a dataset file"):
+        read_actionformer(tmp_path / "x.json")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_actionformer(tmp_path / "none.json")

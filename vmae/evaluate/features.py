@@ -1,0 +1,265 @@
+"""`python -m vmae features`: what a fine-tuned encoder sees in each window of a video, for temporal detection.
+
+As published for THUMOS14 and FineAction (VideoMAE V2, section 4.4, and its released script): windows of 16 frames that follow
+each other, frames stretched to a square, values in [0, 1] and not normalised, the pooled features before the head.
+`DIR/VIDEO.npy` is float32 [windows, D]; ActionFormer reads it as it is. Each frame is decoded and resized once, and
+windows go through the model in batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from vmae.config import IMAGENET_MEAN, IMAGENET_STD
+from vmae.data.decode import DecodeError, open_video
+from vmae.data.manifest import VideoEntry, read_list
+from vmae.errors import InputError
+from vmae.model import Classifier
+from vmae.train.checkpoint import write_atomically
+from vmae.train.checks import check_backend, check_output
+from vmae.train.load import add_model_arguments, fingerprint, load_from_args
+from vmae.train.loop import DTYPES
+from vmae.train.parallel import open_parallel
+
+SETTINGS = "features.json"
+PUBLISHED_STEPS = {"thumos14": 4, "fineaction": 16}
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".ts", ".m4v")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowConfig:
+    """Which windows, and how they are seen; all of it changes results.
+
+    Attributes:
+        frames: of a window, one after the other: the model's.
+        step: frames from one window's start to the next.
+        size: (height, width) that frames are stretched to: the model's.
+        normalize: subtract ImageNet's mean and divide by its deviation; the published features do not.
+        dtype: "float32" or "bfloat16" (autocast).
+    """
+
+    frames: int
+    step: int
+    size: tuple[int, int]
+    normalize: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.step < 1:
+            raise InputError(f"step must be at least 1, not {self.step}")
+        if self.dtype not in DTYPES:
+            raise InputError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+
+    def starts(self, total: int) -> range:
+        """First frames of the windows of a video of `total` frames: all that fit, as published."""
+        return range(0, total - self.frames + 1, self.step)
+
+
+def resized(frames: Sequence[np.ndarray], config: WindowConfig) -> Tensor:
+    """float32 [T, 3, H, W] in [0, 1] (or normalised), from uint8 frames: bilinear without antialiasing, as published."""
+    pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255
+    pixels = F.interpolate(pixels, size=config.size, mode="bilinear", align_corners=False)
+    if config.normalize:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        pixels = (pixels - mean) / std
+    return pixels
+
+
+def windows(frames: Iterator[np.ndarray], config: WindowConfig) -> Iterator[Tensor]:
+    """The windows [3, T, H, W] of a video, in order; every frame is resized once, and no more than a window's is kept."""
+    held: list[Tensor] = []
+    waiting: list[np.ndarray] = []
+    first = 0  # number of the first frame in `held`
+    for number, frame in enumerate(frames):
+        if number >= first:  # steps over a window's length leave frames out
+            waiting.append(frame)
+        if waiting and len(held) + len(waiting) == config.frames:
+            held += resized(waiting, config)
+            waiting = []
+            yield torch.stack(held, dim=1)
+            held = held[config.step :]
+            first += config.step
+            if not held:
+                held, waiting = [], []
+
+
+def extract(model: Classifier, entry: VideoEntry, config: WindowConfig, *, batch_size: int, device: torch.device) -> np.ndarray:
+    """float32 [windows, D] of a video.
+
+    Raises:
+        DecodeError: it cannot be decoded, or is shorter than a window.
+    """
+    found: list[Tensor] = []
+    batch: list[Tensor] = []
+    with open_video(entry) as reader:
+        for window in windows(reader.iterate(), config):
+            batch.append(window)
+            if len(batch) == batch_size:
+                found.append(_features(model, batch, config, device))
+                batch = []
+        total = len(reader)
+    if batch:
+        found.append(_features(model, batch, config, device))
+    if not found:
+        raise DecodeError(f"{entry.path}: has {total} frames, fewer than a window of {config.frames}")
+    return torch.cat(found).numpy()
+
+
+@torch.no_grad()
+def _features(model: Classifier, batch: list[Tensor], config: WindowConfig, device: torch.device) -> Tensor:
+    clips = torch.stack(batch).to(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        return model.features(clips).float().cpu()
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    parser.add_argument("data", metavar="LIST|DIR|VIDEO", help="a list of videos, a folder of them, or one")
+    parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the features, NAME.npy for each video")
+    add_model_arguments(parser)
+    result = parser.add_argument_group("settings that change results")
+    result.add_argument("--like", choices=list(PUBLISHED_STEPS), default="thumos14", help="published step: 4, or 16 frames")
+    result.add_argument("--step", type=int, help="frames from one window to the next, instead of --like")
+    result.add_argument("--normalize", action="store_true", help="ImageNet's mean and deviation; published: none")
+    result.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
+    speed = parser.add_argument_group("settings that change speed only")
+    speed.add_argument("--batch-size", type=int, default=8, help="windows at once (8)")
+    speed.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    speed.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
+    speed.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; 1 where a video could not be decoded."""
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, not {args.batch_size}")
+    with open_parallel("auto", args.device) as parallel:
+        check_backend(args.backend, parallel.device)
+        folder = Path(args.output)
+        check_output(folder)
+        entries = find_videos(args.data, args.data_root)
+        targets = name_targets(entries, folder)
+        loaded = load_from_args(args, backend=args.backend, attention=args.attention)
+        model = loaded.model.to(parallel.device)
+        step = PUBLISHED_STEPS[args.like] if args.step is None else args.step
+        size = model.config.image_hw
+        config = WindowConfig(
+            frames=model.config.num_frames, step=step, size=size, normalize=args.normalize, dtype=args.dtype
+        )
+        if parallel.is_main:
+            settle_folder(folder, config, fingerprint(model), str(loaded.path))
+        parallel.barrier()
+        mine = list(zip(entries, targets))[parallel.rank :: parallel.world_size]
+        failed = extract_all(model, mine, config, batch_size=args.batch_size, device=parallel.device, show=parallel.is_main)
+        bad = int(parallel.exchange([len(failed)]).sum())
+    for line in failed:
+        print(f"cannot be decoded: {line}")
+    print(f"{len(entries) - bad} videos in {folder}" + (f", {bad} cannot be decoded" if bad else ""))
+    return 1 if bad else 0
+
+
+def extract_all(
+    model: Classifier,
+    pairs: Sequence[tuple[VideoEntry, Path]],
+    config: WindowConfig,
+    *,
+    batch_size: int,
+    device: torch.device,
+    show: bool = True,
+) -> list[str]:
+    """Write the features of every video that has none yet, whole files only; the errors of those that cannot be decoded."""
+    left = [(entry, path) for entry, path in pairs if not path.exists()]
+    failed = []
+    with tqdm(left, desc="features", unit="video", disable=not show) as bar:
+        for entry, path in bar:
+            try:
+                found = extract(model, entry, config, batch_size=batch_size, device=device)
+            except DecodeError as error:
+                failed.append(str(error))
+                continue
+            write_atomically(path, lambda file, found=found: np.save(file, found))
+            bar.set_postfix(windows=len(found))
+    return failed
+
+
+def find_videos(data: str, data_root: str | None) -> list[VideoEntry]:
+    """Of a folder (by suffix), one video, or a list.
+
+    Raises:
+        InputError: none there, or see `read_list`.
+    """
+    path = Path(data)
+    if path.is_dir():
+        found = [VideoEntry(str(file)) for file in sorted(path.rglob("*")) if file.suffix.lower() in VIDEO_SUFFIXES]
+        if not found:
+            raise InputError(f"folder {data} holds no videos ({', '.join(VIDEO_SUFFIXES)})")
+        return found
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        if not path.is_file():
+            raise InputError(f"video {data} does not exist")
+        return [VideoEntry(data)]
+    return read_list(data, data_root)
+
+
+def name_targets(entries: Sequence[VideoEntry], folder: Path) -> list[Path]:
+    """`folder/NAME.npy` of each, NAME as published: the file's, up to its last dot (a frame folder's own).
+
+    Raises:
+        InputError: two videos of the same name.
+    """
+    names: dict[str, str] = {}
+    for entry in entries:
+        name = Path(entry.path).stem if entry.kind == "video" else Path(entry.path).name
+        if name in names:
+            raise InputError(f"{names[name]} and {entry.path} would both become {name}.npy; give them names of their own")
+        names[name] = entry.path
+    return [folder / f"{name}.npy" for name in names]
+
+
+def settle_folder(folder: Path, config: WindowConfig, weights: str, checkpoint: str) -> None:
+    """Write what the features are of, or see that those that are there already are of the same.
+
+    Raises:
+        InputError: the folder holds features of another model or of other windows.
+    """
+    about: dict[str, Any] = {"windows": {**config.__dict__, "size": list(config.size)}, "weights": weights}
+    path = folder / SETTINGS
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if {key: before.get(key) for key in about} != about:
+            raise InputError(f"{folder} holds features of other weights or windows (see {path}); choose another --output")
+        return
+    text = json.dumps({**about, "checkpoint": checkpoint}, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text), binary=False)
+
+
+def read_features(path: str | Path) -> np.ndarray:
+    """float32 [windows, D] of a file.
+
+    Raises:
+        InputError: it can't be read, or holds something else.
+    """
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"features {path} cannot be read: {error}") from None
+    if found.ndim != 2:
+        raise InputError(f"features {path}: expected [windows, D], found {list(found.shape)}")
+    return found

@@ -1,0 +1,175 @@
+"""Temporal action detection: segments, their mean average precision, and the dataset file that ActionFormer reads.
+
+Average precision as the ActivityNet evaluation defines it (Heilbron et al., 2015), which THUMOS14 and FineAction results use:
+by class, detections by falling score, each taken to the ground truth of its video with the largest overlap that is
+still free; precision interpolated from the right.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vmae.errors import InputError
+from vmae.train.checkpoint import write_atomically
+
+THUMOS_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
+FINEACTION_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """An action in a video.
+
+    Attributes:
+        video: its name.
+        start, end: seconds.
+        label: class.
+        score: of a detection; ground truth has none.
+    """
+
+    video: str
+    start: float
+    end: float
+    label: str
+    score: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.start < self.end < math.inf) or math.isnan(self.score):
+            given = f"{self.start} to {self.end} s, score {self.score}"
+            raise InputError(f"segment of {self.video!r}: {given}: needs 0 <= start < end, and a score")
+
+
+def temporal_iou(a: Segment, b: Segment) -> float:
+    """Overlap over union, in time."""
+    overlap = max(min(a.end, b.end) - max(a.start, b.start), 0.0)
+    return overlap / (a.end - a.start + b.end - b.start - overlap)
+
+
+def average_precision(truth: Sequence[Segment], found: Sequence[Segment], threshold: float) -> float:
+    """Of one class; 0 where nothing was found.
+
+    Args:
+        truth: at least one.
+        found: detections, in any order; of equal scores the first counts first.
+        threshold: least temporal IoU of a hit.
+    """
+    free: dict[str, list[Segment]] = defaultdict(list)
+    for segment in truth:
+        free[segment.video].append(segment)
+    hits = []
+    for detection in sorted(found, key=lambda segment: -segment.score):
+        own = free[detection.video]
+        best = max(own, key=lambda segment: temporal_iou(detection, segment), default=None)
+        hit = best is not None and temporal_iou(detection, best) >= threshold
+        if hit:
+            own.remove(best)
+        hits.append(hit)
+    return _area(hits, len(truth))
+
+
+def _area(hits: Sequence[bool], positives: int) -> float:
+    """Under precision over recall, precision interpolated: at each recall the best of this or any larger one."""
+    precisions, right = [], 0
+    for count, hit in enumerate(hits, 1):
+        right += hit
+        precisions.append(right / count)
+    area, best = 0.0, 0.0
+    for hit, precision in zip(reversed(hits), reversed(precisions)):
+        best = max(best, precision)
+        area += best / positives if hit else 0.0
+    return area
+
+
+def mean_average_precision(
+    truth: Sequence[Segment], found: Sequence[Segment], thresholds: Sequence[float] = THUMOS_THRESHOLDS
+) -> dict[str, Any]:
+    """Mean over the classes of the ground truth, at every threshold and over all thresholds.
+
+    Returns:
+        `map` {threshold: value}, `average`, and `classes` {label: {threshold: value}}.
+
+    Raises:
+        InputError: no ground truth, or a detection of a class that it does not have.
+    """
+    labels = sorted({segment.label for segment in truth})
+    if not labels:
+        raise InputError("no ground truth to compare with")
+    unknown = sorted({segment.label for segment in found} - set(labels))
+    if unknown:
+        raise InputError(f"detections of classes that the ground truth does not have: {', '.join(unknown[:8])}")
+    classes = {
+        label: {
+            threshold: average_precision(
+                [segment for segment in truth if segment.label == label],
+                [segment for segment in found if segment.label == label],
+                threshold,
+            )
+            for threshold in thresholds
+        }
+        for label in labels
+    }
+    means = {threshold: sum(values[threshold] for values in classes.values()) / len(classes) for threshold in thresholds}
+    return {"map": means, "average": sum(means.values()) / len(means), "classes": classes}
+
+
+# --- ActionFormer's dataset file --------------------------------------------------------------------------------------
+
+
+def write_actionformer(
+    path: str | Path, truth: Sequence[Segment], videos: dict[str, tuple[float, float]], subsets: dict[str, str]
+) -> None:
+    """Write the JSON that ActionFormer's datasets read.
+
+    Args:
+        videos: name -> (seconds, frames a second); those without a segment are written too.
+        subsets: name -> "training", "validation" or "test".
+
+    Raises:
+        InputError: a segment of an unknown video or past its end; a video without a subset; or the file can't be written.
+    """
+    numbers = {label: number for number, label in enumerate(sorted({segment.label for segment in truth}))}
+    own: dict[str, list[dict[str, Any]]] = {name: [] for name in videos}
+    for segment in truth:
+        if segment.video not in videos:
+            raise InputError(f"a segment of {segment.video!r}, which is not among the videos")
+        duration, fps = videos[segment.video]
+        if segment.end > duration + 1 / fps:
+            raise InputError(f"a segment of {segment.video!r} ends at {segment.end} s; the video has {duration} s")
+        span = [segment.start, segment.end]
+        frames = [round(value * fps, 1) for value in span]
+        number = numbers[segment.label]
+        own[segment.video].append({"label": segment.label, "segment": span, "segment(frames)": frames, "label_id": number})
+    if lacking := [name for name in videos if name not in subsets]:
+        raise InputError(f"no subset for {', '.join(lacking[:8])}")
+    database = {
+        name: {"subset": subsets[name], "duration": duration, "fps": fps, "annotations": own[name]}
+        for name, (duration, fps) in videos.items()
+    }
+    text = json.dumps({"version": "vmae", "database": database}, indent=1) + "\n"
+    write_atomically(Path(path), lambda file: file.write(text), binary=False)
+
+
+def read_actionformer(path: str | Path, subset: str | None = None) -> list[Segment]:
+    """The segments of such a file, of one subset or of all.
+
+    Raises:
+        InputError: it can't be read, or is another kind of file.
+    """
+    try:
+        database = json.loads(Path(path).read_text(encoding="utf-8"))["database"]
+        return [
+            Segment(name, float(one["segment"][0]), float(one["segment"][1]), one["label"])
+            for name, video in database.items()
+            for one in video["annotations"]
+            if subset is None or video["subset"].lower() == subset.lower()
+        ]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a dataset file of ActionFormer (JSON with `database`): {error!r}") from None

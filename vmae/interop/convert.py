@@ -1,0 +1,74 @@
+"""`python -m vmae convert SOURCE OUT`: weights to and from a folder that Hugging Face's transformers reads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vmae.config import ModelConfig
+from vmae.errors import InputError
+from vmae.interop.huggingface import load_pretrained, read_class_names, save_pretrained
+from vmae.interop.upstream import load_into, read_settings_and_weights
+from vmae.model import Classifier, Pretrainer, build_classifier, build_pretrainer
+from vmae.train.checkpoint import export_weights, find_weights
+from vmae.train.checks import check_output
+
+SUFFIXES = (".pth", ".pt", ".safetensors")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    text = "a folder of transformers, or a run, a checkpoint or weights of this or the published code"
+    parser.add_argument("source", metavar="SOURCE", help=text)
+    parser.add_argument("output", metavar="OUT", help="the other one: a file (.pth, .safetensors), or a folder to make")
+    parser.add_argument("--model", help="preset of weights that do not say what they are: vit_s, vit_b, vit_l, vit_h, vit_g")
+    parser.add_argument("--num-frames", type=int, help="of such weights (16)")
+    parser.add_argument("--image-size", type=int, help="of such weights (224)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command: read, write, say what."""
+    source, output = Path(args.source), Path(args.output)
+    check_output(output.parent)
+    if (source / "config.json").is_file():
+        if output.suffix not in SUFFIXES:
+            raise InputError(f"output {output}: its name must end with {', '.join(SUFFIXES)}")
+        model = load_pretrained(source, backend="torch")
+        settings = {"model": model.config.to_dict()}
+        if isinstance(model, Classifier):
+            settings |= {"num_classes": model.num_classes, "class_names": read_class_names(source)}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        export_weights(output, model.state_dict(), config=settings)
+    else:
+        if output.suffix in SUFFIXES:
+            raise InputError(f"{source} is no folder of transformers (no config.json), and {output} would not be one either")
+        model, class_names = load_own(find_weights(source), args.model, args.num_frames, args.image_size)
+        save_pretrained(model, output, class_names)
+    print(f"{source}: {len(model.state_dict())} tensors of a {type(model).__name__} to {output}")
+
+
+def load_own(
+    path: Path, preset: str | None, num_frames: int | None, image_size: int | None
+) -> tuple[Pretrainer | Classifier, list[str] | None]:
+    """The model of weights with published names, and its class names if they are known.
+
+    Raises:
+        InputError: weights that do not say what they are, without a preset; or of another architecture.
+    """
+    settings, state = read_settings_and_weights(path)
+    if settings:
+        config = ModelConfig.from_dict(settings["model"])
+    elif preset is None:
+        raise InputError(f"{path} does not say what model it is of; give --model (and --num-frames, --image-size)")
+    else:
+        chosen = {"num_frames": num_frames, "img_size": image_size}
+        config = ModelConfig.preset(preset, **{name: value for name, value in chosen.items() if value is not None})
+    if "mask_token" in state:
+        model: Pretrainer | Classifier = build_pretrainer(config, normalize_target=settings.get("normalize_target", True))
+    else:
+        classes = state["head.weight"].shape[0] if "head.weight" in state else 0
+        pooling = "first" if "norm.weight" in state else "mean"
+        model = build_classifier(config, classes, pooling=pooling)
+    load_into(model, state, path)
+    names = settings.get("class_names")
+    return model, list(names) if names else None
