@@ -32,8 +32,8 @@ from vmae.train.finetune_settings import FinetuneConfig
 from vmae.train.load import LoadedClassifier, fingerprint, load_classifier
 from vmae.train.logit_store import LogitStore, fill_store
 from vmae.train.parallel import Parallel, open_parallel
-from vmae.train.pretrain import Prepared
 from vmae.train.pretrain_settings import RunConfig
+from vmae.train.run import Prepared
 
 
 @dataclass(frozen=True, kw_only=True)

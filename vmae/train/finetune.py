@@ -46,15 +46,8 @@ from vmae.train.layer_decay import build_layer_adamw
 from vmae.train.loop import LoopConfig, Trainer
 from vmae.train.metrics import LOG_NAME, RUN_NAME, loss_of_last_tenth, read_log
 from vmae.train.parallel import Parallel, open_parallel
-from vmae.train.pretrain import (
-    Prepared,
-    build_schedule,
-    carry_out,
-    find_start,
-    open_batches,
-    with_steps,
-)
 from vmae.train.pretrain_settings import RunConfig
+from vmae.train.run import Prepared, build_schedule, carry_out, find_start, open_batches, with_steps
 from vmae.train.saver import Saver
 
 __all__ = ["add_arguments", "build_trainer", "finetune", "prepare_finetune", "run", "settings_of"]

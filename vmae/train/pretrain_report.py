@@ -15,7 +15,7 @@ from vmae.train.metrics import LOG_NAME, RUN_NAME, loss_of_last_tenth, read_log
 from vmae.train.pretrain_settings import PretrainConfig
 
 if TYPE_CHECKING:
-    from vmae.train.pretrain import Prepared
+    from vmae.train.run import Prepared
 
 
 def banner(prepared: Prepared) -> list[str]:

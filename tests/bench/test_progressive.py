@@ -1,0 +1,88 @@
+"""Progressive training and the mask ablation as a user starts them, at sizes of seconds; their arithmetic by hand."""
+
+import json
+import sys
+
+import pytest
+
+from vmae.errors import InputError
+
+
+@pytest.fixture
+def progressive(benches):
+    return benches("progressive")
+
+
+@pytest.fixture
+def mask_ablation(benches):
+    return benches("mask_ablation")
+
+
+@pytest.fixture
+def tiny_world(benches):
+    return benches("tiny_world")
+
+
+def seeds(**values):
+    return [{"seed": i, "top1": {arm: numbers[i] for arm, numbers in values.items()}} for i in range(3)]
+
+
+def test_summary_and_verdicts(progressive):
+    values = {"scratch": [10, 20, 30], "pre-trained": [40] * 3, "post-pre-trained": [42] * 3, "encoder-only": [41, 41, 44]}
+    rows = progressive.summarise(seeds(**values))
+    assert [row["mean"] for row in rows] == [20, 40, 42, 42] and rows[0]["std"] == 10 and rows[0]["values"] == [10, 20, 30]
+    lines = progressive.verdicts(rows)
+    assert lines[0] == "pre-trained over scratch: +20.0 points (asked for: 15 or more) ok"
+    assert lines[1].endswith("+2.0 points (asked for: 3 or more) NOT MET")
+    assert lines[2].endswith("-2.0 points (asked for: within 1) NOT MET")
+
+
+def test_masks_of_the_paper(mask_ablation):
+    assert len(mask_ablation.MASKS) == 10 and mask_ablation.MASKS[0] == ("none", 0.0)
+    macs = {(mask, ratio): mask_ablation.macs_of(mask, ratio) for mask, ratio in mask_ablation.MASKS}
+    # three quarters are hidden from the encoder: leaving out the other quarter changes nothing
+    assert macs["none", 0.0] == macs["frame", 0.25] > macs["random", 0.5] > macs["running_cell", 0.75]
+    assert macs["frame", 0.5] == macs["random", 0.5] == macs["running_cell", 0.5]
+
+
+def test_stages_are_done_once_and_timed(tiny_world, tmp_path, capsys):
+    stages, done = tiny_world.Stages(tmp_path, 3), []
+    result = tmp_path / "result"
+    for _ in range(2):
+        stages.once("first", result, lambda: (done.append(1), result.touch()))
+    again = tiny_world.Stages(tmp_path, 3)
+    again.once("first", result, lambda: done.append(2))
+    result.unlink()
+    again.once("first", result, lambda: done.append(3))
+    assert done == [1, 3] and set(again.seconds) == {"first"}
+    assert "== 1 of 3: first" in capsys.readouterr().out
+
+
+def test_a_command_that_fails_ends_everything(tiny_world):
+    with pytest.raises(InputError, match="ended with 2"):
+        tiny_world.run("evaluate", "gone.txt", "--checkpoint", "gone", "--output", "out")
+
+
+@pytest.mark.slow
+def test_from_nothing_to_the_table(progressive, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["progressive.py", "--scale", "smoke", "--seeds", "1", "--out", str(tmp_path)])
+    assert progressive.main() == 0
+    out = capsys.readouterr().out
+    assert "post-pre-trained over pre-trained" in out and "head of 14 classes converted to 10" in out
+    result = json.loads((tmp_path / "progressive.json").read_text())
+    assert [row["arm"] for row in result["records"]] == list(progressive.ARMS)
+    assert all(0 <= value <= 100 for row in result["records"] for value in row["values"])
+    assert (tmp_path / "progressive.png").stat().st_size > 1000
+    before = result["seconds"]
+    assert progressive.main() == 0  # everything is there: nothing is trained again
+    assert json.loads((tmp_path / "progressive.json").read_text())["seconds"] == before
+
+
+@pytest.mark.slow
+def test_two_masks_to_the_table(mask_ablation, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mask_ablation, "MASKS", [("none", 0.0), ("running_cell", 0.5)])
+    monkeypatch.setattr(sys, "argv", ["mask_ablation.py", "--scale", "smoke", "--out", str(tmp_path)])
+    assert mask_ablation.main() == 0
+    assert "running_cell" in capsys.readouterr().out
+    records = json.loads((tmp_path / "mask_ablation.json").read_text())["records"]
+    assert [record["mask"] for record in records] == ["none", "running_cell"] and all(record["loss"] > 0 for record in records)

@@ -1,0 +1,234 @@
+"""What a run of any kind is made of beside its loss: a checked start, its folder, its batches, its end.
+
+`pretrain`, `finetune` and `distil` prepare a `Prepared`, build a `Trainer`, and hand both to `carry_out`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vmae.data import Prefetcher, build_loader
+from vmae.data.video_dataset import VideoDataset
+from vmae.errors import InputError
+from vmae.interop.upstream import check_shapes
+from vmae.train.checkpoint import AVERAGED_NAME, WEIGHTS_NAME, CheckpointFolder, export_weights, set_aside
+from vmae.train.loop import Trainer
+from vmae.train.metrics import describe_start, write_run_file
+from vmae.train.optim import CosineSchedule, OptimConfig
+from vmae.train.parallel import Parallel
+from vmae.train.pretrain_settings import RunConfig
+from vmae.train.resume import choose_checkpoint, setting_changes
+from vmae.train.sharded import read_group, read_manifest, shapes_of, tensor_layouts
+
+# Settings under `model` that a resumed run may change: they concern training only.
+_TRAINING_ONLY = ("model.drop_path_rate",)
+
+
+@dataclass
+class Prepared:
+    """A run whose input was found good.
+
+    Attributes:
+        config: what decides the result, with `steps` and `warmup_steps` resolved.
+        run: as given.
+        parallel: this process among those of the run, with its device.
+        dataset: of the list's videos.
+        model: on the device, with the weights to start from, unless a checkpoint brings them.
+        optim: with the learning rates of this batch.
+        steps_per_epoch: optimizer steps of an epoch.
+        checkpoint: the one to go on from, if any.
+        start_step: the steps that it has done.
+        notes: lines for the user.
+    """
+
+    config: Any
+    run: RunConfig
+    parallel: Parallel
+    dataset: VideoDataset
+    model: nn.Module
+    optim: OptimConfig
+    steps_per_epoch: int
+    checkpoint: Path | None
+    start_step: int
+    notes: list[str]
+
+    @property
+    def device(self) -> torch.device:
+        return self.parallel.device
+
+    def describe(self) -> dict[str, Any]:
+        """The resolved settings in plain containers, with what follows from them."""
+        config = self.config
+        derived = {
+            "device": str(self.device),
+            "videos": len(self.dataset.entries),
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": config.steps,
+            "start_step": self.start_step,
+            "ranks": self.parallel.world_size,
+            "parallel": self.parallel.kind,
+            "effective_batch_videos": config.effective_batch,
+            "clips_per_step": config.effective_batch * config.num_sample,
+            "peak_lr": self.optim.lr,
+            "final_lr": self.optim.min_lr,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+        }
+        return {"results": config.to_dict(), "run": self.run.to_dict(), "derived": derived}
+
+
+def build_schedule(config: Any, optim: OptimConfig) -> CosineSchedule:
+    """The learning rate of every step; `config` has its steps resolved.
+
+    Raises:
+        InputError: the warm-up is longer than the run.
+    """
+    return CosineSchedule(lr=optim.lr, min_lr=optim.min_lr, total_steps=config.steps, warmup_steps=config.warmup_steps)
+
+
+def with_steps(config: Any, steps_per_epoch: int) -> Any:
+    """`config` with `steps` and `warmup_steps` resolved."""
+    steps = config.steps or config.epochs * steps_per_epoch
+    warmup = config.warmup_steps
+    warmup = int(config.optim.warmup_epochs * steps_per_epoch) if warmup is None else warmup
+    return dataclasses.replace(config, steps=steps, warmup_steps=warmup)
+
+
+def find_start(
+    model: nn.Module, config: Any, run: RunConfig, parallel: Parallel, notes: list[str], load_init: Callable[[], str]
+) -> tuple[Path | None, int]:
+    """The checkpoint to go on from, whole and fitting, and its step.
+
+    Without one, `load_init` gives `model` the weights to start from, where the settings name some, and says so in a line.
+    """
+    path = choose_checkpoint(run.resume, CheckpointFolder(run.output, run.keep, run.keep_every), parallel, notes)
+    if path is None:
+        if config.init is not None:
+            notes.append(load_init())
+        return None, 0
+    manifest = read_manifest(path)
+    changes = setting_changes(manifest["config"], json.loads(json.dumps(config.to_dict())))
+    architecture = [text for name, text in changes.items() if name.startswith("model.") and name not in _TRAINING_ONLY]
+    advice = "choose another --output, or --no-resume for a fresh start"
+    own = {name: value.shape for name, value in model.state_dict().items()}
+    try:
+        check_shapes(own, shapes_of(tensor_layouts(path), "model"), path)
+    except InputError as error:
+        raise InputError(f"{error}\n  settings that differ: {'; '.join(architecture) or 'none'}\n  {advice}") from error
+    if architecture:
+        raise InputError(f"checkpoint {path} is of another architecture: {'; '.join(architecture)}; {advice}")
+    if "effective_batch" in changes:
+        wanted, now = manifest["config"].get("effective_batch"), config.effective_batch
+        raise InputError(
+            f"the run of {path} takes {wanted} videos a step; --batch-size {run.batch_size} x --accumulate {run.accumulate} x "
+            f"{parallel.world_size} ranks make {now}. Choose numbers whose product is {wanted}; to go on with another batch, "
+            f"start a new run with --init {path}"
+        )
+    notes.append(f"resuming from {path}, step {manifest['step']}")
+    notes += [f"note: setting changed: {text}" for text in changes.values()]
+    return path, manifest["step"]
+
+
+# --- The run ---
+
+
+def carry_out(
+    prepared: Prepared,
+    introduction: Sequence[str],
+    make_trainer: Callable[[], Trainer],
+    summarise: Callable[[int, float], list[str]],
+    averaged: bool = False,
+) -> int | None:
+    """A prepared run of any kind: open its folder, train, export.
+
+    Args:
+        introduction: lines to print first.
+        summarise: (steps done, seconds) -> lines to print at the end.
+        averaged: the checkpoints hold an average of the weights, to export too.
+
+    Returns:
+        None when the run is complete, else the signal that stopped it.
+    """
+    config, parallel = prepared.config, prepared.parallel
+    folder = Path(prepared.run.output)
+    say = print if parallel.is_main else _say_nothing
+    if prepared.start_step >= config.steps:
+        say(f"nothing to do: {folder} has done {prepared.start_step} of {config.steps} steps; more --steps go on from there")
+        if parallel.is_main and not (folder / WEIGHTS_NAME).exists():  # stopped between the last checkpoint and its export
+            export_run(prepared.checkpoint, folder, averaged)
+        return None
+    if parallel.is_main:
+        open_folder(prepared, folder)
+    parallel.barrier()
+    for line in (*prepared.notes, *introduction):
+        say(line, flush=True)
+    trainer = make_trainer()
+    began, first_step = time.monotonic(), trainer.step
+    stopped_by = trainer.run()
+    if stopped_by is not None:
+        say(f"stopped by {signal.Signals(stopped_by).name} after step {trainer.step}; the same command goes on from there")
+        return stopped_by
+    if parallel.is_main:
+        export_run(trainer.saver.folder.latest(), folder, averaged)
+        for line in summarise(trainer.step - first_step, time.monotonic() - began):
+            print(line)
+    return None
+
+
+def _say_nothing(*text: str, **options: Any) -> None:
+    """For all ranks but the first."""
+
+
+def export_run(checkpoint: Path, folder: Path, averaged: bool = False) -> None:
+    """`weights.pth`, and `weights_ema.pth` of averaged weights, from a run's last checkpoint."""
+    about = read_manifest(checkpoint)
+    for name, group in ((WEIGHTS_NAME, "model"), (AVERAGED_NAME, "ema"))[: 1 + averaged]:
+        export_weights(folder / name, read_group(checkpoint, group), config=about["config"], step=about["step"])
+
+
+def open_folder(prepared: Prepared, folder: Path) -> None:
+    """Make the output folder, move an earlier run out of the way, and write `run.json`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output folder {folder} is not writable: {error.strerror}") from error
+    moved = set_aside(folder, prepared.start_step if prepared.checkpoint else None)
+    if moved:
+        prepared.notes.append(f"moved what an earlier run left in {folder} to {moved}")
+    about = prepared.describe()
+    write_run_file(folder, describe_start(about, device=prepared.device, start_step=prepared.start_step))
+
+
+def open_batches(prepared: Prepared, start_step: int) -> Prefetcher:
+    """This rank's micro-batches from `start_step` on."""
+    decoder = getattr(prepared.config, "loader", "cpu")  # only pre-training has the choice
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loader = build_loader(
+            prepared.dataset,
+            batch_size=prepared.run.batch_size,
+            accumulate=prepared.run.accumulate,
+            rank=prepared.parallel.rank,
+            world_size=prepared.parallel.world_size,
+            num_workers=prepared.run.speed.num_workers,
+            start_step=start_step,
+            total_steps=prepared.config.steps,
+            pin_memory=prepared.device.type == "cuda",
+            quarantine=Path(prepared.run.output) / "quarantine.jsonl",
+            max_bad_share=prepared.run.max_bad_share,
+            loader=decoder,
+            device=prepared.device,
+        )
+    for warning in caught if prepared.parallel.is_main else ():
+        print(f"note: {warning.message}", flush=True)
+    return Prefetcher(loader, prepared.device, threaded=False if decoder == "dali" else None)
