@@ -93,6 +93,26 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.25)]
 
 
+def test_tensorboard_gets_groups_of_numbers_and_no_unknown_ones(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = RunLog(tmp_path, 0, 10, stream=io.StringIO())
+    log.record({"step": 3, "mfu": None, "samples": {"kinetics": 5, "web": 2}})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {"samples/kinetics", "samples/web"}
+    assert read_log(log.path)[0]["mfu"] is None
+
+
+def test_utilisation_is_of_the_devices_peak_where_that_is_known(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert metrics.flops_utilisation(989e12 / 2, gpu, "bfloat16") == pytest.approx(0.5)
+    assert metrics.flops_utilisation(None, gpu, "bfloat16") is None
+    assert metrics.flops_utilisation(1e12, torch.device("cpu"), "float32") is None
+
+
 def test_missing_tensorboard_is_said_and_survived(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     log = RunLog(tmp_path, 0, 10, stream=io.StringIO())

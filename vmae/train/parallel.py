@@ -166,6 +166,21 @@ def _rank_device(name: str) -> torch.device:
     return resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
 
 
+def _meeting_place() -> dict[str, Any]:
+    """Where the ranks find each other, when the launcher's environment alone does not say it well."""
+    given = os.environ
+    if "RANK" not in given:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    # torchrun (2.5 to 2.13) keeps its store over restarts: without a name of its own, a start may find the addresses of the
+    # one before, and fail. With --rdzv-backend c10d on several nodes the counts may differ from node to node: set
+    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun there, and each start has a store of its own.
+    if given.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.TCPStore(given["MASTER_ADDR"], int(given["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"start-{given['TORCHELASTIC_RESTART_COUNT']}", store)
+        return {"store": store, "rank": int(given["RANK"]), "world_size": int(given["WORLD_SIZE"])}
+    return {}
+
+
 @contextlib.contextmanager
 def open_parallel(kind: str = "auto", device: str = "auto", *, shard_size: int | None = None) -> Iterator[Parallel]:
     """Join the other processes of this run, as the launcher's environment describes them, and leave them at the end.
@@ -187,8 +202,7 @@ def open_parallel(kind: str = "auto", device: str = "auto", *, shard_size: int |
     if kind == "none":
         yield Parallel(device=found)
         return
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo", **alone)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo", **_meeting_place())
     mesh = None
     if shape is not None:
         from torch.distributed.device_mesh import init_device_mesh
