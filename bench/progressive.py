@@ -14,6 +14,7 @@ asked for.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -21,35 +22,57 @@ from pathlib import Path
 from typing import Any
 
 from common import print_table, write_json
-from tiny_world import SCALES, Scale, Stages, about, final_loss, finetune, make_world, pretrain, test
+from tiny_world import (
+    SCALES,
+    Scale,
+    Stages,
+    about,
+    final_loss,
+    finetune,
+    make_world,
+    pretrain,
+    run_jobs,
+    test,
+    world_paths,
+)
 
 ARMS = ("scratch", "pre-trained", "post-pre-trained", "encoder-only")
-STAGES_A_SEED = 2 + 5 + 4
+PARTS = {"dual": 6, "others": 5}  # what a seed is split into, to fill the cores; stages of each
 # (better arm, worse arm, points): at least so many more; the last one at most so far apart
 CLAIMS = (("pre-trained", "scratch", 15.0), ("post-pre-trained", "pre-trained", 3.0))
 CLOSE = ("pre-trained", "encoder-only", 1.0)
 
 
-def run_seed(stages: Stages, paths: dict[str, Path], scale: Scale, seed: int) -> dict[str, Any]:
-    """All arms of one seed: top-1 of each, and the losses and seconds of their pre-training."""
-    few, classes, prefix = paths["train_a"], paths["classes_a"], f"seed {seed}"
-    dual = pretrain(stages, f"{prefix}, dual-masked pre-training", paths["unlabeled"], scale, seed)
-    single = pretrain(
-        stages, f"{prefix}, encoder-only pre-training", paths["unlabeled"], scale, seed, "--decoder-mask", "none"
-    )
+def run_part(out: Path, scale: Scale, job: str) -> None:
+    """Some arms of a seed ("0-dual"): pre-training, fine-tuning and test; the scores go to `out / JOB / scores.json`."""
+    seed, part = int(job.split("-")[0]), job.split("-")[1]
+    stages, paths = Stages(out / job), world_paths(out)
     steps, middle = scale.supervised_steps, scale.middle_steps
-    post = finetune(stages, f"{prefix}, post-pre-training", paths["merged"], paths["classes"], middle, seed, dual)
-    starts = {"scratch": (None, steps), "pre-trained": (dual, steps), "post-pre-trained": (post, steps - middle)}
-    starts["encoder-only"] = (single, steps)
-    found: dict[str, Any] = {"seed": seed, "top1": {}}
-    for arm, (start, own) in starts.items():
-        more = ["--label-map", paths["map"]] if start is post else []
-        tuned = finetune(stages, f"{prefix}, {arm}, fine-tuning", few, classes, own, seed, start, *more)
-        found["top1"][arm] = test(stages, f"{prefix}, {arm}, test", tuned, paths["val_a"])
-    for name, folder in (("dual", dual), ("encoder_only", single)):
-        found[f"{name}_loss"] = final_loss(folder, scale.pretrain_steps)
-        found[f"{name}_seconds"] = stages.seconds[folder.name]
-    return found
+    mask = [] if part == "dual" else ["--decoder-mask", "none"]
+    trained = pretrain(stages, "pre-training", paths["unlabeled"], scale, seed, *mask)
+    if part == "dual":
+        post = finetune(stages, "post-pre-training", paths["merged"], paths["classes"], middle, seed, trained)
+        arms = {"pre-trained": (trained, steps, []), "post-pre-trained": (post, steps - middle, ["--label-map", paths["map"]])}
+    else:
+        arms = {"encoder-only": (trained, steps, []), "scratch": (None, steps, [])}
+    top1 = {}
+    for arm, (start, own, more) in arms.items():
+        tuned = finetune(stages, f"{arm}, fine-tuning", paths["train_a"], paths["classes_a"], own, seed, start, *more)
+        top1[arm] = test(stages, f"{arm}, test", tuned, paths["val_a"])
+    loss = final_loss(trained, scale.pretrain_steps)
+    text = json.dumps({"seed": seed, "top1": top1, f"{part}_loss": loss, "seconds": stages.seconds})
+    (stages.folder / "scores.json").write_text(text + "\n")
+
+
+def collect(out: Path, count: int) -> list[dict[str, Any]]:
+    """The scores of each seed, of all its parts."""
+    seeds = []
+    for seed in range(count):
+        parts = {part: json.loads((out / f"{seed}-{part}" / "scores.json").read_text()) for part in PARTS}
+        top1 = {arm: score for part in parts.values() for arm, score in part["top1"].items()}
+        losses = {key: part[key] for part in parts.values() for key in part if key.endswith("_loss")}
+        seeds.append({"seed": seed, "top1": top1, **losses, "seconds": {name: part["seconds"] for name, part in parts.items()}})
+    return seeds
 
 
 def summarise(seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -95,33 +118,37 @@ def draw(rows: list[dict[str, Any]], path: Path, chance: float) -> None:
     pyplot.close(figure)
 
 
+def report(out: Path, scale: Scale, seeds: list[dict[str, Any]], minutes: float) -> None:
+    """Table, verdicts, picture and JSON."""
+    rows, classes = summarise(seeds), len(world_paths(out)["classes_a"].read_text().splitlines())
+    print(f"\ntop-1 in percent, {len(seeds)} seeds, {classes} classes, {scale.world.few} labelled videos of each\n")
+    print_table(
+        ["arm", "mean", "std", *(f"seed {seed['seed']}" for seed in seeds)],
+        [[row["arm"], *(f"{value:.1f}" for value in (row["mean"], row["std"], *row["values"]))] for row in rows],
+    )
+    lines = verdicts(rows)
+    print("\n" + "\n".join(lines))
+    draw(rows, out / "progressive.png", 100 / classes)
+    write_json(out / "progressive.json", rows, "cpu", seeds=seeds, verdicts=lines, minutes=minutes, **about(scale))
+    print(f"\n{minutes:.1f} minutes; {out}/progressive.png, progressive.json")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("progressive"), help="folder of everything (progressive)")
     parser.add_argument("--scale", default="full", choices=SCALES)
     parser.add_argument("--seeds", type=int, help="runs of everything (3)")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     scale, began = SCALES[args.scale], time.monotonic()
+    if args.job:
+        run_part(args.out, scale, args.job)
+        return 0
     count = args.seeds or scale.seeds
-    stages = Stages(args.out, 1 + count * STAGES_A_SEED)
-    paths = make_world(stages, scale)
-    seeds = [run_seed(stages, paths, scale, seed) for seed in range(count)]
-    rows = summarise(seeds)
-    classes = len(paths["classes_a"].read_text().splitlines())
-    print(f"\ntop-1 in percent, {count} seeds, {classes} classes, {scale.world.few} labelled videos of each\n")
-    print_table(
-        ["arm", "mean", "std", *(f"seed {seed['seed']}" for seed in seeds)],
-        [[row["arm"], f"{row['mean']:.1f}", f"{row['std']:.1f}", *(f"{value:.1f}" for value in row["values"])] for row in rows],
-    )
-    lines = verdicts(rows)
-    print("\n" + "\n".join(lines))
-    minutes, all_minutes = (time.monotonic() - began) / 60, sum(stages.seconds.values()) / 60
-    draw(rows, args.out / "progressive.png", 100 / classes)
-    write_json(
-        args.out / "progressive.json", rows, "cpu", seeds=seeds, verdicts=lines, minutes=all_minutes, seconds=stages.seconds,
-        **about(scale),
-    )  # fmt: skip
-    print(f"\n{all_minutes:.1f} minutes of stages ({minutes:.1f} in this run); {args.out}/progressive.png, progressive.json")
+    make_world(args.out, scale)
+    jobs = {f"{seed}-{part}": stages for seed in range(count) for part, stages in PARTS.items()}
+    run_jobs(__file__, jobs, args.out, args.scale)
+    report(args.out, scale, collect(args.out, count), (time.monotonic() - began) / 60)
     return 0
 
 

@@ -5,11 +5,12 @@ Every stage is a command of `python -m vmae`, run in this process; a stage whose
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,8 +26,8 @@ class Scale:
 
     Attributes:
         world: the videos.
-        pretrain_steps: of self-supervision, of 32 clips each.
-        supervised_steps: of each arm in all, however many stages it has; 32 clips each.
+        pretrain_steps: of self-supervision, of 16 clips each.
+        supervised_steps: of each arm in all, however many stages it has; 16 clips each.
         middle_steps: how many of them a middle stage gets.
         seeds: runs of everything.
     """
@@ -40,13 +41,13 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        world=WorldConfig(size=32, frames=16, unlabeled=840, few=8, many=60, shared=2, validation=20),
-        pretrain_steps=1500,
-        supervised_steps=200,
-        middle_steps=120,
+        world=WorldConfig(size=32, frames=20, unlabeled=840, few=4, many=60, shared=2, validation=20),
+        pretrain_steps=2500,
+        supervised_steps=300,
+        middle_steps=220,
     ),
     "smoke": Scale(
-        world=WorldConfig(size=32, frames=8, unlabeled=28, few=2, many=2, shared=1, validation=1),
+        world=WorldConfig(size=32, frames=16, unlabeled=28, few=2, many=2, shared=1, validation=1),
         pretrain_steps=2,
         supervised_steps=4,
         middle_steps=2,
@@ -54,53 +55,90 @@ SCALES = {
     ),
 }
 CLIP = ["--num-frames", "8", "--image-size", "32"]
-# No clip is cut or mirrored: left and right, large and small are classes here.
-PRETRAIN = ["--model", "vit_tiny", "--patch-size", "8", *CLIP, "--stride", "1", "--encoder-ratio", "0.75", "--batch-size", "8",
-            "--num-sample", "4", "--lr", "0.032", "--min-lr", "0.0003", "--weight-decay", "0.05"]  # fmt: skip
-FINETUNE = ["--stride", "1", "--batch-size", "16", "--num-sample", "2", "--augment", "none", "--smoothing", "0.1",
-            "--lr", "0.016", "--min-lr", "0.0001", "--drop-path", "0.1", "--head-drop", "0.2"]  # fmt: skip
+# 2 x 2 patches at 4 moments: with more tokens, two cores learn nothing in minutes (8 x 8 patches: the loss stays at that of the
+# mean after 1000 steps). No clip is mirrored or cut for the classifier: left and right, large and small are classes here.
+PRETRAIN = ["--model", "vit_tiny", "--patch-size", "16", *CLIP, "--stride", "2", "--encoder-ratio", "0.5", "--batch-size", "4",
+            "--num-sample", "4", "--lr", "0.128", "--min-lr", "0.001"]  # fmt: skip
+FINETUNE = ["--stride", "2", "--batch-size", "16", "--num-sample", "1", "--augment", "none", "--smoothing", "0.1",
+            "--lr", "0.016", "--min-lr", "0.0001", "--layer-decay", "1", "--init-scale", "1"]  # fmt: skip
 
 
 @dataclass
 class Stages:
-    """Runs stages in a folder and keeps time.
+    """Runs stages in a folder, and writes down how long each took; what is written down is done.
 
     Attributes:
-        folder: of everything.
-        total: stages that there will be, for the time left.
-        seconds: of each stage done in this or an earlier run, by name.
+        folder: of all stages of a job.
+        seconds: of each stage done, by name.
     """
 
     folder: Path
-    total: int
     seconds: dict[str, float] = field(default_factory=dict)
-    began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "seconds.json"
-        self.seconds = json.loads(path.read_text()) if path.exists() else {}
+        self.seconds = read_seconds(self.folder)
 
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Say what begins, and take its time."""
-        number, start = len(self.seconds) + 1, time.monotonic()
-        left = ""
-        if self.seconds:
-            left = f", about {sum(self.seconds.values()) / len(self.seconds) * (self.total - number + 1) / 60:.0f} min left"
-        print(f"== {number} of {self.total}: {name}{left}", flush=True)
-        yield
+    def once(self, name: str, result: Path, work: Callable[[], object]) -> Path:
+        """Do `work` unless it was done and its `result` is there."""
+        if name in self.seconds and result.exists():
+            return result
+        print(f"== {self.folder.name}: {name}", flush=True)
+        start = time.monotonic()
+        work()
         self.seconds[name] = time.monotonic() - start
         part = self.folder / "seconds.json.part"
         part.write_text(json.dumps(self.seconds, indent=1) + "\n")
         os.replace(part, self.folder / "seconds.json")
-
-    def once(self, name: str, result: Path, work: Callable[[], object]) -> Path:
-        """Do `work` as a stage unless its `result` is there."""
-        if name not in self.seconds or not result.exists():
-            with self.stage(name):
-                work()
         return result
+
+
+def read_seconds(folder: Path) -> dict[str, float]:
+    """Seconds of each stage done in a job's folder."""
+    path = folder / "seconds.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def run_jobs(script: str, jobs: dict[str, int], out: Path, scale: str) -> None:
+    """Run `python SCRIPT --job NAME` for every job, one on each core, and say how far they are.
+
+    Args:
+        jobs: by name, how many stages each has; its folder is `out / name`, its output goes to `out / NAME.log`.
+
+    Raises:
+        InputError: a job failed; the end of its log is in the message.
+    """
+    waiting, running, began = list(jobs), {}, time.monotonic()
+    before = sum(len(read_seconds(out / name)) for name in jobs)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    try:
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                name = waiting.pop(0)
+                command = [sys.executable, script, "--job", name, "--out", str(out), "--scale", scale]
+                with open(out / f"{name}.log", "a") as log:
+                    running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            time.sleep(0.2 if scale == "smoke" else 10)
+            for name, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    if process.returncode:
+                        tail = (out / f"{name}.log").read_text()[-2000:]
+                        raise InputError(f"job {name} ended with {process.returncode}:\n{tail}")
+            _tell(jobs, out, before, time.monotonic() - began)
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.wait()
+
+
+def _tell(jobs: dict[str, int], out: Path, before: int, passed: float) -> None:
+    done, total = sum(len(read_seconds(out / name)) for name in jobs), sum(jobs.values())
+    left = f", about {passed / (done - before) * (total - done) / 60:.0f} min left" if done > before else ""
+    line = f"{done} of {total} stages, {passed / 60:.1f} min{left}"
+    if line.split(",")[0] != getattr(_tell, "last", None):  # a line for each stage
+        _tell.last = line.split(",")[0]
+        print(line, flush=True)
 
 
 def run(*words: object) -> None:
@@ -110,25 +148,23 @@ def run(*words: object) -> None:
         raise InputError(f"`python -m vmae {' '.join(map(str, words))}` ended with {code}")
 
 
-def make_world(stages: Stages, scale: Scale) -> dict[str, Path]:
-    """The videos, their lists, and the two label sets merged: `merged`, `classes`, `map` (to set a)."""
-    folder = stages.folder / "world"
-    with stages.stage("the world: videos and lists") if "the world: videos and lists" not in stages.seconds else quiet():
-        paths = write_world(folder, scale.world, workers=os.cpu_count() or 1)
-        lists = {name: [paths[f"{kind}_{name}"] for kind in ("classes", "train", "val")] for name in ("a", "b")}
-        sources = [word for name, files in lists.items() for word in ("--source", name, *files)]
-        run("merge-labels", folder / "merged", *sources, "--same", paths["same"])
-    merged = folder / "merged"
-    count = len((merged / "classes.txt").read_text().splitlines())
-    found = {"merged": "train.txt", "classes": "classes.txt", "map": f"label_{count}toa.json"}
-    return {**paths, **{name: merged / file for name, file in found.items()}}
+def make_world(out: Path, scale: Scale) -> dict[str, Path]:
+    """Make the videos, their lists, and the two label sets merged; see `world_paths`."""
+    folder = out / "world"
+    paths = write_world(folder, scale.world, workers=os.cpu_count() or 1)
+    lists = {name: [paths[f"{kind}_{name}"] for kind in ("classes", "train", "val")] for name in ("a", "b")}
+    sources = [word for name, files in lists.items() for word in ("--source", name, *files)]
+    run("merge-labels", folder / "merged", *sources, "--same", paths["same"])
+    return world_paths(out)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """For what was done before, and only looked up now."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
+def world_paths(out: Path) -> dict[str, Path]:
+    """Where everything is: `unlabeled`, `train_a`, `val_a`, `classes_a`, `merged`, `classes`, and `map` (merged to set a)."""
+    folder = out / "world"
+    names = {name: folder / f"{name}.txt" for name in ("unlabeled", "train_a", "val_a", "classes_a")}
+    count = len((folder / "merged" / "classes.txt").read_text().splitlines())
+    files = {"merged": "train.txt", "classes": "classes.txt", "map": f"label_{count}toa.json"}
+    return {**names, **{name: folder / "merged" / file for name, file in files.items()}}
 
 
 def pretrain(stages: Stages, name: str, data: Path, scale: Scale, seed: int, *mask: object) -> Path:
@@ -145,9 +181,8 @@ def finetune(
 ) -> Path:
     """Train on labels, from a run or from nothing; returns the run's folder."""
     folder = stages.folder / name
-    size = ["--model", "vit_tiny", "--patch-size", "8", *CLIP] if start is None else ["--init", start]
-    decay = ["--layer-decay", "1.0" if start is None else "0.8"]
-    words = ["finetune", "--data", data, "--classes", classes, "--output", folder, *FINETUNE, *size, *decay, *more]
+    size = ["--model", "vit_tiny", "--patch-size", "16", *CLIP] if start is None else ["--init", start]
+    words = ["finetune", "--data", data, "--classes", classes, "--output", folder, *FINETUNE, *size, *more]
     words += ["--repeat", 20, "--steps", steps, "--seed", seed, *run_flags(steps)]
     stages.once(name, folder / "weights.pth", lambda: run(*words))
     return folder
@@ -155,14 +190,14 @@ def finetune(
 
 def run_flags(steps: int) -> list[object]:
     every = ["--save-every", max(steps // 2, 1), "--log-every", max(steps // 50, 1)]
-    return [*every, "--workers", 1, "--no-tensorboard", "--device", "cpu"]
+    return [*every, "--workers", 0, "--no-tensorboard", "--device", "cpu"]
 
 
 def test(stages: Stages, name: str, checkpoint: Path, data: Path) -> float:
     """Top-1 in percent, of two clips of each video."""
     folder = stages.folder / name
     words = ["evaluate", data, "--checkpoint", checkpoint, "--output", folder, "--segments", 2, "--crops", 1]
-    stages.once(name, folder / "results.json", lambda: run(*words, "--workers", 1, "--device", "cpu"))
+    stages.once(name, folder / "results.json", lambda: run(*words, "--workers", 0, "--device", "cpu"))
     return json.loads((folder / "results.json").read_text())["top1"]
 
 
