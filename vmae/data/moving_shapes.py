@@ -57,7 +57,7 @@ SAME_NAMES = {
     "rotation against the clock": "turning anticlockwise",
 }
 _LOOKS, _START, _SPEED = range(3)
-_SPRITE, _RADII, _SPEEDS = 64, (0.16, 0.32), (0.5, 0.9)  # sprite's side in pixels; shares of the width; circles a clip
+_SPRITE, _RADII, _SPEEDS = 64, (0.28, 0.42), (0.5, 0.9)  # sprite's side in pixels; shares of the width; circles a clip
 _POLYGONS = (  # asymmetric, so that an angle is seen; corners within the unit circle
     ((-0.6, -0.8), (0.1, -0.8), (0.1, 0.2), (0.7, 0.2), (0.7, 0.8), (-0.6, 0.8)),
     ((0.0, -1.0), (0.8, 0.0), (0.3, 0.0), (0.3, 0.9), (-0.3, 0.9), (-0.3, 0.0), (-0.8, 0.0)),
@@ -146,9 +146,8 @@ def _texture(side: int, rng: np.random.Generator, finest: float) -> np.ndarray:
 def _looks(size: int, seed: int) -> tuple[np.ndarray, Image.Image]:
     """The background, uint8 [size, size, 3], and the shape, an RGBA picture."""
     rng = _rng(seed, _LOOKS)
-    dark = bool(rng.integers(2))
-    background = 255 * ((0.05 if dark else 0.55) + 0.4 * _texture(size, rng, 0.2))
-    pixels = 255 * ((0.5 if dark else 0.0) + 0.5 * _texture(_SPRITE, rng, 0.3))
+    background = 255 * (0.05 + 0.25 * _texture(size, rng, 0.5))
+    pixels = 255 * (0.5 + 0.5 * _texture(_SPRITE, rng, 0.5))
     corners = _POLYGONS[int(rng.integers(len(_POLYGONS)))]
     mask = Image.new("L", (4 * _SPRITE, 4 * _SPRITE))
     ImageDraw.Draw(mask).polygon([tuple((1 + c) / 2 * 4 * _SPRITE for c in corner) for corner in corners], fill=255)
