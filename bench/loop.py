@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 from common import paired_ratio, print_table, spread, write_json
-from dual_vs_encoder import Stepper, load_clips
+from records import load_clips
+from stepping import Stepper
 
 from vmae import DualMask, InputError, ModelConfig
 from vmae.config import PRESETS

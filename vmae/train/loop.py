@@ -14,11 +14,10 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from vmae.train.parallel import Parallel, bare
 from vmae.train.saver import Saver
 from vmae.train.signals import STOP_SIGNALS, StopSignals
 from vmae.train.state import TrainingState
+from vmae.train.step import StepRecord, TrainingBatch, seed_random
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NONFINITE_NAME = "nonfinite.json"
@@ -39,16 +39,6 @@ NONFINITE_NAME = "nonfinite.json"
 
 class NonFiniteError(InputError):
     """The loss or the gradient is not a finite number; the step was not taken."""
-
-
-class TrainingBatch(Protocol):
-    """What the loop needs of a micro-batch; `vmae.data.Batch` is one."""
-
-    clips: Tensor
-    ids: list
-    replaced: list
-
-    def to(self, device, non_blocking: bool = False) -> TrainingBatch: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,31 +70,6 @@ class LoopConfig(_Checked):
         for name in ("total_steps", "steps_per_epoch", "accumulate", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-
-
-@dataclass
-class StepRecord:
-    """What one step did; `ids` are this rank's, `loss_sum` too, the other counts are sums over the ranks.
-
-    Attributes:
-        step: optimizer steps before it.
-        weight: of all its micro-batches.
-        loss_sum: sum of weight * loss of this rank's micro-batches, on the device.
-        samples: clips by source.
-        numbers: loss, gradient norm and whether anything failed, on their way to the host.
-    """
-
-    step: int
-    lr: float
-    weight: float = 0.0
-    loss_sum: Tensor | None = None
-    ids: list = field(default_factory=list)
-    clips: int = 0
-    replaced: int = 0
-    samples: list[int] = field(default_factory=list)
-    data_s: float = 0.0
-    step_s: float = 0.0
-    numbers: LateNumbers | None = None
 
 
 class Trainer:
@@ -373,9 +338,3 @@ class Trainer:
         """Save the steps done; every rank takes part. With a background save, it may be complete a little later."""
         self.saver.save(self.step, self.state.tensors(), {"config": self.about, "samples": self.samples})
         self.saved_step = self.step
-
-
-def seed_random(seed: int, step: int, part: int) -> None:
-    """Seed torch for micro-batch number `part` (over all ranks) of a step: random numbers are a function of these three."""
-    state = np.random.SeedSequence((seed, step, part)).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0] >> 1))
