@@ -1,8 +1,8 @@
 """The paper's ablation of decoder masks (VideoMAE V2, table 1) in miniature, on moving shapes: one command, one table.
 
 None, frame, random and running-cell masking at 25, 50 and 75 %: the same pre-training steps, then the same fine-tuning on a
-few labelled clips. Losses are of different tokens for each mask, so only accuracy compares across rows. The encoder sees half of
-the tokens here, a tenth in the paper: "none" rebuilds the other half, so leaving out a quarter of all tokens saves nothing.
+few labelled clips. Losses are of different tokens for each mask, so only accuracy compares across rows. The encoder sees
+half of the tokens here, a tenth in the paper: "none" rebuilds the other half, so leaving out a quarter of all saves nothing.
 """
 
 from __future__ import annotations
