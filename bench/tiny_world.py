@@ -41,10 +41,10 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        world=WorldConfig(size=32, frames=20, unlabeled=840, few=4, many=60, shared=2, validation=20),
-        pretrain_steps=2500,
-        supervised_steps=300,
-        middle_steps=220,
+        world=WorldConfig(size=32, frames=20, unlabeled=840, few=8, many=60, shared=2, validation=20),
+        pretrain_steps=2000,
+        supervised_steps=600,
+        middle_steps=450,
     ),
     "smoke": Scale(
         world=WorldConfig(size=32, frames=16, unlabeled=28, few=2, many=2, shared=1, validation=1),
@@ -60,7 +60,7 @@ CLIP = ["--num-frames", "8", "--image-size", "32"]
 PRETRAIN = ["--model", "vit_tiny", "--patch-size", "16", *CLIP, "--stride", "2", "--encoder-ratio", "0.5", "--batch-size", "4",
             "--num-sample", "4", "--lr", "0.128", "--min-lr", "0.001"]  # fmt: skip
 FINETUNE = ["--stride", "2", "--batch-size", "16", "--num-sample", "1", "--augment", "none", "--smoothing", "0.1",
-            "--lr", "0.016", "--min-lr", "0.0001", "--layer-decay", "1", "--init-scale", "1"]  # fmt: skip
+            "--lr", "0.032", "--min-lr", "0.0001", "--layer-decay", "1", "--init-scale", "1"]  # fmt: skip
 
 
 @dataclass
