@@ -145,10 +145,9 @@ def resolve_variant(name: str) -> Variant:
 
 
 def default_variants(device: str) -> list[str]:
-    """All that run on `device`; on a CPU, where minutes count, two."""
-    if not device.startswith("cuda"):
-        return ["reference", "torch"]
-    return [name for name, variant in VARIANTS.items() if variant.why_not(device) is None]
+    """All that run on `device`; on a CPU, where minutes count, two, and transformers' model where it is installed."""
+    names = list(VARIANTS) if device.startswith("cuda") else ["reference", "huggingface", "torch"]
+    return [name for name in names if VARIANTS[name].why_not(device) is None]
 
 
 def parameter_bytes(model: nn.Module) -> int:

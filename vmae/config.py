@@ -189,6 +189,7 @@ class SpeedConfig(_Checked):
         backend: the fused operations: "torch", "triton", or "auto" (triton on a GPU).
         attention: "auto", or a name that `python -m vmae doctor` lists.
         compile: compile the blocks with `torch.compile`.
+        cuda_graphs: replay the compiled blocks as CUDA graphs; a GPU only.
         checkpointing: what is made again in the backward instead of being kept: "none", "selective" (the MLPs' hidden
             layers) or "full" (all but each block's input); see `vmae.train.activations`.
         parallel: "none", "ddp", "fsdp", "hybrid", or "auto" (ddp with several processes); see `vmae.train.parallel`.
@@ -199,6 +200,7 @@ class SpeedConfig(_Checked):
     backend: str = "auto"
     attention: str = "auto"
     compile: bool = False
+    cuda_graphs: bool = False
     checkpointing: str = "none"
     parallel: str = "auto"
     shard_size: int | None = None
@@ -211,3 +213,5 @@ class SpeedConfig(_Checked):
             raise InputError(f"unknown backend {self.backend!r}; known: auto, torch, triton")
         if self.num_workers < 0:
             raise InputError(f"num_workers must be at least 0, not {self.num_workers}")
+        if self.cuda_graphs and not self.compile:
+            raise InputError("CUDA graphs are of compiled blocks: cuda_graphs needs compile")

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from vmae import InputError, ModelConfig
+from vmae import InputError, ModelConfig, build_pretrainer
+from vmae.config import SpeedConfig
 from vmae.cost import count_saved_bytes
 from vmae.model.blocks import build_blocks
 from vmae.train.activations import prepare_blocks
+from vmae.train.checks import check_attention
 
 CONFIG = ModelConfig(img_size=32, embed_dim=64, num_heads=2, drop_path_rate=0.3)
 TOKENS = 512  # many, so that what does not grow with them is small beside it
@@ -49,3 +51,21 @@ def test_gradients_are_the_same_to_the_bit_with_stochastic_depth(checkpointing):
 def test_unknown_kinds_are_named():
     with pytest.raises(InputError, match="unknown checkpointing 'some'; known: none, selective, full"):
         prepare_blocks([], checkpointing="some")
+
+
+def test_cuda_graphs_are_the_compilers(tiny, monkeypatch):
+    """Only what is asked of torch: replaying needs a GPU."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, mode=None: asked.append(mode) or function)
+    model = build_pretrainer(tiny)
+    prepare_blocks(model.encoder.blocks, compiled=True, cuda_graphs=True)
+    prepare_blocks(model.decoder.blocks, compiled=True)
+    assert asked == ["reduce-overhead"] * tiny.depth + [None] * tiny.decoder_depth
+
+
+def test_cuda_graphs_where_they_cannot_be(tiny):
+    with pytest.raises(InputError, match="cuda_graphs needs compile"):
+        SpeedConfig(cuda_graphs=True)
+    speed = SpeedConfig(cuda_graphs=True, compile=True)
+    with pytest.raises(InputError, match="--cuda-graphs needs a GPU, and the device is cpu"):
+        check_attention(speed, tiny, "float32", torch.device("cpu"))

@@ -284,3 +284,13 @@ def test_first_batch_is_shown_once(tmp_path):
 def test_loop_config_names_a_wrong_setting(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         LoopConfig(**{"total_steps": 5, **wrong})
+
+
+def test_cuda_graphs_learn_where_a_forward_begins(tmp_path, monkeypatch):
+    marks = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    for name in ("without", "with"):
+        (tmp_path / name).mkdir()
+    assert toy_trainer(tmp_path / "without", total=3).run() is None and not marks
+    assert toy_trainer(tmp_path / "with", total=3, accumulate=2, cuda_graphs=True).run() is None
+    assert len(marks) == 6

@@ -23,8 +23,14 @@ from vmae.config import CHECKPOINTING
 from vmae.errors import InputError
 
 
-def prepare_blocks(blocks: Iterable[nn.Module], *, checkpointing: str = "none", compiled: bool = False) -> None:
+def prepare_blocks(
+    blocks: Iterable[nn.Module], *, checkpointing: str = "none", compiled: bool = False, cuda_graphs: bool = False
+) -> None:
     """Set up every block (`vmae.model.blocks.Block`) for training, before it is sharded.
+
+    With `cuda_graphs` the compiled blocks are replayed as CUDA graphs (torch's "reduce-overhead" mode), where their shapes
+    stay and torch finds nothing that forbids it; whoever trains calls `torch.compiler.cudagraph_mark_step_begin` before
+    each forward.
 
     Raises:
         InputError: an unknown kind of checkpointing.
@@ -37,7 +43,7 @@ def prepare_blocks(blocks: Iterable[nn.Module], *, checkpointing: str = "none", 
         elif checkpointing == "full":
             _recompute(block, has_randomness=block.drop_path.rate > 0)
         if compiled:
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, mode="reduce-overhead" if cuda_graphs else None)
 
 
 def _recompute(module: nn.Module, *, has_randomness: bool) -> None:

@@ -63,7 +63,10 @@ def check_mask(mask: MaskConfig, grid: tuple[int, int, int]) -> None:
 
 
 def check_attention(speed: SpeedConfig, model: ModelConfig, dtype_name: str, device: torch.device) -> None:
-    """Raises InputError where the named attention does not run at the model's head dims; "auto" always does."""
+    """Raises InputError where the named attention does not run at the model's head dims ("auto" always does), or where CUDA
+    graphs are asked for without a GPU."""
+    if speed.cuda_graphs and device.type != "cuda":
+        raise InputError(f"--cuda-graphs needs a GPU, and the device is {device}")
     if speed.attention == "auto":
         return
     dtype = torch.bfloat16 if dtype_name == "bfloat16" else torch.float32

@@ -240,7 +240,10 @@ def classification_loss(logits: Tensor, targets: Tensor, multi_label: bool) -> T
 def build_trainer(prepared: Prepared, extra: Extra | None = None) -> Trainer:
     """The loop for a prepared run, at its start step."""
     run, config, model, parallel = prepared.run, prepared.config, prepared.model, prepared.parallel
-    prepare_blocks(model.blocks, checkpointing=run.speed.checkpointing, compiled=run.speed.compile)
+    speed = run.speed
+    prepare_blocks(
+        model.blocks, checkpointing=speed.checkpointing, compiled=speed.compile, cuda_graphs=speed.cuda_graphs
+    )
     wrapped = parallel.wrap(model, list(model.blocks), config.dtype)
     average = WeightAverage(model, config.ema_decay) if config.ema_decay is not None else None
     size = image_hw(config.clip.image_size)
@@ -265,6 +268,7 @@ def build_trainer(prepared: Prepared, extra: Extra | None = None) -> Trainer:
             accumulate=run.accumulate,
             clip_grad=config.optim.clip_grad,
             dtype=config.dtype,
+            cuda_graphs=speed.cuda_graphs,
             seed=config.seed,
             log_every=run.log_every,
             save_every=run.save_every,

@@ -51,6 +51,7 @@ class LoopConfig(_Checked):
         accumulate: micro-batches of a step on each rank.
         clip_grad: largest gradient norm; None does not clip.
         dtype: "float32", or "bfloat16" (autocast; weights, reductions and loss stay float32).
+        cuda_graphs: tell torch where a forward begins, for blocks that are replayed as CUDA graphs.
         seed: of everything random in a step.
         log_every, save_every: steps from one log line, or checkpoint, to the next.
     """
@@ -60,6 +61,7 @@ class LoopConfig(_Checked):
     accumulate: int = 1
     clip_grad: float | None = None
     dtype: str = "float32"
+    cuda_graphs: bool = False
     seed: int = 0
     log_every: int = 10
     save_every: int = 1000
@@ -253,6 +255,8 @@ class Trainer:
         """Add the gradients of the micro-batch's weighted loss, and the loss itself, to the step's."""
         parts = self.config.accumulate
         seed_random(self.config.seed, self.step, self.parallel.rank * parts + part)
+        if self.config.cuda_graphs:  # what earlier forwards returned may be written over from here on
+            torch.compiler.cudagraph_mark_step_begin()
         low_precision = self.config.dtype != "float32"
         with self.parallel.gradients(self.model, last=part == parts - 1):
             with torch.autocast(self.device.type, dtype=DTYPES[self.config.dtype], enabled=low_precision):

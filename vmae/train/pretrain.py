@@ -124,7 +124,10 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
     """The loop for a prepared run, at its start step; fills `trivial` with the trivial predictors' losses."""
     run, config, model, parallel = prepared.run, prepared.config, prepared.model, prepared.parallel
     blocks = [*model.encoder.blocks, *model.decoder.blocks]
-    prepare_blocks(blocks, checkpointing=run.speed.checkpointing, compiled=run.speed.compile)
+    speed = run.speed
+    prepare_blocks(
+        blocks, checkpointing=speed.checkpointing, compiled=speed.compile, cuda_graphs=speed.cuda_graphs
+    )
     wrapped = parallel.wrap(model, blocks, config.dtype)
     usual = token_counts(config.model, config.mask).counted * run.batch_size * config.num_sample
 
@@ -151,6 +154,7 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
             accumulate=run.accumulate,
             clip_grad=config.optim.clip_grad,
             dtype=config.dtype,
+            cuda_graphs=speed.cuda_graphs,
             seed=config.seed,
             log_every=run.log_every,
             save_every=run.save_every,

@@ -199,6 +199,7 @@ def add_run_arguments(group) -> None:
     group.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
     group.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
     group.add_argument("--compile", action="store_true", help="compile the blocks with torch.compile")
+    group.add_argument("--cuda-graphs", action="store_true", help="replay compiled blocks as CUDA graphs (not run yet)")
     group.add_argument(
         "--checkpointing", default="none",
         help="made again in the backward: none, selective (MLPs' hidden layers), full (all but blocks' inputs) (none)",
@@ -270,7 +271,7 @@ def configs_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, RunConf
 def run_from_args(args: argparse.Namespace) -> RunConfig:
     """Where and how, of the flags of `add_run_arguments` and of the batch."""
     speed = SpeedConfig(
-        num_workers=args.workers, **taken(args, "backend attention compile checkpointing parallel shard_size")
+        num_workers=args.workers, **taken(args, "backend attention compile cuda_graphs checkpointing parallel shard_size")
     )
     names = "output device batch_size accumulate resume save_every keep keep_every async_save log_every tensorboard"
     return RunConfig(speed=speed, **taken(args, f"{names} max_bad_share"))
