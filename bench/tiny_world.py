@@ -86,6 +86,8 @@ class Stages:
         print(f"== {self.folder.name}: {name}", flush=True)
         start = time.monotonic()
         work()
+        if not result.exists():
+            raise InputError(f"{name} was stopped before its end; the same command goes on from there")
         self.seconds[name] = time.monotonic() - start
         part = self.folder / "seconds.json.part"
         part.write_text(json.dumps(self.seconds, indent=1) + "\n")
