@@ -42,9 +42,9 @@ class Scale:
 SCALES = {
     "full": Scale(
         world=WorldConfig(size=32, frames=20, unlabeled=840, few=8, many=60, shared=2, validation=20),
-        pretrain_steps=2000,
-        supervised_steps=600,
-        middle_steps=450,
+        pretrain_steps=1500,
+        supervised_steps=400,
+        middle_steps=300,
     ),
     "smoke": Scale(
         world=WorldConfig(size=32, frames=16, unlabeled=28, few=2, many=2, shared=1, validation=1),
@@ -86,6 +86,8 @@ class Stages:
         print(f"== {self.folder.name}: {name}", flush=True)
         start = time.monotonic()
         work()
+        if not result.exists():
+            raise InputError(f"{name} was stopped before its end; the same command goes on from there")
         self.seconds[name] = time.monotonic() - start
         part = self.folder / "seconds.json.part"
         part.write_text(json.dumps(self.seconds, indent=1) + "\n")

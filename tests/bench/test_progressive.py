@@ -53,9 +53,16 @@ def test_stages_are_done_once_and_timed(tiny_world, tmp_path, capsys):
     again = tiny_world.Stages(tmp_path / "job")
     again.once("first", result, lambda: done.append(2))
     result.unlink()
-    again.once("first", result, lambda: done.append(3))
+    again.once("first", result, lambda: (done.append(3), result.touch()))
     assert done == [1, 3] and set(again.seconds) == {"first"}
     assert capsys.readouterr().out == "== job: first\n" * 2
+
+
+def test_a_stage_that_was_stopped_is_not_done(tiny_world, tmp_path):
+    stages = tiny_world.Stages(tmp_path)
+    with pytest.raises(InputError, match="training was stopped before its end"):
+        stages.once("training", tmp_path / "weights.pth", lambda: None)
+    assert not stages.seconds
 
 
 def test_a_job_that_fails_shows_its_log(tiny_world, tmp_path):
