@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from common import environment, paired_ratio, print_table, spread, write_json
+from common import environment, exit_code, find_device, paired_ratio, print_table, spread, write_json
 from records import compare, count_record, load_clips, make_record
 from stepping import Worker, resident_bytes, show_progress
 from stepping import measure as measure_models
@@ -358,11 +358,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two tiny shapes and a tiny model")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     args = parser.parse_args(argv)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = find_device(args.device)
     on_gpu = args.device.startswith("cuda")
-    if on_gpu and not torch.cuda.is_available():
-        raise InputError(f"device {args.device}: torch sees no GPU here; use --device cpu")
     defaults = {"dtype": "bfloat16" if on_gpu else "float32", "batch": 32 if on_gpu else 1, "turns": 20 if on_gpu else 5}
     defaults |= {"model_batch": 32 if on_gpu else 1, "model": "vit_b"}
     if args.quick:
@@ -454,11 +451,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return run(parse_args(argv))
-    except (InputError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

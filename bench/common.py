@@ -9,7 +9,8 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,32 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         result["cuda"] = torch.version.cuda or torch.version.hip
         result["capability"] = list(torch.cuda.get_device_capability(device))
     return result
+
+
+def find_device(name: str) -> str:
+    """`name`; "auto" becomes "cuda" where there is a GPU, else "cpu".
+
+    Raises:
+        InputError: a GPU is asked for where there is none.
+    """
+    from vmae.errors import InputError  # not at the top: bench/kernels.py does without vmae
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {name}: torch sees no GPU here; use --device cpu")
+    return name
+
+
+def exit_code(run: Callable[[], int]) -> int:
+    """What `run()` returns; 2, and the message, for wrong input or a worker that died."""
+    from vmae.errors import InputError
+
+    try:
+        return run()
+    except (InputError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -19,7 +19,7 @@ import tempfile
 from typing import Any
 
 import torch
-from common import environment, print_table, write_json
+from common import environment, exit_code, find_device, print_table, write_json
 from paper import compare_with_paper, report_paper
 from records import choose_input, compare, count_record, load_clips, make_record
 from stepping import measure, sweep_batches
@@ -106,11 +106,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _with_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = find_device(args.device)
     on_gpu = args.device.startswith("cuda")
-    if on_gpu and not torch.cuda.is_available():
-        raise InputError(f"device {args.device}: torch sees no GPU here; use --device cpu")
     defaults = (
         dict(model="vit_b", batch=32, steps=20, warmup=5, dtype="bfloat16")
         if on_gpu
@@ -218,11 +215,7 @@ def draw(args: argparse.Namespace, records: list[dict[str, Any]], device: str) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return run(parse_args(argv))
-    except (InputError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

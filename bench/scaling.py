@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
 import tempfile
 import time
 from typing import Any
 
 import torch
-from common import environment, print_table, spread, write_json
+from common import environment, exit_code, find_device, print_table, spread, write_json
 from records import load_clips
 from stepping import LOSS_TOLERANCE, SEED, Worker, show_progress
 from variants import MASKINGS, VARIANTS, resolve_variant
@@ -215,8 +214,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two small points an axis, a tiny model")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     args = parser.parse_args(argv)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = find_device(args.device)
     on_gpu = args.device.startswith("cuda")
     defaults = {"model": "vit_tiny" if args.quick else "vit_b" if on_gpu else "vit_s", "batch": 16 if on_gpu else 1}
     defaults["variant"] = "triton" if on_gpu else "torch"
@@ -247,11 +245,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return run(parse_args(argv))
-    except (InputError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from common import environment, print_table, spread, write_json
+from common import environment, exit_code, find_device, print_table, spread, write_json
 from records import choose_input, load_clips
 from stepping import LOSS_TOLERANCE, SEED, Stepper
 from variants import VARIANTS, resolve_variant
@@ -182,11 +182,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", metavar="FILE", help="draw them there (PNG)")
     parser.add_argument("--trace", metavar="FILE", help="write the profiler's trace there (.json or .json.gz)")
     args = parser.parse_args(argv)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = find_device(args.device)
     on_gpu = args.device.startswith("cuda")
-    if on_gpu and not torch.cuda.is_available():
-        raise InputError(f"device {args.device}: torch sees no GPU here; use --device cpu")
     for name, gpu, cpu in (("model", "vit_b", "vit_s"), ("batch", 32, 4), ("variant", "triton", "torch")):
         if getattr(args, name) is None:
             setattr(args, name, gpu if on_gpu else cpu)
@@ -239,11 +236,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return run(parse_args(argv))
-    except (InputError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":
