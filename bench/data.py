@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import environment, paired_ratio, print_table, spread, write_json
+from common import environment, exit_code, paired_ratio, print_table, spread, write_json
 from PIL import Image
 
 from vmae import InputError, MaskConfig, ModelConfig
@@ -477,12 +477,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
+    def find_and_run() -> int:
         find_backends("video", "auto")
         return run(parse_args(argv))
-    except (InputError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    return exit_code(find_and_run)
 
 
 if __name__ == "__main__":

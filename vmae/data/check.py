@@ -14,7 +14,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from vmae.data.containers import container_kind, read_mp4_track
 from vmae.data.decode import DecodeError, find_backends, open_video
 from vmae.data.manifest import VideoEntry, read_list_with_problems
 from vmae.data.sampling import sample_frame_indices
-from vmae.data.workers import WorkerPool
+from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
 
 
@@ -93,19 +93,12 @@ def check_entry(entry: VideoEntry, backend: str = "auto") -> dict[str, Any]:
     return record
 
 
-class _Checker:
+class _Checker(VideoTask):
     """What runs in the workers."""
 
     def __init__(self, entries: Sequence[VideoEntry], backend: str) -> None:
+        super().__init__()
         self.entries, self.backend = entries, backend
-        self.blocked: dict[int, str] = {}
-        self.watch: Callable[[int], None] = lambda video: None
-
-    def set_watch(self, watch: Callable[[int], None]) -> None:
-        self.watch = watch
-
-    def block(self, video: int, reason: str) -> None:
-        self.blocked[video] = reason
 
     def __getitem__(self, video: int) -> dict[str, Any]:
         entry = self.entries[video]

@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from vmae.data.check import decode_clip
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry, read_list
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine
-from vmae.data.workers import WorkerPool
+from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
 
 SETTINGS_NAME, LIST_NAME, REPORT_NAME = "pack.json", "list.txt", "report.json"
@@ -115,19 +115,12 @@ def _encode(container, out, config: PackConfig) -> int:
     return frames
 
 
-class _Packer:
+class _Packer(VideoTask):
     """What runs in the workers: packs a video unless that was done before; gives None, or why it could not."""
 
     def __init__(self, entries: Sequence[VideoEntry], targets: Sequence[Path], config: PackConfig) -> None:
+        super().__init__()
         self.entries, self.targets, self.config = entries, targets, config
-        self.blocked: dict[int, str] = {}
-        self.watch: Callable[[int], None] = lambda video: None
-
-    def set_watch(self, watch: Callable[[int], None]) -> None:
-        self.watch = watch
-
-    def block(self, video: int, reason: str) -> None:
-        self.blocked[video] = reason
 
     def __getitem__(self, video: int) -> Failure | InputError | None:
         entry, target = self.entries[video], self.targets[video]

@@ -43,6 +43,25 @@ class Maker(Protocol):
         """Treat a video as undecodable from now on."""
 
 
+class VideoTask:
+    """A `Maker` that does something to one video at a time; a subclass says what, and calls `watch` before it opens one.
+
+    Attributes:
+        blocked: number of a video -> why it is not to be opened any more.
+        watch: told the number of the video that comes next.
+    """
+
+    def __init__(self) -> None:
+        self.blocked: dict[int, str] = {}
+        self.watch: Callable[[int], None] = lambda video: None
+
+    def set_watch(self, watch: Callable[[int], None]) -> None:
+        self.watch = watch
+
+    def block(self, video: int, reason: str) -> None:
+        self.blocked[video] = reason
+
+
 class _Worker:
     """A process, its pipe, the tasks it owes, and the video it is at."""
 
