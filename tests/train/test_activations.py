@@ -8,7 +8,7 @@ from vmae.config import SpeedConfig
 from vmae.cost import count_saved_bytes
 from vmae.model.blocks import build_blocks
 from vmae.train.activations import prepare_blocks
-from vmae.train.checks import check_attention
+from vmae.train.checks import check_speed
 
 CONFIG = ModelConfig(img_size=32, embed_dim=64, num_heads=2, drop_path_rate=0.3)
 TOKENS = 512  # many, so that what does not grow with them is small beside it
@@ -68,4 +68,4 @@ def test_cuda_graphs_where_they_cannot_be(tiny):
         SpeedConfig(cuda_graphs=True)
     speed = SpeedConfig(cuda_graphs=True, compile=True)
     with pytest.raises(InputError, match="--cuda-graphs needs a GPU, and the device is cpu"):
-        check_attention(speed, tiny, "float32", torch.device("cpu"))
+        check_speed(speed, tiny, "float32", torch.device("cpu"))

@@ -62,7 +62,7 @@ def check_mask(mask: MaskConfig, grid: tuple[int, int, int]) -> None:
         )
 
 
-def check_attention(speed: SpeedConfig, model: ModelConfig, dtype_name: str, device: torch.device) -> None:
+def check_speed(speed: SpeedConfig, model: ModelConfig, dtype_name: str, device: torch.device) -> None:
     """Raises InputError where the named attention does not run at the model's head dims ("auto" always does), or where CUDA
     graphs are asked for without a GPU."""
     if speed.cuda_graphs and device.type != "cuda":

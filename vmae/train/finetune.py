@@ -31,9 +31,8 @@ from vmae.errors import InputError
 from vmae.interop.classifier_weights import checkpoint_grid, start_classifier
 from vmae.interop.upstream import read_settings_and_weights
 from vmae.model import Classifier, build_classifier
-from vmae.train.activations import prepare_blocks
-from vmae.train.checkpoint import AVERAGED_NAME, WEIGHTS_NAME, CheckpointFolder, find_weights
-from vmae.train.checks import check_attention, check_backend, check_output
+from vmae.train.checkpoint import AVERAGED_NAME, WEIGHTS_NAME, find_weights
+from vmae.train.checks import check_backend, check_output, check_speed
 from vmae.train.ema import WeightAverage
 from vmae.train.finetune_settings import (
     FinetuneConfig,
@@ -47,8 +46,7 @@ from vmae.train.loop import LoopConfig, Trainer
 from vmae.train.metrics import LOG_NAME, RUN_NAME, loss_of_last_tenth, read_log
 from vmae.train.parallel import Parallel, open_parallel
 from vmae.train.pretrain_settings import RunConfig
-from vmae.train.run import Prepared, build_schedule, carry_out, find_start, open_batches, with_steps
-from vmae.train.saver import Saver
+from vmae.train.run import Prepared, assemble_trainer, build_schedule, carry_out, find_start, with_steps, wrap_model
 
 __all__ = ["add_arguments", "build_trainer", "finetune", "prepare_finetune", "run", "settings_of"]
 
@@ -151,7 +149,7 @@ def prepare_finetune(
     """
     device = parallel.device
     check_backend(run.speed.backend, device)
-    check_attention(run.speed, config.model, config.dtype, device)
+    check_speed(run.speed, config.model, config.dtype, device)
     check_output(Path(run.output))
     labelled, notes = read_data(config)
     config = dataclasses.replace(config, multi_label=config.multi_label or labelled.multi)
@@ -239,12 +237,8 @@ def classification_loss(logits: Tensor, targets: Tensor, multi_label: bool) -> T
 
 def build_trainer(prepared: Prepared, extra: Extra | None = None) -> Trainer:
     """The loop for a prepared run, at its start step."""
-    run, config, model, parallel = prepared.run, prepared.config, prepared.model, prepared.parallel
-    speed = run.speed
-    prepare_blocks(
-        model.blocks, checkpointing=speed.checkpointing, compiled=speed.compile, cuda_graphs=speed.cuda_graphs
-    )
-    wrapped = parallel.wrap(model, list(model.blocks), config.dtype)
+    config, model = prepared.config, prepared.model
+    wrapped = wrap_model(prepared, list(model.blocks))
     average = WeightAverage(model, config.ema_decay) if config.ema_decay is not None else None
     size = image_hw(config.clip.image_size)
 
@@ -256,34 +250,15 @@ def build_trainer(prepared: Prepared, extra: Extra | None = None) -> Trainer:
         loss = classification_loss(logits, mix_targets(batch.targets, mixing, config.augment.smoothing), config.multi_label)
         return loss if extra is None else extra(batch, clips, logits, loss)
 
-    trainer = Trainer(
-        model=wrapped,
+    return assemble_trainer(
+        prepared,
+        wrapped,
         optimizer=build_layer_adamw(model, prepared.optim, config.model.depth, config.layer_decay),
-        schedule=build_schedule(config, prepared.optim),
-        open_batches=lambda start_step: open_batches(prepared, start_step),
         compute_loss=compute_loss,
-        config=LoopConfig(
-            total_steps=config.steps,
-            steps_per_epoch=prepared.steps_per_epoch,
-            accumulate=run.accumulate,
-            clip_grad=config.optim.clip_grad,
-            dtype=config.dtype,
-            cuda_graphs=speed.cuda_graphs,
-            seed=config.seed,
-            log_every=run.log_every,
-            save_every=run.save_every,
-        ),
-        saver=Saver(CheckpointFolder(run.output, run.keep, run.keep_every), parallel, background=run.async_save),
-        about=config.to_dict(),
-        parallel=parallel,
         companions={} if average is None else {"ema": average},
         after_step=None if average is None else lambda step: average.update(),
         flops_per_clip=(2.0 if config.probe != "none" else 6.0) * classifier_macs(config.model, config.num_classes),
-        tensorboard=run.tensorboard,
     )
-    if prepared.checkpoint:
-        trainer.resume(prepared.checkpoint)
-    return trainer
 
 
 def _banner(prepared: Prepared) -> list[str]:

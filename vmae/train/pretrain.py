@@ -18,9 +18,7 @@ from vmae.data import Batch, PretrainDataset, Quarantine, check_decodable, read_
 from vmae.data.dataset import EpochSampler, check_loader
 from vmae.interop.upstream import load_into, load_weights
 from vmae.model import build_pretrainer
-from vmae.train.activations import prepare_blocks
-from vmae.train.checkpoint import CheckpointFolder
-from vmae.train.checks import check_attention, check_backend, check_mask, check_output
+from vmae.train.checks import check_backend, check_mask, check_output, check_speed
 from vmae.train.loop import LoopConfig, Trainer
 from vmae.train.metrics import trivial_losses
 from vmae.train.optim import build_adamw
@@ -28,8 +26,7 @@ from vmae.train.parallel import Parallel, open_parallel
 from vmae.train.pretrain_report import banner, summary
 from vmae.train.pretrain_settings import PretrainConfig, RunConfig, add_arguments, configs_from_args
 from vmae.train.resume import setting_changes
-from vmae.train.run import Prepared, build_schedule, carry_out, find_start, open_batches, with_steps
-from vmae.train.saver import Saver
+from vmae.train.run import Prepared, assemble_trainer, build_schedule, carry_out, find_start, with_steps, wrap_model
 
 __all__ = ["Prepared", "add_arguments", "build_trainer", "prepare", "pretrain", "run", "setting_changes"]
 
@@ -58,7 +55,7 @@ def prepare(config: PretrainConfig, run: RunConfig, parallel: Parallel) -> Prepa
     """
     device = parallel.device
     check_backend(run.speed.backend, device)
-    check_attention(run.speed, config.model, config.dtype, device)
+    check_speed(run.speed, config.model, config.dtype, device)
     check_output(Path(run.output))
     check_mask(config.mask, config.model.grid)
     Quarantine(max_share=run.max_bad_share)
@@ -124,11 +121,7 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
     """The loop for a prepared run, at its start step; fills `trivial` with the trivial predictors' losses."""
     run, config, model, parallel = prepared.run, prepared.config, prepared.model, prepared.parallel
     blocks = [*model.encoder.blocks, *model.decoder.blocks]
-    speed = run.speed
-    prepare_blocks(
-        blocks, checkpointing=speed.checkpointing, compiled=speed.compile, cuda_graphs=speed.cuda_graphs
-    )
-    wrapped = parallel.wrap(model, blocks, config.dtype)
+    wrapped = wrap_model(prepared, blocks)
     usual = token_counts(config.model, config.mask).counted * run.batch_size * config.num_sample
 
     def compute_loss(batch: Batch) -> torch.Tensor:
@@ -142,36 +135,15 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
         zero, mean = trivial["zero"], trivial["visible_mean"]
         tqdm.write(f"loss of trivial predictors on the first batch: zero {zero:.4f}, mean of the visible tubelets {mean:.4f}")
 
-    trainer = Trainer(
-        model=wrapped,
+    return assemble_trainer(
+        prepared,
+        wrapped,
         optimizer=build_adamw(model, prepared.optim),
-        schedule=build_schedule(config, prepared.optim),
-        open_batches=lambda start_step: open_batches(prepared, start_step),
         compute_loss=compute_loss,
-        config=LoopConfig(
-            total_steps=config.steps,
-            steps_per_epoch=prepared.steps_per_epoch,
-            accumulate=run.accumulate,
-            clip_grad=config.optim.clip_grad,
-            dtype=config.dtype,
-            cuda_graphs=speed.cuda_graphs,
-            seed=config.seed,
-            log_every=run.log_every,
-            save_every=run.save_every,
-        ),
-        saver=Saver(CheckpointFolder(run.output, run.keep, run.keep_every), parallel, background=run.async_save),
-        about=config.to_dict(),
-        parallel=parallel,
         weigh=weigh,
-        sources=prepared.dataset.sources,
-        count_sources=prepared.dataset.count_sources,
         flops_per_clip=_flops_per_clip(config),
-        tensorboard=run.tensorboard,
         on_first_batch=show_trivial_losses if parallel.is_main else None,
     )
-    if prepared.checkpoint:
-        trainer.resume(prepared.checkpoint)
-    return trainer
 
 
 def _flops_per_clip(config: PretrainConfig) -> float | None:

@@ -22,13 +22,15 @@ from vmae.data import Prefetcher, build_loader
 from vmae.data.video_dataset import VideoDataset
 from vmae.errors import InputError
 from vmae.interop.upstream import check_shapes
+from vmae.train.activations import prepare_blocks
 from vmae.train.checkpoint import AVERAGED_NAME, WEIGHTS_NAME, CheckpointFolder, export_weights, set_aside
-from vmae.train.loop import Trainer
+from vmae.train.loop import LoopConfig, Trainer
 from vmae.train.metrics import describe_start, write_run_file
 from vmae.train.optim import CosineSchedule, OptimConfig
 from vmae.train.parallel import Parallel
 from vmae.train.pretrain_settings import RunConfig
 from vmae.train.resume import choose_checkpoint, setting_changes
+from vmae.train.saver import Saver
 from vmae.train.sharded import read_group, read_manifest, shapes_of, tensor_layouts
 
 # Settings under `model` that a resumed run may change: they concern training only.
@@ -140,6 +142,49 @@ def find_start(
 
 
 # --- The run ---
+
+
+def wrap_model(prepared: Prepared, blocks: Sequence[nn.Module]) -> nn.Module:
+    """The model as `Trainer` takes it: blocks compiled and checkpointed as the run says, then spread over its processes."""
+    speed = prepared.run.speed
+    prepare_blocks(blocks, checkpointing=speed.checkpointing, compiled=speed.compile, cuda_graphs=speed.cuda_graphs)
+    return prepared.parallel.wrap(prepared.model, blocks, prepared.config.dtype)
+
+
+def assemble_trainer(prepared: Prepared, model: nn.Module, **own: Any) -> Trainer:
+    """The loop for a prepared run, at its start step.
+
+    Args:
+        model: of `wrap_model`.
+        own: what the kind of training brings: `optimizer`, `compute_loss` and more arguments of `Trainer`.
+    """
+    run, config = prepared.run, prepared.config
+    trainer = Trainer(
+        model=model,
+        schedule=build_schedule(config, prepared.optim),
+        open_batches=lambda start_step: open_batches(prepared, start_step),
+        config=LoopConfig(
+            total_steps=config.steps,
+            steps_per_epoch=prepared.steps_per_epoch,
+            accumulate=run.accumulate,
+            clip_grad=config.optim.clip_grad,
+            dtype=config.dtype,
+            cuda_graphs=run.speed.cuda_graphs,
+            seed=config.seed,
+            log_every=run.log_every,
+            save_every=run.save_every,
+        ),
+        saver=Saver(CheckpointFolder(run.output, run.keep, run.keep_every), prepared.parallel, background=run.async_save),
+        about=config.to_dict(),
+        parallel=prepared.parallel,
+        sources=prepared.dataset.sources,
+        count_sources=prepared.dataset.count_sources,
+        tensorboard=run.tensorboard,
+        **own,
+    )
+    if prepared.checkpoint:
+        trainer.resume(prepared.checkpoint)
+    return trainer
 
 
 def carry_out(
