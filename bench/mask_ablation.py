@@ -32,7 +32,7 @@ from vmae.config import MaskConfig, ModelConfig
 from vmae.cost import masked_macs
 
 MASKS = [("none", 0.0), *((mask, ratio) for mask in ("frame", "random", "running_cell") for ratio in (0.25, 0.5, 0.75))]
-MODEL = ModelConfig.preset("vit_tiny", patch_size=16, img_size=32, num_frames=8)
+MODEL = ModelConfig.preset("vit_tiny", patch_size=8, img_size=32, num_frames=8)
 
 
 def run_mask(out: Path, scale: Scale, job: str) -> None:
@@ -51,7 +51,7 @@ def run_mask(out: Path, scale: Scale, job: str) -> None:
 
 def macs_of(mask: str, ratio: float) -> float:
     """Millions of multiply-accumulates of a clip's forward pass, counted as the paper does."""
-    config = MaskConfig(encoder="tube", encoder_ratio=0.5, decoder=mask, decoder_ratio=ratio or 0.5)
+    config = MaskConfig(encoder="frame", encoder_ratio=0.5, decoder=mask, decoder_ratio=ratio or 0.5)
     return masked_macs(MODEL, config, fused=False) / 1e6
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from common import print_table, write_json
 from tiny_world import (
+    LAST_LR,
     SCALES,
     Scale,
     Stages,
@@ -52,7 +53,8 @@ def run_part(out: Path, scale: Scale, job: str) -> None:
     trained = pretrain(stages, "pre-training", paths["unlabeled"], scale, seed, *mask)
     if part == "dual":
         post = finetune(stages, "post-pre-training", paths["merged"], paths["classes"], middle, seed, trained)
-        arms = {"pre-trained": (trained, steps, []), "post-pre-trained": (post, steps - middle, ["--label-map", paths["map"]])}
+        last = ["--label-map", paths["map"], "--lr", LAST_LR]
+        arms = {"pre-trained": (trained, steps, []), "post-pre-trained": (post, steps - middle, last)}
     else:
         arms = {"encoder-only": (trained, steps, []), "scratch": (None, steps, [])}
     top1 = {}

@@ -1,0 +1,57 @@
+"""Every command of the how-tos runs as it stands."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import run_docs  # noqa: E402
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", run_docs.pages(), ids=lambda page: page.stem)
+def test_page(page, tmp_path):
+    if missing := run_docs.missing_packages(run_docs.read_blocks(page)):
+        pytest.skip(f"{', '.join(missing)} not installed")
+    run_docs.run_page(page, tmp_path)
+
+
+def test_every_block_is_marked():
+    assert len(run_docs.pages()) >= 7
+    assert all(run_docs.read_blocks(page) for page in run_docs.pages())
+
+
+def test_an_unmarked_block_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\n```bash\nls\n```\n")
+    with pytest.raises(ValueError, match=r"page.md:3: the line above"):
+        run_docs.read_blocks(page)
+
+
+def test_blocks_and_their_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- run -->\n```bash\necho 1\n```\n\n<!-- not run: needs a GPU -->\n```bash\nnvidia-smi\n```\n"
+        "\n```yaml\na: 1\n```\n\n<!-- run: json no_such_package -->\n```python\nprint(2)\n```\n"
+    )
+    first, second = run_docs.read_blocks(page)
+    assert (first.line, first.code, first.needs) == (1, "echo 1\n", ())
+    assert "print(2)" in second.code and run_docs.missing_packages([first, second]) == ["no_such_package"]
+
+
+def test_a_failing_block_is_told(tmp_path, monkeypatch):
+    page, folder = tmp_path / "page.md", tmp_path / "tree"
+    folder.mkdir()
+    page.write_text("<!-- run -->\n```bash\npython -c 'print(40 + 2)'\nfalse\necho not reached\n```\n")
+    monkeypatch.setattr(run_docs, "copy_tree", lambda folder: None)
+    with pytest.raises(AssertionError, match=r"(?s)page.md:1 ended with 1.*\n42\n$"):
+        run_docs.run_page(page, folder)
+
+
+def test_the_script(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- run -->\n```bash\ntest -f setup.py\npython -m vmae --help\n```\n")
+    done = subprocess.run([sys.executable, run_docs.__file__, str(page)], capture_output=True, text=True)
+    assert done.returncode == 0 and "page.md: 1 blocks ran" in done.stdout, done.stderr
