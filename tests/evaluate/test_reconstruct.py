@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vmae import DualMask, InputError, ModelConfig, build_pretrainer
+from vmae import DualMask, InputError, ModelConfig, build_classifier, build_pretrainer
 from vmae.cli import main
 from vmae.data import sample_videos
 from vmae.data.decode import open_video
@@ -202,6 +202,12 @@ def test_a_run_folder_gives_its_newest_checkpoint(tmp_path, weights):
     loaded, read = load_model(newest)
     assert read["stride"] == 2 and not loaded.training and loaded.config == CONFIG
     assert torch.equal(loaded.mask_token, model.mask_token)
+
+
+def test_a_classifier_has_no_decoder(tmp_path):
+    export_weights(tmp_path / "x.pth", build_classifier(CONFIG, 3).state_dict(), config=settings())
+    with pytest.raises(InputError, match="x.pth has no decoder"):
+        load_model(tmp_path / "x.pth")
 
 
 def test_official_files_need_a_preset(tmp_path, capsys):

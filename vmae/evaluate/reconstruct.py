@@ -104,6 +104,8 @@ def load_model(
         InputError: the file can't be read, does not tell its architecture, or does not fit it.
     """
     settings, state = read_settings_and_weights(path)
+    if not any(name.startswith("decoder.") for name in state):
+        raise InputError(f"{path} has no decoder, so it rebuilds nothing: give pre-trained weights, with their decoder")
     if settings:
         config = ModelConfig.from_dict(settings["model"])
     elif preset is not None:
