@@ -24,4 +24,4 @@ echo
 echo "Where everything is:"
 echo "  $OUT/dual_vs_encoder.png   the benchmark's plot; $OUT/dual_vs_encoder.json its numbers"
 echo "  $OUT/run/                  the run: log.jsonl, TensorBoard, checkpoints, run.json"
-echo "  $OUT/reconstruction.png    input, encoder view, decoder selection, reconstruction"
+echo "  $OUT/reconstruction.png    input, encoder view, decoder selection, reconstruction, error"

@@ -104,7 +104,7 @@ def test_another_seed_is_another_world():
 
 
 def test_pictures_survive_the_encoder(tmp_path):
-    from vmae.data.moving_shapes import write_video
+    from vmae.data.write_video import write_video
 
     pictures = render("right", 64, 8, 1)
     write_video(tmp_path / "v.mp4", pictures)

@@ -197,7 +197,8 @@ def test_official_files(tmp_path, labelled_world, capsys):
 
 
 def test_predict_names_classes(weights, labelled_world, tmp_path, capsys):
-    from vmae.data.moving_shapes import render, write_video
+    from vmae.data.moving_shapes import render
+    from vmae.data.write_video import write_video
 
     write_video(tmp_path / "shape.mp4", render("right", 32, 12, 0))
     flags = ["--checkpoint", str(weights), "--device", "cpu"]

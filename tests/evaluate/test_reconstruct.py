@@ -5,18 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vmae import DualMask, InputError, ModelConfig, build_pretrainer
+from vmae import DualMask, InputError, ModelConfig, build_classifier, build_pretrainer
 from vmae.cli import main
 from vmae.data import sample_videos
-from vmae.evaluate.reconstruct import (
-    GREY,
-    Row,
-    assemble_frames,
-    draw,
-    load_model,
-    middle_clip,
-    reconstruct,
-)
+from vmae.data.decode import open_video
+from vmae.evaluate.encoder import middle_clip
+from vmae.evaluate.pictures import GREY
+from vmae.evaluate.reconstruct import assemble_frames, load_model, reconstruct
 from vmae.train.checkpoint import CheckpointFolder, export_weights, find_weights
 from vmae.train.saver import Saver
 from vmae_kernels import gather_tubelets
@@ -60,10 +55,10 @@ def test_command_writes_one_picture_and_prints_losses(weights, tmp_path, capsys)
     out = tmp_path / "new" / "picture.png"
     assert main(["reconstruct", VIDEO, "--checkpoint", str(weights), "--output", str(out), "--device", "cpu"]) == 0
     text = capsys.readouterr().out
-    assert "zero predictor 0.9" in text and text.startswith("loss ") and f"picture: {out}" in text
+    assert "zero predictor 0.9" in text and text.startswith("loss ") and f"written: {out}" in text
     with Image.open(out) as picture:
         picture.load()
-        assert picture.format == "PNG" and picture.width > 4 * 256 and picture.height > 6 * 128
+        assert picture.format == "PNG" and picture.width > 4 * 256 and picture.height > 8 * 128
     assert [path.name for path in out.parent.iterdir()] == ["picture.png"]
 
 
@@ -90,10 +85,10 @@ def test_rows_show_what_their_captions_say(clip, decoder):
     result = reconstruct(model, clip, mask)
     pixels = per_tubelet(clip[0].numpy())
     visible, picked = (~masked[0] for masked in mask.to_bool())
-    rows = {row.caption.split(" (")[0]: row for row in result.rows}
+    rows = {panel.caption.split(" (")[0]: panel for panel in result.panels}
     assert list(rows) == [
-        "input", "encoder view", "decoder selection", "reconstruction", "prediction, normalised space",
-        "target, normalised space",
+        "input", "encoder view", "decoder selection", "reconstruction", "error in pixels", "prediction, normalised space",
+        "target, normalised space", "error, normalised space",
     ]  # fmt: skip
     assert "with the input's patch mean and variance" in rows["reconstruction"].caption
     assert ("a second pass" in rows["reconstruction"].caption) == (decoder != "none")
@@ -104,7 +99,7 @@ def test_rows_show_what_their_captions_say(clip, decoder):
     rebuilt = per_tubelet(rows["reconstruction"].frames).float()
     assert torch.equal(rebuilt[visible], pixels[visible].float())
     assert not torch.equal(rebuilt[~visible], pixels[~visible].float())
-    assert np.array_equal(rows["decoder selection"].outlined, visible.numpy())
+    assert np.array_equal(rows["decoder selection"].outlined.ravel(), visible.numpy())
     assert result.loss == pytest.approx(model(clip, mask).item())
     assert result.zero_loss == pytest.approx(1.0, abs=0.03)
 
@@ -123,15 +118,54 @@ def test_a_perfect_prediction_gives_the_input_back(clip):
         def forward(self, clips, mask):
             return torch.zeros(())
 
-    rows = {row.caption.split(" (")[0]: row.frames for row in reconstruct(Perfect(), clip, mask_of()).rows}
+    rows = {panel.caption.split(" (")[0]: panel.frames for panel in reconstruct(Perfect(), clip, mask_of()).panels}
     assert np.array_equal(rows["reconstruction"], rows["input"])
     assert np.array_equal(rows["prediction, normalised space"], rows["target, normalised space"])
+    assert rows["error in pixels"].max() <= 4 and not rows["error, normalised space"].any()  # 4: what 1 grey level is drawn as
 
 
 def test_pixel_targets_need_no_borrowed_statistics(clip):
     model = build_pretrainer(CONFIG, normalize_target=False).eval()
-    captions = [row.caption for row in reconstruct(model, clip, mask_of()).rows]
-    assert len(captions) == 4 and captions[3].startswith("reconstruction (predicted pixels")
+    captions = [panel.caption for panel in reconstruct(model, clip, mask_of()).panels]
+    assert len(captions) == 5 and captions[3].startswith("reconstruction (predicted pixels")
+    assert "statistics" not in captions[4]
+
+
+def test_error_is_the_difference_of_what_is_drawn_and_only_where_it_was_predicted(clip):
+    model, mask = build_pretrainer(CONFIG).eval(), mask_of()
+    rows = {panel.caption.split(" (")[0]: panel for panel in reconstruct(model, clip, mask).panels}
+    visible = ~mask.to_bool()[0][0]
+    shown, pixels, rebuilt = (
+        per_tubelet(rows[name].frames).float().unflatten(1, (-1, 3)) for name in ("error in pixels", "input", "reconstruction")
+    )
+    assert not shown[visible].any() and np.array_equal(rows["error in pixels"].outlined.ravel(), visible.numpy())
+    wanted = ((rebuilt - pixels).abs().mean(2, keepdim=True) * 255 / 64).clamp(max=255)
+    assert (shown - wanted)[~visible].abs().max() <= 3  # the reconstruction drawn is rounded: half a level, times 4
+    assert shown[~visible].any(-1).any(-1).all()
+    prediction, target, error = (
+        per_tubelet(rows[f"{name}, normalised space"].frames).float().unflatten(1, (-1, 3))
+        for name in ("prediction", "target", "error")
+    )
+    inside = ((target > 0) & (target < 255) & (prediction > 0) & (prediction < 255)).all(-1)
+    wanted = ((prediction - target).abs().mean(2) / 127 * 255).clamp(max=255)
+    assert (error[..., 0] - wanted)[~visible][inside[~visible]].abs().max() <= 4
+    assert not error[visible].any()
+
+
+def test_several_outputs_are_one_run(weights, tmp_path, capsys):
+    """A picture, and animations with one picture for each frame of the clip."""
+    outs = [tmp_path / name for name in ("x.png", "x.gif", "x.mp4")]
+    flags = [word for out in outs for word in ("--output", str(out))]
+    assert main(["reconstruct", VIDEO, "--checkpoint", str(weights), *flags, "--fps", "10"]) == 0
+    assert ", ".join(map(str, outs)) in capsys.readouterr().out
+    with Image.open(outs[1]) as gif, open_video(outs[2]) as mp4:
+        assert gif.format == "GIF" and gif.n_frames == len(mp4) == CONFIG.num_frames
+        assert gif.info["duration"] == 100 and mp4.fps == 10 and mp4.codec == "h264"
+        gif.seek(5)
+        first, same = np.asarray(gif.convert("L")).astype(int), mp4.frames([5])[0].mean(2)
+    height, width = first.shape
+    assert abs(first - same[:height, :width]).mean() < 6  # one palette, one chroma subsampling apart
+    assert sorted(path.name for path in tmp_path.glob("x.*")) == ["x.gif", "x.mp4", "x.png"]
 
 
 def test_every_hidden_tubelet_is_predicted_under_its_own_selection(clip):
@@ -157,19 +191,6 @@ def test_assembled_frames_invert_gathering(clip):
     assert torch.equal(assemble_frames(per_tubelet(clip[0].numpy()), CONFIG), clip[0])
 
 
-def test_picture_is_readable_in_grey(tmp_path):
-    """Outlines stand out from black, white and grey tubelets alike."""
-    for shade in (0, GREY, 255):
-        frames = np.full((8, 32, 64, 3), shade, np.uint8)
-        outlined = np.zeros(CONFIG.num_tokens, bool)
-        outlined[0] = True
-        row = Row(caption="x", frames=frames, outlined=outlined)
-        draw([row], CONFIG, tmp_path / "x.png", frame_numbers=list(range(8)), columns=1)
-        grey = np.asarray(Image.open(tmp_path / "x.png").convert("L"))
-        tubelet = grey[44 : 44 + 32, 4 : 4 + 32]
-        assert tubelet[0, 0] == 255 and tubelet[1, 1] == 0 and tubelet[16, 16] == shade
-
-
 def test_a_run_folder_gives_its_newest_checkpoint(tmp_path, weights):
     assert find_weights(tmp_path) == weights
     model = build_pretrainer(CONFIG)
@@ -181,6 +202,12 @@ def test_a_run_folder_gives_its_newest_checkpoint(tmp_path, weights):
     loaded, read = load_model(newest)
     assert read["stride"] == 2 and not loaded.training and loaded.config == CONFIG
     assert torch.equal(loaded.mask_token, model.mask_token)
+
+
+def test_a_classifier_has_no_decoder(tmp_path):
+    export_weights(tmp_path / "x.pth", build_classifier(CONFIG, 3).state_dict(), config=settings())
+    with pytest.raises(InputError, match="x.pth has no decoder"):
+        load_model(tmp_path / "x.pth")
 
 
 def test_official_files_need_a_preset(tmp_path, capsys):
@@ -208,7 +235,10 @@ def test_official_files_need_a_preset(tmp_path, capsys):
         ({"video": __file__}, "test_reconstruct.py"),
         ({"--checkpoint": "gone.pth"}, "gone.pth does not exist"),
         ({"--checkpoint": "{tmp}/empty"}, "holds no complete checkpoint"),
-        ({"--output": "{tmp}/x.jpg"}, "ends with .png"),
+        ({"--output": "{tmp}/x.jpg"}, "x.jpg: give a name that ends with .png"),
+        ({"--output": "{tmp}/empty"}, "ends with .png"),
+        ({"--fps": "0"}, "--fps (0)"),
+        ({"--stride": "0"}, "stride 0"),
         ({"--output": "{tmp}/weights.pth/x.png"}, "is not a folder"),
         ({"--frames": "0"}, "--frames"),
         ({"--stride": "-1"}, "stride"),
@@ -226,10 +256,3 @@ def test_wrong_input_is_named_and_no_picture_is_written(weights, tmp_path, capsy
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error, error
     assert not list(tmp_path.rglob("*.png"))
-
-
-def test_a_picture_that_cannot_be_written_is_named(tmp_path):
-    row = Row(caption="x", frames=np.zeros((8, 32, 64, 3), np.uint8))
-    (tmp_path / "x.png").mkdir()
-    with pytest.raises(InputError, match="cannot write .*x.png"):
-        draw([row], CONFIG, tmp_path / "x.png", frame_numbers=list(range(8)))

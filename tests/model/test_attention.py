@@ -223,3 +223,22 @@ def test_under_autocast_every_backend_gets_the_low_precision(cosine, monkeypatch
         layer(torch.randn(1, 5, 64))
         layer(torch.randn(1, 5, 64), norm)
     assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("options", [{}, {"cos_attn": True}, {"qk_scale": 0.7}, {"qkv_bias": False}])
+@pytest.mark.parametrize("backend", ["sdpa", "softmax"])
+@torch.no_grad()
+def test_weights_are_those_that_attention_multiplies_the_values_with(options, backend):
+    layer, norm = Attention(24, 3, backend=backend, **options), torch.nn.LayerNorm(24)
+    for parameter in (*layer.parameters(), *norm.parameters()):
+        parameter.copy_(torch.randn_like(parameter))
+    if layer.scale is not None:
+        layer.scale.copy_(torch.tensor([0.5, 2.0, 6.0])[:, None, None])  # the last one is held below log 100
+    x = torch.randn(2, 10, 24)
+    for given, seen in (((x,), x), ((x, norm), norm(x))):
+        weights = layer.weights(*given)
+        assert weights.shape == (2, 3, 10, 10) and weights.dtype == torch.float32
+        values = seen @ layer.qkv.weight[48:].T + (0 if layer.v_bias is None else layer.v_bias)
+        mixed = weights @ values.unflatten(-1, (3, 8)).transpose(1, 2)
+        torch.testing.assert_close(layer.proj(mixed.transpose(1, 2).flatten(2)), layer(*given), rtol=1e-4, atol=1e-3)
+    assert layer.bfloat16().weights(x.bfloat16()).dtype == torch.float32

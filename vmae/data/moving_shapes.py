@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from vmae.data.pack import PackConfig
 from vmae.data.workers import WorkerPool
+from vmae.data.write_video import write_video
 from vmae.errors import InputError
 
 _D = 0.5**0.5
@@ -178,30 +178,6 @@ def render(motion: str, size: int, frames: int, seed: int) -> np.ndarray:
     """uint8 [frames, size, size, 3]: a video's pictures; the first depends on `size` and `seed` only."""
     background, sprite = _looks(size, seed)
     return np.stack([_draw(background, sprite, state) for state in states(motion, frames, seed)])
-
-
-def write_video(path: Path, pictures: np.ndarray, fps: int = 12) -> None:
-    """Encode uint8 [T, H, W, 3] as H.264 in MP4; `path` is complete or absent.
-
-    Raises:
-        InputError: PyAV is not installed, or the file cannot be written.
-    """
-    try:
-        import av
-    except ImportError as error:
-        raise InputError(f"writing videos needs PyAV ({error}): `pip install av`") from None
-    part = path.with_suffix(".part.mp4")
-    options = PackConfig(crf=18, preset="veryfast").encoder_options()
-    try:
-        with av.open(str(part), "w") as out:
-            stream = out.add_stream("libx264", rate=fps, options=options)
-            stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
-            for picture in pictures:
-                out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            out.mux(stream.encode(None))
-        part.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from None
 
 
 class _Writer:

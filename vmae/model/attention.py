@@ -90,20 +90,33 @@ class Attention(nn.Module):
 
         With `lengths`, x is [1, T, D]: sequences of those lengths one after the other, each attending to itself alone.
         """
+        qkv, scale = self._scored(x_BND, norm)
+        if lengths is None:
+            out = attention(qkv, self.backend, scale)
+        else:
+            out = packed_attention(qkv[0], lengths, self.backend, scale)[None]
+        return self.proj(out.flatten(2))
+
+    def weights(self, x_BND: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """float32 [B, H, N, N]: how much each token (row) takes from each (column) in `forward`; rows sum to 1.
+
+        Computed with the whole matrix, to look at: the fused backends never hold it.
+        """
+        qkv, scale = self._scored(x_BND, norm)
+        q, k, _ = qkv.float().permute(2, 0, 3, 1, 4)
+        return (q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1)
+
+    def _scored(self, x_BND: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, float | None]:
+        """qkv [B, N, 3, H, d] of x, or of `norm(x)`, and the factor on its scores."""
         bias = self._bias()
         if norm is None:
             qkv = F.linear(x_BND, self.qkv.weight, bias)
         else:
             qkv = norm_linear(x_BND, norm, self.qkv.weight, bias)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
-        scale = self.qk_scale
         if self.scale is not None:
-            qkv, scale = self._cosine(qkv), 1.0
-        if lengths is None:
-            out = attention(qkv, self.backend, scale)
-        else:
-            out = packed_attention(qkv[0], lengths, self.backend, scale)[None]
-        return self.proj(out.flatten(2))
+            return self._cosine(qkv), 1.0
+        return qkv, self.qk_scale
 
     def _bias(self) -> Tensor | None:
         """[3 D]: q's bias, zeros, v's bias, which the matrix product adds on its way out.

@@ -1,0 +1,139 @@
+"""The encoder of any checkpoint, pre-trained or fine-tuned, and the clip to show it: for `attention` and `pca`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmae.config import ModelConfig
+from vmae.data import CropBox, crop_and_resize, open_video
+from vmae.data.sampling import clip_starts, sample_sparse_indices, walk_frames
+from vmae.errors import InputError
+from vmae.interop.classifier_weights import checkpoint_grid, start_classifier
+from vmae.interop.upstream import read_settings_and_weights
+from vmae.model import Classifier, build_classifier
+from vmae.train.checkpoint import find_weights
+from vmae.train.finetune_settings import PUBLISHED_CLASSIFIERS
+from vmae.train.pretrain_settings import PUBLISHED_MODELS, image_size
+
+
+@dataclass
+class LoadedEncoder:
+    """An encoder in eval mode on the CPU.
+
+    Attributes:
+        model: without a head; `tokens` gives what the encoder makes of a clip.
+        path: where the weights come from.
+        pretrained: whether they were pre-trained only, so that the encoder never saw a whole clip.
+        sampling, stride: how it was trained to see videos, see `middle_clip`.
+    """
+
+    model: Classifier
+    path: Path
+    pretrained: bool
+    sampling: str
+    stride: int
+
+    def describe(self) -> str:
+        kind = "pre-trained encoder, shown all tubelets" if self.pretrained else "encoder of a classifier"
+        return f"{kind}, {self.model.config.depth} blocks of {self.model.config.num_heads} heads"
+
+
+def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that `load_encoder_from_args` reads."""
+    parser.add_argument("video", metavar="VIDEO", help="a video file")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    clip = parser.add_argument_group("how the video is seen (default: as in training)")
+    clip.add_argument("--stride", type=int, help="frames from one sampled frame to the next")
+    clip.add_argument("--num-frames", type=int, help="frames of the clip")
+    clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
+    model = parser.add_argument_group("for weights that do not say what they are (official files)")
+    model.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny")
+    model.add_argument("--init-frames", type=int, help="frames that the weights are of (16)")
+    model.add_argument("--init-size", type=int, help="side of the clips that they are of (224)")
+
+
+def load_encoder_from_args(args: argparse.Namespace) -> LoadedEncoder:
+    """`load_encoder` with the flags of `add_encoder_arguments`."""
+    changes = {"num_frames": args.num_frames, "img_size": args.image_size}
+    return load_encoder(
+        args.checkpoint,
+        preset=args.model,
+        stride=args.stride,
+        source=(args.init_frames, args.init_size),
+        changes={name: value for name, value in changes.items() if value is not None},
+    )
+
+
+def load_encoder(
+    checkpoint: str | Path,
+    *,
+    preset: str | None = None,
+    stride: int | None = None,
+    source: tuple[int | None, int | None] = (None, None),
+    changes: dict[str, Any] | None = None,
+) -> LoadedEncoder:
+    """The encoder of a checkpoint; decoder and head are left out.
+
+    Args:
+        checkpoint: see `find_weights`.
+        preset: the architecture, for files that do not hold it.
+        stride: to see videos with; None takes that of the training.
+        source: frames and side of the clips that the weights are of, for files that do not say.
+        changes: fields of the `ModelConfig` to change: `num_frames`, `img_size`; positions are interpolated.
+
+    Raises:
+        InputError: the file can't be read, does not tell its architecture, or does not fit it.
+    """
+    path, changes = find_weights(checkpoint), changes or {}
+    settings, state = read_settings_and_weights(path)
+    if settings:
+        config = ModelConfig.from_dict(settings["model"]).replace(pos_grid=None, drop_path_rate=0.0, **changes)
+    elif preset is not None:
+        known = {**PUBLISHED_CLASSIFIERS, **PUBLISHED_MODELS}
+        config = ModelConfig.preset(known.get(preset, preset), **changes)
+    else:
+        raise InputError(f"{path} does not say which architecture it is of; name it with --model")
+    grid = checkpoint_grid(settings, config, *source)
+    if not config.learned_pos and grid != config.grid:
+        config = config.replace(pos_grid=grid)
+    pretrained = any(name.removeprefix("_orig_mod.").startswith("encoder.") for name in state)
+    # A pre-trained encoder ends with a norm over each token, as that of a classifier which pools the first one does.
+    pooling = "first" if pretrained else settings.get("pooling", "mean" if "fc_norm.weight" in state else "first")
+    model = build_classifier(config, 0, pooling=pooling)
+    start_classifier(model, path, grid=grid, state=state)
+    clip = settings.get("clip", {})
+    stride = clip.get("stride", settings.get("stride", 4)) if stride is None else stride
+    return LoadedEncoder(model.eval(), path, pretrained, clip.get("sampling", "dense"), stride)
+
+
+def middle_clip(video: str | Path, config: ModelConfig, stride: int, sampling: str = "dense") -> tuple[Tensor, list[int]]:
+    """The clip from the middle of a video, the largest centred crop of the model's shape.
+
+    Args:
+        sampling: "dense", the published sampling with `stride`; or "sparse", frames spread over the whole video.
+
+    Returns:
+        uint8 [1, T, H, W, 3], and the T frame numbers.
+
+    Raises:
+        InputError: the video can't be decoded, or the stride is below 1.
+    """
+    with open_video(video) as reader:
+        starts = clip_starts(len(reader), config.num_frames, stride)
+        if sampling == "sparse":
+            indices = sample_sparse_indices(len(reader), config.num_frames, None)
+        else:
+            indices = walk_frames(starts[len(starts) // 2], len(reader), config.num_frames, stride)
+        frames = reader.frames(indices)
+    (height, width), (frame_height, frame_width) = config.image_hw, frames.shape[1:3]
+    scale = min(frame_height / height, frame_width / width)
+    box_width, box_height = max(round(width * scale), 1), max(round(height * scale), 1)
+    box = CropBox((frame_width - box_width) // 2, (frame_height - box_height) // 2, box_width, box_height)
+    return torch.from_numpy(crop_and_resize(frames, box, config.image_hw))[None], indices.tolist()

@@ -1,0 +1,95 @@
+"""`python -m vmae pca VIDEO`: the first three principal components of the encoder's tokens, as colours beside the video.
+
+One analysis over all tokens of the clip, so that a colour means the same in every frame; what moves keeps its colour where the
+encoder tells things apart.
+
+Legend: N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vmae.config import ModelConfig
+from vmae.errors import InputError
+from vmae.evaluate.encoder import add_encoder_arguments, load_encoder_from_args, middle_clip
+from vmae.evaluate.pictures import Panel, add_output_arguments, grey_frames, outputs_of, write_pictures
+from vmae.train.checkpoint import find_weights
+from vmae.train.checks import resolve_device
+
+COMPONENTS = 3
+TAILS = 0.01  # share of the tokens at each end that are cut off at black and at full
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    add_encoder_arguments(parser)
+    add_output_arguments(parser, "pca-VIDEO.png beside the checkpoint")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command: load, look, draw."""
+    device = resolve_device(args.device)
+    outputs = outputs_of(args, find_weights(args.checkpoint).parent / f"pca-{Path(args.video).stem}.png")
+    loaded = load_encoder_from_args(args)
+    model, config = loaded.model, loaded.model.config
+    clip, indices = middle_clip(args.video, config, loaded.stride, loaded.sampling)
+    with torch.no_grad():
+        tokens_ND = model.to(device).tokens(clip.to(device))[0]
+    scores, shares = principal_components(tokens_ND.cpu())
+    title = f"{loaded.describe()}; principal components of its tokens after the last block, over the whole clip"
+    write_pictures(
+        draw_components(scores, shares, clip[0].numpy(), config),
+        outputs,
+        labels=[f"frame {number}" for number in indices],
+        columns=args.frames,
+        step=config.tubelet_size,
+        fps=args.fps,
+        title=title,
+    )
+    print(title)
+    print("of the variance: " + ", ".join(f"{100 * share:.1f} %" for share in shares))
+    print(f"written: {', '.join(map(str, outputs))}")
+
+
+def principal_components(tokens_ND: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The first three components of tokens, which are centred first.
+
+    A component's sign is free; it is chosen such that the largest weight is positive, so that results repeat.
+
+    Returns:
+        float64 [N, 3], and the share of the variance that each explains [3].
+
+    Raises:
+        InputError: fewer than three tokens or values, or a value that is not finite.
+    """
+    if min(tokens_ND.shape) < COMPONENTS:
+        raise InputError(f"tokens {list(tokens_ND.shape)}: three components need three tokens of three values at least")
+    if not torch.isfinite(tokens_ND).all():
+        raise InputError("the encoder's tokens are not finite: the checkpoint, or the clip, is damaged")
+    centred = tokens_ND.double() - tokens_ND.double().mean(0)
+    u, s, v = torch.linalg.svd(centred, full_matrices=False)
+    v = v[:COMPONENTS]
+    signs = v.gather(1, v.abs().argmax(1, keepdim=True))[:, 0].sign()
+    scores = u[:, :COMPONENTS] * s[:COMPONENTS] * signs
+    shares = s[:COMPONENTS].square() / s.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return scores.numpy(), shares.numpy()
+
+
+def draw_components(scores: np.ndarray, shares: np.ndarray, frames: np.ndarray, config: ModelConfig) -> list[Panel]:
+    """The input, the components as red, green and blue, and the first alone in grey."""
+    low, high = np.quantile(scores, (TAILS, 1 - TAILS), axis=0)
+    unit = (scores - low) / np.maximum(high - low, 1e-12)
+    first, *others = (f"{100 * share:.0f} %" for share in shares)
+    colours = f"red: component 1 ({first} of the variance), green: 2 ({others[0]}), blue: 3 ({others[1]})"
+    return [
+        Panel(caption="input", frames=frames),
+        Panel(caption=colours, frames=grey_frames(unit, config)),
+        Panel(caption=f"component 1 alone ({first} of the variance; black lowest, white highest)",
+              frames=grey_frames(unit[:, 0], config)),
+    ]  # fmt: skip
