@@ -30,7 +30,7 @@ COMMANDS = {
     "reconstruct": ("vmae.evaluate.reconstruct", "draw what a checkpoint makes of a video"),
     "samples": ("vmae.data.samples", "write a list file of the four real clips that come with a test dependency"),
     "moving-shapes": ("vmae.data.moving_shapes", "make videos whose class is a motion, with two label sets that overlap"),
-    "moving-actors": ("vmae.data.moving_actors", "make videos of two actors, annotated as AVA is: boxes and actions at key frames"),
+    "moving-actors": ("vmae.data.moving_actors", "make videos of two actors with boxes and actions as AVA has them"),
     "merge-labels": ("vmae.data.merge_labels", "make one label set from several, as Kinetics-710 is made"),
     "check-data": ("vmae.data.check", "open every video of a list: table, report, histogram, a list without the bad ones"),
     "pack": ("vmae.data.pack", "re-encode a list's videos so that clips decode fast: short side 256, a key frame every 12"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -96,7 +97,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     clip.add_argument("--num-frames", type=int, help="frames of a clip")
     clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
     clip.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
-    clip.add_argument("--model", help="preset, for weights that do not say what they are (official files; needs --actions)")
+    official = parser.add_argument_group("for weights that do not say what they are (official files; they need --actions)")
+    official.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny")
+    official.add_argument("--init-frames", type=int, help="frames that the weights are of (16)")
+    official.add_argument("--init-size", type=int, help="side of the clips that they are of (224)")
     speed = parser.add_argument_group("settings that change speed only")
     speed.add_argument("--batch-size", type=int, default=8, help="clips at once (8)")
     speed.add_argument("--workers", type=int, default=1, help="processes that decode video (1)")
@@ -119,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
     loaded = load_detector(
         args.checkpoint,
         preset=args.model,
+        source=(args.init_frames, args.init_size),
         actions=read_actions(args.actions) if args.actions else None,
         clip={name: getattr(args, name) for name in ("stride", "origin", "num_frames", "image_size")},
         backend=args.backend,
@@ -164,6 +169,7 @@ def load_detector(
     checkpoint: str | Path,
     *,
     preset: str | None = None,
+    source: tuple[int | None, int | None] = (None, None),
     actions: dict[int, str] | None = None,
     clip: dict[str, Any] | None = None,
     **options: str,
@@ -173,6 +179,7 @@ def load_detector(
     Args:
         checkpoint: see `find_weights`.
         preset: the architecture, for files that do not hold it (official ones: its outputs are the ids from 1).
+        source: frames and side of the clips that the weights are of, for files that do not say.
         actions: names by id, for files that do not hold them.
         clip: settings of `KeyClipConfig` to change; None changes nothing.
         options: `backend` and `attention`.
@@ -195,7 +202,7 @@ def load_detector(
             raise InputError(f"{path} does not say what it is; name --model and --actions (and it needs a head)")
         config = ModelConfig.preset(PUBLISHED_CLASSIFIERS.get(preset, preset), **size)
         known = {number: actions.get(number, str(number)) for number in range(1, state["head.weight"].shape[0] + 1)}
-    grid = checkpoint_grid(settings, config, None, None)
+    grid = checkpoint_grid(settings, config, *source)
     if not config.learned_pos and grid != config.grid:
         config = config.replace(pos_grid=grid)
     model = build_detector(config, len(known), **options)
@@ -224,15 +231,15 @@ def score_frames(
     """
     folder, model = Path(output), loaded.model.to(device)
     about = {"weights": fingerprint(model), "clip": json.loads(json.dumps(loaded.clip.to_dict())), "dtype": dtype}
-    about["boxes"] = [len(frames), sum(len(frame.boxes) for frame in frames)]
+    boxes = repr([(frame.path, frame.frame, frame.boxes) for frame in frames])
+    about["boxes"] = hashlib.sha256(boxes.encode()).hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = read_log(folder / PARTS)
         same = bool(before) and before[0] == about
         done = {record["frame"]: record for record in before[1:]} if same else {}
-        with open(folder / PARTS, "w", encoding="utf-8") as part:
-            for record in (about, *done.values()):
-                part.write(json.dumps(record) + "\n")
+        with open(folder / PARTS, "a" if same else "w", encoding="utf-8") as part:
+            part.write("\n" if same else json.dumps(about) + "\n")  # the last line may be torn: it ends here
             todo = [number for number in range(len(frames)) if number not in done]
             for record in _score(model, frames, todo, loaded.clip, device, dtype, batch_size, workers):
                 part.write(json.dumps(record) + "\n")
