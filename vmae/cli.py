@@ -17,8 +17,10 @@ from vmae.errors import InputError
 COMMANDS = {
     "pretrain": ("vmae.train.pretrain", "pre-train a model with dual masking on a list of videos"),
     "finetune": ("vmae.train.finetune", "train a classifier on labelled videos: post-pre-training, fine-tuning, probes"),
+    "finetune-detection": ("vmae.train.detection", "train a detector of actions on annotated key frames, as on AVA"),
     "distil": ("vmae.train.distill", "train a small classifier on what a large one makes of the clips"),
     "evaluate": ("vmae.evaluate.classify", "test a classifier on many views of each video: top-1, top-5, a table, a picture"),
+    "detect": ("vmae.evaluate.detection", "what the people in given boxes do at key frames: AVA's CSV, frame mAP, pictures"),
     "predict": ("vmae.evaluate.predict", "name the classes of one video"),
     "features": ("vmae.evaluate.features", "features of a video's windows, for temporal detection"),
     "export": ("vmae.interop.export", "write a run's weights as one .pth or .safetensors file with published names"),
@@ -31,6 +33,7 @@ COMMANDS = {
     "pca": ("vmae.evaluate.pca", "draw the principal components of the encoder's tokens beside a video"),
     "samples": ("vmae.data.samples", "write a list file of the four real clips that come with a test dependency"),
     "moving-shapes": ("vmae.data.moving_shapes", "make videos whose class is a motion, with two label sets that overlap"),
+    "moving-actors": ("vmae.data.moving_actors", "make videos of two actors with boxes and actions as AVA has them"),
     "merge-labels": ("vmae.data.merge_labels", "make one label set from several, as Kinetics-710 is made"),
     "check-data": ("vmae.data.check", "open every video of a list: table, report, histogram, a list without the bad ones"),
     "pack": ("vmae.data.pack", "re-encode a list's videos so that clips decode fast: short side 256, a key frame every 12"),

@@ -70,10 +70,10 @@ def average_precision(truth: Sequence[Segment], found: Sequence[Segment], thresh
         if hit:
             own.remove(best)
         hits.append(hit)
-    return _area(hits, len(truth))
+    return interpolated_area(hits, len(truth))
 
 
-def _area(hits: Sequence[bool], positives: int) -> float:
+def interpolated_area(hits: Sequence[bool], positives: int) -> float:
     """Under precision over recall, precision interpolated: at each recall the best of this or any larger one."""
     precisions, right = [], 0
     for count, hit in enumerate(hits, 1):

@@ -128,7 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_start_arguments(parser.add_argument_group("what to start from"))
     _add_result_arguments(parser.add_argument_group("settings that change results"))
     _add_augment_arguments(parser.add_argument_group("augmentation (changes results)"))
-    _add_optimizer_arguments(parser.add_argument_group("optimizer (changes results)"))
+    add_optimizer_arguments(parser.add_argument_group("optimizer (changes results)"))
     add_run_arguments(parser.add_argument_group("settings that change speed and housekeeping only"))
 
 
@@ -182,8 +182,9 @@ def _add_augment_arguments(group) -> None:
     group.add_argument("--smoothing", type=float, help="of labels (0.1)")
 
 
-def _add_optimizer_arguments(group) -> None:
-    group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate for 256 videos a step (1e-3)")
+def add_optimizer_arguments(group, lr: float = 1e-3) -> None:
+    """Flags of `OptimConfig`, of the warm-up and of the layers' decay."""
+    group.add_argument("--lr", type=float, default=lr, help=f"peak learning rate for 256 videos a step ({lr:g})")
     group.add_argument("--min-lr", "--min_lr", type=float, default=1e-6, help="final learning rate for 256 videos (1e-6)")
     group.add_argument("--warmup-epochs", "--warmup_epochs", type=float, help="linear warm-up (5; at most a sixth of the run)")
     group.add_argument("--warmup-steps", "--warmup_steps", type=int, help="linear warm-up in steps, instead of epochs")

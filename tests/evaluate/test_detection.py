@@ -1,0 +1,151 @@
+"""`detect`: files in AVA's format that anyone can score, numbers that agree with the model's, pictures, restarts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vmae import ModelConfig, build_classifier
+from vmae.cli import main
+from vmae.data.ava import read_annotations, read_detections, read_excluded, read_person_boxes
+from vmae.data.detection_dataset import KeyClipConfig, KeyFrameReader, find_videos, key_frames
+from vmae.data.moving_actors import ACTIONS, ActorsConfig, write_actors
+from vmae.evaluate import detection
+from vmae.evaluate.detection import load_detector
+from vmae.evaluate.frame_map import frame_map
+from vmae.model.detector import build_detector
+from vmae.train.checkpoint import export_weights
+
+MODEL = ModelConfig.preset("vit_tiny", img_size=32, num_frames=4)
+CLIP = KeyClipConfig(num_frames=4, image_size=32, stride=4)
+
+
+@pytest.fixture(scope="module")
+def actors(tmp_path_factory):
+    return write_actors(tmp_path_factory.mktemp("actors"), ActorsConfig(train=1, validation=2, scenes=3), workers=1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("run") / "weights.pth"
+    model = build_detector(MODEL, len(ACTIONS), init_scale=20.0)
+    about = {
+        "model": MODEL.to_dict(),
+        "clip": CLIP.to_dict(),
+        "action_ids": list(ACTIONS),
+        "action_names": list(ACTIONS.values()),
+    }
+    export_weights(path, model.state_dict(), config=about)
+    return path
+
+
+@pytest.fixture
+def detect(actors, checkpoint, tmp_path):
+    def start(*flags, out="test", weights=checkpoint, truth=True):
+        known = ["--annotations", actors["val"]] if truth else []
+        where = ["--checkpoint", weights, "--videos", actors["videos"], "--output", tmp_path / out, *known]
+        return main(["detect", *map(str, [*where, "--workers", 0, "--device", "cpu", *flags])])
+
+    return start
+
+
+def test_detections_and_scores(detect, actors, checkpoint, tmp_path, capsys):
+    flags = ["--persons", actors["val_persons"], "--excluded", actors["val_excluded"], "--batch-size", 4, "--pictures", 2]
+    assert detect(*flags) == 0
+    folder = tmp_path / "test"
+    found = read_detections(folder / "detections.csv", ACTIONS)
+    excluded = read_excluded(actors["val_excluded"])
+    persons = [row for row in read_person_boxes(actors["val_persons"], 0.8) if row.key not in excluded]
+    assert len(found) == len(persons) * len(ACTIONS) == 10 * 6
+    # A score: the person's times the sigmoid of the model's logit for that box, alone.
+    person, loaded = persons[3], load_detector(checkpoint)
+    entries = find_videos(actors["videos"], [person.video])
+    clip, boxes = KeyFrameReader(key_frames([person], "p", entries, CLIP), CLIP)[0]
+    with torch.no_grad():
+        expected = person.score * loaded.model(clip[None], boxes[None])[0, 0].sigmoid()
+    got = {row.action: row.score for row in found if row.key == person.key and row.box == person.box}
+    np.testing.assert_allclose([got[action] for action in ACTIONS], expected, rtol=1e-4)
+    # The scores are those of the file.
+    results = json.loads((folder / "results.json").read_text())
+    truth = read_annotations(actors["val"], ACTIONS)
+    assert results["frame_map"] == pytest.approx(100 * frame_map(truth, found, ACTIONS, excluded=excluded).mean)
+    assert results["key_frames"] == 5 and 0 < results["frame_map"] < 100
+    assert f"frame mAP at IoU 0.5: {results['frame_map']:.2f} %" in capsys.readouterr().out
+    assert (folder / "actions.csv").read_text().startswith("action,name,boxes,average_precision\n")
+
+
+def test_a_picture(detect, tmp_path):
+    assert detect("--pictures", 1) == 0
+    (path,) = (tmp_path / "test").glob("key_frame_*.png")
+    picture = np.asarray(Image.open(path).convert("L"))
+    assert picture.shape[1] == 384 and picture.shape[0] > 384  # the frame, and words below
+    assert (picture[:384] == 255).sum() > 300 and (picture[384:] < 50).sum() > 200  # boxes; text
+
+
+def test_annotated_boxes_where_no_others_are_given(detect, actors, tmp_path):
+    assert detect("--pictures", 0) == 0
+    truth = read_annotations(actors["val"], ACTIONS)
+    found = read_detections(tmp_path / "test" / "detections.csv")
+    assert {(row.key, row.box) for row in found} == {(row.key, row.box) for row in truth}
+
+
+def test_without_truth(detect, actors, tmp_path, capsys):
+    assert detect("--persons", actors["val_persons"], truth=False) == 0
+    assert (tmp_path / "test" / "detections.csv").exists() and not (tmp_path / "test" / "results.json").exists()
+    assert detect(truth=False) == 2
+    assert "which boxes?" in capsys.readouterr().err
+
+
+def test_a_test_that_is_started_again_goes_on(detect, tmp_path, monkeypatch):
+    assert detect("--pictures", 0) == 0
+    parts, whole = tmp_path / "test" / "scores.part.jsonl", (tmp_path / "test" / "detections.csv").read_bytes()
+    lines = parts.read_text().splitlines(keepends=True)
+    parts.write_text("".join(lines[:4]) + lines[4][:10])  # killed within the fourth key frame's line
+    (tmp_path / "test" / "detections.csv").unlink()
+    asked = []
+    read = detection.KeyFrameReader.read
+    monkeypatch.setattr(detection.KeyFrameReader, "read", lambda self, todo, n: asked.extend(todo) or read(self, todo, n))
+    assert detect("--pictures", 0) == 0
+    assert asked == [3, 4, 5] and (tmp_path / "test" / "detections.csv").read_bytes() == whole
+    asked.clear()
+    assert detect("--pictures", 0, "--stride", 2) == 0  # another test: all of it
+    assert asked == list(range(6))
+
+
+def test_a_broken_video_is_told(detect, actors, tmp_path, monkeypatch, capsys):
+    opened = detection.KeyFrameReader._try_twice
+
+    def fail(self, video, epoch, index, attempt, failures):
+        if video == 2:
+            self.block(video, "is broken")
+        return opened(self, video, epoch, index, attempt, failures)
+
+    monkeypatch.setattr(detection.KeyFrameReader, "_try_twice", fail)
+    assert detect("--pictures", 0) == 1
+    assert "could not be decoded, and has no detections: is broken" in capsys.readouterr().out
+    assert len({row.key for row in read_detections(tmp_path / "test" / "detections.csv")}) == 5
+
+
+def test_an_official_file(detect, actors, tmp_path, capsys):
+    # Weights without settings, with a head of 8 classes of which the action list names 6, as AVA's 60 of 80.
+    torch.save({"model": build_detector(MODEL, 8).state_dict()}, tmp_path / "official.pth")
+    flags = ["--num-frames", 4, "--image-size", 32, "--stride", 4, "--pictures", 0]
+    assert detect(*flags, weights=tmp_path / "official.pth") == 2
+    assert "name --model and --actions" in capsys.readouterr().err
+    flags += ["--model", "vit_tiny", "--actions", actors["actions"], "--init-size", 32, "--init-frames", 4]
+    assert detect(*flags, weights=tmp_path / "official.pth") == 0
+    assert {row.action for row in read_detections(tmp_path / "test" / "detections.csv")} == set(range(1, 9))
+
+
+def test_wrong_input(detect, actors, tmp_path, capsys):
+    classifier = build_classifier(MODEL, 6)
+    export_weights(tmp_path / "c.pth", classifier.state_dict(), config={"model": MODEL.to_dict()})
+    assert detect(weights=tmp_path / "c.pth") == 2
+    assert "is not a detector's; `python -m vmae finetune-detection --init" in capsys.readouterr().err
+    assert detect("--persons", actors["val_persons"], "--min-score", "1.1") == 2
+    assert "no person box with a score of at least 1.1" in capsys.readouterr().err
+    assert detect("--dtype", "float8") == 2 and detect("--batch-size", 0) == 2
+    assert not (tmp_path / "test").exists()

@@ -1,0 +1,274 @@
+"""The files of AVA (Gu et al., CVPR 2018): annotations, detections and person boxes, excluded key frames, action lists.
+
+    annotations   video_id,timestamp,x1,y1,x2,y2,action_id,person_id   a line for each action of each box (person_id may lack)
+    detections    video_id,timestamp,x1,y1,x2,y2,action_id,score
+    person boxes  the same; the action may be empty, and is not read
+    excluded      video_id,timestamp
+    actions       blocks `item { name: "..." id: 1 }` or `label { name: "..." label_id: 1 }` (.pbtxt)
+
+Timestamps are whole seconds of the movie, coordinates shares of the frame's width and height from its top left corner.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vmae.data.manifest import read_text
+from vmae.errors import InputError
+
+Box = tuple[float, float, float, float]
+Key = tuple[str, int]  # (video, timestamp) of a key frame
+_ROUNDING = 1e-3  # a coordinate so far outside the frame is moved to its edge
+_BLOCK = re.compile(r"\b(?:item|label)\s*:?\s*\{([^{}]*)\}")
+_ANNOTATION = "video_id,timestamp,x1,y1,x2,y2,action_id,person_id"
+_DETECTION = "video_id,timestamp,x1,y1,x2,y2,action_id,score"
+
+
+@dataclass(frozen=True)
+class AvaBox:
+    """One line: a box of a key frame.
+
+    Attributes:
+        video: its id.
+        timestamp: seconds.
+        box: x1, y1, x2, y2 in [0, 1], x1 < x2 and y1 < y2.
+        action: its id; None for a person box.
+        score: of a detection or a person box.
+        person: id within the video, of an annotation.
+        line: number in its file, from 1; 0 when it came from elsewhere.
+    """
+
+    video: str
+    timestamp: int
+    box: Box
+    action: int | None = None
+    score: float = 1.0
+    person: int | None = None
+    line: int = field(default=0, compare=False)
+
+    @property
+    def key(self) -> Key:
+        return self.video, self.timestamp
+
+
+def read_annotations(path: str | Path, actions: Iterable[int] | None = None, *, skip_unlisted: bool = False) -> list[AvaBox]:
+    """The lines of an annotation file, in order, at least one.
+
+    Args:
+        actions: the ids that may occur; None takes any from 1.
+        skip_unlisted: leave other ids out, as the AVA evaluation does, instead of refusing them.
+
+    Raises:
+        InputError: the file can't be read, or a line is malformed, has a box outside the frame or an unknown action, or
+            repeats another; with file and line.
+    """
+    known = None if actions is None else set(actions)
+    rows = []
+    seen: dict[tuple, int] = {}
+    for where, number, cells in _lines(path, (7, 8), _ANNOTATION):
+        video, timestamp, box = _place(where, cells)
+        action = _whole(where, "action_id", cells[6])
+        if known is not None and action not in known:
+            if skip_unlisted:
+                continue
+            raise InputError(f"{where}: action {action} is not in the action list, which has {_ids(known)}")
+        person = _whole(where, "person_id", cells[7]) if len(cells) == 8 and cells[7] else None
+        row = AvaBox(video, timestamp, box, action, person=person, line=number)
+        same = seen.setdefault((video, timestamp, box, action, person), number)
+        if same != number:
+            raise InputError(f"{where}: says the same as line {same}")
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path} has no boxes of listed actions")
+    return rows
+
+
+def read_detections(path: str | Path, actions: Iterable[int] | None = None, *, skip_unlisted: bool = False) -> list[AvaBox]:
+    """The lines of a file of scored actions, in order; none where the file is empty.
+
+    Args: see `read_annotations`.
+
+    Raises:
+        InputError: see `read_annotations`; a score that is no number.
+    """
+    known = None if actions is None else set(actions)
+    rows = []
+    for where, number, cells in _lines(path, (8,), _DETECTION):
+        video, timestamp, box = _place(where, cells)
+        action = _whole(where, "action_id", cells[6])
+        if known is not None and action not in known:
+            if skip_unlisted:
+                continue
+            raise InputError(f"{where}: action {action} is not in the action list, which has {_ids(known)}")
+        rows.append(AvaBox(video, timestamp, box, action, _number(where, "score", cells[7]), line=number))
+    return rows
+
+
+def read_person_boxes(path: str | Path, min_score: float = 0.0) -> list[AvaBox]:
+    """The boxes of a file of person boxes that score at least `min_score`, each once: `action` is None.
+
+    Raises:
+        InputError: see `read_annotations`; a score that is no number; no box is left.
+    """
+    rows: dict[tuple, AvaBox] = {}
+    for where, number, cells in _lines(path, (8,), _DETECTION):
+        video, timestamp, box = _place(where, cells)
+        score = _number(where, "score", cells[7])
+        if score >= min_score:
+            rows.setdefault((video, timestamp, box), AvaBox(video, timestamp, box, None, score, line=number))
+    if not rows:
+        raise InputError(f"{path} has no person box with a score of at least {min_score:g}")
+    return list(rows.values())
+
+
+def read_excluded(path: str | Path) -> set[Key]:
+    """The key frames that are not counted.
+
+    Raises:
+        InputError: the file can't be read or a line is malformed; with file and line.
+    """
+    lines = _lines(path, (2,), "video_id,timestamp")
+    return {(cells[0], _timestamp(where, cells[1])) for where, _, cells in lines}
+
+
+def read_actions(path: str | Path) -> dict[int, str]:
+    """Names by id, ascending, of an action list (.pbtxt).
+
+    Raises:
+        InputError: the file can't be read, has no blocks, or a block lacks name or id, or repeats an id; with its line.
+    """
+    text = re.sub(r"^\s*#.*$", "", read_text(path), flags=re.MULTILINE)
+    actions: dict[int, str] = {}
+    for block in _BLOCK.finditer(text):
+        where = f"{path}, line {text.count(chr(10), 0, block.start()) + 1}"
+        name = re.search(r'\bname\s*:\s*"([^"]*)"', block[1])
+        number = re.search(r"\b(?:label_)?id\s*:\s*(\d+)", block[1])
+        if name is None or number is None or not int(number[1]):
+            raise InputError(f'{where}: a block needs name: "..." and id (or label_id) from 1')
+        if int(number[1]) in actions:
+            raise InputError(f"{where}: id {number[1]} is also that of {actions[int(number[1])]!r}")
+        actions[int(number[1])] = name[1]
+    if not actions:
+        raise InputError(f'{path} is no action list: it has no block like item {{ name: "stand" id: 12 }}')
+    return dict(sorted(actions.items()))
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_annotations(path: str | Path, rows: Iterable[AvaBox]) -> None:
+    """Write an annotation file; a box without a person has one column less.
+
+    Raises:
+        InputError: the file can't be written.
+    """
+    _write(path, rows, lambda row: [row.action] + ([] if row.person is None else [row.person]))
+
+
+def write_detections(path: str | Path, rows: Iterable[AvaBox]) -> None:
+    """Write a file of scored actions, or of person boxes.
+
+    Raises:
+        InputError: the file can't be written.
+    """
+    _write(path, rows, lambda row: ["" if row.action is None else row.action, f"{row.score:.6g}"])
+
+
+def write_excluded(path: str | Path, keys: Iterable[Key]) -> None:
+    """Write a file of excluded key frames.
+
+    Raises:
+        InputError: the file can't be written.
+    """
+    _write_csv(path, ([video, f"{timestamp:04}"] for video, timestamp in sorted(keys)))
+
+
+def write_actions(path: str | Path, actions: dict[int, str]) -> None:
+    """Write an action list.
+
+    Raises:
+        InputError: the file can't be written.
+    """
+    text = "".join(f'item {{\n  name: "{name}"\n  id: {number}\n}}\n' for number, name in actions.items())
+    _write_text(Path(path), text)
+
+
+def _write(path: str | Path, rows: Iterable[AvaBox], last: Callable[[AvaBox], list]) -> None:
+    _write_csv(path, ([row.video, f"{row.timestamp:04}", *(f"{x:.6g}" for x in row.box), *last(row)] for row in rows))
+
+
+def _write_csv(path: str | Path, rows: Iterable[Sequence]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    _write_text(Path(path), text.getvalue())
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from None
+
+
+# --- Reading cells ----------------------------------------------------------------------------------------------------
+
+
+def _lines(path: str | Path, columns: tuple[int, ...], form: str) -> Iterable[tuple[str, int, list[str]]]:
+    """(where it stands, line number, cells) of each line that is not empty."""
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        cells = [cell.strip() for cell in next(csv.reader([line]))]
+        if len(cells) not in columns:
+            raise InputError(f"{where}: {len(cells)} columns; write {form}")
+        if not cells[0]:
+            raise InputError(f"{where}: no video_id; write {form}")
+        yield where, number, cells
+
+
+def _place(where: str, cells: list[str]) -> tuple[str, int, Box]:
+    timestamp = _timestamp(where, cells[1])
+    given = [_number(where, name, cell) for name, cell in zip(("x1", "y1", "x2", "y2"), cells[2:6])]
+    if min(given) < -_ROUNDING or max(given) > 1 + _ROUNDING:
+        raise InputError(f"{where}: box {given} leaves the frame; coordinates are shares of it, from 0 to 1")
+    x1, y1, x2, y2 = (min(max(value, 0.0), 1.0) for value in given)
+    if x1 >= x2 or y1 >= y2:
+        raise InputError(f"{where}: box {given} is empty: it needs x1 < x2 and y1 < y2")
+    return cells[0], timestamp, (x1, y1, x2, y2)
+
+
+def _timestamp(where: str, cell: str) -> int:
+    value = _number(where, "timestamp", cell)
+    if value < 0 or value != int(value):
+        raise InputError(f"{where}: timestamp {cell!r} is no whole number of seconds from 0")
+    return int(value)
+
+
+def _whole(where: str, name: str, cell: str) -> int:
+    if not cell.isdecimal():
+        raise InputError(f"{where}: {name} {cell!r} is no whole number from 0")
+    return int(cell)
+
+
+def _number(where: str, name: str, cell: str) -> float:
+    try:
+        value = float(cell)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{where}: {name} {cell!r} is no number")
+    return value
+
+
+def _ids(known: set[int]) -> str:
+    listed = sorted(known)
+    return ", ".join(map(str, listed)) if len(listed) <= 8 else f"{len(listed)} ids from {listed[0]} to {listed[-1]}"

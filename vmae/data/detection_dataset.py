@@ -1,0 +1,394 @@
+"""Clips around key frames, with boxes that follow every change of the picture; each sample a function of (seed, epoch, index).
+
+Legend: B clips, M boxes of a clip (the most of a batch; others are padded), T frames, H x W pixels, K actions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vmae.config import _Checked
+from vmae.data.augment import CropBox, crop_and_resize, image_hw
+from vmae.data.augment_classify import sample_resized_crop
+from vmae.data.ava import AvaBox, Box, Key
+from vmae.data.decode import open_video
+from vmae.data.manifest import _VIDEO_SUFFIXES, DEFAULT_PATTERN, VideoEntry
+from vmae.data.quarantine import Failure
+from vmae.data.sampling import clip_starts
+from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
+from vmae.data.workers import WorkerPool
+from vmae.errors import InputError
+
+# Largest moves of a box's left and right (top and bottom) edge outwards and inwards, shares of its width (height).
+_JITTER = ((0.2, 0.1), (0.1, 0.05))
+_MIN_VISIBLE = 0.25  # share of a box's area that a crop must leave of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyClipConfig(_Checked):
+    """What is seen of a key frame.
+
+    Attributes:
+        num_frames: T.
+        image_size: side, or (height, width), in pixels; the whole frame is resized to it.
+        stride: frames from one to the next; the clip's frame T // 2 is the key frame.
+        origin: seconds of the movie at which the video files begin (900 for AVA's files that are cut).
+        extend: how much wider and taller boxes are made to be looked at in a test, shares (published 0.1 and 0.05).
+    """
+
+    num_frames: int = 16
+    image_size: int | tuple[int, int] = 224
+    stride: int = 4
+    origin: float = 0.0
+    extend: tuple[float, float] = (0.1, 0.05)
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "extend"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        image_hw(self.image_size)
+        clip_starts(1, self.num_frames, self.stride)
+        if self.origin < 0 or min(self.extend) < 0:
+            raise InputError(f"origin ({self.origin}) and extend {self.extend} must be at least 0")
+
+    def indices(self, key: int, total: int) -> np.ndarray:
+        """int64 [T]: the clip around frame `key`; where the video begins or ends, its first or last frame repeats."""
+        steps = np.arange(self.num_frames, dtype=np.int64) - self.num_frames // 2
+        return np.clip(key + steps * self.stride, 0, total - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyAugmentConfig(_Checked):
+    """How key frames to train on are changed. The defaults are the published ones, but for their colour jitter.
+
+    Attributes:
+        flip: mirror half of the clips; not where left and right mean something.
+        jitter: move each box's edges a little, as person detectors do.
+        min_crop: least area of a random crop, a share of the frame's; 1 leaves the frame whole (published).
+    """
+
+    flip: bool = True
+    jitter: bool = True
+    min_crop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_crop <= 1:
+            raise InputError(f"the least area of a crop must be above 0 and at most 1, not {self.min_crop}")
+
+
+@dataclass(frozen=True)
+class KeyFrame(VideoEntry):
+    """A key frame, in its video.
+
+    Attributes:
+        video, timestamp: of the annotation.
+        frame: number of the key frame in the file.
+        boxes: at least one.
+        labels: classes (from 0) of each box; empty for boxes whose actions are not known.
+        scores: of each box.
+    """
+
+    video: str = ""
+    timestamp: int = 0
+    frame: int = 0
+    boxes: tuple[Box, ...] = ()
+    labels: tuple[tuple[int, ...], ...] = ()
+    scores: tuple[float, ...] = ()
+
+    @property
+    def key(self) -> Key:
+        return self.video, self.timestamp
+
+
+# --- From rows to key frames ---
+
+
+def find_videos(folder: str | Path, names: Sequence[str], *, pattern: str = DEFAULT_PATTERN) -> dict[str, VideoEntry]:
+    """The entry of each video id that `folder` has: a file `ID.mp4` (or another ending), or a folder `ID` of images.
+
+    Args:
+        pattern: names of a folder's images, numbered from 1; `{video}` in it stands for the id.
+
+    Raises:
+        InputError: `folder` is no folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"folder of videos {str(folder)!r} does not exist")
+    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in _VIDEO_SUFFIXES}
+    found = {}
+    for name in dict.fromkeys(names):
+        if name in files:
+            found[name] = VideoEntry(str(files[name]))
+        elif (folder / name).is_dir():
+            total = sum(path.is_file() for path in (folder / name).iterdir())
+            found[name] = VideoEntry(str(folder / name), "frames", 1, total, pattern=pattern.replace("{video}", name))
+    return found
+
+
+def key_frames(
+    rows: Sequence[AvaBox],
+    source: str | Path,
+    entries: dict[str, VideoEntry],
+    clip: KeyClipConfig,
+    *,
+    actions: Sequence[int] = (),
+    fps: float | None = None,
+    videos: str | Path = "the folder",
+) -> list[KeyFrame]:
+    """The key frames of annotations (with `actions`) or person boxes (without), in order. Opens every video once.
+
+    Args:
+        source: file of the rows, for messages.
+        entries: of `find_videos`.
+        actions: ids of the classes, in order; rows of others make a box without that label.
+        fps: frames a second, where a video (or folder of images) does not tell.
+        videos: folder of the videos, for messages.
+
+    Raises:
+        InputError: a video that is missing or cannot be decoded, that tells no rate, or that ends before a key frame;
+            with the line that wants it.
+    """
+    classes = {action: number for number, action in enumerate(actions)}
+    frames: dict[Key, dict[tuple, tuple[AvaBox, list[int]]]] = {}
+    for row in rows:
+        boxes = frames.setdefault(row.key, {})
+        _, labels = boxes.setdefault((row.box, row.person), (row, []))
+        if row.action in classes:
+            labels.append(classes[row.action])
+    lengths: dict[str, tuple[int, float]] = {}
+    made = []
+    for (video, timestamp), boxes in frames.items():
+        first = next(iter(boxes.values()))[0]
+        where = f"{source}, line {first.line}"
+        if video not in entries:
+            raise InputError(f"{where}: video {video!r} is not in {videos}: no file of that name, no folder")
+        if video not in lengths:
+            lengths[video] = _length(entries[video], where, fps)
+        total, rate = lengths[video]
+        frame = round((timestamp - clip.origin) * rate)
+        if not 0 <= frame < total:
+            raise InputError(
+                f"{where}: key frame at {timestamp} s is outside of {entries[video].path}, which has {clip.origin:g} to "
+                f"{clip.origin + total / rate:.2f} s ({total} frames, {rate:g} a second); is --origin right?"
+            )
+        kept = list(boxes.values())
+        made.append(
+            KeyFrame(
+                **vars(entries[video]),
+                video=video,
+                timestamp=timestamp,
+                frame=frame,
+                boxes=tuple(row.box for row, _ in kept),
+                labels=tuple(tuple(labels) for _, labels in kept) if actions else (),
+                scores=tuple(row.score for row, _ in kept),
+            )
+        )
+    return made
+
+
+def _length(entry: VideoEntry, where: str, fps: float | None) -> tuple[int, float]:
+    """(frames, frames a second) of a video."""
+    try:
+        with open_video(entry) as reader:
+            total, rate = len(reader), fps or reader.fps
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    if not rate:
+        raise InputError(f"{where}: {entry.path} does not tell its frames a second; name them with --fps")
+    return total, float(rate)
+
+
+# --- Boxes; float64 [M, 4], shares of the frame ---
+
+
+def crop_boxes_of(boxes: np.ndarray, crop: CropBox, width: int, height: int) -> np.ndarray:
+    """Boxes of a frame of `width` x `height` pixels as shares of a crop of it, cut at its edges (some may be empty)."""
+    origin = np.array([crop.left, crop.top] * 2) / np.array([width, height] * 2)
+    size = np.array([crop.width, crop.height] * 2) / np.array([width, height] * 2)
+    return ((boxes - origin) / size).clip(0, 1)
+
+
+def flip_boxes(boxes: np.ndarray) -> np.ndarray:
+    """Boxes of the mirrored frame."""
+    return np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], 1)
+
+
+def extend_boxes(boxes: np.ndarray, share: tuple[float, float]) -> np.ndarray:
+    """Boxes wider and taller by these shares about their middles, cut at the frame's edges."""
+    pad = (boxes[:, 2:] - boxes[:, :2]) * np.array(share) / 2
+    return np.concatenate([boxes[:, :2] - pad, boxes[:, 2:] + pad], 1).clip(0, 1)
+
+
+def jitter_boxes(boxes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Boxes whose edges moved as published: each by a share of the box's side, more outwards than inwards."""
+    size = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+    outwards, inwards = (np.array([pair[i] for pair in _JITTER] * 2) for i in (0, 1))
+    sign = np.array([-1, -1, 1, 1])
+    return (boxes + sign * size * rng.uniform(-inwards, outwards, boxes.shape)).clip(0, 1)
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1)
+
+
+# --- Training ---
+
+
+@dataclass
+class DetectionBatch:
+    """What one step of training a detector reads.
+
+    Attributes:
+        clips: uint8 [B, T, H, W, 3], RGB.
+        boxes: float32 [B, M, 4], x1, y1, x2, y2 in [0, 1]; padding is 0.
+        targets: float32 [B, M, K], 1 at each action.
+        valid: float32 [B, M], 0 where a row pads.
+        ids: (epoch, index, path) of each clip; `path` is the video that was decoded.
+        replaced: each key frame that could not be decoded, and that another one stands in for.
+    """
+
+    clips: Tensor
+    boxes: Tensor
+    targets: Tensor
+    valid: Tensor
+    ids: list[tuple[int, int, str]]
+    replaced: list[Failure] = field(default_factory=list)
+
+    @property
+    def count(self) -> float:
+        """Boxes in the batch."""
+        return float(self.valid.sum())
+
+    @classmethod
+    def cat(cls, batches: list[DetectionBatch]) -> DetectionBatch:
+        """Join samples or batches, in order."""
+        most = max(batch.boxes.shape[1] for batch in batches)
+        return cls(
+            torch.cat([batch.clips for batch in batches]),
+            *(torch.cat([_padded(getattr(batch, name), most) for batch in batches]) for name in ("boxes", "targets", "valid")),
+            [key for batch in batches for key in batch.ids],
+            [failure for batch in batches for failure in batch.replaced],
+        )
+
+    def _each(self, change) -> DetectionBatch:
+        return dataclasses.replace(
+            self, **{name: change(getattr(self, name)) for name in ("clips", "boxes", "targets", "valid")}
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> DetectionBatch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> DetectionBatch:
+        return self._each(Tensor.pin_memory)
+
+
+def _padded(tensor: Tensor, most: int) -> Tensor:
+    """[B, M, ...] -> [B, most, ...], with zeros."""
+    return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], most - tensor.shape[1], *tensor.shape[2:])], 1)
+
+
+class DetectionDataset(VideoDataset):
+    """Key frames to train on: `dataset[epoch, index]` is a `DetectionBatch` of one clip.
+
+    A key frame whose video cannot be decoded is replaced by another one, with that one's boxes.
+
+    Args:
+        frames: of `key_frames`, with labels.
+        num_classes: K.
+        clip: what is seen.
+        augment: how it is changed.
+        options: of `VideoDataset`.
+    """
+
+    def __init__(
+        self, frames: Sequence[KeyFrame], num_classes: int, clip: KeyClipConfig, augment: KeyAugmentConfig, **options
+    ) -> None:
+        super().__init__(frames, **options)
+        self.num_classes, self.clip, self.augment = num_classes, clip, augment
+
+    def __getitem__(self, key: SampleKey | int) -> DetectionBatch:
+        epoch, index = self._checked_key(key)
+        (clip, boxes, kept), video, replaced = self._decode_with_replacement(epoch, index)
+        targets = torch.zeros(1, len(boxes), self.num_classes)
+        for row, number in enumerate(kept):
+            targets[0, row, list(self.entries[video].labels[number])] = 1
+        ids = [(epoch, index, self.entries[video].path)]
+        return DetectionBatch(clip[None], boxes[None], targets, torch.ones(1, len(boxes)), ids, replaced)
+
+    def _decode_crops(self, entry: KeyFrame, epoch: int, index: int, attempt: int) -> tuple[Tensor, Tensor, list[int]]:
+        """(uint8 [T, H, W, 3], float32 [M, 4], the numbers of the boxes that are left)."""
+        rngs = {
+            use: numpy_rng(self.seed, epoch, index, attempt, use) for use in (Purpose.CROPS, Purpose.FLIPS, Purpose.AUGMENT)
+        }
+        with self._open(entry) as reader:
+            frames = reader.frames(self.clip.indices(entry.frame, len(reader)))
+        height, width = frames.shape[1:3]
+        boxes = np.array(entry.boxes)
+        crop, cut, kept = self._crop(boxes, width, height, rngs[Purpose.CROPS])
+        clip = crop_and_resize(frames, crop, self.clip.image_size, resize=self.resize)
+        if self.augment.jitter:
+            cut = jitter_boxes(cut, rngs[Purpose.AUGMENT])
+        if self.augment.flip and rngs[Purpose.FLIPS].integers(2):
+            clip, cut = np.ascontiguousarray(clip[:, :, ::-1]), flip_boxes(cut)
+        return torch.from_numpy(clip), torch.from_numpy(cut).float(), kept
+
+    def _crop(
+        self, boxes: np.ndarray, width: int, height: int, rng: np.random.Generator
+    ) -> tuple[CropBox, np.ndarray, list[int]]:
+        """A crop, the boxes in it, and which these are; the whole frame where a crop would leave none."""
+        whole = CropBox(0, 0, width, height)
+        if self.augment.min_crop < 1:
+            crop = sample_resized_crop(width, height, rng, area=(self.augment.min_crop, 1.0))
+            cut = crop_boxes_of(boxes, crop, width, height)
+            visible = _areas(cut) * (crop.width * crop.height / (width * height)) / _areas(boxes)
+            kept = np.flatnonzero(visible >= _MIN_VISIBLE).tolist()
+            if kept:
+                return crop, cut[kept], kept
+        return whole, boxes, list(range(len(boxes)))
+
+
+# --- Testing ---
+
+
+class KeyFrameReader(VideoDataset):
+    """Key frames to test on: `reader[number]` is (uint8 [T, H, W, 3], float32 [M, 4] of the boxes, extended), or the
+    `Failure` of a broken video."""
+
+    def __init__(self, frames: Sequence[KeyFrame], clip: KeyClipConfig, **options) -> None:
+        super().__init__(frames, **options)
+        self.clip = clip
+
+    def set_watch(self, watch) -> None:
+        self.watch = watch
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | Failure:
+        failures: list[Failure] = []
+        seen = self._try_twice(number, 0, number, 0, failures)
+        return failures[0] if seen is None else seen
+
+    def _decode_crops(self, entry: KeyFrame, epoch: int, index: int, attempt: int) -> tuple[Tensor, Tensor]:
+        with self._open(entry) as reader:
+            frames = reader.frames(self.clip.indices(entry.frame, len(reader)))
+        whole = CropBox(0, 0, frames.shape[2], frames.shape[1])
+        clip = crop_and_resize(frames, whole, self.clip.image_size, resize=self.resize)
+        boxes = extend_boxes(np.array(entry.boxes), self.clip.extend)
+        return torch.from_numpy(clip), torch.from_numpy(boxes).float()
+
+    def read(self, numbers: Sequence[int], num_workers: int = 0, *, hang_s: float = 300.0) -> Iterator:
+        """(number, what it holds) in the order of `numbers`, decoded ahead by `num_workers` processes."""
+        if not num_workers:
+            yield from ((number, self[number]) for number in numbers)
+            return
+        pool = WorkerPool(self, iter(numbers), count=num_workers, prefetch=4, hang_s=hang_s)
+        try:
+            yield from zip(numbers, pool)
+        finally:
+            pool.close()

@@ -1,0 +1,394 @@
+"""`python -m vmae detect`: what the people in given boxes do at key frames.
+
+    detections.csv    a line for each box and action: the person box's score times the sigmoid of the logit (published)
+    results.json      frame mAP by the rules of AVA, average precision of each action, settings (with --annotations)
+    actions.csv       a row for each action
+    key_frame_*.png   some key frames with their boxes and actions
+
+Boxes are those of --persons, or without them the annotated ones. Scores are written as they come, and a test that is
+started again takes the key frames that are left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+from vmae.config import ModelConfig
+from vmae.data.ava import (
+    AvaBox,
+    read_actions,
+    read_annotations,
+    read_detections,
+    read_excluded,
+    read_person_boxes,
+    write_detections,
+)
+from vmae.data.decode import DecodeError, open_video
+from vmae.data.detection_dataset import KeyClipConfig, KeyFrame, KeyFrameReader, find_videos, key_frames
+from vmae.data.quarantine import Failure
+from vmae.errors import InputError
+from vmae.evaluate.frame_map import FrameScores, frame_map
+from vmae.interop.classifier_weights import checkpoint_grid
+from vmae.interop.upstream import load_into, read_settings_and_weights
+from vmae.model.detector import Detector, build_detector
+from vmae.train.checkpoint import find_weights, write_atomically
+from vmae.train.checks import check_backend, check_output, resolve_device
+from vmae.train.detection_settings import add_video_arguments
+from vmae.train.finetune_settings import PUBLISHED_CLASSIFIERS
+from vmae.train.load import fingerprint
+from vmae.train.loop import DTYPES
+from vmae.train.metrics import code_version, read_log
+from vmae.train.pretrain_settings import image_size
+
+DETECTIONS, RESULTS, PARTS = "detections.csv", "results.json", "scores.part.jsonl"
+SHOWN = 0.5  # least score of an action that a picture names
+
+
+@dataclass
+class LoadedDetector:
+    """A detector in eval mode on the CPU.
+
+    Attributes:
+        model: with the weights.
+        path: where they come from.
+        clip: how it was trained to see key frames, with what the caller changed.
+        actions: names by id, in the order of its outputs.
+        note: what was loaded, in a line.
+    """
+
+    model: Detector
+    path: Path
+    clip: KeyClipConfig
+    actions: dict[int, str]
+    note: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    parser.add_argument("--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights")
+    parser.add_argument(
+        "--videos", required=True, metavar="DIR", help="holds ID.mp4 (or another ending), or a folder ID of images"
+    )
+    parser.add_argument("--persons", metavar="CSV", help="person boxes with scores (default: the annotated boxes)")
+    parser.add_argument("--min-score", type=float, default=0.8, help="of person boxes that are taken (0.8, as published)")
+    parser.add_argument("--annotations", metavar="CSV", help="what is true: scores the detections")
+    parser.add_argument("--actions", metavar="PBTXT", help="actions that count (default: the checkpoint's)")
+    parser.add_argument("--excluded", metavar="CSV", help="key frames that do not count")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for detections, scores and pictures")
+    parser.add_argument("--pictures", type=int, default=4, help="key frames to draw (4)")
+    add_video_arguments(parser)
+    clip = parser.add_argument_group("how key frames are seen (default: as in training)")
+    clip.add_argument("--stride", type=int, help="frames from one to the next")
+    clip.add_argument("--origin", type=float, help="second of the movie that files begin at")
+    clip.add_argument("--num-frames", type=int, help="frames of a clip")
+    clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
+    clip.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
+    official = parser.add_argument_group("for weights that do not say what they are (official files; they need --actions)")
+    official.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny")
+    official.add_argument("--init-frames", type=int, help="frames that the weights are of (16)")
+    official.add_argument("--init-size", type=int, help="side of the clips that they are of (224)")
+    speed = parser.add_argument_group("settings that change speed only")
+    speed.add_argument("--batch-size", type=int, default=8, help="clips at once (8)")
+    speed.add_argument("--workers", type=int, default=1, help="processes that decode video (1)")
+    speed.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    speed.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
+    speed.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; 1 where a video could not be decoded."""
+    if args.batch_size < 1 or min(args.workers, args.pictures) < 0:
+        raise InputError("--batch-size must be at least 1, --workers and --pictures at least 0")
+    if args.persons is None and args.annotations is None:
+        raise InputError("which boxes? Give --persons, or --annotations for the annotated ones")
+    if args.dtype not in DTYPES:
+        raise InputError(f"unknown dtype {args.dtype!r}; known: {', '.join(DTYPES)}")
+    device = resolve_device(args.device)
+    check_backend(args.backend, device)
+    check_output(Path(args.output))
+    loaded = load_detector(
+        args.checkpoint,
+        preset=args.model,
+        source=(args.init_frames, args.init_size),
+        actions=read_actions(args.actions) if args.actions else None,
+        clip={name: getattr(args, name) for name in ("stride", "origin", "num_frames", "image_size")},
+        backend=args.backend,
+        attention=args.attention,
+    )
+    counted = read_actions(args.actions) if args.actions else loaded.actions
+    truth = read_annotations(args.annotations, counted, skip_unlisted=True) if args.annotations else None
+    excluded = read_excluded(args.excluded) if args.excluded else set()
+    frames = _frames_to_test(args, loaded, truth, excluded)
+    print(loaded.note, flush=True)
+    records = score_frames(
+        loaded, frames, args.output, device=device, dtype=args.dtype, batch_size=args.batch_size, workers=args.workers
+    )
+    folder = Path(args.output)
+    rows = detections_of(frames, records, list(loaded.actions))
+    write_detections(folder / DETECTIONS, rows)
+    failed = [record["error"] for record in records if "error" in record]
+    for error in failed:
+        print(f"could not be decoded, and has no detections: {error}")
+    print(f"{len(rows)} detections on {len(frames) - len(failed)} key frames: {folder / DETECTIONS}")
+    if truth is not None:
+        # As they were written: what anyone finds who scores the file.
+        found = read_detections(folder / DETECTIONS, loaded.actions)
+        report(folder, frame_map(truth, found, counted, excluded=excluded), counted, {"checkpoint": str(loaded.path)})
+    for path in draw_frames(folder, frames, records, truth, loaded.actions, args.pictures):
+        print(f"picture: {path}")
+    return 1 if failed else 0
+
+
+def _frames_to_test(
+    args: argparse.Namespace, loaded: LoadedDetector, truth: Sequence[AvaBox] | None, excluded: set
+) -> list[KeyFrame]:
+    source = args.persons or args.annotations
+    rows = read_person_boxes(args.persons, args.min_score) if args.persons else truth
+    rows = [row for row in rows if row.key not in excluded]
+    if not rows:
+        raise InputError(f"{source}: all boxes are on excluded key frames")
+    entries = find_videos(args.videos, [row.video for row in rows], pattern=args.frame_pattern)
+    return key_frames(rows, source, entries, loaded.clip, fps=args.fps, videos=args.videos)
+
+
+def load_detector(
+    checkpoint: str | Path,
+    *,
+    preset: str | None = None,
+    source: tuple[int | None, int | None] = (None, None),
+    actions: dict[int, str] | None = None,
+    clip: dict[str, Any] | None = None,
+    **options: str,
+) -> LoadedDetector:
+    """The detector of a checkpoint, ready to test.
+
+    Args:
+        checkpoint: see `find_weights`.
+        preset: the architecture, for files that do not hold it (official ones: its outputs are the ids from 1).
+        source: frames and side of the clips that the weights are of, for files that do not say.
+        actions: names by id, for files that do not hold them.
+        clip: settings of `KeyClipConfig` to change; None changes nothing.
+        options: `backend` and `attention`.
+
+    Raises:
+        InputError: the file can't be read, is not a detector's, or does not tell its architecture or actions.
+    """
+    path = find_weights(checkpoint)
+    settings, state = read_settings_and_weights(path)
+    if settings and "action_ids" not in settings:
+        raise InputError(f"{path} is not a detector's; `python -m vmae finetune-detection --init {checkpoint}` makes one")
+    changes = {name: value for name, value in (clip or {}).items() if value is not None}
+    seen = KeyClipConfig.from_dict({**settings.get("clip", {}), **changes})
+    size = {"num_frames": seen.num_frames, "img_size": seen.image_size}
+    if settings:
+        config = ModelConfig.from_dict(settings["model"]).replace(pos_grid=None, drop_path_rate=0.0, **size)
+        known = dict(zip(settings["action_ids"], settings["action_names"]))
+    else:
+        if preset is None or actions is None or "head.weight" not in state:
+            raise InputError(f"{path} does not say what it is; name --model and --actions (and it needs a head)")
+        config = ModelConfig.preset(PUBLISHED_CLASSIFIERS.get(preset, preset), **size)
+        known = {number: actions.get(number, str(number)) for number in range(1, state["head.weight"].shape[0] + 1)}
+    grid = checkpoint_grid(settings, config, *source)
+    if not config.learned_pos and grid != config.grid:
+        config = config.replace(pos_grid=grid)
+    model = build_detector(config, len(known), **options)
+    return LoadedDetector(model.eval(), path, seen, known, load_into(model, state, path))
+
+
+# --- Scores ---
+
+
+def score_frames(
+    loaded: LoadedDetector,
+    frames: Sequence[KeyFrame],
+    output: str | Path,
+    *,
+    device: torch.device,
+    dtype: str = "float32",
+    batch_size: int = 8,
+    workers: int = 0,
+) -> list[dict[str, Any]]:
+    """A record for each key frame, in order: `frame` (its number) and `scores` [M][K], or `error`.
+
+    What an earlier start of the same test has written in `output` is kept.
+
+    Raises:
+        InputError: `output` can't be written.
+    """
+    folder, model = Path(output), loaded.model.to(device)
+    about = {"weights": fingerprint(model), "clip": json.loads(json.dumps(loaded.clip.to_dict())), "dtype": dtype}
+    boxes = repr([(frame.path, frame.frame, frame.boxes) for frame in frames])
+    about["boxes"] = hashlib.sha256(boxes.encode()).hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = read_log(folder / PARTS)
+        same = bool(before) and before[0] == about
+        done = {record["frame"]: record for record in before[1:]} if same else {}
+        with open(folder / PARTS, "a" if same else "w", encoding="utf-8") as part:
+            part.write("\n" if same else json.dumps(about) + "\n")  # the last line may be torn: it ends here
+            todo = [number for number in range(len(frames)) if number not in done]
+            for record in _score(model, frames, todo, loaded.clip, device, dtype, batch_size, workers):
+                part.write(json.dumps(record) + "\n")
+                part.flush()
+                done[record["frame"]] = record
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    return [done[number] for number in range(len(frames))]
+
+
+@torch.no_grad()
+def _score(
+    model: Detector,
+    frames: Sequence[KeyFrame],
+    todo: Sequence[int],
+    clip: KeyClipConfig,
+    device: torch.device,
+    dtype: str,
+    batch_size: int,
+    workers: int,
+) -> Iterator[dict[str, Any]]:
+    reader = KeyFrameReader(frames, clip)
+    held: list[tuple[int, tuple[Tensor, Tensor]]] = []
+    for count, (number, seen) in enumerate(tqdm(reader.read(todo, workers), total=len(todo), unit="clip", disable=None), 1):
+        if isinstance(seen, Failure):
+            yield {"frame": number, "error": seen.error}
+        else:
+            held.append((number, seen))
+        if held and (len(held) == batch_size or count == len(todo)):
+            boxes = torch.nn.utils.rnn.pad_sequence([boxes for _, (_, boxes) in held], batch_first=True)
+            clips = torch.stack([clip for _, (clip, _) in held])
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+                logits = model(clips.to(device), boxes.to(device))
+            for (own, (_, given)), scores in zip(held, logits.float().sigmoid().cpu()):
+                yield {"frame": own, "scores": scores[: len(given)].tolist()}
+            held = []
+
+
+def detections_of(frames: Sequence[KeyFrame], records: Sequence[dict[str, Any]], actions: Sequence[int]) -> list[AvaBox]:
+    """A row for each box and action; the score is the action's times the person's.
+
+    Args:
+        actions: ids of the outputs, in order.
+    """
+    return [
+        AvaBox(frame.video, frame.timestamp, box, action, person * score)
+        for frame, record in zip(frames, records)
+        for box, person, scores in zip(frame.boxes, frame.scores, record.get("scores", ()))
+        for action, score in zip(actions, scores)
+    ]
+
+
+def report(folder: Path, scores: FrameScores, actions: dict[int, str], about: dict[str, Any]) -> None:
+    """Write `results.json` and `actions.csv`, and print them.
+
+    Raises:
+        InputError: a file can't be written.
+    """
+    results = {"frame_map": 100 * scores.mean, **asdict(scores), **about, "torch": torch.__version__, **code_version()}
+    write_atomically(folder / RESULTS, lambda file: file.write(json.dumps(results, indent=1) + "\n"), binary=False)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["action", "name", "boxes", "average_precision"])
+    rows = [[number, actions[number], scores.truth[number], f"{100 * value:.2f}"] for number, value in scores.actions.items()]
+    writer.writerows(rows)
+    write_atomically(folder / "actions.csv", lambda file: file.write(text.getvalue()), binary=False)
+    print(
+        f"frame mAP at IoU 0.5: {100 * scores.mean:.2f} % over {len(scores.actions)} actions, {sum(scores.truth.values())} "
+        f"annotations on {scores.key_frames} key frames, {scores.detections} detections counted"
+    )
+    width = max(len(name) for name in (*actions.values(), "action"))
+    print(f"{'action':{width}}  boxes  average precision")
+    for _, name, boxes, value in sorted(rows, key=lambda row: float(row[3])):
+        print(f"{name:{width}}  {boxes:5}  {value:>6} %")
+
+
+# --- Pictures ---
+
+
+def draw_frames(
+    folder: Path,
+    frames: Sequence[KeyFrame],
+    records: Sequence[dict[str, Any]],
+    truth: Sequence[AvaBox] | None,
+    actions: dict[int, str],
+    count: int,
+) -> list[Path]:
+    """PNG files of `count` key frames, spread over the test: person boxes with numbers, and below, in words, what was
+    found (score at least 0.5, or the best) and what is annotated.
+
+    Raises:
+        InputError: a file can't be written.
+    """
+    good = [number for number, record in enumerate(records) if "scores" in record]
+    paths = []
+    for place in sorted({good[i * len(good) // count] for i in range(count)} if good and count else ()):
+        frame = frames[place]
+        try:
+            with open_video(frame) as reader:
+                picture = reader.frames([frame.frame])[0]
+        except DecodeError:
+            continue
+        path = folder / f"key_frame_{frame.video}_{frame.timestamp:04}.png"
+        lines = _captions(frame, records[place]["scores"], truth, actions)
+        try:
+            _draw(picture, frame, lines).save(path)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
+        paths.append(path)
+    return paths
+
+
+def _captions(
+    frame: KeyFrame, scores: Sequence[Sequence[float]], truth: Sequence[AvaBox] | None, actions: dict[int, str]
+) -> list[str]:
+    names, lines = list(actions.values()), []
+    for number, own in enumerate(scores, 1):
+        ranked = sorted(zip(own, names), reverse=True)
+        shown = [pair for pair in ranked if pair[0] >= SHOWN] or ranked[:1]
+        lines.append(f"box {number}, found: " + ", ".join(f"{name} {score:.2f}" for score, name in shown))
+    annotated: dict[tuple, list[str]] = {}
+    for row in truth or ():
+        if row.key == frame.key:
+            annotated.setdefault(row.box, []).append(actions.get(row.action, str(row.action)))
+    order = sorted(annotated, key=lambda box: min(range(len(frame.boxes)), key=lambda i: _distance(box, frame.boxes[i])))
+    for box in order:
+        nearest = min(range(len(frame.boxes)), key=lambda i: _distance(box, frame.boxes[i])) + 1
+        lines.append(f"nearest to box {nearest}, annotated: {', '.join(annotated[box])}")
+    return lines
+
+
+def _distance(a: Sequence[float], b: Sequence[float]) -> float:
+    return float(np.abs(np.subtract(a, b)).sum())
+
+
+def _draw(picture: np.ndarray, frame: KeyFrame, lines: Sequence[str]) -> Image.Image:
+    """The picture at least 384 pixels wide, white boxes with black edges (readable in greyscale), and lines below."""
+    scale = max(1, -(-384 // picture.shape[1]))
+    image = Image.fromarray(picture).resize((picture.shape[1] * scale, picture.shape[0] * scale), Image.Resampling.NEAREST)
+    title = f"{frame.video}, {frame.timestamp} s"
+    sheet = Image.new("RGB", (image.width, image.height + 16 * (len(lines) + 1) + 6), "white")
+    sheet.paste(image)
+    draw = ImageDraw.Draw(sheet)
+    for number, box in enumerate(frame.boxes, 1):
+        corners = [round(share * side) for share, side in zip(box, (image.width, image.height) * 2)]
+        draw.rectangle([corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1], outline="black", width=4)
+        draw.rectangle(corners, outline="white", width=2)
+        draw.rectangle([corners[0], corners[1], corners[0] + 12, corners[1] + 13], fill="white")
+        draw.text((corners[0] + 3, corners[1] + 1), str(number), fill="black")
+    for place, line in enumerate([title, *lines]):
+        draw.text((4, image.height + 4 + 16 * place), line, fill="black")
+    return sheet

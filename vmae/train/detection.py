@@ -1,0 +1,255 @@
+"""`python -m vmae finetune-detection`: train a detector of actions on annotated key frames, as on AVA.
+
+Everything that can be wrong with the input is found before the output folder gets its first file; for that every video is
+opened once.
+
+Legend: B clips, M boxes of a clip, K actions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import signal
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmae.cost import classifier_macs
+from vmae.data.augment import image_hw
+from vmae.data.ava import AvaBox, read_actions, read_annotations, read_excluded
+from vmae.data.dataset import EpochSampler
+from vmae.data.detection_dataset import DetectionBatch, DetectionDataset, KeyFrame, find_videos, key_frames
+from vmae.errors import InputError
+from vmae.interop.classifier_weights import Start, checkpoint_grid, start_classifier
+from vmae.interop.upstream import read_settings_and_weights
+from vmae.model.detector import Detector, build_detector
+from vmae.train.checkpoint import WEIGHTS_NAME, find_weights
+from vmae.train.checks import check_backend, check_output, check_speed
+from vmae.train.detection_settings import DetectionConfig, add_arguments, configs_from_args
+from vmae.train.finetune import Source, _with_positions
+from vmae.train.finetune_settings import model_from_args
+from vmae.train.layer_decay import build_layer_adamw
+from vmae.train.loop import LoopConfig, Trainer
+from vmae.train.metrics import LOG_NAME, RUN_NAME, loss_of_last_tenth, read_log
+from vmae.train.parallel import Parallel, open_parallel
+from vmae.train.pretrain_settings import RunConfig
+from vmae.train.run import Prepared, assemble_trainer, build_schedule, carry_out, find_start, with_steps, wrap_model
+
+__all__ = ["add_arguments", "build_trainer", "prepare_detection", "run", "settings_of"]
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; 0 also after SIGTERM or SIGUSR1 (the run goes on when it is started again), 130 after Ctrl-C."""
+    config, run_config, source = settings_of(args)
+    speed = run_config.speed
+    with open_parallel(speed.parallel, run_config.device, shard_size=speed.shard_size) as parallel:
+        prepared = prepare_detection(config, run_config, parallel, source)
+        if args.dry_run:
+            if parallel.is_main:
+                print(json.dumps(prepared.describe(), indent=2))
+            return 0
+        stopped_by = carry_out(
+            prepared,
+            _banner(prepared),
+            lambda: build_trainer(prepared),
+            lambda steps, seconds: _summary(prepared, steps, seconds),
+        )
+        return 130 if stopped_by == signal.SIGINT else 0
+
+
+# --- Checks: nothing is written ---
+
+
+def settings_of(args: argparse.Namespace) -> tuple[DetectionConfig, RunConfig, Source | None]:
+    """The settings of a command line; what they leave open comes from the checkpoint and the action list.
+
+    Raises:
+        InputError: settings that do not fit together, a checkpoint or action list that cannot be read.
+    """
+    source, found = None, None
+    if args.init is not None:
+        path = find_weights(args.init)
+        settings, state = read_settings_and_weights(path)
+        found = settings.get("model")
+    model = model_from_args(args, found)
+    if args.init is not None:
+        grid = checkpoint_grid({"model": found} if found else {}, model, args.init_frames, args.init_size)
+        model = _with_positions(model, grid)
+        new_head = args.new_head or "action_ids" not in settings
+        source = Source(path, _without_head(state) if new_head else state, grid)
+    return *configs_from_args(args, model, read_actions(args.actions)), source
+
+
+def _without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if not _is_head(name)}
+
+
+def start_detector(model: Detector, source: Source) -> Start:
+    """Load a checkpoint's encoder, and its head if `source` still has one, into `model`.
+
+    As published, the `norm` of a pre-trained file is kept; in one fine-tuned for classification there is a norm of pooled
+    clips instead, and the detector's starts fresh.
+
+    Raises:
+        InputError: see `start_classifier`.
+    """
+    state = dict(source.state)
+    own, note = model.state_dict(), None
+    pooled = [name for name in state if name.rsplit(".", 1)[0].endswith("fc_norm") or name.startswith("pool.")]
+    if pooled:
+        prefix = next((name.split("fc_norm")[0] for name in pooled if "fc_norm" in name), "")
+        state = {name: value for name, value in state.items() if name not in pooled}
+        state |= {f"{prefix}{name}": own[name] for name in ("norm.weight", "norm.bias")}
+        note = "norm starts fresh (the file's is of pooled clips)"
+    head = next((value for name, value in state.items() if _is_head(name)), None)
+    if head is not None and head.shape[0] != model.num_classes:
+        raise InputError(
+            f"checkpoint {source.path} has a head of {head.shape[0]} actions, the action list has {model.num_classes}: "
+            "--new-head starts a fresh one"
+        )
+    report = start_classifier(model, source.path, grid=source.grid, new_head=head is None, state=state)
+    if note:
+        report.notes.append(note)
+        report.loaded -= 2
+    return report
+
+
+def _is_head(name: str) -> bool:
+    return name.endswith(("head.weight", "head.bias")) and "decoder." not in name
+
+
+def read_data(config: DetectionConfig) -> tuple[list[KeyFrame], list[str]]:
+    """The key frames of a run, and lines on what was left out.
+
+    Raises:
+        InputError: files that cannot be read; see `read_annotations`, `key_frames`; nothing is left.
+    """
+    notes: list[str] = []
+    rows = read_annotations(config.annotations, config.action_ids, skip_unlisted=config.skip_unlisted)
+    if config.excluded is not None:
+        excluded = read_excluded(config.excluded)
+        rows = _left([row for row in rows if row.key not in excluded], rows, "on excluded key frames", notes)
+    entries = find_videos(config.videos, [row.video for row in rows], pattern=config.frame_pattern)
+    if config.skip_missing:
+        rows = _left([row for row in rows if row.video in entries], rows, f"of videos that are not in {config.videos}", notes)
+    frames = key_frames(
+        rows, config.annotations, entries, config.clip, actions=config.action_ids, fps=config.fps, videos=config.videos
+    )
+    lacking = config.num_classes - len({row.action for row in rows})
+    if lacking:
+        notes.append(f"note: {lacking} of {config.num_classes} actions have no box in {config.annotations}")
+    return frames, notes
+
+
+def _left(kept: list[AvaBox], rows: list[AvaBox], why: str, notes: list[str]) -> list[AvaBox]:
+    if not kept:
+        raise InputError(f"no annotation is left: all {len(rows)} are {why}")
+    if len(kept) < len(rows):
+        notes.append(f"note: {len(rows) - len(kept)} of {len(rows)} annotations left out, {why}")
+    return kept
+
+
+def prepare_detection(config: DetectionConfig, run: RunConfig, parallel: Parallel, source: Source | None = None) -> Prepared:
+    """Check everything that a run needs, and write nothing. All ranks call it.
+
+    Args:
+        source: what `config.init` names, as `settings_of` reads it.
+
+    Raises:
+        InputError: names what is wrong: annotations, videos, output folder, device, checkpoint.
+    """
+    device = parallel.device
+    check_backend(run.speed.backend, device)
+    check_speed(run.speed, config.model, config.dtype, device)
+    check_output(Path(run.output))
+    frames, notes = read_data(config)
+    dataset = DetectionDataset(frames, config.num_classes, config.clip, config.augment, seed=config.seed, repeat=config.repeat)
+    steps_per_epoch = EpochSampler(len(dataset), config.effective_batch).steps_per_epoch
+    config = with_steps(config, steps_per_epoch)
+    optim = config.optim.scaled_to(config.effective_batch)
+    build_schedule(config, optim)
+    LoopConfig(total_steps=config.steps, dtype=config.dtype, log_every=run.log_every, save_every=run.save_every)
+    torch.manual_seed(config.seed)
+    model = build_detector(
+        config.model,
+        config.num_classes,
+        init_scale=config.init_scale,
+        backend=run.speed.backend,
+        attention=run.speed.attention,
+    )
+    checkpoint, start_step = find_start(
+        model, config, run, parallel, notes, lambda: start_detector(model, source).describe(source.path)
+    )
+    return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, checkpoint, start_step, notes)
+
+
+# --- The run ---
+
+
+def detection_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    """Binary cross entropy of each action, the mean over boxes and actions.
+
+    The published loss is this times the boxes of the batch; the loop weighs micro-batches by their boxes instead.
+
+    Args:
+        logits, targets: [B, M, K].
+        valid: [B, M], 0 for rows that pad.
+    """
+    each = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(-1)
+    return (each * valid).sum() / valid.sum()
+
+
+def build_trainer(prepared: Prepared) -> Trainer:
+    """The loop for a prepared run, at its start step."""
+    config, model, frames = prepared.config, prepared.model, prepared.dataset.entries
+    wrapped = wrap_model(prepared, list(model.blocks))
+    usual = prepared.run.batch_size * sum(len(frame.boxes) for frame in frames) / len(frames)
+
+    def compute_loss(batch: DetectionBatch) -> Tensor:
+        return detection_loss(wrapped(batch.clips, batch.boxes), batch.targets, batch.valid)
+
+    return assemble_trainer(
+        prepared,
+        wrapped,
+        optimizer=build_layer_adamw(model, prepared.optim, config.model.depth, config.layer_decay),
+        compute_loss=compute_loss,
+        weigh=lambda batch: batch.count / usual,
+        flops_per_clip=6.0 * classifier_macs(config.model, config.num_classes),
+    )
+
+
+def _banner(prepared: Prepared) -> list[str]:
+    """What was resolved, in words."""
+    config, optim, run, speed = prepared.config, prepared.optim, prepared.run, prepared.run.speed
+    frames, (height, width) = prepared.dataset.entries, image_hw(config.clip.image_size)
+    about = prepared.describe()["derived"]
+    boxes, videos = sum(len(frame.boxes) for frame in frames), len({frame.video for frame in frames})
+    return [
+        f"model: {about['parameters'] / 1e6:.1f} M parameters, clips {config.clip.num_frames} x {height} x {width}, "
+        f"{config.model.num_tokens} tokens, {config.num_classes} actions",
+        f"data: {boxes} boxes on {len(frames)} key frames of {videos} videos, {prepared.steps_per_epoch} steps an epoch",
+        f"batch: effective batch {config.effective_batch} key frames ({run.batch_size} x {run.accumulate} micro-batches x "
+        f"{prepared.parallel.world_size} ranks); learning rate {config.optim.lr:g} x {config.effective_batch} / 256 = "
+        f"{optim.lr:.3g} at its peak, {optim.min_lr:.3g} at the end, layer decay {config.layer_decay:g}",
+        f"steps: {prepared.start_step} to {config.steps} ({config.steps / prepared.steps_per_epoch:g} epochs), "
+        f"warm-up {config.warmup_steps}",
+        f"device: {prepared.device}, {config.dtype}, parallel {prepared.parallel.kind}, backend {speed.backend}, "
+        f"{speed.num_workers} workers a rank",
+    ]
+
+
+def _summary(prepared: Prepared, steps: int, seconds: float) -> list[str]:
+    """How the run ended, and where everything is."""
+    folder, config = Path(prepared.run.output), prepared.config
+    loss = loss_of_last_tenth(read_log(folder / LOG_NAME), config.steps)
+    return [
+        f"done: {steps} steps in {datetime.timedelta(seconds=round(seconds))}",
+        f"final loss (mean of the last tenth): {'not logged' if loss is None else f'{loss:.4f}'}",
+        f"weights: {folder / WEIGHTS_NAME} (published names)",
+        f"log: {folder / LOG_NAME}; settings: {folder / RUN_NAME}",
+        f"to test: python -m vmae detect --checkpoint {folder} --annotations CSV --videos DIR --output {folder / 'test'}",
+    ]
