@@ -159,9 +159,7 @@ def run(args: argparse.Namespace) -> int:
         model = loaded.model.to(parallel.device)
         step = PUBLISHED_STEPS[args.like] if args.step is None else args.step
         size = model.config.image_hw
-        config = WindowConfig(
-            frames=model.config.num_frames, step=step, size=size, normalize=args.normalize, dtype=args.dtype
-        )
+        config = WindowConfig(frames=model.config.num_frames, step=step, size=size, normalize=args.normalize, dtype=args.dtype)
         if parallel.is_main:
             settle_folder(folder, config, fingerprint(model), str(loaded.path))
         parallel.barrier()
