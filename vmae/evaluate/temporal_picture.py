@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmae.errors import InputError
-from vmae.evaluate.temporal import Segment
+from vmae.evaluate.temporal import Segment, temporal_iou
 from vmae.train.checkpoint import write_atomically
 
 _HEIGHT = 0.36
@@ -15,7 +15,8 @@ _HEIGHT = 0.36
 def draw_segments(
     path: Path, videos: dict[str, float], truth: Sequence[Segment], found: Sequence[Segment], *, least: float = 0.3
 ) -> None:
-    """Write a PNG: for each video two rows of labelled bars, what is true and what was found with a score from `least` on.
+    """Write a PNG: for each video two rows of labelled bars, what is true and what was found with a score from `least` on; of
+    those that overlap by half, whatever their class, the best only.
 
     Args:
         videos: name -> seconds.
@@ -34,15 +35,23 @@ def draw_segments(
     ticks = {}
     for place, name in enumerate(videos):
         _row(axis, place + 0.2, [one for one in truth if one.video == name], "#dddddd")
-        _row(axis, place + 0.6, [one for one in found if one.video == name and one.score >= least], "white", scored=True)
+        _row(axis, place + 0.6, _best([one for one in found if one.video == name and one.score >= least]), "white", scored=True)
         ticks |= {place + 0.2: f"{name}: true", place + 0.6: "found"}
         axis.axhline(place, color="black", linewidth=0.5)
     axis.set_yticks(list(ticks), ticks.values())
     axis.set_ylim(len(videos), 0)
     axis.set_xlim(0, max(videos.values()))
-    axis.set_xlabel(f"seconds; found: score (at least {least:g}) behind the class")
+    axis.set_xlabel(f"seconds; found: with a score of at least {least:g}, of overlapping ones the best")
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
     plt.close(figure)
+
+
+def _best(found: Sequence[Segment]) -> list[Segment]:
+    kept: list[Segment] = []
+    for one in sorted(found, key=lambda segment: -segment.score):
+        if all(temporal_iou(one, other) < 0.5 for other in kept):
+            kept.append(one)
+    return kept
 
 
 def _row(axis, middle: float, segments: Sequence[Segment], color: str, scored: bool = False) -> None:
