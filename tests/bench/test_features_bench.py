@@ -46,3 +46,5 @@ def test_runs_are_spread(bench):
 def test_bad_words(bench, capsys):
     assert bench.main(["--quick", "--rounds", "0"]) == 2
     assert "at least 1" in capsys.readouterr().err
+    assert bench.main(["--quick", "--only", "vit_x"]) == 2
+    assert "leaves no setting" in capsys.readouterr().err
