@@ -154,7 +154,7 @@ def _embedded(model: Classifier, frames: Iterable[np.ndarray], config: WindowCon
 
     def embed(some: list[np.ndarray]) -> Iterable[Tensor]:
         clip = resized(some, config).to(device).transpose(0, 1)[None]
-        return model.patch_embed(clip)[0].chunk(len(some) // model.config.tubelet_size)
+        return model.embed(clip)[0].chunk(len(some) // model.config.tubelet_size)
 
     for window in windows(frames, config, embed, model.config.tubelet_size):
         yield torch.cat(window)

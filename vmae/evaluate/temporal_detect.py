@@ -143,7 +143,9 @@ def read_items(folder: Path, videos: dict[str, VideoInfo], geometry: Geometry) -
     """
     if missing := [name for name in videos if not (folder / f"{name}.npy").is_file()]:
         some = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        raise InputError(f"{folder} has no features of {some}; `python -m vmae features` makes them")
+        raise InputError(
+            f"{folder} has no features of {some}: make them (`python -m vmae features`), or leave them out of the dataset"
+        )
     items = []
     for name, info in videos.items():
         features, due = torch.from_numpy(read_features(folder / f"{name}.npy")).float(), geometry.count(info)
@@ -360,7 +362,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help=f"folder for {DETECTOR}, {DETECTIONS}, {RESULTS}")
     parser.add_argument("--detector", metavar="DIR|FILE", help="test this one, train none")
     parser.add_argument("--train-subset", default="training", help="of the dataset, to train on (training)")
-    parser.add_argument("--test-subset", help="of the dataset, to test on (all others)")
+    parser.add_argument("--test-subset", help="of the dataset, to test on (all others: name it where some are not labelled)")
     parser.add_argument(
         "--thresholds", type=float, nargs="+", default=list(THUMOS_THRESHOLDS), metavar="T", help="temporal IoU"
     )

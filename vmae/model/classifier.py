@@ -119,8 +119,17 @@ class Classifier(nn.Module):
         """[B, D]"""
         return self._pooled(self.tokens(clips))
 
+    def embed(self, clips: Tensor) -> Tensor:
+        """[B, N', D], tubelets embedded without positions, of clips of any number of frames that whole tubelets have."""
+        frames, height, width = clips.shape[1:4] if clips.dtype == torch.uint8 else clips.shape[2:5]
+        depth, side, proj = self.config.tubelet_size, self.config.patch_size, self.patch_embed.proj
+        count = (frames // depth) * (height // side) * (width // side)
+        every_token = torch.arange(count, dtype=torch.int32, device=clips.device).expand(clips.shape[0], -1)
+        nowhere = self.pos_embed.new_zeros(1, count, self.config.embed_dim)
+        return embed_visible(clips, every_token, proj.weight, proj.bias, nowhere, backend=self.backend)
+
     def features_of_embedded(self, x_BND: Tensor) -> Tensor:
-        """[B, D] of clips whose tubelets `patch_embed` has embedded; positions are added here. For clips that overlap."""
+        """[B, D] of clips that `embed` has embedded; positions are added here. For clips that overlap."""
         return self._pooled(self._encode(x_BND + self.pos_embed.to(x_BND.dtype)))
 
     def _encode(self, x_BND: Tensor) -> Tensor:
