@@ -73,7 +73,7 @@ def test_normalising_changes_them(model, video):
 def test_windows_hold_the_frames_that_follow_each_other(step):
     frames = (np.full((4, 4, 3), number, np.uint8) for number in range(40))
     config = WindowConfig(frames=8, step=step, size=(4, 4))
-    first = [(window[0, :, 0, 0] * 255).round().tolist() for window in windows(frames, config)]
+    first = [[round(float(frame[0, 0, 0]) * 255) for frame in window] for window in windows(frames, config)]
     assert first == [list(range(start, start + 8)) for start in config.starts(40)]
 
 

@@ -97,3 +97,15 @@ def test_clips_of_another_size_are_refused(tiny, clips_of):
     for wrong in (dict(pooling="max"), dict(head_drop_rate=1.0)):
         with pytest.raises(InputError):
             build_classifier(tiny, 3, **wrong)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float"])
+def test_clips_embedded_in_parts_have_the_same_features(tiny, clips_of, kind):
+    model = build_classifier(tiny, 0).eval()
+    clips = clips_of(tiny, 2)
+    if kind == "float":
+        clips = clips.float().permute(0, 4, 1, 2, 3) / 255
+    frames = 1 if kind == "uint8" else 2
+    with torch.no_grad():
+        parts = torch.cat([model.embed(part) for part in clips.split([2, 6], frames)], 1)
+        torch.testing.assert_close(model.features_of_embedded(parts), model.features(clips), atol=1e-5, rtol=1e-4)

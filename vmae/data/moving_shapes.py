@@ -176,8 +176,13 @@ def _draw(background: np.ndarray, sprite: Image.Image, state: np.ndarray) -> np.
 
 def render(motion: str, size: int, frames: int, seed: int) -> np.ndarray:
     """uint8 [frames, size, size, 3]: a video's pictures; the first depends on `size` and `seed` only."""
+    return render_states(states(motion, frames, seed), size, seed)
+
+
+def render_states(drawn: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """uint8 [frames, size, size, 3]: pictures of the states [frames, 4]; `seed` gives shape and background."""
     background, sprite = _looks(size, seed)
-    return np.stack([_draw(background, sprite, state) for state in states(motion, frames, seed)])
+    return np.stack([_draw(background, sprite, state) for state in drawn])
 
 
 class _Writer:

@@ -219,9 +219,7 @@ def _collect(folder: Path) -> list[Record]:
     return ordered
 
 
-def finish(
-    folder: Path, labelled: LabelledList, settings: dict[str, Any], class_names: Sequence[str] | None
-) -> dict[str, Any]:
+def finish(folder: Path, labelled: LabelledList, settings: dict[str, Any], class_names: Sequence[str] | None) -> dict[str, Any]:
     """Scores, table and picture of all predictions in the folder.
 
     Raises:

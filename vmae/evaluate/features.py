@@ -2,8 +2,8 @@
 
 As published for THUMOS14 and FineAction (VideoMAE V2, section 4.4, and its released script): windows of 16 frames that follow
 each other, frames stretched to a square, values in [0, 1] and not normalised, the pooled features before the head.
-`DIR/VIDEO.npy` is float32 [windows, D]; ActionFormer reads it as it is. Each frame is decoded and resized once, and
-windows go through the model in batches.
+`DIR/VIDEO.npy` is float32 [windows, D]; ActionFormer reads it as it is. Each frame is decoded and resized once, each tubelet
+embedded once where windows share tubelets, and windows go through the model in batches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,22 +77,34 @@ def resized(frames: Sequence[np.ndarray], config: WindowConfig) -> Tensor:
     return pixels
 
 
-def windows(frames: Iterator[np.ndarray], config: WindowConfig) -> Iterator[Tensor]:
-    """The windows [3, T, H, W] of a video, in order; every frame is resized once, and no more than a window's is kept."""
+def windows(
+    frames: Iterable[np.ndarray],
+    config: WindowConfig,
+    prepare: Callable[[list[np.ndarray]], Iterable[Tensor]] | None = None,
+    unit: int = 1,
+) -> Iterator[list[Tensor]]:
+    """The windows of a video, in order; every frame is prepared once, and no more than a window's frames are kept.
+
+    Args:
+        prepare: gets some frames that follow each other and gives a tensor for every `unit` of them, which divides window and
+            step; `resized`, if None: [3, H, W] of each frame.
+
+    Yields:
+        The tensors of a window.
+    """
+    prepare = prepare or (lambda some: resized(some, config))
     held: list[Tensor] = []
     waiting: list[np.ndarray] = []
     first = 0  # number of the first frame in `held`
     for number, frame in enumerate(frames):
         if number >= first:  # steps over a window's length leave frames out
             waiting.append(frame)
-        if waiting and len(held) + len(waiting) == config.frames:
-            held += resized(waiting, config)
+        if waiting and unit * len(held) + len(waiting) == config.frames:
+            held += prepare(waiting)
             waiting = []
-            yield torch.stack(held, dim=1)
-            held = held[config.step :]
+            yield held
+            held = held[config.step // unit :]
             first += config.step
-            if not held:
-                held, waiting = [], []
 
 
 def extract(model: Classifier, entry: VideoEntry, config: WindowConfig, *, batch_size: int, device: torch.device) -> np.ndarray:
@@ -101,27 +113,56 @@ def extract(model: Classifier, entry: VideoEntry, config: WindowConfig, *, batch
     Raises:
         DecodeError: it cannot be decoded, or is shorter than a window.
     """
-    found: list[Tensor] = []
-    batch: list[Tensor] = []
     with open_video(entry) as reader:
-        for window in windows(reader.iterate(), config):
-            batch.append(window)
+        found = features_of(model, reader.iterate(), config, batch_size=batch_size, device=device)
+        if not len(found):
+            raise DecodeError(f"{entry.path}: has {len(reader)} frames, fewer than a window of {config.frames}")
+    return found.numpy()
+
+
+@torch.inference_mode()
+def features_of(
+    model: Classifier, frames: Iterable[np.ndarray], config: WindowConfig, *, batch_size: int, device: torch.device
+) -> Tensor:
+    """float32 [windows, D], on the CPU, of a video's frames, uint8 [H, W, 3] each.
+
+    A tubelet is embedded once for all windows that it is in, where the step lets windows share tubelets: patch embedding is
+    the same everywhere, positions come later. What follows sees positions, and can't be shared.
+    """
+    found = [torch.empty(0, model.config.embed_dim)]
+    batch: list[Tensor] = []
+    shares = config.step < config.frames and config.step % model.config.tubelet_size == 0
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        for clip in (_embedded if shares else _clips)(model, frames, config, device):
+            batch.append(clip)
             if len(batch) == batch_size:
-                found.append(_features(model, batch, config, device))
+                found.append(_features(model, batch, shares))
                 batch = []
-        total = len(reader)
-    if batch:
-        found.append(_features(model, batch, config, device))
-    if not found:
-        raise DecodeError(f"{entry.path}: has {total} frames, fewer than a window of {config.frames}")
-    return torch.cat(found).numpy()
+        if batch:
+            found.append(_features(model, batch, shares))
+    return torch.cat(found)
 
 
-@torch.no_grad()
-def _features(model: Classifier, batch: list[Tensor], config: WindowConfig, device: torch.device) -> Tensor:
-    clips = torch.stack(batch).to(device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        return model.features(clips).float().cpu()
+def _clips(model: Classifier, frames: Iterable[np.ndarray], config: WindowConfig, device: torch.device) -> Iterator[Tensor]:
+    """[3, T, H, W] of each window."""
+    for window in windows(frames, config):
+        yield torch.stack(window, dim=1).to(device)
+
+
+def _embedded(model: Classifier, frames: Iterable[np.ndarray], config: WindowConfig, device: torch.device) -> Iterator[Tensor]:
+    """[N, D] of each window, before positions."""
+
+    def embed(some: list[np.ndarray]) -> Iterable[Tensor]:
+        clip = resized(some, config).to(device).transpose(0, 1)[None]
+        return model.embed(clip)[0].chunk(len(some) // model.config.tubelet_size)
+
+    for window in windows(frames, config, embed, model.config.tubelet_size):
+        yield torch.cat(window)
+
+
+def _features(model: Classifier, batch: list[Tensor], embedded: bool) -> Tensor:
+    clips = torch.stack(batch)
+    return (model.features_of_embedded(clips) if embedded else model.features(clips)).float().cpu()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -159,9 +200,7 @@ def run(args: argparse.Namespace) -> int:
         model = loaded.model.to(parallel.device)
         step = PUBLISHED_STEPS[args.like] if args.step is None else args.step
         size = model.config.image_hw
-        config = WindowConfig(
-            frames=model.config.num_frames, step=step, size=size, normalize=args.normalize, dtype=args.dtype
-        )
+        config = WindowConfig(frames=model.config.num_frames, step=step, size=size, normalize=args.normalize, dtype=args.dtype)
         if parallel.is_main:
             settle_folder(folder, config, fingerprint(model), str(loaded.path))
         parallel.barrier()

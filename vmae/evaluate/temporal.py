@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vmae.errors import InputError
 from vmae.train.checkpoint import write_atomically
 
+_T = TypeVar("_T")
 THUMOS_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 FINEACTION_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 
@@ -43,6 +44,15 @@ class Segment:
         if not (0 <= self.start < self.end < math.inf) or math.isnan(self.score):
             given = f"{self.start} to {self.end} s, score {self.score}"
             raise InputError(f"segment of {self.video!r}: {given}: needs 0 <= start < end, and a score")
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What the dataset file says of a video: its subset, seconds, and frames a second."""
+
+    subset: str
+    duration: float
+    fps: float
 
 
 def temporal_iou(a: Segment, b: Segment) -> float:
@@ -161,15 +171,58 @@ def read_actionformer(path: str | Path, subset: str | None = None) -> list[Segme
     Raises:
         InputError: it can't be read, or is another kind of file.
     """
+    return [
+        segment
+        for name, video in _read_database(path).items()
+        for segment in _of_video(path, _segments, name, video)
+        if subset is None or video["subset"].lower() == subset.lower()
+    ]
+
+
+def read_videos(path: str | Path) -> dict[str, VideoInfo]:
+    """The videos of such a file by name, those without segments too; raises as `read_actionformer`."""
+    return {name: _of_video(path, _video_info, name, video) for name, video in _read_database(path).items()}
+
+
+def _read_database(path: str | Path) -> dict[str, dict[str, Any]]:
     try:
         database = json.loads(Path(path).read_text(encoding="utf-8"))["database"]
-        return [
-            Segment(name, float(one["segment"][0]), float(one["segment"][1]), one["label"])
-            for name, video in database.items()
-            for one in video["annotations"]
-            if subset is None or video["subset"].lower() == subset.lower()
-        ]
+        return dict(database.items())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a dataset file of ActionFormer (JSON with `database`): {error!r}") from None
+
+
+def _of_video(path: str | Path, read: Callable[[str, Any], _T], name: str, video: Any) -> _T:
+    try:
+        return read(name, video)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise InputError(f"{path}: not a dataset file of ActionFormer: video {name!r}: {error!r}") from None
+
+
+def _video_info(name: str, video: dict[str, Any]) -> VideoInfo:
+    info = VideoInfo(str(video["subset"]), float(video["duration"]), float(video["fps"]))
+    if not (0 < info.duration < math.inf and 0 < info.fps < math.inf):
+        raise InputError(f"video {name!r} has duration {info.duration} and fps {info.fps}; both must be above 0")
+    return info
+
+
+def _segments(name: str, video: dict[str, Any]) -> list[Segment]:
+    video["subset"].lower()
+    return [Segment(name, float(one["segment"][0]), float(one["segment"][1]), one["label"]) for one in video["annotations"]]
+
+
+# --- detections -------------------------------------------------------------------------------------------------------
+
+
+def write_detections(path: str | Path, found: Sequence[Segment]) -> None:
+    """Write ActivityNet's JSON of results: `results` {video: [{label, score, segment}]}, the best first."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for one in sorted(found, key=lambda segment: -segment.score):
+        line = {"label": one.label, "score": one.score, "segment": [one.start, one.end]}
+        results.setdefault(one.video, []).append(line)
+    text = json.dumps({"version": "vmae", "results": results, "external_data": {}}, indent=1) + "\n"
+    write_atomically(Path(path), lambda file: file.write(text), binary=False)

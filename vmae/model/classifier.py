@@ -113,17 +113,34 @@ class Classifier(nn.Module):
         every_token = self.every_token.expand(clips.shape[0], -1)
         proj = self.patch_embed.proj
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            x = embed_visible(clips, every_token, proj.weight, proj.bias, self.pos_embed, backend=self.backend)
-            for block in self.blocks:
-                x = block(x)
-            return self.norm(x)
+            return self._encode(embed_visible(clips, every_token, proj.weight, proj.bias, self.pos_embed, backend=self.backend))
 
     def features(self, clips: Tensor) -> Tensor:
         """[B, D]"""
-        x = self.tokens(clips)
+        return self._pooled(self.tokens(clips))
+
+    def embed(self, clips: Tensor) -> Tensor:
+        """[B, N', D], tubelets embedded without positions, of clips of any number of frames that whole tubelets have."""
+        frames, height, width = clips.shape[1:4] if clips.dtype == torch.uint8 else clips.shape[2:5]
+        depth, side, proj = self.config.tubelet_size, self.config.patch_size, self.patch_embed.proj
+        count = (frames // depth) * (height // side) * (width // side)
+        every_token = torch.arange(count, dtype=torch.int32, device=clips.device).expand(clips.shape[0], -1)
+        nowhere = self.pos_embed.new_zeros(1, count, self.config.embed_dim)
+        return embed_visible(clips, every_token, proj.weight, proj.bias, nowhere, backend=self.backend)
+
+    def features_of_embedded(self, x_BND: Tensor) -> Tensor:
+        """[B, D] of clips that `embed` has embedded; positions are added here. For clips that overlap."""
+        return self._pooled(self._encode(x_BND + self.pos_embed.to(x_BND.dtype)))
+
+    def _encode(self, x_BND: Tensor) -> Tensor:
+        for block in self.blocks:
+            x_BND = block(x_BND)
+        return self.norm(x_BND)
+
+    def _pooled(self, x_BND: Tensor) -> Tensor:
         if self.pooling == "first":
-            return x[:, 0]
-        return self.fc_norm(x.mean(1) if self.pool is None else self.pool(x))
+            return x_BND[:, 0]
+        return self.fc_norm(x_BND.mean(1) if self.pool is None else self.pool(x_BND))
 
     def forward(self, clips: Tensor) -> Tensor:
         """Logits [B, K]."""
