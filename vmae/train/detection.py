@@ -30,7 +30,7 @@ from vmae.model.detector import Detector, build_detector
 from vmae.train.checkpoint import WEIGHTS_NAME, find_weights
 from vmae.train.checks import check_backend, check_output, check_speed
 from vmae.train.detection_settings import DetectionConfig, add_arguments, configs_from_args
-from vmae.train.finetune import Source, _with_positions
+from vmae.train.finetune import Source, with_positions
 from vmae.train.finetune_settings import model_from_args
 from vmae.train.layer_decay import build_layer_adamw
 from vmae.train.loop import LoopConfig, Trainer
@@ -78,7 +78,7 @@ def settings_of(args: argparse.Namespace) -> tuple[DetectionConfig, RunConfig, S
     model = model_from_args(args, found)
     if args.init is not None:
         grid = checkpoint_grid({"model": found} if found else {}, model, args.init_frames, args.init_size)
-        model = _with_positions(model, grid)
+        model = with_positions(model, grid)
         new_head = args.new_head or "action_ids" not in settings
         source = Source(path, _without_head(state) if new_head else state, grid)
     return *configs_from_args(args, model, read_actions(args.actions)), source
