@@ -110,7 +110,7 @@ def test_it_starts_from_a_classifier(finetune, tmp_path, capsys):
     export_weights(tmp_path / "classifier.pth", classifier.state_dict(), config={"model": config.to_dict()})
     assert finetune("--init", tmp_path / "classifier.pth", *STILL[:4], model=False) == 0
     said = capsys.readouterr().out
-    assert "norm starts fresh" in said and "start fresh (head)" in said
+    assert "norm starts fresh" in said and "start fresh (head)" in said and "2 dropped (head)" in said
     state = load_weights(tmp_path / "run" / "weights.pth")
     assert torch.equal(state["blocks.3.attn.qkv.weight"], classifier.blocks[3].attn.qkv.weight)
     assert (state["norm.weight"] == 1).all() and len(state["head.bias"]) == len(ACTIONS)

@@ -19,7 +19,7 @@ from vmae.data.augment import CropBox, crop_and_resize, image_hw
 from vmae.data.augment_classify import sample_resized_crop
 from vmae.data.ava import AvaBox, Box, Key
 from vmae.data.decode import open_video
-from vmae.data.manifest import _VIDEO_SUFFIXES, DEFAULT_PATTERN, VideoEntry
+from vmae.data.manifest import DEFAULT_PATTERN, VIDEO_SUFFIXES, VideoEntry
 from vmae.data.quarantine import Failure
 from vmae.data.sampling import clip_starts
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
@@ -122,7 +122,7 @@ def find_videos(folder: str | Path, names: Sequence[str], *, pattern: str = DEFA
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"folder of videos {str(folder)!r} does not exist")
-    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in _VIDEO_SUFFIXES}
+    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES}
     found = {}
     for name in dict.fromkeys(names):
         if name in files:

@@ -36,7 +36,7 @@ SOURCE_PATTERNS = {"SomethingV2": "img_{:05}.jpg", "AVA2.2": "image_{:06}.jpg"}
 _SEPARATOR, _NUMBER = r"(?:\s*,\s*|\s+)", r"([+-]?\d+)"
 _ENDS_WITH = {count: re.compile("(.+?)" + count * (_SEPARATOR + _NUMBER)) for count in (1, 2, 3)}
 _FORMATS = "write `path 0 -1` for a video, `folder start total` for frames, or a path alone for a video"
-_VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp")
 _Reading = tuple[str, int, int]
 
 
@@ -280,7 +280,7 @@ def _locate(path: str, roots: list[str]) -> tuple[str | None, str | None]:
     for gap in re.finditer(r"[\s,]+", path):
         shorter, rest = path[: gap.start()], path[gap.end() :]
         there = rest[:1] in "0123456789+-" and any(os.path.exists(os.path.join(root, shorter)) for root in roots)
-        if there or shorter.lower().endswith(_VIDEO_SUFFIXES):
+        if there or shorter.lower().endswith(VIDEO_SUFFIXES):
             return None, f"malformed: {rest!r} after the path {shorter!r} is no start and total; {_FORMATS}"
     return None, f"{path!r} does not exist (tried {' and '.join(os.path.abspath(c) for c in candidates)})"
 

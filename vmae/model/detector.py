@@ -3,7 +3,8 @@
 The head that VideoMAE was tested with on AVA (Tong et al., 2022; its code, VideoMAE-Action-Detection, modeling_finetune.py):
 tokens after the encoder's `norm`, their mean over time, RoIAlign to 7 x 7, the largest of these, a linear layer with one
 logit for each action. Parameter names are the same, so its checkpoints load. RoIAlign here has the half-pixel shift of
-Detectron2 (`aligned=True`) and 2 x 2 samples a bin; the published one has neither shift nor a fixed number of samples.
+Detectron2 (`aligned=True`) and 2 x 2 samples a bin; the one used there (AlphAction's ROIAlign3d) has no shift, makes boxes at
+least a token wide, and takes as many samples as the box is large: outputs of its checkpoints differ a little.
 
 Legend: B clips, M boxes of a clip (padded), N tokens, D width, h x w tokens of a frame, P bins along a side, K actions.
 """

@@ -30,7 +30,7 @@ from vmae.model.detector import Detector, build_detector
 from vmae.train.checkpoint import WEIGHTS_NAME, find_weights
 from vmae.train.checks import check_backend, check_output, check_speed
 from vmae.train.detection_settings import DetectionConfig, add_arguments, configs_from_args
-from vmae.train.finetune import Source, _with_positions
+from vmae.train.finetune import Source, with_positions
 from vmae.train.finetune_settings import model_from_args
 from vmae.train.layer_decay import build_layer_adamw
 from vmae.train.loop import LoopConfig, Trainer
@@ -78,18 +78,14 @@ def settings_of(args: argparse.Namespace) -> tuple[DetectionConfig, RunConfig, S
     model = model_from_args(args, found)
     if args.init is not None:
         grid = checkpoint_grid({"model": found} if found else {}, model, args.init_frames, args.init_size)
-        model = _with_positions(model, grid)
-        new_head = args.new_head or "action_ids" not in settings
-        source = Source(path, _without_head(state) if new_head else state, grid)
+        model = with_positions(model, grid)
+        args.new_head = args.new_head or "action_ids" not in settings  # another head is of no use
+        source = Source(path, state, grid)
     return *configs_from_args(args, model, read_actions(args.actions)), source
 
 
-def _without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if not _is_head(name)}
-
-
-def start_detector(model: Detector, source: Source) -> Start:
-    """Load a checkpoint's encoder, and its head if `source` still has one, into `model`.
+def start_detector(model: Detector, source: Source, *, new_head: bool) -> Start:
+    """Load a checkpoint's encoder, and its head unless `new_head`, into `model`.
 
     As published, the `norm` of a pre-trained file is kept; in one fine-tuned for classification there is a norm of pooled
     clips instead, and the detector's starts fresh.
@@ -104,22 +100,18 @@ def start_detector(model: Detector, source: Source) -> Start:
         prefix = next((name.split("fc_norm")[0] for name in pooled if "fc_norm" in name), "")
         state = {name: value for name, value in state.items() if name not in pooled}
         state |= {f"{prefix}{name}": own[name] for name in ("norm.weight", "norm.bias")}
-        note = "norm starts fresh (the file's is of pooled clips)"
-    head = next((value for name, value in state.items() if _is_head(name)), None)
-    if head is not None and head.shape[0] != model.num_classes:
+        note = f"{len(pooled)} dropped (fc_norm and pooling, of whole clips), norm starts fresh"
+    head = next((value for name, value in state.items() if name.endswith("head.weight") and "decoder." not in name), None)
+    if not new_head and head is not None and head.shape[0] != model.num_classes:
         raise InputError(
             f"checkpoint {source.path} has a head of {head.shape[0]} actions, the action list has {model.num_classes}: "
             "--new-head starts a fresh one"
         )
-    report = start_classifier(model, source.path, grid=source.grid, new_head=head is None, state=state)
+    report = start_classifier(model, source.path, grid=source.grid, new_head=new_head, state=state)
     if note:
         report.notes.append(note)
         report.loaded -= 2
     return report
-
-
-def _is_head(name: str) -> bool:
-    return name.endswith(("head.weight", "head.bias")) and "decoder." not in name
 
 
 def read_data(config: DetectionConfig) -> tuple[list[KeyFrame], list[str]]:
@@ -182,7 +174,12 @@ def prepare_detection(config: DetectionConfig, run: RunConfig, parallel: Paralle
         attention=run.speed.attention,
     )
     checkpoint, start_step = find_start(
-        model, config, run, parallel, notes, lambda: start_detector(model, source).describe(source.path)
+        model,
+        config,
+        run,
+        parallel,
+        notes,
+        lambda: start_detector(model, source, new_head=config.new_head).describe(source.path),
     )
     return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, checkpoint, start_step, notes)
 

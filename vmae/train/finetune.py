@@ -99,12 +99,13 @@ def settings_of(args: argparse.Namespace) -> tuple[FinetuneConfig, RunConfig, So
     model = model_from_args(args, found)
     if args.init is not None:
         grid = checkpoint_grid({"model": found} if found else {}, model, args.init_frames, args.init_size)
-        model = _with_positions(model, grid)
+        model = with_positions(model, grid)
         source = Source(path, state, grid)
     return *configs_from_args(args, model, _count_classes(args)), source
 
 
-def _with_positions(model: ModelConfig, grid: tuple[int, int, int]) -> ModelConfig:
+def with_positions(model: ModelConfig, grid: tuple[int, int, int]) -> ModelConfig:
+    """`model` with fixed positions that are made for `grid` and interpolated to its own."""
     return model if model.learned_pos or grid == model.grid else model.replace(pos_grid=grid)
 
 
