@@ -42,7 +42,7 @@ class Scale:
 SCALES = {
     "full": Scale(
         world=WorldConfig(size=32, frames=20, unlabeled=1400, few=8, many=60, shared=2, validation=40, seed=7),
-        pretrain_steps=1800,
+        pretrain_steps=2400,
         supervised_steps=400,
         middle_steps=300,
     ),
@@ -59,7 +59,7 @@ CLIP = ["--patch-size", "8", "--num-frames", "8", "--image-size", "32"]
 # - Whole frames are hidden from the encoder, half of them. Of 4 x 4 patches a tube hides parts of a shape that is seen beside
 #   them in the same frame, so that no motion has to be known to rebuild it; hidden frames can only be rebuilt by it.
 # - Pixels are predicted as they are. Normalised, each patch of a still background counts as much as the shape that moves.
-# - The learning rate is high (0.002 after scaling) and gradients are clipped: there are 1800 steps, not a million.
+# - The learning rate is high (0.002 after scaling) and gradients are clipped: there are 2400 steps, not a million.
 PRETRAIN = ["--model", "vit_tiny", *CLIP, "--stride", "2", "--encoder-mask", "frame", "--encoder-ratio", "0.5",
             "--no-normalize-target", "--batch-size", "8", "--num-sample", "4", "--lr", "0.064", "--min-lr", "0.0003",
             "--clip-grad", "1"]  # fmt: skip
