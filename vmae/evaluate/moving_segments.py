@@ -146,7 +146,7 @@ def write_segments_world(folder: str | Path, config: SegmentsConfig) -> dict[str
     for name, parts in tqdm(shown.items(), unit="video", disable=None):
         path, seed = folder / f"{name}.mp4", seeds[Path(name).name]
         if not path.exists():
-            write_video(path, render_states(states_of(parts, seed), config.size, seed), fps=FPS)
+            write_video(path, render_states(states_of(parts, seed), config.size, seed), fps=FPS, steady=True)
     truth = [part.segment(name) for name, parts in several.items() for part in parts if part.motion != REST]
     about = {name: (float(config.seconds), float(FPS)) for name in several}
     write_actionformer(folder / "dataset.json", truth, about, {name: name.split("_")[0] for name in several})
