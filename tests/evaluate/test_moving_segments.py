@@ -7,7 +7,8 @@ import pytest
 
 from vmae.cli import main
 from vmae.data.decode import open_video
-from vmae.data.moving_shapes import VELOCITIES
+from vmae.data.moving_shapes import VELOCITIES, render_states
+from vmae.data.write_video import write_video
 from vmae.errors import InputError
 from vmae.evaluate.moving_segments import (
     FPS,
@@ -15,6 +16,7 @@ from vmae.evaluate.moving_segments import (
     REST,
     Part,
     SegmentsConfig,
+    clip_part,
     plan,
     states_of,
     timeline,
@@ -70,6 +72,18 @@ def test_the_world(tmp_path):
     parts = several["test_0000"]
     rests = np.concatenate([change[p.first : p.end] for p in parts if p.motion == REST])
     assert all(change[p.first : p.end].mean() > 3 * rests.mean() for p in parts if p.motion != REST)
+
+
+def test_the_encoder_makes_the_same_file_every_time(tmp_path):
+    """Of a clip that x264 with its macroblock tree encodes in several ways."""
+    config = SegmentsConfig()
+    seed = plan(config)[2]["clip_0043"]
+    pictures = render_states(states_of([clip_part(config, "right", seed)], seed), config.size, seed)
+    made = set()
+    for _ in range(25):
+        write_video(tmp_path / "v.mp4", pictures, fps=FPS)
+        made.add((tmp_path / "v.mp4").read_bytes())
+    assert len(made) == 1
 
 
 def test_clips_are_balanced_and_named(tmp_path):

@@ -29,8 +29,9 @@ from tqdm import tqdm
 from vmae.data.ava import AvaBox, Box, write_actions, write_annotations, write_detections, write_excluded
 
 # Private to the package, not to the module: the same shapes on the same ground.
-from vmae.data.moving_shapes import _SPRITE, _looks, _rng, write_video
+from vmae.data.moving_shapes import _SPRITE, _looks, _rng
 from vmae.data.workers import WorkerPool
+from vmae.data.write_video import write_video
 from vmae.errors import InputError
 
 SLIDES = {"slide left": (-1, 0), "slide right": (1, 0), "slide up": (0, -1), "slide down": (0, 1)}

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vmae.data.moving_shapes import VELOCITIES, render_states, write_video
+from vmae.data.moving_shapes import VELOCITIES, render_states
+from vmae.data.write_video import write_video
 from vmae.errors import InputError
 from vmae.evaluate.temporal import Segment, write_actionformer
 from vmae.train.checkpoint import write_atomically
