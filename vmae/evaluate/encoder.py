@@ -19,6 +19,7 @@ from vmae.interop.upstream import read_settings_and_weights
 from vmae.model import Classifier, build_classifier
 from vmae.train.checkpoint import find_weights
 from vmae.train.finetune_settings import PUBLISHED_CLASSIFIERS
+from vmae.train.load import add_source_arguments
 from vmae.train.pretrain_settings import PUBLISHED_MODELS, image_size
 
 
@@ -53,10 +54,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     clip.add_argument("--stride", type=int, help="frames from one sampled frame to the next")
     clip.add_argument("--num-frames", type=int, help="frames of the clip")
     clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
-    model = parser.add_argument_group("for weights that do not say what they are (official files)")
-    model.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny")
-    model.add_argument("--init-frames", type=int, help="frames that the weights are of (16)")
-    model.add_argument("--init-size", type=int, help="side of the clips that they are of (224)")
+    add_source_arguments(parser)
 
 
 def load_encoder_from_args(args: argparse.Namespace) -> LoadedEncoder:

@@ -9,7 +9,6 @@ Legend: B clips, M boxes of a clip, K actions.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import signal
 from pathlib import Path
@@ -27,17 +26,26 @@ from vmae.errors import InputError
 from vmae.interop.classifier_weights import Start, checkpoint_grid, start_classifier
 from vmae.interop.upstream import read_settings_and_weights
 from vmae.model.detector import Detector, build_detector
-from vmae.train.checkpoint import WEIGHTS_NAME, find_weights
+from vmae.train.checkpoint import find_weights
 from vmae.train.checks import check_backend, check_output, check_speed
 from vmae.train.detection_settings import DetectionConfig, add_arguments, configs_from_args
 from vmae.train.finetune import Source, with_positions
 from vmae.train.finetune_settings import model_from_args
 from vmae.train.layer_decay import build_layer_adamw
 from vmae.train.loop import LoopConfig, Trainer
-from vmae.train.metrics import LOG_NAME, RUN_NAME, loss_of_last_tenth, read_log
 from vmae.train.parallel import Parallel, open_parallel
 from vmae.train.pretrain_settings import RunConfig
-from vmae.train.run import Prepared, assemble_trainer, build_schedule, carry_out, find_start, with_steps, wrap_model
+from vmae.train.run import (
+    Prepared,
+    assemble_trainer,
+    build_schedule,
+    carry_out,
+    describe_end,
+    describe_run,
+    find_start,
+    with_steps,
+    wrap_model,
+)
 
 __all__ = ["add_arguments", "build_trainer", "prepare_detection", "run", "settings_of"]
 
@@ -221,7 +229,7 @@ def build_trainer(prepared: Prepared) -> Trainer:
 
 def _banner(prepared: Prepared) -> list[str]:
     """What was resolved, in words."""
-    config, optim, run, speed = prepared.config, prepared.optim, prepared.run, prepared.run.speed
+    config, optim, run = prepared.config, prepared.optim, prepared.run
     frames, (height, width) = prepared.dataset.entries, image_hw(config.clip.image_size)
     about = prepared.describe()["derived"]
     boxes, videos = sum(len(frame.boxes) for frame in frames), len({frame.video for frame in frames})
@@ -232,21 +240,12 @@ def _banner(prepared: Prepared) -> list[str]:
         f"batch: effective batch {config.effective_batch} key frames ({run.batch_size} x {run.accumulate} micro-batches x "
         f"{prepared.parallel.world_size} ranks); learning rate {config.optim.lr:g} x {config.effective_batch} / 256 = "
         f"{optim.lr:.3g} at its peak, {optim.min_lr:.3g} at the end, layer decay {config.layer_decay:g}",
-        f"steps: {prepared.start_step} to {config.steps} ({config.steps / prepared.steps_per_epoch:g} epochs), "
-        f"warm-up {config.warmup_steps}",
-        f"device: {prepared.device}, {config.dtype}, parallel {prepared.parallel.kind}, backend {speed.backend}, "
-        f"{speed.num_workers} workers a rank",
+        *describe_run(prepared),
     ]
 
 
 def _summary(prepared: Prepared, steps: int, seconds: float) -> list[str]:
-    """How the run ended, and where everything is."""
-    folder, config = Path(prepared.run.output), prepared.config
-    loss = loss_of_last_tenth(read_log(folder / LOG_NAME), config.steps)
-    return [
-        f"done: {steps} steps in {datetime.timedelta(seconds=round(seconds))}",
-        f"final loss (mean of the last tenth): {'not logged' if loss is None else f'{loss:.4f}'}",
-        f"weights: {folder / WEIGHTS_NAME} (published names)",
-        f"log: {folder / LOG_NAME}; settings: {folder / RUN_NAME}",
-        f"to test: python -m vmae detect --checkpoint {folder} --annotations CSV --videos DIR --output {folder / 'test'}",
-    ]
+    """How the run ended, and what to do next."""
+    folder = Path(prepared.run.output)
+    test = f"to test: python -m vmae detect --checkpoint {folder} --annotations CSV --videos DIR --output {folder / 'test'}"
+    return [*describe_end(prepared, steps, seconds), test]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import signal
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from vmae.errors import InputError
 from vmae.interop.classifier_weights import checkpoint_grid, start_classifier
 from vmae.interop.upstream import read_settings_and_weights
 from vmae.model import Classifier, build_classifier
-from vmae.train.checkpoint import AVERAGED_NAME, WEIGHTS_NAME, find_weights
+from vmae.train.checkpoint import find_weights
 from vmae.train.checks import check_backend, check_output, check_speed
 from vmae.train.ema import WeightAverage
 from vmae.train.finetune_settings import (
@@ -43,10 +42,19 @@ from vmae.train.finetune_settings import (
 )
 from vmae.train.layer_decay import build_layer_adamw
 from vmae.train.loop import LoopConfig, Trainer
-from vmae.train.metrics import LOG_NAME, RUN_NAME, loss_of_last_tenth, read_log
 from vmae.train.parallel import Parallel, open_parallel
 from vmae.train.pretrain_settings import RunConfig
-from vmae.train.run import Prepared, assemble_trainer, build_schedule, carry_out, find_start, with_steps, wrap_model
+from vmae.train.run import (
+    Prepared,
+    assemble_trainer,
+    build_schedule,
+    carry_out,
+    describe_end,
+    describe_run,
+    find_start,
+    with_steps,
+    wrap_model,
+)
 
 __all__ = ["add_arguments", "build_trainer", "finetune", "prepare_finetune", "run", "settings_of"]
 
@@ -264,7 +272,7 @@ def build_trainer(prepared: Prepared, extra: Extra | None = None) -> Trainer:
 
 def _banner(prepared: Prepared) -> list[str]:
     """What was resolved, in words."""
-    config, optim, run, speed = prepared.config, prepared.optim, prepared.run, prepared.run.speed
+    config, optim, run = prepared.config, prepared.optim, prepared.run
     about, frames, (height, width) = prepared.describe()["derived"], config.clip.num_frames, image_hw(config.clip.image_size)
     trained = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
     kind = {"none": "all trained"}.get(config.probe, f"{config.probe} probe: {trained / 1e6:.3g} M trained")
@@ -277,22 +285,12 @@ def _banner(prepared: Prepared) -> list[str]:
         f"{prepared.parallel.world_size} ranks), {about['clips_per_step']} clips a step; learning rate {config.optim.lr:g} x "
         f"{config.effective_batch} / 256 = {optim.lr:.3g} at its peak, {optim.min_lr:.3g} at the end, layer decay "
         f"{config.layer_decay:g}",
-        f"steps: {prepared.start_step} to {config.steps} ({config.steps / prepared.steps_per_epoch:g} epochs), "
-        f"warm-up {config.warmup_steps}",
-        f"device: {prepared.device}, {config.dtype}, parallel {prepared.parallel.kind}, backend {speed.backend}, "
-        f"{speed.num_workers} workers a rank",
+        *describe_run(prepared),
     ]
 
 
 def _summary(prepared: Prepared, steps: int, seconds: float) -> list[str]:
-    """How the run ended, and where everything is."""
-    folder, config = Path(prepared.run.output), prepared.config
-    loss = loss_of_last_tenth(read_log(folder / LOG_NAME), config.steps)
-    averaged = f", {folder / AVERAGED_NAME} (averaged)" if config.ema_decay is not None else ""
-    return [
-        f"done: {steps} steps in {datetime.timedelta(seconds=round(seconds))}",
-        f"final loss (mean of the last tenth): {'not logged' if loss is None else f'{loss:.4f}'}",
-        f"weights: {folder / WEIGHTS_NAME} (published names){averaged}",
-        f"log: {folder / LOG_NAME}; settings: {folder / RUN_NAME}",
-        f"to test: python -m vmae evaluate LIST --checkpoint {folder} --output {folder / 'test'}",
-    ]
+    """How the run ended, and what to do next."""
+    folder = Path(prepared.run.output)
+    test = f"to test: python -m vmae evaluate LIST --checkpoint {folder} --output {folder / 'test'}"
+    return [*describe_end(prepared, steps, seconds, prepared.config.ema_decay is not None), test]

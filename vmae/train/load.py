@@ -56,6 +56,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     clip.add_argument("--stride", type=int, help="frames from one to the next, for dense")
     clip.add_argument("--num-frames", type=int, help="frames of a clip")
     clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
+    add_source_arguments(parser)
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """What official files do not say."""
     model = parser.add_argument_group("for weights that do not say what they are (official files)")
     model.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny")
     model.add_argument("--init-frames", type=int, help="frames that the weights are of (16)")

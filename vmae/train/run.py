@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import signal
 import time
@@ -25,7 +26,7 @@ from vmae.interop.upstream import check_shapes
 from vmae.train.activations import prepare_blocks
 from vmae.train.checkpoint import AVERAGED_NAME, WEIGHTS_NAME, CheckpointFolder, export_weights, set_aside
 from vmae.train.loop import LoopConfig, Trainer
-from vmae.train.metrics import describe_start, write_run_file
+from vmae.train.metrics import LOG_NAME, RUN_NAME, describe_start, loss_of_last_tenth, read_log, write_run_file
 from vmae.train.optim import CosineSchedule, OptimConfig
 from vmae.train.parallel import Parallel
 from vmae.train.pretrain_settings import RunConfig
@@ -277,3 +278,26 @@ def open_batches(prepared: Prepared, start_step: int) -> Prefetcher:
     for warning in caught if prepared.parallel.is_main else ():
         print(f"note: {warning.message}", flush=True)
     return Prefetcher(loader, prepared.device, threaded=False if decoder == "dali" else None)
+
+
+def describe_run(prepared: Prepared) -> list[str]:
+    """For the start of a supervised run: its steps and where it runs, in words."""
+    config, speed = prepared.config, prepared.run.speed
+    return [
+        f"steps: {prepared.start_step} to {config.steps} ({config.steps / prepared.steps_per_epoch:g} epochs), "
+        f"warm-up {config.warmup_steps}",
+        f"device: {prepared.device}, {config.dtype}, parallel {prepared.parallel.kind}, backend {speed.backend}, "
+        f"{speed.num_workers} workers a rank",
+    ]
+
+
+def describe_end(prepared: Prepared, steps: int, seconds: float, averaged: bool = False) -> list[str]:
+    """For the end of a supervised run: how it went, and where everything is."""
+    folder = Path(prepared.run.output)
+    loss = loss_of_last_tenth(read_log(folder / LOG_NAME), prepared.config.steps)
+    return [
+        f"done: {steps} steps in {datetime.timedelta(seconds=round(seconds))}",
+        f"final loss (mean of the last tenth): {'not logged' if loss is None else f'{loss:.4f}'}",
+        f"weights: {folder / WEIGHTS_NAME} (published names)" + (f", {folder / AVERAGED_NAME} (averaged)" if averaged else ""),
+        f"log: {folder / LOG_NAME}; settings: {folder / RUN_NAME}",
+    ]
