@@ -156,7 +156,7 @@ def our_run(
     for first in range(0, len(frames), config.step):
         resized(frames[first : first + config.step], config)
     began_all = time.process_time()
-    found = features_of(model, frames, config, batch_size=batch_size, device=CPU)
+    (found,) = features_of(model, [frames], config, batch_size=batch_size, device=CPU)
     return decoded, time.process_time() - began_all - (began_all - began), found
 
 

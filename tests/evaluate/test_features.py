@@ -7,10 +7,10 @@ import torch.nn.functional as F
 
 from vmae import InputError, ModelConfig, build_classifier
 from vmae.cli import main
-from vmae.data.decode import open_video
+from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import VideoEntry
 from vmae.data.samples import sample_videos
-from vmae.evaluate.features import WindowConfig, extract, name_targets, read_features, windows
+from vmae.evaluate.features import WindowConfig, extract, extract_videos, features_of, name_targets, read_features, windows
 from vmae.train.checkpoint import export_weights
 
 CONFIG = ModelConfig(img_size=32, num_frames=8, embed_dim=48, depth=2, num_heads=3)
@@ -131,3 +131,30 @@ def test_a_video_shorter_than_a_window(model, video):
     config = WindowConfig(frames=200, step=4, size=(32, 32))
     with pytest.raises(InputError, match="has 120 frames, fewer than a window of 200"):
         extract(model, VideoEntry(video), config, batch_size=5, device=torch.device("cpu"))
+
+
+def test_batches_reach_across_videos_and_past_a_bad_one(model, video, tmp_path, monkeypatch):
+    """29, 0 (bad, after some windows) and 29 windows, 8 at once."""
+    config, device = WindowConfig(frames=8, step=4, size=(32, 32)), torch.device("cpu")
+    alone = extract(model, VideoEntry(video), config, batch_size=1, device=device)
+    (tmp_path / "bad.mp4").write_text("no video")
+    sizes, whole = [], model.features_of_embedded
+    monkeypatch.setattr(model, "features_of_embedded", lambda clips: (sizes.append(len(clips)), whole(clips))[1])
+
+    def frames(broken: bool):
+        with open_video(VideoEntry(video)) as reader:
+            for number, frame in enumerate(reader.iterate()):
+                if broken and number == 40:
+                    raise DecodeError("broken after frame 40")
+                yield frame
+
+    found = list(features_of(model, [frames(False), frames(True), frames(False)], config, batch_size=8, device=device))
+    assert isinstance(found[1], DecodeError) and len(found) == 3
+    for one in (found[0], found[2]):
+        np.testing.assert_allclose(one.numpy(), alone, rtol=0, atol=1e-5)
+    # 3 of the broken video's 9 windows fill the first video's last batch, the other 6 are dropped
+    assert sizes == [8] * 7 + [5]
+    entries = [VideoEntry(str(tmp_path / "bad.mp4")), VideoEntry(video)]
+    bad, good = extract_videos(model, entries, config, batch_size=8, device=device)
+    assert isinstance(bad, DecodeError) and "bad.mp4" in str(bad)
+    np.testing.assert_allclose(good, alone, rtol=0, atol=1e-5)

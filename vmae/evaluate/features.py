@@ -116,34 +116,69 @@ def extract(model: Classifier, entry: VideoEntry, config: WindowConfig, *, batch
     Raises:
         DecodeError: it cannot be decoded, or is shorter than a window.
     """
-    with open_video(entry) as reader:
-        found = features_of(model, reader.iterate(), config, batch_size=batch_size, device=device)
-        if not len(found):
-            raise DecodeError(f"{entry.path}: has {len(reader)} frames, fewer than a window of {config.frames}")
-    return found.numpy()
+    (found,) = extract_videos(model, [entry], config, batch_size=batch_size, device=device)
+    if isinstance(found, DecodeError):
+        raise found
+    return found
 
 
-@torch.inference_mode()
+def extract_videos(
+    model: Classifier, entries: Iterable[VideoEntry], config: WindowConfig, *, batch_size: int, device: torch.device
+) -> Iterator[np.ndarray | DecodeError]:
+    """float32 [windows, D] of each video in order, or what is wrong with it; see `features_of`."""
+
+    def frames_of(entry: VideoEntry) -> Iterator[np.ndarray]:
+        with open_video(entry) as reader:
+            if not config.starts(len(reader)):
+                raise DecodeError(f"{entry.path}: has {len(reader)} frames, fewer than a window of {config.frames}")
+            yield from reader.iterate()
+
+    for found in features_of(model, map(frames_of, entries), config, batch_size=batch_size, device=device):
+        yield found if isinstance(found, DecodeError) else found.numpy()
+
+
 def features_of(
-    model: Classifier, frames: Iterable[np.ndarray], config: WindowConfig, *, batch_size: int, device: torch.device
-) -> Tensor:
-    """float32 [windows, D], on the CPU, of a video's frames, uint8 [H, W, 3] each.
+    model: Classifier, videos: Iterable[Iterable[np.ndarray]], config: WindowConfig, *, batch_size: int, device: torch.device
+) -> Iterator[Tensor | DecodeError]:
+    """float32 [windows, D], on the CPU, of each video's frames, uint8 [H, W, 3]; or the error met while reading them.
 
-    A tubelet is embedded once for all windows that it is in, where the step lets windows share tubelets: patch embedding is
-    the same everywhere, positions come later. What follows sees positions, and can't be shared.
+    Windows go through the model `batch_size` at once, those of a video's end with those of the next one's start. A tubelet
+    is embedded once for all windows that it is in, where the step lets windows share tubelets: patch embedding is the
+    same everywhere, positions come later. What follows sees positions, and can't be shared.
     """
-    found = [torch.empty(0, model.config.embed_dim)]
-    batch: list[Tensor] = []
     shares = config.step < config.frames and config.step % model.config.tubelet_size == 0
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        for clip in (_embedded if shares else _clips)(model, frames, config, device):
-            batch.append(clip)
-            if len(batch) == batch_size:
-                found.append(_features(model, batch, shares))
-                batch = []
-        if batch:
-            found.append(_features(model, batch, shares))
-    return torch.cat(found)
+    waiting: list[tuple[int, Tensor]] = []
+    found: dict[int, list[Tensor] | DecodeError] = {}  # of videos that were begun, in order
+
+    def flush() -> None:
+        clips = torch.stack([clip for _, clip in waiting])
+        for (number, _), features in zip(waiting, _features(model, clips, config, shares)):
+            found[number].append(features)
+        waiting.clear()
+
+    def ready(before: int) -> Iterator[Tensor | DecodeError]:
+        """What is complete of the videos before this one."""
+        while found and (number := next(iter(found))) < before:
+            own = found.pop(number)
+            yield own if isinstance(own, DecodeError) else torch.stack(own) if own else torch.empty(0, model.config.embed_dim)
+
+    number = -1
+    for number, frames in enumerate(videos):
+        found[number] = []
+        try:
+            for clip in (_embedded if shares else _clips)(model, frames, config, device):
+                waiting.append((number, clip))
+                if len(waiting) == batch_size:
+                    flush()
+                    yield from ready(number)
+        except DecodeError as error:
+            found[number] = error
+            waiting = [(video, clip) for video, clip in waiting if video != number]
+        if not waiting:
+            yield from ready(number + 1)
+    if waiting:
+        flush()
+    yield from ready(number + 1)
 
 
 def _clips(model: Classifier, frames: Iterable[np.ndarray], config: WindowConfig, device: torch.device) -> Iterator[Tensor]:
@@ -155,17 +190,20 @@ def _clips(model: Classifier, frames: Iterable[np.ndarray], config: WindowConfig
 def _embedded(model: Classifier, frames: Iterable[np.ndarray], config: WindowConfig, device: torch.device) -> Iterator[Tensor]:
     """[N, D] of each window, before positions."""
 
+    @torch.inference_mode()
     def embed(some: list[np.ndarray]) -> Iterable[Tensor]:
         clip = resized(some, config).to(device).transpose(0, 1)[None]
-        return model.embed(clip)[0].chunk(len(some) // model.config.tubelet_size)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            return model.embed(clip)[0].chunk(len(some) // model.config.tubelet_size)
 
     for window in windows(frames, config, embed, model.config.tubelet_size):
         yield torch.cat(window)
 
 
-def _features(model: Classifier, batch: list[Tensor], embedded: bool) -> Tensor:
-    clips = torch.stack(batch)
-    return (model.features_of_embedded(clips) if embedded else model.features(clips)).float().cpu()
+@torch.inference_mode()
+def _features(model: Classifier, clips: Tensor, config: WindowConfig, embedded: bool) -> Tensor:
+    with torch.autocast(clips.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        return (model.features_of_embedded(clips) if embedded else model.features(clips)).float().cpu()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -227,13 +265,12 @@ def extract_all(
 ) -> list[str]:
     """Write the features of every video that has none yet, whole files only; the errors of those that cannot be decoded."""
     left = [(entry, path) for entry, path in pairs if not path.exists()]
+    videos = extract_videos(model, (entry for entry, _ in left), config, batch_size=batch_size, device=device)
     failed = []
-    with tqdm(left, desc="features", unit="video", disable=not show) as bar:
-        for entry, path in bar:
-            try:
-                found = extract(model, entry, config, batch_size=batch_size, device=device)
-            except DecodeError as error:
-                failed.append(str(error))
+    with tqdm(zip(left, videos), total=len(left), desc="features", unit="video", disable=not show) as bar:
+        for (_, path), found in bar:
+            if isinstance(found, DecodeError):
+                failed.append(str(found))
                 continue
             write_atomically(path, lambda file, found=found: np.save(file, found))
             bar.set_postfix(windows=len(found))
