@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from vmae.cli import main
@@ -39,13 +39,15 @@ class Scale:
     seeds: int = 3
 
 
+FULL = Scale(
+    world=WorldConfig(size=32, frames=20, unlabeled=1400, few=8, many=60, shared=2, validation=40, seed=7),
+    pretrain_steps=2400,
+    supervised_steps=400,
+    middle_steps=300,
+)
 SCALES = {
-    "full": Scale(
-        world=WorldConfig(size=32, frames=20, unlabeled=1400, few=8, many=60, shared=2, validation=40, seed=7),
-        pretrain_steps=2400,
-        supervised_steps=400,
-        middle_steps=300,
-    ),
+    "full": FULL,
+    "half": replace(FULL, pretrain_steps=1200),
     "smoke": Scale(
         world=WorldConfig(size=32, frames=16, unlabeled=28, few=2, many=2, shared=1, validation=1),
         pretrain_steps=2,
