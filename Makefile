@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_FLAGS ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
-.PHONY: help setup demo progressive detection temporal test test-slow test-all test-decoders lint clean
+.PHONY: help setup demo progressive detection temporal test test-slow test-all test-decoders test-interop lint clean
 
 help:
 	@echo "make demo       set up, benchmark dual against encoder-only masking, pre-train a small model, draw a reconstruction"
@@ -15,6 +15,7 @@ help:
 	@echo "make temporal   videos, features, temporal detection, mAP, from nothing: on a CPU, under 5 minutes"
 	@echo "make test       set up, run the tests (make test-slow: the long ones; make test-all: both; make lint: ruff)"
 	@echo "make test-decoders  install torchcodec (which needs FFmpeg's libraries) and DALI, run the tests that want them"
+	@echo "make test-interop   install transformers and ONNX, run the tests that want them"
 	@echo "make clean      remove .venv and what the demo wrote"
 
 setup: $(VENV)/.ready
@@ -54,6 +55,10 @@ test-all: setup
 test-decoders: setup
 	@$(PIP) -c constraints.txt -e '.[torchcodec,dali]'
 	@$(PYTEST) tests/data tests/bench/test_data.py tests/train/test_pretrain.py -k "torchcodec or dali"
+
+test-interop: setup
+	@$(PIP) -c constraints.txt -e '.[hf,onnx]'
+	@$(PYTEST) tests/interop tests/test_docs.py -k "not test_page or hugging_face"
 
 lint: setup
 	@$(BIN)/ruff check .

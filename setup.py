@@ -32,6 +32,7 @@ setup(
         "dali": ["nvidia-dali-cuda130>=2.4; platform_system == 'Linux'"],
         "torchcodec": ["torchcodec>=0.13,<0.14"],
         "hf": ["transformers>=4.50", "safetensors>=0.5"],
+        "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "safetensors>=0.5"],
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],

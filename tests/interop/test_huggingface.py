@@ -53,6 +53,12 @@ def test_settings_and_names_of_every_preset(preset):
     assert {n: v.shape for n, v in state.items()} == {n: v.shape for n, v in again.items()}
     back_and_forth = hf.from_huggingface(hf.to_huggingface(state, hf.PRETRAINING), hf.PRETRAINING)
     assert {n: v.shape for n, v in back_and_forth.items()} == {n: v.shape for n, v in state.items()}
+    with torch.device("meta"):
+        state = build_classifier(config, 400).state_dict()
+    there = hf.to_huggingface(state, hf.CLASSIFICATION)
+    again = hf.from_huggingface(there, hf.CLASSIFICATION)
+    assert {n: v.shape for n, v in again.items()} == {n: v.shape for n, v in state.items()}
+    assert hf.to_huggingface(again, hf.CLASSIFICATION).keys() == there.keys()
 
 
 def test_what_cannot_be_expressed_is_refused(tiny):
@@ -156,3 +162,23 @@ def test_what_transformers_saves_is_read(tiny, tmp_path):
     theirs = transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     assert equal(hf.load_pretrained(tmp_path / "theirs").state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_with_one_block_gives_the_same_there(preset, tmp_path):
+    """Logits and pre-training loss, at the preset's widths, heads, MLP ratio and patches."""
+    transformers = pytest.importorskip("transformers")
+    side = 4 * ModelConfig.preset(preset).patch_size
+    config = ModelConfig.preset(preset, depth=1, decoder_depth=1, img_size=side, num_frames=4)
+    clips, generator = float_clips(config), torch.Generator().manual_seed(0)
+    mask = DualMask.sample(2, config.grid, encoder="tube", encoder_ratio=0.75, decoder="none", generator=generator)
+    classifier, pretrainer = randomised(build_classifier(config, 7)), randomised(build_pretrainer(config))
+    hf.save_pretrained(classifier, tmp_path / "classifier")
+    hf.save_pretrained(pretrainer, tmp_path / "pretrainer")
+    with torch.no_grad():
+        theirs = transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path / "classifier").eval()
+        torch.testing.assert_close(classifier(clips.transpose(1, 2)), theirs(clips).logits, rtol=1e-4, atol=1e-4)
+        theirs = transformers.VideoMAEForPreTraining.from_pretrained(tmp_path / "pretrainer").eval()
+        expected = theirs(clips, mask.to_bool()[0]).loss.item()
+        assert pretrainer(clips.transpose(1, 2), mask).item() == pytest.approx(expected, rel=1e-4)
+    assert equal(hf.load_pretrained(tmp_path / "pretrainer").state_dict(), pretrainer.state_dict())

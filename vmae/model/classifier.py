@@ -130,7 +130,11 @@ class Classifier(nn.Module):
 
     def features_of_embedded(self, x_BND: Tensor) -> Tensor:
         """[B, D] of clips that `embed` has embedded; positions are added here. For clips that overlap."""
-        return self._pooled(self._encode(x_BND + self.pos_embed.to(x_BND.dtype)))
+        return self._pooled(self.tokens_of_embedded(x_BND))
+
+    def tokens_of_embedded(self, x_BND: Tensor) -> Tensor:
+        """[B, N, D] after the last block, of clips that were embedded without positions, which are added here."""
+        return self._encode(x_BND + self.pos_embed.to(x_BND.dtype))
 
     def _encode(self, x_BND: Tensor) -> Tensor:
         for block in self.blocks:
