@@ -10,6 +10,8 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports triton, which reads it once
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Without this, one test that compiles leaves a pool of workers in its process; a rank forked later waits for it for ever.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from vmae import ModelConfig  # noqa: E402
 
