@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_FLAGS ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
-.PHONY: help setup demo progressive detection temporal test test-slow test-all test-decoders test-interop lint clean
+.PHONY: help setup demo progressive detection temporal test test-slow test-all test-decoders test-interop test-browser lint clean
 
 help:
 	@echo "make demo       set up, benchmark dual against encoder-only masking, pre-train a small model, draw a reconstruction"
@@ -16,6 +16,7 @@ help:
 	@echo "make test       set up, run the tests (make test-slow: the long ones; make test-all: both; make lint: ruff)"
 	@echo "make test-decoders  install torchcodec (which needs FFmpeg's libraries) and DALI, run the tests that want them"
 	@echo "make test-interop   install transformers and ONNX, run the tests that want them"
+	@echo "make test-browser   install selenium, try the page of \`serve\` in Chromium (which must be there, with chromedriver)"
 	@echo "make clean      remove .venv and what the demo wrote"
 
 setup: $(VENV)/.ready
@@ -59,6 +60,10 @@ test-decoders: setup
 test-interop: setup
 	@$(PIP) -c constraints.txt -e '.[hf,onnx]'
 	@$(PYTEST) tests/interop tests/test_docs.py -k "not test_page or hugging_face"
+
+test-browser: setup
+	@$(PIP) -c constraints.txt -e '.[browser]'
+	@$(PYTEST) tests/evaluate/test_serve.py -k browser
 
 lint: setup
 	@$(BIN)/ruff check .

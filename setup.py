@@ -10,6 +10,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["vmae", "vmae.*"]), *find_packages("kernels")],
+    package_data={"vmae.evaluate": ["serve.html"]},
     package_dir={"vmae_kernels": "kernels/vmae_kernels"},
     install_requires=[
         "torch>=2.11",
@@ -33,6 +34,7 @@ setup(
         "torchcodec": ["torchcodec>=0.13,<0.14"],
         "hf": ["transformers>=4.50", "safetensors>=0.5"],
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
+        "browser": ["selenium>=4.20"],
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "safetensors>=0.5"],
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],

@@ -32,6 +32,7 @@ COMMANDS = {
     "masks": ("vmae.evaluate.mask_pictures", "draw every type of mask, with its counts"),
     "attention": ("vmae.evaluate.attention_maps", "draw where the encoder's attention goes in a video"),
     "pca": ("vmae.evaluate.pca", "draw the principal components of the encoder's tokens beside a video"),
+    "serve": ("vmae.evaluate.serve", "a page on this machine: drop in a video, see masks, reconstruction and classes"),
     "samples": ("vmae.data.samples", "write a list file of the four real clips that come with a test dependency"),
     "moving-shapes": ("vmae.data.moving_shapes", "make videos whose class is a motion, with two label sets that overlap"),
     "moving-actors": ("vmae.data.moving_actors", "make videos of two actors with boxes and actions as AVA has them"),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 
-from vmae.data.classify_dataset import ViewDataset
+from vmae.data.classify_dataset import ViewConfig, ViewDataset
 from vmae.data.labels import read_class_names
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
 from vmae.evaluate.classify import published_views
 from vmae.train.checks import check_backend, resolve_device
-from vmae.train.load import add_model_arguments, load_from_args, named, view_probabilities
+from vmae.train.load import LoadedClassifier, add_model_arguments, load_from_args, named, view_probabilities
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,17 +39,28 @@ def run(args: argparse.Namespace) -> None:
     if names is not None and len(names) != loaded.model.num_classes:
         raise InputError(f"{len(names)} class names for a head of {loaded.model.num_classes} classes")
     views = published_views(loaded.clip.sampling, args.segments, args.crops)
-    seen = ViewDataset([VideoEntry(args.video)], loaded.clip, views)[0]
-    if isinstance(seen, Failure):
-        raise InputError(seen.error)
-    model = loaded.model.to(device)
-    probabilities = view_probabilities(
-        model, seen, device=device, dtype="float32", multi_label=loaded.multi_label, batch_size=views.crops
-    )
-    best = probabilities.topk(min(args.top, len(probabilities)))
-    found = list(zip(named(best.indices.tolist(), names), best.values.tolist(), strict=True))
+    loaded.model.to(device)
+    found = top_classes(loaded, args.video, views, names, args.top)
     if args.json:
         print(json.dumps({"video": args.video, "classes": [{"name": name, "probability": p} for name, p in found]}))
         return
     for name, probability in found:
         print(f"{100 * probability:6.2f} %  {name}")
+
+
+def top_classes(
+    loaded: LoadedClassifier, video: str, views: ViewConfig, names: Sequence[str] | None, count: int
+) -> list[tuple[str, float]]:
+    """(class, probability) of the `count` most likely ones, the likeliest first; the mean over the views.
+
+    Raises:
+        InputError: the video cannot be decoded.
+    """
+    seen = ViewDataset([VideoEntry(video)], loaded.clip, views)[0]
+    if isinstance(seen, Failure):
+        raise InputError(seen.error)
+    device = next(loaded.model.parameters()).device
+    options = {"dtype": "float32", "multi_label": loaded.multi_label, "batch_size": views.crops}
+    probabilities = view_probabilities(loaded.model, seen, device=device, **options)
+    best = probabilities.topk(min(count, len(probabilities)))
+    return list(zip(named(best.indices.tolist(), names), best.values.tolist(), strict=True))
