@@ -24,7 +24,7 @@ COMMANDS = {
     "predict": ("vmae.evaluate.predict", "name the classes of one video"),
     "features": ("vmae.evaluate.features", "features of a video's windows, for temporal detection"),
     "detect-temporal": ("vmae.evaluate.temporal_detect", "train a temporal detector on features, and test it: segments, mAP"),
-    "export": ("vmae.interop.export", "write a run's weights as one .pth or .safetensors file with published names"),
+    "export": ("vmae.interop.export", "write a run's weights (.pth, .safetensors) or the model itself (.pt2, .onnx) as a file"),
     "convert": ("vmae.interop.convert", "weights to and from a folder that transformers (Hugging Face) reads"),
     "plan": ("vmae.plan", "tell what a pre-training run will need: memory, largest batch, hours, clips a second"),
     "curves": ("vmae.curves", "plot the logs of several runs together"),

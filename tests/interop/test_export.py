@@ -131,6 +131,27 @@ def test_a_graph_that_is_off_is_not_kept(classifier, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["classifier.pth"]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("boom\nand more"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("step", ["export", "save", "load"])
+def test_what_the_exporter_raises_is_one_line(classifier, tmp_path, monkeypatch, capsys, step, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch.export, step, fail)
+    assert main(["export", str(classifier[0]), str(tmp_path / "x.pt2")]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: ") and f"x.pt2 is not written: {str(error).splitlines()[0]}" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["classifier.pth"]
+
+
+@pytest.mark.parametrize("package", ["onnxscript", pytest.param("onnxruntime", marks=pytest.mark.needs_onnx)])
+def test_a_missing_package_is_told_before_any_work(tmp_path, monkeypatch, capsys, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("vmae.interop.export.load_classifier", lambda *args, **kwargs: pytest.fail("the weights were read"))
+    assert main(["export", str(tmp_path / "gone.pth"), str(tmp_path / "x.onnx")]) == 2
+    assert "`pip install onnx onnxscript onnxruntime`" in capsys.readouterr().err
+
+
 def test_graphs_say_what_they_need(run, classifier, tmp_path, monkeypatch, capsys):
     assert main(["export", str(run[0]), str(tmp_path / "x.pt2")]) == 2
     assert "has no head" in capsys.readouterr().err

@@ -53,6 +53,7 @@ def export_file(args: argparse.Namespace, output: Path) -> None:
 
 def export_model(args: argparse.Namespace, output: Path) -> None:
     """The model as a graph."""
+    graphs.check_packages(output)
     source, about = (args.init_frames, args.init_size), {}
     if args.what == "tokens":
         changes = {"num_frames": args.num_frames, "img_size": args.image_size}

@@ -70,10 +70,9 @@ def export_graph(model: ClipModel, path: Path, about: dict[str, Any] | None = No
 
     Raises:
         InputError: another ending, or a package is missing.
-        ExportError: the file's results are off; it is not kept.
+        ExportError: torch or ONNX refuses the model, the file can't be written, or its results are off; it is not kept.
     """
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"output {path}: its name must end with {' or '.join(SUFFIXES)}")
+    check_packages(path)
     write, load = (_write_pt2, _load_pt2) if path.suffix == ".pt2" else (_write_onnx, _load_onnx)
     config = model.model.config
     shape = (3, config.num_frames, *config.image_hw)
@@ -88,11 +87,25 @@ def export_graph(model: ClipModel, path: Path, about: dict[str, Any] | None = No
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, torch.no_grad(), _quiet():
         part = Path(folder) / path.name
-        write(model, torch.zeros(2, *shape), part, json.dumps({**known, **(about or {})}))
-        off = _compare(model, load(part), shape, path)
+        with _told(path):
+            write(model, torch.zeros(2, *shape), part, json.dumps({**known, **(about or {})}))
+            loaded = load(part)
+        off = _compare(model, loaded, shape, path)
         for file in sorted(Path(folder).iterdir(), key=lambda file: file == part):  # large ONNX files have their weights beside
             os.replace(file, path.parent / file.name)
     return off
+
+
+def check_packages(path: Path) -> None:
+    """Say what a file of this ending needs, before any work.
+
+    Raises:
+        InputError: another ending than .pt2 and .onnx, or a package is missing.
+    """
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"output {path}: its name must end with {' or '.join(SUFFIXES)}")
+    for name in ("onnx", "onnxscript", "onnxruntime") if path.suffix == ".onnx" else ():
+        _import(name)
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
@@ -130,7 +143,6 @@ def _load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _write_onnx(model: ClipModel, clips: Tensor, path: Path, about: str) -> None:
-    _import("onnxscript")
     names = {"input_names": ["clips"], "output_names": [model.output]}
     program = torch.onnx.export(model, dynamo=True, verbose=False, **names, **_dynamic(clips))
     program.model.metadata_props[_ABOUT] = about
@@ -147,6 +159,16 @@ def _import(name: str) -> Any:
         return __import__(name)
     except ImportError as error:
         raise InputError(f"ONNX needs {name} ({error}): `pip install onnx onnxscript onnxruntime`") from None
+
+
+@contextmanager
+def _told(path: Path):
+    """What the exporters raise, as one line."""
+    try:
+        yield
+    except Exception as error:  # theirs have no common class; a full disk is an OSError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(f"{path} is not written: {reason}") from error
 
 
 @contextmanager
