@@ -200,6 +200,27 @@ def data_tables(content: dict[str, Any]) -> list[Table]:
     return [*tables, Table("Clips a second that a GPU needs (assumed, not measured)", ["model", "clips/s"], rows, note)]
 
 
+def progressive_tables(content: dict[str, Any]) -> list[Table]:
+    """Of progressive.py: top-1 of each arm, and what was asked for."""
+    seeds = [seed["seed"] for seed in content["seeds"]]
+    rows = [[r["arm"], *(number(v, 1, 1) for v in (r["mean"], r["std"], *r["values"]))] for r in content["records"]]
+    head = ["arm", "top-1, %", "standard deviation", *(f"seed {seed}" for seed in seeds)]
+    note = ". ".join((*content["verdicts"], f"{content['minutes']:.0f} minutes; {conditions(content)}"))
+    return [Table("Progressive training in miniature", head, rows, note + ".")]
+
+
+def mask_tables(content: dict[str, Any]) -> list[Table]:
+    """Of mask_ablation.py: every decoder mask."""
+    rows = []
+    for r in content["records"]:
+        row = [r["mask"].replace("_", " "), number(r["ratio"], 0.01, 0, " %"), number(r["macs"], 1, 1), number(r["loss"], 1, 4)]
+        rows.append([*row, number(r["top1"], 1, 1), number(r["seconds"])])
+    head = ["decoder mask", "left out", "forward MMACs a clip", "loss", "top-1, %", "pre-training, s"]
+    steps, seeds = content["scale"]["pretrain_steps"], len(content["records"][0]["runs"])
+    note = f"{steps} steps, {seeds} seed{'s' if seeds > 1 else ''}; {conditions(content)}."
+    return [Table("Decoder masks in miniature", head, rows, note)]
+
+
 MAKERS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
     "steps": step_tables,
     "paper": paper_tables,
@@ -210,6 +231,8 @@ MAKERS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
     "time": time_tables,
     "scaling": scaling_tables,
     "data": data_tables,
+    "progressive": progressive_tables,
+    "masks": mask_tables,
 }
 # The tables of each result file, by its name.
 PARTS = {

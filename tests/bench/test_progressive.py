@@ -94,10 +94,12 @@ def test_from_nothing_to_the_table(progressive, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_two_masks_to_the_table(mask_ablation, tmp_path, monkeypatch, capsys):
+def test_two_masks_to_the_table(mask_ablation, benches, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mask_ablation, "MASKS", [("none", 0.0), ("running_cell", 0.25)])
     monkeypatch.setattr(sys, "argv", ["mask_ablation.py", "--scale", "smoke", "--out", str(tmp_path)])
     assert mask_ablation.main() == 0
     assert "running_cell" in capsys.readouterr().out
     records = json.loads((tmp_path / "mask_ablation.json").read_text())["records"]
     assert [record["mask"] for record in records] == ["none", "running_cell"] and all(record["loss"] > 0 for record in records)
+    table = benches("tables").mask_tables(json.loads((tmp_path / "mask_ablation.json").read_text()))[0]
+    assert [row[:2] for row in table.rows] == [["none", "0 %"], ["running cell", "25 %"]] and "1 seed;" in table.note
