@@ -131,6 +131,19 @@ def test_a_graph_that_is_off_is_not_kept(classifier, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["classifier.pth"]
 
 
+@pytest.mark.parametrize(
+    ("name", "flags", "told"),
+    [
+        ("x.pth", ["--averaged"], "--averaged: for .pt2 and .onnx only"),
+        ("x.safetensors", ["--what", "logits", "--num-frames", "8"], "--what, --num-frames: for .pt2 and .onnx only"),
+        ("x.pt2", ["--averaged", "--what", "tokens"], "name the run's weights_ema.pth as the source"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(classifier, tmp_path, capsys, name, flags, told):
+    assert main(["export", str(classifier[0]), str(tmp_path / name), *flags]) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / name).exists()
+
+
 @pytest.mark.parametrize("error", [RuntimeError("boom\nand more"), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("step", ["export", "save", "load"])
 def test_what_the_exporter_raises_is_one_line(classifier, tmp_path, monkeypatch, capsys, step, error):

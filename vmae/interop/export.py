@@ -12,7 +12,7 @@ from vmae.errors import InputError
 from vmae.evaluate.encoder import load_encoder
 from vmae.interop import graphs
 from vmae.interop.upstream import read_settings_and_weights
-from vmae.train.checkpoint import export_weights, find_weights
+from vmae.train.checkpoint import AVERAGED_NAME, export_weights, find_weights
 from vmae.train.checks import check_output
 from vmae.train.load import add_source_arguments, load_classifier
 from vmae.train.pretrain_settings import image_size
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN|CHECKPOINT", help="a run's folder (its newest checkpoint), or one checkpoint")
     parser.add_argument("output", metavar="OUT", help="the file to write: .pth, .safetensors; .pt2, .onnx")
     graph = parser.add_argument_group("for .pt2 and .onnx")
-    graph.add_argument("--what", default="logits", choices=graphs.OUTPUTS, help="of a clip; tokens of any encoder (logits)")
+    graph.add_argument("--what", choices=graphs.OUTPUTS, help="of a clip; tokens of any encoder (logits)")
     graph.add_argument("--averaged", action="store_true", help="take the averaged weights of the run (finetune --ema)")
     graph.add_argument("--num-frames", type=int, help="frames of a clip (as in training)")
     graph.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH (as in training)")
@@ -38,7 +38,16 @@ def run(args: argparse.Namespace) -> None:
     if output.suffix not in (*SUFFIXES, *graphs.SUFFIXES):
         raise InputError(f"output {output}: its name must end with {', '.join((*SUFFIXES, *graphs.SUFFIXES))}")
     check_output(output.parent)
-    (export_model if output.suffix in graphs.SUFFIXES else export_file)(args, output)
+    if output.suffix in graphs.SUFFIXES:
+        export_model(args, args.what or "logits", output)
+        return
+    given = [f"--{name.replace('_', '-')}" for name in ("what", "averaged", "num_frames", "image_size") if getattr(args, name)]
+    if given:
+        raise InputError(
+            f"{', '.join(given)}: for {' and '.join(graphs.SUFFIXES)} only; {output.suffix} takes the weights as they are"
+            f" (a run's averaged ones are in its {AVERAGED_NAME})"
+        )
+    export_file(args, output)
 
 
 def export_file(args: argparse.Namespace, output: Path) -> None:
@@ -51,11 +60,13 @@ def export_file(args: argparse.Namespace, output: Path) -> None:
     print(f"{source}: {len(weights)} tensors, {numbers / 1e6:.1f} M numbers, to {output}")
 
 
-def export_model(args: argparse.Namespace, output: Path) -> None:
+def export_model(args: argparse.Namespace, what: str, output: Path) -> None:
     """The model as a graph."""
     graphs.check_packages(output)
     source, about = (args.init_frames, args.init_size), {}
-    if args.what == "tokens":
+    if what == "tokens":
+        if args.averaged:
+            raise InputError(f"--averaged with --what tokens: name the run's {AVERAGED_NAME} as the source")
         changes = {"num_frames": args.num_frames, "img_size": args.image_size}
         changes = {name: value for name, value in changes.items() if value is not None}
         model = load_encoder(args.source, preset=args.model, source=source, changes=changes).model
@@ -66,6 +77,6 @@ def export_model(args: argparse.Namespace, output: Path) -> None:
         loaded = load_classifier(args.source, **given, attention="sdpa")
         model = loaded.model
         about = {"classes": loaded.class_names, "stride": loaded.clip.stride, "sampling": loaded.clip.sampling}
-    off = graphs.export_graph(graphs.ClipModel(model, args.what), output, about)
+    off = graphs.export_graph(graphs.ClipModel(model, what), output, about)
     size = " x ".join(map(str, (model.config.num_frames, *model.config.image_hw)))
-    print(f"{output}: {args.what} of clips 3 x {size}, any batch; loaded again, {off:.1e} off the model (of the largest value)")
+    print(f"{output}: {what} of clips 3 x {size}, any batch; loaded again, {off:.1e} off the model (of the largest value)")
