@@ -2,7 +2,8 @@
 
 None, frame, random and running-cell masking at 25, 50 and 75 %: the same pre-training steps, then the same fine-tuning on a
 few labelled clips. Losses are of different tokens for each mask, so only accuracy compares across rows. The encoder sees
-half of the tokens here, a tenth in the paper: "none" rebuilds the other half, so leaving out a quarter of all saves nothing.
+a random quarter of the tokens here, a tube's tenth in the paper: "none" rebuilds the other three quarters, so leaving out a
+quarter of all saves nothing. (Not half of the frames, as in progressive.py: a decoder's frames may be just those.)
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from vmae.config import MaskConfig, ModelConfig
 from vmae.cost import masked_macs
 
 MASKS = [("none", 0.0), *((mask, ratio) for mask in ("frame", "random", "running_cell") for ratio in (0.25, 0.5, 0.75))]
+ENCODER, ENCODER_RATIO = "random", 0.75
 MODEL = ModelConfig.preset("vit_tiny", patch_size=8, img_size=32, num_frames=8)
 
 
@@ -39,7 +41,8 @@ def run_mask(out: Path, scale: Scale, job: str) -> None:
     """Loss, top-1 and seconds of one mask and seed ("frame-25-0"), to `out / JOB / scores.json`."""
     mask, percent, seed = job.split("-")
     stages, paths = Stages(out / job), world_paths(out)
-    flags = ["--decoder-mask", mask, "--decoder-ratio", int(percent) / 100 or 0.5]
+    flags = ["--encoder-mask", ENCODER, "--encoder-ratio", ENCODER_RATIO]
+    flags += ["--decoder-mask", mask, "--decoder-ratio", int(percent) / 100 or 0.5]
     trained = pretrain(stages, "pre-training", paths["unlabeled"], scale, int(seed), *flags)
     steps = scale.supervised_steps
     tuned = finetune(stages, "fine-tuning", paths["train_a"], paths["classes_a"], steps, int(seed), trained)
@@ -51,7 +54,7 @@ def run_mask(out: Path, scale: Scale, job: str) -> None:
 
 def macs_of(mask: str, ratio: float) -> float:
     """Millions of multiply-accumulates of a clip's forward pass, counted as the paper does."""
-    config = MaskConfig(encoder="frame", encoder_ratio=0.5, decoder=mask, decoder_ratio=ratio or 0.5)
+    config = MaskConfig(encoder=ENCODER, encoder_ratio=ENCODER_RATIO, decoder=mask, decoder_ratio=ratio or 0.5)
     return masked_macs(MODEL, config, fused=False) / 1e6
 
 
@@ -78,7 +81,8 @@ def main() -> int:
     table = [[row["mask"], *(format(row[key], spec) for key, spec in formats.items())] for row in rows]
     print()
     print_table(["decoder mask", "left out", "MACs (M)", "loss", "top-1 %", "pre-training s"], table)
-    write_json(args.out / "mask_ablation.json", rows, "cpu", **about(scale))
+    encoder = {"mask": ENCODER, "ratio": ENCODER_RATIO}
+    write_json(args.out / "mask_ablation.json", rows, "cpu", encoder=encoder, **about(scale))
     print(f"\n{args.out}/mask_ablation.json; the same {scale.pretrain_steps} steps for each mask, {args.seeds} seed(s)")
     return 0
 
