@@ -169,11 +169,13 @@ def test_one_at_a_time(server):
     assert answers == [200] * 3
 
 
-def test_a_fault_of_ours_is_a_line_too(server, temporary, monkeypatch):
+def test_a_fault_of_ours_is_a_line_too_and_a_trace_in_the_terminal(server, temporary, monkeypatch, capfd):
     monkeypatch.setattr(server.studio, "show", lambda *args: 1 / 0)
     status, answer = ask(server, VIDEO.read_bytes())
     assert status == 500 and "ZeroDivisionError" in answer["error"] and not list(temporary.iterdir())
     assert not server.studio.busy.locked()
+    trace = capfd.readouterr().err
+    assert "Traceback" in trace and "ZeroDivisionError: division by zero" in trace
 
 
 def test_the_command_refuses_what_it_cannot_serve(checkpoints, capsys):

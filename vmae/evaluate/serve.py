@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -244,7 +245,7 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:  # the other side is gone
             return
         except Exception as error:  # a page gets a line; the trace goes to the terminal
-            self.log_error("%s: %s", type(error).__name__, error)
+            traceback.print_exc()
             status, kind = HTTPStatus.INTERNAL_SERVER_ERROR, "application/json"
             body = json.dumps({"error": f"something went wrong here ({type(error).__name__}); the terminal says more"}).encode()
         if self.unread <= self.server.studio.limits.megabytes << 20:  # a browser hears an answer only when all is sent
@@ -254,9 +255,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header(
-            "Content-Security-Policy", "default-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
-        )
+        self.send_header("Content-Security-Policy", _POLICY)
         self.end_headers()
         self.wfile.write(body)
 
