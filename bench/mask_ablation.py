@@ -61,7 +61,7 @@ def macs_of(mask: str, ratio: float) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("mask_ablation"), help="folder of videos, runs and results")
-    parser.add_argument("--scale", default="half", choices=SCALES, help="full pre-trains twice as long as half (half)")
+    parser.add_argument("--scale", default="half", choices=SCALES, help="half pre-trains for 1200 steps, full for 2400 (half)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each mask (1)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()

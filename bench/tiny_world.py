@@ -48,6 +48,7 @@ FULL = Scale(
 SCALES = {
     "full": FULL,
     "half": replace(FULL, pretrain_steps=1200),
+    "long": replace(FULL, pretrain_steps=4800, world=replace(FULL.world, validation=100)),
     "smoke": Scale(
         world=WorldConfig(size=32, frames=16, unlabeled=28, few=2, many=2, shared=1, validation=1),
         pretrain_steps=2,
