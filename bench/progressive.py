@@ -138,7 +138,7 @@ def report(out: Path, scale: Scale, seeds: list[dict[str, Any]], minutes: float)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("progressive"), help="folder of everything (progressive)")
-    parser.add_argument("--scale", default="full", choices=SCALES, help="long: pre-training twice as long as full, more tests (full)")
+    parser.add_argument("--scale", default="full", choices=SCALES, help="long pre-trains twice as long as full (full)")
     parser.add_argument("--seeds", type=int, help="runs of everything (3)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
