@@ -221,6 +221,22 @@ def mask_tables(content: dict[str, Any]) -> list[Table]:
     return [Table("Decoder masks in miniature", head, rows, note)]
 
 
+def features_tables(content: dict[str, Any]) -> list[Table]:
+    """Of features.py: CPU seconds of a whole video, the published loop's and ours, and what each part contributes."""
+    rows = []
+    for r in content["records"]:
+        if not r["same"]:
+            rows.append([r["setting"], *["-"] * 5, f"NO SPEED: differs by {r['error']:.0e}"])
+            continue
+        seconds = [number(r["video_cpu_s"][who]) for who in ("published", "ours")]
+        parts = [number(r[f"speedup_{part}"]["median"], 1, 1) for part in ("decode", "model")]
+        rows.append([r["setting"], *seconds, spread_text(r["speedup"], 2), *parts, f"{r['error']:.0e}"])
+    first = content["records"][0]
+    head = [f"CPU seconds for {first['video_s']} s of video", "published loop", "here", "times faster (min to max)"]
+    head += ["decoding and resizing alone", "model alone", "largest difference"]
+    return [Table("Features of overlapping windows", head, rows, conditions(content) + ", one of them used.")]
+
+
 MAKERS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
     "steps": step_tables,
     "paper": paper_tables,
@@ -233,6 +249,7 @@ MAKERS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
     "data": data_tables,
     "progressive": progressive_tables,
     "masks": mask_tables,
+    "features": features_tables,
 }
 # The tables of each result file, by its name.
 PARTS = {

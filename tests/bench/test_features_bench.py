@@ -13,7 +13,7 @@ def bench(benches, monkeypatch):
     return features
 
 
-def test_a_small_run(bench, tmp_path, capsys):
+def test_a_small_run(bench, benches, tmp_path, capsys):
     pytest.importorskip("decord")
     words = ["--quick", "--windows", "3", "--rounds", "2", "--batch-size", "2", "--json", str(tmp_path / "r.json")]
     assert bench.main(words) == 0
@@ -24,6 +24,10 @@ def test_a_small_run(bench, tmp_path, capsys):
     assert set(record["ms_per_window"]) == {"published decode", "published model", "ours decode", "ours model"}
     assert record["met"] == (record["speedup"]["median"] >= 2)
     assert "times faster" in capsys.readouterr().out
+    (row,) = benches("tables").features_tables(content)[0].rows
+    assert row[0] == record["setting"] and row[3].startswith(f"{record['speedup']['median']:.2f} (")
+    content["records"] = [record | {"same": False, "error": 1e-3}]
+    assert benches("tables").features_tables(content)[0].rows[0][1:] == [*["-"] * 5, "NO SPEED: differs by 1e-03"]
 
 
 def test_features_that_differ_get_no_speed(bench, capsys):
