@@ -15,7 +15,7 @@ from vmae.config import ModelConfig, _Checked
 from vmae.data.detection_dataset import KeyAugmentConfig, KeyClipConfig
 from vmae.data.manifest import DEFAULT_PATTERN
 from vmae.errors import InputError
-from vmae.train.finetune_settings import add_optimizer_arguments
+from vmae.train.finetune_settings import add_optimizer_arguments, check_counts
 from vmae.train.optim import OptimConfig
 from vmae.train.parallel import world_size
 from vmae.train.pretrain_settings import RunConfig, add_run_arguments, image_size, run_from_args, taken
@@ -74,18 +74,11 @@ class DetectionConfig(_Checked):
     new_head: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("effective_batch", "repeat", "epochs", "steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, not {value}")
-        if self.seed < 0 or (self.warmup_steps is not None and self.warmup_steps < 0):
-            raise InputError("seed and warmup_steps must be at least 0")
-        if not 0 < self.layer_decay <= 1:
-            raise InputError(f"layer decay must be above 0 and at most 1, not {self.layer_decay}")
         if self.fps is not None and self.fps <= 0:
             raise InputError(f"fps must be above 0, not {self.fps}")
         if not self.action_ids or len(self.action_ids) != len(self.action_names):
             raise InputError(f"{len(self.action_ids)} action ids and {len(self.action_names)} names: one of each, at least 1")
+        check_counts(self)
 
     @property
     def num_classes(self) -> int:

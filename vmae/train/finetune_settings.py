@@ -82,14 +82,7 @@ class FinetuneConfig(_Checked):
     new_head: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "effective_batch", "num_sample", "repeat", "epochs", "steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, not {value}")
-        if self.seed < 0 or (self.warmup_steps is not None and self.warmup_steps < 0):
-            raise InputError("seed and warmup_steps must be at least 0")
-        if not 0 < self.layer_decay <= 1:
-            raise InputError(f"layer decay must be above 0 and at most 1, not {self.layer_decay}")
+        check_counts(self)
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise InputError(f"the decay of the weights' average must be in [0, 1), not {self.ema_decay}")
         if self.probe not in PROBES:
@@ -111,6 +104,22 @@ class FinetuneConfig(_Checked):
         if made.get("class_names") is not None:
             made["class_names"] = tuple(made["class_names"])
         return super().from_dict(made)
+
+
+def check_counts(config) -> None:
+    """What supervised settings of all kinds have in common.
+
+    Raises:
+        InputError: a count, the seed or the layer decay is out of range.
+    """
+    for name in ("num_classes", "effective_batch", "num_sample", "repeat", "epochs", "steps"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+    if config.seed < 0 or (config.warmup_steps is not None and config.warmup_steps < 0):
+        raise InputError("seed and warmup_steps must be at least 0")
+    if not 0 < config.layer_decay <= 1:
+        raise InputError(f"layer decay must be above 0 and at most 1, not {config.layer_decay}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
