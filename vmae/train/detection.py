@@ -23,14 +23,11 @@ from vmae.data.ava import AvaBox, read_actions, read_annotations, read_excluded
 from vmae.data.dataset import EpochSampler
 from vmae.data.detection_dataset import DetectionBatch, DetectionDataset, KeyFrame, find_videos, key_frames
 from vmae.errors import InputError
-from vmae.interop.classifier_weights import Start, checkpoint_grid, start_classifier
-from vmae.interop.upstream import read_settings_and_weights
+from vmae.interop.classifier_weights import Start, start_classifier
 from vmae.model.detector import Detector, build_detector
-from vmae.train.checkpoint import find_weights
 from vmae.train.checks import check_backend, check_output, check_speed
 from vmae.train.detection_settings import DetectionConfig, add_arguments, configs_from_args
-from vmae.train.finetune import Source, with_positions
-from vmae.train.finetune_settings import model_from_args
+from vmae.train.finetune import Source, read_start
 from vmae.train.layer_decay import build_layer_adamw
 from vmae.train.loop import LoopConfig, Trainer
 from vmae.train.parallel import Parallel, open_parallel
@@ -78,17 +75,9 @@ def settings_of(args: argparse.Namespace) -> tuple[DetectionConfig, RunConfig, S
     Raises:
         InputError: settings that do not fit together, a checkpoint or action list that cannot be read.
     """
-    source, found = None, None
-    if args.init is not None:
-        path = find_weights(args.init)
-        settings, state = read_settings_and_weights(path)
-        found = settings.get("model")
-    model = model_from_args(args, found)
-    if args.init is not None:
-        grid = checkpoint_grid({"model": found} if found else {}, model, args.init_frames, args.init_size)
-        model = with_positions(model, grid)
+    model, source, settings = read_start(args)
+    if source is not None:
         args.new_head = args.new_head or "action_ids" not in settings  # another head is of no use
-        source = Source(path, state, grid)
     return *configs_from_args(args, model, read_actions(args.actions)), source
 
 

@@ -99,20 +99,27 @@ def settings_of(args: argparse.Namespace) -> tuple[FinetuneConfig, RunConfig, So
     Raises:
         InputError: settings that do not fit together, a checkpoint, list or class list that cannot be read.
     """
-    source, found = None, None
-    if args.init is not None:
-        path = find_weights(args.init)
-        settings, state = read_settings_and_weights(path)
-        found = settings.get("model")
-    model = model_from_args(args, found)
-    if args.init is not None:
-        grid = checkpoint_grid({"model": found} if found else {}, model, args.init_frames, args.init_size)
-        model = with_positions(model, grid)
-        source = Source(path, state, grid)
+    model, source, _ = read_start(args)
     return *configs_from_args(args, model, _count_classes(args)), source
 
 
-def with_positions(model: ModelConfig, grid: tuple[int, int, int]) -> ModelConfig:
+def read_start(args: argparse.Namespace) -> tuple[ModelConfig, Source | None, dict]:
+    """The model of a command line, the checkpoint that it starts from, and what that says of itself.
+
+    Raises:
+        InputError: settings that do not fit together, a checkpoint that cannot be read.
+    """
+    if args.init is None:
+        return model_from_args(args, None), None, {}
+    path = find_weights(args.init)
+    settings, state = read_settings_and_weights(path)
+    found = settings.get("model")
+    model = model_from_args(args, found)
+    grid = checkpoint_grid({"model": found} if found else {}, model, args.init_frames, args.init_size)
+    return _with_positions(model, grid), Source(path, state, grid), settings
+
+
+def _with_positions(model: ModelConfig, grid: tuple[int, int, int]) -> ModelConfig:
     """`model` with fixed positions that are made for `grid` and interpolated to its own."""
     return model if model.learned_pos or grid == model.grid else model.replace(pos_grid=grid)
 
