@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -70,6 +70,7 @@ PRETRAIN = ["--model", "vit_tiny", *CLIP, "--stride", "2", "--encoder-mask", "fr
 FINETUNE = ["--stride", "2", "--batch-size", "16", "--num-sample", "1", "--augment", "none", "--smoothing", "0.1",
             "--min-lr", "0.0001", "--layer-decay", "1", "--init-scale", "1", "--drop-path", "0",
             "--clip-grad", "1"]  # fmt: skip
+EVERY_S = 60  # seconds between lines about jobs that run
 # For 256 videos; after a middle stage, which brings head and encoder already, a quarter.
 FINETUNE_LR, LAST_LR = 0.016, 0.004
 
@@ -113,7 +114,7 @@ def read_seconds(folder: Path) -> dict[str, float]:
 
 
 def run_jobs(script: str, jobs: dict[str, int], out: Path, scale: str) -> None:
-    """Run `python SCRIPT --job NAME` for every job, one on each core, and say how far they are.
+    """Run `python SCRIPT --job NAME` for every job, one on each core, and say how far they are, each minute.
 
     Args:
         jobs: by name, how many stages each has; its folder is `out / name`, its output goes to `out / NAME.log`.
@@ -121,8 +122,7 @@ def run_jobs(script: str, jobs: dict[str, int], out: Path, scale: str) -> None:
     Raises:
         InputError: a job failed; the end of its log is in the message.
     """
-    waiting, running, began = list(jobs), {}, time.monotonic()
-    before = sum(len(read_seconds(out / name)) for name in jobs)
+    waiting, running, progress = list(jobs), {}, _Progress(jobs, out)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
         while waiting or running:
@@ -138,20 +138,35 @@ def run_jobs(script: str, jobs: dict[str, int], out: Path, scale: str) -> None:
                     if process.returncode:
                         tail = (out / f"{name}.log").read_text()[-2000:]
                         raise InputError(f"job {name} ended with {process.returncode}:\n{tail}")
-            _tell(jobs, out, before, time.monotonic() - began)
+            progress.tell(running)
     finally:
         for process in running.values():
             process.terminate()
             process.wait()
 
 
-def _tell(jobs: dict[str, int], out: Path, before: int, passed: float) -> None:
-    done, total = sum(len(read_seconds(out / name)) for name in jobs), sum(jobs.values())
-    left = f", about {passed / (done - before) * (total - done) / 60:.0f} min left" if done > before else ""
-    line = f"{done} of {total} stages, {passed / 60:.1f} min{left}"
-    if line.split(",")[0] != getattr(_tell, "last", None):  # a line for each stage
-        _tell.last = line.split(",")[0]
-        print(line, flush=True)
+class _Progress:
+    """A line for each stage done, and each minute what the running jobs say."""
+
+    def __init__(self, jobs: dict[str, int], out: Path) -> None:
+        self.jobs, self.out, self.began, self.told, self.said = jobs, out, time.monotonic(), float("-inf"), -1
+        self.before = self._done()
+
+    def _done(self) -> int:
+        return sum(len(read_seconds(self.out / name)) for name in self.jobs)
+
+    def tell(self, running: Iterable[str]) -> None:
+        done, now = self._done(), time.monotonic()
+        if done == self.said and now - self.told < EVERY_S:
+            return
+        total, passed, new = sum(self.jobs.values()), now - self.began, done - self.before
+        left = f", about {passed / new * (total - done) / 60:.0f} min left" if new else ""
+        print(f"{done} of {total} stages, {passed / 60:.1f} min{left}", flush=True)
+        if done == self.said:
+            for name in running:
+                lines = (self.out / f"{name}.log").read_text().splitlines()
+                print(f"  {name}: {lines[-1] if lines else 'starting'}", flush=True)
+        self.told, self.said = now, done
 
 
 def run(*words: object) -> None:
