@@ -214,7 +214,9 @@ def mask_tables(content: dict[str, Any]) -> list[Table]:
     rows = []
     for r in content["records"]:
         row = [r["mask"].replace("_", " "), number(r["ratio"], 0.01, 0, " %"), number(r["macs"], 1, 1), number(r["loss"], 1, 4)]
-        rows.append([*row, number(r["top1"], 1, 1), number(r["seconds"])])
+        scores = [run["top1"] for run in r["runs"]]
+        spread = f" ({min(scores):.1f} to {max(scores):.1f})" if len(scores) > 1 else ""
+        rows.append([*row, number(r["top1"], 1, 1) + spread, number(r["seconds"])])
     head = ["decoder mask", "left out", "forward MMACs a clip", "loss", "top-1, %", "pre-training, s"]
     steps, seeds = content["scale"]["pretrain_steps"], len(content["records"][0]["runs"])
     note = f"{steps} steps, {seeds} seed{'s' if seeds > 1 else ''}; {conditions(content)}."
