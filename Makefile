@@ -59,7 +59,8 @@ test-decoders: setup
 
 test-interop: setup
 	@$(PIP) -c constraints.txt -e '.[hf,onnx]'
-	@$(PYTEST) tests/interop tests/test_docs.py -k "not test_page or hugging_face"
+	@$(PYTEST) tests/interop 'tests/test_docs.py::test_page[hugging_face]' \
+	  tests/bench/test_dual_vs_encoder.py::test_transformers_own_model_does_the_same
 
 test-browser: setup
 	@$(PIP) -c constraints.txt -e '.[browser]'

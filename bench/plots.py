@@ -7,6 +7,7 @@ from typing import IO, Any
 
 
 def plot_steps(path: str | IO[str], records: list[dict[str, Any]], title: str) -> None:
+    """A bar of each variant for every measure; one that was not counted says so instead."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -23,7 +24,8 @@ def plot_steps(path: str | IO[str], records: list[dict[str, Any]], title: str) -
     labels = [f"{r['variant']}, {r['masking'].replace('_', '-')}" for r in records]
     figure, axes = plt.subplots(1, len(columns), figsize=(3.4 * len(columns), 0.6 + 0.55 * len(records)), sharey=True)
     for axis, (key, text, unit) in zip(axes, columns):
-        values = [(r["step_ms"]["median"] if key == "step" else r[key]) / unit for r in records]
+        found = [r["step_ms"]["median"] if key == "step" else r[key] for r in records]
+        values = [(value or 0) / unit for value in found]
         shades = ["0.75" if r["masking"] == "encoder_only" else "#1f5fa8" for r in records]
         axis.barh(labels, values, color=shades)
         past = [0.0] * len(values)
@@ -33,7 +35,7 @@ def plot_steps(path: str | IO[str], records: list[dict[str, Any]], title: str) -
             axis.errorbar(values, range(len(values)), xerr=[low, high], fmt="none", ecolor="black", capsize=3)
             past = high
         for place, (value, more) in enumerate(zip(values, past)):
-            shown = f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+            shown = "not counted" if found[place] is None else f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
             axis.annotate(shown, (value + more, place), xytext=(4, 0), textcoords="offset points", va="center")
         axis.set_title(text, fontsize=10)
         axis.margins(x=0.25)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,11 +214,24 @@ def test_variants_that_cannot_run_say_why(bench, capsys):
     assert "'triton' does not run here: needs a GPU" in capsys.readouterr().err
 
 
+def test_a_plot_says_what_was_not_counted(benches, tmp_path):
+    steps = {"median": 3.0, "min": 2.0, "max": 4.0}
+    record = {"variant": "torch", "masking": "dual", "step_ms": steps, "forward_macs_per_clip": 1e9}
+    record |= {"peak_memory_bytes": 2**30, "saved_activation_bytes_per_clip": 2**20}
+    other = {**record, "variant": "huggingface", "masking": "encoder_only", "saved_activation_bytes_per_clip": None}
+    path = tmp_path / "plot.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        benches("plots").plot_steps(str(path), [record, other], "title")
+    assert path.read_text().count("not counted") == 1
+
+
 def test_transformers_own_model_does_the_same(tmp_path):
     """Encoder-only masking: it has no other. Its loss agrees with the reference's, else it would not be timed."""
     pytest.importorskip("transformers")
     words = ["--model", "vit_tiny", "--batch", "1", "--input", "synthetic", "--steps", "1", "--device", "cpu"]
-    done, result = run(tmp_path, *words, "--variants", "reference,huggingface,torch")
+    plot = tmp_path / "plot.png"
+    done, result = run(tmp_path, *words, "--variants", "reference,huggingface,torch", "--plot", str(plot))
+    assert plot.stat().st_size > 1000
     pairs = {(r["variant"], r["masking"]) for r in result["records"]}
     assert ("huggingface", "encoder_only") in pairs and ("huggingface", "dual") not in pairs
     assert result["rejected"] == {} and all(r["step_ms"]["median"] > 0 for r in result["records"])
