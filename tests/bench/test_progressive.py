@@ -115,6 +115,6 @@ def test_two_masks_to_the_table(mask_ablation, benches, tmp_path, monkeypatch, c
     result = json.loads((tmp_path / "mask_ablation.json").read_text())
     table = benches("tables").mask_tables(result)[0]
     assert [row[:2] for row in table.rows] == [["none", "0 %"], ["frame", "75 %"]] and "1 seed;" in table.note
-    result["records"][0] |= {"top1": 20.0, "runs": [{"top1": 10.0}, {"top1": 30.0}]}
+    result["records"][0] |= {"top1": 20.0, "runs": [{"top1": 10.0, "seconds": 9.0}, {"top1": 30.0, "seconds": 7.0}]}
     table = benches("tables").mask_tables(result)[0]
-    assert table.rows[0][4] == "20.0 (10.0 to 30.0)" and "2 seeds;" in table.note
+    assert table.rows[0][4:] == ["20.0 (10.0 to 30.0)", "7"] and "2 seeds;" in table.note
