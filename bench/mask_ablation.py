@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 
 from common import print_table, write_json
+from tables import mask_tables, read_result
 from tiny_world import (
+    SCALE_HELP,
     SCALES,
     Scale,
     Stages,
@@ -61,7 +63,7 @@ def macs_of(mask: str, ratio: float) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("mask_ablation"), help="folder of videos, runs and results")
-    parser.add_argument("--scale", default="half", choices=SCALES, help="half pre-trains for 1200 steps, full for 2400 (half)")
+    parser.add_argument("--scale", default="half", choices=SCALES, help=f"{SCALE_HELP}; default: half")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each mask (1)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -77,13 +79,12 @@ def main() -> int:
         runs = [json.loads((args.out / name / "scores.json").read_text()) for name in own]
         means = {key: statistics.mean(run[key] for run in runs) for key in ("loss", "top1", "seconds")}
         rows.append({"mask": mask, "ratio": ratio, **means, "macs": macs_of(mask, ratio), "runs": runs})
-    formats = {"ratio": ".0%", "macs": ".1f", "loss": ".3f", "top1": ".1f", "seconds": ".0f"}
-    table = [[row["mask"], *(format(row[key], spec) for key, spec in formats.items())] for row in rows]
+    path = args.out / "mask_ablation.json"
+    write_json(path, rows, "cpu", encoder={"mask": ENCODER, "ratio": ENCODER_RATIO}, **about(scale))
+    table = mask_tables(read_result(path))[0]
     print()
-    print_table(["decoder mask", "left out", "MACs (M)", "loss", "top-1 %", "pre-training s"], table)
-    encoder = {"mask": ENCODER, "ratio": ENCODER_RATIO}
-    write_json(args.out / "mask_ablation.json", rows, "cpu", encoder=encoder, **about(scale))
-    print(f"\n{args.out}/mask_ablation.json; the same {scale.pretrain_steps} steps for each mask, {args.seeds} seed(s)")
+    print_table(table.head, table.rows)
+    print(f"\n{table.note}\n{path}")
     return 0
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from common import print_table, write_json
 from tiny_world import (
     LAST_LR,
+    SCALE_HELP,
     SCALES,
     Scale,
     Stages,
@@ -138,7 +139,7 @@ def report(out: Path, scale: Scale, seeds: list[dict[str, Any]], minutes: float)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("progressive"), help="folder of everything (progressive)")
-    parser.add_argument("--scale", default="full", choices=SCALES, help="long pre-trains twice as long as full (full)")
+    parser.add_argument("--scale", default="full", choices=SCALES, help=f"{SCALE_HELP}; default: full")
     parser.add_argument("--seeds", type=int, help="runs of everything (3)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()

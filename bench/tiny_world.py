@@ -57,6 +57,7 @@ SCALES = {
         seeds=2,
     ),
 }
+SCALE_HELP = "steps of pre-training: " + ", ".join(f"{scale.pretrain_steps} ({name})" for name, scale in SCALES.items())
 CLIP = ["--patch-size", "8", "--num-frames", "8", "--image-size", "32"]
 # What differs from the published settings, and why (each was tried in short runs on other videos than these):
 # - Whole frames are hidden from the encoder, half of them. Of 4 x 4 patches a tube hides parts of a shape that is seen beside

@@ -110,9 +110,9 @@ def test_two_masks_to_the_table(mask_ablation, benches, tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["mask_ablation.py", "--scale", "smoke", "--out", str(tmp_path)])
     assert mask_ablation.main() == 0
     assert "frame" in capsys.readouterr().out
-    records = json.loads((tmp_path / "mask_ablation.json").read_text())["records"]
-    assert [record["mask"] for record in records] == ["none", "frame"] and all(record["loss"] > 0 for record in records)
     result = json.loads((tmp_path / "mask_ablation.json").read_text())
+    records = result["records"]
+    assert [record["mask"] for record in records] == ["none", "frame"] and all(record["loss"] > 0 for record in records)
     table = benches("tables").mask_tables(result)[0]
     assert [row[:2] for row in table.rows] == [["none", "0 %"], ["frame", "75 %"]] and "1 seed;" in table.note
     result["records"][0] |= {"top1": 20.0, "runs": [{"top1": 10.0, "seconds": 9.0}, {"top1": 30.0, "seconds": 7.0}]}

@@ -15,7 +15,7 @@ from vmae.config import ModelConfig, _Checked
 from vmae.data.detection_dataset import KeyAugmentConfig, KeyClipConfig
 from vmae.data.manifest import DEFAULT_PATTERN
 from vmae.errors import InputError
-from vmae.train.finetune_settings import add_optimizer_arguments, check_counts
+from vmae.train.finetune_settings import add_optimizer_arguments, check_supervised
 from vmae.train.optim import OptimConfig
 from vmae.train.parallel import world_size
 from vmae.train.pretrain_settings import RunConfig, add_run_arguments, image_size, run_from_args, taken
@@ -78,7 +78,7 @@ class DetectionConfig(_Checked):
             raise InputError(f"fps must be above 0, not {self.fps}")
         if not self.action_ids or len(self.action_ids) != len(self.action_names):
             raise InputError(f"{len(self.action_ids)} action ids and {len(self.action_names)} names: one of each, at least 1")
-        check_counts(self)
+        check_supervised(self)
 
     @property
     def num_classes(self) -> int:

@@ -13,7 +13,7 @@ from vmae.data.labels import read_class_names
 from vmae.errors import InputError
 from vmae.train.optim import OptimConfig
 from vmae.train.parallel import world_size
-from vmae.train.pretrain_settings import RunConfig, add_run_arguments, image_size, run_from_args, taken
+from vmae.train.pretrain_settings import RunConfig, add_run_arguments, check_counts, image_size, run_from_args, taken
 
 PUBLISHED_CLASSIFIERS = {
     "vit_small_patch16_224": "vit_s",
@@ -82,7 +82,7 @@ class FinetuneConfig(_Checked):
     new_head: bool = False
 
     def __post_init__(self) -> None:
-        check_counts(self)
+        check_supervised(self)
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise InputError(f"the decay of the weights' average must be in [0, 1), not {self.ema_decay}")
         if self.probe not in PROBES:
@@ -106,18 +106,13 @@ class FinetuneConfig(_Checked):
         return super().from_dict(made)
 
 
-def check_counts(config) -> None:
-    """What supervised settings of all kinds have in common.
+def check_supervised(config) -> None:
+    """What the settings of every kind of supervised training have in common.
 
     Raises:
         InputError: a count, the seed or the layer decay is out of range.
     """
-    for name in ("num_classes", "effective_batch", "num_sample", "repeat", "epochs", "steps"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, not {value}")
-    if config.seed < 0 or (config.warmup_steps is not None and config.warmup_steps < 0):
-        raise InputError("seed and warmup_steps must be at least 0")
+    check_counts(config, "num_classes")
     if not 0 < config.layer_decay <= 1:
         raise InputError(f"layer decay must be above 0 and at most 1, not {config.layer_decay}")
 

@@ -68,12 +68,24 @@ class PretrainConfig(_Checked):
     init: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("stride", "effective_batch", "num_sample", "repeat", "epochs", "steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, not {value}")
-        if self.seed < 0 or (self.warmup_steps is not None and self.warmup_steps < 0):
-            raise InputError("seed and warmup_steps must be at least 0")
+        check_counts(self, "stride")
+
+
+def check_counts(config, *more: str) -> None:
+    """What the settings of every kind of training have in common.
+
+    Args:
+        more: names of further counts.
+
+    Raises:
+        InputError: a count or the seed is out of range.
+    """
+    for name in (*more, "effective_batch", "num_sample", "repeat", "epochs", "steps"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+    if config.seed < 0 or (config.warmup_steps is not None and config.warmup_steps < 0):
+        raise InputError("seed and warmup_steps must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
