@@ -148,6 +148,22 @@ def test_wrong_input_is_one_line_before_any_work(finetune, actors, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "flag, value, message",
+    [
+        ("--steps", 0, "steps must be at least 1, not 0"),
+        ("--repeat", 0, "repeat must be at least 1, not 0"),
+        ("--seed", -1, "seed and warmup_steps must be at least 0"),
+        ("--layer-decay", 1.5, "layer decay must be above 0 and at most 1, not 1.5"),
+        ("--fps", 0, "fps must be above 0"),
+    ],
+)
+def test_wrong_settings_are_one_line_before_any_work(finetune, tmp_path, capsys, flag, value, message):
+    assert finetune(f"{flag}={value}") == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
 def test_leaving_out(finetune, actors, tmp_path, capsys):
     text = actors["train"].read_text()
     (tmp_path / "more.csv").write_text(text + "train_0099,0001,0.1,0.2,0.3,0.4,1,0\ntrain_0000,0001,0.1,0.2,0.3,0.4,80,0\n")
