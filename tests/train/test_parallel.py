@@ -14,7 +14,7 @@ from vmae.train.checkpoint import CheckpointFolder
 from vmae.train.loop import LoopConfig, NonFiniteError, Trainer
 from vmae.train.metrics import read_log
 from vmae.train.optim import CosineSchedule, OptimConfig, build_adamw
-from vmae.train.parallel import open_parallel, resolve_kind
+from vmae.train.parallel import _LEFT, open_parallel, resolve_kind
 from vmae.train.saver import Saver
 
 MODEL = ModelConfig(
@@ -221,6 +221,17 @@ def test_a_bad_loss_on_one_rank_stops_all_and_names_all_samples(tmp_path, run_ra
     ids = json.loads((tmp_path / "nonfinite.json").read_text())["ids"]
     assert ids == [[3, index, "clip"] for index in range(GLOBAL_BATCH)]
     assert CheckpointFolder(tmp_path).latest().name == "checkpoint-00000003"
+
+
+def leave_before_the_model():
+    with open_parallel("ddp", "cpu") as parallel:
+        model = parallel.wrap(torch.nn.Linear(2, 2))
+    return any(group is model.process_group for group in _LEFT)
+
+
+def test_a_group_is_held_longer_than_models_that_use_it(run_ranks):
+    """Else the model would take it down holding Python's lock, and some ranks never end."""
+    assert run_ranks(2, leave_before_the_model) == [True, True]
 
 
 def counted_batches(parallel, accumulate, start_step):

@@ -22,6 +22,11 @@ from vmae.errors import InputError
 from vmae.train.checks import resolve_device
 
 KINDS = ("auto", "none", "ddp", "fsdp", "hybrid")
+# Groups that were left, one a run, kept until the process ends. A DDP model that outlives its group would be the last to hold
+# it, and takes it down holding Python's lock; gloo's thread may want that lock to drop a collective's tensors, while it
+# holds the group's: both wait for ever (torch 2.13, one end in some 40 on a busy machine). Python's own reference is
+# dropped without the lock.
+_LEFT: list[Any] = []
 
 
 def world_size() -> int:
@@ -213,4 +218,5 @@ def open_parallel(kind: str = "auto", device: str = "auto", *, shard_size: int |
     except Exception as error:
         get_error_handler().record_exception(error)  # for torchrun, which shows the first rank's that failed
         raise
+    _LEFT.append(dist.group.WORLD)
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
