@@ -95,71 +95,77 @@ def test_erasing():
     assert 0.2 < np.mean(shares) < 0.3
 
 
-KEYS = [(0, 3), (0, 7), (2, 1), (2, 5)]
+KEY, SIZE = (2, 5), (8, 10)
 
 
 def batch(videos=4, num_sample=1, seed=0):
-    clips = torch.from_numpy(rng(seed).integers(0, 256, (videos * num_sample, 2, 8, 10, 3), dtype=np.uint8))
+    clips = torch.from_numpy(rng(seed).integers(0, 256, (videos * num_sample, 2, *SIZE, 3), dtype=np.uint8))
     targets = torch.eye(videos).repeat_interleave(num_sample, 0)
     return clips, targets
 
 
-def test_mixup_of_partners():
-    clips, targets = batch()
-    config = AugmentConfig(cutmix=0.0, smoothing=0.0)
-    mixing = draw_mixing(KEYS, 1, (8, 10), config, seed=1)
-    assert mixing.partner.tolist() == [1, 0, 3, 2]
-    weight = mixing.weight
-    assert weight[0] == weight[1] != weight[2] == weight[3]
-    expected = weight.view(-1, 1, 1, 1, 1) * clips + (1 - weight.view(-1, 1, 1, 1, 1)) * clips[[1, 0, 3, 2]]
+def published(clips, targets, weight, box):
+    """Mixup in batch mode (timm 0.4.12, engine_for_finetuning.py) from its formula: x * lam + flip(x) * (1 - lam)."""
+    if box is None:
+        mixed = weight * clips.float() + (1 - weight) * clips.flip(0).float()
+    else:
+        inside = (..., slice(box.top, box.top + box.height), slice(box.left, box.left + box.width), slice(None))
+        mixed = clips.float()
+        mixed[inside] = clips.flip(0)[inside].float()
+        assert weight == pytest.approx(1 - box.width * box.height / (SIZE[0] * SIZE[1]))
+    return mixed, weight * targets + (1 - weight) * targets.flip(0)
+
+
+@pytest.mark.parametrize("videos, num_sample", [(4, 1), (3, 2), (1, 2), (3, 4)])
+@pytest.mark.parametrize("kind", [dict(cutmix=0.0), dict(mixup=0.0)], ids=["mixup", "cutmix"])
+def test_all_clips_of_a_micro_batch_are_mixed_as_published(videos, num_sample, kind):
+    """ViT-g's 3 videos of 2 clips a GPU, and 1 video, too."""
+    clips, targets = batch(videos, num_sample)
+    for seed in range(4):
+        mixing = draw_mixing(len(clips), KEY, SIZE, AugmentConfig(**kind), seed)
+        assert (mixing.box is None) == ("cutmix" in kind)
+        expected, labels = published(clips, targets, mixing.weight, mixing.box)
+        assert (mix_clips(clips, mixing).float() - expected).abs().max() <= 0.5 + 1e-4
+        torch.testing.assert_close(mix_targets(targets, mixing, 0.0), labels)
+
+
+@pytest.mark.parametrize("count", [3, 5, 9])
+def test_the_middle_clip_of_an_odd_count_is_mixed_with_the_first(count):
+    """The published formula would mix it with itself; the others are mixed as published."""
+    clips, targets = batch(count)
+    mixing = draw_mixing(count, KEY, SIZE, AugmentConfig(cutmix=0.0), seed=1)
+    middle, own = count // 2, mixing.weight
+    expected, labels = published(clips, targets, own, None)
+    expected[middle] = own * clips[middle].float() + (1 - own) * clips[0].float()
+    labels[middle] = own * targets[middle] + (1 - own) * targets[0]
     assert (mix_clips(clips, mixing).float() - expected).abs().max() <= 0.5 + 1e-4
-    mixed = mix_targets(targets, mixing, 0.0)
-    assert mixed[0].tolist() == pytest.approx([float(weight[0]), 1 - float(weight[0]), 0, 0])
+    torch.testing.assert_close(mix_targets(targets, mixing, 0.0), labels)
+    assert all(not torch.equal(mixed, clip) for mixed, clip in zip(mix_clips(clips, mixing), clips))
 
 
-def test_cutmix_counts_its_pixels():
-    clips, targets = batch()
-    for seed in range(8):
-        mixing = draw_mixing(KEYS, 1, (8, 10), AugmentConfig(mixup=0.0), seed)
-        mixed = mix_clips(clips, mixing)
-        for i in range(4):
-            box = mixing.boxes[i]
-            foreign = box.width * box.height / 80
-            assert mixing.weight[i] == pytest.approx(1 - foreign)
-            inside = (slice(None), slice(box.top, box.top + box.height), slice(box.left, box.left + box.width))
-            assert torch.equal(mixed[i][inside], clips[i ^ 1][inside])
-            kept = mixed[i].clone()
-            kept[inside] = clips[i][inside]
-            assert torch.equal(kept, clips[i])
+def test_a_single_clip_has_no_partner():
+    clips, targets = batch(1)
+    for config in (AugmentConfig(mixup=0.0), AugmentConfig(cutmix=0.0)):
+        mixing = draw_mixing(1, KEY, SIZE, config, seed=0)
+        assert torch.equal(mix_clips(clips, mixing), clips) and torch.equal(mix_targets(targets, mixing, 0.0), targets)
 
 
-def test_one_of_the_two_for_each_pair():
-    kinds = [draw_mixing([(0, n), (0, n + 1)], 1, (8, 10), AugmentConfig(), 0).boxes[0] is None for n in range(400)]
-    assert 0.42 < np.mean(kinds) < 0.58
+def test_one_of_the_two_for_each_micro_batch():
+    draws = [draw_mixing(2, (0, n), SIZE, AugmentConfig(), 0) for n in range(400)]
+    assert 0.42 < np.mean([draw.box is None for draw in draws]) < 0.58
+    assert len({draw.weight for draw in draws}) > 100
 
 
-def test_mixing_does_not_depend_on_the_split():
-    """A batch over two ranks, or in two micro-batches, is mixed as it is in one."""
-    clips, targets = batch(num_sample=2)
-    whole = draw_mixing(KEYS, 2, (8, 10), AugmentConfig(), seed=5)
-    parts = [draw_mixing(KEYS[i : i + 2], 2, (8, 10), AugmentConfig(), seed=5) for i in (0, 2)]
-    split = [mix_clips(part, mixing) for part, mixing in zip(clips.split(4), parts)]
-    assert torch.equal(mix_clips(clips, whole), torch.cat(split))
-    labels = [mix_targets(part, mixing, 0.1) for part, mixing in zip(targets.split(4), parts)]
-    assert torch.equal(mix_targets(targets, whole, 0.1), torch.cat(labels))
-
-
-def test_an_odd_last_video_is_not_mixed():
-    clips, targets = batch(3)
-    mixing = draw_mixing(KEYS[:3], 1, (8, 10), AugmentConfig(), seed=0)
-    assert torch.equal(mix_clips(clips, mixing)[2], clips[2])
-    assert mix_targets(targets, mixing, 0.0)[2].tolist() == [0, 0, 1]
+def test_mixing_is_a_function_of_the_seed_and_the_micro_batch():
+    draws = [draw_mixing(4, key, SIZE, AugmentConfig(), seed) for key, seed in ((KEY, 5), (KEY, 5), (KEY, 6), ((2, 6), 5))]
+    drawn = [(draw.weight, draw.box) for draw in draws]
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
 
 
 def test_smoothing():
     targets = torch.eye(4)[:1]
     assert mix_targets(targets, None, 0.1)[0].tolist() == pytest.approx([0.925, 0.025, 0.025, 0.025])
-    assert draw_mixing(KEYS, 1, (8, 10), AugmentConfig.none(), 0) is None
+    assert draw_mixing(4, KEY, SIZE, AugmentConfig.none(), 0) is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vmae import DualMask, InputError, MaskConfig, ModelConfig, build_pretrainer, build_reference
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD
-from vmae.cost import forward_macs
+from vmae.cost import masked_macs
+from vmae.masking import DECODER_MASKS, ENCODER_MASKS
 
 SMALL = dict(
     img_size=64, num_frames=8, embed_dim=48, depth=2, num_heads=3, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2
@@ -93,13 +94,16 @@ def test_bfloat16_autocast_stays_near_float32(tiny, clips_of):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in fast.parameters())
 
 
-def test_only_visible_and_counted_tokens_are_computed(tiny, clips_of):
-    """What the forward multiplies is what the paper calculation says of visible and counted tokens, not of all."""
+@pytest.mark.parametrize("decoder", DECODER_MASKS)
+@pytest.mark.parametrize("encoder", ENCODER_MASKS)
+def test_only_visible_and_counted_tokens_are_computed(tiny, clips_of, encoder, decoder):
+    """What the forward multiplies is what the paper calculation says of visible and counted tokens, not of all: for every
+    mask. A run's utilisation is counted from it."""
+    mask = MaskConfig(encoder=encoder, encoder_ratio=0.75, decoder=decoder, decoder_ratio=0.5)
     fast = build_pretrainer(tiny, backend="torch", attention="softmax")
-    mask = draw(tiny, MASKS["dual"], batch=1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        fast(clips_of(tiny, 1), mask)
-    assert counter.get_total_flops() == 2 * forward_macs(tiny, 0.75, 0.5, fused=True)
+        fast(clips_of(tiny, 2), draw(tiny, mask, batch=2))
+    assert counter.get_total_flops() == 2 * 2 * masked_macs(tiny, mask)
 
 
 def test_unseen_tokens_do_not_matter_to_the_encoder_nor_dropped_ones_to_the_loss(tiny, clips_of):

@@ -67,6 +67,12 @@ def test_it_starts_from_a_published_file(finetune, tmp_path, pretrained, capsys)
     assert torch.equal(state["blocks.1.mlp.fc1.weight"], official["encoder.blocks.1.mlp.fc1.weight"])
 
 
+def test_a_micro_batch_of_one_clip_is_said_not_to_be_mixed(finetune, capsys):
+    for flags, said in ((["--batch-size", "1"], True), (["--batch-size", "1", "--num-sample", "2"], False), ([], False)):
+        assert finetune(*flags, "--steps", "1", "--warmup-steps", "0", out="-".join(["run", *flags])) == 0
+        assert ("mixup and cutmix have nothing to mix it with" in capsys.readouterr().out) == said
+
+
 def test_stop_and_resume_is_bit_identical(finetune, tmp_path):
     flags = ["--steps", "6", "--warmup-steps", "2", "--lr", "0.01", "--ema", "0.5", "--drop-path", "0.2", "--head-drop", "0.3"]
     assert finetune(*flags, out="whole") == 0
@@ -82,7 +88,8 @@ def test_stop_and_resume_is_bit_identical(finetune, tmp_path):
 
 
 def test_accumulating_is_the_same_batch(finetune, tmp_path):
-    flags = ["--steps", "3", "--warmup-steps", "0", "--lr", "0.01", "--drop-path", "0"]
+    """Without what is drawn for a micro-batch: stochastic depth, mixup and cutmix."""
+    flags = ["--steps", "3", "--warmup-steps", "0", "--lr", "0.01", "--drop-path", "0", "--mixup", "0", "--cutmix", "0"]
     assert finetune(*flags, out="whole") == 0
     assert finetune(*flags, "--batch-size", "2", "--accumulate", "2", out="split") == 0
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "split"), rel=1e-5)

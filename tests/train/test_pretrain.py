@@ -120,13 +120,22 @@ def test_a_run_with_dali_sees_the_same_samples(videos, tmp_path):
     assert losses(tmp_path / "cpu") == losses(tmp_path / "dali")
 
 
-# One encoder-only, one where clips of a batch count unequally many tokens.
+# One encoder-only, one where clips of a batch count unequally many tokens, one of whole frames.
 @pytest.mark.parametrize(
-    "flags", ["--decoder-mask none", "--encoder-mask random --decoder-mask random", "--no-normalize-target"]
+    "flags",
+    [
+        "--decoder-mask none",
+        "--encoder-mask random --decoder-mask random",
+        "--encoder-mask frame --decoder-mask frame",
+        "--no-normalize-target",
+    ],
 )
-def test_other_masks_and_targets_train(videos, tmp_path, flags):
+def test_other_masks_and_targets_train(videos, tmp_path, monkeypatch, flags):
+    """And their FLOPs are counted: utilisation is in the log of every mask (here in FLOP/s, no peak of a CPU is known)."""
+    monkeypatch.setattr("vmae.train.loop.flops_utilisation", lambda flops, device, dtype: flops)
     assert pretrain(videos, tmp_path, *flags.split(), "--steps", "2") == 0
     assert len(losses(tmp_path)) == 2
+    assert all(record["mfu"] / record["clips_per_s"] > 1e6 for record in read_log(tmp_path / "log.jsonl"))
 
 
 def test_bfloat16_trains_close_to_float32(videos, tmp_path):

@@ -41,7 +41,7 @@ class AugmentConfig(_Checked):
         crop: random resized crop; else the whole frame is resized.
         flip: mirror half of the clips; never where left and right mean something (SSv2).
         erase: probability that a box of the clip becomes noise.
-        mixup, cutmix: alpha of the Beta distribution; 0 means off. With both, each pair of videos gets one of them.
+        mixup, cutmix: alpha of the Beta distribution; 0 means off. With both, each micro-batch gets one of them.
         smoothing: share of a label that is spread over all classes.
     """
 
@@ -218,49 +218,47 @@ def erase_box(clip: np.ndarray, probability: float, rng: np.random.Generator) ->
 
 @dataclass(frozen=True)
 class Mixing:
-    """How the clips of a batch are mixed with a partner.
+    """How the clips of a micro-batch are mixed, each with a partner.
 
     Attributes:
         partner: int64 [B], which clip each is mixed with.
-        weight: float32 [B], the clip's own share of the label, 1 where it is not mixed.
-        boxes: [B] (left, top, width, height) of the partner's pixels for cutmix; None where all pixels are mixed.
+        weight: a clip's own share of its label, and of its pixels where all are mixed.
+        box: the partner's pixels for cutmix; None where all pixels are mixed.
     """
 
     partner: Tensor
-    weight: Tensor
-    boxes: list[CropBox | None]
+    weight: float
+    box: CropBox | None
 
 
 def draw_mixing(
-    keys: Sequence[tuple[int, int]], num_sample: int, size: tuple[int, int], config: AugmentConfig, seed: int
+    batch: int, key: tuple[int, int], size: tuple[int, int], config: AugmentConfig, seed: int
 ) -> Mixing | None:
-    """Mixup or cutmix for a batch; None where the configuration has neither.
+    """Mixup or cutmix for all clips of a micro-batch; None where the configuration has neither.
 
-    Neighbouring videos are partners, and what a pair draws depends on its own (epoch, index) only. So a batch is mixed the
-    same however it is split over ranks or accumulated, as long as each part has an even number of videos; an odd last
-    one is not mixed. (The published code mixes clip i with clip B - 1 - i, with one draw for a batch.)
+    As published (timm's `Mixup` in batch mode): one draw for the micro-batch, and clip i is mixed with clip B - 1 - i, clips of
+    the same video too. There an odd count is an error. Here the clip in the middle, its own partner, takes the first one
+    instead, so that none stays as it is; a single clip does.
+
+    The draw is a function of the seed and the first video, so a run that goes on with the same micro-batches, on whatever
+    ranks, mixes the same. Micro-batches of another size mix other clips.
 
     Args:
-        keys: (epoch, index) of each video.
-        num_sample: clips of each video, which stand together.
+        batch: clips of the micro-batch.
+        key: (epoch, index) of its first video.
         size: (height, width) of the clips in pixels.
     """
     if not config.mixup and not config.cutmix:
         return None
-    videos = len(keys)
-    partner, weight, boxes = list(range(videos)), [1.0] * videos, [None] * videos
-    for first in range(0, videos - 1, 2):
-        partner[first], partner[first + 1] = first + 1, first
-        rng = numpy_rng(seed, *keys[first], Purpose.MIXING)
-        share, box = _draw_pair(config, size, rng)
-        weight[first] = weight[first + 1] = share
-        boxes[first] = boxes[first + 1] = box
-    places = [partner[video] * num_sample + k for video in range(videos) for k in range(num_sample)]
-    weights = torch.tensor(weight, dtype=torch.float32).repeat_interleave(num_sample)
-    return Mixing(torch.tensor(places), weights, [boxes[video] for video in range(videos) for _ in range(num_sample)])
+    weight, box = _draw_share(config, size, numpy_rng(seed, *key, Purpose.MIXING))
+    partner = torch.arange(batch - 1, -1, -1)
+    if batch % 2:
+        partner[batch // 2] = 0
+    return Mixing(partner, weight, box)
 
 
-def _draw_pair(config: AugmentConfig, size: tuple[int, int], rng: np.random.Generator) -> tuple[float, CropBox | None]:
+def _draw_share(config: AugmentConfig, size: tuple[int, int], rng: np.random.Generator) -> tuple[float, CropBox | None]:
+    """`Mixing.weight` and `Mixing.box`: a box's share is that of the pixels inside the picture."""
     cut = config.cutmix > 0 and (config.mixup == 0 or rng.random() < 0.5)
     alpha = config.cutmix if cut else config.mixup
     share = float(rng.beta(alpha, alpha))
@@ -277,14 +275,13 @@ def _draw_pair(config: AugmentConfig, size: tuple[int, int], rng: np.random.Gene
 
 def mix_clips(clips: Tensor, mixing: Mixing) -> Tensor:
     """uint8 [B, T, H, W, 3] of clips mixed with their partners (rounded to whole levels)."""
-    mixed = clips.clone()
-    for i, (partner, weight) in enumerate(zip(mixing.partner.tolist(), mixing.weight.tolist())):
-        box = mixing.boxes[i]
+    mixed, box = clips.clone(), mixing.box
+    for i, partner in enumerate(mixing.partner.tolist()):
         if box is not None:
             rows, columns = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
             mixed[i, :, rows, columns] = clips[partner, :, rows, columns]
-        elif partner != i:
-            mixed[i] = torch.lerp(clips[partner].float(), clips[i].float(), weight).round_().to(torch.uint8)
+        else:
+            mixed[i] = torch.lerp(clips[partner].float(), clips[i].float(), mixing.weight).round_().to(torch.uint8)
     return mixed
 
 
@@ -297,5 +294,4 @@ def mix_targets(targets: Tensor, mixing: Mixing | None, smoothing: float) -> Ten
     smooth = targets * (1 - smoothing) + smoothing / targets.shape[1]
     if mixing is None:
         return smooth
-    weight = mixing.weight.to(targets.device)[:, None]
-    return smooth * weight + smooth[mixing.partner.to(targets.device)] * (1 - weight)
+    return smooth * mixing.weight + smooth[mixing.partner.to(targets.device)] * (1 - mixing.weight)

@@ -170,6 +170,8 @@ def prepare_finetune(
     labelled, notes = read_data(config)
     config = dataclasses.replace(config, multi_label=config.multi_label or labelled.multi)
     dataset = build_dataset(config, labelled, cycle)
+    if run.batch_size * config.num_sample == 1 and (config.augment.mixup or config.augment.cutmix):
+        notes.append("note: a micro-batch is a single clip, so mixup and cutmix have nothing to mix it with")
     steps_per_epoch = EpochSampler(len(dataset), config.effective_batch).steps_per_epoch
     config = with_steps(config, steps_per_epoch)
     optim = config.optim.scaled_to(config.effective_batch)
@@ -259,8 +261,7 @@ def build_trainer(prepared: Prepared, extra: Extra | None = None) -> Trainer:
     size = image_hw(config.clip.image_size)
 
     def compute_loss(batch: LabelledBatch) -> Tensor:
-        keys = [(epoch, index) for epoch, index, _ in batch.ids]
-        mixing = draw_mixing(keys, batch.num_sample, size, config.augment, config.seed)
+        mixing = draw_mixing(len(batch.clips), batch.ids[0][:2], size, config.augment, config.seed)
         clips = batch.clips if mixing is None else mix_clips(batch.clips, mixing)
         logits = wrapped(clips)
         loss = classification_loss(logits, mix_targets(batch.targets, mixing, config.augment.smoothing), config.multi_label)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vmae.cost import forward_macs, token_counts
+from vmae.cost import masked_macs, token_counts
 from vmae.data import Batch, PretrainDataset, Quarantine, check_decodable, read_data
 from vmae.data.dataset import EpochSampler, check_loader
 from vmae.interop.upstream import load_into, load_weights
@@ -141,15 +141,6 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
         optimizer=build_adamw(model, prepared.optim),
         compute_loss=compute_loss,
         weigh=weigh,
-        flops_per_clip=_flops_per_clip(config),
+        flops_per_clip=6.0 * masked_macs(config.model, config.mask),
         on_first_batch=show_trivial_losses if parallel.is_main else None,
     )
-
-
-def _flops_per_clip(config: PretrainConfig) -> float | None:
-    """Of forward and backward, recomputation not counted; None for masks that the paper does not use."""
-    mask = config.mask
-    if mask.encoder != "tube" or mask.decoder not in ("running_cell", "none"):
-        return None
-    ratio = mask.decoder_ratio if mask.decoder == "running_cell" else 0.0
-    return 6.0 * forward_macs(config.model, mask.encoder_ratio, ratio, fused=True)
