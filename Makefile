@@ -16,7 +16,7 @@ help:
 	@echo "make temporal   videos, features, temporal detection, mAP, from nothing: on a CPU, under 5 minutes"
 	@echo "make test       set up, run the tests (make test-slow: the long ones; make test-all: both; make lint: ruff)"
 	@echo "make test-decoders  install torchcodec (which needs FFmpeg's libraries) and DALI, run the tests that want them"
-	@echo "make test-interop   install transformers and ONNX, run the tests that want them"
+	@echo "make test-interop   install transformers and ONNX, run the tests that want them; ten releases of transformers (1 GB)"
 	@echo "make test-browser   install selenium, try the page of \`serve\` in Chromium (which must be there, with chromedriver)"
 	@echo "make clean      remove .venv and what the demo wrote"
 
@@ -62,7 +62,7 @@ test-decoders: setup
 
 test-interop: setup
 	@$(PIP) -c constraints.txt -e '.[hf,onnx]'
-	@$(PYTEST) tests/interop 'tests/test_docs.py::test_page[hugging_face]' \
+	@TEST_RELEASES=$(VENV)/releases $(PYTEST) tests/interop 'tests/test_docs.py::test_page[hugging_face]' \
 	  tests/bench/test_dual_vs_encoder.py::test_transformers_own_model_does_the_same
 
 test-browser: setup

@@ -1,8 +1,12 @@
 """Weights and settings to and from `transformers`' VideoMAE: `VideoMAEForPreTraining` and `VideoMAEForVideoClassification`.
 
-Names are changed and q, k, v are taken apart or put together; no number changes. transformers itself is not needed. Files are
-written with `q_bias` and `v_bias`, the names on the hub, which every release of transformers reads; the names of
-transformers 5 (`query.bias`, `value.bias`) are read too.
+Names are changed and q, k, v are taken apart or put together; no number changes. transformers itself is not needed.
+
+Biases of q and v are written twice, under `q_bias`, `v_bias` (the names on the hub) and under `query.bias`, `value.bias`.
+transformers 4.50 to 5.5.0 reads the first, 5.5.1 to 5.17 only the second (it ignores the first and starts biases from 0), 5.18
+and later both. Releases that read one pair report the other as unexpected. Either pair is read here; a `key.bias`, which
+5.5.1 to 5.17 train and save, is left out: softmax does not see it (it adds the same to a query's product with every key).
+Releases of each kind are tested (`tests/interop/test_transformers_releases.py`).
 
 What cannot be expressed there is refused by name: learned positions, layer scale, cosine attention. transformers masks the
 encoder only (VideoMAE V1): the weights of a dual-masked decoder fit, the masking does not. Its last norms (`fc_norm`,
@@ -40,7 +44,9 @@ _BLOCK = {
     "mlp.fc2": "output.dense",
 }
 _QKV = [f"attention.attention.{part}.weight" for part in ("query", "key", "value")]
-_TRANSFORMERS_5 = {f"attention.attention.{part}.bias": f"attention.attention.{part[0]}_bias" for part in ("query", "value")}
+# The second name of a bias -> the first.
+_BIASES = {f"attention.attention.{part}.bias": f"attention.attention.{part[0]}_bias" for part in ("query", "value")}
+_NO_EFFECT = "attention.attention.key.bias"
 _EMBEDDING = "videomae.embeddings.patch_embeddings.projection."
 # Beginnings of names outside the blocks, ours -> theirs, of each of the two models.
 _OUTER = {
@@ -69,7 +75,7 @@ _LAYERS = {
 
 
 def to_huggingface(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Our (the published) names -> theirs.
+    """Our (the published) names -> theirs, those of q's and v's biases twice, see the module.
 
     Args:
         state: of a `Pretrainer` (`kind` PRETRAINING) or a `Classifier` (CLASSIFICATION).
@@ -88,6 +94,8 @@ def to_huggingface(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
             found.update(zip((prefix + part for part in _QKV), value.chunk(3), strict=True))
         else:
             found[renamed] = value
+            if second := next((new for new, old in _BIASES.items() if renamed.endswith(old)), None):
+                found[renamed.removesuffix(_BIASES[second]) + second] = value.clone()  # files hold no tensor twice
     if strange:
         raise InputError(f"transformers' VideoMAE has no place for {', '.join(strange[:8])} ({len(strange)} tensors)")
     return found
@@ -97,15 +105,16 @@ def from_huggingface(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     """Their names -> ours; the opposite of `to_huggingface`.
 
     Raises:
-        InputError: a tensor that is not of this model, or a layer that lacks one of query, key and value.
+        InputError: a tensor that is not of this model, a layer that lacks one of query, key and value, or a bias whose two
+            names hold different numbers.
     """
     found: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     strange = []
     for name, value in state.items():
-        if name.endswith("position_embeddings"):  # fixed, recomputed
+        if name.endswith(("position_embeddings", _NO_EFFECT)):  # fixed, recomputed; of no effect
             continue
-        for new, old in _TRANSFORMERS_5.items():
+        for new, old in _BIASES.items():
             name = name.replace(new, old)
         part = next((part for part in _QKV if name.endswith(part)), None)
         renamed = _to_ours(name.removesuffix(part) + "attn.qkv.weight" if part else name, kind)
@@ -113,6 +122,8 @@ def from_huggingface(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
             strange.append(name)
         elif part:
             parts.setdefault(renamed, {})[part] = value
+        elif renamed in found and not _same(found[renamed], value):
+            raise InputError(f"{name} and its other name ({', '.join(_BIASES)}) hold different numbers: which are the model's?")
         else:
             found[renamed] = value
     if strange:
@@ -122,6 +133,10 @@ def from_huggingface(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
             raise InputError(f"{name}: only {', '.join(sorted(own))} of query, key and value are there")
         found[name] = torch.cat([own[part] for part in _QKV])
     return found
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and (a.is_meta or torch.allclose(a.float(), b.float(), rtol=0, atol=0, equal_nan=True))
 
 
 def _to_theirs(name: str, kind: str) -> str | None:
