@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import numbers
 import re
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,8 +118,8 @@ def _plain(number: float) -> str:
 def shown(value: Any) -> str:
     """`repr`, short enough for a line."""
     try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a whole number of thousands of digits; lists in lists
+        text = reprlib.repr(value)  # bounded, also for YAML's aliases of aliases
+    except (ValueError, RecursionError):  # a whole number of thousands of digits
         return f"this {type(value).__name__}"
     return text if len(text) <= 40 else f"{text[:37]}..."
 

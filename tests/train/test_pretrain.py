@@ -314,7 +314,7 @@ def test_wrong_lists_are_named_and_nothing_is_written(tmp_path, capsys, name):
         ("--lr nan", "--lr: must be a number above 0 and at most 10,000, not nan"),
         ("--eps=-inf", "--eps/--opt_eps: must be a number above 0 and at most 1, not -inf"),
         ("--betas 0.9 inf", "--betas/--opt_betas: must be a number at least 0 and below 1, not inf"),
-        ("--image-size 100000", "--image-size/--input_size: must be a side in pixels, or HEIGHTxWIDTH, each a whole number from"),
+        ("--image-size 100000", "--image-size/--input_size: must be a side in pixels, or HEIGHTxWIDTH, each a whole"),
         ("--image-size 8192 --patch-size 8 --num-frames 4", "2,097,152 tokens; a clip may have 1,048,576"),
         ("--image-size 36", "36 is not divisible by the patch size 8"),
         ("--num-frames 7", "7 frames are not divisible by the tubelet size 2"),

@@ -34,6 +34,7 @@ from vmae.data.moving_shapes import _SPRITE, _looks, _rng
 from vmae.data.workers import WorkerPool
 from vmae.data.write_video import write_video
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
 from vmae.settings import COUNT, PROCESSES, SEED, Whole, limits, ranged
 
 SLIDES = {"slide left": (-1, 0), "slide right": (1, 0), "slide up": (0, -1), "slide down": (0, 1)}
@@ -261,12 +262,14 @@ def person_boxes(rows: Sequence[AvaBox], seed: int) -> list[AvaBox]:
 def _claim(folder: Path, config: ActorsConfig) -> None:
     about = folder / "actors.json"
     try:
-        if about.exists() and json.loads(about.read_text(encoding="utf-8")) != asdict(config):
+        if about.exists() and parse_json(about.read_text(encoding="utf-8")) != asdict(config):
             raise InputError(f"{folder} holds videos of other settings ({about}); choose another folder")
         (folder / "videos").mkdir(parents=True, exist_ok=True)
         about.write_text(json.dumps(asdict(config)) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {str(folder)!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(f"{about} is damaged ({error}); remove it") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

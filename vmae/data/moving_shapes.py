@@ -26,6 +26,7 @@ from vmae.config import _Checked
 from vmae.data.workers import WorkerPool
 from vmae.data.write_video import write_video
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
 from vmae.settings import COUNT, PROCESSES, SEED, Whole, limits, ranged
 
 _D = 0.5**0.5
@@ -262,12 +263,14 @@ def write_world(folder: str | Path, config: WorldConfig, *, workers: int = 1) ->
 def _claim(folder: Path, config: WorldConfig) -> None:
     about = folder / "world.json"
     try:
-        if about.exists() and json.loads(about.read_text(encoding="utf-8")) != asdict(config):
+        if about.exists() and parse_json(about.read_text(encoding="utf-8")) != asdict(config):
             raise InputError(f"{folder} holds a world of other settings ({about}); choose another folder")
         (folder / "videos").mkdir(parents=True, exist_ok=True)
         about.write_text(json.dumps(asdict(config)) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {str(folder)!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(f"{about} is damaged ({error}); remove it") from None
 
 
 def _write_lists(folder: Path, plan: dict[str, list[Video]]) -> dict[str, Path]:

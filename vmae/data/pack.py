@@ -28,6 +28,7 @@ from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry, read_list
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
 from vmae.settings import PROCESSES, SIDE, Whole, limits, ranged
 
 SETTINGS_NAME, LIST_NAME, REPORT_NAME = "pack.json", "list.txt", "report.json"
@@ -179,7 +180,7 @@ def _claim_folder(folder: Path, config: PackConfig) -> None:
     settings = folder / SETTINGS_NAME
     try:
         if settings.exists():
-            before = json.loads(settings.read_text(encoding="utf-8"))
+            before = parse_json(settings.read_text(encoding="utf-8"))
             if before != asdict(config):
                 raise InputError(f"{folder} was packed with {before}, not {asdict(config)}; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)

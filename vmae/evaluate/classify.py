@@ -29,6 +29,7 @@ from vmae.data.labels import LabelledList, read_class_names, read_labelled_list
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
 from vmae.evaluate.scores import TOP, Record, class_table, confusion, draw_confusion, score, write_table
+from vmae.jsontext import parse_json
 from vmae.settings import BATCH, WORKERS, limits
 from vmae.train.checkpoint import write_atomically
 from vmae.train.checks import check_backend, check_output
@@ -200,13 +201,14 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        before = parse_json(path.read_text(encoding="utf-8")) if path.exists() else None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot use {folder}: {error}") from error
     if before is None:
         write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1) + "\n"), binary=False)
     elif before != settings:
-        changed = ", ".join(key for key in settings if before.get(key) != settings[key])
+        known = before if isinstance(before, dict) else {}
+        changed = ", ".join(key for key in settings if known.get(key) != settings[key])
         raise InputError(f"{folder} holds another test (its {changed} differ); choose another --output")
 
 

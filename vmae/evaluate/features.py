@@ -26,6 +26,7 @@ from vmae.config import IMAGENET_MEAN, IMAGENET_STD, _Checked
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import VideoEntry, read_list
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
 from vmae.model import Classifier
 from vmae.settings import BATCH, FRAMES, SIDE, STRIDE, limits, ranged
 from vmae.train.checkpoint import write_atomically
@@ -321,8 +322,11 @@ def settle_folder(folder: Path, config: WindowConfig, weights: str, checkpoint: 
     path = folder / SETTINGS
     folder.mkdir(parents=True, exist_ok=True)
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if {key: before.get(key) for key in about} != about:
+        try:
+            before = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({error}); choose another --output") from None
+        if not isinstance(before, dict) or {key: before.get(key) for key in about} != about:
             raise InputError(f"{folder} holds features of other weights or windows (see {path}); choose another --output")
         return
     text = json.dumps({**about, "checkpoint": checkpoint}, indent=2) + "\n"

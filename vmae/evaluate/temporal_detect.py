@@ -36,6 +36,7 @@ from vmae.evaluate.temporal import (
     read_videos,
     write_detections,
 )
+from vmae.jsontext import parse_json
 from vmae.model.temporal_head import TemporalHead
 from vmae.settings import BATCH, COUNT, SEED, SHARE_ABOVE_0, SHARE_BELOW_1, Real, Whole, limits, ranged
 from vmae.train.checkpoint import write_atomically
@@ -105,7 +106,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         InputError: the folder is none of `python -m vmae features`.
     """
     try:
-        about = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        about = parse_json((folder / SETTINGS).read_text(encoding="utf-8"))
         geometry_of(about)
         return {key: about[key] for key in ("windows", "weights")}
     except OSError as error:

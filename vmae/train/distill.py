@@ -26,6 +26,7 @@ from tqdm import tqdm
 from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
 from vmae.data.manifest import VideoEntry
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
 from vmae.settings import SHARE, Real, limits, ranged
 from vmae.train import finetune_settings
 from vmae.train.finetune import Extra, Source, build_dataset, finetune, prepare_finetune, read_data, settings_of
@@ -195,7 +196,7 @@ def _open_store(config: DistilConfig, entries: Sequence[VideoEntry]) -> LogitSto
     if epochs is None:
         try:
             with open(f"{config.logits}/logits.json", encoding="utf-8") as file:
-                epochs = int(json.load(file)["epochs"])
+                epochs = int(parse_json(file.read())["epochs"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{config.logits} holds no stored logits ({error}); --store EPOCHS makes them") from error
     return LogitStore(config.logits, _about_views(config, entries, epochs))
