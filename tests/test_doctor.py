@@ -67,7 +67,7 @@ def test_dtype_and_head_dims_are_asked_for(capsys):
     [
         (["--device", "toaster"], "--device toaster: torch knows no such device"),
         (["--device", "cuda"], "torch sees no GPU here"),
-        (["--head-dim", "0"], "--head-dim must be positive, not 0"),
+        (["--head-dim", "0"], "--head-dim: must be a whole number from 1 to 4,096, not 0"),
         (["--json", "/no/such/folder/d.json"], "--json /no/such/folder/d.json: No such file or directory"),
     ],
 )

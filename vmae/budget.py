@@ -15,11 +15,13 @@ from vmae.cost import masked_macs
 from vmae.errors import InputError
 from vmae.memory import Activations, Memory, count_activations, state_bytes
 from vmae.model import build_pretrainer
+from vmae.settings import BATCH, SHARE_ABOVE_0, SHARE_BELOW_1, STEPS, Real, Whole, ranged
 from vmae.train.loop import DTYPES
 
 UNLABELED_HYBRID = 1_350_000  # videos, VideoMAE V2, section 4.1
 # The fewest clips on a GPU at once that a recommendation avoids recomputation for: below, its matrix products are small.
 ENOUGH_CLIPS = 16
+_GPUS = Whole(1, 10**6)
 
 
 @dataclass(frozen=True)
@@ -60,21 +62,16 @@ class Cluster(_Checked):
         mfu: share of it that is reached.
     """
 
-    gpus: int = 8
-    gpus_per_node: int = 8
-    shard_size: int | None = None
-    memory: float = 80 * 2**30
-    reserve: float = 0.08
-    peak_flops: float | None = 989e12
-    mfu: float = 0.5
+    gpus: int = ranged(8, _GPUS)
+    gpus_per_node: int = ranged(8, _GPUS)
+    shard_size: int | None = ranged(None, _GPUS)
+    memory: float = ranged(80 * 2**30, Real(above=0, most=2**50))
+    reserve: float = ranged(0.08, SHARE_BELOW_1)
+    peak_flops: float | None = ranged(989e12, Real(above=0, most=1e18))
+    mfu: float = ranged(0.5, SHARE_ABOVE_0)
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "gpus_per_node", "memory", "peak_flops"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise InputError(f"{name} must be above 0, not {value}")
-        if not 0 < self.mfu <= 1 or not 0 <= self.reserve < 1:
-            raise InputError(f"mfu must be in (0, 1] and reserve in [0, 1), not {self.mfu} and {self.reserve}")
+        super().__post_init__()
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
             raise InputError(f"{self.gpus} GPUs do not fill nodes of {self.gpus_per_node}; give --gpus-per-node")
 
@@ -111,20 +108,18 @@ class Workload(_Checked):
         dtype: "bfloat16" (autocast or FSDP's mixed precision) or "float32".
     """
 
-    batch_size: int = 32
-    num_sample: int = 4
-    effective_batch: int = 2048
-    videos: int = UNLABELED_HYBRID
-    epochs: int = 300
-    steps: int | None = None
+    batch_size: int = ranged(32, BATCH)
+    num_sample: int = ranged(4, BATCH)
+    effective_batch: int = ranged(2048, Whole(1, 2**40))
+    videos: int = ranged(UNLABELED_HYBRID, Whole(1, 10**15))
+    epochs: int = ranged(300, Whole(1, 10**9))
+    steps: int | None = ranged(None, STEPS)
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dtype not in DTYPES:
             raise InputError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
-        for name in ("batch_size", "num_sample", "effective_batch", "videos", "epochs"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.videos < self.effective_batch:
             raise InputError(f"{self.videos} videos do not fill one step of {self.effective_batch}")
 

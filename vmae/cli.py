@@ -10,6 +10,7 @@ import argparse
 import importlib
 import logging
 import sys
+from typing import NoReturn
 
 from vmae.errors import InputError
 
@@ -45,9 +46,16 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """A wrong command line gets one line, like any other wrong input, not the list of all flags before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (`{self.prog} --help` tells what there is)")
+
+
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser; only `command`'s module is imported, so that others' optional packages are not needed."""
-    parser = argparse.ArgumentParser(prog="python -m vmae", description="Pre-training of video transformers.")
+    parser = _Parser(prog="python -m vmae", description="Pre-training of video transformers.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -61,11 +69,11 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     command = next((word for word in argv if word in COMMANDS), None)
-    args = build_parser(command).parse_args(argv)
     # What this package says of itself (which attention backend "auto" took) goes to stderr, as plain lines.
     logging.getLogger("vmae").setLevel(logging.INFO)
     logging.lastResort.setLevel(logging.INFO)
     try:
+        args = build_parser(command).parse_args(argv)
         return args.run(args) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

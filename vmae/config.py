@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from vmae.errors import InputError
+from vmae.settings import FRAMES, SHARE_BELOW_1, SIDE, WORKERS, Real, Whole, check_fields, ranged
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -27,8 +29,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+MAX_TOKENS = 2**20  # of a clip: its fixed positions alone take 3 GiB for ViT-B
+_WIDTH, _BLOCKS, _HEADS = Whole(1, 2**16), Whole(1, 1000), Whole(1, 1024)
+
+
 class _Checked:
-    """Shared by the configurations: construction from a dict that refuses unknown keys, and `replace`."""
+    """Shared by the configurations: numbers checked, construction from a dict that refuses unknown keys, and `replace`."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]):
@@ -68,43 +77,35 @@ class ModelConfig(_Checked):
         layer_norm_eps: of every LayerNorm.
 
     Raises:
-        InputError: a size that does not divide another, or is not positive.
+        InputError: a number out of its range, or a size that does not divide another.
     """
 
-    img_size: int | tuple[int, int] = 224
-    patch_size: int = 16
-    tubelet_size: int = 2
-    num_frames: int = 16
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    decoder_embed_dim: int = 384
-    decoder_depth: int = 4
-    decoder_num_heads: int = 6
-    mlp_ratio: float = 4.0
+    img_size: int | tuple[int, int] = ranged(224, SIDE)
+    patch_size: int = ranged(16, SIDE)
+    tubelet_size: int = ranged(2, FRAMES)
+    num_frames: int = ranged(16, FRAMES)
+    embed_dim: int = ranged(768, _WIDTH)
+    depth: int = ranged(12, _BLOCKS)
+    num_heads: int = ranged(12, _HEADS)
+    decoder_embed_dim: int = ranged(384, _WIDTH)
+    decoder_depth: int = ranged(4, _BLOCKS)
+    decoder_num_heads: int = ranged(6, _HEADS)
+    mlp_ratio: float = ranged(4.0, Real(above=0, most=64))
     qkv_bias: bool = True
-    qk_scale: float | None = None
-    drop_path_rate: float = 0.0
-    init_values: float = 0.0
+    qk_scale: float | None = ranged(None, Real(above=0, most=1e6))
+    drop_path_rate: float = ranged(0.0, SHARE_BELOW_1)
+    init_values: float = ranged(0.0, Real(least=0, most=1000))
     learned_pos: bool = False
-    pos_grid: tuple[int, int, int] | None = None
+    pos_grid: tuple[int, int, int] | None = ranged(None, Whole(1, 2**14))
     cos_attn: bool = False
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: float = ranged(1e-6, Real(above=0, most=1))
 
     def __post_init__(self) -> None:
-        if isinstance(self.img_size, list):
-            object.__setattr__(self, "img_size", tuple(self.img_size))
-        if self.pos_grid is not None:
-            object.__setattr__(self, "pos_grid", tuple(self.pos_grid))
-            if len(self.pos_grid) != 3 or min(self.pos_grid) < 1 or self.learned_pos:
-                raise InputError(f"pos_grid {self.pos_grid} must be three positive numbers, and needs fixed positions")
-        for name in ("patch_size", "tubelet_size", "num_frames", "embed_dim", "depth", "num_heads", "decoder_embed_dim",
-                     "decoder_depth", "decoder_num_heads"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a positive whole number, not {value!r}")
+        super().__post_init__()
+        if self.pos_grid is not None and (self.learned_pos or math.prod(self.pos_grid) > MAX_TOKENS):
+            raise InputError(f"pos_grid {self.pos_grid} needs fixed positions, and at most {MAX_TOKENS:,} of them")
         for side, name in zip(self.image_hw, ("height", "width")):
-            if side < 1 or side % self.patch_size:
+            if side % self.patch_size:
                 lower = max(side // self.patch_size, 1) * self.patch_size
                 raise InputError(
                     f"image {name} {side} is not divisible by the patch size {self.patch_size}; "
@@ -115,12 +116,13 @@ class ModelConfig(_Checked):
         for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
             if getattr(self, width) % getattr(self, heads):
                 raise InputError(f"{width} {getattr(self, width)} is not divisible by {heads} {getattr(self, heads)}")
-        if not 0 <= self.drop_path_rate < 1:
-            raise InputError(f"drop_path_rate must be in [0, 1), not {self.drop_path_rate}")
+        if self.num_tokens > MAX_TOKENS:
+            raise InputError(
+                f"{self.num_frames} frames of {' x '.join(map(str, self.image_hw))} pixels make {self.num_tokens:,} tokens; "
+                f"a clip may have {MAX_TOKENS:,}: take a smaller --image-size or fewer --num-frames"
+            )
         if self.cos_attn and self.qk_scale is not None:
             raise InputError("cosine attention learns its scale: qk_scale must be None with cos_attn")
-        if self.init_values < 0 or self.mlp_ratio <= 0:
-            raise InputError("init_values must be at least 0 and mlp_ratio above 0")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ModelConfig:
@@ -162,20 +164,18 @@ class MaskConfig(_Checked):
     """
 
     encoder: str = "tube"
-    encoder_ratio: float = 0.9
+    encoder_ratio: float = ranged(0.9, SHARE_BELOW_1)
     decoder: str = "running_cell"
-    decoder_ratio: float = 0.5
+    decoder_ratio: float = ranged(0.5, SHARE_BELOW_1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value, known in (
             ("encoder", self.encoder, ("tube", "random", "frame")),
             ("decoder", self.decoder, ("running_cell", "random", "frame", "none")),
         ):
             if value not in known:
                 raise InputError(f"unknown {name} mask {value!r}; known: {', '.join(known)}")
-        for name in ("encoder_ratio", "decoder_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} must be in [0, 1), not {getattr(self, name)}")
 
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -203,15 +203,14 @@ class SpeedConfig(_Checked):
     cuda_graphs: bool = False
     checkpointing: str = "none"
     parallel: str = "auto"
-    shard_size: int | None = None
-    num_workers: int = 1
+    shard_size: int | None = ranged(None, Whole(1, 10**6))
+    num_workers: int = ranged(1, WORKERS)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.checkpointing not in CHECKPOINTING:
             raise InputError(f"unknown checkpointing {self.checkpointing!r}; known: {', '.join(CHECKPOINTING)}")
         if self.backend not in ("auto", "torch", "triton"):
             raise InputError(f"unknown backend {self.backend!r}; known: auto, torch, triton")
-        if self.num_workers < 0:
-            raise InputError(f"num_workers must be at least 0, not {self.num_workers}")
         if self.cuda_graphs and not self.compile:
             raise InputError("CUDA graphs are of compiled blocks: cuda_graphs needs compile")

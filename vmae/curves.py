@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
 from vmae.train.checkpoint import write_atomically
 from vmae.train.metrics import LOG_NAME, RUN_NAME, loss_of_last_tenth, read_log
 
@@ -87,7 +88,7 @@ def read_curve(path: str | Path, name: str | None = None, *, reference: bool = F
 def _last_start(folder: Path) -> dict[str, Any]:
     """Commit, versions and device of a run's last start, as far as they are known."""
     try:
-        start = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))["starts"][-1]
+        start = parse_json((folder / RUN_NAME).read_text(encoding="utf-8"))["starts"][-1]
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return {}
     return {key: start[key] for key in ("date", "commit", "clean", "torch", "device", "threads") if key in start}

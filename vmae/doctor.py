@@ -24,6 +24,7 @@ from vmae.data.decode import BACKENDS as VIDEO_BACKENDS
 from vmae.errors import InputError
 from vmae.model.attention_backends import BACKENDS, auto_order, runnable
 from vmae.model.attention_probes import Workload
+from vmae.settings import Whole
 from vmae_kernels import resolve_backend
 
 SCHEMA = "vmae-doctor/1"
@@ -309,8 +310,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, or a GPU such as cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of attention (default: bfloat16 on a GPU, float32 on a CPU)")
     parser.add_argument(
-        "--head-dim", type=int, nargs="+", default=list(HEAD_DIMS), metavar="N", help="of attention (default: the presets')"
-    )
+        "--head-dim", type=Whole(1, 4096), nargs="+", default=list(HEAD_DIMS), metavar="N",
+        help="of attention (default: the presets')",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write everything there")
 
 
@@ -321,8 +323,6 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--device {args.device}: torch knows no such device") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {args.device}: torch sees no GPU here; use --device cpu")
-    if min(args.head_dim) < 1:
-        raise InputError(f"--head-dim must be positive, not {min(args.head_dim)}")
     dtype = DTYPES[args.dtype] if args.dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
     found = examine(device, dtype, tuple(dict.fromkeys(args.head_dim)))
     report(found)

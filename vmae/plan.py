@@ -19,6 +19,7 @@ from vmae.budget import PUBLISHED, UNLABELED_HYBRID, Cluster, Plan, Row, Workloa
 from vmae.cost import peak_flops, token_counts
 from vmae.data import VideoEntry, read_data
 from vmae.errors import InputError
+from vmae.settings import Limits, Real, limits
 from vmae.train import pretrain_settings
 from vmae.train.optim import OptimConfig
 from vmae.train.pretrain_settings import PretrainConfig
@@ -28,25 +29,45 @@ _UNITS = {"": 2**30, "G": 2**30, "GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 
 _MEMORY = ("parameters", "gradients", "optimizer", "gathered", "activations", "working")
 
 
-def memory_size(text: str) -> float:
+class MemorySize(Limits):
     """Bytes of "80GiB", "80GB", "80" (GiB)."""
-    match = re.fullmatch(r"([\d.]+)\s*([a-zA-Z]*)", text.strip())
-    if not match or match[2].upper() not in _UNITS:
-        raise argparse.ArgumentTypeError(f"cannot read {text!r} as a memory size; write 80GiB or 80GB")
-    return float(match[1]) * _UNITS[match[2].upper()]
+
+    def allows(self, value: float) -> bool:
+        return limits(Cluster, "memory").allows(value)
+
+    def read(self, text: str) -> float:
+        match = re.fullmatch(r"([\d.]+)\s*([a-zA-Z]*)", text.strip())
+        if not match or match[2].upper() not in _UNITS:
+            raise ValueError(text)
+        return float(match[1]) * _UNITS[match[2].upper()]
+
+    def __str__(self) -> str:
+        return "a memory size above 0 and at most 1 PiB, such as 80GiB or 80GB"
+
+
+memory_size = MemorySize()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "The flags of `pretrain` say what is planned; here --device may name a GPU (h100, a100, ...; by default h100)."
     group = parser.add_argument_group("machines and assumptions", about)
-    group.add_argument("--gpus", type=int, default=8, help="all GPUs of the run (8)")
-    group.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of one machine (8)")
+    group.add_argument("--gpus", type=limits(Cluster, "gpus"), default=8, help="all GPUs of the run (8)")
+    group.add_argument("--gpus-per-node", type=limits(Cluster, "gpus_per_node"), default=8, help="GPUs of one machine (8)")
     group.add_argument("--memory", type=memory_size, default=memory_size("80GiB"), help="of one GPU: 80GiB, 40GB (80GiB)")
-    group.add_argument("--reserve", type=float, default=0.08, help="share left to CUDA, NCCL and the allocator (0.08)")
-    group.add_argument("--mfu", type=float, default=0.5, help="share of the peak FLOP/s that is reached (0.5)")
-    group.add_argument("--peak", type=float, metavar="TFLOPS", help="of one GPU (default: the device's in bf16)")
-    group.add_argument("--effective-batch", type=int, help="videos of an optimizer step (default: the published run's)")
-    group.add_argument("--videos", type=int, help=f"in the list (default: those of --data, else {UNLABELED_HYBRID})")
+    group.add_argument(
+        "--reserve", type=limits(Cluster, "reserve"), default=0.08, help="share left to CUDA, NCCL and the allocator (0.08)"
+    )
+    group.add_argument("--mfu", type=limits(Cluster, "mfu"), default=0.5, help="share of the peak FLOP/s that is reached (0.5)")
+    group.add_argument(
+        "--peak", type=Real(above=0, most=1e6), metavar="TFLOPS", help="of one GPU (default: the device's in bf16)"
+    )
+    group.add_argument(
+        "--effective-batch", type=limits(Workload, "effective_batch"),
+        help="videos of an optimizer step (default: the published run's)",
+    )  # fmt: skip
+    group.add_argument(
+        "--videos", type=limits(Workload, "videos"), help=f"in the list (default: those of --data, else {UNLABELED_HYBRID})"
+    )
     group.add_argument("--json", metavar="FILE", help="write everything there too; - for the terminal, and nothing else")
     pretrain_settings.add_arguments(parser, required=False)
     parser.set_defaults(model="vit_g", dtype="bfloat16", num_sample=4, data="", output="")

@@ -62,6 +62,8 @@ def test_unlisted_actions(file):
         ("v,1,0,0,1,1", "line 3: 6 columns; write video_id,timestamp"),
         ("v,1.5,0,0,1,1,12,1", "line 3: timestamp '1.5' is no whole number"),
         ("v,-1,0,0,1,1,12,1", "line 3: timestamp '-1'"),
+        ("v,1e300,0,0,1,1,12,1", "line 3: timestamp '1e300'"),
+        (f"v,1,0,0,1,1,{'9' * 5000},1", "line 3: action 9+ is not in the action list"),
         ("v,1,0,nan,1,1,12,1", "line 3: y1 'nan' is no number"),
         ("v,1,0,0,1,1,twelve,1", "line 3: action_id 'twelve'"),
         (",1,0,0,1,1,12,1", "line 3: no video_id"),
@@ -124,6 +126,8 @@ def test_actions(file, tmp_path):
         ('item {\n  name: "a"\n  id: 1\n}\nitem {\n  name: "b"\n}\n', "line 5: a block needs name"),
         ('item {\n  name: "a"\n  id: 1\n}\nitem {\n  name: "b"\n  id: 1\n}\n', "line 5: id 1 is also that of 'a'"),
         ('item {\n  name: "a"\n  id: 0\n}\n', "line 1: a block needs"),
+        ('item {\n  name: "a"\n  id: 99999999999\n}\n', "line 1: a block needs .* from 1 to 1,000,000,000"),
+        (f'item {{\n  name: "a"\n  id: {"9" * 5000}\n}}\n', "line 1: a block needs .* from 1 to 1,000,000,000"),
     ],
 )
 def test_malformed_action_lists(file, text, message):

@@ -180,7 +180,7 @@ def test_the_reader(frames):
 
 
 def test_settings_are_checked():
-    with pytest.raises(InputError, match="least area"):
+    with pytest.raises(InputError, match="min_crop must be a number above 0 and at most 1"):
         KeyAugmentConfig(min_crop=0)
     with pytest.raises(InputError, match="origin"):
         KeyClipConfig(origin=-1)

@@ -55,6 +55,7 @@ def test_several_labels(world):
     [
         ("a.mp4 1\na.mp4 7\n", "line 2: label 7 is out of range; labels are 0 to 6 \\(7 classes\\)"),
         ("a.mp4 -1\n", "line 1: label -1 is out of range"),
+        (f"a.mp4 1\na.mp4 {'9' * 5000}\n", "line 2: label 9+ is out of range; labels are 0 to 6"),
         ("a.mp4\n", "line 1: no label at the end"),
         ("nothing.mp4 1\n", "line 1: .*does not exist"),
         ("frames 1\n", "is a folder"),
@@ -64,6 +65,18 @@ def test_several_labels(world):
 def test_bad_lists(world, text, message):
     with pytest.raises(InputError, match=message):
         read(world, text, num_classes=7)
+
+
+@pytest.mark.parametrize("label", ["99999999999", "1000000", "9" * 30, "9" * 5000, "0;99999999999", "-1", "-" + "9" * 5000])
+def test_a_label_that_no_head_could_have_is_named_with_its_line(world, label):
+    with pytest.raises(InputError, match=r"list.*, line 2: label -?\d+ is out of range; labels are 0 to 999999$"):
+        read(world, f"a.mp4 1\na.mp4 {label}\n")
+
+
+@pytest.mark.parametrize("columns", ["99999999999 1", "0 99999999999 1", "99999999999 3 1", f"{'9' * 5000} 1"])
+def test_a_folder_of_too_many_images_is_named_with_its_line(world, columns):
+    with pytest.raises(InputError, match="line 1: .*more than 1,000,000,000 images"):
+        read(world, f"frames {columns}\n")
 
 
 def test_written_lists_read_back(world):

@@ -134,6 +134,10 @@ def test_what_a_run_says_of_its_data(tmp_path, folder):
     assert describe_data(videos * 10, probes=8) == ["list: 40 videos, about 0.0647 hours, 100.0% of samples"]
 
 
+# Each line names the one before ten times: written out, the last has a billion words.
+LAUGHS = "mixing:\n- &a ha\n" + "".join(f"- &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -149,6 +153,16 @@ def test_what_a_run_says_of_its_data(tmp_path, folder):
         ("sources:\n- {list: films.txt, root: films, weight: 0}\n", "weight must be"),
         ("sources:\n- {list: films.txt, root: films, weight: true}\n", "weight must be"),
         ("sources:\n- {list: films.txt, root: films, stride: 1.5}\n", "stride must be"),
+        ("sources:\n- {list: films.txt, root: films, weight: .nan}\n", "source 1: weight must be a number above 0 and at most"),
+        ("sources:\n- {list: films.txt, root: films, weight: .inf}\n", "source 1: weight must be"),
+        ("sources:\n- {list: films.txt, root: films, stride: 99999999999}\n", "source 1: stride must be a whole number from 1"),
+        (f"sources:\n- {{list: films.txt, root: films, stride: {'9' * 5000}}}\n", "no YAML|stride must be"),
+        ("sources:\n- {list: [films.txt], root: films}\n", "source 1: list must be one word"),
+        (f"sources: {'[' * 500}{']' * 500}\n", "nested too deeply"),
+        (f"sources: {'[' * 150}{']' * 150}\n", "nested too deeply"),
+        ("sources: &a [*a]\n", "nested too deeply"),
+        (LAUGHS + "sources:\n" + FILMS, "unknown mixing"),
+        (LAUGHS + "sources:\n- {list: films.txt, root: *i}\n", "root must be one word"),
         (f"sources:\n{FILMS}{FILMS}", "'films' is taken"),
         (f"mixing: random\nsources:\n{FILMS}", "unknown mixing 'random'"),
     ],

@@ -97,5 +97,5 @@ def test_again_and_other_settings(actors, tmp_path):
     with pytest.raises(InputError, match="holds videos of other settings"):
         write_actors(folder, ActorsConfig(train=3, validation=2, scenes=2), workers=1)
     assert json.loads((folder / "actors.json").read_text())["train"] == 2
-    with pytest.raises(InputError, match="an even size from 64"):
-        ActorsConfig(size=63)
+    with pytest.raises(InputError, match="size must be even"):
+        ActorsConfig(size=65)

@@ -115,7 +115,8 @@ def test_pictures_survive_the_encoder(tmp_path):
 
 
 def test_bad_input(tmp_path):
-    for change, message in ((dict(size=33), "an even size"), (dict(few=0), "at least 1"), (dict(shared=9), "cannot share")):
+    wrong = ((dict(size=33), "size must be even"), (dict(few=0), "few must be a whole"), (dict(shared=9), "cannot share"))
+    for change, message in wrong:
         with pytest.raises(InputError, match=message):
             WorldConfig(**change)
     (tmp_path / "world.json").write_text("{}")

@@ -101,7 +101,7 @@ def test_errors(tmp_path, bar_videos, monkeypatch):
         pack_video(cut, tmp_path / "p.mp4", PackConfig())
     assert not list(tmp_path.glob("p.*"))
     for wrong in ({"short_side": 4}, {"gop": 0}, {"crf": 60}):
-        with pytest.raises(InputError, match="cannot pack"):
+        with pytest.raises(InputError, match="must be a whole number from"):
             PackConfig(**wrong)
     with pytest.raises(InputError, match="cannot write"):
         pack_list([], cut, PackConfig())

@@ -218,7 +218,7 @@ def test_predict_names_classes(weights, labelled_world, tmp_path, capsys):
         (["--label-map", "gone.json"], "'gone.json' does not exist"),
         (["--averaged"], "has no averaged weights"),
         (["--classes", "two.txt"], "2 class names for a head of 3 classes"),
-        (["--crops", "-1"], "at least 1 segment and 1 crop"),
+        (["--crops", "-1"], "--crops/--test_num_crop: must be a whole number from 1"),
         (["--dtype", "float8"], "unknown dtype"),
     ],
 )

@@ -115,8 +115,8 @@ def test_bad_input(checkpoint, tmp_path, capsys):
     for words, message in (
         ([str(tmp_path / "empty")], "holds no videos"),
         ([str(tmp_path / "none.mp4")], "does not exist"),
-        ([str(sample_videos()[2]), "--step", "0"], "step must be at least 1"),
-        ([str(sample_videos()[2]), "--batch-size", "0"], "--batch-size must be at least 1"),
+        ([str(sample_videos()[2]), "--step", "0"], "--step: must be a whole number from 1"),
+        ([str(sample_videos()[2]), "--batch-size", "0"], "--batch-size: must be a whole number from 1"),
     ):
         assert main(["features", *words, *end]) == 2
         assert message in capsys.readouterr().err

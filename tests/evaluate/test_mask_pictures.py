@@ -72,8 +72,9 @@ def test_command(tmp_path, capsys):
     [
         ("--grid 4,6", "--grid 4,6: give three whole numbers"),
         ("--grid 4,0,6", "must be at least 1"),
-        ("--encoder-ratio 1", "encoder_ratio"),
-        ("--decoder-ratio -0.5", "decoder_ratio"),
+        ("--grid 1024,1024,2", "their product at most 1,048,576"),
+        ("--encoder-ratio 1", "--encoder-ratio"),
+        ("--decoder-ratio -0.5", "--decoder-ratio"),
         ("--encoder-mask cube", "unknown encoder mask 'cube'"),
         ("--model vit_q", "unknown model preset 'vit_q'"),
         ("--seed -1", "--seed"),

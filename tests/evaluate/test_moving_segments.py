@@ -103,7 +103,7 @@ def test_another_seed_is_another_world():
 def test_bad_input(tmp_path, capsys):
     for change, message in (
         (dict(size=33), "even"), (dict(seconds=5), "too short"), (dict(motions=("left", "fly")), "unknown motions: fly"),
-        (dict(test=0), "at least 1"), (dict(motions=("left", "left")), "twice"),
+        (dict(test=0), "test must be a whole number from 1"), (dict(motions=("left", "left")), "twice"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             SegmentsConfig(**change)

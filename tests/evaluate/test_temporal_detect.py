@@ -210,7 +210,7 @@ def test_features_of_another_step(tmp_path, capsys):
 
 
 def test_bad_settings_and_files(tmp_path, capsys):
-    with pytest.raises(InputError, match="epochs must be above 0"):
+    with pytest.raises(InputError, match="epochs must be a whole number from 1"):
         DetectorConfig(epochs=0)
     items, truth = easy_world(2)
     with pytest.raises(InputError, match="have no segments"):

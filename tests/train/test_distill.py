@@ -94,8 +94,8 @@ def test_a_larger_teachers_head_is_converted(distil, teachers, tmp_path, capsys)
         (["--store", "1"], "--store needs the folder to store to"),
         (["--logits", "L", "--mixup", "0.8"], "stored logits are of single clips"),
         (["--logits", "L"], "holds no stored logits"),
-        (["--temperature", "0"], "temperature (0.0) must be above 0"),
-        (["--kl-weight", "2"], "kl_weight (2.0) in [0, 1]"),
+        (["--temperature", "0"], "--temperature: must be a number above 0"),
+        (["--kl-weight", "2"], "--kl-weight: must be a number at least 0 and at most 1, not 2"),
     ],
 )
 def test_bad_input(distil, teachers, tmp_path, monkeypatch, capsys, flags, message):

@@ -22,12 +22,13 @@ from torch import Tensor
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD, _Checked
 from vmae.data.augment import CropBox
 from vmae.data.video_dataset import Purpose, numpy_rng
-from vmae.errors import InputError
+from vmae.settings import SHARE, SHARE_BELOW_1, Real, Whole, ranged
 
 _TOP, _GREY = 10, (128, 128, 128)  # largest magnitude; what comes in where a picture is moved
 _AREA, _RATIO = (0.08, 1.0), (0.75, 1.3333)  # of a random resized crop
 _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 _TRIES = 10
+_ALPHA = Real(least=0, most=10_000)
 Operation = Callable[[Image.Image], Image.Image]
 
 
@@ -45,23 +46,15 @@ class AugmentConfig(_Checked):
         smoothing: share of a label that is spread over all classes.
     """
 
-    operations: int = 4
-    magnitude: float = 7.0
-    magnitude_std: float = 0.5
+    operations: int = ranged(4, Whole(0, 100))
+    magnitude: float = ranged(7.0, Real(least=0, most=_TOP))
+    magnitude_std: float = ranged(0.5, Real(least=0, most=_TOP))
     crop: bool = True
     flip: bool = True
-    erase: float = 0.25
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    smoothing: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.operations < 0 or not 0 <= self.magnitude <= _TOP or self.magnitude_std < 0:
-            raise InputError(f"RandAugment takes operations from 0, a magnitude from 0 to {_TOP} and a std from 0")
-        if not 0 <= self.erase <= 1 or not 0 <= self.smoothing < 1:
-            raise InputError(f"erase ({self.erase}) must be in [0, 1] and smoothing ({self.smoothing}) in [0, 1)")
-        if self.mixup < 0 or self.cutmix < 0:
-            raise InputError(f"mixup ({self.mixup}) and cutmix ({self.cutmix}) must be at least 0")
+    erase: float = ranged(0.25, SHARE)
+    mixup: float = ranged(0.8, _ALPHA)
+    cutmix: float = ranged(1.0, _ALPHA)
+    smoothing: float = ranged(0.1, SHARE_BELOW_1)
 
     @classmethod
     def none(cls, **changes) -> AugmentConfig:

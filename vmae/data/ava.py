@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vmae.data.manifest import read_text
+from vmae.data.manifest import read_text, whole
 from vmae.errors import InputError
 
 Box = tuple[float, float, float, float]
 Key = tuple[str, int]  # (video, timestamp) of a key frame
 _ROUNDING = 1e-3  # a coordinate so far outside the frame is moved to its edge
+_MOST = 10**9  # an id; a second of a video
 _BLOCK = re.compile(r"\b(?:item|label)\s*:?\s*\{([^{}]*)\}")
 _ANNOTATION = "video_id,timestamp,x1,y1,x2,y2,action_id,person_id"
 _DETECTION = "video_id,timestamp,x1,y1,x2,y2,action_id,score"
@@ -149,8 +150,8 @@ def read_actions(path: str | Path) -> dict[int, str]:
         where = f"{path}, line {text.count(chr(10), 0, block.start()) + 1}"
         name = re.search(r'\bname\s*:\s*"([^"]*)"', block[1])
         number = re.search(r"\b(?:label_)?id\s*:\s*(\d+)", block[1])
-        if name is None or number is None or not int(number[1]):
-            raise InputError(f'{where}: a block needs name: "..." and id (or label_id) from 1')
+        if name is None or number is None or not 1 <= whole(number[1]) <= _MOST:
+            raise InputError(f'{where}: a block needs name: "..." and id (or label_id) from 1 to {_MOST:,}')
         if int(number[1]) in actions:
             raise InputError(f"{where}: id {number[1]} is also that of {actions[int(number[1])]!r}")
         actions[int(number[1])] = name[1]
@@ -248,7 +249,7 @@ def _place(where: str, cells: list[str]) -> tuple[str, int, Box]:
 
 def _timestamp(where: str, cell: str) -> int:
     value = _number(where, "timestamp", cell)
-    if value < 0 or value != int(value):
+    if not 0 <= value <= _MOST or value != int(value):
         raise InputError(f"{where}: timestamp {cell!r} is no whole number of seconds from 0")
     return int(value)
 
@@ -256,7 +257,7 @@ def _timestamp(where: str, cell: str) -> int:
 def _whole(where: str, name: str, cell: str) -> int:
     if not cell.isdecimal():
         raise InputError(f"{where}: {name} {cell!r} is no whole number from 0")
-    return int(cell)
+    return whole(cell)
 
 
 def _number(where: str, name: str, cell: str) -> float:

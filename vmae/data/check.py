@@ -28,6 +28,7 @@ from vmae.data.manifest import VideoEntry, read_list_with_problems
 from vmae.data.sampling import sample_frame_indices
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
+from vmae.settings import PROCESSES, Real
 
 
 def decode_clip(
@@ -245,14 +246,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
     parser.add_argument("--output", metavar="DIR", help="where the report goes (default: LIST-check beside the list)")
     parser.add_argument("--backend", default="auto", help="decoder: auto, pyav, torchcodec, decord (auto)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one for each core)")
-    parser.add_argument("--hang", type=float, default=120.0, help="seconds that a video may take (120)")
+    parser.add_argument("--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)")
+    parser.add_argument("--hang", type=Real(above=0, most=10**6), default=120.0, help="seconds that a video may take (120)")
 
 
 def run(args: argparse.Namespace) -> int:
     """The command; 1 where a video is bad."""
-    if args.workers < 1 or args.hang <= 0:
-        raise InputError(f"--workers ({args.workers}) must be at least 1, --hang ({args.hang:g}) above 0")
     source = Path(args.list)
     entries, records = _read_with_advice(source, args.data_root)
     records += check_entries(entries, backend=args.backend, workers=args.workers, hang_s=args.hang)

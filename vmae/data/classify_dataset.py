@@ -21,7 +21,6 @@ from vmae.data.labels import LabelledList
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure
 from vmae.data.sampling import (
-    clip_starts,
     dense_view_indices,
     sample_dense_indices,
     sample_sparse_indices,
@@ -30,6 +29,7 @@ from vmae.data.sampling import (
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
 from vmae.data.workers import WorkerPool
 from vmae.errors import InputError
+from vmae.settings import FRAMES, SIDE, STRIDE, Whole, ranged
 
 CLIP_SAMPLINGS = ("dense", "sparse")
 
@@ -45,18 +45,15 @@ class ClipConfig(_Checked):
         stride: for dense; an entry's own comes first.
     """
 
-    num_frames: int = 16
-    image_size: int | tuple[int, int] = 224
+    num_frames: int = ranged(16, FRAMES)
+    image_size: int | tuple[int, int] = ranged(224, SIDE)
     sampling: str = "dense"
-    stride: int = 4
+    stride: int = ranged(4, STRIDE)
 
     def __post_init__(self) -> None:
-        if isinstance(self.image_size, list):
-            object.__setattr__(self, "image_size", tuple(self.image_size))
+        super().__post_init__()
         if self.sampling not in CLIP_SAMPLINGS:
             raise InputError(f"unknown sampling {self.sampling!r}; known: {', '.join(CLIP_SAMPLINGS)}")
-        image_hw(self.image_size)
-        clip_starts(1, self.num_frames, self.stride)
 
     def train_indices(self, total: int, entry: VideoEntry, rng: np.random.Generator) -> np.ndarray:
         """int64 [T] of a random clip of a video of `total` frames."""
@@ -80,12 +77,8 @@ class ViewConfig(_Checked):
         crops: of each, along the longer side.
     """
 
-    segments: int = 5
-    crops: int = 3
-
-    def __post_init__(self) -> None:
-        if self.segments < 1 or self.crops < 1:
-            raise InputError(f"a test takes at least 1 segment and 1 crop, not {self.segments} x {self.crops}")
+    segments: int = ranged(5, Whole(1, 10_000))
+    crops: int = ranged(3, Whole(1, 1000))
 
 
 @dataclass

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from vmae.config import _Checked
-from vmae.data.augment import CropBox, crop_and_resize, image_hw
+from vmae.data.augment import CropBox, crop_and_resize
 from vmae.data.augment_classify import sample_resized_crop
 from vmae.data.ava import AvaBox, Box, Key
 from vmae.data.decode import open_video
 from vmae.data.manifest import DEFAULT_PATTERN, VIDEO_SUFFIXES, VideoEntry
 from vmae.data.quarantine import Failure
-from vmae.data.sampling import clip_starts
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
 from vmae.data.workers import WorkerPool
 from vmae.errors import InputError
+from vmae.settings import FRAMES, SHARE_ABOVE_0, SIDE, STRIDE, Real, ranged
 
 # Largest moves of a box's left and right (top and bottom) edge outwards and inwards, shares of its width (height).
 _JITTER = ((0.2, 0.1), (0.1, 0.05))
@@ -43,20 +43,11 @@ class KeyClipConfig(_Checked):
         extend: how much wider and taller boxes are made to be looked at in a test, shares (published 0.1 and 0.05).
     """
 
-    num_frames: int = 16
-    image_size: int | tuple[int, int] = 224
-    stride: int = 4
-    origin: float = 0.0
-    extend: tuple[float, float] = (0.1, 0.05)
-
-    def __post_init__(self) -> None:
-        for name in ("image_size", "extend"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        image_hw(self.image_size)
-        clip_starts(1, self.num_frames, self.stride)
-        if self.origin < 0 or min(self.extend) < 0:
-            raise InputError(f"origin ({self.origin}) and extend {self.extend} must be at least 0")
+    num_frames: int = ranged(16, FRAMES)
+    image_size: int | tuple[int, int] = ranged(224, SIDE)
+    stride: int = ranged(4, STRIDE)
+    origin: float = ranged(0.0, Real(least=0, most=10**9))
+    extend: tuple[float, float] = ranged((0.1, 0.05), Real(least=0, most=1000))
 
     def indices(self, key: int, total: int) -> np.ndarray:
         """int64 [T]: the clip around frame `key`; where the video begins or ends, its first or last frame repeats."""
@@ -76,11 +67,7 @@ class KeyAugmentConfig(_Checked):
 
     flip: bool = True
     jitter: bool = True
-    min_crop: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.min_crop <= 1:
-            raise InputError(f"the least area of a crop must be above 0 and at most 1, not {self.min_crop}")
+    min_crop: float = ranged(1.0, SHARE_ABOVE_0)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ What `vmae.data.manifest` says of blanks in paths, comments and `#!` lines holds
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -23,8 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmae.data.manifest import DEFAULT_PATTERN, Line, VideoEntry, read_list, read_text
+from vmae.data.manifest import DEFAULT_PATTERN, Line, VideoEntry, read_list, read_text, whole
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
+from vmae.settings import CLASSES
 
 _LABELS = re.compile(r"(.+?)(?:\s*,\s*|\s+)([+-]?\d+(?:;[+-]?\d+)*)")
 _NUMBERS = re.compile(r"(.+?)(?:\s*,\s*|\s+)(\d+)(?:(?:\s*,\s*|\s+)(\d+))?")
@@ -83,10 +84,10 @@ def read_labelled_list(
         match = _LABELS.fullmatch(content)
         if match is None:
             raise InputError(f"{where}: no label at the end of {content!r}; {_FORMATS}")
-        labels = tuple(dict.fromkeys(int(label) for label in match[2].split(";")))
-        wrong = next((label for label in labels if label < 0 or (num_classes is not None and label >= num_classes)), None)
+        labels = tuple(dict.fromkeys(whole(label) for label in match[2].split(";")))
+        wrong = next((label for label in labels if not 0 <= label < (num_classes or CLASSES.most)), None)
         if wrong is not None:
-            known = "at least 0" if num_classes is None else f"0 to {num_classes - 1} ({num_classes} classes)"
+            known = f"0 to {CLASSES.most - 1}" if num_classes is None else f"0 to {num_classes - 1} ({num_classes} classes)"
             raise InputError(f"{where}: label {wrong} is out of range; labels are {known}")
         found[number] = labels
         return Line(number, _readings(match[1]), stride, pattern)
@@ -103,8 +104,9 @@ def _readings(content: str) -> tuple[tuple[str, int, int], ...]:
     if match is None:
         return ((content, 0, -1),)
     if match[3] is None:
-        return ((match[1], 1, int(match[2])), (content, 0, -1))
-    return ((match[1], int(match[2]), int(match[3])), (f"{match[1]} {match[2]}", 1, int(match[3])), (content, 0, -1))
+        return ((match[1], 1, whole(match[2])), (content, 0, -1))
+    start, total = whole(match[2]), whole(match[3])
+    return ((match[1], start, total), (f"{match[1]} {match[2]}", 1, total), (content, 0, -1))
 
 
 def write_labelled_list(path: Path, entries: Sequence[VideoEntry], labels: Sequence[Iterable[int]]) -> None:
@@ -151,12 +153,12 @@ def _names_from_text(path: str | Path, text: str) -> list[str]:
     numbered = [re.fullmatch(r"(\d+)[,\s]\s*(.+)", line) for line in lines]
     if not lines or None in numbered:
         return lines
-    return _by_number(path, {re.sub(r'^"(.*)"$', r"\1", match[2]): int(match[1]) for match in numbered})
+    return _by_number(path, {re.sub(r'^"(.*)"$', r"\1", match[2]): whole(match[1]) for match in numbered})
 
 
 def _names_from_json(path: str | Path, text: str) -> list[str]:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         raise InputError(f"class list {str(path)!r} is no JSON: {error}") from None
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
@@ -185,7 +187,7 @@ def read_label_map(path: str | Path, *, source_classes: int | None = None, num_c
         InputError: the file is no such list; it misses classes of the target, or names one that the source has not.
     """
     try:
-        found = json.loads(read_text(path))
+        found = parse_json(read_text(path))
     except ValueError as error:
         raise InputError(f"label map {str(path)!r} is no JSON: {error}") from None
     if not isinstance(found, list) or not found or not all(type(number) is int for number in found):
@@ -193,7 +195,7 @@ def read_label_map(path: str | Path, *, source_classes: int | None = None, num_c
     if num_classes is not None and len(found) != num_classes:
         fault = "misses classes" if len(found) < num_classes else "has too many"
         raise InputError(f"label map {str(path)!r} {fault}: it maps {len(found)} classes, the target has {num_classes}")
-    top = source_classes if source_classes is not None else max(found) + 1
+    top = source_classes if source_classes is not None else min(max(found) + 1, CLASSES.most)
     wrong = next((number for number in found if not 0 <= number < top), None)
     if wrong is not None:
         raise InputError(f"label map {str(path)!r} names class {wrong}, but the source has {top} classes (0 to {top - 1})")

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmae.errors import InputError
+from vmae.settings import STRIDE
 
 DEFAULT_PATTERN = "img_{:05}.jpg"
 SOURCE_STRIDES = {"SomethingV2": 2}
@@ -38,6 +39,7 @@ _ENDS_WITH = {count: re.compile("(.+?)" + count * (_SEPARATOR + _NUMBER)) for co
 _FORMATS = "write `path 0 -1` for a video, `folder start total` for frames, or a path alone for a video"
 VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp")
 _Reading = tuple[str, int, int]
+_MOST_IMAGES = 10**9  # of a folder, and the largest number of one
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,8 @@ def _parse_directive(
         key, _, value = setting.partition("=")
         if key == "stride" and value == "default":
             stride = None
-        elif key == "stride" and value.isdecimal() and int(value) > 0:
-            stride = int(value)
+        elif key == "stride" and value.isdecimal() and STRIDE.allows(whole(value)):
+            stride = whole(value)
         elif key == "pattern" and value == "default":
             pattern = None
         elif key == "pattern" and value:
@@ -206,7 +208,7 @@ def _parse_directive(
             _check_pattern(pattern, f"{where}: pattern")
         else:
             raise InputError(
-                f"{where}: cannot read {setting!r}; a `#!` line sets stride=N (N at least 1), "
+                f"{where}: cannot read {setting[:80]!r}; a `#!` line sets stride=N ({STRIDE}), "
                 "pattern=NAME_{:05}.jpg, or either to `default`, with no blanks around ="
             )
     return stride, pattern
@@ -239,7 +241,12 @@ def _parse_line(content: str, where: str, number: int, stride: int | None, patte
 def _read_columns(content: str, count: int) -> _Reading | None:
     """(path, start, total) if `content` ends with `count` whole numbers; a third one is a label."""
     match = _ENDS_WITH[count].fullmatch(content)
-    return (match[1], int(match[2]), int(match[3])) if match else None
+    return (match[1], whole(match[2]), whole(match[3])) if match else None
+
+
+def whole(digits: str) -> int:
+    """The number that a column's digits mean; more than 18 of them mean too many, for Python too from 4,300 on."""
+    return int(digits) if len(digits) < 20 else int(digits[:19])
 
 
 def _complaint(reading: _Reading) -> str | None:
@@ -250,6 +257,8 @@ def _complaint(reading: _Reading) -> str | None:
         return "0 frames"
     if total < -1:
         return f"{total} frames (only -1 marks a video)"
+    if max(start, total) > _MOST_IMAGES:
+        return f"more than {_MOST_IMAGES:,} images"
     return None
 
 

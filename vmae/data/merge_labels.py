@@ -25,6 +25,7 @@ from typing import Any
 from vmae.data.labels import LabelledList, read_class_names, read_labelled_list, write_labelled_list
 from vmae.data.manifest import VideoEntry, read_text
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
 
 SHOWN = 20  # conflicts that the report spells out
 
@@ -269,7 +270,7 @@ def _read_source(name: str, classes: str, train: str, val: str, root: str | None
 
 def _read_same(path: str) -> dict[str, str]:
     try:
-        content = json.loads(read_text(path))
+        content = parse_json(read_text(path))
     except ValueError as error:
         raise InputError(f"the file of same names {path!r} is no JSON: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(target, str) for target in content.values()):

@@ -38,10 +38,13 @@ import numpy as np
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry, read_list
 from vmae.errors import InputError
+from vmae.jsontext import check_depth
+from vmae.settings import STRIDE, Real, shown
 
 MIX_SUFFIXES = (".yaml", ".yml")
 MIXINGS = ("natural", "weighted")
 _SOURCE_KEYS = {"name", "list", "root", "kind", "pattern", "stride", "weight"}
+WEIGHT = Real(above=0, most=10**9)
 _MIX_ORDER = 7  # keeps these random numbers apart from the loader's
 
 
@@ -72,7 +75,7 @@ class Mix(Sequence):
 
     def __init__(self, entries: Sequence[VideoEntry], sources: Sequence[Source], mixing: str = "natural") -> None:
         if mixing not in MIXINGS:
-            raise InputError(f"unknown mixing {mixing!r}; known: {', '.join(MIXINGS)}")
+            raise InputError(f"unknown mixing {shown(mixing)}; known: {', '.join(MIXINGS)}")
         self.entries, self.sources, self.mixing = list(entries), list(sources), mixing
         self._orders: dict[int, tuple[tuple[int, ...], np.ndarray]] = {}
 
@@ -169,7 +172,7 @@ def _read_mix(path: Path, data_root: str | Path | None) -> Mix:
         where = f"mix {str(path)!r}, source {number}"
         _check_source(given, where)
         found = _read_source(given, start, where)
-        name = str(given.get("name", Path(given["list"]).stem))
+        name = str(given.get("name", Path(str(given["list"])).stem))
         if name in {source.name for source in sources}:
             raise InputError(f"{where}: the name {name!r} is taken; give each source a `name` of its own")
         sources.append(Source(name, len(entries), len(found), float(given.get("weight", 1.0))))
@@ -185,9 +188,12 @@ def _load_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"reading a mix needs PyYAML ({error}): `pip install pyyaml`") from None
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        check_depth(content)
+    except RecursionError:
+        raise InputError(f"mix {str(path)!r} is nested too deeply") from None
     except OSError as error:
         raise InputError(f"mix {str(path)!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"mix {str(path)!r} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise InputError(f"mix {str(path)!r}: expected `sources:` and a list of them; a plain list file must not end in .yaml")
@@ -200,13 +206,13 @@ def _check_source(given: Any, where: str) -> None:
     unknown = {str(key) for key in given} - _SOURCE_KEYS
     if unknown:
         raise InputError(f"{where}: unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(_SOURCE_KEYS))}")
+    for key in ("name", "list", "root", "pattern"):
+        if isinstance(given.get(key), (dict, list)):
+            raise InputError(f"{where}: {key} must be one word, not a list or keys")
     if given.get("kind", "video") not in ("video", "frames"):
-        raise InputError(f"{where}: kind must be video or frames, not {given['kind']!r}")
-    weight, stride = given.get("weight", 1), given.get("stride", 1)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-        raise InputError(f"{where}: weight must be a number above 0, not {weight!r}")
-    if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
-        raise InputError(f"{where}: stride must be a whole number of at least 1, not {stride!r}")
+        raise InputError(f"{where}: kind must be video or frames, not {shown(given['kind'])}")
+    WEIGHT.check(f"{where}: weight", given.get("weight", 1))
+    STRIDE.check(f"{where}: stride", given.get("stride", 1))
 
 
 def _read_source(given: dict[str, Any], start: Path, where: str) -> list[VideoEntry]:

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from vmae.config import _Checked
 from vmae.data.ava import AvaBox, Box, write_actions, write_annotations, write_detections, write_excluded
 
 # Private to the package, not to the module: the same shapes on the same ground.
@@ -33,6 +34,8 @@ from vmae.data.moving_shapes import _SPRITE, _looks, _rng
 from vmae.data.workers import WorkerPool
 from vmae.data.write_video import write_video
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
+from vmae.settings import COUNT, PROCESSES, SEED, Whole, limits, ranged
 
 SLIDES = {"slide left": (-1, 0), "slide right": (1, 0), "slide up": (0, -1), "slide down": (0, 1)}
 TURNS = {"turn clockwise": 1, "turn anticlockwise": -1}
@@ -47,7 +50,7 @@ _ANGLE = (0.25, 0.4)  # turns that a scene makes
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActorsConfig:
+class ActorsConfig(_Checked):
     """How many videos of which size; the same for the same settings.
 
     Attributes:
@@ -57,17 +60,16 @@ class ActorsConfig:
         seed: of everything random.
     """
 
-    size: int = 64
-    train: int = 120
-    validation: int = 30
-    scenes: int = 4
-    seed: int = 0
+    size: int = ranged(64, Whole(64, 4096))
+    train: int = ranged(120, COUNT)
+    validation: int = ranged(30, COUNT)
+    scenes: int = ranged(4, Whole(1, 10_000))
+    seed: int = ranged(0, SEED)
 
     def __post_init__(self) -> None:
-        if self.size < 64 or self.size % 2:
-            raise InputError(f"videos of {self.size} pixels: an even size from 64")
-        if min(self.train, self.validation, self.scenes) < 1 or self.seed < 0:
-            raise InputError("at least 1 video to train, 1 to validate and 1 scene, and a seed from 0")
+        super().__post_init__()
+        if self.size % 2:
+            raise InputError(f"size must be even, not {self.size}")
 
 
 @dataclass(frozen=True)
@@ -260,12 +262,14 @@ def person_boxes(rows: Sequence[AvaBox], seed: int) -> list[AvaBox]:
 def _claim(folder: Path, config: ActorsConfig) -> None:
     about = folder / "actors.json"
     try:
-        if about.exists() and json.loads(about.read_text(encoding="utf-8")) != asdict(config):
+        if about.exists() and parse_json(about.read_text(encoding="utf-8")) != asdict(config):
             raise InputError(f"{folder} holds videos of other settings ({about}); choose another folder")
         (folder / "videos").mkdir(parents=True, exist_ok=True)
         about.write_text(json.dumps(asdict(config)) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {str(folder)!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(f"{about} is damaged ({error}); remove it") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -276,13 +280,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }  # fmt: skip
     for name, text in helps.items():
         default = getattr(ActorsConfig, name)
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one for each core)")
+        parser.add_argument(f"--{name}", type=limits(ActorsConfig, name), default=default, help=f"{text} ({default})")
+    parser.add_argument("--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)")
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.workers < 1:
-        raise InputError(f"--workers ({args.workers}) must be at least 1")
     config = ActorsConfig(**{name: getattr(args, name) for name in ("size", "train", "validation", "scenes", "seed")})
     for name, path in write_actors(args.output, config, workers=args.workers).items():
         print(f"{name}: {path}")

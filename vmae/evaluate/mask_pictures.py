@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vmae.config import MaskConfig, ModelConfig
+from vmae.config import MAX_TOKENS, MaskConfig, ModelConfig
 from vmae.errors import InputError
 from vmae.evaluate.pictures import GREY, Panel, add_output_arguments, outputs_of, write_pictures
 from vmae.masking import DECODER_MASKS, ENCODER_MASKS, DualMask, Grid
+from vmae.settings import SEED, limits
 
 CELL = 12  # pixels of a token
 DARK = 40
@@ -23,15 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="vit_b", help="preset whose grid to take (vit_b)")
     parser.add_argument("--grid", metavar="T,Y,X", help="tokens along time, height and width, instead of a preset's")
     parser.add_argument("--encoder-mask", default="tube", help="that the decoder's masks are drawn with (tube)")
-    parser.add_argument("--encoder-ratio", type=float, default=0.9, help="share hidden from the encoder (0.9)")
-    parser.add_argument("--decoder-ratio", type=float, default=0.5, help="share that the decoder leaves out (0.5)")
-    parser.add_argument("--seed", type=int, default=0, help="of every mask (0)")
+    parser.add_argument(
+        "--encoder-ratio", type=limits(MaskConfig, "encoder_ratio"), default=0.9, help="share hidden from the encoder (0.9)"
+    )
+    parser.add_argument(
+        "--decoder-ratio", type=limits(MaskConfig, "decoder_ratio"), default=0.5, help="share that the decoder leaves out (0.5)"
+    )
+    parser.add_argument("--seed", type=SEED, default=0, help="of every mask (0)")
 
 
 def run(args: argparse.Namespace) -> None:
     """The command: draw each mask, tell its counts, write."""
-    if args.seed < 0:
-        raise InputError(f"--seed must be at least 0, not {args.seed}")
     outputs = outputs_of(args, Path("masks.png"))
     grid = ModelConfig.preset(args.model).grid if args.grid is None else parse_grid(args.grid)
     config = MaskConfig(encoder=args.encoder_mask, encoder_ratio=args.encoder_ratio, decoder_ratio=args.decoder_ratio)
@@ -54,8 +57,8 @@ def parse_grid(text: str) -> Grid:
         frames, rows, columns = (int(word) for word in text.split(","))
     except ValueError:
         raise InputError(f"--grid {text}: give three whole numbers, time,rows,columns, such as 8,14,14") from None
-    if min(frames, rows, columns) < 1:
-        raise InputError(f"--grid {text}: every number must be at least 1")
+    if min(frames, rows, columns) < 1 or frames * rows * columns > MAX_TOKENS:
+        raise InputError(f"--grid {text}: every number must be at least 1, and their product at most {MAX_TOKENS:,}")
     return frames, rows, columns
 
 

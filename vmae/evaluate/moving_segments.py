@@ -18,10 +18,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from vmae.config import _Checked
 from vmae.data.moving_shapes import VELOCITIES, render_states
 from vmae.data.write_video import write_video
 from vmae.errors import InputError
 from vmae.evaluate.temporal import Segment, write_actionformer
+from vmae.settings import COUNT, SEED, Whole, limits, ranged
 from vmae.train.checkpoint import write_atomically
 
 FPS = 12
@@ -35,7 +37,7 @@ _START, _PARTS, _CLIP = 100, 101, 102  # purposes of random numbers; those of mo
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentsConfig:
+class SegmentsConfig(_Checked):
     """How many videos of which size; the same videos for the same settings.
 
     Attributes:
@@ -48,20 +50,19 @@ class SegmentsConfig:
         seed: of everything random.
     """
 
-    size: int = 32
-    seconds: int = 20
-    training: int = 60
-    test: int = 20
-    clips: int = 200
-    clip_frames: int = 12
+    size: int = ranged(32, Whole(16, 4096))
+    seconds: int = ranged(20, Whole(1, 100_000))
+    training: int = ranged(60, COUNT)
+    test: int = ranged(20, COUNT)
+    clips: int = ranged(200, COUNT)
+    clip_frames: int = ranged(12, Whole(2, 100_000))
     motions: tuple[str, ...] = MOTIONS
-    seed: int = 0
+    seed: int = ranged(0, SEED)
 
     def __post_init__(self) -> None:
-        if self.size < 16 or self.size % 2:
-            raise InputError(f"size must be even and at least 16 pixels, not {self.size}")
-        if min(self.training, self.test, self.clips) < 1 or self.clip_frames < 2 or self.seed < 0:
-            raise InputError("needs at least 1 video of each kind and 2 frames a clip, and a seed that is not negative")
+        super().__post_init__()
+        if self.size % 2:
+            raise InputError(f"size must be even, not {self.size}")
         least = 2 * _REST_S[1] + _MOTION_S[1]
         if self.seconds < least:
             raise InputError(f"videos of {self.seconds} s are too short for a motion between rests: at least {least:.0f} s")
@@ -181,7 +182,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }  # fmt: skip
     for name, text in helps.items():
         default = getattr(SegmentsConfig, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"{text} ({default})")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=limits(SegmentsConfig, name), default=default, help=f"{text} ({default})"
+        )
     known = ", ".join(VELOCITIES)
     text = f"of {known} (default: {' '.join(MOTIONS)})"
     parser.add_argument("--motions", nargs="+", default=list(MOTIONS), metavar="MOTION", help=text)

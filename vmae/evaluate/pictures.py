@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vmae.config import ModelConfig
 from vmae.data.write_video import find_encoder, write_video
 from vmae.errors import InputError
+from vmae.settings import Whole
 from vmae.train.checkpoint import write_atomically
 from vmae.train.checks import check_output
 
@@ -48,18 +49,18 @@ def add_output_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--output", action="append", metavar="FILE", help=f".png, .gif or .mp4; give it again for more ({default})"
     )
-    parser.add_argument("--frames", type=int, default=8, help="columns of a PNG: moments shown, spread over the clip (8)")
-    parser.add_argument("--fps", type=int, default=6, help="pictures a second of a GIF or MP4 (6)")
+    parser.add_argument(
+        "--frames", type=Whole(1, 4096), default=8, help="columns of a PNG: moments shown, spread over the clip (8)"
+    )
+    parser.add_argument("--fps", type=Whole(1, 50), default=6, help="pictures a second of a GIF or MP4 (6)")
 
 
 def outputs_of(args: argparse.Namespace, default: Path) -> list[Path]:
     """The files to write, checked before any work; nothing is written.
 
     Raises:
-        InputError: a suffix that is not known, a place that can't be written, no encoder, or wrong numbers.
+        InputError: a suffix that is not known, a place that can't be written, or no encoder.
     """
-    if args.frames < 1 or not 1 <= args.fps <= 50:
-        raise InputError(f"--frames ({args.frames}) must be at least 1, and --fps ({args.fps}) from 1 to 50")
     paths = [Path(name) for name in args.output or [default]]
     for path in paths:
         if path.suffix.lower() not in SUFFIXES:

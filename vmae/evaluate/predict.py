@@ -12,6 +12,7 @@ from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
 from vmae.evaluate.classify import published_views
+from vmae.settings import CLASSES, limits
 from vmae.train.checks import check_backend, resolve_device
 from vmae.train.load import LoadedClassifier, add_model_arguments, load_from_args, named, view_probabilities
 
@@ -20,9 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", metavar="VIDEO", help="a video file")
     add_model_arguments(parser)
     parser.add_argument("--classes", metavar="FILE", help="class names, where the checkpoint has none")
-    parser.add_argument("--top", type=int, default=5, help="classes to name (5)")
-    parser.add_argument("--segments", type=int, help="clips of the video in time (5; 2 for sparse sampling)")
-    parser.add_argument("--crops", type=int, help="of each clip (3)")
+    parser.add_argument("--top", type=CLASSES, default=5, help="classes to name (5)")
+    parser.add_argument(
+        "--segments", type=limits(ViewConfig, "segments"), help="clips of the video in time (5; 2 for sparse sampling)"
+    )
+    parser.add_argument("--crops", type=limits(ViewConfig, "crops"), help="of each clip (3)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     parser.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
@@ -30,8 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.top < 1:
-        raise InputError(f"--top must be at least 1, not {args.top}")
     device = resolve_device(args.device)
     check_backend(args.backend, device)
     loaded = load_from_args(args, backend=args.backend, attention=args.attention)

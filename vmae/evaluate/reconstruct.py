@@ -20,6 +20,7 @@ from vmae.evaluate.pictures import GREY, Panel, add_output_arguments, outputs_of
 from vmae.interop.upstream import load_into, read_settings_and_weights
 from vmae.masking import DualMask
 from vmae.model import Pretrainer, build_pretrainer
+from vmae.settings import SEED, STRIDE, limits
 from vmae.train.checkpoint import find_weights
 from vmae.train.checks import resolve_device
 from vmae.train.metrics import trivial_losses
@@ -50,24 +51,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", metavar="VIDEO", help="a video file")
     parser.add_argument("--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights")
     add_output_arguments(parser, "reconstruct-VIDEO.png beside the checkpoint")
-    parser.add_argument("--seed", type=int, default=0, help="of the mask (0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the mask (0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     parser.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
     mask = parser.add_argument_group("mask and sampling (default: as in training)")
     mask.add_argument("--encoder-mask", help="tube, random, frame")
-    mask.add_argument("--encoder-ratio", type=float)
+    mask.add_argument("--encoder-ratio", type=limits(MaskConfig, "encoder_ratio"))
     mask.add_argument("--decoder-mask", help="running_cell, random, frame, none")
-    mask.add_argument("--decoder-ratio", type=float)
-    mask.add_argument("--stride", type=int, help="frames from one sampled frame to the next")
+    mask.add_argument("--decoder-ratio", type=limits(MaskConfig, "decoder_ratio"))
+    mask.add_argument("--stride", type=STRIDE, help="frames from one sampled frame to the next")
     model = parser.add_argument_group("for weights that do not say what they are (official files)")
     model.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny")
-    model.add_argument("--decoder-depth", type=int, help="blocks of the decoder, if not the preset's")
+    model.add_argument(
+        "--decoder-depth", type=limits(ModelConfig, "decoder_depth"), help="blocks of the decoder, if not the preset's"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """The command: load, sample, predict, draw, and say where the picture is."""
-    if args.seed < 0:
-        raise InputError(f"--seed must be at least 0, not {args.seed}")
     device = resolve_device(args.device)
     path = find_weights(args.checkpoint)
     outputs = outputs_of(args, path.parent / f"reconstruct-{Path(args.video).stem}.png")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
 from vmae.train.checkpoint import write_atomically
 
 _T = TypeVar("_T")
@@ -186,7 +187,7 @@ def read_videos(path: str | Path) -> dict[str, VideoInfo]:
 
 def _read_database(path: str | Path) -> dict[str, dict[str, Any]]:
     try:
-        database = json.loads(Path(path).read_text(encoding="utf-8"))["database"]
+        database = parse_json(Path(path).read_text(encoding="utf-8"))["database"]
         return dict(database.items())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None

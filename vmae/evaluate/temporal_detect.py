@@ -36,7 +36,9 @@ from vmae.evaluate.temporal import (
     read_videos,
     write_detections,
 )
+from vmae.jsontext import parse_json
 from vmae.model.temporal_head import TemporalHead
+from vmae.settings import BATCH, COUNT, SEED, SHARE_ABOVE_0, SHARE_BELOW_1, Real, Whole, limits, ranged
 from vmae.train.checkpoint import write_atomically
 from vmae.train.checks import check_output, resolve_device
 
@@ -59,26 +61,19 @@ class DetectorConfig(_Checked):
         seed: of everything random.
     """
 
-    width: int = 64
-    depth: int = 5
-    drop_rate: float = 0.1
-    epochs: int = 40
-    batch_size: int = 4
-    max_positions: int = 2048
-    lr: float = 2e-3
-    weight_decay: float = 0.05
-    core: float = 0.5
-    sigma: float = 0.5
-    min_score: float = 0.01
-    keep: int = 200
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("width", "depth", "epochs", "batch_size", "max_positions", "lr", "sigma", "min_score", "keep"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be above 0, not {getattr(self, name)}")
-        if not 0 < self.core <= 1 or not 0 <= self.drop_rate < 1 or self.weight_decay < 0 or self.seed < 0:
-            raise InputError("core must be in (0, 1], drop_rate in [0, 1), weight_decay and seed not negative")
+    width: int = ranged(64, Whole(1, 2**14))
+    depth: int = ranged(5, Whole(1, 1000))
+    drop_rate: float = ranged(0.1, SHARE_BELOW_1)
+    epochs: int = ranged(40, COUNT)
+    batch_size: int = ranged(4, BATCH)
+    max_positions: int = ranged(2048, COUNT)
+    lr: float = ranged(2e-3, Real(above=0, most=10_000))
+    weight_decay: float = ranged(0.05, Real(least=0, most=1000))
+    core: float = ranged(0.5, SHARE_ABOVE_0)
+    sigma: float = ranged(0.5, Real(above=0, most=10**6))
+    min_score: float = ranged(0.01, SHARE_ABOVE_0)
+    keep: int = ranged(200, COUNT)
+    seed: int = ranged(0, SEED)
 
 
 # --- positions and seconds --------------------------------------------------------------------------------------------
@@ -111,7 +106,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         InputError: the folder is none of `python -m vmae features`.
     """
     try:
-        about = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        about = parse_json((folder / SETTINGS).read_text(encoding="utf-8"))
         geometry_of(about)
         return {key: about[key] for key in ("windows", "weights")}
     except OSError as error:
@@ -364,9 +359,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-subset", default="training", help="of the dataset, to train on (training)")
     parser.add_argument("--test-subset", help="of the dataset, to test on (all others: name it where some are not labelled)")
     parser.add_argument(
-        "--thresholds", type=float, nargs="+", default=list(THUMOS_THRESHOLDS), metavar="T", help="temporal IoU"
+        "--thresholds", type=SHARE_ABOVE_0, nargs="+", default=list(THUMOS_THRESHOLDS), metavar="T", help="temporal IoU"
     )
-    parser.add_argument("--picture", type=int, default=0, metavar="N", help="draw true and found segments of N test videos")
+    parser.add_argument(
+        "--picture", type=Whole(0, 10_000), default=0, metavar="N", help="draw true and found segments of N test videos"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     result = parser.add_argument_group("settings that change results")
     helps = {
@@ -375,7 +372,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }  # fmt: skip
     for name, text in helps.items():
         default = getattr(DetectorConfig, name)
-        result.add_argument(f"--{name.replace('_', '-')}", type=type(default), help=f"{text} ({default})")
+        result.add_argument(f"--{name.replace('_', '-')}", type=limits(DetectorConfig, name), help=f"{text} ({default})")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -384,8 +381,6 @@ def run(args: argparse.Namespace) -> None:
     check_output(output)
     changes = {name: getattr(args, name) for name in ("epochs", "batch_size", "lr", "width", "depth", "seed")}
     changes = {name: value for name, value in changes.items() if value is not None}
-    if not all(0 < threshold <= 1 for threshold in args.thresholds) or args.picture < 0:
-        raise InputError("--thresholds must be in (0, 1], and --picture at least 0")
     if args.detector and changes:
         raise InputError(f"--detector is trained already; leave out {', '.join('--' + name for name in changes)}")
     if not args.detector and (output / DETECTOR).exists():

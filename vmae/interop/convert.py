@@ -10,6 +10,7 @@ from vmae.errors import InputError
 from vmae.interop.huggingface import load_pretrained, read_class_names, save_pretrained
 from vmae.interop.upstream import load_into, read_settings_and_weights
 from vmae.model import Classifier, Pretrainer, build_classifier, build_pretrainer
+from vmae.settings import limits
 from vmae.train.checkpoint import export_weights, find_weights
 from vmae.train.checks import check_output
 
@@ -22,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help=text)
     parser.add_argument("output", metavar="OUT", help="the other one: a file (.pth, .safetensors), or a folder to make")
     parser.add_argument("--model", help="preset of weights that do not say what they are: vit_s, vit_b, vit_l, vit_h, vit_g")
-    parser.add_argument("--num-frames", type=int, help="of such weights (16)")
-    parser.add_argument("--image-size", type=int, help="of such weights (224)")
+    parser.add_argument("--num-frames", type=limits(ModelConfig, "num_frames"), help="of such weights (16)")
+    parser.add_argument("--image-size", type=limits(ModelConfig, "img_size"), help="of such weights (224)")
 
 
 def run(args: argparse.Namespace) -> None:

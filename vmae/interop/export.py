@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vmae.config import ModelConfig
 from vmae.errors import InputError
 from vmae.evaluate.encoder import load_encoder
 from vmae.interop import graphs
 from vmae.interop.upstream import read_settings_and_weights
+from vmae.settings import limits
 from vmae.train.checkpoint import AVERAGED_NAME, export_weights, find_weights
 from vmae.train.checks import check_output
 from vmae.train.load import add_source_arguments, load_classifier
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     graph = parser.add_argument_group("for .pt2 and .onnx")
     graph.add_argument("--what", choices=graphs.OUTPUTS, help="of a clip; tokens of any encoder (logits)")
     graph.add_argument("--averaged", action="store_true", help="take the averaged weights of the run (finetune --ema)")
-    graph.add_argument("--num-frames", type=int, help="frames of a clip (as in training)")
+    graph.add_argument("--num-frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip (as in training)")
     graph.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH (as in training)")
     add_source_arguments(parser)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
 from vmae.model import Classifier
 
 OUTPUTS = ("logits", "features", "tokens")
@@ -113,9 +114,9 @@ def read_about(path: str | Path) -> dict[str, Any]:
     if Path(path).suffix == ".pt2":
         extra = {_ABOUT: ""}
         torch.export.load(path, extra_files=extra)
-        return json.loads(extra[_ABOUT])
+        return parse_json(extra[_ABOUT])
     onnx = _import("onnx")
-    return json.loads({entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}[_ABOUT])
+    return parse_json({entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}[_ABOUT])
 
 
 def _compare(model: ClipModel, loaded: Callable[[Tensor], Tensor], shape: tuple[int, ...], path: Path) -> float:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from vmae.errors import InputError
 from vmae.interop.upstream import load_into, load_weights
+from vmae.jsontext import parse_json
 from vmae.model import Classifier, Pretrainer, build_classifier, build_pretrainer
 from vmae.train.checkpoint import export_weights, write_atomically
 
@@ -333,7 +334,7 @@ def read_class_names(folder: str | Path) -> list[str] | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -7,7 +7,6 @@ A file holds inputs and outputs in float32; weights are made from the parameters
 from __future__ import annotations
 
 import argparse
-import json
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from vmae.config import ModelConfig
 from vmae.errors import InputError
 from vmae.interop.upstream import config_from_arch
+from vmae.jsontext import parse_json
 from vmae.masking import DualMask, running_cell_states
 from vmae.model import build_classifier, build_pretrainer, build_reference
 from vmae.train.optim import OptimConfig, build_adamw, clip_gradients
@@ -198,7 +198,7 @@ def check_file(path: str | Path, backend: str = "torch", attention: str = "auto"
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {key: stored[key] for key in stored.files}
-        meta = json.loads(str(arrays.pop("meta")))
+        meta = parse_json(str(arrays.pop("meta")))
         check = CHECKS[meta["kind"]]
     except FileNotFoundError as error:
         raise InputError(f"golden file {path} does not exist") from error

@@ -15,10 +15,20 @@ from vmae.config import ModelConfig, _Checked
 from vmae.data.detection_dataset import KeyAugmentConfig, KeyClipConfig
 from vmae.data.manifest import DEFAULT_PATTERN
 from vmae.errors import InputError
-from vmae.train.finetune_settings import add_optimizer_arguments, check_supervised
+from vmae.settings import COUNT, FPS, SEED, SHARE_ABOVE_0, STEPS, Whole, limits, ranged
+from vmae.train.finetune_settings import INIT_SCALE, add_optimizer_arguments
 from vmae.train.optim import OptimConfig
 from vmae.train.parallel import world_size
-from vmae.train.pretrain_settings import RunConfig, add_run_arguments, image_size, run_from_args, taken
+from vmae.train.pretrain_settings import (
+    EFFECTIVE_BATCH,
+    EPOCHS,
+    WARMUP_STEPS,
+    RunConfig,
+    add_run_arguments,
+    image_size,
+    run_from_args,
+    taken,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,31 +64,29 @@ class DetectionConfig(_Checked):
     optim: OptimConfig
     annotations: str
     videos: str
-    action_ids: tuple[int, ...]
+    action_ids: tuple[int, ...] = ranged(within=Whole(0, 10**9))
     action_names: tuple[str, ...]
     excluded: str | None = None
     skip_unlisted: bool = False
     skip_missing: bool = False
     frame_pattern: str = DEFAULT_PATTERN
-    fps: float | None = None
-    layer_decay: float = 0.75
-    init_scale: float = 0.001
-    effective_batch: int = 128
-    repeat: int = 1
-    epochs: int = 30
-    steps: int | None = None
-    warmup_steps: int | None = None
-    seed: int = 0
+    fps: float | None = ranged(None, FPS)
+    layer_decay: float = ranged(0.75, SHARE_ABOVE_0)
+    init_scale: float = ranged(0.001, INIT_SCALE)
+    effective_batch: int = ranged(128, EFFECTIVE_BATCH)
+    repeat: int = ranged(1, COUNT)
+    epochs: int = ranged(30, EPOCHS)
+    steps: int | None = ranged(None, STEPS)
+    warmup_steps: int | None = ranged(None, WARMUP_STEPS)
+    seed: int = ranged(0, SEED)
     dtype: str = "float32"
     init: str | None = None
     new_head: bool = False
 
     def __post_init__(self) -> None:
-        if self.fps is not None and self.fps <= 0:
-            raise InputError(f"fps must be above 0, not {self.fps}")
+        super().__post_init__()
         if not self.action_ids or len(self.action_ids) != len(self.action_names):
             raise InputError(f"{len(self.action_ids)} action ids and {len(self.action_names)} names: one of each, at least 1")
-        check_supervised(self)
 
     @property
     def num_classes(self) -> int:
@@ -98,7 +106,6 @@ class DetectionConfig(_Checked):
         """Of `to_dict`, also after a way through JSON."""
         nested = {"model": ModelConfig, "clip": KeyClipConfig, "augment": KeyAugmentConfig, "optim": OptimConfig}
         made = {key: nested[key].from_dict(v) if key in nested and isinstance(v, dict) else v for key, v in values.items()}
-        made |= {key: tuple(made[key]) for key in ("action_ids", "action_names") if key in made}
         return super().from_dict(made)
 
 
@@ -119,8 +126,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start = parser.add_argument_group("what to start from")
     start.add_argument("--init", "--finetune", metavar="CHECKPOINT", help="pre-trained or fine-tuned: run folder, or file")
     start.add_argument("--new-head", action="store_true", help="leave out the checkpoint's head also where it is a detector's")
-    start.add_argument("--init-frames", type=int, help="frames of the checkpoint's clips, if it does not say (16)")
-    start.add_argument("--init-size", type=int, help="side of the checkpoint's clips, if it does not say (224)")
+    start.add_argument(
+        "--init-frames", type=limits(ModelConfig, "num_frames"),
+        help="frames of the checkpoint's clips, if it does not say (16)",
+    )  # fmt: skip
+    start.add_argument(
+        "--init-size", type=limits(ModelConfig, "img_size"), help="side of the checkpoint's clips, if it does not say (224)"
+    )
     _add_result_arguments(parser.add_argument_group("settings that change results"))
     add_optimizer_arguments(parser.add_argument_group("optimizer (changes results)"), lr=5e-4)
     add_run_arguments(parser.add_argument_group("settings that change speed and housekeeping only"))
@@ -133,31 +145,58 @@ def add_video_arguments(group) -> None:
         "--frame-pattern", default=DEFAULT_PATTERN, metavar="PATTERN",
         help="files of image folders, numbered from 1; {video} is the id (img_{:05}.jpg)",
     )  # fmt: skip
-    group.add_argument("--fps", type=float, help="frames a second, where videos or image folders do not tell")
+    group.add_argument(
+        "--fps", type=limits(DetectionConfig, "fps"), help="frames a second, where videos or image folders do not tell"
+    )
 
 
 def _add_result_arguments(group) -> None:
     group.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny (the checkpoint's, else vit_b)")
     group.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH; whole frames are resized to it")
-    group.add_argument("--num-frames", "--num_frames", type=int, help="frames of a clip")
-    group.add_argument("--patch-size", type=int, help="side of a tubelet in pixels (default: the preset's)")
-    group.add_argument("--stride", "--sampling_rate", type=int, default=4, help="frames from one to the next (4)")
-    group.add_argument("--origin", type=float, default=0.0, help="second of the movie that files begin at; 900 for cut AVA (0)")
-    group.add_argument("--drop-path", "--drop_path", type=float, default=0.2, help="stochastic depth (0.2)")
-    group.add_argument("--init-scale", "--init_scale", type=float, default=0.001, help="factor on a new head's weights (0.001)")
-    group.add_argument("--layer-scale", type=float, help="initial layer scale (default: the checkpoint's, else none)")
+    group.add_argument("--num-frames", "--num_frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip")
+    group.add_argument(
+        "--patch-size", type=limits(ModelConfig, "patch_size"), help="side of a tubelet in pixels (default: the preset's)"
+    )
+    group.add_argument(
+        "--stride", "--sampling_rate", type=limits(KeyClipConfig, "stride"), default=4, help="frames from one to the next (4)"
+    )
+    group.add_argument(
+        "--origin", type=limits(KeyClipConfig, "origin"), default=0.0,
+        help="second of the movie that files begin at; 900 for cut AVA (0)",
+    )  # fmt: skip
+    group.add_argument(
+        "--drop-path", "--drop_path", type=limits(ModelConfig, "drop_path_rate"), default=0.2, help="stochastic depth (0.2)"
+    )
+    group.add_argument(
+        "--init-scale", "--init_scale", type=limits(DetectionConfig, "init_scale"), default=0.001,
+        help="factor on a new head's weights (0.001)",
+    )  # fmt: skip
+    group.add_argument(
+        "--layer-scale", type=limits(ModelConfig, "init_values"),
+        help="initial layer scale (default: the checkpoint's, else none)",
+    )  # fmt: skip
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the clips (yes)")
     group.add_argument("--jitter", action=argparse.BooleanOptionalAction, default=True, help="move boxes a little (yes)")
-    group.add_argument("--min-crop", type=float, default=1.0, help="least area of a random crop; 1: whole frames (1)")
-    group.add_argument("--batch-size", "--batch_size", type=int, default=4, help="key frames of a micro-batch on one rank (4)")
     group.add_argument(
-        "--accumulate", "--update_freq", type=int, default=1,
+        "--min-crop", type=limits(KeyAugmentConfig, "min_crop"), default=1.0,
+        help="least area of a random crop; 1: whole frames (1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--batch-size", "--batch_size", type=limits(RunConfig, "batch_size"), default=4,
+        help="key frames of a micro-batch on one rank (4)",
+    )  # fmt: skip
+    group.add_argument(
+        "--accumulate", "--update_freq", type=limits(RunConfig, "accumulate"), default=1,
         help="micro-batches of a step; effective batch = batch size x accumulate x ranks (1)",
     )  # fmt: skip
-    group.add_argument("--repeat", type=int, default=1, help="visits of a key frame in an epoch (1)")
-    group.add_argument("--epochs", type=int, default=30, help="length of the run (30)")
-    group.add_argument("--steps", type=int, help="length of the run in steps, instead of --epochs")
-    group.add_argument("--seed", type=int, default=0, help="of weights, samples and augmentation (0)")
+    group.add_argument(
+        "--repeat", type=limits(DetectionConfig, "repeat"), default=1, help="visits of a key frame in an epoch (1)"
+    )
+    group.add_argument("--epochs", type=limits(DetectionConfig, "epochs"), default=30, help="length of the run (30)")
+    group.add_argument("--steps", type=limits(DetectionConfig, "steps"), help="length of the run in steps, instead of --epochs")
+    group.add_argument(
+        "--seed", type=limits(DetectionConfig, "seed"), default=0, help="of weights, samples and augmentation (0)"
+    )
     group.add_argument("--dtype", default="float32", help="float32, or bfloat16 with float32 weights and loss (float32)")
 
 

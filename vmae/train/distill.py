@@ -26,13 +26,15 @@ from tqdm import tqdm
 from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
 from vmae.data.manifest import VideoEntry
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
+from vmae.settings import SHARE, Real, limits, ranged
 from vmae.train import finetune_settings
 from vmae.train.finetune import Extra, Source, build_dataset, finetune, prepare_finetune, read_data, settings_of
 from vmae.train.finetune_settings import FinetuneConfig
 from vmae.train.load import LoadedClassifier, fingerprint, load_classifier
 from vmae.train.logit_store import LogitStore, fill_store
 from vmae.train.parallel import Parallel, open_parallel
-from vmae.train.pretrain_settings import RunConfig
+from vmae.train.pretrain_settings import EPOCHS, RunConfig
 from vmae.train.run import Prepared
 
 
@@ -53,21 +55,17 @@ class DistilConfig(FinetuneConfig):
     teacher: str
     teacher_weights: str = ""
     teacher_map: str | None = None
-    temperature: float = 2.0
-    kl_weight: float = 0.9
+    temperature: float = ranged(2.0, Real(above=0, most=10_000))
+    kl_weight: float = ranged(0.9, SHARE)
     logits: str | None = None
-    stored_epochs: int | None = None
+    stored_epochs: int | None = ranged(None, EPOCHS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature <= 0 or not 0 <= self.kl_weight <= 1:
-            raise InputError(f"temperature ({self.temperature}) must be above 0 and kl_weight ({self.kl_weight}) in [0, 1]")
         if self.multi_label:
             raise InputError("distillation is for classes that exclude each other, not for several labels a video")
         if self.logits is not None and (self.augment.mixup or self.augment.cutmix):
             raise InputError("stored logits are of single clips, which mixup and cutmix would change: --mixup 0 --cutmix 0")
-        if self.stored_epochs is not None and self.stored_epochs < 1:
-            raise InputError(f"--store takes at least 1 epoch, not {self.stored_epochs}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,10 +74,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--teacher", required=True, metavar="CHECKPOINT", help="fine-tuned: a run's folder, or a file")
     group.add_argument("--teacher-model", help="its preset, for files that do not say what they are")
     group.add_argument("--teacher-map", metavar="FILE.json", help="turn its head of more classes into one of these")
-    group.add_argument("--temperature", type=float, default=2.0, help="of both softmaxes (2)")
-    group.add_argument("--kl-weight", type=float, default=0.9, help="the teacher's share of the loss (0.9)")
+    group.add_argument("--temperature", type=limits(DistilConfig, "temperature"), default=2.0, help="of both softmaxes (2)")
+    group.add_argument(
+        "--kl-weight", type=limits(DistilConfig, "kl_weight"), default=0.9, help="the teacher's share of the loss (0.9)"
+    )
     group.add_argument("--logits", metavar="DIR", help="the teacher's stored logits")
-    group.add_argument("--store", type=int, metavar="EPOCHS", help="store the teacher's logits of so many epochs, and end")
+    group.add_argument(
+        "--store", type=limits(DistilConfig, "stored_epochs"), metavar="EPOCHS",
+        help="store the teacher's logits of so many epochs, and end",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -193,7 +196,7 @@ def _open_store(config: DistilConfig, entries: Sequence[VideoEntry]) -> LogitSto
     if epochs is None:
         try:
             with open(f"{config.logits}/logits.json", encoding="utf-8") as file:
-                epochs = int(json.load(file)["epochs"])
+                epochs = int(parse_json(file.read())["epochs"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{config.logits} holds no stored logits ({error}); --store EPOCHS makes them") from error
     return LogitStore(config.logits, _about_views(config, entries, epochs))

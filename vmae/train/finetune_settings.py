@@ -11,9 +11,19 @@ from vmae.data.augment_classify import AugmentConfig
 from vmae.data.classify_dataset import ClipConfig
 from vmae.data.labels import read_class_names
 from vmae.errors import InputError
+from vmae.settings import BATCH, CLASSES, COUNT, SEED, SHARE_ABOVE_0, SHARE_BELOW_1, STEPS, Real, limits, ranged
 from vmae.train.optim import OptimConfig
 from vmae.train.parallel import world_size
-from vmae.train.pretrain_settings import RunConfig, add_run_arguments, check_counts, image_size, run_from_args, taken
+from vmae.train.pretrain_settings import (
+    EFFECTIVE_BATCH,
+    EPOCHS,
+    WARMUP_STEPS,
+    RunConfig,
+    add_run_arguments,
+    image_size,
+    run_from_args,
+    taken,
+)
 
 PUBLISHED_CLASSIFIERS = {
     "vit_small_patch16_224": "vit_s",
@@ -23,6 +33,7 @@ PUBLISHED_CLASSIFIERS = {
     "vit_giant_patch14_224": "vit_g",
 }
 PROBES = ("none", "linear", "attentive")
+INIT_SCALE = Real(least=0, most=1000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,32 +70,30 @@ class FinetuneConfig(_Checked):
     augment: AugmentConfig
     optim: OptimConfig
     data: str
-    num_classes: int
+    num_classes: int = ranged(within=CLASSES)
     data_root: str | None = None
     class_names: tuple[str, ...] | None = None
     multi_label: bool = False
     probe: str = "none"
     pooling: str = "mean"
-    layer_decay: float = 0.75
-    ema_decay: float | None = None
-    head_drop_rate: float = 0.0
-    init_scale: float = 0.001
-    effective_batch: int = 64
-    num_sample: int = 2
-    repeat: int = 1
-    epochs: int = 30
-    steps: int | None = None
-    warmup_steps: int | None = None
-    seed: int = 0
+    layer_decay: float = ranged(0.75, SHARE_ABOVE_0)
+    ema_decay: float | None = ranged(None, SHARE_BELOW_1)
+    head_drop_rate: float = ranged(0.0, SHARE_BELOW_1)
+    init_scale: float = ranged(0.001, INIT_SCALE)
+    effective_batch: int = ranged(64, EFFECTIVE_BATCH)
+    num_sample: int = ranged(2, BATCH)
+    repeat: int = ranged(1, COUNT)
+    epochs: int = ranged(30, EPOCHS)
+    steps: int | None = ranged(None, STEPS)
+    warmup_steps: int | None = ranged(None, WARMUP_STEPS)
+    seed: int = ranged(0, SEED)
     dtype: str = "float32"
     init: str | None = None
     label_map: str | None = None
     new_head: bool = False
 
     def __post_init__(self) -> None:
-        check_supervised(self)
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise InputError(f"the decay of the weights' average must be in [0, 1), not {self.ema_decay}")
+        super().__post_init__()
         if self.probe not in PROBES:
             raise InputError(f"unknown probe {self.probe!r}; known: {', '.join(PROBES)}")
         if self.probe != "none" and self.init is None:
@@ -101,20 +110,7 @@ class FinetuneConfig(_Checked):
         """Of `to_dict`, also after a way through JSON."""
         nested = {"model": ModelConfig, "clip": ClipConfig, "augment": AugmentConfig, "optim": OptimConfig}
         made = {key: nested[key].from_dict(v) if key in nested and isinstance(v, dict) else v for key, v in values.items()}
-        if made.get("class_names") is not None:
-            made["class_names"] = tuple(made["class_names"])
         return super().from_dict(made)
-
-
-def check_supervised(config) -> None:
-    """What the settings of every kind of supervised training have in common.
-
-    Raises:
-        InputError: a count, the seed or the layer decay is out of range.
-    """
-    check_counts(config, "num_classes")
-    if not 0 < config.layer_decay <= 1:
-        raise InputError(f"layer decay must be above 0 and at most 1, not {config.layer_decay}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +122,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     source.add_argument("--data-root", "--data_root", metavar="DIR", help="where the list's relative paths start")
     source.add_argument("--classes", metavar="FILE", help="class names: a name a line, or JSON")
-    source.add_argument("--num-classes", "--nb_classes", type=int, help="without --classes (default: largest label + 1)")
+    source.add_argument(
+        "--num-classes", "--nb_classes", type=limits(FinetuneConfig, "num_classes"),
+        help="without --classes (default: largest label + 1)",
+    )  # fmt: skip
     source.add_argument("--output", "--output_dir", required=True, metavar="DIR", help="folder of the run: checkpoints, logs")
     source.add_argument("--dry-run", action="store_true", help="check everything, print the resolved settings, write nothing")
     _add_start_arguments(parser.add_argument_group("what to start from"))
@@ -140,63 +139,120 @@ def _add_start_arguments(group) -> None:
     group.add_argument("--init", "--finetune", metavar="CHECKPOINT", help="pre-trained or fine-tuned: run folder, or file")
     group.add_argument("--label-map", metavar="FILE.json", help="turn the checkpoint's head of more classes into one of these")
     group.add_argument("--new-head", action="store_true", help="leave the checkpoint's head out")
-    group.add_argument("--init-frames", type=int, help="frames of the checkpoint's clips, if it does not say (16)")
-    group.add_argument("--init-size", type=int, help="side of the checkpoint's clips, if it does not say (224)")
+    group.add_argument(
+        "--init-frames", type=limits(ModelConfig, "num_frames"),
+        help="frames of the checkpoint's clips, if it does not say (16)",
+    )  # fmt: skip
+    group.add_argument(
+        "--init-size", type=limits(ModelConfig, "img_size"), help="side of the checkpoint's clips, if it does not say (224)"
+    )
     group.add_argument("--probe", default="none", help="freeze the encoder, train a linear or attentive reader (none)")
 
 
 def _add_result_arguments(group) -> None:
     group.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny (the checkpoint's, else vit_b)")
     group.add_argument("--image-size", "--input_size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
-    group.add_argument("--num-frames", "--num_frames", type=int, help="frames of a clip")
-    group.add_argument("--patch-size", type=int, help="side of a tubelet in pixels (default: the preset's)")
-    group.add_argument("--drop-path", "--drop_path", type=float, default=0.1, help="stochastic depth (0.1)")
-    group.add_argument("--head-drop", "--head_drop_rate", type=float, default=0.0, help="dropout before the head (0)")
-    group.add_argument("--init-scale", "--init_scale", type=float, default=0.001, help="factor on a new head's weights (0.001)")
-    group.add_argument("--layer-scale", type=float, help="initial layer scale (default: the checkpoint's, else none)")
+    group.add_argument("--num-frames", "--num_frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip")
+    group.add_argument(
+        "--patch-size", type=limits(ModelConfig, "patch_size"), help="side of a tubelet in pixels (default: the preset's)"
+    )
+    group.add_argument(
+        "--drop-path", "--drop_path", type=limits(ModelConfig, "drop_path_rate"), default=0.1, help="stochastic depth (0.1)"
+    )
+    group.add_argument(
+        "--head-drop", "--head_drop_rate", type=limits(FinetuneConfig, "head_drop_rate"), default=0.0,
+        help="dropout before the head (0)",
+    )  # fmt: skip
+    group.add_argument(
+        "--init-scale", "--init_scale", type=limits(FinetuneConfig, "init_scale"), default=0.001,
+        help="factor on a new head's weights (0.001)",
+    )  # fmt: skip
+    group.add_argument(
+        "--layer-scale", type=limits(ModelConfig, "init_values"),
+        help="initial layer scale (default: the checkpoint's, else none)",
+    )  # fmt: skip
     group.add_argument("--pooling", default="mean", help="of the tokens: mean, first (mean)")
     group.add_argument("--sampling", default="dense", help="frames: dense, or sparse as for SSv2 (dense)")
     group.add_argument("--sparse_sample", dest="sampling", action="store_const", const="sparse", help=argparse.SUPPRESS)
-    group.add_argument("--stride", "--sampling_rate", type=int, default=4, help="frames from one to the next, for dense (4)")
-    group.add_argument("--batch-size", "--batch_size", type=int, default=64, help="videos of a micro-batch on one rank (64)")
     group.add_argument(
-        "--accumulate", "--update_freq", type=int, default=1,
+        "--stride", "--sampling_rate", type=limits(ClipConfig, "stride"), default=4,
+        help="frames from one to the next, for dense (4)",
+    )  # fmt: skip
+    group.add_argument(
+        "--batch-size", "--batch_size", type=limits(RunConfig, "batch_size"), default=64,
+        help="videos of a micro-batch on one rank (64)",
+    )  # fmt: skip
+    group.add_argument(
+        "--accumulate", "--update_freq", type=limits(RunConfig, "accumulate"), default=1,
         help="micro-batches of a step; effective batch = batch size x accumulate x ranks (1)",
     )  # fmt: skip
-    group.add_argument("--num-sample", "--num_sample", type=int, default=2, help="clips of each decoded video (2)")
-    group.add_argument("--repeat", type=int, default=1, help="visits of a video in an epoch, for short lists (1)")
-    group.add_argument("--epochs", type=int, default=30, help="length of the run (30)")
-    group.add_argument("--steps", type=int, help="length of the run in steps, instead of --epochs")
+    group.add_argument(
+        "--num-sample", "--num_sample", type=limits(FinetuneConfig, "num_sample"), default=2,
+        help="clips of each decoded video (2)",
+    )  # fmt: skip
+    group.add_argument(
+        "--repeat", type=limits(FinetuneConfig, "repeat"), default=1, help="visits of a video in an epoch, for short lists (1)"
+    )
+    group.add_argument("--epochs", type=limits(FinetuneConfig, "epochs"), default=30, help="length of the run (30)")
+    group.add_argument("--steps", type=limits(FinetuneConfig, "steps"), help="length of the run in steps, instead of --epochs")
     group.add_argument("--multi-label", action="store_true", help="a loss for each class (found in the list otherwise)")
-    group.add_argument("--ema", "--model_ema_decay", type=float, metavar="DECAY", help="average the weights, 0.9999 say (no)")
-    group.add_argument("--seed", type=int, default=0, help="of weights, samples and augmentation (0)")
+    group.add_argument(
+        "--ema", "--model_ema_decay", type=limits(FinetuneConfig, "ema_decay"), metavar="DECAY",
+        help="average the weights, 0.9999 say (no)",
+    )  # fmt: skip
+    group.add_argument(
+        "--seed", type=limits(FinetuneConfig, "seed"), default=0, help="of weights, samples and augmentation (0)"
+    )
     group.add_argument("--dtype", default="float32", help="float32, or bfloat16 with float32 weights and loss (float32)")
 
 
 def _add_augment_arguments(group) -> None:
     group.add_argument("--augment", default="published", choices=["published", "none"], help="what the others start from")
-    group.add_argument("--operations", type=int, help="RandAugment operations of a clip, each with probability 0.5 (4)")
-    group.add_argument("--magnitude", type=float, help="of RandAugment, 0 to 10 (7)")
-    group.add_argument("--magnitude-std", type=float, help="(0.5)")
+    group.add_argument(
+        "--operations", type=limits(AugmentConfig, "operations"),
+        help="RandAugment operations of a clip, each with probability 0.5 (4)",
+    )  # fmt: skip
+    group.add_argument("--magnitude", type=limits(AugmentConfig, "magnitude"), help="of RandAugment, 0 to 10 (7)")
+    group.add_argument("--magnitude-std", type=limits(AugmentConfig, "magnitude_std"), help="(0.5)")
     group.add_argument("--crop", action=argparse.BooleanOptionalAction, help="random resized crop (yes)")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the clips; not for SSv2 (yes)")
-    group.add_argument("--erase", "--reprob", type=float, help="probability of random erasing (0.25)")
-    group.add_argument("--mixup", type=float, help="alpha (0.8)")
-    group.add_argument("--cutmix", type=float, help="alpha (1.0)")
-    group.add_argument("--smoothing", type=float, help="of labels (0.1)")
+    group.add_argument("--erase", "--reprob", type=limits(AugmentConfig, "erase"), help="probability of random erasing (0.25)")
+    group.add_argument("--mixup", type=limits(AugmentConfig, "mixup"), help="alpha (0.8)")
+    group.add_argument("--cutmix", type=limits(AugmentConfig, "cutmix"), help="alpha (1.0)")
+    group.add_argument("--smoothing", type=limits(AugmentConfig, "smoothing"), help="of labels (0.1)")
 
 
 def add_optimizer_arguments(group, lr: float = 1e-3) -> None:
     """Flags of `OptimConfig`, of the warm-up and of the layers' decay."""
-    group.add_argument("--lr", type=float, default=lr, help=f"peak learning rate for 256 videos a step ({lr:g})")
-    group.add_argument("--min-lr", "--min_lr", type=float, default=1e-6, help="final learning rate for 256 videos (1e-6)")
-    group.add_argument("--warmup-epochs", "--warmup_epochs", type=float, help="linear warm-up (5; at most a sixth of the run)")
-    group.add_argument("--warmup-steps", "--warmup_steps", type=int, help="linear warm-up in steps, instead of epochs")
-    group.add_argument("--layer-decay", "--layer_decay", type=float, default=0.75, help="factor from a layer to the one before")
-    group.add_argument("--weight-decay", "--weight_decay", type=float, default=0.05, help="(0.05)")
-    group.add_argument("--clip-grad", "--clip_grad", type=float, help="largest gradient norm (no clipping)")
-    group.add_argument("--betas", "--opt_betas", type=float, nargs=2, default=(0.9, 0.999), help="of AdamW (0.9 0.999)")
-    group.add_argument("--eps", "--opt_eps", type=float, default=1e-8, help="of AdamW (1e-8)")
+    group.add_argument(
+        "--lr", type=limits(OptimConfig, "lr"), default=lr, help=f"peak learning rate for 256 videos a step ({lr:g})"
+    )
+    group.add_argument(
+        "--min-lr", "--min_lr", type=limits(OptimConfig, "min_lr"), default=1e-6,
+        help="final learning rate for 256 videos (1e-6)",
+    )  # fmt: skip
+    group.add_argument(
+        "--warmup-epochs", "--warmup_epochs", type=limits(OptimConfig, "warmup_epochs"),
+        help="linear warm-up (5; at most a sixth of the run)",
+    )  # fmt: skip
+    group.add_argument(
+        "--warmup-steps", "--warmup_steps", type=limits(FinetuneConfig, "warmup_steps"),
+        help="linear warm-up in steps, instead of epochs",
+    )  # fmt: skip
+    group.add_argument(
+        "--layer-decay", "--layer_decay", type=limits(FinetuneConfig, "layer_decay"), default=0.75,
+        help="factor from a layer to the one before",
+    )  # fmt: skip
+    group.add_argument(
+        "--weight-decay", "--weight_decay", type=limits(OptimConfig, "weight_decay"), default=0.05, help="(0.05)"
+    )
+    group.add_argument(
+        "--clip-grad", "--clip_grad", type=limits(OptimConfig, "clip_grad"), help="largest gradient norm (no clipping)"
+    )
+    group.add_argument(
+        "--betas", "--opt_betas", type=limits(OptimConfig, "betas"), nargs=2, default=(0.9, 0.999), help="of AdamW (0.9 0.999)"
+    )
+    group.add_argument("--eps", "--opt_eps", type=limits(OptimConfig, "eps"), default=1e-8, help="of AdamW (1e-8)")
     group.add_argument("--opt", choices=["adamw"], default="adamw", help=argparse.SUPPRESS)
 
 

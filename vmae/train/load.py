@@ -19,6 +19,7 @@ from vmae.errors import InputError
 from vmae.interop.classifier_weights import checkpoint_grid, start_classifier
 from vmae.interop.upstream import read_settings_and_weights
 from vmae.model import Classifier, build_classifier
+from vmae.settings import limits
 from vmae.train.checkpoint import AVERAGED_NAME, find_weights
 from vmae.train.finetune_settings import PUBLISHED_CLASSIFIERS
 from vmae.train.pretrain_settings import image_size
@@ -53,8 +54,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-map", metavar="FILE.json", help="turn a head of more classes into one of these")
     clip = parser.add_argument_group("how videos are seen (default: as in training)")
     clip.add_argument("--sampling", help="dense, sparse")
-    clip.add_argument("--stride", type=int, help="frames from one to the next, for dense")
-    clip.add_argument("--num-frames", type=int, help="frames of a clip")
+    clip.add_argument("--stride", type=limits(ClipConfig, "stride"), help="frames from one to the next, for dense")
+    clip.add_argument("--num-frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip")
     clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
     add_source_arguments(parser)
 
@@ -63,8 +64,8 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """What official files do not say."""
     model = parser.add_argument_group("for weights that do not say what they are (official files)")
     model.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny")
-    model.add_argument("--init-frames", type=int, help="frames that the weights are of (16)")
-    model.add_argument("--init-size", type=int, help="side of the clips that they are of (224)")
+    model.add_argument("--init-frames", type=limits(ModelConfig, "num_frames"), help="frames that the weights are of (16)")
+    model.add_argument("--init-size", type=limits(ModelConfig, "img_size"), help="side of the clips that they are of (224)")
 
 
 def load_from_args(args: argparse.Namespace, **options: Any) -> LoadedClassifier:

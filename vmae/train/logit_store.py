@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
 from vmae.train.checkpoint import write_atomically
 
 ABOUT = "logits.json"
@@ -38,8 +39,8 @@ class LogitStore:
         self.folder, self.about = Path(folder), json.loads(json.dumps(about))
         path = self.folder / ABOUT
         try:
-            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        except (OSError, ValueError) as error:
+            before = dict(parse_json(path.read_text(encoding="utf-8"))) if path.exists() else None
+        except (OSError, ValueError, TypeError) as error:
             raise InputError(f"the stored logits in {folder} cannot be read: {error}") from error
         self.exists = before is not None
         if before is not None and before != self.about:

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from vmae.config import _Checked
 from vmae.errors import InputError
+from vmae.settings import BATCH, SEED, Whole, ranged
 from vmae.train.checkpoint import write_atomically
 from vmae.train.guard import FiniteGuard, LateNumbers, device_is_idle
 from vmae.train.metrics import NoLog, RunLog, StepMeter, flops_utilisation, peak_memory_bytes
-from vmae.train.optim import clip_gradients, set_learning_rate
+from vmae.train.optim import CLIP_GRAD, clip_gradients, set_learning_rate
 from vmae.train.parallel import Parallel, bare
 from vmae.train.saver import Saver
 from vmae.train.signals import STOP_SIGNALS, StopSignals
@@ -35,6 +36,7 @@ from vmae.train.step import StepRecord, TrainingBatch, seed_random
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NONFINITE_NAME = "nonfinite.json"
+_STEPS = Whole(1, 2**63 - 1)  # epochs times the steps of one
 
 
 class NonFiniteError(InputError):
@@ -56,22 +58,20 @@ class LoopConfig(_Checked):
         log_every, save_every: steps from one log line, or checkpoint, to the next.
     """
 
-    total_steps: int
-    steps_per_epoch: int = 1
-    accumulate: int = 1
-    clip_grad: float | None = None
+    total_steps: int = ranged(within=_STEPS)
+    steps_per_epoch: int = ranged(1, _STEPS)
+    accumulate: int = ranged(1, BATCH)
+    clip_grad: float | None = ranged(None, CLIP_GRAD)
     dtype: str = "float32"
     cuda_graphs: bool = False
-    seed: int = 0
-    log_every: int = 10
-    save_every: int = 1000
+    seed: int = ranged(0, SEED)
+    log_every: int = ranged(10, _STEPS)
+    save_every: int = ranged(1000, _STEPS)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dtype not in DTYPES:
             raise InputError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
-        for name in ("total_steps", "steps_per_epoch", "accumulate", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 class Trainer:

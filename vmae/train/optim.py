@@ -14,7 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from vmae.config import _Checked
 from vmae.errors import InputError
+from vmae.settings import SHARE_BELOW_1, Real, ranged
 
+CLIP_GRAD = Real(above=0, most=1e30)
 NO_DECAY_NAMES = ("pos_embed", "cls_token", "mask_token", "bias", "scale")  # scale: of cosine attention
 
 
@@ -30,22 +32,13 @@ class OptimConfig(_Checked):
         clip_grad: largest gradient norm; None does not clip.
     """
 
-    lr: float = 1.5e-4
-    min_lr: float = 1e-5
-    warmup_epochs: float = 40
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.05
-    clip_grad: float | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
-        if self.lr <= 0 or self.min_lr < 0 or self.warmup_epochs < 0 or self.weight_decay < 0:
-            raise InputError("lr must be above 0; min_lr, warmup_epochs and weight_decay at least 0")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"betas must be two numbers in [0, 1), not {self.betas}")
-        if self.clip_grad is not None and self.clip_grad <= 0:
-            raise InputError(f"clip_grad must be above 0, not {self.clip_grad}")
+    lr: float = ranged(1.5e-4, Real(above=0, most=10_000))
+    min_lr: float = ranged(1e-5, Real(least=0, most=10_000))
+    warmup_epochs: float = ranged(40, Real(least=0, most=10**9))
+    betas: tuple[float, float] = ranged((0.9, 0.95), SHARE_BELOW_1)
+    eps: float = ranged(1e-8, Real(above=0, most=1))
+    weight_decay: float = ranged(0.05, Real(least=0, most=1000))
+    clip_grad: float | None = ranged(None, CLIP_GRAD)
 
     def scaled_to(self, total_batch: int) -> OptimConfig:
         """The learning rates of a total batch: `lr * total_batch / 256`."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmae.config import MaskConfig, ModelConfig, SpeedConfig, _Checked
-from vmae.errors import InputError
+from vmae.settings import BATCH, COUNT, FPS, SEED, SHARE, STEPS, STRIDE, Sides, Whole, limits, ranged
 from vmae.train.optim import OptimConfig
 from vmae.train.parallel import world_size
 
@@ -20,6 +20,8 @@ PUBLISHED_MODELS = {
     "pretrain_videomae_giant_patch14_224": "vit_g",
 }
 PUBLISHED_MASKS = {"run_cell": "running_cell"}
+EPOCHS, WARMUP_STEPS, EFFECTIVE_BATCH = Whole(1, 10**9), Whole(0, STEPS.most), Whole(1, 2**40)
+image_size = Sides(limits(ModelConfig, "img_size"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,42 +52,26 @@ class PretrainConfig(_Checked):
     optim: OptimConfig
     data: str
     data_root: str | None = None
-    stride: int = 4
+    stride: int = ranged(4, STRIDE)
     sampling: str = "published"
-    fps: float | None = None
+    fps: float | None = ranged(None, FPS)
     flip: bool = False
     resize: str = "torch"
     loader: str = "cpu"
     effective_batch: int = 32
-    num_sample: int = 1
-    repeat: int = 1
-    epochs: int = 800
-    steps: int | None = None
-    warmup_steps: int | None = None
-    seed: int = 0
+    num_sample: int = ranged(1, BATCH)
+    repeat: int = ranged(1, COUNT)
+    epochs: int = ranged(800, EPOCHS)
+    steps: int | None = ranged(None, STEPS)
+    warmup_steps: int | None = ranged(None, WARMUP_STEPS)
+    seed: int = ranged(0, SEED)
     dtype: str = "float32"
     normalize_target: bool = True
     init: str | None = None
 
     def __post_init__(self) -> None:
-        check_counts(self, "stride")
-
-
-def check_counts(config, *more: str) -> None:
-    """What the settings of every kind of training have in common.
-
-    Args:
-        more: names of further counts.
-
-    Raises:
-        InputError: a count or the seed is out of range.
-    """
-    for name in (*more, "effective_batch", "num_sample", "repeat", "epochs", "steps"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, not {value}")
-    if config.seed < 0 or (config.warmup_steps is not None and config.warmup_steps < 0):
-        raise InputError("seed and warmup_steps must be at least 0")
+        super().__post_init__()
+        EFFECTIVE_BATCH.check("effective_batch", self.effective_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,21 +97,16 @@ class RunConfig(_Checked):
     output: str
     device: str = "auto"
     speed: SpeedConfig = dataclasses.field(default_factory=SpeedConfig)
-    batch_size: int = 32
-    accumulate: int = 1
+    batch_size: int = ranged(32, BATCH)
+    accumulate: int = ranged(1, BATCH)
     resume: str | None = "auto"
-    save_every: int = 1000
-    keep: int = 3
-    keep_every: int | None = None
+    save_every: int = ranged(1000, STEPS)
+    keep: int = ranged(3, COUNT)
+    keep_every: int | None = ranged(None, STEPS)
     async_save: bool = False
-    log_every: int = 10
+    log_every: int = ranged(10, STEPS)
     tensorboard: bool = True
-    max_bad_share: float = 0.05
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+    max_bad_share: float = ranged(0.05, SHARE)
 
 
 def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -147,41 +128,66 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
 def _add_result_arguments(group) -> None:
     group.add_argument("--model", default="vit_b", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny (default vit_b)")
     group.add_argument("--image-size", "--input_size", type=image_size, help="side in pixels, or HEIGHTxWIDTH (default 224)")
-    group.add_argument("--num-frames", "--num_frames", type=int, help="frames of a clip (default 16)")
-    group.add_argument("--patch-size", type=int, help="side of a tubelet in pixels (default: the preset's)")
-    group.add_argument("--decoder-depth", "--decoder_depth", type=int, help="blocks of the decoder (default: the preset's)")
-    group.add_argument("--drop-path", "--drop_path", type=float, default=0.0, help="stochastic depth of the encoder")
-    group.add_argument("--stride", "--sampling_rate", type=int, default=4, help="frames from one sampled frame to the next (4)")
+    group.add_argument(
+        "--num-frames", "--num_frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip (default 16)"
+    )
+    group.add_argument(
+        "--patch-size", type=limits(ModelConfig, "patch_size"), help="side of a tubelet in pixels (default: the preset's)"
+    )
+    group.add_argument(
+        "--decoder-depth", "--decoder_depth", type=limits(ModelConfig, "decoder_depth"),
+        help="blocks of the decoder (default: the preset's)",
+    )  # fmt: skip
+    group.add_argument(
+        "--drop-path", "--drop_path", type=limits(ModelConfig, "drop_path_rate"), default=0.0,
+        help="stochastic depth of the encoder",
+    )  # fmt: skip
+    group.add_argument(
+        "--stride", "--sampling_rate", type=limits(PretrainConfig, "stride"), default=4,
+        help="frames from one sampled frame to the next (4)",
+    )  # fmt: skip
     group.add_argument(
         "--sampling", default="published",
         help="published; exact (the stride kept exactly, the last frame in reach); fps (clips of --fps) (published)",
     )  # fmt: skip
-    group.add_argument("--fps", type=float, help="frames a second of the clips, with --sampling fps")
+    group.add_argument("--fps", type=limits(PretrainConfig, "fps"), help="frames a second of the clips, with --sampling fps")
     group.add_argument(
         "--flip", action=argparse.BooleanOptionalAction, default=False,
         help="mirror half of the clips; wrong where left and right mean something, as in SSv2 (no)",
     )  # fmt: skip
     group.add_argument("--resize", default="torch", help="torch; pil: pixels as published, slower (torch)")
     group.add_argument("--loader", default="cpu", help="who decodes: cpu, or dali (a GPU's decoder; some levels off) (cpu)")
-    group.add_argument("--batch-size", "--batch_size", type=int, default=32, help="videos of a micro-batch on one rank (32)")
     group.add_argument(
-        "--accumulate", "--update_freq", type=int, default=1,
+        "--batch-size", "--batch_size", type=limits(RunConfig, "batch_size"), default=32,
+        help="videos of a micro-batch on one rank (32)",
+    )  # fmt: skip
+    group.add_argument(
+        "--accumulate", "--update_freq", type=limits(RunConfig, "accumulate"), default=1,
         help="micro-batches of a step; effective batch = batch size x accumulate x ranks (1)",
     )  # fmt: skip
-    group.add_argument("--num-sample", "--num_sample", type=int, default=1, help="clips cut from each decoded video (1)")
-    group.add_argument("--repeat", type=int, default=1, help="visits of a video in an epoch, for short lists (1)")
+    group.add_argument(
+        "--num-sample", "--num_sample", type=limits(PretrainConfig, "num_sample"), default=1,
+        help="clips cut from each decoded video (1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--repeat", type=limits(PretrainConfig, "repeat"), default=1, help="visits of a video in an epoch, for short lists (1)"
+    )
     group.add_argument("--encoder-mask", "--mask_type", default="tube", help="tube, random, frame (tube)")
-    group.add_argument("--encoder-ratio", "--mask_ratio", type=float, default=0.9, help="share hidden from the encoder (0.9)")
+    group.add_argument(
+        "--encoder-ratio", "--mask_ratio", type=limits(MaskConfig, "encoder_ratio"), default=0.9,
+        help="share hidden from the encoder (0.9)",
+    )  # fmt: skip
     group.add_argument(
         "--decoder-mask", "--decoder_mask_type", default="running_cell",
         help="running_cell, random, frame, none (encoder-only masking) (running_cell)",
     )  # fmt: skip
     group.add_argument(
-        "--decoder-ratio", "--decoder_mask_ratio", type=float, default=0.5, help="share left out by the decoder (0.5)"
-    )
-    group.add_argument("--epochs", type=int, default=800, help="length of the run (800)")
-    group.add_argument("--steps", type=int, help="length of the run in steps, instead of --epochs")
-    group.add_argument("--seed", type=int, default=0, help="of weights, samples and masks (0)")
+        "--decoder-ratio", "--decoder_mask_ratio", type=limits(MaskConfig, "decoder_ratio"), default=0.5,
+        help="share left out by the decoder (0.5)",
+    )  # fmt: skip
+    group.add_argument("--epochs", type=limits(PretrainConfig, "epochs"), default=800, help="length of the run (800)")
+    group.add_argument("--steps", type=limits(PretrainConfig, "steps"), help="length of the run in steps, instead of --epochs")
+    group.add_argument("--seed", type=limits(PretrainConfig, "seed"), default=0, help="of weights, samples and masks (0)")
     group.add_argument("--dtype", default="float32", help="float32, or bfloat16 with float32 weights and loss (float32)")
     group.add_argument(
         "--normalize-target", action=argparse.BooleanOptionalAction, default=True, help="predict normalised tubelets (yes)"
@@ -189,24 +195,43 @@ def _add_result_arguments(group) -> None:
 
 
 def _add_optimizer_arguments(group) -> None:
-    group.add_argument("--lr", type=float, default=1.5e-4, help="peak learning rate for 256 videos a step (1.5e-4)")
-    group.add_argument("--min-lr", "--min_lr", type=float, default=1e-5, help="final learning rate for 256 videos (1e-5)")
     group.add_argument(
-        "--warmup-epochs", "--warmup_epochs", type=float,
+        "--lr", type=limits(OptimConfig, "lr"), default=1.5e-4, help="peak learning rate for 256 videos a step (1.5e-4)"
+    )
+    group.add_argument(
+        "--min-lr", "--min_lr", type=limits(OptimConfig, "min_lr"), default=1e-5,
+        help="final learning rate for 256 videos (1e-5)",
+    )  # fmt: skip
+    group.add_argument(
+        "--warmup-epochs", "--warmup_epochs", type=limits(OptimConfig, "warmup_epochs"),
         help="linear warm-up (40 as published; a tenth of runs shorter than 80 epochs)",
     )  # fmt: skip
-    group.add_argument("--warmup-steps", "--warmup_steps", type=int, help="linear warm-up in steps, instead of epochs")
-    group.add_argument("--weight-decay", "--weight_decay", type=float, default=0.05, help="(0.05)")
-    group.add_argument("--clip-grad", "--clip_grad", type=float, help="largest gradient norm (no clipping)")
-    group.add_argument("--betas", "--opt_betas", type=float, nargs=2, default=(0.9, 0.95), help="of AdamW (0.9 0.95)")
-    group.add_argument("--eps", "--opt_eps", type=float, default=1e-8, help="of AdamW (1e-8)")
+    group.add_argument(
+        "--warmup-steps", "--warmup_steps", type=limits(PretrainConfig, "warmup_steps"),
+        help="linear warm-up in steps, instead of epochs",
+    )  # fmt: skip
+    group.add_argument(
+        "--weight-decay", "--weight_decay", type=limits(OptimConfig, "weight_decay"), default=0.05, help="(0.05)"
+    )
+    group.add_argument(
+        "--clip-grad", "--clip_grad", type=limits(OptimConfig, "clip_grad"), help="largest gradient norm (no clipping)"
+    )
+    group.add_argument(
+        "--betas", "--opt_betas", type=limits(OptimConfig, "betas"), nargs=2, default=(0.9, 0.95), help="of AdamW (0.9 0.95)"
+    )
+    group.add_argument("--eps", "--opt_eps", type=limits(OptimConfig, "eps"), default=1e-8, help="of AdamW (1e-8)")
     group.add_argument("--opt", choices=["adamw"], default="adamw", help=argparse.SUPPRESS)
 
 
 def add_run_arguments(group) -> None:
     """Flags of `RunConfig`, the same for every kind of training."""
-    group.add_argument("--workers", "--num_workers", type=int, default=1, help="processes that decode video (1)")
-    group.add_argument("--max-bad-share", type=float, default=0.05, help="bad videos that do not stop the run, of all (0.05)")
+    group.add_argument(
+        "--workers", "--num_workers", type=limits(SpeedConfig, "num_workers"), default=1, help="processes that decode video (1)"
+    )
+    group.add_argument(
+        "--max-bad-share", type=limits(RunConfig, "max_bad_share"), default=0.05,
+        help="bad videos that do not stop the run, of all (0.05)",
+    )  # fmt: skip
     group.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     group.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
     group.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
@@ -220,7 +245,9 @@ def add_run_arguments(group) -> None:
         "--parallel", default="auto",
         help="none, ddp, fsdp (weights split over all ranks), hybrid (over a group of ranks); auto: ddp under torchrun (auto)",
     )  # fmt: skip
-    group.add_argument("--shard-size", type=int, help="ranks of a group, for hybrid (default: those of a node)")
+    group.add_argument(
+        "--shard-size", type=limits(SpeedConfig, "shard_size"), help="ranks of a group, for hybrid (default: those of a node)"
+    )
     resume = group.add_mutually_exclusive_group()
     resume.add_argument(
         "--resume", "--auto_resume", nargs="?", const="auto", default="auto", metavar="CHECKPOINT",
@@ -231,20 +258,19 @@ def add_run_arguments(group) -> None:
         "--no-resume", "--no_auto_resume", dest="resume", action="store_const", const=None,
         help="start afresh; an earlier run in the output folder is moved to DIR/previous-N",
     )  # fmt: skip
-    group.add_argument("--save-every", type=int, default=1000, help="steps from one checkpoint to the next (1000)")
-    group.add_argument("--keep", type=int, default=3, help="newest checkpoints that stay (3)")
-    group.add_argument("--keep-every", type=int, metavar="STEPS", help="checkpoints of these steps stay as well (none)")
+    group.add_argument(
+        "--save-every", type=limits(RunConfig, "save_every"), default=1000, help="steps from one checkpoint to the next (1000)"
+    )
+    group.add_argument("--keep", type=limits(RunConfig, "keep"), default=3, help="newest checkpoints that stay (3)")
+    group.add_argument(
+        "--keep-every", type=limits(RunConfig, "keep_every"), metavar="STEPS",
+        help="checkpoints of these steps stay as well (none)",
+    )  # fmt: skip
     group.add_argument("--async-save", action="store_true", help="write checkpoints while training goes on")
-    group.add_argument("--log-every", type=int, default=10, help="steps from one log line to the next (10)")
+    group.add_argument(
+        "--log-every", type=limits(RunConfig, "log_every"), default=10, help="steps from one log line to the next (10)"
+    )
     group.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True, help="TensorBoard files (yes)")
-
-
-def image_size(text: str) -> int | tuple[int, int]:
-    """`224` or `224x320` (height, width)."""
-    sides = [int(side) for side in text.lower().split("x")]
-    if len(sides) > 2:
-        raise ValueError(text)
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
 def configs_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, RunConfig]:

@@ -25,6 +25,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
 
 # A process alone knows that it is.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -104,7 +105,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / MANIFEST
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
         own = content.pop("sha256")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{path} is not a training checkpoint: it has no {MANIFEST}; weights alone go to --init") from error
