@@ -41,7 +41,7 @@ class FinetuneConfig(_Checked):
         layer_decay: see `vmae.train.layer_decay`.
         ema_decay: of the weights' moving average; None keeps none.
         head_drop_rate, init_scale: see `Classifier`.
-        effective_batch: videos of a step, over all ranks and micro-batches.
+        effective_batch: videos of a step, over all ranks and micro-batches; None means what the run makes it.
         num_sample: clips of each decoded video (repeated augmentation).
         repeat: visits of a video in an epoch.
         epochs: length of the run; not used when `steps` is given.
@@ -69,7 +69,7 @@ class FinetuneConfig(_Checked):
     ema_decay: float | None = None
     head_drop_rate: float = 0.0
     init_scale: float = 0.001
-    effective_batch: int = 64
+    effective_batch: int | None = None
     num_sample: int = 2
     repeat: int = 1
     epochs: int = 30
@@ -240,6 +240,7 @@ def configs_from_args(args: argparse.Namespace, model: ModelConfig, num_classes:
         warmup_epochs = min(5.0, args.epochs / 6)
         if warmup_steps is None and args.steps is not None:
             warmup_steps = args.steps // 10
+    run = run_from_args(args)
     config = FinetuneConfig(
         model=model,
         clip=ClipConfig(
@@ -254,8 +255,8 @@ def configs_from_args(args: argparse.Namespace, model: ModelConfig, num_classes:
         ema_decay=args.ema,
         head_drop_rate=args.head_drop,
         warmup_steps=warmup_steps,
-        effective_batch=args.batch_size * args.accumulate * world_size(),
+        effective_batch=run.videos_per_step(world_size()),
         **taken(args, "data_root multi_label probe layer_decay init_scale num_sample repeat epochs steps seed dtype"),
         **taken(args, "init label_map new_head"),
     )
-    return config, run_from_args(args)
+    return config, run
