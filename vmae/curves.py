@@ -9,15 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vmae.errors import InputError
-from vmae.jsontext import parse_json
+from vmae.json_files import read_json_lines
 from vmae.train.checkpoint import write_atomically
-from vmae.train.metrics import LOG_NAME, RUN_NAME, loss_of_last_tenth, read_log
+from vmae.train.metrics import LOG_NAME, loss_of_last_tenth, read_starts
 
 REFERENCES = Path(__file__).parent.parent / "docs" / "curves"
 PANELS = {"loss_mean": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "clips_per_s": "clips/s"}
@@ -37,12 +38,14 @@ class Curve:
         records: lines of the log that have a step, in order; at least one.
         about: what is known of the run: commit, versions, device, command.
         reference: drawn wide and pale, below the others.
+        note: on lines of the log that are none.
     """
 
     name: str
     records: list[dict[str, Any]]
     about: dict[str, Any] = field(default_factory=dict)
     reference: bool = False
+    note: str | None = None
 
     def values(self, key: str, by: str = "step") -> tuple[list[float], list[float]]:
         """Places and values of one logged quantity, where both are numbers."""
@@ -74,22 +77,21 @@ def read_curve(path: str | Path, name: str | None = None, *, reference: bool = F
     if not log.is_file():
         what = f"folder {path} has no {LOG_NAME}" if path.is_dir() else f"{path} does not exist"
         raise InputError(f"{what}; give the --output folder of a run, or a JSONL log")
-    try:
-        lines = [line for line in read_log(log) if isinstance(line, dict)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"log {log} cannot be read: {error}") from error
-    records = [line for line in lines if isinstance(line.get("step"), int) and "loss_mean" in line]
+    found = read_json_lines(log)
+    lines = [line for line in found.records if type(line.get("step")) is int or "about" in line]
+    found.skipped += [(n, b"") for n, line in zip(found.numbers, found.records) if line not in lines]
+    records = [line for line in lines if "step" in line and "loss_mean" in line]
     if not records:
         raise InputError(f"log {log} has no line of a step yet; runs write one every --log-every steps")
-    about = next((line["about"] for line in lines if isinstance(line.get("about"), dict)), None)
-    return Curve(name or (path.name if path.is_dir() else path.stem), records, about or _last_start(log.parent), reference)
+    about = next((line["about"] for line in lines if isinstance(line.get("about"), dict)), None) or _last_start(log.parent)
+    return Curve(name or (path.name if path.is_dir() else path.stem), records, about, reference, found.note(log))
 
 
 def _last_start(folder: Path) -> dict[str, Any]:
     """Commit, versions and device of a run's last start, as far as they are known."""
     try:
-        start = parse_json((folder / RUN_NAME).read_text(encoding="utf-8"))["starts"][-1]
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        start = read_starts(folder)[-1]
+    except (InputError, IndexError):
         return {}
     return {key: start[key] for key in ("date", "commit", "clean", "torch", "device", "threads") if key in start}
 
@@ -200,6 +202,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     curves = read_curves(args.runs, args.reference)
+    for note in [curve.note for curve in curves if curve.note]:
+        print(note, file=sys.stderr)
     if args.export:
         if len(args.runs) != 1 or args.reference:
             raise InputError("--export takes one RUN, and no --reference")

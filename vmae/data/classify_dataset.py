@@ -146,6 +146,9 @@ class ClassifyDataset(VideoDataset):
         super().__init__(labelled.entries, num_sample=num_sample, **options)
         self.labelled, self.clip, self.augment, self.cycle = labelled, clip, augment, cycle
 
+    def describe_labels(self, number: int) -> str:
+        return ";".join(map(str, sorted(self.labelled.labels[number])))
+
     def __getitem__(self, key: SampleKey | int) -> LabelledBatch:
         epoch, index = self._checked_key(key)
         if self.cycle is not None:

@@ -301,6 +301,10 @@ class DetectionDataset(VideoDataset):
         super().__init__(frames, **options)
         self.num_classes, self.clip, self.augment = num_classes, clip, augment
 
+    def describe_labels(self, number: int) -> str:
+        frame = self.entries[number]
+        return f"{frame.video} {frame.timestamp} {frame.frame} {frame.boxes} {frame.labels}"
+
     def __getitem__(self, key: SampleKey | int) -> DetectionBatch:
         epoch, index = self._checked_key(key)
         (clip, boxes, kept), video, replaced = self._decode_with_replacement(epoch, index)

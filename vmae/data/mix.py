@@ -56,12 +56,14 @@ class Source:
         name: for people.
         first, count: its place among the mix's entries.
         weight: its share before all shares are made to add up to 1.
+        root: folder that its relative paths start from; empty where that is not known.
     """
 
     name: str
     first: int
     count: int
     weight: float
+    root: str = ""
 
 
 class Mix(Sequence):
@@ -156,7 +158,8 @@ def read_data(path: str | Path, data_root: str | Path | None = None) -> Mix:
     if Path(path).suffix.lower() in MIX_SUFFIXES:
         return _read_mix(Path(path), data_root)
     entries = read_list(path, data_root)
-    return Mix(entries, [Source(Path(path).stem, 0, len(entries), 1.0)])
+    root = os.path.dirname(path) if data_root is None else str(data_root)
+    return Mix(entries, [Source(Path(path).stem, 0, len(entries), 1.0, root)])
 
 
 def _read_mix(path: Path, data_root: str | Path | None) -> Mix:
@@ -175,7 +178,8 @@ def _read_mix(path: Path, data_root: str | Path | None) -> Mix:
         name = str(given.get("name", Path(str(given["list"])).stem))
         if name in {source.name for source in sources}:
             raise InputError(f"{where}: the name {name!r} is taken; give each source a `name` of its own")
-        sources.append(Source(name, len(entries), len(found), float(given.get("weight", 1.0))))
+        root = os.path.join(start, str(given.get("root") or os.path.dirname(str(given["list"]))))
+        sources.append(Source(name, len(entries), len(found), float(given.get("weight", 1.0)), root))
         entries += found
     weighted = any("weight" in given for given in content["sources"])
     return Mix(entries, sources, content.get("mixing", "weighted" if weighted else "natural"))

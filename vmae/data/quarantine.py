@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from vmae.errors import InputError
+from vmae.json_files import read_json_lines
 
 QUARANTINE_NAME = "quarantine.jsonl"
 JUDGED_FROM = 200  # reads; before that, a share says little
@@ -59,18 +61,16 @@ class Quarantine:
         self.path, self.max_share = None if path is None else Path(path), max_share
         self.reads = self.failures = 0
         self.bad: dict[str, Failure] = {}
+        self._makes_folder = self.path is not None and not self.path.parent.is_dir()
         self._written = self._read_paths()
 
     def _read_paths(self) -> set[str]:
-        if self.path is None or not self.path.is_file():
+        if self.path is None:
             return set()
-        paths = set()
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                paths.add(json.loads(line)["path"])
-            except (ValueError, KeyError, TypeError):  # the last line of a killed run
-                continue
-        return paths
+        found = read_json_lines(self.path, path=str)
+        if found.skipped:
+            warnings.warn(found.note(self.path).removeprefix("note: "), stacklevel=3)
+        return {record["path"] for record in found.records}
 
     def add(self, read: int, failed: Sequence[Failure]) -> None:
         """Count `read` good videos and those that `failed`, and write the new ones down.
@@ -99,11 +99,13 @@ class Quarantine:
                 self._written.add(failure.path)
                 lines.append(json.dumps(failure._asdict(), ensure_ascii=False) + "\n")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self._makes_folder:  # once: a folder that is removed during a run stays away, and the run ends
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._makes_folder = False
             with open(self.path, "a+b") as file:
                 file.seek(max(file.tell() - 1, 0))
                 cut = file.read() not in (b"", b"\n")  # by a kill
-                file.write(("\n" * cut + "".join(lines)).encode())
+                file.write(("\n" * cut + "".join(lines)).encode(errors="backslashreplace"))  # of names that are no UTF-8
         except OSError as error:
             raise InputError(f"cannot write the list of bad videos {str(self.path)!r}: {error.strerror}") from None
 

@@ -101,6 +101,10 @@ class VideoDataset(Dataset):
         """Treat the entry number `video` as undecodable from now on; its error is `reason`."""
         self._blocked[video] = reason
 
+    def describe_labels(self, number: int) -> str:
+        """What decides an entry's samples beside its video: labels, boxes."""
+        return ""
+
     def __len__(self) -> int:
         """Samples of an epoch."""
         return len(self.entries) * self.repeat

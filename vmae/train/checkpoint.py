@@ -8,7 +8,9 @@ file with published names, which the published code reads too.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,9 +22,10 @@ import torch
 from torch import Tensor
 
 from vmae.errors import InputError
-from vmae.train.sharded import find_damage, is_checkpoint
+from vmae.train.sharded import MANIFEST, find_damage, is_checkpoint, reason_of
 
 WEIGHTS_NAME, AVERAGED_NAME = "weights.pth", "weights_ema.pth"
+_LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d{8,})")
 
 
@@ -51,8 +54,13 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def write_atomically(path: Path, write: Callable[[IO], Any], *, binary: bool = True) -> None:
+def write_atomically(
+    path: Path, write: Callable[[IO], Any], *, binary: bool = True, wanted: int | None = None
+) -> None:
     """Call `write(file)` on a file that replaces `path` when all of it is on the disk.
+
+    Args:
+        wanted: about how many bytes, for the message of a full disk.
 
     Raises:
         InputError: the file can't be written (a full disk, no permission); `path` is then as it was.
@@ -61,8 +69,37 @@ def write_atomically(path: Path, write: Callable[[IO], Any], *, binary: bool = T
         with _replacing(path, "wb" if binary else "w") as file:
             write(file)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        reason = why_not_written(error, path, wanted)
         raise InputError(f"cannot write {path}: {reason}; what was there before is untouched") from error
+
+
+def why_not_written(error: BaseException, path: Path, wanted: int | None = None) -> str:
+    """Why a write failed, in a line: what is full, and how much was wanted of how much.
+
+    Args:
+        error: of the write; the system's own error may be what it was raised from.
+        path: what was written.
+        wanted: bytes of it.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno):
+        cause = cause.__cause__ or cause.__context__
+    free = _free_bytes(path.parent)
+    reason, number = (reason_of(error), None) if cause is None else (cause.strerror or str(cause), cause.errno)
+    if cause is None and "unexpected pos" in reason:  # what torch's writer makes of a write that failed
+        full = wanted is not None and free is not None and free < wanted
+        reason, number = (os.strerror(errno.ENOSPC), errno.ENOSPC) if full else ("only a part could be written", None)
+    sizes = [f"{wanted / 1e6:.1f} MB wanted"] if wanted is not None else []
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        sizes += [f"{free / 1e6:.1f} MB free in {path.parent}"] if free is not None else []
+    return f"{reason} ({', '.join(sizes)})" if sizes else reason
+
+
+def _free_bytes(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
 
 
 def step_of(path: Path) -> int:
@@ -77,26 +114,49 @@ class CheckpointFolder:
         folder: of the run; it need not exist yet.
         keep: newest checkpoints to keep; older ones are deleted once a newer one is complete.
         keep_every: checkpoints of steps that this divides stay for ever.
+        check: raises InputError where the folder is no longer the run's, see `FolderLock.check`.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 3, keep_every: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int = 3,
+        keep_every: int | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         if keep < 1:
             raise InputError(f"a run must keep at least 1 checkpoint, not {keep}")
         if keep_every is not None and keep_every < 1:
             raise InputError(f"keep_every must be at least 1, not {keep_every}")
-        self.folder, self.keep, self.keep_every = Path(folder), keep, keep_every
+        self.folder, self.keep, self.keep_every, self.check = Path(folder), keep, keep_every, check
 
     def path_of(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step:08d}"
 
+    def named(self) -> list[Path]:
+        """All that has a checkpoint's name, oldest first."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of)
+
     def paths(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted((path for path in found if _NAME.fullmatch(path.name) and is_checkpoint(path)), key=step_of)
+        return [path for path in self.named() if is_checkpoint(path)]
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
         return paths[-1] if (paths := self.paths()) else None
+
+    def passed_over(self) -> list[str]:
+        """What has a checkpoint's name, is newer than `latest`, and is none: name and why."""
+        newest = self.latest()
+        newer = [path for path in self.named() if newest is None or step_of(path) > step_of(newest)]
+        why = f"it has no {MANIFEST} that can be read"
+        return [f"{path.name}: {why if path.is_dir() else 'it is no folder'}" for path in newer]
+
+    def describe_latest(self) -> str:
+        """For errors: which checkpoint is whole."""
+        newest = self.latest()
+        return f"the newest whole one is {newest}" if newest is not None else "there is no whole one yet"
 
     def last_good(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose every file is as it was written, and what is wrong with newer ones."""
@@ -117,9 +177,9 @@ class CheckpointFolder:
 
     def remove(self, path: Path) -> None:
         """Delete a checkpoint; should that be cut short, it no longer has a checkpoint's name."""
-        doomed = path.with_name(f".{path.name}.old.unfinished")
-        os.replace(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        stale = path.with_name(f".{path.name}.old.unfinished")
+        os.replace(path, stale)
+        shutil.rmtree(stale, ignore_errors=True)
 
     def prune(self) -> None:
         """Delete what is older than the newest `keep`, but for every `keep_every` steps."""
@@ -136,9 +196,12 @@ def find_weights(checkpoint: str | Path) -> Path:
     """
     path = Path(checkpoint)
     if path.is_dir() and not is_checkpoint(path):
-        found = CheckpointFolder(path).latest() or path / WEIGHTS_NAME
+        run = CheckpointFolder(path)
+        found = run.latest() or path / WEIGHTS_NAME
         if not found.exists():
             raise InputError(f"{path} holds no complete checkpoint and no {WEIGHTS_NAME}")
+        for text in run.passed_over():
+            _LOG.warning("note: passed over, newer than %s: %s", found.name, text)
         return found
     if not path.exists():
         raise InputError(f"checkpoint {path} does not exist")
@@ -156,15 +219,16 @@ def export_weights(path: str | Path, state: dict[str, Tensor], **about: Any) -> 
     """
     path = Path(path)
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    wanted = sum(value.nbytes for value in state.values())
     if path.suffix != ".safetensors":
-        write_atomically(path, lambda file: torch.save({"model": state, **about}, file))
+        write_atomically(path, lambda file: torch.save({"model": state, **about}, file), wanted=wanted)
         return
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise InputError(f"writing {path} needs the safetensors package: pip install safetensors") from error
     metadata = {key: json.dumps(value) for key, value in about.items()}
-    write_atomically(path, lambda file: file.write(save(state, {"format": "pt", **metadata})))
+    write_atomically(path, lambda file: file.write(save(state, {"format": "pt", **metadata})), wanted=wanted)
 
 
 def set_aside(folder: str | Path, after_step: int | None = None) -> Path | None:
@@ -180,7 +244,7 @@ def set_aside(folder: str | Path, after_step: int | None = None) -> Path | None:
         InputError: the files can't be moved.
     """
     folder = Path(folder)
-    found = [path for path in CheckpointFolder(folder).paths() if after_step is None or step_of(path) > after_step]
+    found = [path for path in CheckpointFolder(folder).named() if after_step is None or step_of(path) > after_step]
     if after_step is None:
         names = ("log.jsonl", "run.json", "nonfinite.json", "tensorboard", WEIGHTS_NAME, AVERAGED_NAME)
         found += [folder / name for name in names if (folder / name).exists()]

@@ -20,7 +20,6 @@ from torch import Tensor
 from vmae.cost import classifier_macs
 from vmae.data.augment import image_hw
 from vmae.data.ava import AvaBox, read_actions, read_annotations, read_excluded
-from vmae.data.dataset import EpochSampler
 from vmae.data.detection_dataset import DetectionBatch, DetectionDataset, KeyFrame, find_videos, key_frames
 from vmae.errors import InputError
 from vmae.interop.classifier_weights import Start, start_classifier
@@ -29,18 +28,17 @@ from vmae.train.checks import check_backend, check_output, check_speed
 from vmae.train.detection_settings import DetectionConfig, add_arguments, configs_from_args
 from vmae.train.finetune import Source, read_start
 from vmae.train.layer_decay import build_layer_adamw
-from vmae.train.loop import LoopConfig, Trainer
+from vmae.train.loop import Trainer
 from vmae.train.parallel import Parallel, open_parallel
 from vmae.train.pretrain_settings import RunConfig
 from vmae.train.run import (
     Prepared,
     assemble_trainer,
-    build_schedule,
     carry_out,
     describe_end,
     describe_run,
     find_start,
-    with_steps,
+    resolve_lengths,
     wrap_model,
 )
 
@@ -157,11 +155,7 @@ def prepare_detection(config: DetectionConfig, run: RunConfig, parallel: Paralle
     check_output(Path(run.output))
     frames, notes = read_data(config)
     dataset = DetectionDataset(frames, config.num_classes, config.clip, config.augment, seed=config.seed, repeat=config.repeat)
-    steps_per_epoch = EpochSampler(len(dataset), config.effective_batch).steps_per_epoch
-    config = with_steps(config, steps_per_epoch)
-    optim = config.optim.scaled_to(config.effective_batch)
-    build_schedule(config, optim)
-    LoopConfig(total_steps=config.steps, dtype=config.dtype, log_every=run.log_every, save_every=run.save_every)
+    config, optim, steps_per_epoch = resolve_lengths(config, run, parallel, len(dataset))
     torch.manual_seed(config.seed)
     model = build_detector(
         config.model,
@@ -170,15 +164,16 @@ def prepare_detection(config: DetectionConfig, run: RunConfig, parallel: Paralle
         backend=run.speed.backend,
         attention=run.speed.attention,
     )
-    checkpoint, start_step = find_start(
+    start = find_start(
         model,
         config,
         run,
         parallel,
         notes,
         lambda: start_detector(model, source, new_head=config.new_head).describe(source.path),
+        dataset,
     )
-    return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, checkpoint, start_step, notes)
+    return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, notes=notes, **start)
 
 
 # --- The run ---

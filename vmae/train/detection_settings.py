@@ -47,7 +47,7 @@ class DetectionConfig(_Checked):
         fps: frames a second where videos do not tell.
         layer_decay: see `vmae.train.layer_decay`.
         init_scale: factor on a new head's weights.
-        effective_batch: key frames of a step, over all ranks and micro-batches.
+        effective_batch: key frames of a step, over all ranks and micro-batches; None means what the run makes it.
         repeat: visits of a key frame in an epoch.
         epochs: length of the run; not used when `steps` is given.
         steps: length of the run in steps; None means `epochs`.
@@ -73,7 +73,7 @@ class DetectionConfig(_Checked):
     fps: float | None = ranged(None, FPS)
     layer_decay: float = ranged(0.75, SHARE_ABOVE_0)
     init_scale: float = ranged(0.001, INIT_SCALE)
-    effective_batch: int = ranged(128, EFFECTIVE_BATCH)
+    effective_batch: int | None = ranged(None, EFFECTIVE_BATCH)
     repeat: int = ranged(1, COUNT)
     epochs: int = ranged(30, EPOCHS)
     steps: int | None = ranged(None, STEPS)
@@ -217,6 +217,7 @@ def configs_from_args(
         warmup_epochs = min(5.0, args.epochs / 6)
         if warmup_steps is None and args.steps is not None:
             warmup_steps = args.steps // 10
+    run = run_from_args(args)
     config = DetectionConfig(
         model=model,
         clip=KeyClipConfig(num_frames=model.num_frames, image_size=model.img_size, stride=args.stride, origin=args.origin),
@@ -225,8 +226,8 @@ def configs_from_args(
         action_ids=tuple(actions),
         action_names=tuple(actions.values()),
         warmup_steps=warmup_steps,
-        effective_batch=args.batch_size * args.accumulate * world_size(),
+        effective_batch=run.videos_per_step(world_size()),
         **taken(args, "annotations videos excluded skip_unlisted skip_missing frame_pattern fps layer_decay init_scale"),
         **taken(args, "repeat epochs steps seed dtype init new_head"),
     )
-    return config, run_from_args(args)
+    return config, run

@@ -160,10 +160,11 @@ def prepare_distillation(
         if missing:
             raise InputError(f"{config.logits} lacks the logits of {len(missing)} samples; finish it with --store first")
     prepared = prepare_finetune(config, run, parallel, source, cycle=config.stored_epochs)
-    if store is not None and len(prepared.dataset) < config.effective_batch:
+    samples, batch = len(prepared.dataset), prepared.config.effective_batch
+    if store is not None and samples < batch:
         raise InputError(
-            f"an epoch of {len(prepared.dataset)} samples is less than a batch of {config.effective_batch}; stored logits "
-            "need whole batches: lower --batch-size, or raise --repeat"
+            f"an epoch of {samples} samples is less than a batch of {batch}; stored logits need whole batches: lower "
+            "--batch-size, or raise --repeat"
         )
     model = None if store is not None else teacher.model.to(parallel.device).requires_grad_(False)
 

@@ -24,7 +24,7 @@ from vmae.cost import classifier_macs
 from vmae.data.augment import image_hw
 from vmae.data.augment_classify import draw_mixing, mix_clips, mix_targets
 from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
-from vmae.data.dataset import EpochSampler, check_decodable
+from vmae.data.dataset import check_decodable
 from vmae.data.labels import LabelledList, read_class_names, read_label_map, read_labelled_list
 from vmae.errors import InputError
 from vmae.interop.classifier_weights import checkpoint_grid, start_classifier
@@ -41,18 +41,17 @@ from vmae.train.finetune_settings import (
     model_from_args,
 )
 from vmae.train.layer_decay import build_layer_adamw
-from vmae.train.loop import LoopConfig, Trainer
+from vmae.train.loop import Trainer
 from vmae.train.parallel import Parallel, open_parallel
 from vmae.train.pretrain_settings import RunConfig
 from vmae.train.run import (
     Prepared,
     assemble_trainer,
-    build_schedule,
     carry_out,
     describe_end,
     describe_run,
     find_start,
-    with_steps,
+    resolve_lengths,
     wrap_model,
 )
 
@@ -172,11 +171,7 @@ def prepare_finetune(
     dataset = build_dataset(config, labelled, cycle)
     if run.batch_size * config.num_sample == 1 and (config.augment.mixup or config.augment.cutmix):
         notes.append("note: a micro-batch is a single clip, so mixup and cutmix have nothing to mix it with")
-    steps_per_epoch = EpochSampler(len(dataset), config.effective_batch).steps_per_epoch
-    config = with_steps(config, steps_per_epoch)
-    optim = config.optim.scaled_to(config.effective_batch)
-    build_schedule(config, optim)
-    LoopConfig(total_steps=config.steps, dtype=config.dtype, log_every=run.log_every, save_every=run.save_every)
+    config, optim, steps_per_epoch = resolve_lengths(config, run, parallel, len(dataset))
     torch.manual_seed(config.seed)
     model = build_model(config, run)
 
@@ -187,8 +182,8 @@ def prepare_finetune(
         )
         return report.describe(source.path)
 
-    checkpoint, start_step = find_start(model, config, run, parallel, notes, load_init)
-    return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, checkpoint, start_step, notes)
+    start = find_start(model, config, run, parallel, notes, load_init, dataset)
+    return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, notes=notes, **start)
 
 
 def build_dataset(config: FinetuneConfig, labelled: LabelledList, cycle: int | None = None) -> ClassifyDataset:

@@ -52,7 +52,7 @@ class FinetuneConfig(_Checked):
         layer_decay: see `vmae.train.layer_decay`.
         ema_decay: of the weights' moving average; None keeps none.
         head_drop_rate, init_scale: see `Classifier`.
-        effective_batch: videos of a step, over all ranks and micro-batches.
+        effective_batch: videos of a step, over all ranks and micro-batches; None means what the run makes it.
         num_sample: clips of each decoded video (repeated augmentation).
         repeat: visits of a video in an epoch.
         epochs: length of the run; not used when `steps` is given.
@@ -80,7 +80,7 @@ class FinetuneConfig(_Checked):
     ema_decay: float | None = ranged(None, SHARE_BELOW_1)
     head_drop_rate: float = ranged(0.0, SHARE_BELOW_1)
     init_scale: float = ranged(0.001, INIT_SCALE)
-    effective_batch: int = ranged(64, EFFECTIVE_BATCH)
+    effective_batch: int | None = ranged(None, EFFECTIVE_BATCH)
     num_sample: int = ranged(2, BATCH)
     repeat: int = ranged(1, COUNT)
     epochs: int = ranged(30, EPOCHS)
@@ -296,6 +296,7 @@ def configs_from_args(args: argparse.Namespace, model: ModelConfig, num_classes:
         warmup_epochs = min(5.0, args.epochs / 6)
         if warmup_steps is None and args.steps is not None:
             warmup_steps = args.steps // 10
+    run = run_from_args(args)
     config = FinetuneConfig(
         model=model,
         clip=ClipConfig(
@@ -310,8 +311,8 @@ def configs_from_args(args: argparse.Namespace, model: ModelConfig, num_classes:
         ema_decay=args.ema,
         head_drop_rate=args.head_drop,
         warmup_steps=warmup_steps,
-        effective_batch=args.batch_size * args.accumulate * world_size(),
+        effective_batch=run.videos_per_step(world_size()),
         **taken(args, "data_root multi_label probe layer_decay init_scale num_sample repeat epochs steps seed dtype"),
         **taken(args, "init label_map new_head"),
     )
-    return config, run_from_args(args)
+    return config, run

@@ -86,6 +86,7 @@ class Trainer:
         config: see `LoopConfig`.
         saver: where checkpoints go.
         about: plain containers that stand as `config` in every checkpoint.
+        listing: the same, as `list`: what the samples are drawn from.
         parallel: this process among the others.
         weigh: micro-batch on the host -> how much its loss counts beside the others of the step, about 1 (what it counts,
             over what such a micro-batch mostly counts). Then the gradient is that of one large batch.
@@ -108,6 +109,7 @@ class Trainer:
         config: LoopConfig,
         saver: Saver,
         about: dict[str, Any],
+        listing: dict[str, Any] | None = None,
         parallel: Parallel | None = None,
         weigh: Callable[[TrainingBatch], float] | None = None,
         companions: dict[str, nn.Module] | None = None,
@@ -120,7 +122,8 @@ class Trainer:
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.open_batches, self.compute_loss, self.config = open_batches, compute_loss, config
-        self.saver, self.about, self.parallel = saver, about, parallel or Parallel()
+        self.saver, self.parallel = saver, parallel or Parallel()
+        self.about = {"config": about, **({} if listing is None else {"list": listing})}
         self.device = self.parallel.device
         self.weigh, self.after_step, self.flops_per_clip = weigh, after_step, flops_per_clip
         self.sources, self.count_sources = tuple(sources), count_sources
@@ -172,14 +175,15 @@ class Trainer:
             stack.callback(getattr(batches, "close", lambda: None))
             self.stop.guard_workers()
             self.log_file = self._open_log()
-            stack.callback(self.log_file.close)
+            stack.push(self.log_file.close)
             stack.push(self.saver.close)
             yield batches
 
     def _open_log(self) -> RunLog | NoLog:
         if not self.parallel.is_main:
             return NoLog()
-        return RunLog(self.saver.folder.folder, self.step, self.config.total_steps, self.tensorboard)
+        folder = self.saver.folder
+        return RunLog(folder.folder, self.step, self.config.total_steps, self.tensorboard, check=folder.check)
 
     def train_step(self, batches: Iterator[TrainingBatch]) -> None:
         """All of one step; `self.step` counts it, unless a stop was asked for."""
@@ -340,5 +344,5 @@ class Trainer:
 
     def checkpoint(self) -> None:
         """Save the steps done; every rank takes part. With a background save, it may be complete a little later."""
-        self.saver.save(self.step, self.state.tensors(), {"config": self.about, "samples": self.samples})
+        self.saver.save(self.step, self.state.tensors(), {**self.about, "samples": self.samples})
         self.saved_step = self.step

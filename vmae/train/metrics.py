@@ -5,13 +5,17 @@ Legend: B clips, Nk counted tokens, Nv visible tokens, P values of a tubelet.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import itertools
 import json
+import os
 import platform
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -22,13 +26,16 @@ from tqdm import tqdm
 
 from vmae.config import ModelConfig
 from vmae.cost import peak_flops
+from vmae.errors import InputError
+from vmae.json_files import read_json, read_json_lines
 from vmae.masking import DualMask
-from vmae.train.checkpoint import write_atomically
+from vmae.train.checkpoint import CheckpointFolder, why_not_written, write_atomically
 from vmae_kernels import patch_loss, patch_targets_ref
 
 DATA_SHARE_WARNING = 0.10
-LOG_NAME = "log.jsonl"
+LOG_NAME, SKIPPED_NAME = "log.jsonl", "log.skipped"
 RUN_NAME = "run.json"
+BOARD_NAME = "tensorboard"
 
 
 @dataclass
@@ -82,21 +89,16 @@ def flops_utilisation(flops: float | None, device: torch.device, dtype: str) -> 
     return flops / peak if flops and peak else None
 
 
-def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSONL log, in order; empty where there is no file."""
-    path = Path(path)
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:  # the last line of a killed run
-            continue
-    return records
+def read_log(path: str | Path, /, **keys: type | tuple[type, ...]) -> list[dict[str, Any]]:
+    """The lines of a JSONL log that are whole, in order; empty where there is no file. `keys`: see `read_json_lines`."""
+    return read_json_lines(path, **keys).records
 
 
 def loss_of_last_tenth(records: list[dict[str, Any]], total_steps: int) -> float | None:
     """Mean loss of the last tenth of a run, to a line of the log; None where nothing of it was logged."""
-    losses = [record["loss_mean"] for record in records if record["step"] > 0.9 * total_steps]
+    steps = [record for record in records if isinstance(record.get("step"), (int, float))]
+    losses = [record.get("loss_mean") for record in steps if record["step"] > 0.9 * total_steps]
+    losses = [loss for loss in losses if isinstance(loss, (int, float))]
     return sum(losses) / len(losses) if losses else None
 
 
@@ -104,13 +106,18 @@ def loss_of_last_tenth(records: list[dict[str, Any]], total_steps: int) -> float
 class RunLog:
     """Where the steps of a run are written: `log.jsonl`, TensorBoard and the terminal.
 
-    A run that goes on from step s drops what an earlier one logged after s, so that every step is there once.
+    A run that goes on from step s drops what an earlier one logged after s, so that every step is there once. Lines that are
+    no records of a step (cut short, spoilt, someone else's) move to `log.skipped`.
 
     Args:
         folder: of the run.
         start_step, total_steps: of this start.
         tensorboard: also write TensorBoard files, if the package is there.
         stream: the terminal; None means stderr. A progress bar where it is one, else a line at most every `quiet_s` seconds.
+        check: raises InputError where the folder is no longer the run's, see `FolderLock.check`.
+
+    Raises:
+        InputError: a file cannot be written; also by `record` and `close`.
     """
 
     folder: Path
@@ -119,15 +126,14 @@ class RunLog:
     tensorboard: bool = True
     stream: IO | None = None
     quiet_s: float = 10.0
+    check: Callable[[], None] = lambda: None
     whole_run: StepMeter = field(default_factory=StepMeter)
 
     def __post_init__(self) -> None:
         self.stream = self.stream or sys.stderr
         self.path = self.folder / LOG_NAME
-        kept = [record for record in read_log(self.path) if record["step"] <= self.start_step]
-        lines = "".join(json.dumps(record) + "\n" for record in kept)
-        write_atomically(self.path, lambda file: file.write(lines), binary=False)
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._cut_back()
+        self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self._writer = self._open_tensorboard() if self.tensorboard else None
         self._bar = tqdm(
             total=self.total_steps,
@@ -140,13 +146,25 @@ class RunLog:
         self._next_line = 0.0
         self._warned = False
 
+    def _cut_back(self) -> None:
+        """Leave the records up to the start step in `log.jsonl`, and all lines that are none in `log.skipped`."""
+        found = read_json_lines(self.path, step=int)
+        if found.skipped:
+            aside = self.folder / SKIPPED_NAME
+            text = b"".join(line + b"\n" for _, line in found.skipped)
+            write_atomically(aside, lambda file: file.write((aside.read_bytes() if aside.is_file() else b"") + text))
+            self.say(f"{found.note(self.path)}; they are in {aside}")
+        lines = "".join(json.dumps(record) + "\n" for record in found.records if record["step"] <= self.start_step)
+        write_atomically(self.path, lambda file: file.write(lines), binary=False)
+
     def _open_tensorboard(self):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             self.say(f"note: no TensorBoard logs ({error}); `pip install tensorboard` brings them")
             return None
-        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start_step + 1)
+        with self._telling(self.folder / BOARD_NAME):
+            return SummaryWriter(str(self.folder / BOARD_NAME), purge_step=self.start_step + 1)
 
     def say(self, text: str) -> None:
         """A line on the terminal that leaves the progress bar whole."""
@@ -172,14 +190,39 @@ class RunLog:
 
     def record(self, values: dict[str, Any]) -> None:
         """Write one line of the logs; `values` has `step` and numbers."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        self._append((json.dumps(values) + "\n").encode())
         if self._writer is not None:
             for key, value in values.items():
                 named = {f"{key}/{name}": number for name, number in value.items()} if isinstance(value, dict) else {key: value}
                 for name, number in named.items():
                     if name != "step" and number is not None:
-                        self._writer.add_scalar(name, number, values["step"])
+                        with self._telling(self.folder / BOARD_NAME):
+                            self._writer.add_scalar(name, number, values["step"])
+
+    def _append(self, line: bytes) -> None:
+        """Write a line whole or not at all, into the file that stands at `path`."""
+        self.check()
+        with self._telling(self.path):
+            size = os.fstat(self._handle).st_size
+            try:
+                written = os.write(self._handle, line)
+                while written < len(line):  # a disk that fills up takes a part
+                    written += os.write(self._handle, line[written:])
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._handle, size)
+                raise
+            if not (self.path.exists() and os.path.samestat(os.fstat(self._handle), os.stat(self.path))):
+                raise InputError(f"{self.path} is gone: it, or its folder, was removed, renamed or replaced during the run")
+
+    @contextlib.contextmanager
+    def _telling(self, path: Path) -> Iterator[None]:
+        """An error of the system in here is one line."""
+        try:
+            yield
+        except OSError as error:
+            whole = CheckpointFolder(self.folder).describe_latest()
+            raise InputError(f"cannot write {path}: {why_not_written(error, path)}; of the checkpoints, {whole}") from error
 
     def _warn_about_data(self) -> None:
         run = self.whole_run
@@ -190,12 +233,17 @@ class RunLog:
                 f"{run.step_s / run.steps:.3f} s a step); more --workers, more --num-sample or smaller videos help"
             )
 
-    def close(self) -> None:
-        """Complete the files; nothing can be logged after it."""
+    def close(self, kind: type | None = None, error: BaseException | None = None, trace: object = None) -> None:
+        """Complete the files, as the end of a `with`; nothing can be logged after it. An earlier error is not covered."""
         self._bar.close()
-        self._file.close()
+        os.close(self._handle)
         if self._writer is not None:
-            self._writer.close()
+            try:
+                with self._telling(self.folder / BOARD_NAME):
+                    self._writer.close()
+            except InputError:
+                if error is None:
+                    raise
 
 
 class NoLog:
@@ -207,7 +255,7 @@ class NoLog:
 
     def record(self, values: dict[str, Any]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, *exception: object) -> None: ...
 
 
 def code_version() -> dict[str, Any]:
@@ -243,19 +291,43 @@ def describe_start(config: dict[str, Any], *, device: torch.device, start_step: 
     }
 
 
-def write_run_file(folder: Path, start: dict[str, Any]) -> None:
+def write_run_file(folder: Path, start: dict[str, Any]) -> str | None:
     """Add a start to `folder/run.json`: `{"starts": [...]}`, the last one at the end.
+
+    Returns:
+        A note where there was a file that cannot be understood: it is kept under another name.
 
     Raises:
         InputError: it can't be written.
     """
-    path = folder / RUN_NAME
-    try:
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        starts = []
+    path, starts, note = folder / RUN_NAME, [], None
+    if path.exists():
+        try:
+            starts = read_starts(folder)
+        except InputError as error:
+            number = next(n for n in itertools.count(1) if not (folder / f"{RUN_NAME}.unreadable-{n}").exists())
+            aside = folder / f"{RUN_NAME}.unreadable-{number}"
+            note = f"note: {error}; kept as {aside.name}, a new one begins"
+            try:
+                path.rename(aside)
+            except OSError as failure:
+                raise InputError(f"cannot move {path} aside to {aside}: {failure.strerror}") from failure
     text = json.dumps({"starts": [*starts, start]}, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text), binary=False)
+    return note
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """The starts of a run, from its `run.json`.
+
+    Raises:
+        InputError: there is none, or it holds something else.
+    """
+    content = read_json(folder / RUN_NAME, "run file")
+    starts = content.get("starts") if isinstance(content, dict) else None
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise InputError(f"run file {folder / RUN_NAME} has no list of starts")
+    return starts
 
 
 @torch.no_grad()

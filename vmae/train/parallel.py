@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,21 @@ class Parallel:
         found = [None] * self.world_size
         dist.all_gather_object(found, value, group=group)
         return found
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives on rank 0 (small, picklable), on every rank; an `InputError` there is one on every rank."""
+        result = failure = None
+        if self.is_main:
+            try:
+                result = work()
+            except InputError as error:
+                if self.world_size == 1:
+                    raise
+                failure = str(error)
+        result, failure = self.from_main((result, failure))
+        if failure is not None:
+            raise InputError(failure)
+        return result
 
     def from_main(self, value: Any, group: Any = None) -> Any:
         """Rank 0's small picklable `value`, on every rank."""

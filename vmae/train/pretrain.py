@@ -15,18 +15,18 @@ from tqdm import tqdm
 
 from vmae.cost import masked_macs, token_counts
 from vmae.data import Batch, PretrainDataset, Quarantine, check_decodable, read_data
-from vmae.data.dataset import EpochSampler, check_loader
+from vmae.data.dataset import check_loader
 from vmae.interop.upstream import load_into, load_weights
 from vmae.model import build_pretrainer
 from vmae.train.checks import check_backend, check_mask, check_output, check_speed
-from vmae.train.loop import LoopConfig, Trainer
+from vmae.train.loop import Trainer
 from vmae.train.metrics import trivial_losses
 from vmae.train.optim import build_adamw
 from vmae.train.parallel import Parallel, open_parallel
 from vmae.train.pretrain_report import banner, summary
 from vmae.train.pretrain_settings import PretrainConfig, RunConfig, add_arguments, configs_from_args
 from vmae.train.resume import setting_changes
-from vmae.train.run import Prepared, assemble_trainer, build_schedule, carry_out, find_start, with_steps, wrap_model
+from vmae.train.run import Prepared, assemble_trainer, carry_out, find_start, resolve_lengths, wrap_model
 
 __all__ = ["Prepared", "add_arguments", "build_trainer", "prepare", "pretrain", "run", "setting_changes"]
 
@@ -77,11 +77,7 @@ def prepare(config: PretrainConfig, run: RunConfig, parallel: Parallel) -> Prepa
         flip=config.flip,
         resize=config.resize,
     )
-    steps_per_epoch = EpochSampler(len(dataset), config.effective_batch).steps_per_epoch
-    config = with_steps(config, steps_per_epoch)
-    optim = config.optim.scaled_to(config.effective_batch)
-    build_schedule(config, optim)
-    LoopConfig(total_steps=config.steps, dtype=config.dtype, log_every=run.log_every, save_every=run.save_every)
+    config, optim, steps_per_epoch = resolve_lengths(config, run, parallel, len(dataset))
     torch.manual_seed(config.seed)
     speed = run.speed
     model = build_pretrainer(
@@ -91,8 +87,8 @@ def prepare(config: PretrainConfig, run: RunConfig, parallel: Parallel) -> Prepa
     def load_init() -> str:
         return load_into(model, load_weights(config.init), config.init, allow_encoder_only=True)
 
-    checkpoint, start_step = find_start(model, config, run, parallel, notes, load_init)
-    return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, checkpoint, start_step, notes)
+    start = find_start(model, config, run, parallel, notes, load_init, dataset)
+    return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, notes=notes, **start)
 
 
 # --- The run ---

@@ -35,7 +35,8 @@ class PretrainConfig(_Checked):
         stride: frames from one sampled frame to the next, where the list says nothing else.
         sampling, fps, flip, resize: see `vmae.data.PretrainDataset`.
         loader: "cpu", or "dali", whose pixels differ by some levels, see `vmae.data.build_loader`.
-        effective_batch: videos of a step, over all ranks and micro-batches.
+        effective_batch: videos of a step, over all ranks and micro-batches; None means what the run makes it
+            (`RunConfig.videos_per_step`), and nothing else is taken.
         num_sample: clips cut from each of them.
         repeat: visits of a video in an epoch.
         epochs: length of the run; not used when `steps` is given.
@@ -58,7 +59,7 @@ class PretrainConfig(_Checked):
     flip: bool = False
     resize: str = "torch"
     loader: str = "cpu"
-    effective_batch: int = 32
+    effective_batch: int | None = ranged(None, EFFECTIVE_BATCH)
     num_sample: int = ranged(1, BATCH)
     repeat: int = ranged(1, COUNT)
     epochs: int = ranged(800, EPOCHS)
@@ -68,10 +69,6 @@ class PretrainConfig(_Checked):
     dtype: str = "float32"
     normalize_target: bool = True
     init: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        EFFECTIVE_BATCH.check("effective_batch", self.effective_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +89,7 @@ class RunConfig(_Checked):
         async_save: write checkpoints while training goes on.
         tensorboard: also write TensorBoard files.
         max_bad_share: share of reads that may fail before the run stops, see `vmae.data.Quarantine`.
+        allow_list_change: go on from a checkpoint of another list, see `vmae.data.list_identity`.
     """
 
     output: str
@@ -107,6 +105,11 @@ class RunConfig(_Checked):
     log_every: int = ranged(10, STEPS)
     tensorboard: bool = True
     max_bad_share: float = ranged(0.05, SHARE)
+    allow_list_change: bool = False
+
+    def videos_per_step(self, ranks: int) -> int:
+        """The effective batch."""
+        return self.batch_size * self.accumulate * ranks
 
 
 def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -259,6 +262,10 @@ def add_run_arguments(group) -> None:
         help="start afresh; an earlier run in the output folder is moved to DIR/previous-N",
     )  # fmt: skip
     group.add_argument(
+        "--allow-list-change", action="store_true",
+        help="go on although videos, labels or weights differ from the checkpoint's: later samples are of the new list (no)",
+    )  # fmt: skip
+    group.add_argument(
         "--save-every", type=limits(RunConfig, "save_every"), default=1000, help="steps from one checkpoint to the next (1000)"
     )
     group.add_argument("--keep", type=limits(RunConfig, "keep"), default=3, help="newest checkpoints that stay (3)")
@@ -299,7 +306,7 @@ def configs_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, RunConf
         ),
         optim=OptimConfig(warmup_epochs=warmup_epochs, **taken(args, "lr min_lr betas eps weight_decay clip_grad")),
         warmup_steps=warmup_steps,
-        effective_batch=args.batch_size * args.accumulate * world_size(),
+        effective_batch=run.videos_per_step(world_size()),
         **taken(args, "data data_root stride sampling fps flip resize loader num_sample repeat"),
         **taken(args, "epochs steps seed dtype normalize_target init"),
     )
@@ -312,7 +319,7 @@ def run_from_args(args: argparse.Namespace) -> RunConfig:
         num_workers=args.workers, **taken(args, "backend attention compile cuda_graphs checkpointing parallel shard_size")
     )
     names = "output device batch_size accumulate resume save_every keep keep_every async_save log_every tensorboard"
-    return RunConfig(speed=speed, **taken(args, f"{names} max_bad_share"))
+    return RunConfig(speed=speed, **taken(args, f"{names} max_bad_share allow_list_change"))
 
 
 def taken(args: argparse.Namespace, names: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vmae.errors import InputError
+from vmae.folder_lock import refuse_if_locked
 from vmae.train.checkpoint import CheckpointFolder
 from vmae.train.parallel import Parallel
 from vmae.train.sharded import find_damage
@@ -20,19 +21,25 @@ def choose_checkpoint(resume: str | None, folder: CheckpointFolder, parallel: Pa
         resume: "auto" (the newest), "last-good" (the newest that is not damaged), a path, or None.
 
     Raises:
-        InputError: it does not exist, or is damaged: names the files.
+        InputError: it does not exist, or is damaged: names the files. Another run writes to the folder.
     """
-    if parallel.is_main:
+
+    def choose() -> Path | None:
+        refuse_if_locked(folder.folder)
         found: Path | None = None
         if resume == "last-good":
             found, problems = folder.last_good()
-            notes += [f"note: passed over, damaged: {problem}" for problem in problems]
+            notes.extend(f"note: passed over, damaged: {problem}" for problem in problems)
         elif resume is not None:
             found = folder.latest() if resume == "auto" else Path(resume)
+        if resume in ("auto", "last-good"):
+            notes.extend(f"note: passed over, incomplete: {text}" for text in folder.passed_over())
         if found is None and resume and folder.folder.is_dir():
             left = ", ".join(path.name for path in folder.unfinished())
             notes.append(f"{folder.folder} holds no complete checkpoint{f' (only {left})' if left else ''}: a fresh start")
-    path = parallel.from_main(found if parallel.is_main else None)
+        return found
+
+    path = parallel.on_main(choose)
     if path is None:
         return None
     if not path.exists():

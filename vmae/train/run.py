@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
+import os
 import signal
 import time
 import warnings
@@ -20,8 +22,11 @@ import torch
 from torch import nn
 
 from vmae.data import Prefetcher, build_loader
+from vmae.data.dataset import EpochSampler
+from vmae.data.list_identity import identify_list, list_changes
 from vmae.data.video_dataset import VideoDataset
 from vmae.errors import InputError
+from vmae.folder_lock import FolderLock
 from vmae.interop.upstream import check_shapes
 from vmae.train.activations import prepare_blocks
 from vmae.train.checkpoint import AVERAGED_NAME, WEIGHTS_NAME, CheckpointFolder, export_weights, set_aside
@@ -53,6 +58,8 @@ class Prepared:
         checkpoint: the one to go on from, if any.
         start_step: the steps that it has done.
         notes: lines for the user.
+        listing: of `identify_list`; stands in every checkpoint.
+        lock: of the output folder, once the run writes to it; rank 0 has it.
     """
 
     config: Any
@@ -65,6 +72,14 @@ class Prepared:
     checkpoint: Path | None
     start_step: int
     notes: list[str]
+    listing: dict[str, Any]
+    lock: FolderLock | None = None
+
+    @property
+    def checkpoints(self) -> CheckpointFolder:
+        """Of the output folder."""
+        check = {} if self.lock is None else {"check": self.lock.check}
+        return CheckpointFolder(self.run.output, self.run.keep, self.run.keep_every, **check)
 
     @property
     def device(self) -> torch.device:
@@ -99,8 +114,32 @@ def build_schedule(config: Any, optim: OptimConfig) -> CosineSchedule:
     return CosineSchedule(lr=optim.lr, min_lr=optim.min_lr, total_steps=config.steps, warmup_steps=config.warmup_steps)
 
 
-def with_steps(config: Any, steps_per_epoch: int) -> Any:
-    """`config` with `steps` and `warmup_steps` resolved."""
+def resolve_lengths(config: Any, run: RunConfig, parallel: Parallel, samples: int) -> tuple[Any, OptimConfig, int]:
+    """What follows from the batch and an epoch of `samples`, checked.
+
+    Returns:
+        `config` with `effective_batch`, `steps` and `warmup_steps` resolved; the optimizer's settings at that batch; the
+        steps of an epoch.
+
+    Raises:
+        InputError: `config` was given another effective batch than the run has, or the warm-up is longer than the run.
+    """
+    batch = run.videos_per_step(parallel.world_size)
+    if config.effective_batch not in (None, batch):
+        raise InputError(
+            f"effective_batch is {config.effective_batch}, but batch_size {run.batch_size} x accumulate {run.accumulate} x "
+            f"{parallel.world_size} ranks make {batch}: leave it out, it follows from these"
+        )
+    config = dataclasses.replace(config, effective_batch=batch)
+    steps_per_epoch = EpochSampler(samples, batch).steps_per_epoch
+    config = _with_steps(config, steps_per_epoch)
+    optim = config.optim.scaled_to(batch)
+    build_schedule(config, optim)
+    LoopConfig(total_steps=config.steps, dtype=config.dtype, log_every=run.log_every, save_every=run.save_every)
+    return config, optim, steps_per_epoch
+
+
+def _with_steps(config: Any, steps_per_epoch: int) -> Any:
     steps = config.steps or config.epochs * steps_per_epoch
     warmup = config.warmup_steps
     warmup = int(config.optim.warmup_epochs * steps_per_epoch) if warmup is None else warmup
@@ -108,17 +147,28 @@ def with_steps(config: Any, steps_per_epoch: int) -> Any:
 
 
 def find_start(
-    model: nn.Module, config: Any, run: RunConfig, parallel: Parallel, notes: list[str], load_init: Callable[[], str]
-) -> tuple[Path | None, int]:
-    """The checkpoint to go on from, whole and fitting, and its step.
+    model: nn.Module,
+    config: Any,
+    run: RunConfig,
+    parallel: Parallel,
+    notes: list[str],
+    load_init: Callable[[], str],
+    dataset: VideoDataset,
+) -> dict[str, Any]:
+    """Where to begin: `checkpoint` (the one to go on from, whole and fitting, if any), `start_step`, `listing`.
 
-    Without one, `load_init` gives `model` the weights to start from, where the settings name some, and says so in a line.
+    Without a checkpoint, `load_init` gives `model` the weights to start from, where the settings name some, and says so in
+    a line.
+
+    Raises:
+        InputError: the checkpoint is damaged, of another architecture or batch, or was trained on another list.
     """
     path = choose_checkpoint(run.resume, CheckpointFolder(run.output, run.keep, run.keep_every), parallel, notes)
+    listing = parallel.on_main(lambda: identify_list(dataset, root_of(config)))
     if path is None:
         if config.init is not None:
             notes.append(load_init())
-        return None, 0
+        return {"checkpoint": None, "start_step": 0, "listing": listing}
     manifest = read_manifest(path)
     changes = setting_changes(manifest["config"], json.loads(json.dumps(config.to_dict())))
     architecture = [text for name, text in changes.items() if name.startswith("model.") and name not in _TRAINING_ONLY]
@@ -139,7 +189,39 @@ def find_start(
         )
     notes.append(f"resuming from {path}, step {manifest['step']}")
     notes += [f"note: setting changed: {text}" for text in changes.values()]
-    return path, manifest["step"]
+    notes += parallel.on_main(lambda: _compare_lists(path, manifest, config, run, dataset, listing))
+    return {"checkpoint": path, "start_step": manifest["step"], "listing": listing}
+
+
+def root_of(config: Any) -> str:
+    """Folder that the relative paths of a run's list start from."""
+    if hasattr(config, "videos"):
+        return config.videos
+    return config.data_root or (config.data if os.path.isdir(config.data) else os.path.dirname(config.data))
+
+
+def _compare_lists(
+    path: Path, manifest: dict[str, Any], config: Any, run: RunConfig, dataset: VideoDataset, listing: dict[str, Any]
+) -> list[str]:
+    """Notes on how the list differs from that of the checkpoint `path`, where that is allowed.
+
+    Raises:
+        InputError: it differs, and that is not allowed.
+    """
+    before, name = manifest.get("list"), config.annotations if hasattr(config, "annotations") else config.data
+    if before is None:
+        return [f"note: {path} was written before lists were kept: whether {name} is still the same is not known"]
+    changes = list_changes(before, dataset, root_of(config), listing)
+    if not changes:
+        return []
+    text = f"{name} is not the list that {path} was trained on: {'; '.join(changes)}"
+    if not run.allow_list_change:
+        raise InputError(
+            f"{text}. Bring the list back, or choose another --output; with --allow-list-change the run goes on from step "
+            f"{manifest['step']} with samples of the new list: in another order, so that some of this epoch's videos come "
+            "twice and others not at all"
+        )
+    return [f"note: {text}; allowed: from step {manifest['step']} on, samples are drawn from the new list, in another order"]
 
 
 # --- The run ---
@@ -175,8 +257,9 @@ def assemble_trainer(prepared: Prepared, model: nn.Module, **own: Any) -> Traine
             log_every=run.log_every,
             save_every=run.save_every,
         ),
-        saver=Saver(CheckpointFolder(run.output, run.keep, run.keep_every), prepared.parallel, background=run.async_save),
+        saver=Saver(prepared.checkpoints, prepared.parallel, background=run.async_save),
         about=config.to_dict(),
+        listing=prepared.listing,
         parallel=prepared.parallel,
         sources=prepared.dataset.sources,
         count_sources=prepared.dataset.count_sources,
@@ -204,18 +287,35 @@ def carry_out(
 
     Returns:
         None when the run is complete, else the signal that stopped it.
+
+    Raises:
+        InputError: the output folder is another run's, or goes away; see `Trainer.run`.
     """
     config, parallel = prepared.config, prepared.parallel
     folder = Path(prepared.run.output)
     say = print if parallel.is_main else _say_nothing
     if prepared.start_step >= config.steps:
         say(f"nothing to do: {folder} has done {prepared.start_step} of {config.steps} steps; more --steps go on from there")
-        if parallel.is_main and not (folder / WEIGHTS_NAME).exists():  # stopped between the last checkpoint and its export
-            export_run(prepared.checkpoint, folder, averaged)
-        return None
-    if parallel.is_main:
-        open_folder(prepared, folder)
-    parallel.barrier()
+        if parallel.on_main((folder / WEIGHTS_NAME).exists):
+            return None
+    with contextlib.ExitStack() as stack:
+        parallel.on_main(lambda: open_folder(prepared, folder, stack))
+        if prepared.start_step >= config.steps:  # stopped between the last checkpoint and its export
+            parallel.on_main(lambda: export_run(prepared.checkpoint, folder, averaged))
+            return None
+        return _train(prepared, introduction, make_trainer, summarise, averaged)
+
+
+def _train(
+    prepared: Prepared,
+    introduction: Sequence[str],
+    make_trainer: Callable[[], Trainer],
+    summarise: Callable[[int, float], list[str]],
+    averaged: bool,
+) -> int | None:
+    """`carry_out`, once the folder is open."""
+    parallel, folder = prepared.parallel, Path(prepared.run.output)
+    say = print if parallel.is_main else _say_nothing
     for line in (*prepared.notes, *introduction):
         say(line, flush=True)
     trainer = make_trainer()
@@ -224,11 +324,20 @@ def carry_out(
     if stopped_by is not None:
         say(f"stopped by {signal.Signals(stopped_by).name} after step {trainer.step}; the same command goes on from there")
         return stopped_by
+    parallel.on_main(lambda: _export_last(prepared, folder, averaged))
     if parallel.is_main:
-        export_run(trainer.saver.folder.latest(), folder, averaged)
         for line in summarise(trainer.step - first_step, time.monotonic() - began):
             print(line)
     return None
+
+
+def _export_last(prepared: Prepared, folder: Path, averaged: bool) -> None:
+    newest = prepared.checkpoints.latest()
+    prepared.lock.check()
+    if newest is None:
+        raise InputError(f"the checkpoints in {folder} are gone: removed during the run; no weights are written")
+    export_run(newest, folder, averaged)
+    prepared.lock.check()
 
 
 def _say_nothing(*text: str, **options: Any) -> None:
@@ -242,17 +351,23 @@ def export_run(checkpoint: Path, folder: Path, averaged: bool = False) -> None:
         export_weights(folder / name, read_group(checkpoint, group), config=about["config"], step=about["step"])
 
 
-def open_folder(prepared: Prepared, folder: Path) -> None:
-    """Make the output folder, move an earlier run out of the way, and write `run.json`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output folder {folder} is not writable: {error.strerror}") from error
+def open_folder(prepared: Prepared, folder: Path, stack: contextlib.ExitStack) -> None:
+    """Make the output folder this run's until `stack` ends, move an earlier run out of the way, and write `run.json`.
+
+    Raises:
+        InputError: the folder is another run's, or was until now; it can't be written to.
+    """
+    prepared.lock = stack.enter_context(FolderLock(folder, "a training run"))
+    if prepared.run.resume == "auto" and prepared.checkpoints.latest() != prepared.checkpoint:
+        raise InputError(f"another run has just written to {folder}, and ended; the same command goes on from where it stopped")
+    if prepared.start_step >= prepared.config.steps:
+        return
     moved = set_aside(folder, prepared.start_step if prepared.checkpoint else None)
     if moved:
         prepared.notes.append(f"moved what an earlier run left in {folder} to {moved}")
     about = prepared.describe()
-    write_run_file(folder, describe_start(about, device=prepared.device, start_step=prepared.start_step))
+    note = write_run_file(folder, describe_start(about, device=prepared.device, start_step=prepared.start_step))
+    prepared.notes.extend([note] if note else [])
 
 
 def open_batches(prepared: Prepared, start_step: int) -> Prefetcher:

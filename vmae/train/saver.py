@@ -6,6 +6,7 @@ is done, rank 0 renames the folder. Only then are older ones deleted.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -13,12 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
 from vmae.errors import InputError
-from vmae.train.checkpoint import CheckpointFolder, sync_folder
+from vmae.train.checkpoint import CheckpointFolder, sync_folder, why_not_written
 from vmae.train.parallel import Parallel
-from vmae.train.sharded import MANIFEST, file_facts, make_manifest, reason_of
+from vmae.train.sharded import MANIFEST, file_facts, make_manifest
 from vmae.train.state import NamedTensors
 
 
@@ -35,6 +37,7 @@ class Saver:
         self.folder, self.parallel, self.background = folder, parallel or Parallel(), background
         self._writing: threading.Thread | None = None
         self._error: InputError | None = None
+        self._wanted = 0  # bytes of the tensors that are being written
 
     def save(self, step: int, tensors: NamedTensors, about: dict[str, Any]) -> None:
         """Write the checkpoint of `step`, then delete those that are too old.
@@ -48,6 +51,8 @@ class Saver:
         self.finish()
         path = self.folder.path_of(step)
         beside = path.with_name(f".{path.name}.unfinished")
+        held = [value for group in tensors.values() for value in group.values() if isinstance(value, Tensor)]
+        self._wanted = sum(tensor.numel() * tensor.element_size() for tensor in held)
         self._together(lambda: self._make_room(beside) if self.parallel.is_main else None, path)
         where = dict(storage_writer=dcp.FileSystemWriter(beside), process_group=self._group, no_dist=self._group is None)
         if not self.background:
@@ -93,24 +98,39 @@ class Saver:
 
     def _together(self, work: Callable[[], Any], path: Path) -> None:
         """Do `work` on every rank; an error on any of them is an error on all, and the unfinished folder goes."""
-        failure = None
+        failure: BaseException | None = None
         try:
             work()
-        except (OSError, RuntimeError, dcp.CheckpointException) as error:  # torch reports a full disk as either
-            failure = reason_of(error)
-        failures = [text for text in self.parallel.gather(failure, self._group) if text]
-        if failures:
-            if self.parallel.is_main:
-                shutil.rmtree(path.with_name(f".{path.name}.unfinished"), ignore_errors=True)
-            raise InputError(f"cannot write {path}: {failures[0]}; the earlier checkpoints are untouched")
+        except dcp.CheckpointException as error:
+            failure = next(iter(error.failures.values()))[0]
+        except (OSError, RuntimeError, InputError) as error:  # torch reports a full disk as either
+            failure = error
+        failures = self.parallel.gather(failure is not None, self._group)
+        if not any(failures):
+            return
+        if self.parallel.is_main:
+            shutil.rmtree(path.with_name(f".{path.name}.unfinished"), ignore_errors=True)
+        text = None if failure is None else self._describe(failure, path)  # now that what was free is free again
+        raise InputError(next(text for text in self.parallel.gather(text, self._group) if text))
+
+    def _describe(self, failure: BaseException, path: Path) -> str:
+        if isinstance(failure, InputError):  # the folder is no longer the run's; a writer may have made an empty one
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
+            return str(failure)
+        if not path.parent.is_dir():
+            return f"cannot write {path}: output folder {path.parent} is gone, removed, renamed or unmounted during the run"
+        reason = why_not_written(failure, path, self._wanted)
+        return f"cannot write {path}: {reason}; the earlier checkpoints are untouched: {self.folder.describe_latest()}"
 
     def _make_room(self, beside: Path) -> None:
         for left_over in self.folder.unfinished():
             shutil.rmtree(left_over, ignore_errors=True) if left_over.is_dir() else left_over.unlink(missing_ok=True)
-        beside.mkdir(parents=True)
+        self.folder.check()
+        beside.mkdir()  # without parents: where the run's folder has gone, nobody makes it again
 
     def _complete(self, beside: Path, path: Path, step: int, about: dict[str, Any]) -> None:
-        """Vouch for the files, give the folder its name, and delete what is too old."""
+        """Write down what the files hold, give the folder its name, and delete what is too old."""
         own: dict[str, dict[str, Any]] = {}
 
         def hash_own() -> None:
@@ -129,6 +149,7 @@ class Saver:
                     file.flush()
                     os.fsync(file.fileno())
                 sync_folder(beside)
+                self.folder.check()
                 if path.exists():  # of the same step, which a resumed run writes again
                     self.folder.remove(path)
                 os.replace(beside, path)

@@ -1,4 +1,4 @@
-"""A checkpoint's folder: torch's distributed checkpoint (one shard a rank) beside a manifest that vouches for it.
+"""A checkpoint's folder: torch's distributed checkpoint (one shard a rank) beside a manifest that validates it.
 
     checkpoint-00001000/
       manifest.json      step, config, ranks; size and SHA-256 of every other file, and of itself
@@ -25,7 +25,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from vmae.errors import InputError
-from vmae.jsontext import parse_json
+from vmae.json_files import BAD_JSON, why_no_json
 
 # A process alone knows that it is.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -71,7 +71,7 @@ class SafeReader(dcp.FileSystemReader):
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is a checkpoint's folder (its content may still be damaged)."""
-    return (path / MANIFEST).is_file()
+    return os.path.isfile(path / MANIFEST)  # False, too, where it may not be looked at
 
 
 # --- the manifest ---
@@ -105,13 +105,17 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / MANIFEST
     try:
-        content = parse_json(file.read_text(encoding="utf-8"))
-        own = content.pop("sha256")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        written = isinstance(content, dict) and content.pop("sha256", None) == _digest(content)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{path} is not a training checkpoint: it has no {MANIFEST}; weights alone go to --init") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error})") from error
-    if own != _digest(content):
+    except OSError as error:
+        raise InputError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error.strerror})") from error
+    except BAD_JSON as error:
+        raise InputError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({why_no_json(error)})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read (it holds no object)")
+    if not written:
         raise InputError(f"checkpoint {path} is damaged: {MANIFEST} is not what was written")
     if content.get("format") != FORMAT:
         raise InputError(f"checkpoint {path} has form {content.get('format')}; this code reads form {FORMAT}")

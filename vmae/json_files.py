@@ -1,0 +1,92 @@
+"""Reading JSON that a kill, a bad disk or another hand may have spoilt: a file whole, or JSON Lines one by one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vmae.errors import InputError
+
+# Of text that is no JSON, no UTF-8, a number of too many digits, or nested deeper than Python's stack.
+BAD_JSON = (ValueError, RecursionError)
+
+
+def read_json(path: str | Path, what: str = "file") -> Any:
+    """The content of a JSON file.
+
+    Args:
+        what: of the file, for the message.
+
+    Raises:
+        InputError: it is missing, cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be read: {error.strerror}") from error
+    except BAD_JSON as error:
+        raise InputError(f"{what} {path} is no JSON: {why_no_json(error)}") from error
+
+
+def why_no_json(error: BaseException) -> str:
+    """What is wrong with a text, in one line; for one of `BAD_JSON`."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error).splitlines()[0]
+
+
+@dataclass
+class JsonLines:
+    """What `read_json_lines` found.
+
+    Attributes:
+        records: objects, in order.
+        numbers: the line number of each, from 1.
+        skipped: number and bytes of each line that is none, or lacks a key.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    skipped: list[tuple[int, bytes]] = field(default_factory=list)
+
+    def note(self, path: str | Path) -> str | None:
+        """A line on what was skipped; None where nothing was."""
+        if not self.skipped:
+            return None
+        shown = ", ".join(str(number) for number, _ in self.skipped[:3]) + (", ..." if len(self.skipped) > 3 else "")
+        return f"note: {path}: {len(self.skipped)} lines skipped, cut short or not ours (line {shown})"
+
+
+def read_json_lines(path: str | Path, /, **keys: type | tuple[type, ...]) -> JsonLines:
+    """The lines of a JSON Lines file; nothing where there is no such file. Empty lines don't count.
+
+    Args:
+        keys: what a line must have, by name: the type of its value (`bool` is no `int`).
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    path, found = Path(path), JsonLines()
+    try:
+        lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except BAD_JSON:
+            record = None
+        if isinstance(record, dict) and all(_is_a(record.get(name), kind) for name, kind in keys.items()):
+            found.records.append(record)
+            found.numbers.append(number)
+        else:
+            found.skipped.append((number, line))
+    return found
+
+
+def _is_a(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
