@@ -151,7 +151,7 @@ def assemble_decoder_tokens(
     if decode.ndim != 2 or decode.shape[0] != encoded.shape[0]:
         raise ValueError(f"decode must be [B={encoded.shape[0]}, Nd], not {list(decode.shape)}")
     tensors = dict(encoded=encoded, mask_token=mask_token, pos=pos, visible=visible, decode=decode)
-    if choose_backend("assemble_decoder_tokens", backend, encoded.dtype, **tensors) == "triton":
+    if choose_backend("assemble_decoder_tokens", backend, encoded.dtype, tensors) == "triton":
         return assemble_decoder_tokens_op(encoded, mask_token, pos, visible.to(torch.int32), decode.to(torch.int32))
     if dev.checking_indices():
         dev.check_indices(visible, pos.numel() // pos.shape[-1], "visible")

@@ -43,6 +43,8 @@ INTERPRETING = bool(device.INTERPRET.value)
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
+
 
 def resolve_backend(backend: str, operation: str, tensor: Tensor, dtype: torch.dtype | None = None) -> str:
     """"torch" or "triton" for one call of `operation` on `tensor`'s device, computing in `dtype` (None: any will do).
@@ -76,23 +78,22 @@ def resolve_backend(backend: str, operation: str, tensor: Tensor, dtype: torch.d
     return backend
 
 
-def choose_backend(operation: str, backend: str, dtype: torch.dtype, **tensors: Tensor | None) -> str:
-    """`resolve_backend` for a call with these arguments, once they are found to be on one device and of the right kind.
+def choose_backend(operation: str, backend: str, dtype: torch.dtype, tensors: dict[str, Tensor | None]) -> str:
+    """`resolve_backend` for a call with these arguments, the first of them a tensor, all on one device and of the right kind.
 
     Raises:
         ValueError: as `resolve_backend`; tensors on different devices; indices that are no integers; "triton" where a gradient
             is wanted that the kernels do not form ("auto" takes PyTorch then).
     """
     known = OPERATIONS[operation]
-    first, *_ = tensors
+    first = next(iter(tensors))
     place = tensors[first].device
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != place:
             raise ValueError(f"{operation}: {name} is on {tensor.device}, but {first} on {place}; all must be on one device")
     for name in known.indices:
-        kind = tensors[name].dtype
-        if kind.is_floating_point or kind.is_complex or kind == torch.bool:
-            raise ValueError(f"{operation}: {name} must hold integers (int32 is read as it is), not {kind}")
+        if tensors[name].dtype not in _INTEGERS:
+            raise ValueError(f"{operation}: {name} must hold integers, not {tensors[name].dtype}")
     if backend != "torch" and torch.is_grad_enabled():
         for name in known.constant:
             if tensors[name].requires_grad:

@@ -168,10 +168,6 @@ def reduce_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def _adjacent_values(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -185,12 +181,15 @@ def launcher(*by_rows: str) -> Callable[[Callable], Callable]:
     """
 
     def guard(launch: Callable) -> Callable:
-        exceptions = {"clips": _as_it_is, **dict.fromkeys(by_rows, _adjacent_values)}
-        rules = [exceptions.get(name, Tensor.contiguous) for name in inspect.signature(launch).parameters]
+        parameters = inspect.signature(launch).parameters.values()
+        tensors = [(i, x.name) for i, x in enumerate(parameters) if "Tensor" in x.annotation and x.name != "clips"]
+        rules = [(i, _adjacent_values if name in by_rows else Tensor.contiguous) for i, name in tensors]
 
         @functools.wraps(launch)
         def guarded(*args):
-            args = [rule(x) if isinstance(x, Tensor) else x for rule, x in zip(rules, args, strict=True)]
+            for i, rule in rules:
+                if args[i] is not None and not args[i].is_contiguous():
+                    args = (*args[:i], rule(args[i]), *args[i + 1 :])
             if not args[0].is_cuda:
                 return launch(*args)
             with torch.cuda.device(args[0].device):

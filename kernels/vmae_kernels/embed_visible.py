@@ -434,7 +434,7 @@ def embed_visible(
         raise ValueError(f"visible must be [B={clips.shape[0]}, Nv], not {list(visible.shape)}")
     dtype = dev.working_dtype(clips.device.type, weight.dtype)
     tensors = dict(clips=clips, visible=visible, weight=weight, bias=bias, pos=pos)
-    if choose_backend("embed_visible", backend, dtype, **tensors) == "triton":
+    if choose_backend("embed_visible", backend, dtype, tensors) == "triton":
         return embed_visible_op(clips, visible.to(torch.int32), weight, bias, pos, dtype)
     if dev.checking_indices():
         dev.check_indices(visible, frames * rows * columns, "visible")

@@ -383,7 +383,7 @@ def head_patch_loss(
             )
         backend = "torch" if backend == "auto" else backend
     tensors = dict(hidden=hidden, head_weight=head_weight, head_bias=head_bias, clips=clips, decode=decode, weight=weight)
-    if choose_backend("head_patch_loss", backend, dtype, **tensors) == "triton":
+    if choose_backend("head_patch_loss", backend, dtype, tensors) == "triton":
         tokens = decode.to(torch.int32)
         return head_patch_loss_op(
             hidden, head_weight, head_bias, clips, tokens, weight, normalize, tubelet_size, dtype, with_grad

@@ -331,7 +331,7 @@ def patch_loss(
     """
     check_loss_shapes(pixels.shape[:-1], pixels.shape[-1], clips, decode, weight, tubelet_size)
     tensors = dict(pixels=pixels, clips=clips, decode=decode, weight=weight)
-    if choose_backend("patch_loss", backend, pixels.dtype, **tensors) == "triton":
+    if choose_backend("patch_loss", backend, pixels.dtype, tensors) == "triton":
         return patch_loss_op(pixels, clips, decode.to(torch.int32), weight, normalize, tubelet_size)[0]
     check_tokens(decode, clips, pixels.shape[-1], tubelet_size)
     return patch_loss_ref(pixels, clips, decode, weight, normalize, tubelet_size)

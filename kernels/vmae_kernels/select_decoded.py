@@ -228,7 +228,8 @@ def select_decoded(
     if keep.ndim != 2 or keep.shape[0] != hidden.shape[0]:
         raise ValueError(f"keep must be [B={hidden.shape[0]}, Nk], not {list(keep.shape)}")
     dtype = dev.working_dtype(hidden.device.type, hidden.dtype)
-    if choose_backend("select_decoded", backend, dtype, hidden=hidden, weight=weight, bias=bias, keep=keep) == "triton":
+    tensors = dict(hidden=hidden, weight=weight, bias=bias, keep=keep)
+    if choose_backend("select_decoded", backend, dtype, tensors) == "triton":
         return select_decoded_op(hidden, weight, bias, keep.to(torch.int32), eps, dtype)
     if dev.checking_indices():
         dev.check_indices(keep, hidden.shape[1], "keep")

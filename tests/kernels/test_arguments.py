@@ -1,4 +1,4 @@
-"""Every tensor argument of every operation, found by their signatures: its layout in memory, its device, its kind, its gradient."""
+"""Every tensor argument of every operation, found by their signatures: layout in memory, device, kind, gradient."""
 
 import inspect
 from types import SimpleNamespace
@@ -44,7 +44,8 @@ def operands(name, device, batch=2, shown=2, hidden=3, clips="uint8"):
         },
         "patch_loss": {"pixels": random(batch, hidden, VALUES), **loss},
         "head_patch_loss": {
-            "hidden": random(batch, hidden, DECODER), "head_weight": random(VALUES, DECODER), "head_bias": random(VALUES), **loss,
+            "hidden": random(batch, hidden, DECODER), "head_weight": random(VALUES, DECODER), "head_bias": random(VALUES),
+            **loss,
         },
     }[name]  # fmt: skip
 
@@ -192,7 +193,7 @@ def test_indices_are_integers(name, argument, backend, device):
 
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
 def test_every_floating_point_argument_gets_its_gradient_or_is_refused(name, device):
-    """PyTorch gives all of them (equal to what finite differences say of it), "auto" too, "triton" those that it says it has."""
+    """PyTorch gives all (as finite differences say), so does "auto"; "triton" refuses those that it does not form."""
     arguments = operands(name, device, clips="float")
     exact = {key: x.double() if x.is_floating_point() else x for key, x in arguments.items()}
     upstream = torch.randn_like(call(name, "torch", exact))
