@@ -335,8 +335,8 @@ def embed_visible_bwd(
     weight_dtype: torch.dtype, pos_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launches the backward: gradients of weight [D, K], bias (float32) and `count` positions (empty without `pos_dtype`)."""
-    pos_grad = grad.new_empty(0) if pos_dtype is None else positions_grad(grad, visible, count, pos_dtype)
-    return *weight_and_bias_grads(grad, clips, visible, patch, depth, weight_dtype), pos_grad
+    grads = weight_and_bias_grads(grad, clips, visible, patch, depth, weight_dtype)
+    return *grads, grad.new_empty(0) if pos_dtype is None else positions_grad(grad, visible, count, pos_dtype)
 
 
 @torch.library.custom_op("vmae::embed_visible", mutates_args=())

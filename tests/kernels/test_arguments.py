@@ -1,6 +1,7 @@
 """Every tensor argument of every operation, found by their signatures: layout in memory, device, kind, gradient."""
 
 import inspect
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -300,3 +301,17 @@ def test_auto_takes_no_triton_on_gpus_without_what_the_kernels_need(monkeypatch,
                 resolve_backend("triton", "embed_visible", gpu)
     finally:
         kernel_device._capability.cache_clear()
+
+
+def test_the_capability_is_a_constant_of_a_compiled_graph(monkeypatch):
+    """Asked for while tracing, with no break and no warning (a cached function alone gives one)."""
+    torch._dynamo.reset()
+    kernel_device._capability.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    choose = torch.compile(
+        lambda x: x + 1 if kernel_device.why_too_old(x.device) else x - 1, fullgraph=True, backend="eager"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(torch.zeros(1)) == 1
+    kernel_device._capability.cache_clear()
