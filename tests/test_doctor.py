@@ -9,6 +9,7 @@ import torch
 from vmae import doctor
 from vmae.cli import main
 from vmae.model.attention_backends import BACKENDS
+from vmae_kernels import device as kernel_device
 
 CPU = torch.device("cpu")
 
@@ -105,3 +106,16 @@ def test_a_gpu_is_described(monkeypatch):
     doctor.report(found, lines.append)
     assert "GPU: NVIDIA H100, compute capability 9.0, 80 GiB" in lines
     assert not any("there is no GPU" in line for line in lines)
+
+
+def test_a_gpu_that_is_too_old_for_the_kernels_has_its_reason(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    kernel_device._capability.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: types.SimpleNamespace(is_cuda=True, device=device))
+    machine = doctor.look_at_machine(gpu)
+    kernel_device._capability.cache_clear()
+    monkeypatch.undo()
+    lines = []
+    doctor.report({**doctor.examine(CPU, torch.float32), "machine": machine}, lines.append)
+    assert any(line.startswith("fused operations: torch (cuda:0 has compute capability 7.5; before 8.0 ") for line in lines)

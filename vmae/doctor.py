@@ -26,6 +26,7 @@ from vmae.model.attention_backends import BACKENDS, auto_order, runnable
 from vmae.model.attention_probes import Workload
 from vmae.settings import Whole
 from vmae_kernels import resolve_backend
+from vmae_kernels.device import why_too_old
 
 SCHEMA = "vmae-doctor/1"
 HEAD_DIMS = (64, 80, 88)  # ViT-S, B, L; ViT-H; ViT-g
@@ -223,6 +224,7 @@ def look_at_machine(device: torch.device) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "gpus": gpus,
         "kernels": resolve_backend("auto", "embed_visible", torch.empty(0, device=device)),
+        "kernels_note": why_too_old(device) if device.type == "cuda" else None,
     }
 
 
@@ -271,7 +273,7 @@ def report(found: dict[str, Any], say: Callable[[str], None] = print) -> None:
         say(f"GPU: {gpu['name']}, compute capability {gpu['capability']}, {gpu['gib']} GiB")
     if not machine["gpus"]:
         say("no GPU: everything runs on the CPU")
-    say(f"fused operations: {machine['kernels']}")
+    say(f"fused operations: {machine['kernels']}" + (f" ({machine['kernels_note']})" if machine["kernels_note"] else ""))
 
     head_dims = workload["head_dims"]
     shapes = ", ".join(map(str, head_dims))

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vmae_kernels import device as dev
-from vmae_kernels.backend import resolve_backend
+from vmae_kernels.backend import choose_backend
 from vmae_kernels.device import round_to
 
 
@@ -57,7 +57,7 @@ def fwd_config(width: int) -> dict:
     return {"BLOCK_R": max(1, 4096 // block), "BLOCK_D": block, "num_warps": 4}
 
 
-@dev.on_device
+@dev.launcher("encoded")
 def assemble_decoder_tokens_fwd(encoded: Tensor, mask_token: Tensor, pos: Tensor, visible: Tensor, decode: Tensor) -> Tensor:
     """Launches the forward."""
     batch, shown, width = encoded.shape
@@ -68,12 +68,10 @@ def assemble_decoder_tokens_fwd(encoded: Tensor, mask_token: Tensor, pos: Tensor
     out = dev.scratch((batch, shown + hidden, width), encoded.dtype, encoded.device)
     if out.numel() == 0:
         return out
-    if encoded.stride(-1) != 1:
-        encoded = encoded.contiguous()
     config = fwd_config(width)
     rows = batch * (shown + hidden)
     assemble_decoder_tokens_fwd_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-        encoded, mask_token.contiguous(), pos.contiguous(), visible.contiguous(), decode.contiguous(), out,
+        encoded, mask_token, pos, visible, decode, out,
         rows, shown, hidden, width, encoded.stride(0), encoded.stride(1), **config,
     )  # fmt: skip
     return out
@@ -89,13 +87,11 @@ def _(encoded, mask_token, pos, visible, decode):
     return encoded.new_empty((encoded.shape[0], visible.shape[1] + decode.shape[1], encoded.shape[2]))
 
 
-@dev.on_device
+@dev.launcher("grad")
 def mask_token_grad(grad: Tensor, shown: int, dtype: torch.dtype) -> Tensor:
     """Launches both stages of the sum over the decoded rows."""
     if grad.shape[0] * (grad.shape[1] - shown) == 0:
         return grad.new_zeros(grad.shape[2], dtype=dtype)
-    if grad.stride(-1) != 1:
-        grad = grad.contiguous()
     return dev.reduce_partials(dev.column_sum_partials(grad, shown), dtype)
 
 
@@ -131,7 +127,7 @@ def assemble_decoder_tokens(
     Args:
         encoded: [B, Nv, Dd], the encoder's output at the decoder's width.
         mask_token: [1, 1, Dd] or [Dd].
-        pos: [N, Dd] or [1, N, Dd], fixed: no gradient reaches it.
+        pos: [N, Dd] or [1, N, Dd], fixed positions. Where they need a gradient, "auto" is PyTorch.
         visible: int32 [B, Nv].
         decode: int32 [B, Nd]; duplicates are legal in both.
         backend: "torch", "triton" or "auto" (Triton on a GPU).
@@ -143,8 +139,8 @@ def assemble_decoder_tokens(
     Cost: B * (2 Nv + Nd) * Dd elements and the position table moved; the backward B * Nd * Dd.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown backend, indices out of range when VMAE_CHECK_INDICES=1, "triton" where
-            it cannot run.
+        ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when VMAE_CHECK_INDICES=1,
+            "triton" where it cannot run or where `pos` needs a gradient.
     """
     if encoded.ndim != 3 or encoded.shape[:2] != visible.shape:
         raise ValueError(f"encoded {list(encoded.shape)} does not fit visible {list(visible.shape)}: [B, Nv, D] and [B, Nv]")
@@ -154,10 +150,9 @@ def assemble_decoder_tokens(
         )
     if decode.ndim != 2 or decode.shape[0] != encoded.shape[0]:
         raise ValueError(f"decode must be [B={encoded.shape[0]}, Nd], not {list(decode.shape)}")
-    if resolve_backend(backend, "assemble_decoder_tokens", encoded, encoded.dtype) == "triton":
-        return assemble_decoder_tokens_op(
-            encoded, mask_token, pos.detach(), visible.to(torch.int32), decode.to(torch.int32)
-        )
+    tensors = dict(encoded=encoded, mask_token=mask_token, pos=pos, visible=visible, decode=decode)
+    if choose_backend("assemble_decoder_tokens", backend, encoded.dtype, tensors) == "triton":
+        return assemble_decoder_tokens_op(encoded, mask_token, pos, visible.to(torch.int32), decode.to(torch.int32))
     if dev.checking_indices():
         dev.check_indices(visible, pos.numel() // pos.shape[-1], "visible")
         dev.check_indices(decode, pos.numel() // pos.shape[-1], "decode")

@@ -1,6 +1,8 @@
-"""Which implementation an operation runs."""
+"""Which implementation an operation runs, and what all operations ask of their arguments."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,20 +12,44 @@ from vmae_kernels import device
 
 BACKENDS = ("auto", "torch", "triton")
 
-# Operations with Triton kernels; the others run PyTorch whatever the device.
-TRITON_OPERATIONS = frozenset(
-    {"embed_visible", "assemble_decoder_tokens", "select_decoded", "patch_loss", "head_patch_loss"}
-)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Tensor arguments of an operation with Triton kernels.
+
+    Attributes:
+        learned: the kernels form their gradients.
+        constant: the kernels form none; where one is wanted, PyTorch does it.
+        indices: of tokens or rows, integers.
+    """
+
+    learned: tuple[str, ...]
+    constant: tuple[str, ...]
+    indices: tuple[str, ...]
+
+
+# The others run PyTorch whatever the device.
+OPERATIONS = {
+    "embed_visible": Operation(("weight", "bias", "pos"), ("clips",), ("visible",)),
+    "assemble_decoder_tokens": Operation(("encoded", "mask_token"), ("pos",), ("visible", "decode")),
+    "select_decoded": Operation(("hidden", "weight", "bias"), (), ("keep",)),
+    "patch_loss": Operation(("pixels",), ("clips", "weight"), ("decode",)),
+    "head_patch_loss": Operation(("hidden", "head_weight", "head_bias"), ("clips", "weight"), ("decode",)),
+}
+TRITON_OPERATIONS = frozenset(OPERATIONS)
 
 INTERPRETING = bool(device.INTERPRET.value)
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
+
 
 def resolve_backend(backend: str, operation: str, tensor: Tensor, dtype: torch.dtype | None = None) -> str:
     """"torch" or "triton" for one call of `operation` on `tensor`'s device, computing in `dtype` (None: any will do).
 
-    "auto" is Triton on a GPU (ROCm's too), PyTorch elsewhere and in dtypes that the kernels do not have.
+    "auto" is Triton on a GPU (ROCm's too), PyTorch elsewhere, on GPUs before sm_80 and in dtypes that the kernels do not have.
 
     Raises:
         ValueError: an unknown backend, or "triton" on a device or in a dtype where it cannot run.
@@ -33,17 +59,48 @@ def resolve_backend(backend: str, operation: str, tensor: Tensor, dtype: torch.d
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     available = operation in TRITON_OPERATIONS
     fits = dtype is None or dtype in TRITON_DTYPES
+    runs = not isinstance(tensor, FakeTensor)  # a fake one launches nothing: its step is counted, not computed
+    too_old = device.why_too_old(tensor.device) if runs and tensor.is_cuda and backend != "torch" else None
     if backend == "auto":
-        return "triton" if available and fits and tensor.is_cuda else "torch"
+        return "triton" if available and fits and tensor.is_cuda and too_old is None else "torch"
     if backend == "triton":
         if not available:
             raise NotImplementedError(f"{operation} has no Triton kernel; use backend='torch' or 'auto'")
         if not fits:
             raise ValueError(f"{operation}: the Triton kernels compute in float32, bfloat16 or float16, not {dtype}")
-        runs = not isinstance(tensor, FakeTensor)  # a fake one launches nothing: its step is counted, not computed
+        if too_old is not None:
+            raise ValueError(f"{operation}: {too_old}; use backend='torch' or 'auto'")
         if runs and not tensor.is_cuda and not INTERPRETING and device.BUILD_TARGET is None:
             raise ValueError(
                 f"{operation}: backend='triton' needs a GPU, and the tensors are on {tensor.device}. Move them to a GPU, use "
                 "backend='torch' or 'auto', or set TRITON_INTERPRET=1 before Python starts to interpret the kernels (slow)"
             )
     return backend
+
+
+def choose_backend(operation: str, backend: str, dtype: torch.dtype, tensors: dict[str, Tensor | None]) -> str:
+    """`resolve_backend` for a call with these arguments, the first of them a tensor, all on one device and of the right kind.
+
+    Raises:
+        ValueError: as `resolve_backend`; tensors on different devices; indices that are no integers; "triton" where a gradient
+            is wanted that the kernels do not form ("auto" takes PyTorch then).
+    """
+    known = OPERATIONS[operation]
+    first = next(iter(tensors))
+    place = tensors[first].device
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != place:
+            raise ValueError(f"{operation}: {name} is on {tensor.device}, but {first} on {place}; all must be on one device")
+    for name in known.indices:
+        if tensors[name].dtype not in _INTEGERS:
+            raise ValueError(f"{operation}: {name} must hold integers, not {tensors[name].dtype}")
+    if backend != "torch" and torch.is_grad_enabled():
+        for name in known.constant:
+            if tensors[name].requires_grad:
+                if backend == "triton":
+                    raise ValueError(
+                        f"{operation}: {name} requires a gradient, which the Triton kernels do not form; detach it, or use "
+                        "backend='torch' or 'auto'"
+                    )
+                backend = "torch" if backend == "auto" else backend
+    return resolve_backend(backend, operation, tensors[first], dtype)

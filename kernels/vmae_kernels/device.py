@@ -9,6 +9,7 @@ to `DOT`-able float32 there, and `round_to` rounds by hand: interpreted results 
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterable
 
@@ -167,17 +168,36 @@ def reduce_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def on_device(launch: Callable) -> Callable:
-    """Runs a launcher with its first tensor's GPU as the current one: Triton launches there, wherever its arguments are."""
+def _adjacent_values(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
-    @functools.wraps(launch)
-    def launch_there(first: Tensor, *args, **kwargs):
-        if not first.is_cuda:
-            return launch(first, *args, **kwargs)
-        with torch.cuda.device(first.device):
-            return launch(first, *args, **kwargs)
 
-    return launch_there
+def launcher(*by_rows: str) -> Callable[[Callable], Callable]:
+    """Guards a launcher. All of them have it, so every tensor passes here on its way to a kernel, upstream gradients too.
+
+    Kernels read a tensor as if it were contiguous: one that is passes as it is, another is copied. Two kinds keep strides:
+    clips (`clip_arguments`), and the parameters `by_rows`, of which the values of a row must be adjacent. The first tensor's
+    GPU becomes the current one: Triton launches there, wherever its arguments are. `choose_backend` found all on one device.
+    """
+
+    def guard(launch: Callable) -> Callable:
+        parameters = inspect.signature(launch).parameters.values()
+        tensors = [(i, x.name) for i, x in enumerate(parameters) if "Tensor" in x.annotation and x.name != "clips"]
+        rules = [(i, _adjacent_values if name in by_rows else Tensor.contiguous) for i, name in tensors]
+
+        @functools.wraps(launch)
+        def guarded(*args):
+            for i, rule in rules:
+                if args[i] is not None and not args[i].is_contiguous():
+                    args = (*args[:i], rule(args[i]), *args[i + 1 :])
+            if not args[0].is_cuda:
+                return launch(*args)
+            with torch.cuda.device(args[0].device):
+                return launch(*args)
+
+        return guarded
+
+    return guard
 
 
 def scratch(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -202,8 +222,8 @@ def check_indices(tokens: Tensor, count: int, name: str) -> None:
 
 
 def working_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype F.linear would compute in: autocast's where it is on (float64 excepted), else `dtype`."""
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+    """The dtype F.linear would compute in: autocast's where it is on (float64 and meta tensors excepted), else `dtype`."""
+    if device_type != "meta" and torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return dtype
 
@@ -211,6 +231,20 @@ def working_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
 # Set by vmae_kernels.build, which launches nothing: the target to choose for, and which candidate configuration.
 BUILD_TARGET: str | None = None
 BUILD_CANDIDATE = 0
+
+
+OLDEST_CAPABILITY = (8, 0)
+
+_capability = functools.cache(lambda device: torch.cuda.get_device_capability(device))
+
+
+@torch.compiler.assume_constant_result
+def why_too_old(device: torch.device) -> str | None:
+    """Why the kernels do not run on a GPU; None where they do, and on all of AMD's that PyTorch knows."""
+    if torch.version.hip is not None or _capability(device) >= OLDEST_CAPABILITY:
+        return None
+    found, needed = (".".join(map(str, capability)) for capability in (_capability(device), OLDEST_CAPABILITY))
+    return f"{device} has compute capability {found}; before {needed} the kernels use no tensor cores and spill registers"
 
 
 def target_of(device: torch.device) -> str:
@@ -221,7 +255,7 @@ def target_of(device: torch.device) -> str:
         return "cpu"
     if torch.version.hip is not None:
         return "hip"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = _capability(device)
     return f"sm_{major}{minor}"
 
 

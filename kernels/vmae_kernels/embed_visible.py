@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vmae_kernels import device as dev
-from vmae_kernels.backend import resolve_backend
+from vmae_kernels.backend import choose_backend
 from vmae_kernels.device import (
     CENTRE,
     MEAN_B,
@@ -54,7 +54,7 @@ def embed_visible_ref(clips: Tensor, visible: Tensor, weight: Tensor, bias: Tens
     if clips.dtype == torch.uint8:
         pixels = normalise(pixels)
     # Channel-first like the weight: the permuted copy is made of few pixels, not of the whole weight.
-    flat = pixels.permute(0, 1, 5, 2, 3, 4).reshape(*visible.shape, -1).to(weight.dtype)
+    flat = pixels.permute(0, 1, 5, 2, 3, 4).flatten(2).to(weight.dtype)
     tokens = F.linear(flat, weight.flatten(1), bias)
     return tokens + pos.flatten(0, -2)[visible.long()].to(tokens.dtype)
 
@@ -241,13 +241,13 @@ def fold_weight(weight: Tensor, bias: Tensor | None, channels_last: bool, dtype:
     folded = dev.scratch((width, dev.padded_width(values)), dtype, weight.device)
     shift = dev.scratch((width,), torch.float32, weight.device)
     embed_visible_fold_kernel[(width,)](
-        weight.contiguous(), bias, folded, shift, values, folded.shape[1], HAS_BIAS=bias is not None,
+        weight, bias, folded, shift, values, folded.shape[1], HAS_BIAS=bias is not None,
         CHANNELS_LAST=channels_last, BLOCK_K=triton.next_power_of_2(folded.shape[1]), num_warps=4,
     )  # fmt: skip
     return folded, shift
 
 
-@dev.on_device
+@dev.launcher()
 def embed_visible_fwd(
     clips: Tensor, visible: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -262,8 +262,6 @@ def embed_visible_fwd(
         return out
     clips, where = dev.clip_arguments(clips, tokens, clip_grid(clips, patch, depth))
     folded, shift = fold_weight(weight, bias, channels_last, dtype)
-    visible, table = visible.contiguous(), pos.reshape(-1, width).contiguous()
-
     descriptor = dev.has_copy_engine(clips.device)
     configs = fwd_configs(dtype, descriptor)
 
@@ -271,7 +269,7 @@ def embed_visible_fwd(
         table_w = TensorDescriptor.from_tensor(folded, [config["BLOCK_N"], config["BLOCK_K"]]) if descriptor else folded
         tiles = triton.cdiv(batch * tokens, config["BLOCK_M"]) * triton.cdiv(width, config["BLOCK_N"])
         embed_visible_fwd_kernel[(tiles,)](
-            clips, visible, table_w, shift, table, out, batch * tokens, where[0], width, *where[1:], folded.shape[1],
+            clips, visible, table_w, shift, pos, out, batch * tokens, where[0], width, *where[1:], folded.shape[1],
             DESCRIPTOR=descriptor, PATCH=patch, DEPTH=depth, CHANNELS_LAST=channels_last,
             PRECISION=dev.dot_precision(clips.device), **config,
         )  # fmt: skip
@@ -286,20 +284,18 @@ def weight_grad_splits(rows: int, tiles: int) -> int:
     return max(1, min(264 // tiles, rows // 256))
 
 
-@dev.on_device
-def embed_visible_bwd(
+def weight_and_bias_grads(
     grad: Tensor, clips: Tensor, visible: Tensor, patch: int, depth: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Launches the sums of the bias, the weight's partial sums and their second stage: [D, K] in `dtype`, [D] float32."""
     batch, tokens, width = grad.shape
     values, channels_last = 3 * depth * patch * patch, clips.dtype == torch.uint8
-    weight_grad = dev.scratch((width, values), dtype, grad.device)
+    found = dev.scratch((width, values), dtype, grad.device)
     bias_grad = dev.scratch((width,), torch.float32, grad.device)
     if grad.numel() == 0:
-        return weight_grad.zero_(), bias_grad.zero_()
+        return found.zero_(), bias_grad.zero_()
     clips, where = dev.clip_arguments(clips, tokens, clip_grid(clips, patch, depth))
-    visible, rows = visible.contiguous(), batch * tokens
-    sums = dev.column_sum_partials(grad)
+    rows, sums = batch * tokens, dev.column_sum_partials(grad)
 
     def launch(config: dict) -> Tensor:
         tiles = triton.cdiv(width, config["BLOCK_N"]) * triton.cdiv(values, config["BLOCK_K"])
@@ -314,24 +310,33 @@ def embed_visible_bwd(
     config = dev.choose_config("embed_visible_bwd", bwd_configs(grad.dtype), (rows, width, patch, grad.dtype), launch)
     partial = launch(config)
     embed_visible_bwd_finish_kernel[(width,)](
-        partial, sums, weight_grad, bias_grad, partial.shape[0], sums.shape[0], width, values,
+        partial, sums, found, bias_grad, partial.shape[0], sums.shape[0], width, values,
         CHANNELS_LAST=channels_last, BLOCK_K=triton.next_power_of_2(values), BLOCK_R=32, num_warps=8,
     )  # fmt: skip
-    return weight_grad, bias_grad
+    return found, bias_grad
 
 
-@dev.on_device
-def embed_visible_bwd_pos(grad: Tensor, visible: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+def positions_grad(grad: Tensor, visible: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """Gradient of learned positions, [count, D]: a stable sort of the indices makes each position's uses adjacent."""
     width = grad.shape[-1]
     ordered, order = torch.sort(visible.flatten(), stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(count + 1, dtype=ordered.dtype, device=ordered.device))
-    pos_grad = dev.scratch((count, width), dtype, grad.device)
+    found = dev.scratch((count, width), dtype, grad.device)
     block = min(256, triton.next_power_of_2(width))
     embed_visible_bwd_pos_kernel[(count, triton.cdiv(width, block))](
-        grad, order, bounds, pos_grad, width, BLOCK_D=block, num_warps=1
+        grad, order, bounds, found, width, BLOCK_D=block, num_warps=1
     )
-    return pos_grad
+    return found
+
+
+@dev.launcher()
+def embed_visible_bwd(
+    grad: Tensor, clips: Tensor, visible: Tensor, patch: int, depth: int, count: int,
+    weight_dtype: torch.dtype, pos_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launches the backward: gradients of weight [D, K], bias (float32) and `count` positions (empty without `pos_dtype`)."""
+    grads = weight_and_bias_grads(grad, clips, visible, patch, depth, weight_dtype)
+    return *grads, grad.new_empty(0) if pos_dtype is None else positions_grad(grad, visible, count, pos_dtype)
 
 
 @torch.library.custom_op("vmae::embed_visible", mutates_args=())
@@ -351,11 +356,7 @@ def embed_visible_backward_op(
     grad: Tensor, clips: Tensor, visible: Tensor, patch: int, depth: int, count: int,
     weight_dtype: torch.dtype, pos_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grad = grad.contiguous()
-    weight_grad, bias_grad = embed_visible_bwd(grad, clips, visible, patch, depth, weight_dtype)
-    if pos_dtype is None:
-        return weight_grad, bias_grad, grad.new_empty(0)
-    return weight_grad, bias_grad, embed_visible_bwd_pos(grad, visible, count, pos_dtype)
+    return embed_visible_bwd(grad, clips, visible, patch, depth, count, weight_dtype, pos_dtype)
 
 
 @embed_visible_backward_op.register_fake
@@ -411,14 +412,14 @@ def embed_visible(
 
     Returns:
         [B, Nv, D] in the weight's dtype, or autocast's. Gradients reach weight, bias and pos, in their own dtype and summed in
-        float32; none reaches pixels.
+        float32. The kernels form none of pixels; where float clips need one, "auto" is PyTorch.
 
     Cost: B * Nv * K bytes of a uint8 clip read (K = 3 t p p), B * Nv * D tokens written, 2 * B * Nv * K * D FLOPs; the
     backward again as much, and 4 * D * K bytes of scratch for each split of the rows.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown backend, indices out of range when they are checked, "triton" where it
-            cannot run.
+        ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when they are checked, "triton"
+            where it cannot run or where clips need a gradient.
     """
     if weight.ndim != 5 or weight.shape[1] != 3 or weight.shape[3] != weight.shape[4]:
         raise ValueError(f"weight must be [D, 3, t, p, p], not {list(weight.shape)}")
@@ -427,10 +428,13 @@ def embed_visible(
         raise ValueError(
             f"positions {list(pos.shape)} do not fit {frames * rows * columns} tokens of width {weight.shape[0]}"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}")
     if visible.ndim != 2 or visible.shape[0] != clips.shape[0]:
         raise ValueError(f"visible must be [B={clips.shape[0]}, Nv], not {list(visible.shape)}")
     dtype = dev.working_dtype(clips.device.type, weight.dtype)
-    if resolve_backend(backend, "embed_visible", clips, dtype) == "triton":
+    tensors = dict(clips=clips, visible=visible, weight=weight, bias=bias, pos=pos)
+    if choose_backend("embed_visible", backend, dtype, tensors) == "triton":
         return embed_visible_op(clips, visible.to(torch.int32), weight, bias, pos, dtype)
     if dev.checking_indices():
         dev.check_indices(visible, frames * rows * columns, "visible")

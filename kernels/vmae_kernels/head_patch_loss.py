@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vmae_kernels import device as dev
-from vmae_kernels.backend import resolve_backend
+from vmae_kernels.backend import choose_backend
 from vmae_kernels.device import by_channel, operand, round_to, target_offsets, tubelet_offsets
 from vmae_kernels.patch_loss import (
     check_loss_shapes,
@@ -203,8 +203,8 @@ class HeadPass:
         self.rows, self.width = decode.numel(), hidden.shape[-1]
         self.values, self.depth, self.with_grad = head_weight.shape[0], depth, with_grad
         self.patch = patch_size_of(self.values, depth)
-        self.hidden, self.head = hidden.reshape(-1, self.width).contiguous(), head_weight.to(hidden.dtype).contiguous()
-        self.bias, self.decode, self.weight = head_bias, decode.contiguous(), weight.contiguous()
+        self.hidden, self.head = hidden.view(-1, self.width), head_weight.to(hidden.dtype)
+        self.bias, self.decode, self.weight = head_bias, decode, weight
         self.clips, self.where = dev.clip_arguments(clips, decode.shape[1], clip_grid(clips, self.patch, depth))
         self.affine = target_affines(self.clips, self.decode, self.where, self.patch, depth, normalize)
         self.precision = dev.dot_precision(hidden.device)
@@ -264,12 +264,12 @@ class HeadPass:
         return loss, total, self.hidden_grad, weight_grad.view(self.values, self.width), bias_grad
 
 
-@dev.on_device
+@dev.launcher()
 def head_patch_loss_fwd(
     hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, clips: Tensor, decode: Tensor, weight: Tensor,
     normalize: bool, depth: int, dtype: torch.dtype, with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launches everything. No counted token: a loss of NaN, as 0 / 0 is, and gradients of zero times it."""
+    """Launches everything. No counted token: a loss of NaN, as 0 / 0 is, and gradients of zero."""
     check_tokens(decode, clips, head_weight.shape[0], depth)
     if decode.numel() > 0:
         inputs = (hidden.to(dtype), head_weight, head_bias, clips, decode, weight)
@@ -318,6 +318,8 @@ def _backward(ctx, upstream, *_):
         raise RuntimeError("head_patch_loss cannot be differentiated twice: backend='torch' can")
     total, hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
     factor = upstream * (2.0 / ctx.values) / total
+    if hidden_grad.numel() == 0:  # no counted token: an empty sum, where the loss is 0 / 0
+        factor = torch.zeros_like(factor)
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
     return (
@@ -353,7 +355,7 @@ def head_patch_loss(
 
     Returns:
         float32 scalar; gradients reach `hidden`, `head_weight` and `head_bias` in their own dtype (the latter two summed in
-        float32), once: they cannot be differentiated again.
+        float32), once: they cannot be differentiated again. Where float clips or `weight` need one, "auto" is PyTorch.
 
     The product is formed in the dtype of `hidden`, or autocast's. Under FSDP2 call it inside the forward of the module that
     owns the head, where its weight is gathered.
@@ -361,11 +363,14 @@ def head_patch_loss(
     Cost: 6 * B * Nk * P * D FLOPs with gradients, 2 without; B * Nk * P pixels read twice.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown backend, indices out of range when VMAE_CHECK_INDICES=1, "triton" where
-            it cannot run, and gradients in float16 with "triton": they are formed before a loss scale is known.
+        ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when VMAE_CHECK_INDICES=1,
+            "triton" where it cannot run or where clips or `weight` need a gradient, and gradients in float16 with "triton":
+            they are formed before a loss scale is known.
     """
     if head_weight.ndim != 2 or head_weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"head weight {list(head_weight.shape)} does not fit hidden {list(hidden.shape)}")
+    if head_bias is not None and head_bias.shape != head_weight.shape[:1]:
+        raise ValueError(f"head bias {list(head_bias.shape)} does not fit head weight {list(head_weight.shape)}")
     check_loss_shapes(hidden.shape[:-1], head_weight.shape[0], clips, decode, weight, tubelet_size)
     dtype = dev.working_dtype(hidden.device.type, hidden.dtype)
     learned = (hidden, head_weight) if head_bias is None else (hidden, head_weight, head_bias)
@@ -377,8 +382,9 @@ def head_patch_loss(
                 "use bfloat16, or backend='torch'"
             )
         backend = "torch" if backend == "auto" else backend
-    if resolve_backend(backend, "head_patch_loss", hidden, dtype) == "triton":
-        tokens, weight = decode.to(torch.int32), weight.detach()
+    tensors = dict(hidden=hidden, head_weight=head_weight, head_bias=head_bias, clips=clips, decode=decode, weight=weight)
+    if choose_backend("head_patch_loss", backend, dtype, tensors) == "triton":
+        tokens = decode.to(torch.int32)
         return head_patch_loss_op(
             hidden, head_weight, head_bias, clips, tokens, weight, normalize, tubelet_size, dtype, with_grad
         )[0]

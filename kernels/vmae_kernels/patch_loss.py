@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vmae_kernels import device as dev
-from vmae_kernels.backend import resolve_backend
+from vmae_kernels.backend import choose_backend
 from vmae_kernels.device import (
     MEAN_B,
     MEAN_G,
@@ -47,7 +47,6 @@ def patch_size_of(values: int, tubelet_size: int) -> int:
     return side
 
 
-@torch.no_grad()
 def patch_targets_ref(
     clips: Tensor, tokens: Tensor, patch_size: int, tubelet_size: int = 2, normalize: bool = True
 ) -> Tensor:
@@ -56,7 +55,8 @@ def patch_targets_ref(
     pixels = unit_pixels(gather_tubelets(clips, tokens, patch_size, tubelet_size)).flatten(2, 4)
     if normalize:
         variance, mean = torch.var_mean(pixels, dim=2, unbiased=True, keepdim=True)
-        pixels = (pixels - mean) / (variance.sqrt() + 1e-6)
+        # The clamp moves no target; it makes the gradient of a tubelet of equal pixels finite.
+        pixels = (pixels - mean) / (variance.clamp_min(torch.finfo(torch.float32).tiny).sqrt() + 1e-6)
     return pixels.flatten(2)
 
 
@@ -76,7 +76,8 @@ def patch_loss_ref(
 def check_loss_shapes(rows, values: int, clips: Tensor, decode: Tensor, weight: Tensor, tubelet_size: int) -> None:
     """Raises ValueError unless predictions `rows` x `values`, tokens, weights and clips fit together."""
     clip_grid(clips, patch_size_of(values, tubelet_size), tubelet_size)
-    if tuple(rows) != tuple(decode.shape) or decode.shape != weight.shape or decode.shape[0] != clips.shape[0]:
+    fit = tuple(rows) == tuple(decode.shape) == tuple(weight.shape)
+    if not fit or decode.ndim != 2 or decode.shape[0] != clips.shape[0]:
         raise ValueError(
             f"predictions {list(rows)}, tokens {list(decode.shape)} and weights {list(weight.shape)} must all be "
             f"[B={clips.shape[0]}, Nk]"
@@ -219,7 +220,7 @@ def weighted_mean_of(partial: Tensor, weight: Tensor, values: int) -> tuple[Tens
     return loss, total
 
 
-@dev.on_device
+@dev.launcher()
 def patch_loss_fwd(
     pixels: Tensor, clips: Tensor, decode: Tensor, weight: Tensor, normalize: bool, depth: int
 ) -> tuple[Tensor, Tensor]:
@@ -230,17 +231,17 @@ def patch_loss_fwd(
     check_tokens(decode, clips, values, depth)
     if rows == 0:
         return weight.new_full((), float("nan"), dtype=torch.float32), weight.new_zeros((), dtype=torch.float32)
-    uint8, weight = clips.dtype == torch.uint8, weight.contiguous()
+    uint8 = clips.dtype == torch.uint8
     clips, where = dev.clip_arguments(clips, decode.shape[1], grid)
     partial = dev.scratch((triton.cdiv(rows, ROWS_PER_PROGRAM),), torch.float32, pixels.device)
     patch_loss_fwd_kernel[(partial.numel(),)](
-        pixels.contiguous(), clips, decode.contiguous(), weight, partial, rows, *where,
+        pixels, clips, decode, weight, partial, rows, *where,
         PATCH=patch, DEPTH=depth, UINT8=uint8, NORMALIZE=normalize, ROWS=ROWS_PER_PROGRAM, **loss_config(values),
     )  # fmt: skip
     return weighted_mean_of(partial, weight, values)
 
 
-@dev.on_device
+@dev.launcher()
 def patch_loss_bwd(
     upstream: Tensor, total: Tensor, pixels: Tensor, clips: Tensor, decode: Tensor, weight: Tensor, normalize: bool, depth: int
 ) -> Tensor:
@@ -253,7 +254,7 @@ def patch_loss_bwd(
     uint8 = clips.dtype == torch.uint8
     clips, where = dev.clip_arguments(clips, decode.shape[1], clip_grid(clips, patch, depth))
     patch_loss_bwd_kernel[(decode.numel(),)](
-        upstream, total, pixels.contiguous(), clips, decode.contiguous(), weight.contiguous(), grad, *where,
+        upstream, total, pixels, clips, decode, weight, grad, *where,
         PATCH=patch, DEPTH=depth, UINT8=uint8, NORMALIZE=normalize, **loss_config(values),
     )  # fmt: skip
     return grad
@@ -319,17 +320,18 @@ def patch_loss(
         backend: "torch", "triton" or "auto" (Triton on a GPU).
 
     Returns:
-        float32 scalar, whatever the dtype of `pixels`; its gradient reaches `pixels` only. float16 is safe: the gradient is
-        formed when the upstream one is known.
+        float32 scalar, whatever the dtype of `pixels`. The kernels form the gradient of `pixels`; where float clips or `weight`
+        need one, "auto" is PyTorch. float16 is safe: the gradient is formed when the upstream one is known.
 
     Cost: B * Nk * P pixels and predictions read; the backward again, and a gradient written.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown backend, indices out of range when VMAE_CHECK_INDICES=1, "triton" where
-            it cannot run.
+        ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when VMAE_CHECK_INDICES=1,
+            "triton" where it cannot run, or where clips or `weight` need a gradient.
     """
     check_loss_shapes(pixels.shape[:-1], pixels.shape[-1], clips, decode, weight, tubelet_size)
-    if resolve_backend(backend, "patch_loss", pixels, pixels.dtype) == "triton":
-        return patch_loss_op(pixels, clips, decode.to(torch.int32), weight.detach(), normalize, tubelet_size)[0]
+    tensors = dict(pixels=pixels, clips=clips, decode=decode, weight=weight)
+    if choose_backend("patch_loss", backend, pixels.dtype, tensors) == "triton":
+        return patch_loss_op(pixels, clips, decode.to(torch.int32), weight, normalize, tubelet_size)[0]
     check_tokens(decode, clips, pixels.shape[-1], tubelet_size)
     return patch_loss_ref(pixels, clips, decode, weight, normalize, tubelet_size)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vmae_kernels import device as dev
-from vmae_kernels.backend import resolve_backend
+from vmae_kernels.backend import choose_backend
 from vmae_kernels.device import round_to
 
 
@@ -32,12 +32,12 @@ def select_decoded_ref(hidden: Tensor, weight: Tensor, bias: Tensor, keep: Tenso
 
 
 @triton.jit
-def normalise_rows(p_x, m_x, m_d, width, eps):
-    """LayerNorm's rows before weight and bias, [R, D] float32, and one over the deviation, [R]; zero where masked."""
-    b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+def normalise_rows(p_x, m_r, m_d, width, eps):
+    """LayerNorm's rows before weight and bias, [R, D] float32, and one over the deviation, [R]; 0 and 1 where masked."""
+    b_x = tl.load(p_x, mask=m_r[:, None] & m_d[None, :], other=0.0).to(tl.float32)
     b_mean = tl.sum(b_x, 1) / width
     b_x = tl.where(m_d[None, :], b_x - b_mean[:, None], 0.0)
-    b_rstd = 1 / tl.sqrt_rn(tl.sum(b_x * b_x, 1) / width + eps)
+    b_rstd = 1 / tl.sqrt_rn(tl.where(m_r, tl.sum(b_x * b_x, 1) / width + eps, 1.0))
     return b_x * b_rstd[:, None], b_rstd
 
 
@@ -53,7 +53,7 @@ def select_decoded_fwd_kernel(
     m_x = m_r[:, None] & m_d[None, :]
     i_row = tl.load(p_keep + o_r, mask=m_r, other=0).to(tl.int64)
     o_x = (o_r // n_keep) * tl.cast(stride_b, tl.int64) + i_row * stride_row
-    b_x, _ = normalise_rows(p_hidden + o_x[:, None] + o_d[None, :], m_x, m_d, width, eps)
+    b_x, _ = normalise_rows(p_hidden + o_x[:, None] + o_d[None, :], m_r, m_d, width, eps)
     b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_x = b_x * b_weight[None, :] + b_bias[None, :]
@@ -89,9 +89,9 @@ def select_decoded_bwd_kernel(
         i_row = tl.program_id(0) * rows_per_program + o_row + tl.arange(0, BLOCK_R)
         m_r = (i_row < n_hidden) & (o_row + tl.arange(0, BLOCK_R) < rows_per_program)
         b_use = next_use(p_keep + i_clip * n_keep, i_row, tl.zeros([BLOCK_R], tl.int32) - 1, n_keep, BLOCK_U)
-        m_x = (m_r & (b_use < n_keep))[:, None] & m_d[None, :]
         o_x = i_clip * tl.cast(stride_b, tl.int64) + i_row.to(tl.int64) * stride_row
-        b_x, b_rstd = normalise_rows(p_hidden + o_x[:, None] + o_d[None, :], m_x, m_d, width, eps)
+        p_x = p_hidden + o_x[:, None] + o_d[None, :]
+        b_x, b_rstd = normalise_rows(p_x, m_r & (b_use < n_keep), m_d, width, eps)
         b_grad = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
         while tl.min(b_use) < n_keep:
             m_use = (m_r & (b_use < n_keep))[:, None] & m_d[None, :]
@@ -125,7 +125,7 @@ def bwd_config(width: int) -> dict:
 ROWS_PER_PROGRAM = 64
 
 
-@dev.on_device
+@dev.launcher("hidden")
 def select_decoded_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor, keep: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
@@ -136,17 +136,15 @@ def select_decoded_fwd(
     out = dev.scratch((batch, count, width), dtype, hidden.device)
     if out.numel() == 0:
         return out
-    if hidden.stride(-1) != 1:
-        hidden = hidden.contiguous()
     config = fwd_config(width)
     select_decoded_fwd_kernel[(triton.cdiv(batch * count, config["BLOCK_R"]),)](
-        hidden, weight.contiguous(), bias.contiguous(), keep.contiguous(), out, batch * count, count, width,
+        hidden, weight, bias, keep, out, batch * count, count, width,
         hidden.stride(0), hidden.stride(1), eps, **config,
     )  # fmt: skip
     return out
 
 
-@dev.on_device
+@dev.launcher("hidden")
 def select_decoded_bwd(
     grad: Tensor, hidden: Tensor, weight: Tensor, keep: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -155,12 +153,10 @@ def select_decoded_bwd(
     hidden_grad = dev.scratch(hidden.shape, hidden.dtype, hidden.device)
     if grad.numel() == 0:
         return hidden_grad.zero_(), grad.new_zeros((2, width), dtype=torch.float32)
-    if hidden.stride(-1) != 1:
-        hidden = hidden.contiguous()
     stretches = triton.cdiv(rows, ROWS_PER_PROGRAM)
     partial = dev.scratch((batch * stretches, 2 * width), torch.float32, hidden.device)
     select_decoded_bwd_kernel[(stretches, batch)](
-        grad.contiguous(), hidden, weight.contiguous(), keep.contiguous(), hidden_grad, partial, rows, keep.shape[1], width,
+        grad, hidden, weight, keep, hidden_grad, partial, rows, keep.shape[1], width,
         hidden.stride(0), hidden.stride(1), eps, ROWS_PER_PROGRAM, **bwd_config(width),
     )  # fmt: skip
     return hidden_grad, dev.reduce_partials(partial, torch.float32).view(2, width)
@@ -214,6 +210,7 @@ def select_decoded(
         hidden: [B, M, D], the decoder's output, visible tokens first.
         weight, bias: [D], of the decoder's final LayerNorm.
         keep: int32 [B, Nk], rows of `hidden`, in any order; a row may occur twice.
+        eps: 0 is legal; a kept row of equal values is NaN then, as in `torch.nn.functional.layer_norm`.
         backend: "torch", "triton" or "auto" (Triton on a GPU).
 
     Returns:
@@ -223,15 +220,16 @@ def select_decoded(
     Cost: 2 * B * Nk * D elements moved; the backward B * (2 Nk + M) * D.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown backend, indices out of range when VMAE_CHECK_INDICES=1, "triton" where
-            it cannot run.
+        ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when VMAE_CHECK_INDICES=1,
+            "triton" where it cannot run.
     """
     if hidden.ndim != 3 or weight.shape != hidden.shape[2:] or bias.shape != weight.shape:
         raise ValueError(f"hidden {list(hidden.shape)}, weight {list(weight.shape)} and bias {list(bias.shape)} do not fit")
     if keep.ndim != 2 or keep.shape[0] != hidden.shape[0]:
         raise ValueError(f"keep must be [B={hidden.shape[0]}, Nk], not {list(keep.shape)}")
     dtype = dev.working_dtype(hidden.device.type, hidden.dtype)
-    if resolve_backend(backend, "select_decoded", hidden, dtype) == "triton":
+    tensors = dict(hidden=hidden, weight=weight, bias=bias, keep=keep)
+    if choose_backend("select_decoded", backend, dtype, tensors) == "triton":
         return select_decoded_op(hidden, weight, bias, keep.to(torch.int32), eps, dtype)
     if dev.checking_indices():
         dev.check_indices(keep, hidden.shape[1], "keep")

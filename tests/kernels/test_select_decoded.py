@@ -58,6 +58,17 @@ def test_rows_not_kept_get_zero(device):
     assert (grad[dropped] == 0).all() and (grad[~dropped] != 0).any(1).all()
 
 
+@pytest.mark.parametrize("kept", [5, 0])
+def test_rows_not_kept_are_finite_without_eps(kept, device):
+    """Their deviation is never formed: with `eps` 0 it would be one over zero, and NaN in the gradients of weight and bias."""
+    inputs, _, _ = problem((2, 75, 5, 33), torch.float32, device)
+    keep, upstream = tokens_of(2, kept, 75, device), torch.randn(2, kept, 33, device=device)
+    got = run(lambda **x: select_decoded(**x, keep=keep, eps=0.0, backend="triton"), inputs, upstream)
+    expected = run(lambda **x: select_decoded_ref(**x, keep=keep, eps=0.0), inputs, upstream)
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
 def test_rows_not_kept_are_not_read(device):
     """They may hold anything, NaN too."""
     inputs, keep, upstream = problem((2, 20, 5, 33), torch.float32, device)
