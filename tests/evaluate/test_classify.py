@@ -111,7 +111,7 @@ def test_another_test_in_the_folder_is_an_error(weights, labelled_world, tmp_pat
     evaluate(loaded, config(labelled_world), tmp_path)
     with torch.no_grad():
         loaded.model.head.bias += 1
-    with pytest.raises(InputError, match="holds another test \\(its weights differ\\)"):
+    with pytest.raises(InputError, match="holds another test \\(there and now: weights differs\\)"):
         evaluate(loaded, config(labelled_world), tmp_path)
 
 

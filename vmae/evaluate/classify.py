@@ -31,10 +31,10 @@ from vmae.evaluate.scores import TOP, Record, class_table, confusion, draw_confu
 from vmae.train.checkpoint import write_atomically
 from vmae.train.checks import check_backend, check_output
 from vmae.train.finetune_settings import list_of
+from vmae.train.identity import list_hash, model_identity, settle
 from vmae.train.load import (
     LoadedClassifier,
     add_model_arguments,
-    fingerprint,
     load_from_args,
     named,
     view_probabilities,
@@ -136,11 +136,12 @@ def evaluate(
     views = config.views or published_views(loaded.clip.sampling)
     multi_label = loaded.multi_label or labelled.multi
     settings = {
-        "weights": fingerprint(model), "data": config.data, "videos": len(labelled.entries), "clip": loaded.clip.to_dict(),
-        "views": views.to_dict(), "dtype": config.dtype, "scores": config.keep_scores or multi_label,
+        **model_identity(model), "clip": loaded.clip.to_dict(), "views": views.to_dict(), "dtype": config.dtype,
+        "videos": len(labelled.entries), "list": list_hash(labelled.entries, labelled.labels), "multi_label": multi_label,
+        "scores": config.keep_scores or multi_label,
     }  # fmt: skip
     if parallel.is_main:
-        _claim(folder, settings)
+        settle(folder / SETTINGS, settings, "another test", data=config.data)
         if loaded.note:
             print(loaded.note, flush=True)
     done = parallel.from_main({record["video"] for record in _collect(folder)} if parallel.is_main else None)
@@ -157,7 +158,7 @@ def evaluate(
     parallel.barrier()  # rank 0 has taken older parts in
     write_share(folder, labelled, dataset, todo, predict, rank=parallel.rank, world_size=parallel.world_size, workers=workers)
     parallel.barrier()
-    results = finish(folder, labelled, settings, class_names) if parallel.is_main else None
+    results = finish(folder, labelled, {**settings, "data": config.data}, class_names) if parallel.is_main else None
     return parallel.from_main(results)
 
 
@@ -189,21 +190,6 @@ def describe_prediction(probabilities: Tensor, keep_scores: bool) -> Record:
     best = probabilities.topk(min(TOP, len(probabilities)))
     record: Record = {"top": [[int(k), float(p)] for p, k in zip(*best)]}
     return {**record, "scores": probabilities.tolist()} if keep_scores else record
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Make `folder` the one of this test, or go on in it."""
-    path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot use {folder}: {error}") from error
-    if before is None:
-        write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1) + "\n"), binary=False)
-    elif before != settings:
-        changed = ", ".join(key for key in settings if before.get(key) != settings[key])
-        raise InputError(f"{folder} holds another test (its {changed} differ); choose another --output")
 
 
 def _collect(folder: Path) -> list[Record]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -49,7 +48,7 @@ from vmae.train.checkpoint import find_weights, write_atomically
 from vmae.train.checks import check_backend, check_output, resolve_device
 from vmae.train.detection_settings import add_video_arguments
 from vmae.train.finetune_settings import PUBLISHED_CLASSIFIERS
-from vmae.train.load import fingerprint
+from vmae.train.identity import check_same, content_hash, frames_identity, model_identity
 from vmae.train.loop import DTYPES
 from vmae.train.metrics import code_version, read_log
 from vmae.train.pretrain_settings import image_size
@@ -227,19 +226,19 @@ def score_frames(
     What an earlier start of the same test has written in `output` is kept.
 
     Raises:
-        InputError: `output` can't be written.
+        InputError: `output` holds another test, or can't be written.
     """
     folder, model = Path(output), loaded.model.to(device)
-    about = {"weights": fingerprint(model), "clip": json.loads(json.dumps(loaded.clip.to_dict())), "dtype": dtype}
-    boxes = repr([(frame.path, frame.frame, frame.boxes) for frame in frames])
-    about["boxes"] = hashlib.sha256(boxes.encode()).hexdigest()[:16]
+    boxes = content_hash([(*frames_identity(frame), frame.frame, frame.boxes) for frame in frames])
+    about = {**model_identity(model), "clip": loaded.clip.to_dict(), "dtype": dtype, "key_frames": len(frames), "boxes": boxes}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = read_log(folder / PARTS)
-        same = bool(before) and before[0] == about
-        done = {record["frame"]: record for record in before[1:]} if same else {}
-        with open(folder / PARTS, "a" if same else "w", encoding="utf-8") as part:
-            part.write("\n" if same else json.dumps(about) + "\n")  # the last line may be torn: it ends here
+        if before:
+            check_same(before[0], about, f"{folder} holds another test", f"choose another --output, or remove {folder / PARTS}")
+        done = {record["frame"]: record for record in before[1:]}
+        with open(folder / PARTS, "a" if before else "w", encoding="utf-8") as part:
+            part.write("\n" if before else json.dumps(about) + "\n")  # the last line may be torn: it ends here
             todo = [number for number in range(len(frames)) if number not in done]
             for record in _score(model, frames, todo, loaded.clip, device, dtype, batch_size, workers):
                 part.write(json.dumps(record) + "\n")

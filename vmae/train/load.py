@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vmae.config import ModelConfig
 from vmae.data.classify_dataset import ClipConfig
@@ -144,15 +143,6 @@ def _read(checkpoint: str | Path, averaged: bool) -> tuple[Path, dict[str, Any],
     if not beside.is_file():
         raise InputError(f"{checkpoint} has no averaged weights ({AVERAGED_NAME}); `finetune --ema 0.9999` keeps them")
     return beside, *read_settings_and_weights(beside)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """The same for the same weights, and (but by a conspiracy) for no others."""
-    total = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().double()
-        total.update(name.encode() + torch.stack([values.sum(), values.square().sum()]).numpy(force=True).tobytes())
-    return total.hexdigest()[:16]
 
 
 @torch.no_grad()
