@@ -179,7 +179,10 @@ def write_share(
         with open(folder / f"predictions-{rank}.part.jsonl", "w", encoding="utf-8") as part:
             for video, seen in tqdm(dataset.read(own, workers), total=len(own), unit="video", disable=True if rank else None):
                 record = {"video": video, "path": labelled.entries[video].path, "labels": labelled.labels[video]}
-                record |= {"error": seen.error} if isinstance(seen, Failure) else predict(seen)
+                try:
+                    record |= {"error": seen.error} if isinstance(seen, Failure) else predict(seen)
+                except InputError as error:
+                    raise InputError(f"{record['path']}: {error}") from error
                 part.write(json.dumps(record) + "\n")
                 part.flush()
     except OSError as error:

@@ -49,6 +49,7 @@ from vmae.train.checks import check_backend, check_output, resolve_device
 from vmae.train.detection_settings import add_video_arguments
 from vmae.train.finetune_settings import PUBLISHED_CLASSIFIERS
 from vmae.train.identity import check_same, content_hash, frames_identity, model_identity
+from vmae.train.load import NO_NUMBERS
 from vmae.train.loop import DTYPES
 from vmae.train.metrics import code_version, read_log
 from vmae.train.pretrain_settings import image_size
@@ -272,6 +273,9 @@ def _score(
             clips = torch.stack([clip for _, (clip, _) in held])
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
                 logits = model(clips.to(device), boxes.to(device))
+            if logits.isnan().any():
+                some = ", ".join(sorted({frames[own].path for own, _ in held}))
+                raise InputError(f"the model's output on {some} is no number (NaN); {NO_NUMBERS}")
             for (own, (_, given)), scores in zip(held, logits.float().sigmoid().cpu()):
                 yield {"frame": own, "scores": scores[: len(given)].tolist()}
             held = []

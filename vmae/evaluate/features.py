@@ -29,7 +29,7 @@ from vmae.model import Classifier
 from vmae.train.checkpoint import write_atomically
 from vmae.train.checks import check_backend, check_output
 from vmae.train.identity import frames_identity, model_identity, settle
-from vmae.train.load import add_model_arguments, load_from_args
+from vmae.train.load import NO_NUMBERS, add_model_arguments, load_from_args
 from vmae.train.loop import DTYPES
 from vmae.train.parallel import open_parallel
 
@@ -203,7 +203,10 @@ def _embedded(model: Classifier, frames: Iterable[np.ndarray], config: WindowCon
 @torch.inference_mode()
 def _features(model: Classifier, clips: Tensor, config: WindowConfig, embedded: bool) -> Tensor:
     with torch.autocast(clips.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        return (model.features_of_embedded(clips) if embedded else model.features(clips)).float().cpu()
+        found = (model.features_of_embedded(clips) if embedded else model.features(clips)).float().cpu()
+    if found.isnan().any():
+        raise InputError(f"features are no numbers (NaN); {NO_NUMBERS}")
+    return found
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

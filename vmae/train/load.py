@@ -23,6 +23,8 @@ from vmae.train.finetune_settings import PUBLISHED_CLASSIFIERS
 from vmae.train.pretrain_settings import image_size
 from vmae.train.sharded import is_checkpoint, read_group
 
+NO_NUMBERS = "the weights are damaged, or the dtype is too narrow for them: check the run's loss, try --dtype float32"
+
 
 @dataclass
 class LoadedClassifier:
@@ -154,6 +156,9 @@ def view_probabilities(
     Args:
         views: uint8 [V, T, H, W, 3].
         batch_size: views at once.
+
+    Raises:
+        InputError: a probability is NaN.
     """
     total = torch.zeros(model.num_classes, dtype=torch.float64)
     for part in views.split(batch_size):
@@ -161,6 +166,8 @@ def view_probabilities(
             logits = model(part.to(device, non_blocking=True)).float()
         probabilities = logits.sigmoid() if multi_label else logits.softmax(1)
         total += probabilities.double().sum(0).cpu()
+    if total.isnan().any():
+        raise InputError(f"the model's output is no number (NaN); {NO_NUMBERS}")
     return total / len(views)
 
 
