@@ -26,7 +26,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from vmae.config import ModelConfig
 from vmae.data.ava import (
     AvaBox,
     read_actions,
@@ -41,13 +40,12 @@ from vmae.data.detection_dataset import KeyClipConfig, KeyFrame, KeyFrameReader,
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
 from vmae.evaluate.frame_map import FrameScores, frame_map
-from vmae.interop.classifier_weights import checkpoint_grid
+from vmae.interop.source import at_size, source_config
 from vmae.interop.upstream import load_into, read_settings_and_weights
 from vmae.model.detector import Detector, build_detector
 from vmae.train.checkpoint import find_weights, write_atomically
 from vmae.train.checks import check_backend, check_output, resolve_device
 from vmae.train.detection_settings import add_video_arguments
-from vmae.train.finetune_settings import PUBLISHED_CLASSIFIERS
 from vmae.train.identity import check_same, content_hash, frames_identity, model_identity
 from vmae.train.load import NO_NUMBERS
 from vmae.train.loop import DTYPES
@@ -67,7 +65,7 @@ class LoadedDetector:
         path: where they come from.
         clip: how it was trained to see key frames, with what the caller changed.
         actions: names by id, in the order of its outputs.
-        note: what was loaded, in a line.
+        note: what was loaded, and what was taken for granted of a file that does not say it, a line each.
     """
 
     model: Detector
@@ -189,24 +187,21 @@ def load_detector(
     """
     path = find_weights(checkpoint)
     settings, state = read_settings_and_weights(path)
-    if settings and "action_ids" not in settings:
+    if "model" not in settings and (preset is None or actions is None or "head.weight" not in state):
+        raise InputError(f"{path} does not say what it is; name --model and --actions (and it needs a head)")
+    if "model" in settings and "action_ids" not in settings:
         raise InputError(f"{path} is not a detector's; `python -m vmae finetune-detection --init {checkpoint}` makes one")
     changes = {name: value for name, value in (clip or {}).items() if value is not None}
-    seen = KeyClipConfig.from_dict({**settings.get("clip", {}), **changes})
-    size = {"num_frames": seen.num_frames, "img_size": seen.image_size}
-    if settings:
-        config = ModelConfig.from_dict(settings["model"]).replace(pos_grid=None, drop_path_rate=0.0, **size)
+    own, note = source_config(settings, state, path, preset, *source)
+    size = {"num_frames": own.num_frames, "image_size": own.img_size}
+    seen = KeyClipConfig.from_dict({**size, **settings.get("clip", {}), **changes})
+    if "model" in settings:
         known = dict(zip(settings["action_ids"], settings["action_names"]))
     else:
-        if preset is None or actions is None or "head.weight" not in state:
-            raise InputError(f"{path} does not say what it is; name --model and --actions (and it needs a head)")
-        config = ModelConfig.preset(PUBLISHED_CLASSIFIERS.get(preset, preset), **size)
         known = {number: actions.get(number, str(number)) for number in range(1, state["head.weight"].shape[0] + 1)}
-    grid = checkpoint_grid(settings, config, *source)
-    if not config.learned_pos and grid != config.grid:
-        config = config.replace(pos_grid=grid)
-    model = build_detector(config, len(known), **options)
-    return LoadedDetector(model.eval(), path, seen, known, load_into(model, state, path))
+    model = build_detector(at_size(own, num_frames=seen.num_frames, img_size=seen.image_size), len(known), **options)
+    note = "\n".join(filter(None, (load_into(model, state, path), note)))
+    return LoadedDetector(model.eval(), path, seen, known, note)
 
 
 # --- Scores ---

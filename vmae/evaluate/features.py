@@ -247,6 +247,7 @@ def run(args: argparse.Namespace) -> int:
         config = WindowConfig(frames=model.config.num_frames, step=step, size=size, normalize=args.normalize, dtype=args.dtype)
         if parallel.is_main:
             settle_folder(folder, config, model, dict(zip(targets, entries)), str(loaded.path))
+            print(loaded.note, flush=True)
         parallel.barrier()
         mine = list(zip(entries, targets))[parallel.rank :: parallel.world_size]
         failed = extract_all(model, mine, config, batch_size=args.batch_size, device=parallel.device, show=parallel.is_main)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vmae.config import ModelConfig
 from vmae.errors import InputError
 from vmae.interop.huggingface import load_pretrained, read_class_names, save_pretrained
+from vmae.interop.source import source_config
 from vmae.interop.upstream import load_into, read_settings_and_weights
 from vmae.model import Classifier, Pretrainer, build_classifier, build_pretrainer
 from vmae.train.checkpoint import export_weights, find_weights
@@ -36,7 +36,9 @@ def run(args: argparse.Namespace) -> None:
         model = load_pretrained(source, backend="torch")
         settings = {"model": model.config.to_dict()}
         if isinstance(model, Classifier):
-            settings |= {"num_classes": model.num_classes, "class_names": read_class_names(source)}
+            settings |= {"num_classes": model.num_classes, "class_names": read_class_names(source), "pooling": model.pooling}
+        else:
+            settings["normalize_target"] = model.normalize_target
         output.parent.mkdir(parents=True, exist_ok=True)
         export_weights(output, model.state_dict(), config=settings)
     else:
@@ -56,13 +58,11 @@ def load_own(
         InputError: weights that do not say what they are, without a preset; or of another architecture.
     """
     settings, state = read_settings_and_weights(path)
-    if settings:
-        config = ModelConfig.from_dict(settings["model"])
-    elif preset is None:
+    if "model" not in settings and preset is None:
         raise InputError(f"{path} does not say what model it is of; give --model (and --num-frames, --image-size)")
-    else:
-        chosen = {"num_frames": num_frames, "img_size": image_size}
-        config = ModelConfig.preset(preset, **{name: value for name, value in chosen.items() if value is not None})
+    config, note = source_config(settings, state, path, preset, num_frames, image_size)
+    if note:
+        print(note.replace("--init-frames", "--num-frames").replace("--init-size", "--image-size"))
     if "mask_token" in state:
         model: Pretrainer | Classifier = build_pretrainer(config, normalize_target=settings.get("normalize_target", True))
     else:

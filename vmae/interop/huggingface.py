@@ -8,7 +8,8 @@ and later both. Releases that read one pair report the other as unexpected. Eith
 5.5.1 to 5.17 train and save, is left out: softmax does not see it (it adds the same to a query's product with every key).
 Releases of each kind are tested (`tests/interop/test_transformers_releases.py`).
 
-What cannot be expressed there is refused by name: learned positions, layer scale, cosine attention. transformers masks the
+What cannot be expressed there is refused by name: positions that are learned or interpolated, layer scale, cosine attention.
+transformers masks the
 encoder only (VideoMAE V1): the weights of a dual-masked decoder fit, the masking does not. Its last norms (`fc_norm`,
 `decoder.norm`) have an epsilon of 1e-5 whatever the settings say, so results differ from ours by some 1e-5.
 """
@@ -180,6 +181,7 @@ def config_to_huggingface(
     refused = [name for name in ("learned_pos", "cos_attn") if getattr(config, name)]
     refused += ["init_values"] if config.init_values else []
     refused += ["qk_scale"] if config.qk_scale is not None else []
+    refused += [f"positions of a {config.pos_grid} grid (pos_grid)"] if config.pos_grid not in (None, config.grid) else []
     refused += [f"pooling {pooling!r}"] if pooling == "attentive" else []
     if refused:
         raise InputError(f"transformers' VideoMAE cannot express {', '.join(refused)}")

@@ -27,7 +27,8 @@ from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
 from vmae.data.dataset import EpochSampler, check_decodable
 from vmae.data.labels import LabelledList, read_class_names, read_label_map, read_labelled_list
 from vmae.errors import InputError
-from vmae.interop.classifier_weights import checkpoint_grid, start_classifier
+from vmae.interop.classifier_weights import start_classifier
+from vmae.interop.source import source_config
 from vmae.interop.upstream import read_settings_and_weights
 from vmae.model import Classifier, build_classifier
 from vmae.train.checkpoint import find_weights
@@ -115,8 +116,9 @@ def read_start(args: argparse.Namespace) -> tuple[ModelConfig, Source | None, di
     settings, state = read_settings_and_weights(path)
     found = settings.get("model")
     model = model_from_args(args, found)
-    grid = checkpoint_grid({"model": found} if found else {}, model, args.init_frames, args.init_size)
-    return _with_positions(model, grid), Source(path, state, grid), settings
+    init, _ = source_config(settings, state, path, args.model or "vit_b", args.init_frames, args.init_size)
+    grid = init.pos_grid or init.grid
+    return _with_positions(model.replace(learned_pos=init.learned_pos), grid), Source(path, state, grid), settings
 
 
 def _with_positions(model: ModelConfig, grid: tuple[int, int, int]) -> ModelConfig:
