@@ -128,6 +128,37 @@ def test_broken_videos_do_not_count_and_are_named(weights, labelled_world, tmp_p
     assert "could not be decoded, and does not count" in out and "red things" in out and "top-1" in out
 
 
+@pytest.mark.parametrize(
+    "lists, taken",
+    [
+        (("train.csv", "val.csv", "test.csv"), "test.csv"),
+        (("train.csv", "val.csv"), "val.csv"),
+        (("test.csv",), "test.csv"),
+        (("train.csv",), None),
+        ((), None),
+    ],
+)
+def test_a_folder_is_tested_on_its_test_list(weights, labelled_world, tmp_path, capsys, lists, taken):
+    """test.csv, else val.csv, never train.csv; the list is named, for a folder and for a list."""
+    folder, lines = tmp_path / "data", (labelled_world / "val.txt").read_text().splitlines(keepends=True)
+    folder.mkdir()
+    for count, name in enumerate(("train.csv", "val.csv", "test.csv"), 1):
+        if name in lists:
+            (folder / name).write_text("".join(lines[:count]))
+    words = ["--checkpoint", str(weights), "--device", "cpu", "--segments", "1", "--crops", "1", "--workers", "0"]
+    code = main(["evaluate", str(folder), *words, "--output", str(tmp_path / "out")])
+    said = capsys.readouterr()
+    if taken is None:
+        assert code == 2 and f"folder {folder} holds no test.csv and no val.csv; give the list itself" in said.err
+        assert not (tmp_path / "out").exists()
+        return
+    count = {"val.csv": 2, "test.csv": 3}[taken]
+    assert code == 0 and f"list: {folder / taken}, {count} videos\n" in said.out and len(predictions(tmp_path / "out")) == count
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["data"] == str(folder / taken)
+    assert main(["evaluate", str(folder / taken), *words, "--output", str(tmp_path / "out")]) == 0
+    assert f"list: {folder / taken}, {count} videos\n" in capsys.readouterr().out
+
+
 def test_views():
     assert published_views("dense") == ViewConfig(segments=5, crops=3)
     assert published_views("sparse") == ViewConfig(segments=2, crops=3)

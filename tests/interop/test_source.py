@@ -45,7 +45,7 @@ def size_of(model):
 
 def test_a_converted_classifier_comes_back_at_its_own_size(tmp_path, clips_of, capsys):
     original = randomised(build_classifier(TINY, 3))
-    about = {"model": TINY.to_dict(), "clip": {"num_frames": 8, "image_size": 64, "stride": 2}}
+    about = {"model": TINY.to_dict(), "clip": {"num_frames": 8, "image_size": 64, "stride": 2}, "multi_label": True}
     export_weights(tmp_path / "run.pth", original.state_dict(), config=about)
     assert main(["convert", str(tmp_path / "run.pth"), str(tmp_path / "folder")]) == 0
     assert main(["convert", str(tmp_path / "folder"), str(tmp_path / "back.pth")]) == 0
@@ -53,7 +53,7 @@ def test_a_converted_classifier_comes_back_at_its_own_size(tmp_path, clips_of, c
     assert size_of(loaded.model) == (8, 64, None) and (loaded.clip.num_frames, loaded.clip.image_size) == (8, 64)
     assert torch.equal(loaded.model(clips_of(TINY)), original(clips_of(TINY)))
     assert len(loaded.assumed) == 1 and "does not say how videos were seen, taken as dense sampling, stride 4" in loaded.note
-    assert not load_classifier(tmp_path / "run.pth").assumed
+    assert loaded.multi_label and not load_classifier(tmp_path / "run.pth").assumed
     assert not load_classifier(tmp_path / "back.pth", clip={"stride": 2}).assumed
     # Asked for, another size is another matter.
     other = load_classifier(tmp_path / "back.pth", clip={"num_frames": 4, "image_size": 32})
@@ -201,8 +201,9 @@ def test_finetuning_starts_from_learned_positions_of_a_published_file(tmp_path, 
     original = randomised(build_pretrainer(LEARNED))
     official(tmp_path / "w.pth", original)
     words = ["--data", str(labelled_world / "train.txt"), "--init", str(tmp_path / "w.pth"), "--model", "vit_tiny"]
-    words += ["--init-frames", "8", "--num-frames", "8", "--image-size", "64", "--stride", "1", "--batch-size", "4", "--steps", "1"]
-    words += ["--output", str(tmp_path / "run"), "--device", "cpu", "--workers", "0", "--no-tensorboard", "--lr", "1e-9"]
+    words += ["--init-frames", "8", "--num-frames", "8", "--image-size", "64", "--stride", "1", "--batch-size", "4"]
+    words += ["--output", str(tmp_path / "run"), "--device", "cpu", "--workers", "0", "--no-tensorboard"]
+    words += ["--steps", "1", "--lr", "1e-9"]
     assert main(["finetune", *words]) == 0
     settings, state = read_settings_and_weights(tmp_path / "run" / "weights.pth")
     assert settings["model"]["learned_pos"] and torch.allclose(state["pos_embed"], original.encoder.pos_embed, atol=1e-6)

@@ -58,6 +58,18 @@ def test_it_learns_the_colours(finetune, tmp_path, labelled_world):
     assert FinetuneConfig.from_dict(settings).to_dict() == FinetuneConfig.from_dict(json.loads(json.dumps(settings))).to_dict()
 
 
+def test_a_folder_is_trained_on_its_train_csv_and_that_is_said(finetune, tmp_path, labelled_world, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("val.csv", "test.csv"):
+        (folder / name).write_text((labelled_world / "val.txt").read_text())
+    assert finetune("--steps", "1", data=folder) == 2
+    assert f"folder {folder} holds no train.csv; give the list itself" in capsys.readouterr().err
+    (folder / "train.csv").write_text((labelled_world / "train.txt").read_text())
+    assert finetune("--steps", "1", data=folder) == 0
+    assert f"data: {folder / 'train.csv'}, 12 videos x 1 visits an epoch" in capsys.readouterr().out
+
+
 def test_it_starts_from_a_published_file(finetune, tmp_path, pretrained, capsys):
     # A rate of 0 at the first step, as published: the weights are those it starts from.
     assert finetune("--init", pretrained, "--init-frames", "4", "--init-size", "32", "--steps", "1", "--warmup-steps", "1") == 0

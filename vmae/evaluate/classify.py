@@ -30,7 +30,7 @@ from vmae.errors import InputError
 from vmae.evaluate.scores import TOP, Record, class_table, confusion, draw_confusion, score, write_table
 from vmae.train.checkpoint import write_atomically
 from vmae.train.checks import check_backend, check_output
-from vmae.train.finetune_settings import list_of
+from vmae.train.finetune_settings import TEST_LISTS, list_of
 from vmae.train.identity import list_hash, model_identity, settle
 from vmae.train.load import (
     LoadedClassifier,
@@ -51,7 +51,7 @@ class EvaluationConfig:
     """What a test measures.
 
     Attributes:
-        data, data_root: the labelled list.
+        data, data_root: the labelled list, or a folder with test.csv or val.csv (the first of them that is there is taken).
         views: of each video; None takes the published 5 x 3, or 2 x 3 where frames are sampled sparsely.
         dtype: "float32" or "bfloat16".
         keep_scores: write the probabilities of all classes (always done for videos of several labels).
@@ -69,7 +69,8 @@ class EvaluationConfig:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="LIST", help="labelled list, `path label` a line")
+    text = "labelled list, `path label` a line, or a folder: its test.csv, else its val.csv"
+    parser.add_argument("data", metavar="LIST", help=text)
     parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for predictions, scores, table and picture")
     parser.add_argument("--classes", metavar="FILE", help="class names, where the checkpoint has none")
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         loaded = load_from_args(args, backend=args.backend, attention=args.attention)
         views = published_views(loaded.clip.sampling, args.segments, args.crops)
         config = EvaluationConfig(
-            data=list_of(args.data), data_root=args.data_root, views=views, dtype=args.dtype, keep_scores=args.scores
+            data=args.data, data_root=args.data_root, views=views, dtype=args.dtype, keep_scores=args.scores
         )
         names = tuple(read_class_names(args.classes)) if args.classes else loaded.class_names
         results = evaluate(
@@ -130,7 +131,8 @@ def evaluate(
         InputError: the list cannot be read or has labels that the head has not; `output` holds another test.
     """
     parallel, folder, model = parallel or Parallel(), Path(output), loaded.model
-    labelled = read_labelled_list(config.data, config.data_root, num_classes=model.num_classes)
+    data = list_of(config.data, TEST_LISTS)
+    labelled = read_labelled_list(data, config.data_root, num_classes=model.num_classes)
     if class_names is not None and len(class_names) != model.num_classes:
         raise InputError(f"{len(class_names)} class names for a head of {model.num_classes} classes")
     views = config.views or published_views(loaded.clip.sampling)
@@ -141,7 +143,8 @@ def evaluate(
         "scores": config.keep_scores or multi_label,
     }  # fmt: skip
     if parallel.is_main:
-        settle(folder / SETTINGS, settings, "another test", data=config.data)
+        settle(folder / SETTINGS, settings, "another test", data=data)
+        print(f"list: {data}, {len(labelled.entries)} videos", flush=True)
         if loaded.note:
             print(loaded.note, flush=True)
     done = parallel.from_main({record["video"] for record in _collect(folder)} if parallel.is_main else None)
@@ -158,7 +161,7 @@ def evaluate(
     parallel.barrier()  # rank 0 has taken older parts in
     write_share(folder, labelled, dataset, todo, predict, rank=parallel.rank, world_size=parallel.world_size, workers=workers)
     parallel.barrier()
-    results = finish(folder, labelled, {**settings, "data": config.data}, class_names) if parallel.is_main else None
+    results = finish(folder, labelled, {**settings, "data": data}, class_names) if parallel.is_main else None
     return parallel.from_main(results)
 
 

@@ -32,6 +32,7 @@ from vmae.model import Classifier, Pretrainer, build_classifier, build_pretraine
 from vmae.train.checkpoint import export_weights, write_atomically
 
 PRETRAINING, CLASSIFICATION = "VideoMAEForPreTraining", "VideoMAEForVideoClassification"
+SEVERAL_LABELS = "multi_label_classification"  # their `problem_type`
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # Inside a block: ours -> theirs.
@@ -171,7 +172,13 @@ _ONLY = {"hidden_act": "gelu", "num_channels": 3, "hidden_dropout_prob": 0, "att
 
 
 def config_to_huggingface(
-    config: ModelConfig, kind: str, *, class_names: list[str] | None = None, pooling: str = "mean", normalize: bool = True
+    config: ModelConfig,
+    kind: str,
+    *,
+    class_names: list[str] | None = None,
+    pooling: str = "mean",
+    normalize: bool = True,
+    multi_label: bool = False,
 ) -> dict[str, Any]:
     """What their `config.json` says.
 
@@ -208,6 +215,8 @@ def config_to_huggingface(
         "decoder_intermediate_size": int(config.decoder_embed_dim * config.mlp_ratio),
         "norm_pix_loss": normalize,
     }
+    if multi_label:
+        values["problem_type"] = SEVERAL_LABELS
     if class_names is not None:
         values["id2label"] = {str(number): name for number, name in enumerate(class_names)}
         values["label2id"] = {name: number for number, name in enumerate(class_names)}
@@ -270,15 +279,21 @@ def processor_settings(config: ModelConfig) -> dict[str, Any]:
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, class_names: list[str] | None = None) -> None:
+def save_pretrained(
+    model: nn.Module, folder: str | Path, class_names: list[str] | None = None, *, multi_label: bool = False
+) -> None:
     """Write a `Pretrainer` or `Classifier` as a folder that `from_pretrained` of transformers reads.
+
+    Args:
+        class_names: of a classifier, by number.
+        multi_label: whether its classes do not exclude each other.
 
     Raises:
         InputError: a setting that cannot be expressed there, or the folder can't be written.
     """
     folder = Path(folder)
     if isinstance(model, Classifier):
-        kind, more = CLASSIFICATION, {"pooling": model.pooling}
+        kind, more = CLASSIFICATION, {"pooling": model.pooling, "multi_label": multi_label}
         class_names = class_names or [f"LABEL_{number}" for number in range(model.num_classes)]
     else:
         kind, more = PRETRAINING, {"normalize": model.normalize_target}
@@ -328,9 +343,22 @@ def load_pretrained(folder: str | Path, **options: Any) -> Pretrainer | Classifi
 
 
 def read_class_names(folder: str | Path) -> list[str] | None:
-    """Of a local folder's `config.json`; None where it has none."""
-    names = _read_json(Path(folder) / "config.json").get("id2label")
-    return [names[str(number)] for number in range(len(names))] if names else None
+    """Of a local folder's `config.json`; None where it has none.
+
+    Raises:
+        InputError: it can't be read, or its names are not by number from 0.
+    """
+    path = Path(folder) / "config.json"
+    names = _read_json(path).get("id2label")
+    try:
+        return [names[str(number)] for number in range(len(names))] if names else None
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: id2label does not name the classes from 0 on: {error!r}") from None
+
+
+def read_multi_label(folder: str | Path) -> bool:
+    """Whether the classes of a local folder's model do not exclude each other."""
+    return _read_json(Path(folder) / "config.json").get("problem_type") == SEVERAL_LABELS
 
 
 def _read_json(path: Path) -> dict[str, Any]:

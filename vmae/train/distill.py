@@ -206,6 +206,7 @@ def store_logits(config: DistilConfig, teacher: LoadedClassifier, parallel: Para
     """
     labelled, notes = read_data(config)
     if parallel.is_main:
+        print(f"list: {config.data}, {len(labelled.entries)} videos")
         for note in notes:
             print(note)
         _open_store(config, labelled.entries).create()

@@ -288,8 +288,8 @@ def _banner(prepared: Prepared) -> list[str]:
     return [
         f"model: {about['parameters'] / 1e6:.1f} M parameters ({kind}), clips {frames} x {height} x {width}, "
         f"{config.model.num_tokens} tokens, {config.num_classes} classes{', several a video' if config.multi_label else ''}",
-        f"data: {about['videos']} videos x {config.repeat} visits an epoch, {prepared.steps_per_epoch} steps an epoch, "
-        f"{config.clip.sampling} sampling",
+        f"data: {config.data}, {about['videos']} videos x {config.repeat} visits an epoch, {prepared.steps_per_epoch} steps an "
+        f"epoch, {config.clip.sampling} sampling",
         f"batch: effective batch {config.effective_batch} videos ({run.batch_size} x {run.accumulate} micro-batches x "
         f"{prepared.parallel.world_size} ranks), {about['clips_per_step']} clips a step; learning rate {config.optim.lr:g} x "
         f"{config.effective_batch} / 256 = {optim.lr:.3g} at its peak, {optim.min_lr:.3g} at the end, layer decay "
