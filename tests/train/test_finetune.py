@@ -74,9 +74,11 @@ def test_it_starts_from_a_published_file(finetune, tmp_path, pretrained, capsys)
     # A rate of 0 at the first step, as published: the weights are those it starts from.
     assert finetune("--init", pretrained, "--init-frames", "4", "--init-size", "32", "--steps", "1", "--warmup-steps", "1") == 0
     said = capsys.readouterr().out
-    assert "dropped (decoder)" in said and "start fresh (fc_norm, head)" in said
+    assert "dropped (decoder)" in said and "start fresh (fc_norm, head)" in said and "does not say the frames" not in said
     state, official = load_weights(tmp_path / "run" / "weights.pth"), load_weights(pretrained)
     assert torch.equal(state["blocks.1.mlp.fc1.weight"], official["encoder.blocks.1.mlp.fc1.weight"])
+    assert finetune("--init", pretrained, "--init-size", "32", "--steps", "1", out="half_said") == 0
+    assert "it does not say the frames and size of its clips, taken as 16 frames of 32 pixels" in capsys.readouterr().out
 
 
 def test_stop_and_resume_is_bit_identical(finetune, tmp_path):

@@ -92,12 +92,14 @@ def run(args: argparse.Namespace) -> int:
         args.teacher,
         preset=args.teacher_model,
         label_map=args.teacher_map,
-        clip={"num_frames": base.clip.num_frames, "image_size": base.clip.image_size},
+        clip=base.clip.to_dict(),
         backend=speed.backend,
         attention=speed.attention,
     )
     config = _distil_config(args, base, teacher)
     with open_parallel(speed.parallel, run_config.device, shard_size=speed.shard_size) as parallel:
+        for line in teacher.assumed if parallel.is_main else ():
+            print(line)
         if args.store is not None:
             store_logits(config, teacher, parallel, batch_size=run_config.batch_size)
             return 0

@@ -27,7 +27,7 @@ from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
 from vmae.data.dataset import EpochSampler, check_decodable
 from vmae.data.labels import LabelledList, read_class_names, read_label_map, read_labelled_list
 from vmae.errors import InputError
-from vmae.interop.classifier_weights import start_classifier
+from vmae.interop.classifier_weights import Start, start_classifier
 from vmae.interop.source import source_config
 from vmae.interop.upstream import read_settings_and_weights
 from vmae.model import Classifier, build_classifier
@@ -87,11 +87,17 @@ class Source:
         path: of the checkpoint.
         state: its tensors.
         grid: of its positions.
+        note: what was taken for granted of a file that does not say it, in a line.
     """
 
     path: Path
     state: dict[str, Tensor]
     grid: tuple[int, int, int]
+    note: str = ""
+
+    def describe(self, report: Start) -> str:
+        """What became of the tensors, and `note`."""
+        return "\n".join(filter(None, (report.describe(self.path), self.note)))
 
 
 def settings_of(args: argparse.Namespace) -> tuple[FinetuneConfig, RunConfig, Source | None]:
@@ -116,9 +122,9 @@ def read_start(args: argparse.Namespace) -> tuple[ModelConfig, Source | None, di
     settings, state = read_settings_and_weights(path)
     found = settings.get("model")
     model = model_from_args(args, found)
-    init, _ = source_config(settings, state, path, args.model or "vit_b", args.init_frames, args.init_size)
+    init, note = source_config(settings, state, path, args.model or "vit_b", args.init_frames, args.init_size)
     grid = init.pos_grid or init.grid
-    return _with_positions(model.replace(learned_pos=init.learned_pos), grid), Source(path, state, grid), settings
+    return _with_positions(model.replace(learned_pos=init.learned_pos), grid), Source(path, state, grid, note), settings
 
 
 def _with_positions(model: ModelConfig, grid: tuple[int, int, int]) -> ModelConfig:
@@ -185,7 +191,7 @@ def prepare_finetune(
         report = start_classifier(
             model, source.path, grid=source.grid, label_map=label_map, new_head=config.new_head, state=source.state
         )
-        return report.describe(source.path)
+        return source.describe(report)
 
     checkpoint, start_step = find_start(model, config, run, parallel, notes, load_init)
     return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, checkpoint, start_step, notes)
