@@ -15,7 +15,8 @@ from vmae.data.classify_dataset import ClipConfig, ViewConfig, ViewDataset
 from vmae.data.labels import read_labelled_list
 from vmae.evaluate import classify
 from vmae.evaluate.classify import EvaluationConfig, evaluate, published_views
-from vmae.evaluate.scores import class_table, confusion, mean_average_precision, score
+from vmae.evaluate.scores import average_precision, class_table, confusion, mean_average_precision, score
+from vmae.interop.upstream import load_weights
 from vmae.train.checkpoint import export_weights
 from vmae.train.load import load_classifier, view_probabilities
 
@@ -111,7 +112,7 @@ def test_another_test_in_the_folder_is_an_error(weights, labelled_world, tmp_pat
     evaluate(loaded, config(labelled_world), tmp_path)
     with torch.no_grad():
         loaded.model.head.bias += 1
-    with pytest.raises(InputError, match="holds another test \\(its weights differ\\)"):
+    with pytest.raises(InputError, match="holds another test \\(there and now: weights differs\\)"):
         evaluate(loaded, config(labelled_world), tmp_path)
 
 
@@ -125,6 +126,37 @@ def test_broken_videos_do_not_count_and_are_named(weights, labelled_world, tmp_p
     assert results["videos"] == 7 and results["undecodable"] == 1
     out = capsys.readouterr().out
     assert "could not be decoded, and does not count" in out and "red things" in out and "top-1" in out
+
+
+@pytest.mark.parametrize(
+    "lists, taken",
+    [
+        (("train.csv", "val.csv", "test.csv"), "test.csv"),
+        (("train.csv", "val.csv"), "val.csv"),
+        (("test.csv",), "test.csv"),
+        (("train.csv",), None),
+        ((), None),
+    ],
+)
+def test_a_folder_is_tested_on_its_test_list(weights, labelled_world, tmp_path, capsys, lists, taken):
+    """test.csv, else val.csv, never train.csv; the list is named, for a folder and for a list."""
+    folder, lines = tmp_path / "data", (labelled_world / "val.txt").read_text().splitlines(keepends=True)
+    folder.mkdir()
+    for count, name in enumerate(("train.csv", "val.csv", "test.csv"), 1):
+        if name in lists:
+            (folder / name).write_text("".join(lines[:count]))
+    words = ["--checkpoint", str(weights), "--device", "cpu", "--segments", "1", "--crops", "1", "--workers", "0"]
+    code = main(["evaluate", str(folder), *words, "--output", str(tmp_path / "out")])
+    said = capsys.readouterr()
+    if taken is None:
+        assert code == 2 and f"folder {folder} holds no test.csv and no val.csv; give the list itself" in said.err
+        assert not (tmp_path / "out").exists()
+        return
+    count = {"val.csv": 2, "test.csv": 3}[taken]
+    assert code == 0 and f"list: {folder / taken}, {count} videos\n" in said.out and len(predictions(tmp_path / "out")) == count
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["data"] == str(folder / taken)
+    assert main(["evaluate", str(folder / taken), *words, "--output", str(tmp_path / "out")]) == 0
+    assert f"list: {folder / taken}, {count} videos\n" in capsys.readouterr().out
 
 
 def test_views():
@@ -175,6 +207,43 @@ def test_several_labels_have_average_precision():
     scores = np.array([[0.9, 0.1], [0.8, 0.7], [0.3, 0.6], [0.1, 0.2]])
     truth = np.array([[True, False], [False, True], [True, False], [False, False]])
     assert mean_average_precision(scores, truth) == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
+
+
+def test_average_precision_with_equal_scores_is_scikit_learns():
+    """Fixed numbers, computed with scikit-learn 1.9.1's `average_precision_score`."""
+    scores = np.array([0.9, 0.8, 0.8, 0.8, 0.5, 0.5, 0.3, 0.1, 0.1, 0.0])
+    for truth, expected in (
+        ([1, 0, 1, 1, 0, 0, 1, 0, 1, 0], 0.7253968253968255),
+        ([0, 1, 0, 0, 1, 0, 0, 0, 0, 1], 0.29444444444444445),
+    ):
+        assert average_precision(scores, np.array(truth, bool)) == pytest.approx(expected, rel=1e-12)
+    one_in_ten = np.arange(20) % 10 == 3
+    for constant in (0.0, 0.3, np.inf):
+        assert average_precision(np.full(20, constant), one_in_ten) == pytest.approx(0.1, rel=1e-12)
+    rng = np.random.RandomState(0)
+    scores, truth = rng.randint(0, 5, (40, 6)) / 4.0, rng.rand(40, 6) < 0.3
+    assert mean_average_precision(scores, truth) == pytest.approx(0.37748722330863616, rel=1e-12)
+    orders = [np.arange(40)[::-1], *(np.random.RandomState(seed).permutation(40) for seed in range(5))]
+    assert {mean_average_precision(scores[order], truth[order]) for order in orders} == {mean_average_precision(scores, truth)}
+
+
+def test_scores_that_are_no_numbers_are_refused(weights, labelled_world, tmp_path, capsys):
+    scores, truth = np.array([[0.5, 0.1], [np.nan, 0.2]]), np.eye(2, dtype=bool)
+    with pytest.raises(InputError, match="score of video 1 is no number"):
+        mean_average_precision(scores, truth)
+    with pytest.raises(InputError, match="no class has a positive"):
+        mean_average_precision(np.ones((2, 2)), ~np.ones((2, 2), bool))
+    for record in ({"top": [[0, np.nan]]}, {"top": [[0, 1.0]], "scores": [1.0, np.nan]}):
+        with pytest.raises(InputError, match="prediction of a.mp4 is no number"):
+            score([{"video": 0, "path": "a.mp4", **record}], [(0,)], 2)
+    state = load_weights(weights)
+    state["head.bias"][1] = np.nan
+    settings = {"model": CONFIG.to_dict(), "clip": CLIP.to_dict(), "pooling": "mean"}
+    export_weights(tmp_path / "damaged.pth", state, config=settings)
+    where = ["--checkpoint", str(tmp_path / "damaged.pth"), "--device", "cpu", "--segments", "1", "--crops", "1"]
+    assert main(["evaluate", str(labelled_world / "val.txt"), *where, "--output", str(tmp_path / "out"), "--workers", "0"]) == 2
+    assert "v00: the model's output is no number (NaN); the weights are damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 # --- The commands ---

@@ -110,9 +110,37 @@ def test_a_test_that_is_started_again_goes_on(detect, tmp_path, monkeypatch):
     monkeypatch.setattr(detection.KeyFrameReader, "read", lambda self, todo, n: asked.extend(todo) or read(self, todo, n))
     assert detect("--pictures", 0) == 0
     assert asked == [3, 4, 5] and (tmp_path / "test" / "detections.csv").read_bytes() == whole
-    asked.clear()
-    assert detect("--pictures", 0, "--stride", 2) == 0  # another test: all of it
-    assert asked == list(range(6))
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--stride", 2], "clip.stride 4, 2"),
+        (["--image-size", 48], "size [32, 32], [48, 48]"),
+        (["--num-frames", 2], "frames 4, 2"),
+        (["--dtype", "bfloat16"], 'dtype "float32", "bfloat16"'),
+        (["--excluded", "val_excluded"], "key_frames 6, 5"),
+        (["--persons", "val_persons"], "boxes differs"),
+        (["--batch-size", 2, "--pictures", 0, "--backend", "torch", "--attention", "softmax"], None),
+    ],
+)
+def test_another_test_in_the_folder_is_refused(detect, actors, tmp_path, capsys, flags, named):
+    assert detect("--pictures", 0) == 0
+    before = (tmp_path / "test" / "scores.part.jsonl").read_text()
+    flags = [actors.get(flag, flag) for flag in flags]
+    assert detect("--pictures", 0, *flags) == (0 if named is None else 2)
+    err = capsys.readouterr().err
+    assert named is None or (named in err and "holds another test" in err and "or remove" in err and err.count("\n") == 1)
+    assert (tmp_path / "test" / "scores.part.jsonl").read_text().strip() == before.strip()
+
+
+def test_scores_of_an_earlier_version_are_refused(detect, tmp_path, capsys):
+    (tmp_path / "test").mkdir()
+    old = '{"weights": "0123456789abcdef", "clip": {}, "dtype": "float32", "boxes": "0"}\n{"frame": 0, "scores": []}\n'
+    (tmp_path / "test" / "scores.part.jsonl").write_text(old)
+    assert detect("--pictures", 0) == 2
+    assert "weights differs" in capsys.readouterr().err
+    assert (tmp_path / "test" / "scores.part.jsonl").read_text() == old
 
 
 def test_a_broken_video_is_told(detect, actors, tmp_path, monkeypatch, capsys):

@@ -98,7 +98,7 @@ def test_the_command_goes_on_where_it_stopped(checkpoint, video, tmp_path, capsy
     assert main(words) == 1
     assert "bad.mp4" in capsys.readouterr().out
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["carphone_distorted.npy", "carphone_pristine.npy", "features.json"]
+    assert files == ["carphone_distorted.npy", "carphone_pristine.npy", "features.json", "videos.json"]
     first = read_features(tmp_path / "out" / "carphone_pristine.npy")
     assert first.shape == (4, 48)
     (tmp_path / "out" / "carphone_distorted.npy").unlink()

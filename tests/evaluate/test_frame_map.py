@@ -1,5 +1,8 @@
 """Frame mAP by the rules of AVA, by hand."""
 
+import itertools
+import math
+
 import pytest
 
 from vmae import InputError
@@ -68,3 +71,40 @@ def test_a_key_frame_counts_its_best_detections_only():
     assert frame_map(truth, crowd + weak, [1, 2]).actions == {1: 0.5, 2: 0}  # the weak one of frame 1 is the 51st
     assert frame_map(truth, crowd + weak, [1, 2], per_frame=None).actions == {1: 1.0, 2: 0}
     assert frame_map(truth, crowd + weak, [1]).actions == {1: 1.0}  # only listed actions fill the places
+
+
+def test_equal_scores_count_as_one_in_any_order():
+    """Precision at the end of each group; the first alone, then four that are equal: two hits, two misses."""
+    places = (("v", 902, A), ("v", 902, B), ("v", 904, A), ("w", 902, A))
+    rows = [AvaBox(*place, 1, 0.5) for place in places]
+    first = AvaBox("w", 902, C, 1, 0.9)
+    for order in itertools.permutations(rows):
+        assert average_precision(TRUTH[:4], [*order, first]) == pytest.approx((1 + 2 * 3 / 5) / 4)
+    # A constant score: hits among all, times the share that is found.
+    constant = [AvaBox(row.video, row.timestamp, row.box, row.action, 0.5) for row in FOUND[:5]]
+    orders = itertools.permutations(constant)
+    (value,) = {average_precision(truth, order) for order in orders for truth in (TRUTH[:4], TRUTH[3::-1])}
+    assert value == pytest.approx(2 / 5 * 2 / 4)
+
+
+def test_equal_scores_at_the_limit_of_a_key_frame_go_by_action_and_box():
+    truth = [AvaBox("v", 1, A, 1), AvaBox("v", 1, B, 2)]
+    found = [AvaBox("v", 1, A, 1, 0.5), AvaBox("v", 1, B, 2, 0.5), AvaBox("v", 1, C, 1, 0.5)]
+    for order in itertools.permutations(found):
+        assert frame_map(truth, order, [1, 2], per_frame=1).actions == {1: 1.0, 2: 0}  # A comes before C
+        assert frame_map(truth, order, [1, 2], per_frame=2).actions == {1: 0.5, 2: 0}
+        assert frame_map(truth, order, [1, 2]).actions == {1: 0.5, 2: 1.0}
+
+
+def test_equal_overlaps_take_the_same_box_in_any_order():
+    """The detection lies between two boxes; the second one finds the first of them taken."""
+    left, right, middle = (0.0, 0.0, 0.5, 1.0), (0.25, 0.0, 0.75, 1.0), (0.125, 0.0, 0.625, 1.0)
+    truth = [AvaBox("v", 1, left, 1), AvaBox("v", 1, right, 1)]
+    found = [AvaBox("v", 1, middle, 1, 0.9), AvaBox("v", 1, right, 1, 0.8)]
+    assert box_iou(middle, left) == box_iou(middle, right) == 0.6
+    assert average_precision(truth, found) == average_precision(truth[::-1], found) == 1.0
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    with pytest.raises(InputError, match="action 1 on v, 902 s has no score"):
+        frame_map(TRUTH, [AvaBox("v", 902, A, 1, math.nan)], [1])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vmae import InputError, build_classifier, build_pretrainer
-from vmae.interop.classifier_weights import checkpoint_grid, start_classifier
-from vmae.model.embed import interpolate_positions
+from vmae.interop.classifier_weights import start_classifier
+from vmae.model.embed import interpolate_positions, sine_cosine_positions
 
 
 def save(tmp_path, state, wrapper="model", **beside):
@@ -85,21 +85,14 @@ def test_positions(tiny, tmp_path):
     report = start_classifier(model, path, grid=tiny.grid)
     assert report.notes == ["positions interpolated from (4, 4, 4) to (6, 6, 4) tokens"]
     assert torch.equal(model.pos_embed, interpolate_positions(learned.encoder.pos_embed, tiny.grid, (6, 6, 4)))
-    fixed = {**build_classifier(tiny, 5).state_dict(), "pos_embed": torch.zeros(1, 64, 48)}
+    fixed = {**build_classifier(tiny, 5).state_dict(), "pos_embed": sine_cosine_positions(64, 48).half()}
     with pytest.raises(InputError, match="64 positions, which is no 8 x 4 x 4 grid"):
         start_classifier(model, path, grid=(8, 4, 4))
     report = start_classifier(classifier(tiny), save(tmp_path, fixed), grid=tiny.grid)
     assert report.dropped == {"fixed positions": ["pos_embed"]}
-
-
-def test_the_grid_of_a_checkpoint(tiny):
-    own = {"model": tiny.replace(num_frames=4).to_dict()}
-    assert checkpoint_grid(own, tiny, None, None) == (2, 4, 4)
-    assert checkpoint_grid({"model": tiny.replace(pos_grid=(3, 4, 4)).to_dict()}, tiny, None, None) == (3, 4, 4)
-    assert checkpoint_grid({}, tiny, None, None) == (8, 14, 14)
-    assert checkpoint_grid({}, tiny, 32, 64) == (16, 4, 4)
-    with pytest.raises(InputError, match="not divisible"):
-        checkpoint_grid({}, tiny, None, 50)
+    fixed["pos_embed"] = torch.randn(1, 64, 48)
+    with pytest.raises(InputError, match="pos_embed of checkpoint .* was learned, but the model has fixed positions"):
+        start_classifier(classifier(tiny), save(tmp_path, fixed), grid=tiny.grid)
 
 
 def test_what_does_not_fit_is_an_error(tiny, tmp_path):

@@ -105,6 +105,7 @@ def test_folders(tiny, tmp_path, clips_of):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
+        ("config.json", '{"model_type": "videomae", "id2label": {"7": "a"}}', "does not name the classes from 0 on"),
         ("config.json", None, "cannot be read"),
         ("config.json", "{", "is no JSON"),
         ("config.json", '{"model_type": "videomae", "architectures": ["VideoMAEModel"]}', "architectures names VideoMAEModel"),
@@ -116,6 +117,7 @@ def test_bad_folders(tiny, tmp_path, file, text, message):
     hf.save_pretrained(build_classifier(tiny, 3), tmp_path)
     (tmp_path / file).unlink() if text is None else (tmp_path / file).write_text(text)
     with pytest.raises(InputError, match=message):
+        hf.read_class_names(tmp_path)
         hf.load_pretrained(tmp_path)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from vmae import InputError, ModelConfig, build_pretrainer
 from vmae.interop.upstream import config_from_arch, load_into, load_weights
+from vmae.model.embed import sine_cosine_positions
 
 
 class Evil:
@@ -86,8 +87,10 @@ def test_encoder_only_files_start_a_fresh_decoder_and_say_so(tiny, state):
 
 
 def test_fixed_position_tables_in_a_file_are_left_out(tiny, state):
-    extra = {**state, "pos_embed": torch.zeros(1, 64, 32), "encoder.pos_embed": torch.zeros(1, 64, 48)}
+    extra = {**state, "pos_embed": sine_cosine_positions(64, 32), "encoder.pos_embed": sine_cosine_positions(64, 48).bfloat16()}
     load_into(build_pretrainer(tiny), extra, "w.pth")
+    with pytest.raises(InputError, match="encoder.pos_embed of checkpoint w.pth was learned, but the model has fixed"):
+        load_into(build_pretrainer(tiny), {**extra, "encoder.pos_embed": torch.zeros(1, 64, 48)}, "w.pth")
 
 
 def test_published_constructor_arguments():

@@ -104,12 +104,30 @@ def test_bad_input(distil, teachers, tmp_path, monkeypatch, capsys, flags, messa
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_logits_of_other_views_are_refused(distil, teachers, tmp_path, capsys):
+def test_logits_of_other_views_are_refused(distil, teachers, labelled_world, tmp_path, capsys):
     flags = ["--logits", tmp_path / "logits", "--steps", "1"]
     assert distil(teachers / "3.pth", *flags, "--store", "1") == 0
-    for change, named in ((["--seed", "1"], "seed"), (["--stride", "1"], "clip"), (["--erase", "0"], "augment")):
+    world = labelled_world / "train.txt"
+    lines = world.read_text().splitlines(keepends=True)
+    (tmp_path / "reversed.txt").write_text("".join(lines[::-1]))
+    (tmp_path / "shorter.txt").write_text("".join(line.replace(" 10 ", " 9 ") for line in lines))
+    (tmp_path / "map.json").write_text("[1, 0, 2]")
+    for change, named in (
+        (["--seed", "1"], "seed 0, 1"),
+        (["--stride", "1"], "clip.stride 2, 1"),
+        (["--erase", "0"], "augment.erase 0.25, 0"),
+        (["--dtype", "bfloat16"], 'dtype "float32", "bfloat16"'),
+        (["--data", tmp_path / "reversed.txt"], "list differs"),
+        (["--data", tmp_path / "shorter.txt"], "list differs"),
+        (["--teacher-map", tmp_path / "map.json"], "teacher.weights differs"),
+    ):
         assert distil(teachers / "3.pth", *flags, *change) == 2
-        assert f"of other views or another teacher: {named} differ" in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert f"of other views or another teacher (there and now: {named}" in err and "choose another --logits folder" in err
+    # What decides nothing of the teacher's logits: batches, temperature, the labels themselves.
+    (tmp_path / "relabelled.txt").write_text("".join(line[:-2] + "0\n" for line in lines))
+    same = ["--batch-size", "2", "--temperature", "1", "--data", tmp_path / "relabelled.txt", "--num-classes", "3"]
+    assert distil(teachers / "3.pth", *flags, *same, "--dry-run") == 0
     (tmp_path / "logits" / "epoch-0000.done").write_bytes(b"\1" * 11 + b"\0")
     assert distil(teachers / "3.pth", *flags) == 2
     assert "lacks the logits of 1 samples" in capsys.readouterr().err
@@ -149,7 +167,7 @@ def test_the_store_resumes_and_ranks_share_it(tmp_path):
 
 def test_the_store_names_what_differs(tmp_path):
     LogitStore(tmp_path, ABOUT).create()
-    with pytest.raises(InputError, match="seed differ"):
+    with pytest.raises(InputError, match="seed 0, 1"):
         LogitStore(tmp_path, {**ABOUT, "seed": 1})
     with pytest.raises(InputError, match="no stored logits"):
         LogitStore(tmp_path / "gone", ABOUT).missing()

@@ -58,13 +58,27 @@ def test_it_learns_the_colours(finetune, tmp_path, labelled_world):
     assert FinetuneConfig.from_dict(settings).to_dict() == FinetuneConfig.from_dict(json.loads(json.dumps(settings))).to_dict()
 
 
+def test_a_folder_is_trained_on_its_train_csv_and_that_is_said(finetune, tmp_path, labelled_world, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("val.csv", "test.csv"):
+        (folder / name).write_text((labelled_world / "val.txt").read_text())
+    assert finetune("--steps", "1", data=folder) == 2
+    assert f"folder {folder} holds no train.csv; give the list itself" in capsys.readouterr().err
+    (folder / "train.csv").write_text((labelled_world / "train.txt").read_text())
+    assert finetune("--steps", "1", data=folder) == 0
+    assert f"data: {folder / 'train.csv'}, 12 videos x 1 visits an epoch" in capsys.readouterr().out
+
+
 def test_it_starts_from_a_published_file(finetune, tmp_path, pretrained, capsys):
     # A rate of 0 at the first step, as published: the weights are those it starts from.
     assert finetune("--init", pretrained, "--init-frames", "4", "--init-size", "32", "--steps", "1", "--warmup-steps", "1") == 0
     said = capsys.readouterr().out
-    assert "dropped (decoder)" in said and "start fresh (fc_norm, head)" in said
+    assert "dropped (decoder)" in said and "start fresh (fc_norm, head)" in said and "does not say the frames" not in said
     state, official = load_weights(tmp_path / "run" / "weights.pth"), load_weights(pretrained)
     assert torch.equal(state["blocks.1.mlp.fc1.weight"], official["encoder.blocks.1.mlp.fc1.weight"])
+    assert finetune("--init", pretrained, "--init-size", "32", "--steps", "1", out="half_said") == 0
+    assert "it does not say the frames and size of its clips, taken as 16 frames of 32 pixels" in capsys.readouterr().out
 
 
 def test_a_micro_batch_of_one_clip_is_said_not_to_be_mixed(finetune, capsys):

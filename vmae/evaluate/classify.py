@@ -29,15 +29,14 @@ from vmae.data.labels import LabelledList, read_class_names, read_labelled_list
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
 from vmae.evaluate.scores import TOP, Record, class_table, confusion, draw_confusion, score, write_table
-from vmae.jsontext import parse_json
 from vmae.settings import BATCH, WORKERS, limits
 from vmae.train.checkpoint import write_atomically
 from vmae.train.checks import check_backend, check_output
-from vmae.train.finetune_settings import list_of
+from vmae.train.finetune_settings import TEST_LISTS, list_of
+from vmae.train.identity import list_hash, model_identity, settle
 from vmae.train.load import (
     LoadedClassifier,
     add_model_arguments,
-    fingerprint,
     load_from_args,
     named,
     view_probabilities,
@@ -54,7 +53,7 @@ class EvaluationConfig(_Checked):
     """What a test measures.
 
     Attributes:
-        data, data_root: the labelled list.
+        data, data_root: the labelled list, or a folder with test.csv or val.csv (the first of them that is there is taken).
         views: of each video; None takes the published 5 x 3, or 2 x 3 where frames are sampled sparsely.
         dtype: "float32" or "bfloat16".
         keep_scores: write the probabilities of all classes (always done for videos of several labels).
@@ -73,7 +72,8 @@ class EvaluationConfig(_Checked):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="LIST", help="labelled list, `path label` a line")
+    text = "labelled list, `path label` a line, or a folder: its test.csv, else its val.csv"
+    parser.add_argument("data", metavar="LIST", help=text)
     parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for predictions, scores, table and picture")
     parser.add_argument("--classes", metavar="FILE", help="class names, where the checkpoint has none")
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         loaded = load_from_args(args, backend=args.backend, attention=args.attention)
         views = published_views(loaded.clip.sampling, args.segments, args.crops)
         config = EvaluationConfig(
-            data=list_of(args.data), data_root=args.data_root, views=views, dtype=args.dtype, keep_scores=args.scores
+            data=args.data, data_root=args.data_root, views=views, dtype=args.dtype, keep_scores=args.scores
         )
         names = tuple(read_class_names(args.classes)) if args.classes else loaded.class_names
         results = evaluate(
@@ -135,17 +135,20 @@ def evaluate(
         InputError: the list cannot be read or has labels that the head has not; `output` holds another test.
     """
     parallel, folder, model = parallel or Parallel(), Path(output), loaded.model
-    labelled = read_labelled_list(config.data, config.data_root, num_classes=model.num_classes)
+    data = list_of(config.data, TEST_LISTS)
+    labelled = read_labelled_list(data, config.data_root, num_classes=model.num_classes)
     if class_names is not None and len(class_names) != model.num_classes:
         raise InputError(f"{len(class_names)} class names for a head of {model.num_classes} classes")
     views = config.views or published_views(loaded.clip.sampling)
     multi_label = loaded.multi_label or labelled.multi
     settings = {
-        "weights": fingerprint(model), "data": config.data, "videos": len(labelled.entries), "clip": loaded.clip.to_dict(),
-        "views": views.to_dict(), "dtype": config.dtype, "scores": config.keep_scores or multi_label,
+        **model_identity(model), "clip": loaded.clip.to_dict(), "views": views.to_dict(), "dtype": config.dtype,
+        "videos": len(labelled.entries), "list": list_hash(labelled.entries, labelled.labels), "multi_label": multi_label,
+        "scores": config.keep_scores or multi_label,
     }  # fmt: skip
     if parallel.is_main:
-        _claim(folder, settings)
+        settle(folder / SETTINGS, settings, "another test", data=data)
+        print(f"list: {data}, {len(labelled.entries)} videos", flush=True)
         if loaded.note:
             print(loaded.note, flush=True)
     done = parallel.from_main({record["video"] for record in _collect(folder)} if parallel.is_main else None)
@@ -162,7 +165,7 @@ def evaluate(
     parallel.barrier()  # rank 0 has taken older parts in
     write_share(folder, labelled, dataset, todo, predict, rank=parallel.rank, world_size=parallel.world_size, workers=workers)
     parallel.barrier()
-    results = finish(folder, labelled, settings, class_names) if parallel.is_main else None
+    results = finish(folder, labelled, {**settings, "data": data}, class_names) if parallel.is_main else None
     return parallel.from_main(results)
 
 
@@ -183,7 +186,10 @@ def write_share(
         with open(folder / f"predictions-{rank}.part.jsonl", "w", encoding="utf-8") as part:
             for video, seen in tqdm(dataset.read(own, workers), total=len(own), unit="video", disable=True if rank else None):
                 record = {"video": video, "path": labelled.entries[video].path, "labels": labelled.labels[video]}
-                record |= {"error": seen.error} if isinstance(seen, Failure) else predict(seen)
+                try:
+                    record |= {"error": seen.error} if isinstance(seen, Failure) else predict(seen)
+                except InputError as error:
+                    raise InputError(f"{record['path']}: {error}") from error
                 part.write(json.dumps(record) + "\n")
                 part.flush()
     except OSError as error:
@@ -194,22 +200,6 @@ def describe_prediction(probabilities: Tensor, keep_scores: bool) -> Record:
     best = probabilities.topk(min(TOP, len(probabilities)))
     record: Record = {"top": [[int(k), float(p)] for p, k in zip(*best)]}
     return {**record, "scores": probabilities.tolist()} if keep_scores else record
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Make `folder` the one of this test, or go on in it."""
-    path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        before = parse_json(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot use {folder}: {error}") from error
-    if before is None:
-        write_atomically(path, lambda file: file.write(json.dumps(settings, indent=1) + "\n"), binary=False)
-    elif before != settings:
-        known = before if isinstance(before, dict) else {}
-        changed = ", ".join(key for key in settings if known.get(key) != settings[key])
-        raise InputError(f"{folder} holds another test (its {changed} differ); choose another --output")
 
 
 def _collect(folder: Path) -> list[Record]:

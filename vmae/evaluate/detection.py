@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -42,15 +41,15 @@ from vmae.data.detection_dataset import KeyClipConfig, KeyFrame, KeyFrameReader,
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
 from vmae.evaluate.frame_map import FrameScores, frame_map
-from vmae.interop.classifier_weights import checkpoint_grid
+from vmae.interop.source import at_size, source_config
 from vmae.interop.upstream import load_into, read_settings_and_weights
 from vmae.model.detector import Detector, build_detector
 from vmae.settings import BATCH, WORKERS, Real, Whole, limits
 from vmae.train.checkpoint import find_weights, write_atomically
 from vmae.train.checks import check_backend, check_output, resolve_device
 from vmae.train.detection_settings import add_video_arguments
-from vmae.train.finetune_settings import PUBLISHED_CLASSIFIERS
-from vmae.train.load import fingerprint
+from vmae.train.identity import check_same, content_hash, frames_identity, model_identity
+from vmae.train.load import NO_NUMBERS, add_source_arguments
 from vmae.train.loop import DTYPES
 from vmae.train.metrics import code_version, read_log
 from vmae.train.pretrain_settings import image_size
@@ -68,7 +67,7 @@ class LoadedDetector:
         path: where they come from.
         clip: how it was trained to see key frames, with what the caller changed.
         actions: names by id, in the order of its outputs.
-        note: what was loaded, in a line.
+        note: what was loaded, and what was taken for granted of a file that does not say it, a line each.
     """
 
     model: Detector
@@ -100,10 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     clip.add_argument("--num-frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip")
     clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
     clip.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
-    official = parser.add_argument_group("for weights that do not say what they are (official files; they need --actions)")
-    official.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny")
-    official.add_argument("--init-frames", type=limits(ModelConfig, "num_frames"), help="frames that the weights are of (16)")
-    official.add_argument("--init-size", type=limits(ModelConfig, "img_size"), help="side of the clips that they are of (224)")
+    add_source_arguments(parser, "official files; they need --actions")
     speed = parser.add_argument_group("settings that change speed only")
     speed.add_argument("--batch-size", type=BATCH, default=8, help="clips at once (8)")
     speed.add_argument("--workers", type=WORKERS, default=1, help="processes that decode video (1)")
@@ -190,24 +186,21 @@ def load_detector(
     """
     path = find_weights(checkpoint)
     settings, state = read_settings_and_weights(path)
-    if settings and "action_ids" not in settings:
+    if "model" not in settings and (preset is None or actions is None or "head.weight" not in state):
+        raise InputError(f"{path} does not say what it is; name --model and --actions (and it needs a head)")
+    if "model" in settings and "action_ids" not in settings:
         raise InputError(f"{path} is not a detector's; `python -m vmae finetune-detection --init {checkpoint}` makes one")
     changes = {name: value for name, value in (clip or {}).items() if value is not None}
-    seen = KeyClipConfig.from_dict({**settings.get("clip", {}), **changes})
-    size = {"num_frames": seen.num_frames, "img_size": seen.image_size}
-    if settings:
-        config = ModelConfig.from_dict(settings["model"]).replace(pos_grid=None, drop_path_rate=0.0, **size)
+    own, note = source_config(settings, state, path, preset, *source)
+    size = {"num_frames": own.num_frames, "image_size": own.img_size}
+    seen = KeyClipConfig.from_dict({**size, **settings.get("clip", {}), **changes})
+    if "model" in settings:
         known = dict(zip(settings["action_ids"], settings["action_names"]))
     else:
-        if preset is None or actions is None or "head.weight" not in state:
-            raise InputError(f"{path} does not say what it is; name --model and --actions (and it needs a head)")
-        config = ModelConfig.preset(PUBLISHED_CLASSIFIERS.get(preset, preset), **size)
         known = {number: actions.get(number, str(number)) for number in range(1, state["head.weight"].shape[0] + 1)}
-    grid = checkpoint_grid(settings, config, *source)
-    if not config.learned_pos and grid != config.grid:
-        config = config.replace(pos_grid=grid)
-    model = build_detector(config, len(known), **options)
-    return LoadedDetector(model.eval(), path, seen, known, load_into(model, state, path))
+    model = build_detector(at_size(own, num_frames=seen.num_frames, img_size=seen.image_size), len(known), **options)
+    note = "\n".join(filter(None, (load_into(model, state, path), note)))
+    return LoadedDetector(model.eval(), path, seen, known, note)
 
 
 # --- Scores ---
@@ -228,19 +221,19 @@ def score_frames(
     What an earlier start of the same test has written in `output` is kept.
 
     Raises:
-        InputError: `output` can't be written.
+        InputError: `output` holds another test, or can't be written.
     """
     folder, model = Path(output), loaded.model.to(device)
-    about = {"weights": fingerprint(model), "clip": json.loads(json.dumps(loaded.clip.to_dict())), "dtype": dtype}
-    boxes = repr([(frame.path, frame.frame, frame.boxes) for frame in frames])
-    about["boxes"] = hashlib.sha256(boxes.encode()).hexdigest()[:16]
+    boxes = content_hash([(*frames_identity(frame), frame.frame, frame.boxes) for frame in frames])
+    about = {**model_identity(model), "clip": loaded.clip.to_dict(), "dtype": dtype, "key_frames": len(frames), "boxes": boxes}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = read_log(folder / PARTS)
-        same = bool(before) and before[0] == about
-        done = {record["frame"]: record for record in before[1:]} if same else {}
-        with open(folder / PARTS, "a" if same else "w", encoding="utf-8") as part:
-            part.write("\n" if same else json.dumps(about) + "\n")  # the last line may be torn: it ends here
+        if before:
+            check_same(before[0], about, f"{folder} holds another test", f"choose another --output, or remove {folder / PARTS}")
+        done = {record["frame"]: record for record in before[1:]}
+        with open(folder / PARTS, "a" if before else "w", encoding="utf-8") as part:
+            part.write("\n" if before else json.dumps(about) + "\n")  # the last line may be torn: it ends here
             todo = [number for number in range(len(frames)) if number not in done]
             for record in _score(model, frames, todo, loaded.clip, device, dtype, batch_size, workers):
                 part.write(json.dumps(record) + "\n")
@@ -274,6 +267,9 @@ def _score(
             clips = torch.stack([clip for _, (clip, _) in held])
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
                 logits = model(clips.to(device), boxes.to(device))
+            if logits.isnan().any():
+                some = ", ".join(sorted({frames[own].path for own, _ in held}))
+                raise InputError(f"the model's output on {some} is no number (NaN); {NO_NUMBERS}")
             for (own, (_, given)), scores in zip(held, logits.float().sigmoid().cpu()):
                 yield {"frame": own, "scores": scores[: len(given)].tolist()}
             held = []

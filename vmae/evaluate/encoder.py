@@ -13,15 +13,14 @@ from torch import Tensor
 from vmae.config import ModelConfig
 from vmae.data import CropBox, crop_and_resize, open_video
 from vmae.data.sampling import clip_starts, sample_sparse_indices, walk_frames
-from vmae.errors import InputError
-from vmae.interop.classifier_weights import checkpoint_grid, start_classifier
+from vmae.interop.classifier_weights import plain_names, start_classifier
+from vmae.interop.source import at_size, source_config
 from vmae.interop.upstream import read_settings_and_weights
 from vmae.model import Classifier, build_classifier
 from vmae.settings import STRIDE, limits
 from vmae.train.checkpoint import find_weights
-from vmae.train.finetune_settings import PUBLISHED_CLASSIFIERS
 from vmae.train.load import add_source_arguments
-from vmae.train.pretrain_settings import PUBLISHED_MODELS, image_size
+from vmae.train.pretrain_settings import image_size
 
 
 @dataclass
@@ -33,6 +32,7 @@ class LoadedEncoder:
         path: where the weights come from.
         pretrained: whether they were pre-trained only, so that the encoder never saw a whole clip.
         sampling, stride: how it was trained to see videos, see `middle_clip`.
+        note: what was taken for granted of a file that does not say it, in a line.
     """
 
     model: Classifier
@@ -40,6 +40,7 @@ class LoadedEncoder:
     pretrained: bool
     sampling: str
     stride: int
+    note: str = ""
 
     def describe(self) -> str:
         kind = "pre-trained encoder, shown all tubelets" if self.pretrained else "encoder of a classifier"
@@ -59,15 +60,18 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_encoder_from_args(args: argparse.Namespace) -> LoadedEncoder:
-    """`load_encoder` with the flags of `add_encoder_arguments`."""
+    """`load_encoder` with the flags of `add_encoder_arguments`; prints its note."""
     changes = {"num_frames": args.num_frames, "img_size": args.image_size}
-    return load_encoder(
+    loaded = load_encoder(
         args.checkpoint,
         preset=args.model,
         stride=args.stride,
         source=(args.init_frames, args.init_size),
         changes={name: value for name, value in changes.items() if value is not None},
     )
+    if loaded.note:
+        print(loaded.note, flush=True)
+    return loaded
 
 
 def load_encoder(
@@ -90,26 +94,18 @@ def load_encoder(
     Raises:
         InputError: the file can't be read, does not tell its architecture, or does not fit it.
     """
-    path, changes = find_weights(checkpoint), changes or {}
+    path = find_weights(checkpoint)
     settings, state = read_settings_and_weights(path)
-    if settings:
-        config = ModelConfig.from_dict(settings["model"]).replace(pos_grid=None, drop_path_rate=0.0, **changes)
-    elif preset is not None:
-        known = {**PUBLISHED_CLASSIFIERS, **PUBLISHED_MODELS}
-        config = ModelConfig.preset(known.get(preset, preset), **changes)
-    else:
-        raise InputError(f"{path} does not say which architecture it is of; name it with --model")
-    grid = checkpoint_grid(settings, config, *source)
-    if not config.learned_pos and grid != config.grid:
-        config = config.replace(pos_grid=grid)
-    pretrained = any(name.removeprefix("_orig_mod.").startswith("encoder.") for name in state)
+    own, note = source_config(settings, state, path, preset, *source)
+    state = plain_names(state)
+    pretrained = any(name.startswith("encoder.") for name in state)
     # A pre-trained encoder ends with a norm over each token, as that of a classifier which pools the first one does.
     pooling = "first" if pretrained else settings.get("pooling", "mean" if "fc_norm.weight" in state else "first")
-    model = build_classifier(config, 0, pooling=pooling)
-    start_classifier(model, path, grid=grid, state=state)
+    model = build_classifier(at_size(own, **(changes or {})), 0, pooling=pooling)
+    start_classifier(model, path, grid=own.pos_grid or own.grid, state=state)
     clip = settings.get("clip", {})
     stride = clip.get("stride", settings.get("stride", 4)) if stride is None else stride
-    return LoadedEncoder(model.eval(), path, pretrained, clip.get("sampling", "dense"), stride)
+    return LoadedEncoder(model.eval(), path, pretrained, clip.get("sampling", "dense"), stride, note)
 
 
 def middle_clip(video: str | Path, config: ModelConfig, stride: int, sampling: str = "dense") -> tuple[Tensor, list[int]]:

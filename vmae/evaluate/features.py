@@ -14,7 +14,6 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +30,12 @@ from vmae.model import Classifier
 from vmae.settings import BATCH, FRAMES, SIDE, STRIDE, limits, ranged
 from vmae.train.checkpoint import write_atomically
 from vmae.train.checks import check_backend, check_output
-from vmae.train.load import add_model_arguments, fingerprint, load_from_args
+from vmae.train.identity import frames_identity, model_identity, settle
+from vmae.train.load import NO_NUMBERS, add_model_arguments, load_from_args
 from vmae.train.loop import DTYPES
 from vmae.train.parallel import open_parallel
 
-SETTINGS = "features.json"
+SETTINGS, SOURCES = "features.json", "videos.json"
 PUBLISHED_STEPS = {"thumos14": 4, "fineaction": 16}
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".ts", ".m4v")
 
@@ -204,7 +204,10 @@ def _embedded(model: Classifier, frames: Iterable[np.ndarray], config: WindowCon
 @torch.inference_mode()
 def _features(model: Classifier, clips: Tensor, config: WindowConfig, embedded: bool) -> Tensor:
     with torch.autocast(clips.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        return (model.features_of_embedded(clips) if embedded else model.features(clips)).float().cpu()
+        found = (model.features_of_embedded(clips) if embedded else model.features(clips)).float().cpu()
+    if found.isnan().any():
+        raise InputError(f"features are no numbers (NaN); {NO_NUMBERS}")
+    return found
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -244,7 +247,8 @@ def run(args: argparse.Namespace) -> int:
         size = model.config.image_hw
         config = WindowConfig(frames=model.config.num_frames, step=step, size=size, normalize=args.normalize, dtype=args.dtype)
         if parallel.is_main:
-            settle_folder(folder, config, fingerprint(model), str(loaded.path))
+            settle_folder(folder, config, model, dict(zip(targets, entries)), str(loaded.path))
+            print(loaded.note, flush=True)
         parallel.barrier()
         mine = list(zip(entries, targets))[parallel.rank :: parallel.world_size]
         failed = extract_all(model, mine, config, batch_size=args.batch_size, device=parallel.device, show=parallel.is_main)
@@ -312,25 +316,39 @@ def name_targets(entries: Sequence[VideoEntry], folder: Path) -> list[Path]:
     return [folder / f"{name}.npy" for name in names]
 
 
-def settle_folder(folder: Path, config: WindowConfig, weights: str, checkpoint: str) -> None:
+def settle_folder(
+    folder: Path, config: WindowConfig, model: Classifier, videos: dict[Path, VideoEntry], checkpoint: str
+) -> None:
     """Write what the features are of, or see that those that are there already are of the same.
 
+    Args:
+        videos: by the file of their features; others than those of an earlier start are added.
+
     Raises:
-        InputError: the folder holds features of another model or of other windows.
+        InputError: the folder holds features of another model or of other windows, or of another video under a name.
     """
-    about: dict[str, Any] = {"windows": {**config.__dict__, "size": list(config.size)}, "weights": weights}
-    path = folder / SETTINGS
-    folder.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        try:
-            before = parse_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read ({error}); choose another --output") from None
-        if not isinstance(before, dict) or {key: before.get(key) for key in about} != about:
-            raise InputError(f"{folder} holds features of other weights or windows (see {path}); choose another --output")
-        return
-    text = json.dumps({**about, "checkpoint": checkpoint}, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text), binary=False)
+    # The head is behind the features.
+    about = {"windows": {**config.__dict__, "size": list(config.size)}, **model_identity(model, without=("head.",))}
+    settle(folder / SETTINGS, about, "features of other weights or windows", checkpoint=checkpoint)
+    before, sources = _read_sources(folder), {path.name: frames_identity(entry) for path, entry in videos.items()}
+    for path in videos:
+        if path.exists() and before.get(path.name) != sources[path.name]:
+            known = f"is of {before[path.name][0]}" if path.name in before else f"is of a video that {SOURCES} does not name"
+            raise InputError(f"{path} {known}, not of {sources[path.name][0]}; choose another --output, or remove it")
+    text = json.dumps({**before, **sources}) + "\n"
+    write_atomically(folder / SOURCES, lambda file: file.write(text), binary=False)
+
+
+def _read_sources(folder: Path) -> dict[str, list]:
+    """Which frames each file of features is of."""
+    path = folder / SOURCES
+    try:
+        found = parse_json(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(found, dict) or not all(isinstance(own, list) and own for own in found.values()):
+            raise ValueError("no table of videos")
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot use {folder}: {SOURCES}: {error}") from error
+    return found
 
 
 def read_features(path: str | Path) -> np.ndarray:

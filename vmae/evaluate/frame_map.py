@@ -4,11 +4,17 @@ Of each key frame the 50 best detections count, over all its boxes and listed ac
 by falling score; one is right if the ground truth that it overlaps most has an IoU of at least 0.5 and was not found
 before. Average precision is the area under precision, interpolated from the right, over recall; its mean is over the
 listed actions that have ground truth. Excluded key frames count nowhere; a detection on any other key frame that has
-no ground truth is wrong. Equal scores keep their order (the published code leaves it open).
+no ground truth is wrong.
+
+The published code leaves ties open (they come as its sort leaves them). Here the order of the rows does not count: equal scores
+of an action count as one, precision being that at the end of their group; of equal scores at the limit of 50, smaller
+action ids come first, then boxes by their coordinates, and of ground truth boxes that a detection overlaps equally the
+first by coordinates is taken.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -54,17 +60,17 @@ def average_precision(truth: Sequence[AvaBox], found: Sequence[AvaBox], threshol
         found: detections, in any order.
     """
     own: dict[Key, list[AvaBox]] = defaultdict(list)
-    for row in truth:
+    for row in sorted(truth, key=lambda row: row.box):  # `max` takes the first of equal ones
         own[row.key].append(row)
     taken: set[int] = set()
-    hits = []
-    for detection in sorted(found, key=lambda row: -row.score):
+    found, hits = sorted(found, key=lambda row: -row.score), []
+    for detection in found:
         best = max(own.get(detection.key, ()), key=lambda row: box_iou(detection.box, row.box), default=None)
         hit = best is not None and id(best) not in taken and box_iou(detection.box, best.box) >= threshold
         if hit:
             taken.add(id(best))
         hits.append(hit)
-    return interpolated_area(hits, len(truth))
+    return interpolated_area([row.score for row in found], hits, len(truth))
 
 
 def frame_map(
@@ -84,9 +90,11 @@ def frame_map(
         per_frame: detections of a key frame that count; None counts all.
 
     Raises:
-        InputError: no ground truth is left.
+        InputError: no ground truth is left, or a score is NaN.
     """
     listed, skipped = set(actions), set(excluded)
+    if wrong := next((row for row in found if math.isnan(row.score)), None):
+        raise InputError(f"a detection of action {wrong.action} on {wrong.video}, {wrong.timestamp} s has no score (NaN)")
     truth = [row for row in truth if row.action in listed and row.key not in skipped]
     found = _best([row for row in found if row.action in listed and row.key not in skipped], per_frame)
     if not truth:
@@ -106,7 +114,8 @@ def _best(found: Sequence[AvaBox], per_frame: int | None) -> list[AvaBox]:
     frames: dict[Key, list[AvaBox]] = defaultdict(list)
     for row in found:
         frames[row.key].append(row)
-    return [row for rows in frames.values() for row in sorted(rows, key=lambda row: -row.score)[:per_frame]]
+    by_rank = {key: sorted(rows, key=lambda row: (-row.score, row.action, row.box)) for key, rows in frames.items()}
+    return [row for rows in by_rank.values() for row in rows[:per_frame]]
 
 
 def _by_action(rows: Sequence[AvaBox]) -> dict[int, list[AvaBox]]:

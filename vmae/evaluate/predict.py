@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
 from vmae.data.classify_dataset import ViewConfig, ViewDataset
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     check_backend(args.backend, device)
     loaded = load_from_args(args, backend=args.backend, attention=args.attention)
+    for line in loaded.assumed:
+        print(line, file=sys.stderr)
     names = read_class_names(args.classes) if args.classes else loaded.class_names
     if names is not None and len(names) != loaded.model.num_classes:
         raise InputError(f"{len(names)} class names for a head of {loaded.model.num_classes} classes")

@@ -17,12 +17,14 @@ from vmae.config import MaskConfig, ModelConfig
 from vmae.errors import InputError
 from vmae.evaluate.encoder import middle_clip
 from vmae.evaluate.pictures import GREY, Panel, add_output_arguments, outputs_of, write_pictures
+from vmae.interop.source import source_config
 from vmae.interop.upstream import load_into, read_settings_and_weights
 from vmae.masking import DualMask
 from vmae.model import Pretrainer, build_pretrainer
 from vmae.settings import SEED, STRIDE, limits
 from vmae.train.checkpoint import find_weights
 from vmae.train.checks import resolve_device
+from vmae.train.load import add_source_arguments
 from vmae.train.metrics import trivial_losses
 from vmae_kernels import gather_tubelets, patch_targets_ref
 
@@ -60,8 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mask.add_argument("--decoder-mask", help="running_cell, random, frame, none")
     mask.add_argument("--decoder-ratio", type=limits(MaskConfig, "decoder_ratio"))
     mask.add_argument("--stride", type=STRIDE, help="frames from one sampled frame to the next")
-    model = parser.add_argument_group("for weights that do not say what they are (official files)")
-    model.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny")
+    model = add_source_arguments(parser)
     model.add_argument(
         "--decoder-depth", type=limits(ModelConfig, "decoder_depth"), help="blocks of the decoder, if not the preset's"
     )
@@ -72,7 +73,9 @@ def run(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     path = find_weights(args.checkpoint)
     outputs = outputs_of(args, path.parent / f"reconstruct-{Path(args.video).stem}.png")
-    model, settings = load_model(path, preset=args.model, decoder_depth=args.decoder_depth, attention=args.attention)
+    source = (args.init_frames, args.init_size)
+    given = {"preset": args.model, "decoder_depth": args.decoder_depth, "source": source, "attention": args.attention}
+    model, settings = load_model(path, **given)
     mask_settings = mask_config(settings, args)
     stride = settings.get("stride", 4) if args.stride is None else args.stride
     clip, indices = middle_clip(args.video, model.config, stride)
@@ -94,12 +97,20 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load_model(
-    path: Path, *, preset: str | None = None, decoder_depth: int | None = None, attention: str = "auto"
+    path: Path,
+    *,
+    preset: str | None = None,
+    decoder_depth: int | None = None,
+    source: tuple[int | None, int | None] = (None, None),
+    attention: str = "auto",
 ) -> tuple[Pretrainer, dict[str, Any]]:
     """The model of a checkpoint, in eval mode on the CPU, and the settings it was trained with (empty if it holds none).
 
+    Prints what was taken for granted of a file that does not say it.
+
     Args:
         preset, decoder_depth: the architecture, for files that do not hold it.
+        source: frames and side of the clips that the weights are of, for files that do not say.
 
     Raises:
         InputError: the file can't be read, does not tell its architecture, or does not fit it.
@@ -107,13 +118,10 @@ def load_model(
     settings, state = read_settings_and_weights(path)
     if not any(name.startswith("decoder.") for name in state):
         raise InputError(f"{path} has no decoder, so it rebuilds nothing: give pre-trained weights, with their decoder")
-    if settings:
-        config = ModelConfig.from_dict(settings["model"])
-    elif preset is not None:
-        overrides = {} if decoder_depth is None else {"decoder_depth": decoder_depth}
-        config = ModelConfig.preset(preset, **overrides)
-    else:
-        raise InputError(f"{path} does not say which architecture it is of; name it with --model")
+    overrides = {} if decoder_depth is None else {"decoder_depth": decoder_depth}
+    config, note = source_config(settings, state, path, preset, *source, **overrides)
+    if note:
+        print(note, flush=True)
     model = build_pretrainer(config, attention=attention, normalize_target=settings.get("normalize_target", True))
     load_into(model, state, path)
     return model.eval(), settings

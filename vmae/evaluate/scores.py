@@ -12,6 +12,7 @@ import numpy as np
 
 from vmae.errors import InputError
 from vmae.train.checkpoint import write_atomically
+from vmae.train.load import NO_NUMBERS
 
 TOP = 5  # classes of a prediction that are kept
 Record = dict[str, Any]
@@ -28,8 +29,14 @@ def score(records: Sequence[Record], labels: Sequence[tuple[int, ...]], num_clas
     Returns:
         `videos`, `undecodable`, `top1`, `top5`, `mean_class_accuracy` (mean over the classes that have videos); with several
         labels, `top1` counts any of them, and `mean_average_precision` is over the classes that have videos.
+
+    Raises:
+        InputError: a probability is NaN; the video is named.
     """
     good = [record for record in records if "error" not in record]
+    for record in good:
+        if np.isnan([p for _, p in record["top"]] + record.get("scores", [])).any():
+            raise InputError(f"the prediction of {record.get('path', record['video'])} is no number (NaN); {NO_NUMBERS}")
     found: dict[str, Any] = {"videos": len(good), "undecodable": len(records) - len(good)}
     if not good:
         return found
@@ -60,18 +67,44 @@ def confusion(records: Sequence[Record], labels: Sequence[tuple[int, ...]], num_
 
 
 def mean_average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Mean over the classes that have positives of the mean precision at each positive, by falling score.
+    """Mean over the classes that have positives of `average_precision`: scikit-learn's `average_precision_score`, macro.
 
     Args:
-        scores: [videos, K].
+        scores: float [videos, K].
         truth: bool [videos, K].
+
+    Raises:
+        InputError: a score is NaN, or no class has a positive.
     """
-    values = []
-    for k in np.flatnonzero(truth.any(0)):
-        hits = truth[np.argsort(-scores[:, k], kind="stable"), k]
-        precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
-        values.append(precision[hits].mean())
-    return float(np.mean(values))
+    positive = np.flatnonzero(truth.any(0))
+    if not len(positive):
+        raise InputError("no class has a positive: there is no average precision")
+    return float(np.mean([average_precision(scores[:, k], truth[:, k]) for k in positive]))
+
+
+def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Of one class: precision at the end of each group of equal scores, times the share of positives in the group, summed.
+
+    The order of the videos does not count. A constant score gives the share of positives.
+
+    Args:
+        scores: float [videos].
+        truth: bool [videos], at least one True.
+
+    Raises:
+        InputError: a score is NaN.
+    """
+    if np.isnan(scores).any():
+        raise InputError(f"the score of video {int(np.isnan(scores).argmax())} is no number (NaN)")
+    order = np.argsort(-scores, kind="stable")
+    ends = ends_of_ties(scores[order])
+    found = np.cumsum(truth[order])[ends]
+    return float((np.diff(found, prepend=0) * found / (ends + 1)).sum() / found[-1])
+
+
+def ends_of_ties(ordered: np.ndarray) -> np.ndarray:
+    """int64: place of the last of each group of equal numbers, of an ordered array."""
+    return np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True)) if len(ordered) else np.empty(0, np.int64)
 
 
 def class_table(matrix: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 Average precision as the ActivityNet evaluation defines it (Heilbron et al., 2015), which THUMOS14 and FineAction results use:
 by class, detections by falling score, each taken to the ground truth of its video with the largest overlap that is
-still free; precision interpolated from the right.
+still free; precision interpolated from the right. That leaves equal scores open. Here they are taken by start, then end, and
+count as one: precision is that at the end of their group. Of equal overlaps the earliest ground truth is taken. So the order
+of the input does not count.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from vmae.errors import InputError
+from vmae.evaluate.scores import ends_of_ties
 from vmae.jsontext import parse_json
 from vmae.train.checkpoint import write_atomically
 
@@ -67,34 +72,36 @@ def average_precision(truth: Sequence[Segment], found: Sequence[Segment], thresh
 
     Args:
         truth: at least one.
-        found: detections, in any order; of equal scores the first counts first.
+        found: detections, in any order.
         threshold: least temporal IoU of a hit.
     """
     free: dict[str, list[Segment]] = defaultdict(list)
-    for segment in truth:
+    for segment in sorted(truth, key=lambda one: (one.start, one.end)):  # `max` takes the first of equal ones
         free[segment.video].append(segment)
-    hits = []
-    for detection in sorted(found, key=lambda segment: -segment.score):
+    found, hits = sorted(found, key=lambda one: (-one.score, one.start, one.end)), []
+    for detection in found:
         own = free[detection.video]
         best = max(own, key=lambda segment: temporal_iou(detection, segment), default=None)
         hit = best is not None and temporal_iou(detection, best) >= threshold
         if hit:
             own.remove(best)
         hits.append(hit)
-    return interpolated_area(hits, len(truth))
+    return interpolated_area([one.score for one in found], hits, len(truth))
 
 
-def interpolated_area(hits: Sequence[bool], positives: int) -> float:
-    """Under precision over recall, precision interpolated: at each recall the best of this or any larger one."""
-    precisions, right = [], 0
-    for count, hit in enumerate(hits, 1):
-        right += hit
-        precisions.append(right / count)
-    area, best = 0.0, 0.0
-    for hit, precision in zip(reversed(hits), reversed(precisions)):
-        best = max(best, precision)
-        area += best / positives if hit else 0.0
-    return area
+def interpolated_area(scores: Sequence[float], hits: Sequence[bool], positives: int) -> float:
+    """Under precision over recall, both at the end of each group of equal scores; precision is interpolated: at each recall
+    the best of this or any larger one.
+
+    Args:
+        scores: falling.
+        hits: of the same detections.
+        positives: to be found.
+    """
+    ends = ends_of_ties(np.array(scores))
+    right = np.cumsum(np.array(hits, dtype=np.int64))[ends]
+    best = np.maximum.accumulate((right / (ends + 1))[::-1])[::-1]
+    return float((best * np.diff(right, prepend=0)).sum() / positives)
 
 
 def mean_average_precision(

@@ -100,7 +100,7 @@ class Geometry:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """What a folder's features are of: `windows` and `weights`.
+    """What a folder's features are of: `windows` and `weights`, and `model` where it is known.
 
     Raises:
         InputError: the folder is none of `python -m vmae features`.
@@ -108,7 +108,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     try:
         about = parse_json((folder / SETTINGS).read_text(encoding="utf-8"))
         geometry_of(about)
-        return {key: about[key] for key in ("windows", "weights")}
+        return {key: about[key] for key in ("windows", "weights", *({"model"} & about.keys()))}
     except OSError as error:
         raise InputError(
             f"{folder / SETTINGS} cannot be read ({error.strerror}); `python -m vmae features` writes it"

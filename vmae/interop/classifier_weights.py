@@ -8,19 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vmae.config import ModelConfig
 from vmae.data.labels import HEAD_NAMES, convert_head
 from vmae.errors import InputError
-from vmae.interop.upstream import check_shapes, load_weights
+from vmae.interop.upstream import check_fixed, check_shapes, load_weights
 from vmae.model.classifier import Classifier
 from vmae.model.embed import interpolate_positions
 
-PUBLISHED_FRAMES, PUBLISHED_SIZE = 16, 224
 _PREFIXES = ("_orig_mod.", "backbone.")  # of torch.compile and of mmaction's models
 _PRETRAINING = ("decoder.", "encoder_to_decoder.", "mask_token")
 
@@ -54,26 +51,6 @@ class Start:
         return f"{path}: {', '.join(parts)}"
 
 
-def checkpoint_grid(
-    settings: dict[str, Any], config: ModelConfig, frames: int | None, size: int | None
-) -> tuple[int, int, int]:
-    """The token grid that a checkpoint's positions are made for.
-
-    Args:
-        settings: `config` of the checkpoint, empty where it has none (published files: 16 frames of 224 pixels).
-        config: of the model to load it into; patch and tubelet sizes are the same.
-        frames, size: what the caller knows better.
-
-    Raises:
-        InputError: sizes that patches or tubelets do not divide.
-    """
-    known = ModelConfig.from_dict(settings["model"]) if "model" in settings else None
-    if known is not None and frames is None and size is None:
-        return known.pos_grid or known.grid
-    base = config.replace(pos_grid=None)
-    return base.replace(num_frames=frames or PUBLISHED_FRAMES, img_size=size or PUBLISHED_SIZE).grid
-
-
 def start_classifier(
     model: Classifier,
     path: str | Path,
@@ -87,7 +64,7 @@ def start_classifier(
 
     Args:
         path: the checkpoint, for messages too.
-        grid: of its positions, see `checkpoint_grid`.
+        grid: of its positions, see `source_config`.
         label_map: for a head of more classes: which of them each class of `model` is.
         new_head: leave the checkpoint's head out.
         state: its tensors by name, where the caller has read them.
@@ -97,12 +74,12 @@ def start_classifier(
             neither `label_map` nor `new_head`; a map that does not fit.
     """
     report = Start()
-    state = _plain_names(load_weights(path) if state is None else state)
+    state = plain_names(load_weights(path) if state is None else state)
     pretrained = any(name.startswith("encoder.") for name in state)
     if pretrained:
         state = _encoder_of(state, report, keep_norm=model.pooling == "first")
     state = _fit_head(state, model, path, report, label_map, new_head)
-    state = _fit_positions(state, model, grid, report)
+    state = _fit_positions(state, model, grid, report, path)
     own = model.state_dict()
     may_be_fresh = ("pool.",) + (("head.", "fc_norm.") if pretrained else ()) + (("head.",) if new_head else ())
     report.fresh = [name for name in own if name not in state and name.startswith(may_be_fresh)]
@@ -113,7 +90,8 @@ def start_classifier(
     return report
 
 
-def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what torch.compile and mmaction put before names."""
     for prefix in _PREFIXES:
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
@@ -162,12 +140,13 @@ def _fit_head(
 
 
 def _fit_positions(
-    state: dict[str, Tensor], model: Classifier, grid: tuple[int, int, int], report: Start
+    state: dict[str, Tensor], model: Classifier, grid: tuple[int, int, int], report: Start, path: str | Path
 ) -> dict[str, Tensor]:
     """Learned positions interpolated to the model's grid; fixed ones left out, the model makes its own."""
     if "pos_embed" not in state:
         return state
     if not model.config.learned_pos:
+        check_fixed(state["pos_embed"], f"pos_embed of checkpoint {path}")
         report.drop("fixed positions", ["pos_embed"])
         return {name: value for name, value in state.items() if name != "pos_embed"}
     table = state["pos_embed"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from vmae.config import ModelConfig
 from vmae.errors import InputError
-from vmae.interop.huggingface import load_pretrained, read_class_names, save_pretrained
+from vmae.interop.huggingface import load_pretrained, read_class_names, read_multi_label, save_pretrained
+from vmae.interop.source import source_config
 from vmae.interop.upstream import load_into, read_settings_and_weights
 from vmae.model import Classifier, Pretrainer, build_classifier, build_pretrainer
 from vmae.settings import limits
@@ -37,33 +39,34 @@ def run(args: argparse.Namespace) -> None:
         model = load_pretrained(source, backend="torch")
         settings = {"model": model.config.to_dict()}
         if isinstance(model, Classifier):
-            settings |= {"num_classes": model.num_classes, "class_names": read_class_names(source)}
+            settings |= {"num_classes": model.num_classes, "class_names": read_class_names(source), "pooling": model.pooling}
+            settings["multi_label"] = read_multi_label(source)
+        else:
+            settings["normalize_target"] = model.normalize_target
         output.parent.mkdir(parents=True, exist_ok=True)
         export_weights(output, model.state_dict(), config=settings)
     else:
         if output.suffix in SUFFIXES:
             raise InputError(f"{source} is no folder of transformers (no config.json), and {output} would not be one either")
-        model, class_names = load_own(find_weights(source), args.model, args.num_frames, args.image_size)
-        save_pretrained(model, output, class_names)
+        model, about = load_own(find_weights(source), args.model, args.num_frames, args.image_size)
+        save_pretrained(model, output, **about)
     print(f"{source}: {len(model.state_dict())} tensors of a {type(model).__name__} to {output}")
 
 
 def load_own(
     path: Path, preset: str | None, num_frames: int | None, image_size: int | None
-) -> tuple[Pretrainer | Classifier, list[str] | None]:
-    """The model of weights with published names, and its class names if they are known.
+) -> tuple[Pretrainer | Classifier, dict[str, Any]]:
+    """The model of weights with published names, and what else `save_pretrained` wants to know.
 
     Raises:
         InputError: weights that do not say what they are, without a preset; or of another architecture.
     """
     settings, state = read_settings_and_weights(path)
-    if settings:
-        config = ModelConfig.from_dict(settings["model"])
-    elif preset is None:
+    if "model" not in settings and preset is None:
         raise InputError(f"{path} does not say what model it is of; give --model (and --num-frames, --image-size)")
-    else:
-        chosen = {"num_frames": num_frames, "img_size": image_size}
-        config = ModelConfig.preset(preset, **{name: value for name, value in chosen.items() if value is not None})
+    config, note = source_config(settings, state, path, preset, num_frames, image_size)
+    if note:
+        print(note.replace("--init-frames", "--num-frames").replace("--init-size", "--image-size"))
     if "mask_token" in state:
         model: Pretrainer | Classifier = build_pretrainer(config, normalize_target=settings.get("normalize_target", True))
     else:
@@ -72,4 +75,4 @@ def load_own(
         model = build_classifier(config, classes, pooling=pooling)
     load_into(model, state, path)
     names = settings.get("class_names")
-    return model, list(names) if names else None
+    return model, {"class_names": list(names) if names else None, "multi_label": bool(settings.get("multi_label"))}

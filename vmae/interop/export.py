@@ -57,7 +57,7 @@ def export_file(args: argparse.Namespace, output: Path) -> None:
     source = find_weights(args.source)
     settings, weights = read_settings_and_weights(source)
     output.parent.mkdir(parents=True, exist_ok=True)
-    export_weights(output, weights, **({"config": settings} if settings else {}))
+    export_weights(output, weights, **({"config": settings} if "model" in settings else {}))
     numbers = sum(value.numel() for value in weights.values())
     print(f"{source}: {len(weights)} tensors, {numbers / 1e6:.1f} M numbers, to {output}")
 
@@ -71,14 +71,16 @@ def export_model(args: argparse.Namespace, what: str, output: Path) -> None:
             raise InputError(f"--averaged with --what tokens: name the run's {AVERAGED_NAME} as the source")
         changes = {"num_frames": args.num_frames, "img_size": args.image_size}
         changes = {name: value for name, value in changes.items() if value is not None}
-        model = load_encoder(args.source, preset=args.model, source=source, changes=changes).model
+        loaded = load_encoder(args.source, preset=args.model, source=source, changes=changes)
     else:
         clip = {"num_frames": args.num_frames, "image_size": args.image_size}
         clip = {name: value for name, value in clip.items() if value is not None}
         given = {"preset": args.model, "averaged": args.averaged, "source": source, "clip": clip}
         loaded = load_classifier(args.source, **given, attention="sdpa")
-        model = loaded.model
         about = {"classes": loaded.class_names, "stride": loaded.clip.stride, "sampling": loaded.clip.sampling}
+    model = loaded.model
+    if loaded.note:
+        print(loaded.note, flush=True)
     off = graphs.export_graph(graphs.ClipModel(model, what), output, about)
     size = " x ".join(map(str, (model.config.num_frames, *model.config.image_hw)))
     print(f"{output}: {what} of clips 3 x {size}, any batch; loaded again, {off:.1e} off the model (of the largest value)")

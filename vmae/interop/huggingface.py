@@ -8,7 +8,8 @@ and later both. Releases that read one pair report the other as unexpected. Eith
 5.5.1 to 5.17 train and save, is left out: softmax does not see it (it adds the same to a query's product with every key).
 Releases of each kind are tested (`tests/interop/test_transformers_releases.py`).
 
-What cannot be expressed there is refused by name: learned positions, layer scale, cosine attention. transformers masks the
+What cannot be expressed there is refused by name: positions that are learned or interpolated, layer scale, cosine attention.
+transformers masks the
 encoder only (VideoMAE V1): the weights of a dual-masked decoder fit, the masking does not. Its last norms (`fc_norm`,
 `decoder.norm`) have an epsilon of 1e-5 whatever the settings say, so results differ from ours by some 1e-5.
 """
@@ -32,6 +33,7 @@ from vmae.model import Classifier, Pretrainer, build_classifier, build_pretraine
 from vmae.train.checkpoint import export_weights, write_atomically
 
 PRETRAINING, CLASSIFICATION = "VideoMAEForPreTraining", "VideoMAEForVideoClassification"
+SEVERAL_LABELS = "multi_label_classification"  # their `problem_type`
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # Inside a block: ours -> theirs.
@@ -171,7 +173,13 @@ _ONLY = {"hidden_act": "gelu", "num_channels": 3, "hidden_dropout_prob": 0, "att
 
 
 def config_to_huggingface(
-    config: ModelConfig, kind: str, *, class_names: list[str] | None = None, pooling: str = "mean", normalize: bool = True
+    config: ModelConfig,
+    kind: str,
+    *,
+    class_names: list[str] | None = None,
+    pooling: str = "mean",
+    normalize: bool = True,
+    multi_label: bool = False,
 ) -> dict[str, Any]:
     """What their `config.json` says.
 
@@ -181,6 +189,7 @@ def config_to_huggingface(
     refused = [name for name in ("learned_pos", "cos_attn") if getattr(config, name)]
     refused += ["init_values"] if config.init_values else []
     refused += ["qk_scale"] if config.qk_scale is not None else []
+    refused += [f"positions of a {config.pos_grid} grid (pos_grid)"] if config.pos_grid not in (None, config.grid) else []
     refused += [f"pooling {pooling!r}"] if pooling == "attentive" else []
     if refused:
         raise InputError(f"transformers' VideoMAE cannot express {', '.join(refused)}")
@@ -207,6 +216,8 @@ def config_to_huggingface(
         "decoder_intermediate_size": int(config.decoder_embed_dim * config.mlp_ratio),
         "norm_pix_loss": normalize,
     }
+    if multi_label:
+        values["problem_type"] = SEVERAL_LABELS
     if class_names is not None:
         values["id2label"] = {str(number): name for number, name in enumerate(class_names)}
         values["label2id"] = {name: number for number, name in enumerate(class_names)}
@@ -269,15 +280,21 @@ def processor_settings(config: ModelConfig) -> dict[str, Any]:
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, class_names: list[str] | None = None) -> None:
+def save_pretrained(
+    model: nn.Module, folder: str | Path, class_names: list[str] | None = None, *, multi_label: bool = False
+) -> None:
     """Write a `Pretrainer` or `Classifier` as a folder that `from_pretrained` of transformers reads.
+
+    Args:
+        class_names: of a classifier, by number.
+        multi_label: whether its classes do not exclude each other.
 
     Raises:
         InputError: a setting that cannot be expressed there, or the folder can't be written.
     """
     folder = Path(folder)
     if isinstance(model, Classifier):
-        kind, more = CLASSIFICATION, {"pooling": model.pooling}
+        kind, more = CLASSIFICATION, {"pooling": model.pooling, "multi_label": multi_label}
         class_names = class_names or [f"LABEL_{number}" for number in range(model.num_classes)]
     else:
         kind, more = PRETRAINING, {"normalize": model.normalize_target}
@@ -327,9 +344,22 @@ def load_pretrained(folder: str | Path, **options: Any) -> Pretrainer | Classifi
 
 
 def read_class_names(folder: str | Path) -> list[str] | None:
-    """Of a local folder's `config.json`; None where it has none."""
-    names = _read_json(Path(folder) / "config.json").get("id2label")
-    return [names[str(number)] for number in range(len(names))] if names else None
+    """Of a local folder's `config.json`; None where it has none.
+
+    Raises:
+        InputError: it can't be read, or its names are not by number from 0.
+    """
+    path = Path(folder) / "config.json"
+    names = _read_json(path).get("id2label")
+    try:
+        return [names[str(number)] for number in range(len(names))] if names else None
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: id2label does not name the classes from 0 on: {error!r}") from None
+
+
+def read_multi_label(folder: str | Path) -> bool:
+    """Whether the classes of a local folder's model do not exclude each other."""
+    return _read_json(Path(folder) / "config.json").get("problem_type") == SEVERAL_LABELS
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vmae.config import ModelConfig
 from vmae.errors import InputError
+from vmae.model.embed import sine_cosine_positions
 from vmae.train.sharded import read_group, read_manifest
 
 # Published constructor argument -> ours, of both models; encoder names lose their prefix.
@@ -109,7 +110,12 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_settings_and_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The settings that a file written here was trained with (else empty), and `load_weights` of it."""
+    """What a file says of itself, and `load_weights` of it.
+
+    Returns:
+        The settings that a file written here was trained with; of a published one, `published`: `num_frames` and `img_size` as
+        far as the arguments of its training tell them; else empty.
+    """
     path, settings = Path(path), None
     if path.is_dir():
         settings, state = read_manifest(path).get("config"), read_group(path)
@@ -117,7 +123,7 @@ def read_settings_and_weights(path: str | Path) -> tuple[dict[str, Any], dict[st
         state, settings = _load_safetensors(path)
     else:
         state = read_checkpoint(path)
-        settings = state.get("config") if isinstance(state, dict) else None
+        settings = (state.get("config") or _published(state.get("args"))) if isinstance(state, dict) else None
         for wrapper in ("model", "module"):
             if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
                 state = state[wrapper]
@@ -127,7 +133,18 @@ def read_settings_and_weights(path: str | Path) -> tuple[dict[str, Any], dict[st
         raise InputError(f"checkpoint {path} holds no weights (looked for tensors by name, under 'model' or 'module' too)")
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return (settings if isinstance(settings, dict) and "model" in settings else {}), tensors
+    known = isinstance(settings, dict) and not {"model", "published"}.isdisjoint(settings)
+    return (settings if known else {}), tensors
+
+
+def _published(args: Any) -> dict[str, Any]:
+    """Frames and side of the clips of a published training, from its arguments."""
+    own = vars(args) if isinstance(args, argparse.Namespace) else {}
+    found = {"num_frames": own.get("num_frames"), "img_size": own.get("input_size")}
+    if isinstance(found["num_frames"], int) and isinstance(own.get("num_segments", 1), int):
+        found["num_frames"] *= own.get("num_segments", 1)
+    found = {name: value for name, value in found.items() if isinstance(value, int) and value > 0}
+    return {"published": found} if found else {}
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
@@ -156,7 +173,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor], path: str | Path, *, a
         InputError: keys that are missing or left over, or shapes that differ: all of them, by name (the first of each).
     """
     own = model.state_dict()
-    state = _fixed_tables_dropped(state, own)
+    state = _fixed_tables_dropped(state, own, path)
     fresh: list[str] = []
     if allow_encoder_only and not any(name.startswith("decoder.") for name in state):
         fresh = [name for name in own if name not in state and not name.startswith("encoder.")]
@@ -181,9 +198,25 @@ def check_shapes(own: dict[str, torch.Size], found: dict[str, torch.Size], path:
         raise InputError(_mismatch(path, missing, extra, differing))
 
 
-def _fixed_tables_dropped(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+def _fixed_tables_dropped(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     """Without fixed position tables, which some files carry and this code recomputes."""
-    return {name: value for name, value in state.items() if name in own or name.rsplit(".", 1)[-1] != "pos_embed"}
+    tables = [name for name in state if name.rsplit(".", 1)[-1] == "pos_embed" and name not in own]
+    for name in tables:
+        check_fixed(state[name], f"{name} of checkpoint {path}")
+    return {name: value for name, value in state.items() if name not in tables}
+
+
+def check_fixed(table: Tensor, what: str) -> None:
+    """Raises InputError where a position table that a model with fixed positions would drop was learned."""
+    if not is_fixed_table(table):
+        raise InputError(f"{what} was learned, but the model has fixed positions (learned_pos is false): it would get lost")
+
+
+def is_fixed_table(table: Tensor) -> bool:
+    """Whether positions [1, N, D] are the sine-cosine table, as far as a half-precision file can tell."""
+    if table.ndim != 3 or table.shape[0] != 1:
+        return False
+    return torch.allclose(table.float(), sine_cosine_positions(*table.shape[1:]), rtol=0, atol=5e-3)
 
 
 def _mismatch(path: str | Path, missing: list[str], extra: list[str], differing: list[str], limit: int = 8) -> str:

@@ -170,7 +170,7 @@ def prepare_detection(config: DetectionConfig, run: RunConfig, parallel: Paralle
         run,
         parallel,
         notes,
-        lambda: start_detector(model, source, new_head=config.new_head).describe(source.path),
+        lambda: source.describe(start_detector(model, source, new_head=config.new_head)),
         dataset,
     )
     return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, notes=notes, **start)

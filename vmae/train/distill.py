@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import signal
 from collections.abc import Sequence
@@ -31,7 +30,8 @@ from vmae.settings import SHARE, Real, limits, ranged
 from vmae.train import finetune_settings
 from vmae.train.finetune import Extra, Source, build_dataset, finetune, prepare_finetune, read_data, settings_of
 from vmae.train.finetune_settings import FinetuneConfig
-from vmae.train.load import LoadedClassifier, fingerprint, load_classifier
+from vmae.train.identity import list_hash, model_identity
+from vmae.train.load import LoadedClassifier, load_classifier
 from vmae.train.logit_store import LogitStore, fill_store
 from vmae.train.parallel import Parallel, open_parallel
 from vmae.train.pretrain_settings import EPOCHS, RunConfig
@@ -44,7 +44,7 @@ class DistilConfig(FinetuneConfig):
 
     Attributes:
         teacher: its checkpoint.
-        teacher_weights: their fingerprint.
+        teacher_identity: its `model_identity`.
         teacher_map: file that says which of the teacher's classes the student's are.
         temperature: of both softmaxes.
         kl_weight: share of the loss that the teacher has; the labels have the rest.
@@ -53,7 +53,7 @@ class DistilConfig(FinetuneConfig):
     """
 
     teacher: str
-    teacher_weights: str = ""
+    teacher_identity: dict[str, Any] | None = None
     teacher_map: str | None = None
     temperature: float = ranged(2.0, Real(above=0, most=10_000))
     kl_weight: float = ranged(0.9, SHARE)
@@ -95,12 +95,14 @@ def run(args: argparse.Namespace) -> int:
         args.teacher,
         preset=args.teacher_model,
         label_map=args.teacher_map,
-        clip={"num_frames": base.clip.num_frames, "image_size": base.clip.image_size},
+        clip=base.clip.to_dict(),
         backend=speed.backend,
         attention=speed.attention,
     )
     config = _distil_config(args, base, teacher)
     with open_parallel(speed.parallel, run_config.device, shard_size=speed.shard_size) as parallel:
+        for line in teacher.assumed if parallel.is_main else ():
+            print(line)
         if args.store is not None:
             store_logits(config, teacher, parallel, batch_size=run_config.batch_size)
             return 0
@@ -124,7 +126,7 @@ def _distil_config(args: argparse.Namespace, base: FinetuneConfig, teacher: Load
     return DistilConfig(
         **fields,
         teacher=str(teacher.path),
-        teacher_weights=fingerprint(teacher.model),
+        teacher_identity=model_identity(teacher.model),
         teacher_map=args.teacher_map,
         temperature=args.temperature,
         kl_weight=args.kl_weight,
@@ -183,12 +185,11 @@ def prepare_distillation(
 
 
 def _about_views(config: DistilConfig, entries: Sequence[VideoEntry], epochs: int) -> dict[str, Any]:
-    """What decides the views and what the teacher makes of them."""
+    """What decides the views and what the teacher makes of them; labels do not."""
     views = {"clip": config.clip.to_dict(), "augment": {**config.augment.to_dict(), "smoothing": 0.0}, "seed": config.seed}
     samples = len(entries) * config.repeat
     size = {"epochs": epochs, "samples": samples, "num_sample": config.num_sample, "classes": config.num_classes}
-    listed = hashlib.sha256("\n".join(entry.path for entry in entries).encode()).hexdigest()[:16]
-    return {**views, **size, "videos": listed, "teacher": config.teacher_weights}
+    return {**views, **size, "dtype": config.dtype, "list": list_hash(entries), "teacher": config.teacher_identity}
 
 
 def _open_store(config: DistilConfig, entries: Sequence[VideoEntry]) -> LogitStore:
@@ -211,6 +212,7 @@ def store_logits(config: DistilConfig, teacher: LoadedClassifier, parallel: Para
     """
     labelled, notes = read_data(config)
     if parallel.is_main:
+        print(f"list: {config.data}, {len(labelled.entries)} videos")
         for note in notes:
             print(note)
         _open_store(config, labelled.entries).create()

@@ -27,7 +27,8 @@ from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
 from vmae.data.dataset import check_decodable
 from vmae.data.labels import LabelledList, read_class_names, read_label_map, read_labelled_list
 from vmae.errors import InputError
-from vmae.interop.classifier_weights import checkpoint_grid, start_classifier
+from vmae.interop.classifier_weights import Start, start_classifier
+from vmae.interop.source import source_config
 from vmae.interop.upstream import read_settings_and_weights
 from vmae.model import Classifier, build_classifier
 from vmae.train.checkpoint import find_weights
@@ -85,11 +86,17 @@ class Source:
         path: of the checkpoint.
         state: its tensors.
         grid: of its positions.
+        note: what was taken for granted of a file that does not say it, in a line.
     """
 
     path: Path
     state: dict[str, Tensor]
     grid: tuple[int, int, int]
+    note: str = ""
+
+    def describe(self, report: Start) -> str:
+        """What became of the tensors, and `note`."""
+        return "\n".join(filter(None, (report.describe(self.path), self.note)))
 
 
 def settings_of(args: argparse.Namespace) -> tuple[FinetuneConfig, RunConfig, Source | None]:
@@ -114,8 +121,9 @@ def read_start(args: argparse.Namespace) -> tuple[ModelConfig, Source | None, di
     settings, state = read_settings_and_weights(path)
     found = settings.get("model")
     model = model_from_args(args, found)
-    grid = checkpoint_grid({"model": found} if found else {}, model, args.init_frames, args.init_size)
-    return _with_positions(model, grid), Source(path, state, grid), settings
+    init, note = source_config(settings, state, path, args.model or "vit_b", args.init_frames, args.init_size)
+    grid = init.pos_grid or init.grid
+    return _with_positions(model.replace(learned_pos=init.learned_pos), grid), Source(path, state, grid, note), settings
 
 
 def _with_positions(model: ModelConfig, grid: tuple[int, int, int]) -> ModelConfig:
@@ -180,7 +188,7 @@ def prepare_finetune(
         report = start_classifier(
             model, source.path, grid=source.grid, label_map=label_map, new_head=config.new_head, state=source.state
         )
-        return report.describe(source.path)
+        return source.describe(report)
 
     start = find_start(model, config, run, parallel, notes, load_init, dataset)
     return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, notes=notes, **start)
@@ -282,8 +290,8 @@ def _banner(prepared: Prepared) -> list[str]:
     return [
         f"model: {about['parameters'] / 1e6:.1f} M parameters ({kind}), clips {frames} x {height} x {width}, "
         f"{config.model.num_tokens} tokens, {config.num_classes} classes{', several a video' if config.multi_label else ''}",
-        f"data: {about['videos']} videos x {config.repeat} visits an epoch, {prepared.steps_per_epoch} steps an epoch, "
-        f"{config.clip.sampling} sampling",
+        f"data: {config.data}, {about['videos']} videos x {config.repeat} visits an epoch, {prepared.steps_per_epoch} steps an "
+        f"epoch, {config.clip.sampling} sampling",
         f"batch: effective batch {config.effective_batch} videos ({run.batch_size} x {run.accumulate} micro-batches x "
         f"{prepared.parallel.world_size} ranks), {about['clips_per_step']} clips a step; learning rate {config.optim.lr:g} x "
         f"{config.effective_batch} / 256 = {optim.lr:.3g} at its peak, {optim.min_lr:.3g} at the end, layer decay "

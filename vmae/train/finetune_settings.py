@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,9 @@ PUBLISHED_CLASSIFIERS = {
 }
 PROBES = ("none", "linear", "attentive")
 INIT_SCALE = Real(least=0, most=1000)
+# Of a folder that is given for a list. The published code trains on train.csv, and validates and tests on val.csv; that of
+# VideoMAE V1 tests on test.csv.
+TRAINING_LISTS, TEST_LISTS = ("train.csv",), ("test.csv", "val.csv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,9 +266,18 @@ def augment_from_args(args: argparse.Namespace) -> AugmentConfig:
     return AugmentConfig(**chosen) if args.augment == "published" else AugmentConfig.none(**chosen)
 
 
-def list_of(path: str) -> str:
-    """The list file that `path` means: itself, or the train.csv in it."""
-    return str(Path(path) / "train.csv") if Path(path).is_dir() else path
+def list_of(path: str, names: Sequence[str] = TRAINING_LISTS) -> str:
+    """The list file that `path` means: itself, or the first of `names` that is in this folder.
+
+    Raises:
+        InputError: a folder that holds none of them.
+    """
+    if not Path(path).is_dir():
+        return path
+    found = next((name for name in names if (Path(path) / name).is_file()), None)
+    if found is None:
+        raise InputError(f"folder {path} holds no {' and no '.join(names)}; give the list itself")
+    return str(Path(path) / found)
 
 
 def model_from_args(args: argparse.Namespace, found: dict | None) -> ModelConfig:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vmae.config import ModelConfig
 from vmae.data.classify_dataset import ClipConfig
 from vmae.data.labels import HEAD_NAMES, read_label_map
 from vmae.errors import InputError
-from vmae.interop.classifier_weights import checkpoint_grid, start_classifier
+from vmae.interop.classifier_weights import plain_names, start_classifier
+from vmae.interop.source import at_size, source_config
 from vmae.interop.upstream import read_settings_and_weights
 from vmae.model import Classifier, build_classifier
 from vmae.settings import limits
 from vmae.train.checkpoint import AVERAGED_NAME, find_weights
-from vmae.train.finetune_settings import PUBLISHED_CLASSIFIERS
 from vmae.train.pretrain_settings import image_size
 from vmae.train.sharded import is_checkpoint, read_group
+
+NO_NUMBERS = "the weights are damaged, or the dtype is too narrow for them: check the run's loss, try --dtype float32"
 
 
 @dataclass
@@ -36,7 +37,8 @@ class LoadedClassifier:
         clip: how it was fine-tuned to see videos, with what the caller changed.
         class_names: by number; None where the checkpoint does not have them.
         multi_label: whether classes exclude each other.
-        note: what was loaded, in a line.
+        note: what was loaded, and `assumed`, a line each.
+        assumed: lines on what was taken for granted of a file that does not say it.
     """
 
     model: Classifier
@@ -45,6 +47,7 @@ class LoadedClassifier:
     class_names: tuple[str, ...] | None = None
     multi_label: bool = False
     note: str = field(default="", compare=False)
+    assumed: tuple[str, ...] = ()
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,12 +63,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
 
 
-def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """What official files do not say."""
-    model = parser.add_argument_group("for weights that do not say what they are (official files)")
+def add_source_arguments(parser: argparse.ArgumentParser, files: str = "official files") -> argparse._ArgumentGroup:
+    """What official files do not say; the group of these flags. `files` says which they are."""
+    model = parser.add_argument_group(f"for weights that do not say what they are ({files})")
     model.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny")
-    model.add_argument("--init-frames", type=limits(ModelConfig, "num_frames"), help="frames that the weights are of (16)")
-    model.add_argument("--init-size", type=limits(ModelConfig, "img_size"), help="side of the clips that they are of (224)")
+    frames, size = limits(ModelConfig, "num_frames"), limits(ModelConfig, "img_size")
+    model.add_argument("--init-frames", type=frames, help="frames that the weights are of (as the file shows, else 16)")
+    model.add_argument("--init-size", type=size, help="side of the clips that they are of (as the file shows, else 224)")
+    return model
 
 
 def load_from_args(args: argparse.Namespace, **options: Any) -> LoadedClassifier:
@@ -107,32 +112,28 @@ def load_classifier(
         InputError: the file can't be read, does not tell its architecture, does not fit it, or has no head.
     """
     path, settings, state = _read(checkpoint, averaged)
-    if not settings and preset is None:
-        raise InputError(f"{path} does not say which architecture it is of; name it with --model")
-    head = next((name for name in state if name.endswith(HEAD_NAMES[0]) and not name.startswith("decoder.")), None)
-    if head is None:
+    own, note = source_config(settings, state, path, preset, *source)
+    state, assumed = plain_names(state), [note] if note else []
+    if HEAD_NAMES[0] not in state:
         raise InputError(f"{path} has no head: it is pre-trained, not fine-tuned; `python -m vmae finetune --init` comes first")
-    classes = state[head].shape[0]
+    classes = state[HEAD_NAMES[0]].shape[0]
     chosen = None if label_map is None else read_label_map(label_map, source_classes=classes)
-    seen = ClipConfig.from_dict({**settings.get("clip", {}), **(clip or {})})
-    changes = {"num_frames": seen.num_frames, "img_size": seen.image_size}
-    if settings:
-        known = ModelConfig.from_dict(settings["model"])
-        config = known.replace(pos_grid=None, drop_path_rate=0.0, **changes)
-    else:
-        config = ModelConfig.preset(PUBLISHED_CLASSIFIERS.get(preset, preset), **changes)
-    grid = checkpoint_grid(settings, config, *source)
-    if not config.learned_pos and grid != config.grid:
-        config = config.replace(pos_grid=grid)
-    pooling = settings.get("pooling", "mean" if "fc_norm.weight" in state or not settings else "first")
+    clip, size = clip or {}, {"num_frames": own.num_frames, "image_size": own.img_size}
+    seen = ClipConfig.from_dict({**size, **settings.get("clip", {}), **clip})
+    if "clip" not in settings and not {"sampling", "stride"} & clip.keys():
+        how = f"{seen.sampling} sampling, stride {seen.stride}"
+        assumed.append(f"{path}: it does not say how videos were seen, taken as {how} (--sampling and --stride say otherwise)")
+    config = at_size(own, num_frames=seen.num_frames, img_size=seen.image_size)
+    pooling = settings.get("pooling", "first" if "norm.weight" in state else "mean")
     model = build_classifier(
         config, classes if chosen is None else len(chosen), pooling=pooling, backend=backend, attention=attention
     )
-    report = start_classifier(model, path, grid=grid, label_map=chosen, state=state)
+    report = start_classifier(model, path, grid=own.pos_grid or own.grid, label_map=chosen, state=state)
     names = settings.get("class_names")
     if names is not None:
         names = tuple(names if chosen is None else [names[number] for number in chosen])
-    return LoadedClassifier(model.eval(), path, seen, names, bool(settings.get("multi_label")), report.describe(path))
+    note = "\n".join([report.describe(path), *assumed])
+    return LoadedClassifier(model.eval(), path, seen, names, bool(settings.get("multi_label")), note, tuple(assumed))
 
 
 def _read(checkpoint: str | Path, averaged: bool) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
@@ -147,15 +148,6 @@ def _read(checkpoint: str | Path, averaged: bool) -> tuple[Path, dict[str, Any],
     return beside, *read_settings_and_weights(beside)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """The same for the same weights, and (but by a conspiracy) for no others."""
-    total = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().double()
-        total.update(name.encode() + torch.stack([values.sum(), values.square().sum()]).numpy(force=True).tobytes())
-    return total.hexdigest()[:16]
-
-
 @torch.no_grad()
 def view_probabilities(
     model: Classifier, views: Tensor, *, device: torch.device, dtype: str, multi_label: bool, batch_size: int
@@ -165,6 +157,9 @@ def view_probabilities(
     Args:
         views: uint8 [V, T, H, W, 3].
         batch_size: views at once.
+
+    Raises:
+        InputError: a probability is NaN.
     """
     total = torch.zeros(model.num_classes, dtype=torch.float64)
     for part in views.split(batch_size):
@@ -172,6 +167,8 @@ def view_probabilities(
             logits = model(part.to(device, non_blocking=True)).float()
         probabilities = logits.sigmoid() if multi_label else logits.softmax(1)
         total += probabilities.double().sum(0).cpu()
+    if total.isnan().any():
+        raise InputError(f"the model's output is no number (NaN); {NO_NUMBERS}")
     return total / len(views)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from vmae.errors import InputError
 from vmae.jsontext import parse_json
 from vmae.train.checkpoint import write_atomically
+from vmae.train.identity import check_same
 
 ABOUT = "logits.json"
 
@@ -43,9 +44,9 @@ class LogitStore:
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"the stored logits in {folder} cannot be read: {error}") from error
         self.exists = before is not None
-        if before is not None and before != self.about:
-            changed = [key for key in {**before, **self.about} if before.get(key) != self.about.get(key)]
-            raise InputError(f"the logits in {folder} are of other views or another teacher: {', '.join(changed)} differ")
+        if self.exists:
+            holds = f"the logits in {folder} are of other views or another teacher"
+            check_same(before, self.about, holds, f"choose another --logits folder, or remove {folder}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
