@@ -30,8 +30,9 @@ from typing import Any
 import torch
 from common import environment, exit_code, find_device, paired_ratio, print_table, spread, write_json
 from records import compare, count_record, load_clips, make_record
-from stepping import Worker, resident_bytes, show_progress
+from stepping import Worker, resident_bytes
 from stepping import measure as measure_models
+from telling import at
 
 from vmae import InputError, MaskConfig, ModelConfig, build_pretrainer
 from vmae.config import PRESETS
@@ -295,6 +296,7 @@ def measure_model(model: str, batch: int, steps: int, device: str, dtype: str) -
     config = ModelConfig.preset(model)
     job = {"model": model, "config": config, "masking": "dual", "device": device, "dtype": dtype, "batch": batch}
     jobs = [{**job, "variant": variant, "threads": torch.get_num_threads()} for variant in VARIANTS]
+    at(f"counting a step of {model}")
     counts = [count_record(variant, "dual", config, dtype) for variant in VARIANTS]
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "clips.pt")
@@ -417,12 +419,12 @@ def measure_shapes(
         for worker in workers:
             worker.wait_ready()
         for index, shape in enumerate(shapes):
+            at(f"shape {index + 1} of {len(shapes)}, {shape.name}")
             found = measure_shape(workers, index, args.turns, DTYPES[args.dtype])
             made = [shape_record(shape, name, found[name], args.device, args.dtype) for name in names]
             wrong |= {f"{name}, {shape.name}": found[name]["wrong"] for name in names if found[name]["wrong"]}
             records += made
             report_shape(shape, made, ratios_of(made))
-            show_progress(index + 1, len(shapes))
     return records, ratios_of(records), wrong
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from telling import telling
 
 if not torch.cuda.is_available():  # before anything imports triton, which reads it once: kernels can be counted and checked
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -86,11 +87,12 @@ def find_device(name: str) -> str:
 
 
 def exit_code(run: Callable[[], int]) -> int:
-    """What `run()` returns; 2, and the message, for wrong input or a worker that died."""
+    """What `run()` returns, which tells where it is; 2, and the message, for wrong input or a worker that died."""
     from vmae.errors import InputError
 
     try:
-        return run()
+        with telling():
+            return run()
     except (InputError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

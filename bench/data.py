@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from common import environment, exit_code, paired_ratio, print_table, spread, write_json
 from PIL import Image
+from telling import at
 
 from vmae import InputError, MaskConfig, ModelConfig
 from vmae.config import PRESETS
@@ -122,15 +123,16 @@ def make_videos(folder: Path, sources: Sequence[Path], codecs: Sequence[str]) ->
     """Paths of each kind of video."""
     kinds: dict[str, list[str]] = {"original": [str(source) for source in sources], "packed": []}
     for source in sources:
+        at(f"packing {source.name}")
         packed = folder / f"{source.stem}_packed.mp4"
         pack_video(source, packed, PackConfig())
         kinds["packed"].append(str(packed))
         for codec in codecs:
             for gop in GOPS:
+                at(f"encoding {source.name}, {codec}, GOP {gop}")
                 target = folder / f"{source.stem}_{codec}_{gop}{ENCODERS[codec][0]}"
                 encode(source, target, codec, gop)
                 kinds.setdefault(f"{codec}, GOP {gop}", []).append(str(target))
-        say(f"encoded {source.name}")
     return kinds
 
 
@@ -222,6 +224,7 @@ def time_clips(variants: Sequence[str], paths: Sequence[str], seeds: Sequence[in
     for turn in range(rounds):
         sums = dict.fromkeys(variants, 0.0)
         for path in paths:
+            at(f"round {turn + 1} of {rounds}, {Path(path).name}")
             for seed in seeds:
                 order = variants[turn % len(variants) :] + variants[: turn % len(variants)]
                 for variant in order:
@@ -309,10 +312,6 @@ def needs(rate: float, resize_share: float, gpu_flops: float) -> list[dict[str, 
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def say(text: str) -> None:
-    print(f"  {text}", file=sys.stderr, flush=True)
-
-
 def default_of(paths: Sequence[str]) -> str:
     """The backend that `auto` takes for these videos."""
     with open_video(paths[0]) as reader:
@@ -320,6 +319,7 @@ def default_of(paths: Sequence[str]) -> str:
 
 
 def measure_kind(kind: str, paths: list[str], variants: list[str], seeds: range, rounds: int) -> list[dict[str, Any]]:
+    at(f"checking {kind}")
     errors, wrong = find_wrong(variants, paths, seeds)
     right = [variant for variant in variants if variant not in wrong]
     runs = time_clips(right, paths, seeds, rounds)
@@ -337,7 +337,6 @@ def measure_kind(kind: str, paths: list[str], variants: list[str], seeds: range,
             record["clip_cpu_ms"] = {**spread(times), "runs": times}
             record["clips_per_s_per_core"] = 1e3 / record["clip_cpu_ms"]["median"]
         records.append(record)
-    say(f"measured {kind}")
     return records
 
 
@@ -433,17 +432,20 @@ def measure(args: argparse.Namespace, variants: list[str]) -> list[dict[str, Any
         # Before decord is imported, whose own libvpx would take the place of PyAV's.
         kinds = make_videos(Path(folder), sources, ("h264",) if args.quick else tuple(ENCODERS))
         with one_core():
+            at("resizing, checked against PIL")
             crops = error_on_all_crops(kinds["h264, GOP 250"])
             if crops > TOLERANCE:
                 raise RuntimeError(f"resizing is {crops} grey levels off PIL's, {TOLERANCE} allowed: nothing is timed")
             records.append({"kind": "crops", "error_levels": crops})
             for kind, paths in kinds.items():
                 records += measure_kind(kind, paths, variants, seeds, args.rounds)
+                at(f"parts of {kind}")
                 records.append({"kind": "parts", "videos": kind, **time_parts(paths, seeds)})
         timed = {(r["videos"], r["variant"]) for r in records if r["kind"] == "clip" and r["clip_cpu_ms"]}
         for kind in ("original", "h264, GOP 12", "h264, GOP 250", "packed"):
             for variant in ("published", default_of(kinds[kind])):
                 for count in args.workers if (kind, variant) in timed else ():
+                    at(f"{kind}, {variant}, {count} workers")
                     rate = time_workers(variant, kinds[kind], seeds, count, 1.0 if args.quick else 4.0)
                     records.append(
                         {"kind": "workers", "videos": kind, "variant": variant, "workers": count, "clips_per_s": rate}

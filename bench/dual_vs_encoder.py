@@ -23,6 +23,7 @@ from common import environment, exit_code, find_device, print_table, write_json
 from paper import compare_with_paper, report_paper
 from records import choose_input, compare, count_record, load_clips, make_record
 from stepping import measure, sweep_batches
+from telling import at
 from variants import MASKINGS, VARIANTS, default_variants, resolve_variant
 
 from vmae import InputError, ModelConfig
@@ -185,7 +186,10 @@ def run(args: argparse.Namespace) -> int:
         f"torch {known['torch']}",
         flush=True,
     )
-    counts = [count_record(job["variant"], job["masking"], config, args.dtype) for job in jobs]
+    counts = []
+    for job in jobs:
+        at(f"counting {job['variant']} {job['masking']}")
+        counts.append(count_record(job["variant"], job["masking"], config, args.dtype))
     results, wrong, sweeps = run_jobs(jobs, args)
     records = [make_record(*parts) for parts in zip(jobs, counts, results)]
     add_mfu(records, known["device"])

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from common import environment, exit_code, paired_ratio, print_table, spread, write_json
 from data import one_core
+from telling import at
 
 from vmae import InputError, ModelConfig, build_classifier
 from vmae.data.decode import BACKENDS, open_video
@@ -169,7 +169,8 @@ def measure(setting: Setting, path: str, *, count: int, runs: int, batch_size: i
     error, largest = 0.0, 0.0
     with torch.inference_mode():
         published.features(loop.window(starts[0])), ours.features(loop.window(starts[0]))  # warm-up
-        for run in runs_of(starts, count, runs):
+        for number, run in enumerate(runs_of(starts, count, runs), 1):
+            at(f"{setting.name}, round {number} of {runs}")
             *seconds, expected = published_run(published, loop, run)
             *more, found = our_run(ours, path, run, config, batch_size)
             for part, value in zip(ms, (*seconds, *more)):
@@ -238,15 +239,17 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder, one_core():
         paths: dict[tuple[int, int], str] = {}
         for size in dict.fromkeys(setting.video for setting in settings):
+            at(f"making a video of {size[0]} x {size[1]}")
             paths[size] = str(Path(folder) / f"{size[0]}x{size[1]}.mp4")
             make_video(Path(paths[size]), size, seconds)
         short = str(Path(folder) / "short.mp4")
         make_video(short, QUICK[0].video, CHECKED_SECONDS)
+        at("`extract`, checked against the published loop")
         whole = check_whole(QUICK[0], short, 3)
         if whole > TOLERANCE:
             raise RuntimeError(f"`extract` is {whole:.1e} off the published loop, {TOLERANCE:g} allowed: nothing is timed")
         for setting in settings:
-            print(f"  {setting.name}", file=sys.stderr, flush=True)
+            at(f"building {setting.name}")
             count = max(args.windows // 4, 2) if setting.model == "vit_s" and setting.side == 224 else args.windows
             measured = measure(setting, paths[setting.video], count=count, runs=args.rounds, batch_size=args.batch_size)
             records.append(record_of(setting, measured, seconds))

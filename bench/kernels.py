@@ -27,6 +27,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "kernels")]
 # Triton must not be imported before `common` has chosen the interpreter.
 import torch.nn.functional as F  # noqa: E402
 from common import print_table, write_json  # noqa: E402
+from telling import at, telling  # noqa: E402
 
 import vmae_kernels  # noqa: E402
 from vmae_kernels.tubelets import normalise  # noqa: E402
@@ -249,11 +250,13 @@ def measure(shapes: list[Shape], rounds: int) -> list[dict]:
     ceilings, records = measured_ceilings(), []
     for shape in shapes:
         for operation in OPERATIONS:
+            at(f"{operation} {shape.name}, checked")
             calls = variants(operation, compiled=True)
             ratios = check(operation, shape, calls, "cuda", torch.bfloat16)
             right = {name: call for name, call in calls.items() if ratios[name] <= 1}
             sets = input_sets(operation, shape)
             for direction in ("forward", "both"):
+                at(f"{operation} {shape.name} {direction}, timed")
                 floor, counts = floor_of(operation, shape, direction, ceilings)
                 times = time_variants(right, sets, direction == "both", rounds)
                 for name in calls:
@@ -286,6 +289,7 @@ def checks(device: str) -> list[dict]:
     for shape in CHECK_SHAPES:
         for operation in OPERATIONS:
             for dtype in (torch.bfloat16, torch.float32):
+                at(f"{operation} {shape.name} {str(dtype).removeprefix('torch.')}, checked")
                 torch.manual_seed(0)
                 ratio = check(operation, shape, variants(operation, compiled=False), device, dtype)["triton"]
                 kind = dict(kind="check", operation=operation, shape=shape.name, dtype=str(dtype).removeprefix("torch."))
@@ -322,10 +326,11 @@ def main() -> int:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = [Shape(name=name, batch=options.batch, **PRESETS[name]) for name in options.presets]
-    if options.check:
-        records = checks(device)
-    else:
-        records = measure(shapes, options.rounds) if device == "cuda" else floors(shapes)
+    with telling():
+        if options.check:
+            records = checks(device)
+        else:
+            records = measure(shapes, options.rounds) if device == "cuda" else floors(shapes)
     show(records)
     if options.json:
         write_json(options.json, records, device)

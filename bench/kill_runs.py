@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from common import print_table, write_json
+from telling import at, telling
 
 from vmae.cli import main as main_of_vmae
 from vmae.data import sample_videos
@@ -176,6 +177,7 @@ def disturb(folder: Path, ranks: int, kills: int, steps: int, videos: Path, chan
     """Kill one run up to `kills` times, then let it end."""
     done: list[Kill] = []
     while True:
+        at(f"{ranks} ranks, {folder.name}: {len(done)} of {kills} kills")
         run = Run(folder, ranks, steps, videos, background=len(done) % 2 == 1)
         moment = chance.choice(MOMENTS)
         if len(done) == kills or not run.wait_for(moment, chance):
@@ -210,6 +212,7 @@ def run(kills: int, steps: int, seed: int, folder: Path) -> tuple[list[Kill], li
     for ranks, share in ((1, kills - kills // 2), (2, kills // 2)):
         reference = folder / f"undisturbed-{ranks}"
         if share:
+            at(f"{ranks} ranks, undisturbed")
             Run(reference, ranks, steps, videos).wait()
         number = 0
         while share > 0:  # a run that ends before its kills are spent is followed by another one
@@ -246,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     importlib.import_module("vmae.train.pretrain")  # once, before the forks
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with telling(), tempfile.TemporaryDirectory() as folder:
         try:
             done, wrong = run(args.kills, args.steps, args.seed, Path(folder))
         except RuntimeError as error:

@@ -20,6 +20,7 @@ import torch
 from common import paired_ratio, print_table, spread, write_json
 from records import load_clips
 from stepping import Stepper
+from telling import at, telling
 
 from vmae import DualMask, InputError, ModelConfig
 from vmae.config import PRESETS
@@ -77,6 +78,7 @@ def measure(bare: Stepper, trainer: Trainer, steps: int, warmup: int) -> list[di
     with trainer.opened() as batches:
         works = (bare.step, lambda: trainer.train_step(batches))
         for turn in range(warmup + steps):
+            at(f"pair {turn + 1} of {warmup + steps}")
             for which in (0, 1) if turn % 2 else (1, 0):
                 began = wait()
                 works[which]()
@@ -126,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     config = ModelConfig.preset(args.model)
-    with tempfile.TemporaryDirectory() as folder:
+    with telling(), tempfile.TemporaryDirectory() as folder:
         clips = Path(folder) / "clips.pt"
         torch.save(load_clips("synthetic", args.batch, config), clips)
         job = dict(config=config, masking="dual", variant="torch", device=str(device), dtype=args.dtype, clips=str(clips))

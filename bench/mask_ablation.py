@@ -16,6 +16,7 @@ from pathlib import Path
 
 from common import print_table, write_json
 from tables import mask_tables, read_result
+from telling import telling
 from tiny_world import (
     SCALE_HELP,
     SCALES,
@@ -71,6 +72,11 @@ def main() -> int:
     if args.job:
         run_mask(args.out, scale, args.job)
         return 0
+    with telling():
+        return run_all(args, scale)
+
+
+def run_all(args: argparse.Namespace, scale: Scale) -> int:
     make_world(args.out, scale)
     names = {key: [f"{key[0]}-{key[1] * 100:.0f}-{seed}" for seed in range(args.seeds)] for key in MASKS}
     run_jobs(__file__, {name: 3 for own in names.values() for name in own}, args.out, args.scale)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from common import print_table, write_json
+from common import exit_code, print_table, write_json
 from records import FLOPS_PER_MAC, count_record
+from telling import at
 from variants import VARIANTS
 
 from kernels import OPERATIONS, Shape, floor_of
@@ -59,12 +59,11 @@ def activation_records(presets: list[str], variants: list[str], batch: int) -> l
         for variant in variants:
             for masking in MASKINGS:
                 record = {"kind": "step", "model": preset, "variant": variant, "masking": masking, "dtype": DTYPE}
+                at(f"counting {preset} {variant} {masking}")
                 record |= count_record(variant, masking, config, DTYPE)
                 blocks = config.depth + config.decoder_depth
                 predicted = {name: step_interval_ms(record, blocks, batch, gpu) for name, gpu in GPUS.items()}
                 records.append(record | {"batch": batch, "predicted_step_ms": predicted})
-        if sys.stderr.isatty():
-            print(f"\r  counted {preset}  ", end="", file=sys.stderr, flush=True)
     add_ratios(records)
     return records
 
@@ -148,18 +147,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpu", choices=list(GPUS), default="H100", help="whose prediction (H100)")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     args = parser.parse_args(argv)
-    try:
-        if args.score:
-            found = score(read_records(args.score), args.gpu)
-            report_score(found, args.gpu)
-            more = {}
-        else:
-            steps, floors = activation_records(args.presets, args.variants, args.batch), floor_records(args.presets, args.batch)
-            report(steps, floors)
-            found, more = [*steps, *floors], {"assumptions": ASSUMPTIONS, "gpus": GPUS}
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.score:
+        found = score(read_records(args.score), args.gpu)
+        report_score(found, args.gpu)
+        more = {}
+    else:
+        steps, floors = activation_records(args.presets, args.variants, args.batch), floor_records(args.presets, args.batch)
+        report(steps, floors)
+        found, more = [*steps, *floors], {"assumptions": ASSUMPTIONS, "gpus": GPUS}
     if args.json:
         write_json(args.json, found, "cpu", **more)
         print(f"\nresults: {args.json}")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common import print_table, write_json
+from telling import telling
 from tiny_world import (
     LAST_LR,
     SCALE_HELP,
@@ -143,11 +144,16 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, help="runs of everything (3)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    scale, began = SCALES[args.scale], time.monotonic()
+    scale = SCALES[args.scale]
     if args.job:
         run_part(args.out, scale, args.job)
         return 0
-    count = args.seeds or scale.seeds
+    with telling():
+        return run_all(args, scale)
+
+
+def run_all(args: argparse.Namespace, scale: Scale) -> int:
+    began, count = time.monotonic(), args.seeds or scale.seeds
     make_world(args.out, scale)
     jobs = {f"{seed}-{part}": stages for seed in range(count) for part, stages in PARTS.items()}
     run_jobs(__file__, jobs, args.out, args.scale)

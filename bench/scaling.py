@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from common import environment, exit_code, find_device, print_table, spread, write_json
 from records import load_clips
-from stepping import LOSS_TOLERANCE, SEED, Worker, show_progress
+from stepping import LOSS_TOLERANCE, SEED, Worker
+from telling import at
 from variants import MASKINGS, VARIANTS, resolve_variant
 
 from vmae import InputError, ModelConfig
@@ -144,6 +145,7 @@ def measure_axis(args: argparse.Namespace, axis: str, folder: str) -> list[dict[
     measured = QUICK[axis] if args.quick else POINTS[axis][kind]
     records = []
     for value in dict.fromkeys([*measured, *POINTS[axis]["beyond"]]):
+        at(f"{axis} {value}")
         config, batch = config_of(args, axis, value)
         record = {"axis": axis, "value": value, "variant": args.variant, "masking": MASKING, "dtype": args.dtype}
         record |= {"batch": batch, "device": args.device, "predicted": predict(args.variant, config, batch, args.dtype)}
@@ -156,7 +158,6 @@ def measure_axis(args: argparse.Namespace, axis: str, folder: str) -> list[dict[
             clips = batch * (value if axis == "ranks" else 1)
             record["measured"] = found | {"clips_per_s": clips / found["step_ms"]["median"] * 1e3}
         records.append(record)
-        show_progress(len(records), len(set(measured) | set(POINTS[axis]["beyond"])))
     return with_predicted_times(records)
 
 

@@ -24,6 +24,7 @@ import torch
 from common import environment, exit_code, find_device, print_table, spread, write_json
 from records import choose_input, load_clips
 from stepping import LOSS_TOLERANCE, SEED, Stepper
+from telling import at
 from variants import VARIANTS, resolve_variant
 
 from vmae import DualMask, InputError, MaskConfig, ModelConfig
@@ -143,16 +144,20 @@ def profile(job: dict[str, Any], source: str, workers: int, steps: int, warmup: 
         torch.save(load_clips("synthetic", 1, config), file.name)
         stepper = Stepper({**job, "clips": file.name})
         batches = stack.enter_context(contextlib.closing(Batches(source, job["batch"], config, device, workers)))
+        at("warm-up")
         list(run_steps(stepper, batches, warmup))
+        at(f"{steps} steps")
         bare = list(run_steps(stepper, batches, steps))
         waits = batches.waits[-steps:]
         on_gpu = device.type == "cuda"
         activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
         with torch.profiler.profile(activities=activities) as profiler:
+            at(f"{steps} steps, profiled")
             profiled = list(run_steps(stepper, batches, steps))
         profiled_waits = batches.waits[-steps:]
     if trace:
         profiler.export_chrome_trace(trace)
+    at("adding up what was profiled")
     kinds, busy = summarise(profiler.events(), on_gpu)
     classes = [
         {"name": name, "ms": found["ms"] / steps, "calls": found["calls"] / steps}
@@ -214,6 +219,7 @@ def run(args: argparse.Namespace) -> int:
     job |= {"threads": torch.get_num_threads()}
     print(f"{args.model}, {args.variant}, dual masking, batch {args.batch}, {job['dtype']}, {known['device']}", flush=True)
     record = {name: value for name, value in job.items() if name != "config"} | {"input": args.input, "workers": args.workers}
+    at("loss, checked against the reference's")
     wrong = check_loss(job)
     rejected = {args.variant: wrong} if wrong else {}
     if wrong:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from telling import at
 from variants import MASKINGS, optimizer_bytes, parameter_bytes, resolve_variant
 
 from vmae import DualMask
@@ -184,10 +184,10 @@ def measure(jobs: list[dict[str, Any]], steps: int, warmup: int) -> tuple[list[d
         runs: dict[str, list[dict[str, float]]] = {worker.name: [] for worker in workers}
         for turn in range(warmup + steps):
             for worker in timed:
+                at(f"round {turn + 1} of {warmup + steps}, {worker.name}")
                 parts = worker.ask("step")
                 if turn >= warmup:
                     runs[worker.name].append(parts)
-            show_progress(turn + 1, warmup + steps)
         return [
             {"worker": w.name, "loss": w.loss, "runs": runs[w.name], "memory": w.ask("memory") if w in timed else None}
             for w in workers
@@ -197,9 +197,11 @@ def measure(jobs: list[dict[str, Any]], steps: int, warmup: int) -> tuple[list[d
 def check_losses(workers: list[Worker]) -> dict[str, str]:
     """Asks every worker for its loss (left in `worker.loss`); the variants that disagree, with the reason."""
     for worker in workers:
+        at(f"building {worker.name}")
         worker.wait_ready()
     losses: dict[str, dict[str, float]] = {}
     for worker in workers:
+        at(f"loss of {worker.name}")
         worker.loss = worker.ask("loss")
         losses.setdefault(worker.job["masking"], {})[worker.job["variant"]] = worker.loss
     return disagreeing(losses)
@@ -212,6 +214,7 @@ def sweep_batches(job: dict[str, Any], steps: int, largest: int) -> list[dict[st
         worker.wait_ready()
         batch = 1
         while batch <= largest:
+            at(f"{worker.name}, batches of {batch}")
             result = worker.ask("try_batch", batch, steps)
             if result is None:
                 break
@@ -222,8 +225,3 @@ def sweep_batches(job: dict[str, Any], steps: int, largest: int) -> list[dict[st
             result = worker.ask("try_batch", between, steps)
             found += [{"batch": between, **result}] if result else []
     return found
-
-
-def show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r  round {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)

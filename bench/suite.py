@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from common import ROOT, SCHEMA, environment
 from report import write_report
+from telling import at, said, telling
 
 HERE = Path(__file__).resolve().parent
 # What the suite can do without, and what that costs.
@@ -124,6 +125,7 @@ def _follow(process: subprocess.Popen, output, limit_s: float | None) -> int | N
         timer.start()
     for line in process.stdout:
         print(line, end="", flush=True)
+        said()
         output.write(line)
     code = process.wait()
     if timer:
@@ -146,6 +148,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    with telling():
+        return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     known = environment(device)
     folder = args.output or result_folder(known)
@@ -160,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.only and part.script not in args.only:
             continue
         limit = max(QUICK_S[device] - (time.monotonic() - start), 1.0) if args.quick else None
+        at(part.script)
         suite["parts"].append(run_part(part, f"{device}-quick" if args.quick else device, folder, limit))
         path = save(folder, suite)
     print(f"\nall in {time.monotonic() - start:.0f} s")

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from telling import at
+
 from vmae.cli import main
 from vmae.data.moving_shapes import WorldConfig, write_world
 from vmae.errors import InputError
@@ -71,7 +73,6 @@ PRETRAIN = ["--model", "vit_tiny", *CLIP, "--stride", "2", "--encoder-mask", "fr
 FINETUNE = ["--stride", "2", "--batch-size", "16", "--num-sample", "1", "--augment", "none", "--smoothing", "0.1",
             "--min-lr", "0.0001", "--layer-decay", "1", "--init-scale", "1", "--drop-path", "0",
             "--clip-grad", "1"]  # fmt: skip
-EVERY_S = 60  # seconds between lines about jobs that run
 # For 256 videos; after a middle stage, which brings head and encoder already, a quarter.
 FINETUNE_LR, LAST_LR = 0.016, 0.004
 
@@ -97,6 +98,7 @@ class Stages:
         if name in self.seconds and result.exists():
             return result
         print(f"== {self.folder.name}: {name}", flush=True)
+        at(f"{self.folder.name}: {name}")
         start = time.monotonic()
         work()
         if not result.exists():
@@ -115,7 +117,7 @@ def read_seconds(folder: Path) -> dict[str, float]:
 
 
 def run_jobs(script: str, jobs: dict[str, int], out: Path, scale: str) -> None:
-    """Run `python SCRIPT --job NAME` for every job, one on each core, and say how far they are, each minute.
+    """Run `python SCRIPT --job NAME` for every job, one on each core, and say how far they are.
 
     Args:
         jobs: by name, how many stages each has; its folder is `out / name`, its output goes to `out / NAME.log`.
@@ -147,27 +149,25 @@ def run_jobs(script: str, jobs: dict[str, int], out: Path, scale: str) -> None:
 
 
 class _Progress:
-    """A line for each stage done, and each minute what the running jobs say."""
+    """A line for each stage done; in between, `telling` has what the running jobs say."""
 
     def __init__(self, jobs: dict[str, int], out: Path) -> None:
-        self.jobs, self.out, self.began, self.told, self.said = jobs, out, time.monotonic(), float("-inf"), -1
+        self.jobs, self.out, self.began, self.said = jobs, out, time.monotonic(), -1
         self.before = self._done()
 
     def _done(self) -> int:
         return sum(len(read_seconds(self.out / name)) for name in self.jobs)
 
     def tell(self, running: Iterable[str]) -> None:
-        done, now = self._done(), time.monotonic()
-        if done == self.said and now - self.told < EVERY_S:
-            return
-        total, passed, new = sum(self.jobs.values()), now - self.began, done - self.before
-        left = f", about {passed / new * (total - done) / 60:.0f} min left" if new else ""
-        print(f"{done} of {total} stages, {passed / 60:.1f} min{left}", flush=True)
-        if done == self.said:
-            for name in running:
-                lines = (self.out / f"{name}.log").read_text().splitlines()
-                print(f"  {name}: {lines[-1] if lines else 'starting'}", flush=True)
-        self.told, self.said = now, done
+        done, passed, total = self._done(), time.monotonic() - self.began, sum(self.jobs.values())
+        if done != self.said:
+            new = done - self.before
+            left = f", about {passed / new * (total - done) / 60:.0f} min left" if new else ""
+            print(f"{done} of {total} stages, {passed / 60:.1f} min{left}", flush=True)
+            self.said = done
+        logs = {name: (self.out / f"{name}.log").read_text().splitlines() for name in running}
+        states = [f"{name}: {lines[-1] if lines else 'starting'}" for name, lines in logs.items()]
+        at("; ".join([f"{done} of {total} stages", *states]))
 
 
 def run(*words: object) -> None:
@@ -179,6 +179,7 @@ def run(*words: object) -> None:
 
 def make_world(out: Path, scale: Scale) -> dict[str, Path]:
     """Make the videos, their lists, and the two label sets merged; see `world_paths`."""
+    at("making videos")
     folder = out / "world"
     paths = write_world(folder, scale.world, workers=os.cpu_count() or 1)
     lists = {name: [paths[f"{kind}_{name}"] for kind in ("classes", "train", "val")] for name in ("a", "b")}

@@ -76,9 +76,11 @@ class HuggingFace(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         from transformers import VideoMAEForPreTraining
+        from transformers.utils import logging
 
         from vmae.interop.huggingface import save_pretrained
 
+        logging.disable_progress_bar()  # "Loading weights" would stand between our lines
         with tempfile.TemporaryDirectory() as folder:
             save_pretrained(build_pretrainer(config), folder)
             self.model = VideoMAEForPreTraining.from_pretrained(folder, attn_implementation="sdpa").train()

@@ -38,7 +38,7 @@ def test_overrides_and_round_trip():
         (dict(num_frames=15), "15 frames are not divisible by the tubelet size 2"),
         (dict(num_heads=5), "embed_dim 768 is not divisible by num_heads 5"),
         (dict(decoder_num_heads=5), "decoder_embed_dim 384"),
-        (dict(depth=0), "depth must be a whole number from 1 to 1,000, not 0"),
+        (dict(depth=0), "depth must be a whole number from 1 to 256, not 0"),
         (dict(embed_dim=76.8), "embed_dim must be a whole number from 1 to 65,536, not 76.8"),
         (dict(img_size=(224, 224, 224)), "img_size must be 2 numbers, not"),
         (dict(img_size=8192), "2,097,152 tokens; a clip may have 1,048,576"),

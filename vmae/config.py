@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 MAX_TOKENS = 2**20  # of a clip: its fixed positions alone take 3 GiB for ViT-B
-_WIDTH, _BLOCKS, _HEADS = Whole(1, 2**16), Whole(1, 1000), Whole(1, 1024)
+_WIDTH, _BLOCKS, _HEADS = Whole(1, 2**16), Whole(1, 256), Whole(1, 1024)
 
 
 class _Checked:

@@ -129,7 +129,7 @@ def shown(value: Any) -> str:
 # The upper ends refuse what can only be a mistake, and what would end in a trace of torch or numpy instead of a line.
 SEED = Whole(0, 2**63 - 1)  # torch's generators take no more
 COUNT = Whole(1, 10**9)
-STEPS = Whole(1, 10**12)
+STEPS = Whole(1, 10**10)
 BATCH = Whole(1, 2**20)
 CLASSES = Whole(1, 1_000_000)
 SIDE = Whole(1, 8192)  # pixels

@@ -72,15 +72,18 @@ def test_a_job_that_fails_shows_its_log(tiny_world, tmp_path):
         tiny_world.run_jobs(str(script), {"a": 1}, tmp_path, "smoke")
 
 
-def test_jobs_say_how_far_they_are(tiny_world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tiny_world, "EVERY_S", 0.3)
+def test_jobs_say_how_far_they_are(tiny_world, benches, tmp_path, monkeypatch, capsys):
+    telling = benches("telling")
+    monkeypatch.setattr(telling, "EVERY_S", 0.3)
     script = tmp_path / "script.py"
     script.write_text("import time\nprint('step 3 of 9', flush=True)\ntime.sleep(1.5)\n")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "seconds.json").write_text('{"first": 2.0}')
-    tiny_world.run_jobs(str(script), {"a": 1, "b": 2}, tmp_path, "smoke")
-    out = capsys.readouterr().out
-    assert out.startswith("1 of 3 stages, 0.0 min\n") and "  a: step 3 of 9\n" in out and "  b: step 3 of 9\n" in out
+    with telling.telling():
+        tiny_world.run_jobs(str(script), {"a": 1, "b": 2}, tmp_path, "smoke")
+    found = capsys.readouterr()
+    assert found.out == "1 of 3 stages, 0.0 min\n"
+    assert "  0.0 min: 1 of 3 stages; a: step 3 of 9; b: step 3 of 9\n" in found.err
 
 
 def test_a_command_that_fails_ends_everything(tiny_world):

@@ -52,6 +52,13 @@ def test_what_is_done_stays_and_the_rest_says_why(suite, tmp_path, capsys):
     assert "page:" in capsys.readouterr().out
 
 
+def test_a_part_that_is_silent(suite, benches, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benches("telling"), "EVERY_S", 0.2)
+    (tmp_path / "step.py").write_text("import time; time.sleep(1.5)" + GOOD)
+    assert suite.main(["--only", "step", "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err.count(" min: step\n") >= 3
+
+
 def test_only_some_parts(suite, tmp_path, capsys):
     assert suite.main(["--only", "step", "--output", str(tmp_path / "out")]) == 0
     assert [p["name"] for p in json.loads((tmp_path / "out" / "suite.json").read_text())["parts"]] == ["step"]

@@ -135,7 +135,8 @@ def test_what_a_run_says_of_its_data(tmp_path, folder):
 
 
 # Each line names the one before ten times: written out, the last has a billion words.
-LAUGHS = "mixing:\n- &a ha\n" + "".join(f"- &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi"))
+_NAMES = zip("abcdefgh", "bcdefghi")
+LAUGHS = "mixing:\n- &a ha\n" + "".join(f"- &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in _NAMES)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,19 @@
 
 import argparse
 import base64
+import contextlib
 import http.client
 import io
 import json
 import os
 import shutil
+import signal
 import socket
+import struct
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +74,11 @@ def ask(server, body=b"", query="", method="POST", path="/show", headers=()):
     return reply.status, json.loads(text) if reply.headers["Content-Type"] == "application/json" else text.decode()
 
 
+def left(temporary):
+    """Uploads on the disk."""
+    return [path for path in temporary.rglob("*") if "vmae-serve" in str(path) and path.is_file()]
+
+
 VIDEO = Path(sample_videos()[2])
 
 
@@ -80,7 +91,7 @@ def test_a_video_is_shown_and_leaves_nothing_behind(server, temporary):
     assert sum(one["percent"] for one in answer["classes"]) == pytest.approx(100, abs=0.2)
     assert ask(server, VIDEO.read_bytes(), "encoder_ratio=0.5&seed=3")[1] == answer
     assert ask(server, VIDEO.read_bytes(), "encoder_ratio=0.5&seed=4")[1]["picture"] != answer["picture"]
-    assert not list(temporary.iterdir())
+    assert not left(temporary)
 
 
 def test_the_page(server):
@@ -112,7 +123,7 @@ def test_other_files_get_a_line(server, temporary, capfd, body, status, words):
     found, answer = ask(server, body)
     assert found == status and words in answer["error"] and "\n" not in answer["error"]
     assert str(temporary) not in answer["error"] and "Traceback" not in capfd.readouterr().err
-    assert not list(temporary.iterdir())
+    assert not left(temporary)
 
 
 def test_too_large_too_long_too_wide(server, temporary, tmp_path):
@@ -127,18 +138,21 @@ def test_too_large_too_long_too_wide(server, temporary, tmp_path):
     assert "has 176 x 144 pixels, more than the 100 allowed" in ask(server, VIDEO.read_bytes())[1]["error"]
     write_video(tmp_path / "one.mp4", np.zeros((1, 32, 32, 3), np.uint8))
     assert "one picture, not a video" in ask(server, (tmp_path / "one.mp4").read_bytes())[1]["error"]
-    assert not list(temporary.iterdir())
+    assert not left(temporary)
 
 
 @pytest.mark.parametrize(
     ("query", "words"),
     [
-        ("encoder_ratio=lots", "encoder ratio: 'lots' is not a number"),
-        ("encoder_ratio=nan", "not a number"),
+        ("encoder_ratio=lots", "encoder ratio must be a number at least 0 and below 1, not lots"),
+        ("encoder_ratio=nan", "encoder ratio must be a number at least 0 and below 1, not nan"),
+        ("decoder_ratio=-inf", "decoder ratio must be a number at least 0 and below 1, not -inf"),
         ("encoder=stripes", "stripes"),
         ("encoder_ratio=1.5", "1.5"),
-        ("seed=-1", "the seed must be at least 0"),
-        ("path=/etc", "unknown fields: path"),
+        ("seed=-1", "seed must be a whole number from 0"),
+        ("seed=" + "9" * 5000, "seed must be a whole number from 0"),
+        ("path=/etc", "unknown fields: 'path'"),
+        ("&".join(f"f{number}=1" for number in range(100)), "more than the 5 fields"),
         ("decoder=running_cell&decoder_ratio=0.3", "0.3"),
     ],
 )
@@ -160,7 +174,7 @@ def test_one_at_a_time(server):
     server.studio.limits = Limits(wait=0.1)
     with server.studio.busy:
         status, answer = ask(server, VIDEO.read_bytes())
-    assert status == 503 and "another video" in answer["error"]
+    assert status == 503 and answer["error"] == "another video is being worked on; try again in 10 seconds"
     server.studio.limits = Limits()
     answers = []
     threads = [threading.Thread(target=lambda: answers.append(ask(server, VIDEO.read_bytes())[0])) for _ in range(3)]
@@ -172,7 +186,7 @@ def test_one_at_a_time(server):
 def test_a_fault_of_ours_is_a_line_too_and_a_trace_in_the_terminal(server, temporary, monkeypatch, capfd):
     monkeypatch.setattr(server.studio, "show", lambda *args: 1 / 0)
     status, answer = ask(server, VIDEO.read_bytes())
-    assert status == 500 and "ZeroDivisionError" in answer["error"] and not list(temporary.iterdir())
+    assert status == 500 and "ZeroDivisionError" in answer["error"] and not left(temporary)
     assert not server.studio.busy.locked()
     trace = capfd.readouterr().err
     assert "Traceback" in trace and "ZeroDivisionError: division by zero" in trace
@@ -187,6 +201,248 @@ def test_the_command_refuses_what_it_cannot_serve(checkpoints, capsys):
     assert "has no decoder" in capsys.readouterr().err
     assert main(["serve", "--checkpoint", str(checkpoints / "pre.pth"), "--port", "70000"]) == 2
     assert main(["serve", "--checkpoint", str(checkpoints / "pre.pth"), "--max-seconds", "0"]) == 2
+
+
+# --- hostile and clumsy requests --------------------------------------------------------------------------------------
+
+
+def connect(server):
+    return socket.create_connection(("127.0.0.1", server.server_port), timeout=20)
+
+
+def raw(server, request: bytes) -> tuple[int, bytes]:
+    """Status (0: closed without one) and the whole reply to bytes of any kind."""
+    with connect(server) as connection:
+        with contextlib.suppress(OSError):  # it may be refused before all of it was sent
+            connection.sendall(request)
+            connection.shutdown(socket.SHUT_WR)
+        reply = b""
+        with contextlib.suppress(OSError):
+            while part := connection.recv(65536):
+                reply += part
+    return int(reply.split()[1]) if reply.startswith(b"HTTP/") else 0, reply
+
+
+def head(server, *lines: str, show="/show") -> bytes:
+    """The start of an upload, as the page would send it, with more lines."""
+    first = (f"POST {show} HTTP/1.1", f"Host: 127.0.0.1:{server.server_port}", "X-Vmae: 1")
+    return "".join(f"{line}\r\n" for line in (*first, *lines, "")).encode()
+
+
+def wait_until(true, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def is_clean(text: str) -> bool:
+    """No trace, and nothing that a terminal would obey."""
+    return "Traceback" not in text and all(c == "\n" or c.isprintable() for c in text)
+
+
+@pytest.fixture
+def small(checkpoints, temporary):
+    """A server with limits that a test reaches soon."""
+    started = []
+
+    def start(**limits):
+        parser = argparse.ArgumentParser()
+        serve.add_arguments(parser)
+        studio = build_studio(parser.parse_args(["--checkpoint", str(checkpoints / "pre.pth"), "--device", "cpu"]))
+        studio.limits = Limits(**{"megabytes": 1, **limits})
+        started.append(Server(studio, 0))
+        threading.Thread(target=started[-1].serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.shutdown()
+        running.server_close()
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        (["Content-Length: " + "9" * 5000], 413),
+        (["Content-Length: " + "0" * 5000 + "9" * 16], 413),
+        (["Content-Length: -5"], 400),
+        (["Content-Length: +5"], 400),
+        (["Content-Length: 1_000"], 400),
+        (["Content-Length: 5, 5"], 400),
+        (["Content-Length: 5", "Content-Length: 6"], 400),
+        (["Content-Length: 0x10"], 400),
+        (["Content-Length: \u0663"], 400),
+        (["Content-Length: \xb2"], 400),
+        (["Content-Length:"], 400),
+        (["Content-Length: 1e3"], 400),
+        ([], 411),
+        (["Transfer-Encoding: chunked"], 411),
+        (["Transfer-Encoding: chunked", "Content-Length: 5"], 411),
+        (["Content-Length: 000"], 422),
+        (["Content-Length: 50"], 400),  # less is sent
+    ],
+    ids=lambda part: str(part)[:40],
+)
+def test_lengths_of_every_kind(server, temporary, capfd, lines, status):
+    found, reply = raw(server, head(server, *lines) + b"ten bytes.")
+    assert found == status and json.loads(reply.split(b"\r\n\r\n")[1])["error"]
+    assert is_clean(capfd.readouterr().err) and not left(temporary)
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    [
+        b"GET //[ HTTP/1.1", b"GET http://[ HTTP/1.1", b"POST //[?x HTTP/1.1", b"GET /[ HTTP/1.1", b"GET http://[::1/ HTTP/1.0",
+        b"GET /\x1b[2J\x1b]0;owned\x07 HTTP/1.1", b"GET /\x9b31m HTTP/1.1", b"\x1b]0;owned\x07", b"\x1b[31m / HTTP/1.1",
+        b"GARBAGE", b"GET", b"GET / / HTTP/1.1", b"GET / HTTP/9.9", b"GET / HTTP/1." + b"9" * 5000, b"GET / HTTP/\x1b[2J",
+        b"GET / HTTP/" + b"9" * 5000 + b".1", b"GET /" + b"a" * 70000 + b" HTTP/1.1", b"\x00" * 50, b"\xff\xfe\x00G",
+        b"DELETE / HTTP/1.1", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"PRI * HTTP/2.0", b"OPTIONS * HTTP/1.1",
+        b"POST /show?" + b"&" * 60000 + b" HTTP/1.1", b"GET /%00%1b[2J HTTP/1.1",
+    ],
+    ids=lambda line: repr(line[:24]),
+)  # fmt: skip
+def test_request_lines_of_every_kind(server, capfd, request_line):
+    host = f"\r\nHost: 127.0.0.1:{server.server_port}\r\nX-Vmae: 1\r\n\r\n".encode()
+    status, reply = raw(server, request_line + host)
+    assert 400 <= status <= 505 and status != 500 or reply.startswith((b"{", b"<!DOCTYPE")), reply[:200]
+    assert is_clean(capfd.readouterr().err) and b"\x1b" not in reply and b"\x9b" not in reply
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        b"a: b\r\n" * 300, b"a: " + b"b" * 70000, b"no colon", b": no name", b" folded\r\n more", b"Host: \x1b[2J",
+        b"Host: 127.0.0.1.evil.example:8008", b"Host: localhost", b"Host:",
+        b"Origin: \x1b[2J\x00", b"X-Vmae: \xff\xfe", b"a:\x00b",
+    ],
+    ids=lambda line: repr(line[:24]),
+)  # fmt: skip
+def test_headers_of_every_kind(server, capfd, headers):
+    status, reply = raw(server, b"GET / HTTP/1.1\r\n" + headers + b"\r\n\r\n")
+    assert 400 <= status < 500, reply[:200]
+    own = f"Host: 127.0.0.1:{server.server_port}\r\n".encode()
+    assert raw(server, b"GET / HTTP/1.1\r\n" + own + own + b"\r\n")[0] == 403  # which of the two would it be?
+    assert raw(server, b"GET / HTTP/1.1\r\n" + own + b"\r\n")[0] == 200
+    assert is_clean(capfd.readouterr().err)
+
+
+def test_what_a_request_says_is_no_command_to_the_terminal(server, capfd):
+    status, answer = ask(server, VIDEO.read_bytes()[:100], "encoder=%1b%5d0;owned%07%9b")
+    assert status == 400 and "\x1b" not in json.dumps(answer)
+    assert raw(server, b"GET /\x1b[31mred\x07\x9b HTTP/1.1\r\n\r\n")[0] == 403
+    said = capfd.readouterr().err
+    assert is_clean(said) and "\\x1b[31mred\\x07\\x9b" in said and said.count("\n") == 2
+    assert serve.printable("a\u202eb\nc") == "a\\u202eb\\nc" and len(serve.printable("x" * 10_000)) < 400
+
+
+def test_names_of_files_do_not_matter(server, temporary):
+    disposition = {"Content-Disposition": 'attachment; filename="../../../x.mp4"', "X-File": "../../x"}
+    assert ask(server, b"text", headers=disposition)[0] == 422
+    for place in ("/show/../../x", "/../show", "/show%2f..", "//show/../x"):
+        assert ask(server, b"text", path=place)[0] == 403
+    assert not left(temporary) and {path.name for path in temporary.parent.iterdir()} == {"uploads"}
+
+
+def test_half_uploads_are_few_and_are_removed(small, temporary, capfd):
+    running = small(uploads=2)
+    halves = [connect(running) for _ in range(12)]
+    for connection in halves[:2]:
+        connection.sendall(head(running, f"Content-Length: {1 << 20}") + bytes(1000))
+    wait_until(lambda: len(left(temporary)) == 2)
+    for connection in halves[2:]:
+        connection.sendall(head(running, f"Content-Length: {1 << 20}") + bytes(1 << 20))
+    states = [connection.makefile("rb").read() for connection in halves[2:]]
+    assert len(left(temporary)) == 2
+    assert all(b" 503 " in state and b"\r\nRetry-After: 10\r\n" in state for state in states)
+    assert all(b"2 videos are waiting here already; try again in 10 seconds" in state for state in states)
+    for connection in halves:
+        connection.close()
+    wait_until(lambda: not left(temporary) and not list(temporary.glob("vmae-serve-*")))
+    assert ask(running, VIDEO.read_bytes())[0] == 200
+    assert is_clean(capfd.readouterr().err)
+
+
+def drip(connection, seconds=5.0) -> float:
+    """Send a byte now and then until the other side ends it; the seconds that took."""
+    began = time.monotonic()
+    connection.settimeout(0.02)
+    with contextlib.suppress(ConnectionError):
+        while time.monotonic() < began + seconds:
+            connection.sendall(b"x")
+            with contextlib.suppress(TimeoutError):
+                if connection.recv(4096):
+                    break
+    return time.monotonic() - began
+
+
+def test_a_slow_upload_ends(small, temporary, capfd):
+    running = small(upload=0.4, uploads=1)
+    with connect(running) as connection:
+        connection.sendall(head(running, "Content-Length: 1000000"))
+        assert 0.3 < drip(connection) < 3
+    with connect(running) as connection:  # and so does one that sends nothing more
+        connection.sendall(head(running, "Content-Length: 1000000") + b"x")
+        assert b" 408 " in connection.recv(4096)
+    wait_until(lambda: not left(temporary))
+    assert ask(running, b"text")[0] == 422  # its place is free again
+    assert is_clean(capfd.readouterr().err)
+
+
+def test_slow_headers_end(small, capfd):
+    running = small(headers=0.4)
+    for start in (b"GET / HTTP/1.1\r\nA: ", b"", b"GET"):
+        with connect(running) as connection:
+            connection.sendall(start)
+            assert 0.3 < drip(connection) < 3
+    assert is_clean(capfd.readouterr().err)
+
+
+def test_connections_are_few(small, capfd):
+    running = small(connections=3)
+    idle = [connect(running) for _ in range(3)]
+    wait_until(lambda: running.free_connections._value == 0)
+    status, reply = raw(running, b"GET / HTTP/1.1\r\n\r\n")
+    assert status == 503 and b"Retry-After: 10" in reply
+    for connection in idle:
+        connection.close()
+    wait_until(lambda: running.free_connections._value == 3)
+    assert ask(running, method="GET", path="/")[0] == 200
+    assert is_clean(capfd.readouterr().err)
+
+
+def test_someone_who_does_not_wait_for_the_answer(small, temporary, capfd):
+    running = small()
+    for sent in (VIDEO.read_bytes(), VIDEO.read_bytes()[:5000]):
+        with connect(running) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+            connection.sendall(head(running, f"Content-Length: {VIDEO.stat().st_size}") + sent)
+    wait_until(lambda: not left(temporary) and running.free_connections._value == running.studio.limits.connections)
+    assert is_clean(capfd.readouterr().err) and not running.studio.busy.locked()
+
+
+def test_no_place_to_store_a_video(small, temporary, capfd):
+    running = small()
+    temporary.rmdir()
+    status, answer = ask(running, VIDEO.read_bytes())
+    assert status == 507 and answer["error"] == "the video cannot be stored here: No such file or directory"
+    temporary.mkdir()
+    assert ask(running, b"text")[0] == 422 and is_clean(capfd.readouterr().err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_leaves_no_half_upload(checkpoints, temporary, number):
+    command = [sys.executable, "-m", "vmae", "serve", "--checkpoint", str(checkpoints / "pre.pth"), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(temporary)})
+    port = int(process.stdout.readline().split(":")[2].split()[0])
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        start = f"POST /show HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nX-Vmae: 1\r\nContent-Length: 100000\r\n\r\n"
+        connection.sendall(start.encode() + bytes(50_000))
+        wait_until(lambda: left(temporary))
+        process.send_signal(number)
+        process.wait(30)
+    assert not list(temporary.glob("vmae-serve-*"))
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_wrong_input_is_one_line_before_any_work(finetune, actors, tmp_path, cap
 @pytest.mark.parametrize(
     "flag, value, message",
     [
-        ("--steps", 0, "--steps: must be a whole number from 1 to 1,000,000,000,000, not 0"),
+        ("--steps", 0, "--steps: must be a whole number from 1 to 10,000,000,000, not 0"),
         ("--repeat", 0, "--repeat: must be a whole number from 1 to 1,000,000,000, not 0"),
         ("--seed", -1, "--seed: must be a whole number from 0 to"),
         ("--layer-decay", 1.5, "--layer-decay/--layer_decay: must be a number above 0 and at most 1, not 1.5"),

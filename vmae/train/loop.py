@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vmae.config import _Checked
 from vmae.errors import InputError
-from vmae.settings import BATCH, SEED, Whole, ranged
+from vmae.settings import BATCH, SEED, STEPS, Whole, ranged
 from vmae.train.checkpoint import write_atomically
 from vmae.train.guard import FiniteGuard, LateNumbers, device_is_idle
 from vmae.train.metrics import NoLog, RunLog, StepMeter, flops_utilisation, peak_memory_bytes
@@ -36,7 +36,7 @@ from vmae.train.step import StepRecord, TrainingBatch, seed_random
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NONFINITE_NAME = "nonfinite.json"
-_STEPS = Whole(1, 2**63 - 1)  # epochs times the steps of one
+_STEPS = Whole(1, 2**63 - 1)
 
 
 class NonFiniteError(InputError):
@@ -58,7 +58,7 @@ class LoopConfig(_Checked):
         log_every, save_every: steps from one log line, or checkpoint, to the next.
     """
 
-    total_steps: int = ranged(within=_STEPS)
+    total_steps: int = ranged(within=STEPS)
     steps_per_epoch: int = ranged(1, _STEPS)
     accumulate: int = ranged(1, BATCH)
     clip_grad: float | None = ranged(None, CLIP_GRAD)
