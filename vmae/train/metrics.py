@@ -14,6 +14,7 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -163,8 +164,18 @@ class RunLog:
         except ImportError as error:
             self.say(f"note: no TensorBoard logs ({error}); `pip install tensorboard` brings them")
             return None
-        with self._telling(self.folder / BOARD_NAME):
-            return SummaryWriter(str(self.folder / BOARD_NAME), purge_step=self.start_step + 1)
+        self._thread_error, threading.excepthook = threading.excepthook, self._on_thread_error
+        try:
+            with self._telling(self.folder / BOARD_NAME):
+                return SummaryWriter(str(self.folder / BOARD_NAME), purge_step=self.start_step + 1)
+        except InputError:
+            threading.excepthook = self._thread_error
+            raise
+
+    def _on_thread_error(self, args: Any) -> None:
+        """No trace of an error of TensorBoard's writer: the next write, or `close`, raises it."""
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            self._thread_error(args)
 
     def say(self, text: str) -> None:
         """A line on the terminal that leaves the progress bar whole."""
@@ -237,13 +248,16 @@ class RunLog:
         """Complete the files, as the end of a `with`; nothing can be logged after it. An earlier error is not covered."""
         self._bar.close()
         os.close(self._handle)
-        if self._writer is not None:
-            try:
-                with self._telling(self.folder / BOARD_NAME):
-                    self._writer.close()
-            except InputError:
-                if error is None:
-                    raise
+        if self._writer is None:
+            return
+        try:
+            with self._telling(self.folder / BOARD_NAME):
+                self._writer.close()
+        except InputError:
+            if error is None:
+                raise
+        finally:
+            threading.excepthook = self._thread_error
 
 
 class NoLog:
