@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from vmae.train.metrics import read_log
 from vmae.train.sharded import find_damage
 
 FORK = multiprocessing.get_context("fork")
+ROOT = Path(__file__).parents[2]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -245,6 +247,46 @@ def test_a_run_that_ended_while_this_one_was_checked_is_not_undone(pretrain, tmp
     assert pretrain(tmp_path / "run", "--steps", "3") == 2
     assert "another run has just written to" in one_line(capsys)
     assert len(losses(tmp_path / "run")) == 4 and not (tmp_path / "run" / LOCK_NAME).exists()
+
+
+@pytest.mark.slow
+def test_two_real_runs_in_one_folder_and_a_kill(labelled_world, tmp_path):
+    data, run = tmp_path / "frames.txt", tmp_path / "run"
+    data.write_text("".join(f"{labelled_world}/v{video:02} 1 10\n" for video in range(12)))
+    size = "--model vit_tiny --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75 --batch-size 2"
+    flags = [*size.split(), "--workers", "1", "--log-every", "1", "--device", "cpu"]
+    command = [sys.executable, "-m", "vmae", "pretrain", "--data", str(data), "--output", str(run), *flags]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+
+    def start(*more: str) -> subprocess.Popen:
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*command, *more], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    def wait_for(process: subprocess.Popen, steps: int) -> None:
+        while len(read_log(run / "log.jsonl")) < steps:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+
+    first = start("--steps", "100000", "--save-every", "5")
+    started = [first]
+    try:
+        wait_for(first, 7)
+        started.append(second := start("--no-resume"))
+        out, err = second.communicate(timeout=60)
+        assert second.returncode == 2 and f"in use by a training run (process {first.pid} on " in err and err.count("\n") == 1
+        assert first.poll() is None and not list(run.glob("previous-*"))
+        first.kill()
+        started.append(third := start("--steps", "100000"))  # at once: the first one's worker may live on for a moment
+        wait_for(third, len(read_log(run / "log.jsonl")) + 3)
+        while run.exists():  # the run may remove its lock at the same moment
+            shutil.rmtree(run, ignore_errors=True)
+        out, err = third.communicate(timeout=60)
+        assert third.returncode == 2 and "resuming from" in out and not run.exists()
+        assert [line for line in err.splitlines() if line.startswith("error: ")][0].count("is gone") == 1
+        assert "Traceback" not in err
+    finally:
+        for process in started:
+            process.kill()
 
 
 # --- A folder that goes away ---

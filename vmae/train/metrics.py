@@ -223,14 +223,18 @@ class RunLog:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._handle, size)
                 raise
-            if not (self.path.exists() and os.path.samestat(os.fstat(self._handle), os.stat(self.path))):
-                raise InputError(f"{self.path} is gone: it, or its folder, was removed, renamed or replaced during the run")
+            if not os.path.samestat(os.fstat(self._handle), os.stat(self.path)):
+                raise FileNotFoundError
 
     @contextlib.contextmanager
     def _telling(self, path: Path) -> Iterator[None]:
         """An error of the system in here is one line."""
         try:
             yield
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(
+                f"{path} is gone: it, or its folder, was removed, renamed or replaced during the run; nothing more is written"
+            ) from error
         except OSError as error:
             whole = CheckpointFolder(self.folder).describe_latest()
             raise InputError(f"cannot write {path}: {why_not_written(error, path)}; of the checkpoints, {whole}") from error
