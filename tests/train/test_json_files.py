@@ -10,7 +10,7 @@ from vmae.curves import read_curve
 from vmae.data.quarantine import Failure, Quarantine
 from vmae.json_files import read_json, read_json_lines
 from vmae.train.checkpoint import CheckpointFolder
-from vmae.train.metrics import read_log, read_starts
+from vmae.train.metrics import read_log, read_starts, write_run_file
 from vmae.train.saver import Saver
 from vmae.train.sharded import read_manifest
 
@@ -26,6 +26,7 @@ SPOILT = {
     "kind": b'{"step": "3", "path": 3}',
     "truth": b'{"step": true, "path": null}',
     "zeros": b"\0" * 100,
+    "deep record": b'{"step": 3, "path": "p", "x": ' + b"[" * 300 + b"]" * 300 + b"}",  # reads, and could not be written
 }
 
 
@@ -48,7 +49,7 @@ def test_no_file_and_no_lines_are_nothing_to_skip(tmp_path):
         assert found.records == [] and found.note("x") is None
 
 
-@pytest.mark.parametrize("name", ["bytes", "deep list", "deep object", "half", "zeros", "digits"])
+@pytest.mark.parametrize("name", ["bytes", "deep list", "deep object", "half", "zeros", "digits", "deep record"])
 def test_a_spoilt_file_is_named_in_a_line(tmp_path, name):
     (tmp_path / "x.json").write_bytes(SPOILT[name])
     with pytest.raises(InputError, match="the thing .*x.json is no JSON: ") as caught:
@@ -68,6 +69,7 @@ def test_a_run_goes_on_over_spoilt_logs_and_loses_nothing(pretrain, tmp_path, ca
     write(run / "log.jsonl", *SPOILT.values())
     (run / "quarantine.jsonl").write_bytes(b"")
     write(run / "quarantine.jsonl", *SPOILT.values(), b'{"path": "bad.mp4", "error": "e"}')
+    (run / "run.json").write_bytes(b"{")
     kept = (run / "quarantine.jsonl").read_bytes()
     capsys.readouterr()
     assert pretrain(run, "--steps", "4") == 0
@@ -75,26 +77,26 @@ def test_a_run_goes_on_over_spoilt_logs_and_loses_nothing(pretrain, tmp_path, ca
     note = f"note: {run}/log.jsonl: {len(SPOILT)} lines skipped, cut short or not ours (line 3, 4, 5, ...); they are in {run}"
     assert note in shown.err
     assert f"note: {run}/quarantine.jsonl: {len(SPOILT)} lines skipped" in shown.out
+    assert f"note: run file {run}/run.json is no JSON: " in shown.out and "kept as run.json.unreadable-1" in shown.out
     assert [record["step"] for record in read_log(run / "log.jsonl")] == [1, 2, 3, 4]
     assert (run / "log.skipped").read_bytes() == b"".join(line + b"\n" for line in SPOILT.values())
     assert (run / "quarantine.jsonl").read_bytes() == kept
     write(run / "log.jsonl", b"again")
     assert pretrain(run, "--steps", "5") == 0
-    assert (run / "log.skipped").read_bytes().endswith(SPOILT["zeros"] + b"\nagain\n")
+    assert (run / "log.skipped").read_bytes().endswith(SPOILT["deep record"] + b"\nagain\n")
 
 
 @pytest.mark.parametrize("text", [b"{", b"\xff", b"17", b'{"starts": 3}', b'{"starts": [3]}', b"[" * 100_000])
-def test_a_spoilt_run_file_is_kept_beside_a_new_one(pretrain, tmp_path, capsys, text):
-    run = tmp_path / "run"
-    assert pretrain(run, "--steps", "1") == 0
+def test_a_spoilt_run_file_is_kept_beside_a_new_one(tmp_path, text):
     for number in (1, 2):
-        (run / "run.json").write_bytes(text)
-        assert pretrain(run, "--steps", str(number + 1)) == 0
-        assert f"kept as run.json.unreadable-{number}, a new one begins" in capsys.readouterr().out
-        assert (run / f"run.json.unreadable-{number}").read_bytes() == text and len(read_starts(run)) == 1
+        (tmp_path / "run.json").write_bytes(text)
+        note = write_run_file(tmp_path, {"start_step": number})
+        assert note.endswith(f"; kept as run.json.unreadable-{number}, a new one begins")
+        assert (tmp_path / f"run.json.unreadable-{number}").read_bytes() == text
+        assert read_starts(tmp_path) == [{"start_step": number}]
 
 
-@pytest.mark.parametrize("name", ["bytes", "number", "list", "deep list", "deep object", "half", "zeros"])
+@pytest.mark.parametrize("name", ["bytes", "number", "list", "deep list", "deep object", "half", "zeros", "deep record"])
 def test_a_spoilt_manifest_is_damage_by_name(tmp_path, name):
     folder = CheckpointFolder(tmp_path)
     for step in (1, 2):

@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from vmae import InputError, folder_lock
 from vmae.folder_lock import LOCK_NAME, FolderLock, refuse_if_locked
 from vmae.train.checkpoint import CheckpointFolder, find_weights
+from vmae.train.loop import Trainer
 from vmae.train.metrics import read_log
 from vmae.train.sharded import find_damage
 
@@ -363,6 +365,18 @@ def test_an_unmounted_folder_ends_the_run(pretrain, at_step, small_disk, capsys)
     at_step(3, lambda: subprocess.run(["umount", "-l", disk], check=True))
     assert pretrain(disk / "run") == 2
     assert "is gone" in one_line(capsys) and list(disk.iterdir()) == []
+
+
+def test_a_folder_that_goes_away_hides_no_loss_that_is_not_finite(pretrain, tmp_path, capsys, monkeypatch):
+    def clip(self, record):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return torch.tensor(float("nan"))
+
+    monkeypatch.setattr(Trainer, "clip", clip)
+    assert pretrain(tmp_path / "run") == 2
+    error = one_line(capsys)
+    assert "step 0: the loss is" in error and "are not written down: output folder" in error and "is gone" in error
+    assert not (tmp_path / "run").exists()
 
 
 # --- A full disk ---

@@ -330,9 +330,13 @@ def write_run_file(folder: Path, start: dict[str, Any]) -> str | None:
                 path.rename(aside)
             except OSError as failure:
                 raise InputError(f"cannot move {path} aside to {aside}: {failure.strerror}") from failure
-    text = json.dumps({"starts": [*starts, start]}, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text), binary=False)
+    _write_starts(folder, [*starts, start])
     return note
+
+
+def _write_starts(folder: Path, starts: list[dict[str, Any]]) -> None:
+    text = json.dumps({"starts": starts}, indent=2) + "\n"
+    write_atomically(folder / RUN_NAME, lambda file: file.write(text), binary=False)
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
