@@ -315,8 +315,8 @@ class Trainer:
                 where = f"The samples of the batch are not written down: {error}"
         latest = folder.latest()
         return NonFiniteError(
-            f"step {record.step}: the loss is {loss} and the gradient's norm {norm}, so the step was not taken. {where}. A lower "
-            "--lr or --clip-grad often helps; "
+            f"step {record.step}: the loss is {loss} and the gradient's norm {norm}, so the step was not taken. {where}. "
+            "A lower --lr or --clip-grad often helps; "
             + (f"the run can go on from {latest}" if latest else "there is no checkpoint yet")
         )
 
