@@ -49,6 +49,28 @@ def test_published_counts(model, grid, counts):
     assert mask.target_weight.min() == 1
 
 
+# The published generators hide `int(ratio * total)`: towards 0, of the product in float64. (grid, ratio) -> hidden tokens of
+# a frame (tube), of the clip (random), hidden frames (frame); each differs from what rounding to the nearest, or up, gives.
+@pytest.mark.parametrize(
+    ("grid", "ratio", "tube", "random", "frame"),
+    [
+        ((8, 14, 14), 0.9, 176, 1411, 7),  # 176.4, 1411.2, 7.2
+        ((8, 14, 14), 0.85, 166, 1332, 6),  # 166.6, 1332.8, 6.8
+        ((8, 4, 4), 0.6, 9, 76, 4),  # 9.6, 76.8, 4.8
+        ((100, 10, 10), 0.29, 28, 2900, 28),  # 0.29 * 100 is 28.999999999999996
+    ],
+)
+def test_hidden_counts_are_rounded_as_published(grid, ratio, tube, random, frame):
+    frames, per_frame = grid[0], grid[1] * grid[2]
+    total = frames * per_frame
+    for kind, hidden in (("tube", tube * frames), ("random", random), ("frame", frame * per_frame)):
+        draw = dict(encoder=kind, encoder_ratio=ratio, decoder="none", generator=generator())
+        assert DualMask.sample(2, grid, **draw).visible.shape == (2, total - hidden), kind
+    for kind, dropped in (("random", random), ("frame", frame * per_frame)):
+        draw = dict(encoder="random", encoder_ratio=0.5, decoder=kind, decoder_ratio=ratio, generator=generator())
+        assert DualMask.sample(2, grid, **draw).decode.shape == (2, total - dropped), kind
+
+
 @pytest.mark.parametrize("encoder", ENCODER_MASKS)
 @pytest.mark.parametrize("decoder", DECODER_MASKS)
 def test_every_pair_agrees_with_its_booleans(encoder, decoder):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vmae.errors import InputError
+from vmae.jsontext import parse_json
 
 LOCK_NAME = "run.lock"
 _HELD: set[str] = set()  # tokens of the locks that this process holds
@@ -154,10 +155,10 @@ def _write(path: Path, text: bytes) -> None:
 def _read(path: Path) -> dict[str, Any] | None:
     """What a lock says; None without one, nothing where it cannot be understood."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError):
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vmae.errors import InputError
-
-# Of text that is no JSON, no UTF-8, a number of too many digits, or nested deeper than Python's stack.
-BAD_JSON = (ValueError, RecursionError)
+from vmae.jsontext import parse_json
 
 
 def read_json(path: str | Path, what: str = "file") -> Any:
@@ -23,18 +20,16 @@ def read_json(path: str | Path, what: str = "file") -> Any:
         InputError: it is missing, cannot be read, or is no JSON.
     """
     try:
-        return json.loads(Path(path).read_bytes().decode("utf-8"))
+        return parse_json(Path(path).read_bytes().decode("utf-8"))
     except OSError as error:
         raise InputError(f"{what} {path} cannot be read: {error.strerror}") from error
-    except BAD_JSON as error:
+    except ValueError as error:
         raise InputError(f"{what} {path} is no JSON: {why_no_json(error)}") from error
 
 
-def why_no_json(error: BaseException) -> str:
-    """What is wrong with a text, in one line; for one of `BAD_JSON`."""
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error).splitlines()[0]
+def why_no_json(error: ValueError) -> str:
+    """What is wrong with a text, in one line."""
+    return "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error).splitlines()[0]
 
 
 @dataclass
@@ -77,8 +72,8 @@ def read_json_lines(path: str | Path, /, **keys: type | tuple[type, ...]) -> Jso
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8"))
-        except BAD_JSON:
+            record = parse_json(line.decode("utf-8"))
+        except ValueError:
             record = None
         if isinstance(record, dict) and all(_is_a(record.get(name), kind) for name, kind in keys.items()):
             found.records.append(record)

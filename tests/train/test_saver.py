@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vmae import InputError
-from vmae.train.checkpoint import CheckpointFolder
+from vmae.train.checkpoint import CheckpointFolder, why_not_written, write_atomically
 from vmae.train.saver import Saver
 from vmae.train.sharded import MANIFEST, find_damage, load_tensors, read_group, read_manifest, tensor_layouts
 
@@ -137,7 +137,7 @@ class Malicious:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's, of the hand-made file
 def test_a_malicious_pickle_is_refused_unexecuted(tmp_path):
-    """In the description, and in place of a tensor, with a manifest that vouches for both."""
+    """In the description, and in place of a tensor, with a manifest that agrees with both."""
     path = save(tmp_path)
     metadata = path / ".metadata"
     whole = pickle.loads(metadata.read_bytes())
@@ -184,3 +184,52 @@ def test_a_later_form_is_refused(tmp_path, monkeypatch):
     assert json.loads((path / MANIFEST).read_text())["format"] == 2
     with pytest.raises(InputError, match="has form 2; this code reads form 1"):
         read_manifest(path)
+
+
+@pytest.fixture
+def disk_calls(monkeypatch):
+    """What reaches the disk, in order: ("sync", path) and ("rename", from, to)."""
+    calls, sync, rename, link_of = [], os.fsync, os.replace, "/proc/self/fd/{}"
+
+    def note_sync(file):
+        handle = file if isinstance(file, int) else file.fileno()
+        calls.append(("sync", os.path.realpath(link_of.format(handle))))
+        return sync(handle)
+
+    def note_rename(source, target, **options):
+        calls.append(("rename", os.path.realpath(source), os.path.realpath(target)))
+        return rename(source, target, **options)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_rename)
+    return calls
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, disk_calls, background):
+    """A crash of the machine after the rename must not leave a folder that looks complete and is not."""
+    path = save(tmp_path, background=background)
+    beside = f"{tmp_path}/.{path.name}.unfinished"
+    named = disk_calls.index(("rename", beside, str(path)))
+    before = [call[1] for call in disk_calls[:named] if call[0] == "sync"]
+    # torch syncs its description under the name that it has while it is written.
+    wanted = {f"{beside}/{file.name}" for file in path.iterdir() if file.name != ".metadata"} | {beside}
+    assert wanted <= set(before) and any(name.startswith(f"{beside}/.metadata") for name in before)
+    assert before.index(f"{beside}/{MANIFEST}") < before.index(beside)  # the folder last: it holds the others' names
+    assert ("sync", str(tmp_path)) in disk_calls[named:]
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path, disk_calls):
+    write_atomically(tmp_path / "x.json", lambda file: file.write(b"{}"))
+    (kind, written), (_, source, target), last = disk_calls
+    assert kind == "sync" and written == source and target == str(tmp_path / "x.json") and last == ("sync", str(tmp_path))
+
+
+def test_torchs_word_for_a_full_disk_is_translated_where_its_cause_is_lost(tmp_path):
+    """Errors of other ranks come without their cause."""
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert why_not_written(error, tmp_path / "x", 1 << 60).startswith("No space left on device (1152921504606.8 MB wanted, ")
+    assert why_not_written(error, tmp_path / "x", 1) == "only a part could be written (0.0 MB wanted)"
+    assert why_not_written(RuntimeError("other\nlines"), tmp_path / "x") == "other"
+    error.__context__ = OSError(122, "Disk quota exceeded")
+    assert why_not_written(error, tmp_path / "gone" / "x", 5_000_000) == "Disk quota exceeded (5.0 MB wanted)"

@@ -306,12 +306,17 @@ class Trainer:
         path = folder.folder / NONFINITE_NAME
         ids = [key for rank in self.parallel.gather(record.ids) for key in rank]
         report = {"step": record.step, "loss": str(loss), "grad_norm": str(norm), "lr": record.lr, "ids": ids}
+        where = f"The samples of the batch are in {path}"
         if self.parallel.is_main:
-            write_atomically(path, lambda file: file.write(json.dumps(report, indent=2) + "\n"), binary=False)
+            try:
+                folder.check()
+                write_atomically(path, lambda file: file.write(json.dumps(report, indent=2) + "\n"), binary=False)
+            except InputError as error:
+                where = f"The samples of the batch are not written down: {error}"
         latest = folder.latest()
         return NonFiniteError(
-            f"step {record.step}: the loss is {loss} and the gradient's norm {norm}, so the step was not taken. The samples of "
-            f"the batch are in {path}. A lower --lr or --clip-grad often helps; "
+            f"step {record.step}: the loss is {loss} and the gradient's norm {norm}, so the step was not taken. {where}. "
+            "A lower --lr or --clip-grad often helps; "
             + (f"the run can go on from {latest}" if latest else "there is no checkpoint yet")
         )
 

@@ -14,6 +14,7 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -163,8 +164,18 @@ class RunLog:
         except ImportError as error:
             self.say(f"note: no TensorBoard logs ({error}); `pip install tensorboard` brings them")
             return None
-        with self._telling(self.folder / BOARD_NAME):
-            return SummaryWriter(str(self.folder / BOARD_NAME), purge_step=self.start_step + 1)
+        self._thread_error, threading.excepthook = threading.excepthook, self._on_thread_error
+        try:
+            with self._telling(self.folder / BOARD_NAME):
+                return SummaryWriter(str(self.folder / BOARD_NAME), purge_step=self.start_step + 1)
+        except InputError:
+            threading.excepthook = self._thread_error
+            raise
+
+    def _on_thread_error(self, args: Any) -> None:
+        """No trace of an error of TensorBoard's writer: the next write, or `close`, raises it."""
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            self._thread_error(args)
 
     def say(self, text: str) -> None:
         """A line on the terminal that leaves the progress bar whole."""
@@ -212,14 +223,18 @@ class RunLog:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._handle, size)
                 raise
-            if not (self.path.exists() and os.path.samestat(os.fstat(self._handle), os.stat(self.path))):
-                raise InputError(f"{self.path} is gone: it, or its folder, was removed, renamed or replaced during the run")
+            if not os.path.samestat(os.fstat(self._handle), os.stat(self.path)):
+                raise FileNotFoundError
 
     @contextlib.contextmanager
     def _telling(self, path: Path) -> Iterator[None]:
         """An error of the system in here is one line."""
         try:
             yield
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(
+                f"{path} is gone: it, or its folder, was removed, renamed or replaced during the run; nothing more is written"
+            ) from error
         except OSError as error:
             whole = CheckpointFolder(self.folder).describe_latest()
             raise InputError(f"cannot write {path}: {why_not_written(error, path)}; of the checkpoints, {whole}") from error
@@ -237,13 +252,16 @@ class RunLog:
         """Complete the files, as the end of a `with`; nothing can be logged after it. An earlier error is not covered."""
         self._bar.close()
         os.close(self._handle)
-        if self._writer is not None:
-            try:
-                with self._telling(self.folder / BOARD_NAME):
-                    self._writer.close()
-            except InputError:
-                if error is None:
-                    raise
+        if self._writer is None:
+            return
+        try:
+            with self._telling(self.folder / BOARD_NAME):
+                self._writer.close()
+        except InputError:
+            if error is None:
+                raise
+        finally:
+            threading.excepthook = self._thread_error
 
 
 class NoLog:
@@ -312,9 +330,13 @@ def write_run_file(folder: Path, start: dict[str, Any]) -> str | None:
                 path.rename(aside)
             except OSError as failure:
                 raise InputError(f"cannot move {path} aside to {aside}: {failure.strerror}") from failure
-    text = json.dumps({"starts": [*starts, start]}, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text), binary=False)
+    _write_starts(folder, [*starts, start])
     return note
+
+
+def _write_starts(folder: Path, starts: list[dict[str, Any]]) -> None:
+    text = json.dumps({"starts": starts}, indent=2) + "\n"
+    write_atomically(folder / RUN_NAME, lambda file: file.write(text), binary=False)
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:

@@ -108,15 +108,16 @@ class Saver:
         failures = self.parallel.gather(failure is not None, self._group)
         if not any(failures):
             return
-        if self.parallel.is_main:
-            shutil.rmtree(path.with_name(f".{path.name}.unfinished"), ignore_errors=True)
+        if self.parallel.is_main and (beside := path.with_name(f".{path.name}.unfinished")).exists():
+            shutil.rmtree(beside, ignore_errors=True)
+            if isinstance(failure, InputError):  # not the run's folder any more: torch's writer may have made it again
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
         text = None if failure is None else self._describe(failure, path)  # now that what was free is free again
         raise InputError(next(text for text in self.parallel.gather(text, self._group) if text))
 
     def _describe(self, failure: BaseException, path: Path) -> str:
-        if isinstance(failure, InputError):  # the folder is no longer the run's; a writer may have made an empty one
-            with contextlib.suppress(OSError):
-                path.parent.rmdir()
+        if isinstance(failure, InputError):
             return str(failure)
         if not path.parent.is_dir():
             return f"cannot write {path}: output folder {path.parent} is gone, removed, renamed or unmounted during the run"

@@ -25,7 +25,8 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from vmae.errors import InputError
-from vmae.json_files import BAD_JSON, why_no_json
+from vmae.json_files import why_no_json
+from vmae.jsontext import parse_json
 
 # A process alone knows that it is.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -105,13 +106,13 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / MANIFEST
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
         written = isinstance(content, dict) and content.pop("sha256", None) == _digest(content)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{path} is not a training checkpoint: it has no {MANIFEST}; weights alone go to --init") from error
     except OSError as error:
         raise InputError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error.strerror})") from error
-    except BAD_JSON as error:
+    except ValueError as error:
         raise InputError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({why_no_json(error)})") from error
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read (it holds no object)")
