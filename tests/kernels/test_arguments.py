@@ -192,6 +192,16 @@ def test_indices_are_integers(name, argument, backend, device):
             call(name, backend, {**arguments, argument: arguments[argument].to(dtype)})
 
 
+@pytest.mark.parametrize("name, argument", ARGUMENTS)
+def test_an_argument_of_another_precision_is_read_as_what_it_is(name, argument, device):
+    """Never as the bits of another: bfloat16 values beside float32 ones give what the same values in float32 do."""
+    arguments = operands(name, device, clips="float")
+    if arguments[argument].is_floating_point():
+        half = arguments[argument].bfloat16()
+        got, expected = (call(name, "triton", {**arguments, argument: x}).float() for x in (half, half.float()))
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
 def test_every_floating_point_argument_gets_its_gradient_or_is_refused(name, device):
     """PyTorch gives all (as finite differences say), so does "auto"; "triton" refuses those that it does not form."""
