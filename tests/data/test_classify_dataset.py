@@ -115,7 +115,7 @@ CLIP = ClipConfig(num_frames=4, image_size=16, stride=2)
 def test_a_sample_is_a_function_of_its_key(labelled):
     data = ClassifyDataset(labelled, CLIP, AugmentConfig(), num_sample=2, seed=3)
     first = data[1, 2]
-    assert first.clips.shape == (2, 4, 16, 16, 3) and first.clips.dtype == torch.uint8 and first.num_sample == 2
+    assert first.clips.shape == (2, 4, 16, 16, 3) and first.clips.dtype == torch.uint8
     assert first.targets.tolist() == [[0, 0, 1]] * 2 and first.ids == [(1, 2, labelled.entries[2].path)]
     assert torch.equal(first.clips, ClassifyDataset(labelled, CLIP, AugmentConfig(), num_sample=2, seed=3)[1, 2].clips)
     others = [data[0, 2], data[1, 7], ClassifyDataset(labelled, CLIP, AugmentConfig(), num_sample=2, seed=4)[1, 2]]

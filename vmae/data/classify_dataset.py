@@ -97,11 +97,6 @@ class LabelledBatch:
     ids: list[tuple[int, int, str]]
     replaced: list[Failure] = field(default_factory=list)
 
-    @property
-    def num_sample(self) -> int:
-        """S"""
-        return self.clips.shape[0] // len(self.ids)
-
     @classmethod
     def cat(cls, batches: list[LabelledBatch]) -> LabelledBatch:
         """Join samples (batches of B = 1) or batches, in order."""
