@@ -154,7 +154,7 @@ def evaluated(world, tmp_path_factory):
         (["other_labels.txt"], "list differs"),
         (["several.txt"], "multi_label false, true"),
         (["--batch-size", "1", "--workers", "1", "--backend", "torch", "--attention", "softmax"], None),
-        (["renamed.txt"], None),
+        (["renamed.txt", "--image-size", "32x32"], None),
     ],
 )
 def test_evaluate(world, evaluated, tmp_path, monkeypatch, capsys, flags, named):

@@ -141,8 +141,9 @@ def evaluate(
         raise InputError(f"{len(class_names)} class names for a head of {model.num_classes} classes")
     views = config.views or published_views(loaded.clip.sampling)
     multi_label = loaded.multi_label or labelled.multi
+    clip = {**loaded.clip.to_dict(), "image_size": model.config.image_hw}
     settings = {
-        **model_identity(model), "clip": loaded.clip.to_dict(), "views": views.to_dict(), "dtype": config.dtype,
+        **model_identity(model), "clip": clip, "views": views.to_dict(), "dtype": config.dtype,
         "videos": len(labelled.entries), "list": list_hash(labelled.entries, labelled.labels), "multi_label": multi_label,
         "scores": config.keep_scores or multi_label,
     }  # fmt: skip

@@ -225,7 +225,8 @@ def score_frames(
     """
     folder, model = Path(output), loaded.model.to(device)
     boxes = content_hash([(*frames_identity(frame), frame.frame, frame.boxes) for frame in frames])
-    about = {**model_identity(model), "clip": loaded.clip.to_dict(), "dtype": dtype, "key_frames": len(frames), "boxes": boxes}
+    clip = {**loaded.clip.to_dict(), "image_size": model.config.image_hw}
+    about = {**model_identity(model), "clip": clip, "dtype": dtype, "key_frames": len(frames), "boxes": boxes}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = read_log(folder / PARTS)
