@@ -20,7 +20,6 @@ from vmae.train.optim import OptimConfig
 
 # RunConfig and the effective batch are being joined; its range is checked in __post_init__.
 ELSEWHERE = {("PretrainConfig", "effective_batch")}
-# Plain argparse, no setting: `--motions` and the like are words, `--grid 8,14,14` and `--query` are read by hand.
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 
 
@@ -141,6 +140,8 @@ def test_a_wrong_number_ends_with_one_line_and_2(tmp_path, capsys, monkeypatch):
 
 
 def test_a_flag_shares_the_range_of_its_field():
+    with pytest.raises(TypeError, match="ModelConfig.qkv_bias declares no range"):
+        limits(ModelConfig, "qkv_bias")
     assert limits(OptimConfig, "lr")("1e-3") == 1e-3 and limits(ModelConfig, "num_frames")("32") == 32
     for wrong in ("0", "nan", "1e5"):
         with pytest.raises(argparse.ArgumentTypeError, match="must be a number above 0 and at most 10,000, not"):

@@ -153,8 +153,11 @@ def ranged(default: Any = dataclasses.MISSING, within: Limits | None = None) -> 
 
 @functools.cache
 def limits(owner: type, name: str) -> Limits:
-    """The range that a field of a configuration declares."""
-    return owner.__dataclass_fields__[name].metadata[_KEY]
+    """The range that a field of a configuration declares; raises TypeError where it declares none."""
+    found = owner.__dataclass_fields__[name].metadata.get(_KEY)
+    if found is None:
+        raise TypeError(f"{owner.__name__}.{name} declares no range")
+    return found
 
 
 _TUPLE = re.compile(r"tuple\[([^]]*)\]")

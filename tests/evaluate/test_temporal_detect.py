@@ -195,6 +195,9 @@ def rewrite(path, old: str, new: str) -> None:
     (lambda root: np.save(root / "features" / "v04.npy", np.zeros((20, 6), np.float32)), "another video, other windows"),
     (lambda root: rewrite(root / "d.json", "training", "train"), "it has: test, train"),
     (lambda root: rewrite(root / "d.json", '"fps": 10.0', '"fps": 0'), "above 0"),
+    (lambda root: rewrite(root / "d.json", '"fps": 10.0', '"fps": NaN'), "above 0"),
+    (lambda root: rewrite(root / "d.json", '"segment": [', '"segment": [NaN, '), "needs 0 <= start < end"),
+    (lambda root: (root / "d.json").write_text("[" * 100_000), "nested too deeply"),
 ])  # fmt: skip
 def test_bad_input_is_named_before_any_work(tmp_path, capsys, change, message):
     words = write_world(tmp_path)
