@@ -41,6 +41,7 @@ from vmae.model.temporal_head import TemporalHead
 from vmae.settings import BATCH, COUNT, SEED, SHARE_ABOVE_0, SHARE_BELOW_1, Real, Whole, limits, ranged
 from vmae.train.checkpoint import write_atomically
 from vmae.train.checks import check_output, resolve_device
+from vmae.train.identity import check_same
 
 DETECTOR, DETECTIONS, RESULTS = "detector.pth", "detections.json", "results.json"
 
@@ -342,8 +343,8 @@ def load_detector(path: Path, about: dict[str, Any]) -> tuple[TemporalHead, list
         raise InputError(f"detector {path} cannot be read: {error.strerror}") from None
     except Exception as error:  # torch.load and load_state_dict raise many kinds
         raise InputError(f"{path} is no detector of `python -m vmae detect-temporal`: {str(error).splitlines()[0]}") from None
-    if learned != about:
-        raise InputError(f"detector {path} learned from features of other weights or windows: {learned}, these are {about}")
+    holds = f"detector {path} learned from features of other weights or windows"
+    check_same(learned, about, holds, "make features as those were, or train another detector on these")
     return head.eval(), classes, config
 
 

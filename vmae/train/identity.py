@@ -1,7 +1,7 @@
 """What a result depends on: written beside it, and compared before a later start adds to it.
 
-For `evaluate`, `features`, `detect` and `distil --logits`. Here belongs what decides a number, and nothing else: not the count
-of threads, workers or ranks, not the batch size, not the device.
+For `evaluate`, `features`, `detect`, `detect-temporal --detector` and `distil --logits`. Here belongs what decides a number,
+and nothing else: not the count of threads, workers or ranks, not the batch size, not the device.
 """
 
 from __future__ import annotations
