@@ -186,12 +186,13 @@ def test_a_job_started_again_elsewhere_takes_the_lock_of_its_earlier_start(tmp_p
     assert FolderLock(tmp_path).about["launches"] == {}
 
 
-def contend(folder: Path, start, results) -> None:
+def contend(folder: Path, start, end, results) -> None:
     start.wait()
     try:
-        with FolderLock(folder):
-            time.sleep(0.1)
-        results.put("held")
+        with FolderLock(folder) as lock:
+            results.put("held")
+            end.wait()
+            lock.check()
     except InputError:
         results.put("refused")
 
@@ -209,15 +210,16 @@ def test_of_many_that_come_at_once_one_holds(tmp_path, monkeypatch, stale, links
         if stale:
             with holder(folder) as (process, _):
                 process.kill()
-        start, results = FORK.Event(), FORK.Queue()
-        crowd = [FORK.Process(target=contend, args=(folder, start, results)) for _ in range(6)]
+        start, end, results = FORK.Event(), FORK.Event(), FORK.Queue()
+        crowd = [FORK.Process(target=contend, args=(folder, start, end, results)) for _ in range(6)]
         for process in crowd:
             process.start()
         start.set()
         found = sorted(results.get(timeout=20) for _ in crowd)
+        end.set()
         for process in crowd:
             process.join()
-        assert found == ["held"] + ["refused"] * 5 and list(folder.iterdir()) == []
+        assert found == ["held"] + ["refused"] * 5 and results.empty() and list(folder.iterdir()) == []
 
 
 def test_a_lock_deleted_by_hand_comes_back_and_one_that_was_taken_ends_the_run(pretrain, at_step, tmp_path, capsys):
