@@ -186,6 +186,16 @@ def test_a_job_started_again_elsewhere_takes_the_lock_of_its_earlier_start(tmp_p
     assert FolderLock(tmp_path).about["launches"] == {}
 
 
+def test_a_lock_that_came_in_a_stale_ones_place_stays(tmp_path):
+    late = FolderLock(tmp_path)
+    stale = {**late.about, "boot": "another", "since": BOOTED - 60, "token": "stale"}
+    (tmp_path / LOCK_NAME).write_text(json.dumps(stale))
+    assert refuse_if_locked(tmp_path) == stale
+    with FolderLock(tmp_path):  # took it since
+        late._clear(stale)
+        assert (tmp_path / LOCK_NAME).exists()
+
+
 def contend(folder: Path, start, end, results) -> None:
     start.wait()
     try:
