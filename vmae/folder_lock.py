@@ -29,7 +29,8 @@ _HELD: set[str] = set()  # tokens of the locks that this process holds
 
 
 class FolderLock:
-    """`with FolderLock(folder, "a run"):` makes the folder, if need be, and is its only holder.
+    """`with FolderLock(folder, "a run"):` makes the folder, if need be, and is its only holder. One that it made, and that is
+    empty at the end, goes again.
 
     Args:
         what: for whoever is refused.
@@ -42,9 +43,11 @@ class FolderLock:
         self.folder, self.path = Path(folder), Path(folder) / LOCK_NAME
         self.about = {**_this_process(), "what": what, "token": uuid.uuid4().hex}
         self._handle: int | None = None
+        self._made = False
 
     def __enter__(self) -> FolderLock:
         try:
+            self._made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             for _ in range(10):  # more than one turn only where another one takes or leaves it at this moment
                 if self._create():
@@ -67,6 +70,8 @@ class FolderLock:
         with contextlib.suppress(OSError):
             if (_read(self.path) or {}).get("token") == self.about["token"]:
                 self.path.unlink()
+                if self._made:
+                    self.folder.rmdir()
 
     def check(self) -> None:
         """See that the folder is still there, and still this holder's; call it before something is written.

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from vmae import InputError, folder_lock
+from vmae.cli import main
 from vmae.folder_lock import LOCK_NAME, FolderLock, refuse_if_locked
 from vmae.train.checkpoint import CheckpointFolder, find_weights
 from vmae.train.loop import Trainer
@@ -98,6 +99,20 @@ def test_the_lock_is_there_during_a_run_and_gone_after_any_end(pretrain, at_step
         assert not (tmp_path / "run" / LOCK_NAME).exists()
     assert seen[0]["pid"] == os.getpid() and {"host", "started", "date", "boot"} <= set(seen[0])
     assert pretrain(tmp_path / "run") == 0 and not list((tmp_path / "run").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("detect-temporal", "FEATURES DATASET --output {run}"),
+        ("finetune", "--data {world}/train.txt --output {run} --model vit_tiny --image-size 32 --num-frames 4 --device cpu"),
+    ],
+)
+def test_other_training_commands_are_refused_too(labelled_world, tmp_path, capsys, command, flags):
+    with holder(tmp_path / "run") as (process, _):
+        assert main([command, *flags.format(run=tmp_path / "run", world=labelled_world).split()]) == 2
+        assert f"in use by a test's run (process {process.pid} on " in one_line(capsys)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_NAME]
 
 
 @pytest.mark.parametrize("waited_for", [True, False])  # False: a zombie, as under a parent that does not look

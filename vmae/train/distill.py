@@ -10,6 +10,7 @@ The teacher runs beside the student, or once before, its logits stored in bf16 w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
 from vmae.data.manifest import VideoEntry
 from vmae.errors import InputError
+from vmae.folder_lock import FolderLock
 from vmae.train import finetune_settings
 from vmae.train.finetune import Extra, Source, build_dataset, finetune, prepare_finetune, read_data, settings_of
 from vmae.train.finetune_settings import FinetuneConfig
@@ -99,7 +101,9 @@ def run(args: argparse.Namespace) -> int:
     config = _distil_config(args, base, teacher)
     with open_parallel(speed.parallel, run_config.device, shard_size=speed.shard_size) as parallel:
         if args.store is not None:
-            store_logits(config, teacher, parallel, batch_size=run_config.batch_size)
+            with contextlib.ExitStack() as stack:
+                parallel.on_main(lambda: _hold(args.logits, stack))
+                store_logits(config, teacher, parallel, batch_size=run_config.batch_size)
             return 0
         prepared, extra = prepare_distillation(config, run_config, parallel, teacher, source)
         if args.dry_run:
@@ -107,6 +111,10 @@ def run(args: argparse.Namespace) -> int:
                 print(json.dumps(prepared.describe(), indent=2))
             return 0
         return 130 if finetune(prepared, extra) == signal.SIGINT else 0
+
+
+def _hold(folder: str, stack: contextlib.ExitStack) -> None:
+    stack.enter_context(FolderLock(folder, "a teacher's logits being stored"))
 
 
 def _distil_config(args: argparse.Namespace, base: FinetuneConfig, teacher: LoadedClassifier) -> DistilConfig:
