@@ -237,7 +237,7 @@ def score_frames(
         folder.mkdir(parents=True, exist_ok=True)
         before = read_log(folder / PARTS)
         same = bool(before) and before[0] == about
-        done = {record["frame"]: record for record in before[1:]} if same else {}
+        done = {record["frame"]: record for record in before[1:] if type(record.get("frame")) is int} if same else {}
         with open(folder / PARTS, "a" if same else "w", encoding="utf-8") as part:
             part.write("\n" if same else json.dumps(about) + "\n")  # the last line may be torn: it ends here
             todo = [number for number in range(len(frames)) if number not in done]
