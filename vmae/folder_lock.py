@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import json
 import os
 import socket
@@ -28,7 +29,8 @@ _HELD: set[str] = set()  # tokens of the locks that this process holds
 
 
 class FolderLock:
-    """`with FolderLock(folder, "a run"):` makes the folder, if need be, and is its only holder.
+    """`with FolderLock(folder, "a run"):` makes the folder, if need be, and is its only holder. One that it made, and that is
+    empty at the end, goes again.
 
     Args:
         what: for whoever is refused.
@@ -41,15 +43,16 @@ class FolderLock:
         self.folder, self.path = Path(folder), Path(folder) / LOCK_NAME
         self.about = {**_this_process(), "what": what, "token": uuid.uuid4().hex}
         self._handle: int | None = None
+        self._made = False
 
     def __enter__(self) -> FolderLock:
         try:
+            self._made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             for _ in range(10):  # more than one turn only where another one takes or leaves it at this moment
                 if self._create():
                     break
-                refuse_if_locked(self.folder)
-                self._clear(_read(self.path))
+                self._clear(refuse_if_locked(self.folder))
             else:
                 raise InputError(f"output folder {self.folder} is in use: {self.path} changes hands all the time; try again")
             self._handle = os.open(self.folder, os.O_RDONLY)  # held open: some file systems number a folder anew otherwise
@@ -67,6 +70,8 @@ class FolderLock:
         with contextlib.suppress(OSError):
             if (_read(self.path) or {}).get("token") == self.about["token"]:
                 self.path.unlink()
+                if self._made:
+                    self.folder.rmdir()
 
     def check(self) -> None:
         """See that the folder is still there, and still this holder's; call it before something is written.
@@ -113,20 +118,31 @@ class FolderLock:
             beside.unlink(missing_ok=True)
 
     def _clear(self, stale: dict[str, Any] | None) -> None:
-        """Take a stale lock away, and no other that came in its place meanwhile."""
-        aside = self.folder / f".{LOCK_NAME}.stale.{self.about['token']}"
-        try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
-            return
-        if _read(aside) != stale:
-            with contextlib.suppress(OSError):
-                os.link(aside, self.path)
-        aside.unlink()
+        """Take the lock away that was found stale, and no other that came in its place meanwhile.
+
+        One after the other, as far as the file system has `flock` (else a moment remains in which two may do it; then the
+        first one to hold finds out by `check`).
+        """
+        with contextlib.suppress(FileNotFoundError):
+            handle = os.open(self.path, os.O_RDWR if os.access(self.path, os.W_OK) else os.O_RDONLY)
+            try:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+                if os.path.samestat(os.fstat(handle), os.stat(self.path)) and _read(self.path) == stale:
+                    self.path.unlink()
+            finally:
+                os.close(handle)
 
 
-def refuse_if_locked(folder: str | Path) -> None:
-    """Raises InputError where someone else holds the folder; a stale lock, and none, are fine. Nothing is written."""
+def refuse_if_locked(folder: str | Path) -> dict[str, Any] | None:
+    """See whether someone holds the folder; nothing is written.
+
+    Returns:
+        What a stale lock says; None where there is none.
+
+    Raises:
+        InputError: someone does, or that cannot be known.
+    """
     path = Path(folder) / LOCK_NAME
     try:
         holder = _read(path)
@@ -135,6 +151,7 @@ def refuse_if_locked(folder: str | Path) -> None:
     reason = None if holder is None else _why_alive(holder, _this_process())
     if reason is not None:
         raise InputError(f"output folder {folder} is in use by {_describe(holder)}. {reason.format(path=path)}")
+    return holder
 
 
 # --- Who holds it ---

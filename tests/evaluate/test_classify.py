@@ -99,7 +99,7 @@ def test_a_stopped_test_goes_on(weights, labelled_world, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         evaluate(loaded, config(labelled_world), tmp_path / "parts")
     part = tmp_path / "parts" / "predictions-0.part.jsonl"
-    part.write_text(part.read_text() + '{"video": 5, "pa')  # and a torn line
+    part.write_text(part.read_text() + '17\n{"a": 1}\n{"video": 5, "pa')  # and lines of others, and a torn one
     monkeypatch.setattr(classify, "view_probabilities", lambda *a, **k: (count.append(1), original(*a, **k))[1])
     evaluate(loaded, config(labelled_world), tmp_path / "parts")
     assert count[1:] == [1] * 4  # of seven, three were done

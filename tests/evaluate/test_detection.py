@@ -103,7 +103,8 @@ def test_a_test_that_is_started_again_goes_on(detect, tmp_path, monkeypatch):
     assert detect("--pictures", 0) == 0
     parts, whole = tmp_path / "test" / "scores.part.jsonl", (tmp_path / "test" / "detections.csv").read_bytes()
     lines = parts.read_text().splitlines(keepends=True)
-    parts.write_text("".join(lines[:4]) + lines[4][:10])  # killed within the fourth key frame's line
+    stray = "17\n{\"a\": 1}\n"
+    parts.write_text("".join(lines[:4]) + stray + lines[4][:10])  # killed within the fourth key frame's line
     (tmp_path / "test" / "detections.csv").unlink()
     asked = []
     read = detection.KeyFrameReader.read

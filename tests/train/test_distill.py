@@ -7,6 +7,7 @@ import torch
 
 from vmae import InputError, ModelConfig, build_classifier
 from vmae.cli import main
+from vmae.folder_lock import FolderLock
 from vmae.interop.upstream import load_weights
 from vmae.train.checkpoint import export_weights
 from vmae.train.distill import distillation_loss
@@ -174,3 +175,10 @@ def test_the_store_names_what_differs(tmp_path):
     (tmp_path / "logits.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         LogitStore(tmp_path, ABOUT)
+
+
+def test_a_store_that_another_process_fills_is_refused(distil, teachers, tmp_path, capsys):
+    with FolderLock(tmp_path / "logits"):
+        assert distil(teachers / "3.pth", "--logits", tmp_path / "logits", "--store", "1") == 2
+        assert f"{tmp_path / 'logits'} is in use by" in capsys.readouterr().err
+    assert not (tmp_path / "logits").exists()

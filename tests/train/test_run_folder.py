@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from vmae import InputError, folder_lock
+from vmae.cli import main
 from vmae.folder_lock import LOCK_NAME, FolderLock, refuse_if_locked
 from vmae.train.checkpoint import CheckpointFolder, find_weights
 from vmae.train.loop import Trainer
@@ -98,6 +99,20 @@ def test_the_lock_is_there_during_a_run_and_gone_after_any_end(pretrain, at_step
         assert not (tmp_path / "run" / LOCK_NAME).exists()
     assert seen[0]["pid"] == os.getpid() and {"host", "started", "date", "boot"} <= set(seen[0])
     assert pretrain(tmp_path / "run") == 0 and not list((tmp_path / "run").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("detect-temporal", "FEATURES DATASET --output {run}"),
+        ("finetune", "--data {world}/train.txt --output {run} --model vit_tiny --image-size 32 --num-frames 4 --device cpu"),
+    ],
+)
+def test_other_training_commands_are_refused_too(labelled_world, tmp_path, capsys, command, flags):
+    with holder(tmp_path / "run") as (process, _):
+        assert main([command, *flags.format(run=tmp_path / "run", world=labelled_world).split()]) == 2
+        assert f"in use by a test's run (process {process.pid} on " in one_line(capsys)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_NAME]
 
 
 @pytest.mark.parametrize("waited_for", [True, False])  # False: a zombie, as under a parent that does not look
@@ -186,12 +201,23 @@ def test_a_job_started_again_elsewhere_takes_the_lock_of_its_earlier_start(tmp_p
     assert FolderLock(tmp_path).about["launches"] == {}
 
 
-def contend(folder: Path, start, results) -> None:
+def test_a_lock_that_came_in_a_stale_ones_place_stays(tmp_path):
+    late = FolderLock(tmp_path)
+    stale = {**late.about, "boot": "another", "since": BOOTED - 60, "token": "stale"}
+    (tmp_path / LOCK_NAME).write_text(json.dumps(stale))
+    assert refuse_if_locked(tmp_path) == stale
+    with FolderLock(tmp_path):  # took it since
+        late._clear(stale)
+        assert (tmp_path / LOCK_NAME).exists()
+
+
+def contend(folder: Path, start, end, results) -> None:
     start.wait()
     try:
-        with FolderLock(folder):
-            time.sleep(0.1)
-        results.put("held")
+        with FolderLock(folder) as lock:
+            results.put("held")
+            end.wait()
+            lock.check()
     except InputError:
         results.put("refused")
 
@@ -209,15 +235,16 @@ def test_of_many_that_come_at_once_one_holds(tmp_path, monkeypatch, stale, links
         if stale:
             with holder(folder) as (process, _):
                 process.kill()
-        start, results = FORK.Event(), FORK.Queue()
-        crowd = [FORK.Process(target=contend, args=(folder, start, results)) for _ in range(6)]
+        start, end, results = FORK.Event(), FORK.Event(), FORK.Queue()
+        crowd = [FORK.Process(target=contend, args=(folder, start, end, results)) for _ in range(6)]
         for process in crowd:
             process.start()
         start.set()
         found = sorted(results.get(timeout=20) for _ in crowd)
+        end.set()
         for process in crowd:
             process.join()
-        assert found == ["held"] + ["refused"] * 5 and list(folder.iterdir()) == []
+        assert found == ["held"] + ["refused"] * 5 and results.empty() and list(folder.iterdir()) == []
 
 
 def test_a_lock_deleted_by_hand_comes_back_and_one_that_was_taken_ends_the_run(pretrain, at_step, tmp_path, capsys):

@@ -233,3 +233,28 @@ def test_torchs_word_for_a_full_disk_is_translated_where_its_cause_is_lost(tmp_p
     assert why_not_written(RuntimeError("other\nlines"), tmp_path / "x") == "other"
     error.__context__ = OSError(122, "Disk quota exceeded")
     assert why_not_written(error, tmp_path / "gone" / "x", 5_000_000) == "Disk quota exceeded (5.0 MB wanted)"
+
+
+def test_a_folder_that_is_gone_is_not_made_again(tmp_path):
+    saver = Saver(CheckpointFolder(tmp_path / "gone"))
+    with pytest.raises(InputError, match="output folder .*gone is gone"):
+        saver.save(1, content(), {"config": {}})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_folder_that_goes_away_during_a_save_gets_no_checkpoint(tmp_path, background):
+    """Its owner's check fails before the rename; an empty folder, as torch's writer makes one, goes too."""
+    (tmp_path / "run").mkdir()
+    calls = []
+
+    def check():
+        calls.append(len(os.listdir(tmp_path / "run")))
+        if len(calls) == 2:
+            raise InputError("the folder is gone")
+
+    saver = Saver(CheckpointFolder(tmp_path / "run", check=check), background=background)
+    with pytest.raises(InputError, match="^the folder is gone$"):
+        saver.save(1, content(), {"config": {}})
+        saver.finish()
+    assert calls == [0, 1] and list(tmp_path.iterdir()) == []

@@ -206,7 +206,7 @@ def describe_prediction(probabilities: Tensor, keep_scores: bool) -> Record:
 def _collect(folder: Path) -> list[Record]:
     """All predictions so far, sorted; parts that ranks have left become one file."""
     parts = sorted(folder.glob("predictions-*.part.jsonl"))
-    records = {record["video"]: record for path in (folder / PREDICTIONS, *parts) for record in read_log(path)}
+    records = {record["video"]: record for path in (folder / PREDICTIONS, *parts) for record in read_log(path, video=int)}
     ordered = [records[video] for video in sorted(records)]
     if parts:
         text = "".join(json.dumps(record) + "\n" for record in ordered)

@@ -232,7 +232,7 @@ def score_frames(
         before = read_log(folder / PARTS)
         if before:
             check_same(before[0], about, f"{folder} holds another test", f"choose another --output, or remove {folder / PARTS}")
-        done = {record["frame"]: record for record in before[1:]}
+        done = {record["frame"]: record for record in before[1:] if type(record.get("frame")) is int}
         with open(folder / PARTS, "a" if before else "w", encoding="utf-8") as part:
             part.write("\n" if before else json.dumps(about) + "\n")  # the last line may be torn: it ends here
             todo = [number for number in range(len(frames)) if number not in done]

@@ -36,6 +36,7 @@ from vmae.evaluate.temporal import (
     read_videos,
     write_detections,
 )
+from vmae.folder_lock import FolderLock
 from vmae.jsontext import parse_json
 from vmae.model.temporal_head import TemporalHead
 from vmae.settings import BATCH, COUNT, SEED, SHARE_ABOVE_0, SHARE_BELOW_1, Real, Whole, limits, ranged
@@ -378,8 +379,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The command."""
+    check_output(Path(args.output))
+    with FolderLock(args.output, "a temporal detector"):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     device, folder, output = resolve_device(args.device), Path(args.features), Path(args.output)
-    check_output(output)
     changes = {name: getattr(args, name) for name in ("epochs", "batch_size", "lr", "width", "depth", "seed")}
     changes = {name: value for name, value in changes.items() if value is not None}
     if args.detector and changes:

@@ -218,10 +218,10 @@ def _compare_lists(
     if not run.allow_list_change:
         raise InputError(
             f"{text}. Bring the list back, or choose another --output; with --allow-list-change the run goes on from step "
-            f"{manifest['step']} with samples of the new list: in another order, so that some of this epoch's videos come "
+            f"{manifest['step']} with samples of the new list: where videos moved, came or went, some of this epoch's come "
             "twice and others not at all"
         )
-    return [f"note: {text}; allowed: from step {manifest['step']} on, samples are drawn from the new list, in another order"]
+    return [f"note: {text}; allowed: from step {manifest['step']} on, samples are drawn from the new list"]
 
 
 # --- The run ---
