@@ -13,6 +13,7 @@ What `vmae.data.manifest` says of blanks in paths, comments and `#!` lines holds
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -175,6 +176,16 @@ def read_any_list(path: str | Path, data_root: str | Path | None = None, labelle
     entries, problems = read_list_with_problems(path, data_root)
     lines = split_lines(read_text(path))
     return AnyList(entries, [_fourth_column(lines[entry.line - 1], entry) for entry in entries], False, problems)
+
+
+LABELLED = {"auto": None, "yes": True, "no": False}
+
+
+def add_labelled_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--labelled", choices=list(LABELLED), default="auto",
+        help="whether the list is one for fine-tuning, with a label at each line's end; auto finds out (auto)",
+    )  # fmt: skip
 
 
 def _fourth_column(content: str, entry: VideoEntry) -> tuple[int, ...] | None:
