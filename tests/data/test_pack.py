@@ -115,6 +115,9 @@ def test_errors(tmp_path, bar_videos, monkeypatch):
     with pytest.raises(InputError, match="is damaged"):
         pack_list([], tmp_path / "out", PackConfig())
     assert main(["pack", str(cut), str(tmp_path / "x"), "--workers", "0"]) == 2
+    monkeypatch.setattr(av, "__version__", "16.1.0")
+    with pytest.raises(InputError, match="needs PyAV 17 or newer"):
+        pack_video(bar_videos["vp9"], tmp_path / "p.mp4", PackConfig())
 
 
 # --- Frames as a player shows them, in their own colours ---
@@ -240,7 +243,8 @@ def test_colours_keep_their_meaning(tmp_path, name):
         assert getattr(after, tag) == getattr(before, tag) == tags.get(tag, getattr(before, tag)), tag
     original, packed = read(source), read(tmp_path / "p.mp4")
     assert abs(packed - original).mean() < bound
-    assert abs(packed[0] - picture()).mean() < 2  # of what was encoded in the first place
+    if matrix != 9:  # which PyAV 17 cannot make
+        assert abs(packed[0] - picture()).mean() < 2  # of what was encoded in the first place
     turned = with_matrix(source, tmp_path / "t.mp4", -1, 0, 0, -1)
     pack_video(turned, tmp_path / "q.mp4", QUICK)
     assert abs(read(tmp_path / "q.mp4") - original[:, ::-1, ::-1]).mean() < bound

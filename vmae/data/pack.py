@@ -77,13 +77,15 @@ def pack_video(source: str | Path, target: str | Path, config: PackConfig) -> in
 
     Raises:
         DecodeError: the video cannot be decoded to its end, or loses frames on the way.
-        InputError: PyAV is not installed, or lacks the encoder.
+        InputError: PyAV is not installed, or too old.
         OSError: `target` cannot be written.
     """
     try:
         import av
     except ImportError as error:
         raise InputError(f"packing needs PyAV ({error}): `pip install av`") from None
+    if int(av.__version__.split(".")[0]) < 17:  # 14 to 16 squeeze full range into limited, whatever they are told
+        raise InputError(f"packing needs PyAV 17 or newer, to keep colours as they are; {av.__version__} is installed")
     with open_video(source, "pyav") as reader:
         expected = len(reader)
     part = Path(target).with_suffix(".part.mp4")
@@ -112,16 +114,18 @@ def _encode(container, out, config: PackConfig) -> int:
     rate, time_base = source.average_rate or 25, source.time_base
     frames, last, first = 0, None, None
     for frame in container.decode(source):
-        shape = (frame.width, frame.height, read_orientation(frame, container.name))
+        if first is None or frame.key_frame:  # asking every frame for its matrix costs a tenth of decoding
+            orientation = read_orientation(frame, container.name)
+        shape = (frame.width, frame.height, orientation)
         if first is None:
-            first, stream = shape, _add_stream(out, frame, source, shape[2], config)
+            first, stream = shape, _add_stream(out, frame, source, orientation, config)
         if frame.is_corrupt or shape != first:
             fault = "is corrupt" if frame.is_corrupt else "has another size or rotation than the first"
             raise DecodeError(f"{container.name}: cannot be decoded: frame {frames} {fault}")
         if frame.pts is None or (last is not None and frame.pts <= last):  # AVI: no times; keep the order
             frame.pts = 0 if last is None else last + max(round(1 / (float(rate) * time_base)), 1)
         last = frame.pts
-        packed = _convert(frame, packed_size(frame.width, frame.height, config.short_side), shape[2], to_yuv)
+        packed = _convert(frame, packed_size(frame.width, frame.height, config.short_side), orientation, to_yuv)
         packed.pts, packed.time_base, packed.pict_type = last, time_base, 0
         out.mux(stream.encode(packed))
         frames += 1
@@ -140,7 +144,7 @@ def _add_stream(out, frame, source, orientation: Orientation, config: PackConfig
     context.time_base = source.time_base
     is_rgb = frame.format.is_rgb
     context.color_range, context.colorspace = (_LIMITED, _BT601) if is_rgb else (_range(frame), frame.colorspace)
-    context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
+    context.color_primaries, context.color_trc = source.codec_context.color_primaries, source.codec_context.color_trc
     if aspect:  # pixels that are not square stay so
         context.sample_aspect_ratio = 1 / aspect if orientation.transpose else aspect
     return stream
