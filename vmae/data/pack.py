@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from vmae.data.check import decode_clip
 from vmae.data.decode import DecodeError, open_video
+from vmae.data.decode_pyav import UPRIGHT, Orientation, read_orientation
 from vmae.data.labels import LABELLED, add_labelled_argument, read_any_list
 from vmae.data.manifest import VideoEntry, raise_problems, write_list
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine, list_failures
@@ -155,39 +156,6 @@ def _add_stream(out, frame, source, orientation: Orientation, config: PackConfig
 _LIMITED, _FULL, _BT601, _SWS_BT601 = 1, 2, 6, 5  # FFmpeg's numbers: color ranges, a matrix in tags and in swscale
 
 
-@dataclass(frozen=True)
-class Orientation:
-    """How a stored picture is displayed: first transposed, then mirrored."""
-
-    transpose: bool = False
-    mirror_x: bool = False
-    mirror_y: bool = False
-
-    def apply(self, picture: np.ndarray) -> np.ndarray:
-        """[H, W, ...] or [W, H, ...] of a stored [H, W, ...]."""
-        picture = picture.swapaxes(0, 1) if self.transpose else picture
-        return picture[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
-
-
-_UPRIGHT = Orientation()
-
-
-def read_orientation(frame, path: str) -> Orientation:
-    """By a frame's display matrix (ISO/IEC 14496-12, 8.3.2): x' = a x + c y, y' = b x + d y. Sizes are not scaled by it.
-
-    Raises:
-        DecodeError: it turns by an angle that is no multiple of 90 degrees (by more than one degree).
-    """
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return _UPRIGHT
-    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
-    straight, turned = max(abs(a), abs(d)), max(abs(b), abs(c))
-    if min(straight, turned) > 0.0175 * max(straight, turned):
-        raise DecodeError(f"{path}: cannot be decoded: it is displayed at an angle that is no multiple of 90 degrees")
-    return Orientation(turned > straight, *((c < 0, b < 0) if turned > straight else (a < 0, d < 0)))
-
-
 def _range(frame) -> int:
     """How the luma of a frame is meant: full (0 to 255, `yuvj` is FFmpeg's old word for it), limited, or not told."""
     return _FULL if frame.format.name.startswith("yuvj") else int(frame.color_range)
@@ -201,7 +169,7 @@ def _convert(frame, size: tuple[int, int], orientation: Orientation, to_yuv):
     after, matrix = (_LIMITED, _BT601) if frame.format.is_rgb else (before, None)
     ranges = {"src_color_range": before, "dst_color_range": after, "dst_colorspace": matrix and _SWS_BT601}
     frame = to_yuv.reformat(frame, *size, "yuv420p", interpolation="AREA", **ranges)
-    if orientation == _UPRIGHT:
+    if orientation == UPRIGHT:
         return frame
     samples, (width, height) = frame.to_ndarray().reshape(-1), size
     luma, chroma = width * height, width * height // 4
