@@ -245,7 +245,7 @@ def _refuse_tables(content: str, where: str) -> None:
         raise InputError(
             f"{where}: this is Kinetics' own table, which names YouTube clips, not files. Write a list of the clips that you "
             "have, `path label` a line (most downloaders call them YOUTUBEID_START_END.mp4, both numbers of six digits), the "
-            "label being the class's number from 0 in a list of class names; pre-training needs the paths alone"
+            "label being the class's number from 0 (docs/own_data.md has the lines for it); pre-training needs the paths alone"
         )
     if _JSON.match(content):
         raise InputError(f"{where}: this looks like JSON; a list is text, one video a line: {_FORMATS}")
