@@ -99,6 +99,8 @@ def test_nothing_to_explain(folder, tmp_path):
     (tmp_path / "good.txt").write_text(f"{BIKES} 0 -1\n")
     assert explain_list(tmp_path / "good.txt") == []
     assert explain_list(tmp_path / "none.txt") == []
+    (tmp_path / "k.csv").write_text("label,youtube_id,time_start,time_end,split\nzumba,abc,1,11,train\n")
+    assert explain_list(tmp_path / "k.csv") == []
 
 
 def test_bad_arguments(folder):

@@ -27,7 +27,16 @@ from vmae.data.containers import container_kind, read_mp4_track
 from vmae.data.decode import DecodeError, find_backends, open_video
 from vmae.data.decode_pyav import UPRIGHT, Orientation, read_orientation
 from vmae.data.labels import LABELLED, AnyList, add_labelled_argument, read_any_list
-from vmae.data.manifest import VideoEntry, check_listable, is_comment, read_text, split_lines, unquote, write_list
+from vmae.data.manifest import (
+    VideoEntry,
+    check_listable,
+    foreign_table,
+    is_comment,
+    read_text,
+    split_lines,
+    unquote,
+    write_list,
+)
 from vmae.data.sampling import sample_frame_indices
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
@@ -160,6 +169,8 @@ def explain_list(path: str | Path, data_root: str | None = None) -> list[str]:
     try:
         lines = [unquote(line) for line in split_lines(read_text(path)) if line and not is_comment(line)]
     except InputError:
+        return []
+    if lines and foreign_table(lines[0]):
         return []
     total, found = len(lines), []
 

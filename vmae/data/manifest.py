@@ -233,22 +233,21 @@ def parse_lines(text: str, name: str, parse_line: ParseLine) -> list[Line]:
             if content.startswith("#!"):
                 stride, pattern = _parse_directive(content, where, stride, pattern)
             continue
-        if not lines:
-            _refuse_tables(content, where)
+        if not lines and (foreign := foreign_table(content)):
+            raise InputError(f"{where}: {foreign}")
         lines.append(parse_line(unquote(content), where, number, stride, pattern))
     return lines
 
 
-def _refuse_tables(content: str, where: str) -> None:
-    """Files that come with data sets and name no files: the first line tells."""
+def foreign_table(content: str) -> str | None:
+    """What kind of file that names no videos begins with this line, and what to do; None for a list."""
     if _KINETICS.match(content):
-        raise InputError(
-            f"{where}: this is Kinetics' own table, which names YouTube clips, not files. Write a list of the clips that you "
-            "have, `path label` a line (most downloaders call them YOUTUBEID_START_END.mp4, both numbers of six digits), the "
-            "label being the class's number from 0 (docs/own_data.md has the lines for it); pre-training needs the paths alone"
+        return (
+            "this is Kinetics' own table, which names YouTube clips, not files. Write a list of the clips that you have, "
+            "`path label` a line (most downloaders call them YOUTUBEID_START_END.mp4, both numbers of six digits), the label "
+            "being the class's number from 0 (docs/own_data.md has the lines for it); pre-training needs the paths alone"
         )
-    if _JSON.match(content):
-        raise InputError(f"{where}: this looks like JSON; a list is text, one video a line: {_FORMATS}")
+    return f"this looks like JSON; a list is text, one video a line: {_FORMATS}" if _JSON.match(content) else None
 
 
 def _parse_directive(
