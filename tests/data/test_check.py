@@ -75,7 +75,7 @@ def test_a_file_that_hangs(monkeypatch):
         ("films/a.mp4|0|-1\n", "apart by '|'"),
         ("'films/a.mp4' 0 -1\n", "quotes"),
         ("path,label\nfilms/a.mp4,3\nfilms/b.mp4,4\n", "table's head"),
-        ("films/none.mp4 3;17\nfilms/gone.mp4 4\n", "none of the first 2 paths exists"),
+        ("films/none.mp4 3;17\nfilms/gone.mp4 4;5\n", "none of the first 2 paths exists"),
         ("films\\a.mp4 0 -1\n", "backslashes"),
         ("a.mp4 0 -1\nb.mp4 0 -1\n", "none of the first 2 paths exists; --data-root"),
         ("/old/disk/films/a.mp4 0 -1\n", "is there as"),
@@ -93,6 +93,7 @@ def test_explained(tmp_path, capsys, text, hint):
     assert main(["check-data", str(path)]) == 2
     error = capsys.readouterr().err
     assert "likely: " in error and hint in error and "Traceback" not in error
+    assert ("apart by" in error) == ("apart by" in hint)
 
 
 def test_nothing_to_explain(folder, tmp_path):

@@ -116,6 +116,17 @@ def test_columns_of_pre_training_with_a_label(world):
     assert found.labels == [(3,), (2,)] and [entry.kind for entry in found.entries] == ["video", "video"]
 
 
+@pytest.mark.parametrize("name, first", [("walk 3", 3), ("2 2", 0)])
+def test_a_number_of_the_path_is_no_label(world, name, first):
+    """`walk 3 3 3`: folder `walk 3` from 3, not folder `walk` with label 3."""
+    (world / name).mkdir()
+    for number in range(first, first + 3):
+        (world / name / f"img_{number:05}.jpg").touch()
+    (world / "list.txt").write_text(f"{name} {first} 3\n")
+    found = read_any_list(world / "list.txt")
+    assert (found.labelled, found.labels) == (False, [None]) and found.entries[0].path.endswith(name)
+
+
 @pytest.mark.parametrize("name", ["a\nb.mp4", "a.mp4 ", "a.mp4,", "a\udcff.mp4"])
 def test_names_that_no_list_can_hold(tmp_path, name):
     with pytest.raises(InputError, match="rename the file"):
