@@ -58,7 +58,7 @@ class PyavReader(VideoReader):
     def _first_video(self, container):
         if not container.streams.video:
             raise DecodeError(f"{self.path}: cannot be opened: no video stream")
-        stream = container.streams.video[0]
+        stream = container.streams.best("video")
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1
         return stream
 
@@ -80,15 +80,30 @@ class PyavReader(VideoReader):
             raise DecodeError(f"{self.path}: cannot be decoded: the size of its pictures changes")
         return np.stack(pictures)
 
-    def iterate(self) -> Iterator[np.ndarray]:
+    @property
+    def stream(self):
+        """PyAV's stream that the frames come from."""
+        return self._stream
+
+    def decoded(self) -> Iterator:
+        """Every frame once, in order, as PyAV's `VideoFrame`: stored pixels, not turned.
+
+        Raises:
+            av.FFmpegError: a frame cannot be decoded.
+        """
         import av
 
         shown = None if self._counted else set(self._times.tolist())
+        with av.open(self.path) as container:
+            for frame in container.decode(self._first_video(container)):
+                if shown is None or frame.pts in shown:
+                    yield frame
+
+    def iterate(self) -> Iterator[np.ndarray]:
+        import av
+
         try:
-            with av.open(self.path) as container:
-                for frame in container.decode(self._first_video(container)):
-                    if shown is None or frame.pts in shown:
-                        yield self._pixels(frame)
+            yield from map(self._pixels, self.decoded())
         except DecodeError as error:
             error.library = self.backend
             raise

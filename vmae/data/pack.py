@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from vmae.data.check import decode_clip
 from vmae.data.decode import DecodeError, open_video
-from vmae.data.decode_pyav import UPRIGHT, Orientation, read_orientation
+from vmae.data.decode_pyav import UPRIGHT, Orientation, PyavReader, read_orientation
 from vmae.data.labels import LABELLED, add_labelled_argument, read_any_list
 from vmae.data.manifest import VideoEntry, raise_problems, write_list
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine, list_failures
@@ -87,12 +87,10 @@ def pack_video(source: str | Path, target: str | Path, config: PackConfig) -> in
         raise InputError(f"packing needs PyAV ({error}): `pip install av`") from None
     if int(av.__version__.split(".")[0]) < 17:  # 14 to 16 squeeze full range into limited, whatever they are told
         raise InputError(f"packing needs PyAV 17 or newer, to keep colours as they are; {av.__version__} is installed")
-    with open_video(source, "pyav") as reader:
-        expected = len(reader)
     part = Path(target).with_suffix(".part.mp4")
     try:
-        with av.open(os.path.abspath(source)) as container, av.open(str(part), "w") as out:
-            frames = _encode(container, out, config)
+        with open_video(source, "pyav") as reader, av.open(str(part), "w") as out:
+            frames, expected = _encode(reader, out, config), len(reader)
         if frames != expected:
             raise DecodeError(f"{source}: cannot be decoded: {frames} of {expected} frames came out")
     except av.FFmpegError as error:
@@ -107,22 +105,22 @@ def pack_video(source: str | Path, target: str | Path, config: PackConfig) -> in
     return frames
 
 
-def _encode(container, out, config: PackConfig) -> int:
-    """Encode the video that readers show; returns the number of frames."""
+def _encode(reader: PyavReader, out, config: PackConfig) -> int:
+    """Encode the frames that readers give; returns how many."""
     from av.video.reformatter import VideoReformatter
 
-    source, to_yuv = container.streams.best("video"), VideoReformatter()
+    source, to_yuv = reader.stream, VideoReformatter()
     rate, time_base = source.average_rate or 25, source.time_base
     frames, last, first = 0, None, None
-    for frame in container.decode(source):
+    for frame in reader.decoded():
         if first is None or frame.key_frame:  # asking every frame for its matrix costs a tenth of decoding
-            orientation = read_orientation(frame, container.name)
+            orientation = read_orientation(frame, reader.path)
         shape = (frame.width, frame.height, orientation)
         if first is None:
             first, stream = shape, _add_stream(out, frame, source, orientation, config)
         if frame.is_corrupt or shape != first:
             fault = "is corrupt" if frame.is_corrupt else "has another size or rotation than the first"
-            raise DecodeError(f"{container.name}: cannot be decoded: frame {frames} {fault}")
+            raise DecodeError(f"{reader.path}: cannot be decoded: frame {frames} {fault}")
         if frame.pts is None or (last is not None and frame.pts <= last):  # AVI: no times; keep the order
             frame.pts = 0 if last is None else last + max(round(1 / (float(rate) * time_base)), 1)
         last = frame.pts
@@ -145,7 +143,7 @@ def _add_stream(out, frame, source, orientation: Orientation, config: PackConfig
     context.time_base = source.time_base
     is_rgb = frame.format.is_rgb
     context.color_range, context.colorspace = (_LIMITED, _BT601) if is_rgb else (_range(frame), frame.colorspace)
-    context.color_primaries, context.color_trc = source.codec_context.color_primaries, source.codec_context.color_trc
+    context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
     if aspect:  # pixels that are not square stay so
         context.sample_aspect_ratio = 1 / aspect if orientation.transpose else aspect
     return stream
