@@ -43,11 +43,11 @@ from vmae.data.manifest import (
 )
 from vmae.errors import InputError
 
-_LABELS = re.compile(r"(.+?)(?:\s*,\s*|\s+)([+-]?\d{1,18}(?:;[+-]?\d{1,18})*)")
-_NUMBERS = re.compile(r"(.+?)(?:\s*,\s*|\s+)(\d{1,18})(?:(?:\s*,\s*|\s+)(\d{1,18}|-1))?")
+_LABELS = re.compile(r"(.+?)(?:\s*,\s*|\s+)([+-]?\d+(?:;[+-]?\d+)*)")
+_NUMBERS = re.compile(r"(.+?)(?:\s*,\s*|\s+)(\d+)(?:(?:\s*,\s*|\s+)(\d+|-1))?")
 _FORMATS = "write `path label` for a video, `folder frames label` for images, several labels as 3;17"
 _FOURTH = re.compile(r"(.+?)(?:\s*,\s*|\s+)\d{1,18}(?:\s*,\s*|\s+)(\d{1,18}|-1)(?:\s*,\s*|\s+)(\d{1,18})")
-_LABEL = re.compile(r"[+-]?\d{1,18}(?:;[+-]?\d{1,18})*")
+_LABEL = re.compile(r"[+-]?\d+(?:;[+-]?\d+)*")
 HEAD_NAMES = ("head.weight", "head.bias")
 
 

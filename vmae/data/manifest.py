@@ -39,7 +39,7 @@ DEFAULT_PATTERN = "img_{:05}.jpg"
 SOURCE_STRIDES = {"SomethingV2": 2}
 SOURCE_PATTERNS = {"SomethingV2": "img_{:05}.jpg", "AVA2.2": "image_{:06}.jpg"}
 
-_SEPARATOR, _NUMBER = r"(?:\s*,\s*|\s+)", r"([+-]?\d{1,18})"
+_SEPARATOR, _NUMBER = r"(?:\s*,\s*|\s+)", r"([+-]?\d+)"
 _ENDS_WITH = {count: re.compile("(.+?)" + count * (_SEPARATOR + _NUMBER)) for count in (1, 2, 3)}
 _FORMATS = "write `path 0 -1` for a video, `folder start total` for frames, or a path alone for a video"
 _QUOTED = re.compile(r'"(?:[^"]|"")*"(?=[\s,]|$)')
