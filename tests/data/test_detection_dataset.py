@@ -93,6 +93,11 @@ def test_videos_that_are_not_there(videos, tmp_path):
         key_frames(ROWS[:1], "a.csv", find_videos(tmp_path, ["v"]), CLIP)
     with pytest.raises(InputError, match="does not exist"):
         find_videos(tmp_path / "none", ["v"])
+    for name in ("v.mp4", "v.gif", "w.mp4"):
+        (tmp_path / name).touch()
+    assert set(find_videos(tmp_path, ["w"])) == {"w"}
+    with pytest.raises(InputError, match="v.gif and .*v.mp4 are both video 'v'"):
+        find_videos(tmp_path, ["v"])
 
 
 def test_boxes_by_hand():

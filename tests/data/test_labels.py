@@ -7,11 +7,13 @@ import torch
 
 from vmae.data.labels import (
     convert_head,
+    read_any_list,
     read_class_names,
     read_label_map,
     read_labelled_list,
     write_labelled_list,
 )
+from vmae.data.manifest import VideoEntry, write_list
 from vmae.errors import InputError
 
 
@@ -89,16 +91,75 @@ def test_written_lists_read_back(world):
     ]
 
 
+@pytest.mark.parametrize(
+    "text, labelled, labels",
+    [
+        ("a.mp4 3\nb c.mp4,0\n", True, [(3,), (0,)]),
+        ("a.mp4 3;1\nframes 2 1\n", True, [(3, 1), (1,)]),
+        ("frames 2 5\n", True, [(5,)]),  # 2 images from 1, not 5 from 2, as the folder shows
+        ("walk 2 2 1\ntake 3 2\n", True, [(1,), (2,)]),
+        ("frames 0 3\n", False, [None]),
+        ("a.mp4\nframes 0 3\n", False, [None, None]),
+        ("a.mp4 0 -1\n", False, [None]),
+        ("a.mp4 0 -1 17\nb c.mp4\nframes 0 3 2\n", False, [(17,), None, (2,)]),
+        ("take 3 0 -1\nwalk 2 0 3 7\n", False, [None, (7,)]),
+        ("a.mp4 0 -1\nb c.mp4 0\na.mp4 0 -1\n", False, None),  # one bad line does not make it a labelled list
+    ],
+)
+def test_lists_of_either_kind(world, text, labelled, labels):
+    for name in ("walk 2", "frames"):
+        (world / name / "img_00003.jpg").unlink(missing_ok=True)
+    (world / "list.txt").write_text(text)
+    if labels is None:
+        with pytest.raises(InputError, match="line 2: malformed: one number after the path"):
+            read_any_list(world / "list.txt")
+        return
+    found = read_any_list(world / "list.txt")
+    assert (found.labelled, found.labels, found.problems) == (labelled, labels, [])
+    write_list(world / "copy.txt", found.entries, found.labels, labelled=found.labelled)
+    again = read_labelled_list(world / "copy.txt") if labelled else read_any_list(world / "copy.txt")
+    assert again.labels == labels
+    assert [(e.path, e.kind, e.start, e.total) for e in again.entries] == [
+        (e.path, e.kind, e.start, e.total) for e in found.entries
+    ]
+
+
+def test_columns_of_pre_training_with_a_label(world):
+    found = read(world, "a.mp4 0 -1 3\nb c.mp4,0,-1,2\n")
+    assert found.labels == [(3,), (2,)] and [entry.kind for entry in found.entries] == ["video", "video"]
+
+
+@pytest.mark.parametrize("name, first", [("walk 3", 3), ("2 2", 0)])
+def test_a_number_of_the_path_is_no_label(world, name, first):
+    """`walk 3 3 3`: folder `walk 3` from 3, not folder `walk` with label 3."""
+    (world / name).mkdir()
+    for number in range(first, first + 3):
+        (world / name / f"img_{number:05}.jpg").touch()
+    (world / "list.txt").write_text(f"{name} {first} 3\n")
+    found = read_any_list(world / "list.txt")
+    assert (found.labelled, found.labels) == (False, [None]) and found.entries[0].path.endswith(name)
+
+
+@pytest.mark.parametrize("name", ["a\nb.mp4", "a.mp4 ", "a.mp4,", "a\udcff.mp4"])
+def test_names_that_no_list_can_hold(tmp_path, name):
+    with pytest.raises(InputError, match="rename the file"):
+        write_list(tmp_path / "list.txt", [VideoEntry(str(tmp_path / name))])
+    assert not list(tmp_path.iterdir())
+
+
 def test_class_names(tmp_path):
     forms = {
         "plain.txt": "eating cake\nhi, you\n",
         "numbered.csv": "id,name\n1,\"hi, you\"\n0,eating cake\n",
         "list.json": '["eating cake", "hi, you"]',
         "dict.json": '{"hi, you": 1, "eating cake": "0"}',
+        "comments.txt": "\ufeff# names\r\n\r\neating cake\r\n  #\r\nhi, you\r\n",
     }  # fmt: skip
     for name, text in forms.items():
         (tmp_path / name).write_text(text)
         assert read_class_names(tmp_path / name) == ["eating cake", "hi, you"], name
+    (tmp_path / "tags.txt").write_text("#selfie\n# a comment\nhi\n")
+    assert read_class_names(tmp_path / "tags.txt") == ["#selfie", "hi"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from vmae.data.labels import read_labelled_list
 from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry, read_list
 from vmae.errors import InputError
 
@@ -72,6 +73,97 @@ def test_a_path_that_ends_in_a_number_before_a_video_marker(folder):
 def test_comments_and_blank_lines_keep_line_numbers(folder):
     path = write(folder, "# my videos\r\n\r\na.mp4 0 -1\r\n   # indented\r\n\nframes 3 5\n")
     assert [(entry.path, entry.line) for entry in read_list(path)] == [("a.mp4", 3), ("frames", 6)]
+
+
+@pytest.mark.parametrize("name", ["#hashtag.mp4", "#1.mp4", "##.mp4"])
+def test_only_a_blank_makes_a_comment(folder, name):
+    (folder / name).touch()
+    path = write(folder, f"#\n# {name}\n#\t{name}\na.mp4\n  {name} 0 -1\n")
+    assert [(entry.path, entry.line) for entry in read_list(path)] == [("a.mp4", 4), (name, 5)]
+
+
+def test_what_looks_like_a_comment_and_is_no_file_says_so(folder):
+    with pytest.raises(InputError, match="line 1: '#mine' does not exist .for a comment, write a blank after the #"):
+        read_list(write(folder, "#mine\na.mp4\n"))
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\n", " \t\r\n"])
+def test_line_ends(folder, end):
+    (folder / "list.txt").write_bytes(end.join(["a.mp4 0 -1", "# words", "my clip 2.mp4", ""]).encode())
+    assert [(entry.path, entry.line) for entry in read_list(folder / "list.txt")] == [("a.mp4", 1), ("my clip 2.mp4", 3)]
+
+
+@pytest.mark.parametrize(
+    "line", ['"one, two.mp4",0,-1', '"one, two.mp4" 0 -1 17', '"one, two.mp4"', '"one, two.mp4", "0", "-1"']
+)
+def test_quoted_paths(folder, line):
+    (folder / "one, two.mp4").touch()
+    assert read_one(folder, line) == VideoEntry("one, two.mp4", "video", 0, -1, None, DEFAULT_PATTERN, 1)
+
+
+def test_a_quote_that_quotes_nothing_belongs_to_the_name(folder):
+    (folder / '"live" 3.mp4').touch()
+    (folder / '"a"b.mp4').touch()
+    assert read_one(folder, '"""live"" 3.mp4" 0 -1').path == '"live" 3.mp4'
+    assert read_one(folder, '"a"b.mp4 0 -1').path == '"a"b.mp4'
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "http://127.0.0.1:1/x.mp4", "file:x.mp4", "concat:a.mp4|a.mp4"])
+def test_what_looks_like_an_address_is_a_file_where_there_is_one(folder, name):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).touch()
+    assert read_one(folder, name).path == name
+
+
+@pytest.mark.parametrize("line", ["http://example.org/x.mp4", "s3://bucket/x.mp4 0 -1", "gs://bucket/x.mp4 0 -1 17"])
+def test_addresses(folder, line):
+    with pytest.raises(InputError, match="line 2: .*x.mp4' is an address, which is not supported; download it first"):
+        read_list(write(folder, f"a.mp4\n{line}\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("x.m3u8", b"", "playlist or manifest .\\.m3u8"),
+        ("X.MPD", b"", "playlist or manifest .\\.mpd"),
+        ("x.ffconcat", b"\0" * 100000, "ffconcat"),
+        ("x.mp4", b"#EXTM3U\n#EXTINF:1\na.mp4\n", "HLS playlist"),
+        ("x.mp4", b"\xef\xbb\xbf\n#extm3u\n", "HLS playlist"),
+        ("x.mp4", b"<!--skip--><MPD xmlns='urn:mpeg:dash:schema:mpd:2011'>", "XML manifest .<mpd>"),
+        ("x.mkv", b"ffconcat version 1.0\nfile a.mp4\n", "concat list"),
+        ("x", b"[playlist]\nFile1=a.mp4\n", "playlist"),
+        ("x.avi", b"v=0\no=- 0 0 IN IP4 127.0.0.1\n", "SDP"),
+    ],
+)
+def test_playlists_are_refused(folder, name, content, kind):
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"line 2: .*{kind}.*ffmpeg -i FILE -c copy"):
+        read_list(write(folder, f"a.mp4\n{name} 0 -1\n"))
+
+
+def test_only_regular_files(folder):
+    os.mkfifo(folder / "pipe.mp4")
+    with pytest.raises(InputError, match="line 2: 'pipe.mp4' is .*pipe"):
+        read_list(write(folder, "a.mp4\npipe.mp4\n"))
+
+
+@pytest.mark.parametrize(
+    "head", ["label,youtube_id,time_start,time_end,split", '"youtube_id","time_start","time_end","split","is_cc"']
+)
+def test_the_table_of_kinetics_says_what_to_do(folder, head):
+    path = write(folder, f"{head}\ntestifying,---QUuC4vJs,84,94,train\n")
+    for read in (read_list, read_labelled_list):
+        with pytest.raises(InputError, match="line 1: this is Kinetics' own table.*`path label`.*YOUTUBEID_START_END.mp4"):
+            read(path)
+
+
+def test_a_folder_in_place_of_a_list(folder):
+    (folder / "sub" / "SomethingV2").mkdir(parents=True)
+    (folder / "sub" / "SomethingV2" / "#B.WebM").touch()
+    assert [(entry.path, entry.line, entry.stride) for entry in read_list(folder)] == [
+        (str(folder / "a.mp4"), 1, None), (str(folder / "my clip 2.mp4"), 2, None),
+        (str(folder / "sub" / "SomethingV2" / "#B.WebM"), 3, 2),
+    ]  # fmt: skip
 
 
 def test_byte_order_mark(folder):
@@ -191,14 +283,18 @@ def test_order_of_a_long_list(folder):
 def test_list_file_itself(folder):
     with pytest.raises(InputError, match="'none.txt' does not exist"):
         read_list("none.txt")
-    with pytest.raises(InputError, match="is a folder"):
-        read_list(folder)
     for text in ("", "\n\n", "# only a comment\n#! stride=2\n"):
         with pytest.raises(InputError, match="has no entries"):
             read_list(write(folder, text))
     (folder / "video.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(range(256)))
     with pytest.raises(InputError, match="is not text"):
         read_list(folder / "video.mp4")
+    (folder / "wide.txt").write_text("a.mp4\n", encoding="utf-16")
+    with pytest.raises(InputError, match="is UTF-16 text; save it as UTF-8"):
+        read_list(folder / "wide.txt")
+    (folder / "j.txt").write_text('[{"id": "1", "label": "x"}]')
+    with pytest.raises(InputError, match="looks like JSON"):
+        read_list(folder / "j.txt")
     (folder / "latin.txt").write_bytes("a.mp4\nf\xfcr.mp4\n".encode("latin-1"))
     with pytest.raises(InputError, match="line 2: not UTF-8"):
         read_list(folder / "latin.txt")

@@ -2,7 +2,7 @@
 
 Each video is opened, and one clip of it is decoded, in worker processes that are replaced if a file hangs or crashes
 them. What comes out: a table; `report.json` with a record for each video; `histogram.png`; `clean.txt`, the list
-without the bad ones. A list that cannot be read is explained instead.
+without the bad ones, its labels kept. A list that cannot be read is explained instead. A folder is checked like a list.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,28 @@ from tqdm import tqdm
 from vmae.data.augment import crop_and_resize, sample_crop
 from vmae.data.containers import container_kind, read_mp4_track
 from vmae.data.decode import DecodeError, find_backends, open_video
-from vmae.data.manifest import VideoEntry, read_list_with_problems
+from vmae.data.decode_pyav import UPRIGHT, Orientation, read_orientation
+from vmae.data.labels import LABELLED, AnyList, add_labelled_argument, read_any_list
+from vmae.data.manifest import (
+    VideoEntry,
+    check_listable,
+    foreign_table,
+    is_comment,
+    read_text,
+    split_lines,
+    unquote,
+    write_list,
+)
 from vmae.data.sampling import sample_frame_indices
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
 from vmae.settings import PROCESSES, Real
+
+_ROTATIONS = {  # degrees clockwise
+    Orientation(transpose=True, mirror_x=True): 90,
+    Orientation(mirror_x=True, mirror_y=True): 180,
+    Orientation(transpose=True, mirror_y=True): 270,
+}
 
 
 def decode_clip(
@@ -57,10 +75,12 @@ def decode_clip(
 
 
 def inspect_stream(path: str) -> dict[str, Any]:
-    """Codec and length of the groups of pictures, from the packets, undecoded; what is not known is left out.
+    """What the packets and the first frame show; what is not known is left out.
 
     Returns:
-        `codec`, `gop` (median frames from one key frame to the next), `open_gop` (MP4 only).
+        `codec`, `gop` (median frames from one key frame to the next), `open_gop` (MP4 only), `video_streams`, and where
+        pixels are not shown as they are stored: `rotation` (90, 180 or 270 degrees clockwise, or "mirrored") and
+        `sample_aspect` ("4:3").
     """
     found: dict[str, Any] = {}
     track = read_mp4_track(path) if container_kind(path) == "MP4" else None
@@ -71,14 +91,29 @@ def inspect_stream(path: str) -> dict[str, Any]:
     except ImportError:
         return found
     try:
-        with av.open(path) as container:
-            stream = container.streams.video[0]
-            found["codec"] = stream.codec_context.name
-            keys = [packet.is_keyframe for packet in container.demux(stream) if packet.size]
+        with av.open(os.path.abspath(path)) as container:
+            stream, frame, keys = container.streams.best("video"), None, []
+            covers = [other for other in container.streams.video if other.disposition & type(other.disposition).attached_pic]
+            found |= {"codec": stream.codec_context.name, "video_streams": len(container.streams.video) - len(covers)}
+            for packet in container.demux(stream):
+                if packet.size:
+                    keys.append(packet.is_keyframe)
+                frame = frame or next(iter(packet.decode()), None)
+            found |= _shown_otherwise(frame, path, stream.sample_aspect_ratio)
     except Exception:  # the decoder that a run uses has the say whether the file is bad
         return found
     places = [*np.flatnonzero(keys).tolist(), len(keys)]
     return {**found, "gop": statistics.median(b - a for a, b in zip(places, places[1:]))} if len(places) > 1 else found
+
+
+def _shown_otherwise(frame, path: str, aspect: Fraction | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    orientation = read_orientation(frame, path)
+    if orientation != UPRIGHT:
+        found["rotation"] = _ROTATIONS.get(orientation, "mirrored")
+    if aspect not in (None, 0, 1):
+        found["sample_aspect"] = f"{aspect.numerator}:{aspect.denominator}"
+    return found
 
 
 def check_entry(entry: VideoEntry, backend: str = "auto") -> dict[str, Any]:
@@ -133,24 +168,23 @@ def check_entries(
 def explain_list(path: str | Path, data_root: str | None = None) -> list[str]:
     """What is likely wrong with a list file, in sentences; empty where nothing is found."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError):
+        lines = [unquote(line) for line in split_lines(read_text(path)) if line and not is_comment(line)]
+    except InputError:
         return []
-    lines = [line for line in lines if line and not line.startswith("#")]
+    if lines and foreign_table(lines[0]):
+        return []
     total, found = len(lines), []
 
     def most(pattern: str) -> bool:
         return sum(re.search(pattern, line) is not None for line in lines) > total / 2
 
-    for delimiter in ";|":
-        if most(re.escape(delimiter)):
+    for delimiter, pattern in ((";", r";(?!\d+(;\d+)*$)"), ("|", r"\|")):  # several labels are 3;17
+        if most(pattern):
             found.append(f"columns seem to be apart by {delimiter!r}; use a blank or a comma")
     if most(r"""^["']"""):
         found.append("paths stand in quotes; write them without")
     if lines and re.fullmatch(r"[A-Za-z_]+([,;\s]+[A-Za-z_]+)+", lines[0]) and most(r"\d\s*$|\.\w{2,4}$"):
-        found.append(f"the first line, {lines[0]!r}, looks like a table's head; remove it or put # before it")
-    if most(r"\.\w{2,4}[,\s]+\d+$"):
-        found.append("lines look like `path label`, a list for fine-tuning; pre-training has no labels: remove the last column")
+        found.append(f"the first line, {lines[0]!r}, looks like a table's head; remove it, or put # and a blank before it")
     if most(r"\\"):
         found.append("paths have backslashes; write / between folders")
     return found + _explain_roots(lines, Path(path), data_root)
@@ -190,6 +224,11 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[str]:
     seconds = [record["seconds"] for record in good if record["seconds"]]
     if seconds:
         lines.append(f"hours: {sum(seconds) / 3600:.3g}; seconds a video: median {statistics.median(seconds):.3g}")
+    labels = Counter(label for record in good for label in record.get("labels") or ())
+    if labels:
+        rarest, count = min(labels.items(), key=lambda pair: (pair[1], pair[0]))
+        which = f"{len(labels)} classes from {min(labels)} to {max(labels)}"
+        lines.append(f"labels: {which}; the rarest, {rarest}, has {count} videos")
     for title, key in (("codecs", "codec"), ("containers", "container"), ("decoded with", "library")):
         counts = Counter(record[key] for record in good if record.get(key))
         if counts:
@@ -206,13 +245,41 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[str]:
     long_gops = [record for record in good if record.get("gop", 0) > 60]
     if long_gops:
         lines.append(f"{len(long_gops)} videos have key frames more than 60 apart: slow clips; `python -m vmae pack` helps")
+    return lines + _notes(good)
+
+
+_NOTES = (
+    ("rotation", "are displayed rotated or mirrored", "every reader turns them, `python -m vmae pack` for good"),
+    ("sample_aspect", "have pixels that are not square", "frames are taken as they are stored"),
+    ("video_streams", "have several video streams", "the one that FFmpeg takes for the best is read"),
+)
+
+
+def _notes(good: Sequence[dict[str, Any]]) -> list[str]:
+    """What is worth knowing of videos that can be read."""
+    lines = []
+    for key, what, then in _NOTES:
+        counts = Counter(record[key] for record in good if record.get(key) not in (None, 1))
+        if counts:
+            kinds = ", ".join(f"{kind}: {count}" for kind, count in sorted(counts.items(), key=lambda pair: str(pair[0])))
+            lines.append(f"{counts.total()} videos {what} ({kinds}); {then}")
     return lines
 
 
-def write_clean_list(source: Path, target: Path, bad_lines: set[int]) -> None:
-    """The list's text without the lines of bad videos."""
-    text = source.read_text(encoding="utf-8-sig")
-    kept = [line for number, line in enumerate(text.split("\n"), 1) if number not in bad_lines]
+def write_clean_list(source: Path, target: Path, found: AnyList, bad_lines: set[int], data_root: str | None = None) -> None:
+    """The list's text without the lines of bad videos; a folder's good videos as a list.
+
+    Relative paths that start from the list's own folder become absolute ones: the new list is in another folder.
+    """
+    if source.is_dir():
+        write_list(target, [entry for entry in found.entries if entry.line not in bad_lines])
+        return
+    lines, base = split_lines(read_text(source)), os.path.dirname(str(source))
+    for entry in found.entries if base and data_root is None else ():
+        written, content = entry.path.removeprefix(os.path.join(base, "")), unquote(lines[entry.line - 1])
+        if not content.startswith(entry.path) and content.startswith(written):
+            lines[entry.line - 1] = os.path.abspath(entry.path) + content[len(written) :]
+    kept = [line for number, line in enumerate(lines, 1) if number not in bad_lines]
     target.write_text("\n".join(kept), encoding="utf-8")
 
 
@@ -242,8 +309,9 @@ def plot_histogram(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("list", metavar="LIST", help="list file: one video or frame folder a line")
+    parser.add_argument("list", metavar="LIST", help="list of videos and frame folders, labelled or not, or a folder of videos")
     parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
+    add_labelled_argument(parser)
     parser.add_argument("--output", metavar="DIR", help="where the report goes (default: LIST-check beside the list)")
     parser.add_argument("--backend", default="auto", help="decoder: auto, pyav, torchcodec, decord (auto)")
     parser.add_argument("--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)")
@@ -253,41 +321,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command; 1 where a video is bad."""
     source = Path(args.list)
-    entries, records = _read_with_advice(source, args.data_root)
-    records += check_entries(entries, backend=args.backend, workers=args.workers, hang_s=args.hang)
+    found = _read_with_advice(source, args.data_root, LABELLED[args.labelled])
+    if source.is_dir():  # before hours of reading
+        for entry in found.entries:
+            check_listable(os.path.abspath(entry.path))
+    records = check_entries(found.entries, backend=args.backend, workers=args.workers, hang_s=args.hang)
+    for record, labels in zip(records, found.labels, strict=True):
+        record |= {} if labels is None else {"labels": list(labels)}
+    missing = {"path": None, "kind": None, "library": None}
+    records += [{**missing, "line": line, "error": problem} for line, problem in found.problems]
     records.sort(key=lambda record: record["line"])
-    folder = Path(args.output) if args.output else source.with_name(f"{source.stem}-check")
+    place = source.resolve() if source.is_dir() else source
+    folder = Path(args.output) if args.output else place.with_name(f"{place.name if source.is_dir() else place.stem}-check")
     bad = [record for record in records if record["error"]]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").write_text(json.dumps({"list": str(source), "videos": records}, indent=1) + "\n")
-        write_clean_list(source, folder / "clean.txt", {record["line"] for record in bad})
+        write_clean_list(source, folder / "clean.txt", found, {record["line"] for record in bad}, args.data_root)
         plot_histogram(folder / "histogram.png", records)
     except OSError as error:
         raise InputError(f"cannot write the report to {str(folder)!r}: {error.strerror}") from None
     print("\n".join(summarise(records)))
     for record in bad[:10]:
-        print(f"bad: line {record['line']}: {record['error']}")
+        print(f"bad: {'' if source.is_dir() else 'line {line}: '.format(**record)}{record['error']}")
     if len(bad) > 10:
         print(f"bad: {len(bad) - 10} more")
     print(f"report.json, histogram.png and clean.txt ({len(records) - len(bad)} videos) are in {folder}")
     return 1 if bad else 0
 
 
-def _read_with_advice(source: Path, data_root: str | None) -> tuple[list[VideoEntry], list[dict[str, Any]]]:
-    """(entries, records of those that are not there); prints, or raises with, what is likely wrong with the list."""
+def _read_with_advice(source: Path, data_root: str | None, labelled: bool | None) -> AnyList:
+    """The list; prints, or raises with, what is likely wrong with it."""
     try:
-        entries, problems = read_list_with_problems(source, data_root)
+        found = read_any_list(source, data_root, labelled)
         failure = None
     except InputError as error:
-        entries, problems, failure = [], [], str(error)
-    if problems and not entries:
-        line, problem = problems[0]
+        found, failure = AnyList([], [], False, []), str(error)
+    if found.problems and not found.entries:
+        line, problem = found.problems[0]
         failure = f"no entry of list file {str(source)!r} can be used; the first, line {line}: {problem}"
-    hints = explain_list(source, data_root) if problems or failure else []
+    hints = explain_list(source, data_root) if found.problems or failure else []
     if failure:
         raise InputError("\n  likely: ".join([failure, *hints]))
     for hint in hints:
         print(f"likely: {hint}")
-    missing = {"path": None, "kind": None, "library": None}
-    return entries, [{**missing, "line": line, "error": problem} for line, problem in problems]
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class PyavReader(VideoReader):
     def _first_video(self, container):
         if not container.streams.video:
             raise DecodeError(f"{self.path}: cannot be opened: no video stream")
-        stream = container.streams.video[0]
+        stream = container.streams.best("video")
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1
         return stream
 
@@ -79,15 +80,30 @@ class PyavReader(VideoReader):
             raise DecodeError(f"{self.path}: cannot be decoded: the size of its pictures changes")
         return np.stack(pictures)
 
-    def iterate(self) -> Iterator[np.ndarray]:
+    @property
+    def stream(self):
+        """PyAV's stream that the frames come from."""
+        return self._stream
+
+    def decoded(self) -> Iterator:
+        """Every frame once, in order, as PyAV's `VideoFrame`: stored pixels, not turned.
+
+        Raises:
+            av.FFmpegError: a frame cannot be decoded.
+        """
         import av
 
         shown = None if self._counted else set(self._times.tolist())
+        with av.open(self.path) as container:
+            for frame in container.decode(self._first_video(container)):
+                if shown is None or frame.pts in shown:
+                    yield frame
+
+    def iterate(self) -> Iterator[np.ndarray]:
+        import av
+
         try:
-            with av.open(self.path) as container:
-                for frame in container.decode(self._first_video(container)):
-                    if shown is None or frame.pts in shown:
-                        yield self._pixels(frame)
+            yield from map(self._pixels, self.decoded())
         except DecodeError as error:
             error.library = self.backend
             raise
@@ -154,6 +170,46 @@ class PyavReader(VideoReader):
         if self._container is not None:
             self._container.close()
         self._container = self._stream = None
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How a stored picture is displayed: first transposed, then mirrored."""
+
+    transpose: bool = False
+    mirror_x: bool = False
+    mirror_y: bool = False
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether no rotation does the same."""
+        return (self.transpose + self.mirror_x + self.mirror_y) % 2 == 1
+
+    def apply(self, picture: np.ndarray) -> np.ndarray:
+        """[H, W, 3] or [W, H, 3] of a stored [H, W, 3]."""
+        if self == UPRIGHT:
+            return picture
+        picture = picture.swapaxes(0, 1) if self.transpose else picture
+        return np.ascontiguousarray(picture[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1])
+
+
+UPRIGHT = Orientation()
+
+
+def read_orientation(frame, path: str) -> Orientation:
+    """By a frame's display matrix (ISO/IEC 14496-12, 8.3.2): x' = a x + c y, y' = b x + d y. Sizes are not scaled by it.
+
+    Raises:
+        DecodeError: it turns by an angle that is no multiple of 90 degrees (by more than one degree).
+    """
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return UPRIGHT
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+    straight, turned = max(abs(a), abs(d)), max(abs(b), abs(c))
+    if min(straight, turned) > 0.0175 * max(straight, turned):
+        raise DecodeError(f"{path}: cannot be decoded: it is displayed at an angle that is no multiple of 90 degrees")
+    return Orientation(turned > straight, *((c < 0, b < 0) if turned > straight else (a < 0, d < 0)))
 
 
 def _av_text(error: Exception) -> str:

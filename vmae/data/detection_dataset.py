@@ -19,9 +19,10 @@ from vmae.data.augment import CropBox, crop_and_resize
 from vmae.data.augment_classify import sample_resized_crop
 from vmae.data.ava import AvaBox, Box, Key
 from vmae.data.decode import open_video
-from vmae.data.manifest import DEFAULT_PATTERN, VIDEO_SUFFIXES, VideoEntry
+from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry
 from vmae.data.quarantine import Failure
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
+from vmae.data.video_files import is_video
 from vmae.data.workers import WorkerPool
 from vmae.errors import InputError
 from vmae.settings import FRAMES, SHARE_ABOVE_0, SIDE, STRIDE, Real, ranged
@@ -104,12 +105,16 @@ def find_videos(folder: str | Path, names: Sequence[str], *, pattern: str = DEFA
         pattern: names of a folder's images, numbered from 1; `{video}` in it stands for the id.
 
     Raises:
-        InputError: `folder` is no folder.
+        InputError: `folder` is no folder, or has two videos of one id.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"folder of videos {str(folder)!r} does not exist")
-    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES}
+    files, wanted = {}, set(names)
+    for path in sorted(path for path in folder.iterdir() if is_video(path)):
+        if path.stem in files and path.stem in wanted:
+            raise InputError(f"{files[path.stem]} and {path} are both video {path.stem!r}; leave one of them there")
+        files[path.stem] = path
     found = {}
     for name in dict.fromkeys(names):
         if name in files:

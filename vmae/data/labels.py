@@ -6,14 +6,17 @@ A labelled list has one entry a line, columns apart by blanks or commas, the lab
     path/to/frames 120 17           a folder of 120 images, numbered from 1
     path/to/frames 0 120 17         the same, numbered from 0
     path/to/video.mp4 3;17          several labels: every line of such a list may have one or more
+    path/to/video.mp4 0 -1 17       the columns of lists for pre-training, with a label
 
 What `vmae.data.manifest` says of blanks in paths, comments and `#!` lines holds here too.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +25,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmae.data.manifest import DEFAULT_PATTERN, Line, VideoEntry, read_list, read_text, whole
+from vmae.data.manifest import (
+    DEFAULT_PATTERN,
+    Line,
+    VideoEntry,
+    is_comment,
+    make_entry,
+    parse_lines,
+    raise_problems,
+    read_columns,
+    read_list_with_problems,
+    read_text,
+    split_lines,
+    unquote,
+    whole,
+    write_list,
+)
 from vmae.errors import InputError
 from vmae.jsontext import parse_json
 from vmae.settings import CLASSES
 
 _LABELS = re.compile(r"(.+?)(?:\s*,\s*|\s+)([+-]?\d+(?:;[+-]?\d+)*)")
-_NUMBERS = re.compile(r"(.+?)(?:\s*,\s*|\s+)(\d+)(?:(?:\s*,\s*|\s+)(\d+))?")
+_NUMBERS = re.compile(r"(.+?)(?:\s*,\s*|\s+)(\d+)(?:(?:\s*,\s*|\s+)(\d+|-1))?")
 _FORMATS = "write `path label` for a video, `folder frames label` for images, several labels as 3;17"
+_FOURTH = re.compile(r"(.+?)(?:\s*,\s*|\s+)\d{1,18}(?:\s*,\s*|\s+)(\d{1,18}|-1)(?:\s*,\s*|\s+)(\d{1,18})")
+_LABEL = re.compile(r"[+-]?\d+(?:;[+-]?\d+)*")
 HEAD_NAMES = ("head.weight", "head.bias")
 
 
@@ -78,6 +98,19 @@ def read_labelled_list(
     Raises:
         InputError: see `read_list`; a line without a label; a label out of range (with its line).
     """
+    entries, problems, labels = _read_labelled(path, data_root, num_classes, frame_pattern)
+    raise_problems(path, data_root, problems, len(entries))
+    total = num_classes or max(max(own) for own in labels) + 1
+    return LabelledList(entries, labels, total, any(len(own) > 1 for own in labels))
+
+
+_Problems = list[tuple[int, str]]
+
+
+def _read_labelled(
+    path: str | Path, data_root: str | Path | None, num_classes: int | None, frame_pattern: str = DEFAULT_PATTERN
+) -> tuple[list[VideoEntry], _Problems, list[tuple[int, ...]]]:
+    """Entries, problems (see `read_list_with_problems`), and the entries' labels."""
     found: dict[int, tuple[int, ...]] = {}
 
     def parse_line(content: str, where: str, number: int, stride: int | None, pattern: str | None) -> Line:
@@ -92,10 +125,8 @@ def read_labelled_list(
         found[number] = labels
         return Line(number, _readings(match[1]), stride, pattern)
 
-    entries = read_list(path, data_root, frame_pattern=frame_pattern, parse_line=parse_line)
-    labels = [found[entry.line] for entry in entries]
-    total = num_classes or max(max(own) for own in labels) + 1
-    return LabelledList(entries, labels, total, any(len(own) > 1 for own in labels))
+    entries, problems = read_list_with_problems(path, data_root, frame_pattern=frame_pattern, parse_line=parse_line)
+    return entries, problems, [found[entry.line] for entry in entries]
 
 
 def _readings(content: str) -> tuple[tuple[str, int, int], ...]:
@@ -109,25 +140,108 @@ def _readings(content: str) -> tuple[tuple[str, int, int], ...]:
     return ((match[1], start, total), (f"{match[1]} {match[2]}", 1, total), (content, 0, -1))
 
 
+# --- Lists of either kind ---
+
+
+@dataclass(frozen=True)
+class AnyList:
+    """A list for pre-training, a labelled one, or a folder of videos.
+
+    Attributes:
+        entries: those that are there.
+        labels: classes of each entry; None for one without.
+        labelled: whether its columns are those of a labelled list.
+        problems: (line number, what is wrong) of the others.
+    """
+
+    entries: list[VideoEntry]
+    labels: list[tuple[int, ...] | None]
+    labelled: bool
+    problems: _Problems
+
+
+def read_any_list(path: str | Path, data_root: str | Path | None = None, labelled: bool | None = None) -> AnyList:
+    """Read a list of either kind, or a folder, and keep the labels.
+
+    Args:
+        data_root: see `read_list`.
+        labelled: which columns the list has; None finds out (`folder 1 120` can be either: the frames there decide).
+
+    Raises:
+        InputError: see `read_list_with_problems`.
+    """
+    if os.path.isdir(path):
+        entries, problems = read_list_with_problems(path, data_root)
+        return AnyList(entries, [None] * len(entries), False, problems)
+    if _looks_labelled(path, data_root) if labelled is None else labelled:
+        entries, problems, labels = _read_labelled(path, data_root, None)
+        return AnyList(entries, list(labels), True, problems)
+    entries, problems = read_list_with_problems(path, data_root)
+    lines = split_lines(read_text(path))
+    return AnyList(entries, [_fourth_column(lines[entry.line - 1], entry) for entry in entries], False, problems)
+
+
+LABELLED = {"auto": None, "yes": True, "no": False}
+
+
+def add_labelled_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--labelled", choices=list(LABELLED), default="auto",
+        help="whether the list is one for fine-tuning, with a label at each line's end; auto finds out (auto)",
+    )  # fmt: skip
+
+
+def _fourth_column(content: str, entry: VideoEntry) -> tuple[int, ...] | None:
+    """The label of a line `path start total label`, unless it was read as a path that ends with a number."""
+    match = _FOURTH.fullmatch(unquote(content))
+    is_label = match is not None and int(match[2]) == entry.total and entry.path.endswith(match[1])
+    return tuple(map(int, match[3].split(";"))) if is_label else None
+
+
+def _looks_labelled(path: str | Path, data_root: str | Path | None) -> bool:
+    """Whether more lines can only be those of a labelled list than can only be those of one for pre-training."""
+    votes, either = Counter(), []
+
+    def look(content: str, where: str, number: int, stride: int | None, pattern: str | None) -> Line:
+        *_, total, last = ("", "", *re.split(r"[\s,]+", content)[1:])
+        if not _LABEL.fullmatch(last):
+            votes["plain"] += 1
+        elif ";" in last or not _LABEL.fullmatch(total):
+            votes["labelled"] += 1
+        elif last == "-1":
+            votes["plain"] += 1
+        elif total != "-1":
+            either.append((content, Line(number, (), stride, pattern)))
+        return Line(number, (), stride, pattern)
+
+    parse_lines(read_text(path), str(path), look)
+    if not votes:
+        roots = [str(data_root)] if data_root is not None else ["", os.path.dirname(str(path))]
+        for content, line in either[:: max(len(either) // 64, 1)]:
+            votes["plain"] += _fits(filter(None, (read_columns(content, count) for count in (3, 2))), line, roots)
+            votes["labelled"] += _fits(_readings(_LABELS.fullmatch(content)[1]), line, roots)
+    return votes["labelled"] > votes["plain"]
+
+
+def _fits(readings: Iterable[tuple[str, int, int]], line: Line, roots: Sequence[str]) -> bool:
+    """Whether one of the readings is a file, or a folder that has just its frames."""
+    for path, start, total in readings:
+        for root in roots:
+            entry = make_entry(os.path.join(root, path), start, total, line)
+            if total < 0 and os.path.isfile(entry.path):
+                return True
+            if total > 0 and [os.path.isfile(entry.frame_path(i)) for i in (0, total - 1, total)] == [True, True, False]:
+                return True
+    return False
+
+
 def write_labelled_list(path: Path, entries: Sequence[VideoEntry], labels: Sequence[Iterable[int]]) -> None:
     """Write a list that `read_labelled_list` reads, with absolute paths.
 
     Raises:
         InputError: the file cannot be written.
     """
-    lines, stride, pattern = [], None, DEFAULT_PATTERN
-    for entry, own in zip(entries, labels, strict=True):
-        if (entry.stride, entry.pattern) != (stride, pattern):
-            stride, pattern = entry.stride, entry.pattern
-            lines.append(f"#! stride={stride or 'default'} pattern={pattern}\n")
-        frames = "" if entry.kind == "video" else f"{entry.start} {entry.total} "
-        lines.append(f"{os.path.abspath(entry.path)} {frames}{';'.join(map(str, own))}\n")
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text("".join(lines), encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from None
+    write_list(path, entries, labels, labelled=True)
 
 
 def read_class_names(path: str | Path) -> list[str]:
@@ -147,7 +261,7 @@ def read_class_names(path: str | Path) -> list[str]:
 
 
 def _names_from_text(path: str | Path, text: str) -> list[str]:
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    lines = [line for line in split_lines(text) if line and not is_comment(line)]
     if lines and lines[0].lower().replace(" ", "") in ("id,name", "label,name", "class,name"):
         del lines[0]
     numbered = [re.fullmatch(r"(\d+)[,\s]\s*(.+)", line) for line in lines]

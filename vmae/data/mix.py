@@ -5,7 +5,7 @@ A YAML file names them (relative paths start from its own folder):
     mixing: weighted             # or natural (every video as often as every other), the default without weights
     sources:
       - name: kinetics
-        list: k710_train.txt     # see vmae.data.manifest
+        list: k710_train.txt     # see vmae.data.manifest; a folder of videos too
         root: /data/kinetics     # where the list's relative paths start; else as without --data-root
         kind: video              # optional: refuse a list that holds anything else
         stride: 4                # optional, as are the others below; what the list itself says comes first
@@ -146,20 +146,31 @@ class Mix(Sequence):
 
 
 def read_data(path: str | Path, data_root: str | Path | None = None) -> Mix:
-    """Read a mix (YAML) or a single list as a mix of one source.
+    """Read a mix (YAML), or a single list or folder of videos as a mix of one source.
 
     Args:
-        path: ends in .yaml or .yml for a mix; anything else is a list file.
+        path: ends in .yaml or .yml for a mix; anything else is a list file or a folder.
         data_root: see `read_list`; for a mix, where relative roots and lists start.
 
     Raises:
         InputError: see `read_list`; a mix that is no YAML, lacks a key or has an unknown one, or a wrong value.
     """
-    if Path(path).suffix.lower() in MIX_SUFFIXES:
+    if Path(path).suffix.lower() in MIX_SUFFIXES and not Path(path).is_dir():
         return _read_mix(Path(path), data_root)
     entries = read_list(path, data_root)
-    root = os.path.dirname(path) if data_root is None else str(data_root)
-    return Mix(entries, [Source(Path(path).stem, 0, len(entries), 1.0, root)])
+    root = _root_of(path) if data_root is None or os.path.isdir(path) else str(data_root)
+    return Mix(entries, [Source(_name_of(path), 0, len(entries), 1.0, root)])
+
+
+def _name_of(path: str | Path) -> str:
+    """What a list or folder is called without a name of its own."""
+    path = Path(path)
+    return path.resolve().name if path.is_dir() else path.stem
+
+
+def _root_of(path: str | Path) -> str:
+    """Where the relative paths of a list start, or the folder itself."""
+    return str(path) if os.path.isdir(path) else os.path.dirname(path)
 
 
 def _read_mix(path: Path, data_root: str | Path | None) -> Mix:
@@ -175,10 +186,10 @@ def _read_mix(path: Path, data_root: str | Path | None) -> Mix:
         where = f"mix {str(path)!r}, source {number}"
         _check_source(given, where)
         found = _read_source(given, start, where)
-        name = str(given.get("name", Path(str(given["list"])).stem))
+        name = str(given.get("name", _name_of(start / str(given["list"]))))
         if name in {source.name for source in sources}:
             raise InputError(f"{where}: the name {name!r} is taken; give each source a `name` of its own")
-        root = os.path.join(start, str(given.get("root") or os.path.dirname(str(given["list"]))))
+        root = os.path.join(start, str(given.get("root") or _root_of(start / str(given["list"]))))
         sources.append(Source(name, len(entries), len(found), float(given.get("weight", 1.0)), root))
         entries += found
     weighted = any("weight" in given for given in content["sources"])

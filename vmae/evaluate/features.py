@@ -24,6 +24,7 @@ from tqdm import tqdm
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD, _Checked
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import VideoEntry, read_list
+from vmae.data.video_files import is_video
 from vmae.errors import InputError
 from vmae.jsontext import parse_json
 from vmae.model import Classifier
@@ -37,7 +38,6 @@ from vmae.train.parallel import open_parallel
 
 SETTINGS, SOURCES = "features.json", "videos.json"
 PUBLISHED_STEPS = {"thumos14": 4, "fineaction": 16}
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".ts", ".m4v")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,18 +283,13 @@ def extract_all(
 
 
 def find_videos(data: str, data_root: str | None) -> list[VideoEntry]:
-    """Of a folder (by suffix), one video, or a list.
+    """Of a folder (by suffix, see `vmae.data.video_files`), one video, or a list.
 
     Raises:
         InputError: none there, or see `read_list`.
     """
     path = Path(data)
-    if path.is_dir():
-        found = [VideoEntry(str(file)) for file in sorted(path.rglob("*")) if file.suffix.lower() in VIDEO_SUFFIXES]
-        if not found:
-            raise InputError(f"folder {data} holds no videos ({', '.join(VIDEO_SUFFIXES)})")
-        return found
-    if path.suffix.lower() in VIDEO_SUFFIXES:
+    if is_video(path) and not path.is_dir():
         if not path.is_file():
             raise InputError(f"video {data} does not exist")
         return [VideoEntry(data)]

@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
     source = parser.add_argument_group("data and output")
     source.add_argument(
         "--data", "--data_path", required=required, metavar="LIST",
-        help="list file: one video or frame folder a line; or a mix of lists (.yaml)",
+        help="list file: one video or frame folder a line; a folder of videos; or a mix of lists (.yaml)",
     )  # fmt: skip
     source.add_argument("--data-root", "--data_root", metavar="DIR", help="where the list's relative paths start")
     source.add_argument("--output", "--output_dir", required=required, metavar="DIR", help="folder of the run")
