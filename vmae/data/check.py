@@ -24,7 +24,8 @@ from tqdm import tqdm
 from vmae.data.augment import crop_and_resize, sample_crop
 from vmae.data.containers import container_kind, read_mp4_track
 from vmae.data.decode import DecodeError, find_backends, open_video
-from vmae.data.manifest import VideoEntry, read_list_with_problems
+from vmae.data.manifest import VideoEntry, read_list_with_problems, read_text
+from vmae.data.safety import memory_as_decode_error
 from vmae.data.sampling import sample_frame_indices
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
@@ -84,7 +85,8 @@ def check_entry(entry: VideoEntry, backend: str = "auto") -> dict[str, Any]:
     """The record of one video: what it is, or its `error` and the `library` that gave it."""
     record: dict[str, Any] = {"path": entry.path, "line": entry.line, "kind": entry.kind, "error": None}
     try:
-        record |= decode_clip(entry, np.random.default_rng(entry.line), backend=backend)
+        with memory_as_decode_error(entry.path):
+            record |= decode_clip(entry, np.random.default_rng(entry.line), backend=backend)
     except DecodeError as error:
         return record | {"error": str(error), "library": error.library}
     if entry.kind == "video":
@@ -132,8 +134,8 @@ def check_entries(
 def explain_list(path: str | Path, data_root: str | None = None) -> list[str]:
     """What is likely wrong with a list file, in sentences; empty where nothing is found."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError):
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except InputError:
         return []
     lines = [line for line in lines if line and not line.startswith("#")]
     total, found = len(lines), []
@@ -210,7 +212,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[str]:
 
 def write_clean_list(source: Path, target: Path, bad_lines: set[int]) -> None:
     """The list's text without the lines of bad videos."""
-    text = source.read_text(encoding="utf-8-sig")
+    text = read_text(source)
     kept = [line for number, line in enumerate(text.split("\n"), 1) if number not in bad_lines]
     target.write_text("\n".join(kept), encoding="utf-8")
 

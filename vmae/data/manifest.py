@@ -23,10 +23,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmae.data.safety import Unanswered, ask_files, special_kind
 from vmae.errors import InputError
 
 DEFAULT_PATTERN = "img_{:05}.jpg"
@@ -38,6 +38,7 @@ _ENDS_WITH = {count: re.compile("(.+?)" + count * (_SEPARATOR + _NUMBER)) for co
 _FORMATS = "write `path 0 -1` for a video, `folder start total` for frames, or a path alone for a video"
 VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp")
 _Reading = tuple[str, int, int]
+_PIPED: dict[tuple[int, int], bytes] = {}  # what a pipe (device, inode) held: `finetune <(COMMAND)` reads its list twice
 
 
 @dataclass(frozen=True)
@@ -138,38 +139,48 @@ def read_list_with_problems(
     if not lines:
         raise InputError(f"list file {name!r} has no entries; {_FORMATS}")
     roots = [str(data_root)] if data_root is not None else ["", os.path.dirname(name)]
-    chunks = [lines[i : i + 256] for i in range(0, len(lines), 256)]
-    with ThreadPoolExecutor(8) as pool:  # a network file system takes long for one question, not for many side by side
-        parts = pool.map(lambda chunk: [_resolve(line, roots, frame_pattern) for line in chunk], chunks)
-        resolved = [result for part in parts for result in part]
+    try:  # by threads: a network file system takes long for one question, not for many side by side
+        resolved = ask_files(lambda line: _resolve(line, roots, frame_pattern), lines, threads=8)
+    except Unanswered as error:
+        raise InputError(f"list file {name!r}, line {lines[error.item].number}: {error}") from None
     problems = [(line.number, problem) for line, (_, problem) in zip(lines, resolved, strict=True) if problem]
     return [entry for entry, problem in resolved if not problem], problems
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a list file.
+    """The text of a list file. A pipe gives it once only; asked again, it is what came then.
 
     Raises:
-        InputError: it is missing, a folder, or no UTF-8 text.
+        InputError: it is missing, a folder or a device, no UTF-8 text, or does not come within `hang_limit()`.
     """
     name = str(path)
-    if os.path.isdir(path):
-        raise InputError(f"list file {name!r} is a folder; give a text file with one video a line")
     try:
-        with open(path, "rb") as file:
-            head = file.read(4096)
-            if b"\0" in head:
-                raise InputError(f"list file {name!r} is not text (a video?); give a text file with one video a line")
-            data = head + file.read()
+        (data,) = ask_files(_read_list_file, [name])
     except FileNotFoundError:
         raise InputError(f"list file {name!r} does not exist") from None
-    except OSError as error:
-        raise InputError(f"list file {name!r} cannot be read: {error.strerror}") from None
+    except (Unanswered, OSError) as error:
+        raise InputError(f"list file {name!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise InputError(f"list file {name!r}, line {line}: not UTF-8 text; save the list as UTF-8") from None
+
+
+def _read_list_file(name: str) -> bytes:
+    kind = special_kind(os.stat(name).st_mode)
+    if kind not in (None, "a pipe"):
+        raise InputError(f"list file {name!r} is {kind}; give a text file with one video a line")
+    with open(name, "rb") as file:
+        data = file.read(4096)
+        if b"\0" in data:
+            raise InputError(f"list file {name!r} is not text (a video?); give a text file with one video a line")
+        data += file.read()
+        about = os.fstat(file.fileno())
+    if kind == "a pipe":
+        data = data or _PIPED.get((about.st_dev, about.st_ino), b"")
+        _PIPED[about.st_dev, about.st_ino] = data
+    return data
 
 
 def _parse(text: str, name: str, parse_line: ParseLine) -> list[Line]:
@@ -297,11 +308,13 @@ def _make_entry(path: str, start: int, total: int, line: Line, frame_pattern: st
 
 
 def _check_entry(entry: VideoEntry) -> str | None:
-    is_folder = os.path.isdir(entry.path)
+    kind = special_kind(os.stat(entry.path).st_mode)
     if entry.kind == "video":
-        return f"{entry.path!r} is a folder; write `folder start total` for a folder of frames" if is_folder else None
-    if not is_folder:
-        return f"{entry.path!r} is a file, not a folder of frames; write `path 0 -1` for a video"
+        if kind == "a folder":
+            return f"{entry.path!r} is a folder; write `folder start total` for a folder of frames"
+        return None if kind is None else f"{entry.path!r} is {kind}, not a video file"
+    if kind != "a folder":
+        return f"{entry.path!r} is {kind or 'a file'}, not a folder of frames; write `path 0 -1` for a video"
     if not os.path.isfile(entry.frame_path(0)):
         return (
             f"the first frame {entry.frame_path(0)!r} does not exist; the second column is the number of the first "

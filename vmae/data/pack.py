@@ -25,6 +25,7 @@ from vmae.data.check import decode_clip
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry, read_list
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine
+from vmae.data.safety import memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
 
@@ -130,7 +131,8 @@ class _Packer(VideoTask):
             return None
         self.watch(video)
         try:
-            pack_video(entry.path, target, self.config)
+            with memory_as_decode_error(entry.path):
+                pack_video(entry.path, target, self.config)
         except DecodeError as error:
             return Failure(entry.path, str(error), error.library or "pyav")
         except (InputError, OSError) as error:
