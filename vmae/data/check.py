@@ -24,8 +24,8 @@ from tqdm import tqdm
 from vmae.data.augment import crop_and_resize, sample_crop
 from vmae.data.containers import container_kind, read_mp4_track
 from vmae.data.decode import DecodeError, find_backends, open_video
+from vmae.data.files import memory_as_decode_error
 from vmae.data.manifest import VideoEntry, read_list_with_problems, read_text
-from vmae.data.safety import memory_as_decode_error
 from vmae.data.sampling import sample_frame_indices
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError

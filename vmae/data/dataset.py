@@ -25,9 +25,9 @@ from torch import Tensor
 from vmae.config import MaskConfig
 from vmae.data.augment import CropBox, crop_and_resize, image_hw, sample_crop
 from vmae.data.decode import open_video
+from vmae.data.guarded import guarded_each
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure, Quarantine, list_failures
-from vmae.data.safety import guarded_each
 from vmae.data.sampling import SAMPLINGS, clip_starts, sample_exact_indices, sample_frame_indices
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng, seed_sequence
 from vmae.data.workers import WorkerPool, hang_limit
@@ -207,7 +207,7 @@ def check_decodable(entries: Sequence[VideoEntry], *, backend: str = "auto", lim
 
     Raises:
         InputError: none works (names the first three and their errors), no entries, or no backend is installed. Also where
-            none worked within twice `hang_limit()`.
+            none worked within three times `hang_limit()`.
     """
     if not entries:
         raise InputError("no videos to decode: the list has no entries")
@@ -219,7 +219,7 @@ def check_decodable(entries: Sequence[VideoEntry], *, backend: str = "auto", lim
         if error is None:
             return failures
         failures.append((entry.path, str(error)))
-        if time.monotonic() - began > 2 * hang_limit():
+        if time.monotonic() - began > 3 * hang_limit():
             break
     count = len(failures)
     which = f"all {count} videos" if count == len(entries) else f"all of the {count} videos tried, of {len(entries)},"
@@ -437,7 +437,7 @@ def build_loader(
         prefetch: batches that each worker makes ahead.
         rank, world_size, accumulate: see `EpochSampler`.
         quarantine: file for the bad videos, one JSON line each; with many ranks, rank 3 writes NAME-3.jsonl.
-        max_bad_share: share of reads that may fail, see `Quarantine`.
+        max_bad_share: share of the list's videos that may be bad, see `Quarantine`; each rank judges what it read itself.
         hang_s: seconds that a video may take in a worker, before the worker is replaced and the video counts as bad; None
             means `vmae.data.workers.hang_limit()`.
         loader: "cpu", or "dali" (see `vmae.data.dali`; `num_workers` are its threads).
@@ -476,7 +476,7 @@ def build_loader(
             f"to {times} times in a batch, with other frames and crops",
             stacklevel=2,
         )
-    bad = Quarantine(quarantine, max_bad_share)
+    bad = Quarantine(quarantine, max_bad_share, len({entry.path for entry in dataset.entries}))
     if loader == "dali":
         from vmae.data.dali import DaliLoader
 

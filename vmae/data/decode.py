@@ -20,8 +20,8 @@ from PIL import Image
 
 from vmae.data.containers import open_gop_hazard, seek_hazard
 from vmae.data.decode_pyav import PyavReader, pyav_missing
+from vmae.data.files import check_regular
 from vmae.data.manifest import VideoEntry
-from vmae.data.safety import check_regular
 from vmae.data.video_reader import DecodeError, VideoReader, first_reason, library_stderr
 from vmae.errors import InputError
 

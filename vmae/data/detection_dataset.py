@@ -19,9 +19,9 @@ from vmae.data.augment import CropBox, crop_and_resize, image_hw
 from vmae.data.augment_classify import sample_resized_crop
 from vmae.data.ava import AvaBox, Box, Key
 from vmae.data.decode import DecodeError, open_video
+from vmae.data.guarded import guarded_each
 from vmae.data.manifest import DEFAULT_PATTERN, VIDEO_SUFFIXES, VideoEntry
 from vmae.data.quarantine import Failure
-from vmae.data.safety import guarded_each
 from vmae.data.sampling import clip_starts
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
 from vmae.data.workers import WorkerPool, hang_limit

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmae.data.safety import Unanswered, ask_files, special_kind
+from vmae.data.files import Unanswered, ask_files, special_kind
 from vmae.errors import InputError
 
 DEFAULT_PATTERN = "img_{:05}.jpg"

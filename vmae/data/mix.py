@@ -38,8 +38,9 @@ from typing import Any
 import numpy as np
 
 from vmae.data.decode import DecodeError, open_video
+from vmae.data.files import Unanswered, ask_files
+from vmae.data.guarded import guarded_each
 from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry, read_list
-from vmae.data.safety import Unanswered, ask_files, guarded_each
 from vmae.data.workers import hang_limit
 from vmae.errors import InputError
 

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from vmae.data.check import decode_clip
 from vmae.data.decode import DecodeError, open_video
+from vmae.data.files import memory_as_decode_error
 from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry, read_list
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine
-from vmae.data.safety import memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
 

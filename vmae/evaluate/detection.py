@@ -39,8 +39,8 @@ from vmae.data.ava import (
 )
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.detection_dataset import KeyClipConfig, KeyFrame, KeyFrameReader, find_videos, key_frames
+from vmae.data.guarded import guarded
 from vmae.data.quarantine import Failure
-from vmae.data.safety import guarded
 from vmae.errors import InputError
 from vmae.evaluate.frame_map import FrameScores, frame_map
 from vmae.interop.classifier_weights import checkpoint_grid

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vmae.config import ModelConfig
 from vmae.data import CropBox, crop_and_resize, open_video
-from vmae.data.safety import guarded
+from vmae.data.guarded import guarded
 from vmae.data.sampling import clip_starts, sample_sparse_indices, walk_frames
 from vmae.errors import InputError
 from vmae.interop.classifier_weights import checkpoint_grid, start_classifier

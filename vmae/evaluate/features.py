@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD
 from vmae.data.decode import DecodeError, open_video
+from vmae.data.guarded import guarded_streams
 from vmae.data.manifest import VideoEntry, read_list
-from vmae.data.safety import guarded_streams
 from vmae.errors import InputError
 from vmae.model import Classifier
 from vmae.train.checkpoint import write_atomically
@@ -306,7 +306,7 @@ def find_videos(data: str, data_root: str | None) -> list[VideoEntry]:
             raise InputError(f"folder {data} holds no videos ({', '.join(VIDEO_SUFFIXES)})")
         return found
     if path.suffix.lower() in VIDEO_SUFFIXES:
-        if not path.is_file():
+        if not path.exists():
             raise InputError(f"video {data} does not exist")
         return [VideoEntry(data)]
     return read_list(data, data_root)

@@ -32,7 +32,7 @@ import torch
 from vmae.config import MaskConfig
 from vmae.data.containers import container_kind
 from vmae.data.decode import open_video
-from vmae.data.safety import guarded
+from vmae.data.guarded import guarded
 from vmae.errors import InputError
 from vmae.evaluate.classify import published_views
 from vmae.evaluate.encoder import middle_clip

@@ -249,13 +249,29 @@ def write_run_file(folder: Path, start: dict[str, Any]) -> None:
     Raises:
         InputError: it can't be written.
     """
-    path = folder / RUN_NAME
+    _write_starts(folder, [*_read_starts(folder), start])
+
+
+def add_to_run_file(folder: Path, **values: Any) -> None:
+    """Add what is known at its end to the last start of `folder/run.json`.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    *before, last = _read_starts(folder) or [{}]
+    _write_starts(folder, [*before, {**last, **values}])
+
+
+def _read_starts(folder: Path) -> list[dict[str, Any]]:
     try:
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        return json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))["starts"]
     except (OSError, ValueError, KeyError, TypeError):
-        starts = []
-    text = json.dumps({"starts": [*starts, start]}, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text), binary=False)
+        return []
+
+
+def _write_starts(folder: Path, starts: list[dict[str, Any]]) -> None:
+    text = json.dumps({"starts": starts}, indent=2) + "\n"
+    write_atomically(folder / RUN_NAME, lambda file: file.write(text), binary=False)
 
 
 @torch.no_grad()

@@ -20,13 +20,22 @@ import torch
 from torch import nn
 
 from vmae.data import Prefetcher, build_loader
+from vmae.data.quarantine import QUARANTINE_NAME
 from vmae.data.video_dataset import VideoDataset
 from vmae.errors import InputError
 from vmae.interop.upstream import check_shapes
 from vmae.train.activations import prepare_blocks
 from vmae.train.checkpoint import AVERAGED_NAME, WEIGHTS_NAME, CheckpointFolder, export_weights, set_aside
 from vmae.train.loop import LoopConfig, Trainer
-from vmae.train.metrics import LOG_NAME, RUN_NAME, describe_start, loss_of_last_tenth, read_log, write_run_file
+from vmae.train.metrics import (
+    LOG_NAME,
+    RUN_NAME,
+    add_to_run_file,
+    describe_start,
+    loss_of_last_tenth,
+    read_log,
+    write_run_file,
+)
 from vmae.train.optim import CosineSchedule, OptimConfig
 from vmae.train.parallel import Parallel
 from vmae.train.pretrain_settings import RunConfig
@@ -221,6 +230,10 @@ def carry_out(
     trainer = make_trainer()
     began, first_step = time.monotonic(), trainer.step
     stopped_by = trainer.run()
+    bad = len(set().union(*parallel.gather(trainer.bad_videos)))
+    if parallel.is_main:
+        end = {"step": trainer.step, "bad_videos": bad, "failed_reads": trainer.failed_reads}
+        add_to_run_file(folder, end=end)
     if stopped_by is not None:
         say(f"stopped by {signal.Signals(stopped_by).name} after step {trainer.step}; the same command goes on from there")
         return stopped_by
@@ -228,7 +241,15 @@ def carry_out(
         export_run(trainer.saver.folder.latest(), folder, averaged)
         for line in summarise(trainer.step - first_step, time.monotonic() - began):
             print(line)
+        print(describe_bad_videos(bad, trainer.failed_reads, folder))
     return None
+
+
+def describe_bad_videos(bad: int, failed_reads: int, folder: Path) -> str:
+    """How many videos could not be decoded in this start, in a line."""
+    if not bad:
+        return "bad videos: none"
+    return f"bad videos: {bad}, replaced by others {failed_reads} times; see {folder / QUARANTINE_NAME}"
 
 
 def _say_nothing(*text: str, **options: Any) -> None:
@@ -270,7 +291,7 @@ def open_batches(prepared: Prepared, start_step: int) -> Prefetcher:
             start_step=start_step,
             total_steps=prepared.config.steps,
             pin_memory=prepared.device.type == "cuda",
-            quarantine=Path(prepared.run.output) / "quarantine.jsonl",
+            quarantine=Path(prepared.run.output) / QUARANTINE_NAME,
             max_bad_share=prepared.run.max_bad_share,
             loader=decoder,
             device=prepared.device,

@@ -1,8 +1,6 @@
-"""Opening files that may be anything: regular ones only, within a time limit, and not at the main process's peril.
+"""Videos for the main process, opened and decoded by a worker: one that hangs or crashes ends with a line, not with the run.
 
-A pipe without a writer, a device and a dead mount hang whoever opens them; a damaged file may crash its decoder. Workers
-are replaced then (`vmae.data.workers`). What the main process wants of a video, it gets from such a worker too (`guarded`);
-what it asks of a file system, it asks in a thread that it can leave behind (`ask_files`).
+Legend: an entry is a `VideoEntry` or a path.
 """
 
 from __future__ import annotations
@@ -10,11 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
-import os
-import queue
-import stat
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,59 +15,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from vmae.data.decode import BACKENDS
+from vmae.data.files import memory_as_decode_error
 from vmae.data.video_reader import DecodeError
 from vmae.data.workers import VideoTask, WorkerPool, hang_limit
 from vmae.errors import InputError
 
-_KINDS = (
-    (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
-    (stat.S_ISDIR, "a folder"),
-)  # fmt: skip
-_POLL_S = 0.2
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-def special_kind(mode: int) -> str | None:
-    """What a file is by its `st_mode`, in words; None for a regular one."""
-    if stat.S_ISREG(mode):
-        return None
-    return next((name for is_kind, name in _KINDS if is_kind(mode)), "no file")
-
-
-def check_regular(path: str | Path, *, folder: bool = False) -> None:
-    """See, without opening it, that a path leads to a regular file, or to a folder.
-
-    Raises:
-        DecodeError: it is not there, or is a pipe, a socket, a device, or the other of the two.
-    """
-    try:
-        kind = special_kind(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        raise DecodeError(f"{path}: does not exist") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise DecodeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if kind == "a folder" and not folder:
-        raise DecodeError(f"{path}: is a folder; for frames give a list file with a line `folder start total`")
-    if kind != ("a folder" if folder else None):
-        raise DecodeError(f"{path}: is {kind or 'a file'}, not {'a folder of frames' if folder else 'a file'}")
-
-
-@contextlib.contextmanager
-def memory_as_decode_error(path: str | Path) -> Iterator[None]:
-    """Turn a lack of memory, numpy's or torch's, into a `DecodeError` that names the file."""
-    try:
-        yield
-    except MemoryError:
-        pass
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-    else:
-        return
-    raise DecodeError(f"{path}: cannot be decoded: it needs more memory than there is")
-
-
-# --- For the main process ---
+def _open_pool(maker: VideoTask, tasks: Iterator[Any], prefetch: int, hang_s: float | None) -> WorkerPool:
+    for backend in BACKENDS.values():  # imported once here, not in every worker: that takes longer than a clip
+        backend.missing()
+    return WorkerPool(maker, tasks, count=1, prefetch=prefetch, hang_s=hang_limit() if hang_s is None else hang_s)
 
 
 def _lost(path: str | Path, reason: str) -> DecodeError:
@@ -121,8 +74,7 @@ def guarded_each(
     if multiprocessing.current_process().daemon:  # a worker already, which may have none of its own
         yield from map(_good_or_undecodable, map(calls.__getitem__, range(len(entries))))
     elif entries:
-        pool = WorkerPool(calls, iter(range(len(entries))), count=1, prefetch=1, hang_s=hang_s or hang_limit())
-        with contextlib.closing(pool):
+        with contextlib.closing(_open_pool(calls, iter(range(len(entries))), 1, hang_s)) as pool:
             yield from map(_good_or_undecodable, pool)
 
 
@@ -208,65 +160,5 @@ def guarded_streams(
 
     if not entries:
         return
-    pool = WorkerPool(_Streams(read, entries, chunk), tasks(), count=1, prefetch=2, hang_s=hang_s or hang_limit())
-    with contextlib.closing(pool):
+    with contextlib.closing(_open_pool(_Streams(read, entries, chunk), tasks(), 2, hang_s)) as pool:
         yield from map(items_of, range(len(entries)))
-
-
-class Unanswered(InputError):
-    """A file system did not answer in time.
-
-    Attributes:
-        item: number of what was asked about.
-    """
-
-    def __init__(self, item: int, limit_s: float) -> None:
-        super().__init__(f"its file system does not answer within {limit_s:g} s (a dead mount, a pipe without a writer?)")
-        self.item = item
-
-
-def ask_files(
-    function: Callable[[Item], Result], items: Sequence[Item], *, threads: int = 1, limit_s: float | None = None
-) -> list[Result]:
-    """[function(item)] by some threads at once, which are left behind where a file system does not answer.
-
-    For questions and small texts; what decodes goes to `guarded`.
-
-    Args:
-        limit_s: seconds for one item; None means `hang_limit()`.
-
-    Raises:
-        Unanswered: an item took longer.
-    """
-    limit_s = limit_s or hang_limit()
-    results: list[Any] = [None] * len(items)
-    numbers = iter(range(len(items)))  # drawn by all threads
-    at: list[tuple[int, float] | None] = [None] * threads
-    done: queue.SimpleQueue = queue.SimpleQueue()
-
-    def work(thread: int) -> None:
-        failure = None
-        try:
-            for number in numbers:
-                at[thread] = (number, time.monotonic())
-                results[number] = function(items[number])
-        except BaseException as error:  # raised again by who asked
-            failure = error
-        at[thread] = None
-        done.put(failure)
-
-    for thread in range(threads):  # daemons: the process can end while one of them waits for ever
-        threading.Thread(target=work, args=(thread,), name="ask-files", daemon=True).start()
-    left = threads
-    while left:
-        try:
-            failure = done.get(timeout=min(_POLL_S, limit_s / 4))
-        except queue.Empty:
-            late = [number for number, began in filter(None, at) if time.monotonic() - began > limit_s]
-            if late:
-                raise Unanswered(min(late), limit_s) from None
-            continue
-        if failure is not None:
-            raise failure
-        left -= 1
-    return results
