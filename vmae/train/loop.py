@@ -259,7 +259,7 @@ class Trainer:
 
     def _note_failures(self, replaced: Sequence[Failure], count: int) -> None:
         """Count the videos that others stand in for, `count` on all ranks, and say it the first time."""
-        self.bad_videos.update(failure.path for failure in replaced)
+        self.bad_videos.update(path for path, *_ in replaced)
         if count and not self.failed_reads:
             first = next(own[0] for own in self.parallel.gather(list(replaced[:1])) if own)
             self.log_file.say(
