@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import faulthandler
 import functools
 import multiprocessing
 import os
@@ -145,8 +146,8 @@ def test_a_run_looks_into_videos_that_hang(limit, hanging):
     hung, good = VideoEntry(hanging), VideoEntry(VIDEO)
     ((path, error),) = check_decodable([hung, good])
     assert path == hanging and "took more than 0.6 s" in error
-    assert "1 videos" in describe_data([hung])[0] and "hours" not in describe_data([hung])[0]
-    assert describe_data([hung, good])[0].startswith("list: 2 videos")
+    (line,) = describe_data([hung, good])
+    assert line.startswith("list: 2 videos, about 0.00") or line.startswith("list: 2 videos, 100.0%")
     began = time.monotonic()
     with pytest.raises(InputError, match=r"all of the \d videos tried, of 20, are undecodable.*took more than 0.6 s"):
         check_decodable([hung] * 20)
@@ -358,14 +359,14 @@ def test_replacements_leave_nothing_behind(tmp_path, monkeypatch):
 
     def soak(rounds: int) -> None:
         kinds = ["hang", "crash", "kill", "good"] * rounds
-        answers = list(guarded_each(_misbehave, kinds, hang_s=0.1))
+        answers = list(guarded_each(_misbehave, kinds, hang_s=0.05))
         assert [isinstance(answer, DecodeError) for answer in answers] == [True, True, True, False] * rounds
         for kind in ("crash", "good", "good"):
             list(guarded_each(_misbehave, [kind]))
 
     soak(1)
     before = count()
-    soak(6)  # 24 replacements: it takes two kills to blame a video
+    soak(6)  # 25 replacements: it takes two kills to blame a video
     assert count() == before and before[2] == 0
 
 
@@ -373,6 +374,7 @@ def _misbehave(kind):
     if kind == "hang":
         time.sleep(1000)
     if kind in ("crash", "kill"):
+        faulthandler.disable()  # its report is for crashes that nobody meant
         os.kill(os.getpid(), signal.SIGABRT if kind == "crash" else signal.SIGKILL)
     return torch.zeros(1000)
 

@@ -159,6 +159,7 @@ def _read_in_a_group_of_its_own(begun, answer):
     answer.send((list(pool), pool.lost))
 
 
+@pytest.mark.slow
 def test_processes_that_were_stopped_for_a_while_lose_no_video():
     """A run and its workers, stopped together in the middle of a video (by a debugger, or a virtual machine's pause)."""
     (begun, theirs), (answer, their_answer) = multiprocessing.Pipe(), multiprocessing.Pipe()

@@ -205,8 +205,8 @@ def _add_optimizer_arguments(group) -> None:
 
 def add_run_arguments(group) -> None:
     """Flags of `RunConfig`, the same for every kind of training."""
-    group.add_argument("--workers", "--num_workers", type=int, default=1, help="processes that decode video; 0: this one, unguarded (1)")
-    group.add_argument("--max-bad-share", type=float, default=0.05, help="bad videos that do not stop the run, of the list (0.05)")
+    group.add_argument("--workers", "--num_workers", type=int, default=1, help="processes that decode; 0: this one (1)")
+    group.add_argument("--max-bad-share", type=float, default=0.05, help="bad videos that do not stop a run, of all (0.05)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     group.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
     group.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
