@@ -308,6 +308,9 @@ def _run_on_dead_mount(folder: Path, words: list[str], answer) -> None:
         ("predict", "dead/v.mp4: took more than 0.6 s"),
         ("list", "line 2: its file system does not answer within 0.6 s"),
         ("listed", "list.txt' cannot be read: its file system does not answer within 0.6 s"),
+        ("check-data", "line 2: its file system does not answer within 0.6 s"),
+        ("features", "dead/v.mp4': its file system does not answer within 0.6 s"),
+        ("root", "dead': its file system does not answer within 0.6 s"),
     ],
 )
 def test_a_dead_mount(command, line, limit, checkpoints, tmp_path):
@@ -319,6 +322,9 @@ def test_a_dead_mount(command, line, limit, checkpoints, tmp_path):
         "predict": ["predict", str(dead / "v.mp4"), "--checkpoint", checkpoints["classifier"], "--device", "cpu"],
         "list": ["pretrain", "--data", str(tmp_path / "list.txt"), "--output", str(tmp_path / "run"), "--device", "cpu"],
         "listed": ["pretrain", "--data", str(dead / "list.txt"), "--output", str(tmp_path / "run"), "--device", "cpu"],
+        "check-data": ["check-data", str(tmp_path / "list.txt")],
+        "features": ["features", str(dead / "v.mp4"), "--checkpoint", checkpoints["classifier"], "--output", f"{dead}.f"],
+        "root": ["check-data", str(tmp_path / "list.txt"), "--data-root", str(dead)],
     }[command]
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=_run_on_dead_mount, args=(dead, words, theirs))
@@ -404,4 +410,7 @@ def test_the_end_of_the_main_process_is_that_of_its_worker(how):
         assert ours.poll(5) and ours.recv() == "interrupted" and time.monotonic() - began < 3
     while _state(worker) not in "XZ" and time.monotonic() - began < 10:
         time.sleep(0.05)
-    assert _state(worker) in "XZ"
+    left = _state(worker) not in "XZ"
+    if left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left

@@ -8,6 +8,7 @@ without the bad ones. A list that cannot be read is explained instead.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from vmae.data.augment import crop_and_resize, sample_crop
 from vmae.data.containers import container_kind, read_mp4_track
 from vmae.data.decode import DecodeError, find_backends, open_video
-from vmae.data.files import memory_as_decode_error
+from vmae.data.files import Unanswered, ask_files, memory_as_decode_error
 from vmae.data.manifest import VideoEntry, read_list_with_problems, read_text
 from vmae.data.sampling import sample_frame_indices
 from vmae.data.workers import VideoTask, WorkerPool
@@ -287,7 +288,10 @@ def _read_with_advice(source: Path, data_root: str | None) -> tuple[list[VideoEn
     if problems and not entries:
         line, problem = problems[0]
         failure = f"no entry of list file {str(source)!r} can be used; the first, line {line}: {problem}"
-    hints = explain_list(source, data_root) if problems or failure else []
+    hints = []
+    if problems or failure:
+        with contextlib.suppress(Unanswered):  # it looks where the list's paths may start from, too
+            (hints,) = ask_files(lambda source: explain_list(source, data_root), [source])
     if failure:
         raise InputError("\n  likely: ".join([failure, *hints]))
     for hint in hints:

@@ -19,6 +19,7 @@ from vmae.data.augment import CropBox, crop_and_resize, image_hw
 from vmae.data.augment_classify import sample_resized_crop
 from vmae.data.ava import AvaBox, Box, Key
 from vmae.data.decode import DecodeError, open_video
+from vmae.data.files import path_kind
 from vmae.data.guarded import guarded_each
 from vmae.data.manifest import DEFAULT_PATTERN, VIDEO_SUFFIXES, VideoEntry
 from vmae.data.quarantine import Failure
@@ -121,7 +122,7 @@ def find_videos(folder: str | Path, names: Sequence[str], *, pattern: str = DEFA
         InputError: `folder` is no folder.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if path_kind(folder) != "a folder":
         raise InputError(f"folder of videos {str(folder)!r} does not exist")
     files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES}
     found = {}

@@ -126,3 +126,22 @@ def ask_files(
             raise failure
         left -= 1
     return results
+
+
+def path_kind(path: str | Path) -> str | None:
+    """What lies there: "a file", "a folder", "a pipe", "a socket", "a device"; None for nothing.
+
+    Raises:
+        InputError: its file system does not answer.
+    """
+
+    def look(path: str | Path) -> str | None:
+        try:
+            return special_kind(os.stat(path).st_mode) or "a file"
+        except (OSError, ValueError):
+            return None
+
+    try:
+        return ask_files(look, [path])[0]
+    except Unanswered as error:
+        raise InputError(f"{str(path)!r}: {error}") from None

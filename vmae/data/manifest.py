@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmae.data.files import Unanswered, ask_files, special_kind
+from vmae.data.files import Unanswered, ask_files, path_kind, special_kind
 from vmae.errors import InputError
 
 DEFAULT_PATTERN = "img_{:05}.jpg"
@@ -133,7 +133,7 @@ def read_list_with_problems(
     """
     name = str(path)
     _check_pattern(frame_pattern, "frame pattern")
-    if data_root is not None and not os.path.isdir(data_root):
+    if data_root is not None and path_kind(data_root) != "a folder":
         raise InputError(f"data root {str(data_root)!r} is not a folder")
     lines = _parse(read_text(path), name, parse_line or _parse_line)
     if not lines:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD
 from vmae.data.decode import DecodeError, open_video
+from vmae.data.files import path_kind
 from vmae.data.guarded import guarded_streams
 from vmae.data.manifest import VideoEntry, read_list
 from vmae.errors import InputError
@@ -300,13 +301,14 @@ def find_videos(data: str, data_root: str | None) -> list[VideoEntry]:
         InputError: none there, or see `read_list`.
     """
     path = Path(data)
-    if path.is_dir():
+    kind = path_kind(path)
+    if kind == "a folder":
         found = [VideoEntry(str(file)) for file in sorted(path.rglob("*")) if file.suffix.lower() in VIDEO_SUFFIXES]
         if not found:
             raise InputError(f"folder {data} holds no videos ({', '.join(VIDEO_SUFFIXES)})")
         return found
     if path.suffix.lower() in VIDEO_SUFFIXES:
-        if not path.exists():
+        if kind is None:
             raise InputError(f"video {data} does not exist")
         return [VideoEntry(data)]
     return read_list(data, data_root)
