@@ -377,8 +377,8 @@ def test_a_broken_video_is_replaced_and_recorded(entries, tmp_path):
 
 def test_replacements_cross_the_worker_and_the_batch(entries, tmp_path):
     data = make([entries[0], bad_entry(tmp_path, "bad.mp4"), entries[1], bad_entry(tmp_path, "worse.mp4")])
-    (plain,) = build_loader(data, batch_size=4, total_steps=1)
-    (parallel,) = build_loader(data, batch_size=4, total_steps=1, num_workers=1)
+    (plain,) = build_loader(data, batch_size=4, total_steps=1, max_bad_share=0.5)
+    (parallel,) = build_loader(data, batch_size=4, total_steps=1, max_bad_share=0.5, num_workers=1)
     assert_equal(plain, parallel)
     assert {path.rsplit("/", 1)[1] for path, _, _ in plain.replaced} == {"bad.mp4", "worse.mp4"}
     assert plain.clips.shape[0] == 4

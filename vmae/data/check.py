@@ -8,6 +8,7 @@ without the bad ones, its labels kept. A list that cannot be read is explained i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from vmae.data.augment import crop_and_resize, sample_crop
 from vmae.data.containers import container_kind, read_mp4_track
 from vmae.data.decode import DecodeError, find_backends, open_video
 from vmae.data.decode_pyav import UPRIGHT, Orientation, read_orientation
+from vmae.data.files import Unanswered, ask_files, memory_as_decode_error
 from vmae.data.labels import LABELLED, AnyList, add_labelled_argument, read_any_list
 from vmae.data.manifest import (
     VideoEntry,
@@ -120,7 +122,8 @@ def check_entry(entry: VideoEntry, backend: str = "auto") -> dict[str, Any]:
     """The record of one video: what it is, or its `error` and the `library` that gave it."""
     record: dict[str, Any] = {"path": entry.path, "line": entry.line, "kind": entry.kind, "error": None}
     try:
-        record |= decode_clip(entry, np.random.default_rng(entry.line), backend=backend)
+        with memory_as_decode_error(entry.path):
+            record |= decode_clip(entry, np.random.default_rng(entry.line), backend=backend)
     except DecodeError as error:
         return record | {"error": str(error), "library": error.library}
     if entry.kind == "video":
@@ -360,7 +363,10 @@ def _read_with_advice(source: Path, data_root: str | None, labelled: bool | None
     if found.problems and not found.entries:
         line, problem = found.problems[0]
         failure = f"no entry of list file {str(source)!r} can be used; the first, line {line}: {problem}"
-    hints = explain_list(source, data_root) if found.problems or failure else []
+    hints = []
+    if found.problems or failure:
+        with contextlib.suppress(Unanswered):  # it looks where the list's paths may start from, too
+            (hints,) = ask_files(lambda source: explain_list(source, data_root), [source])
     if failure:
         raise InputError("\n  likely: ".join([failure, *hints]))
     for hint in hints:

@@ -27,11 +27,12 @@ from vmae.data.sampling import (
     sparse_view_indices,
 )
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
-from vmae.data.workers import WorkerPool
+from vmae.data.workers import WorkerPool, hang_limit
 from vmae.errors import InputError
 from vmae.settings import FRAMES, SIDE, STRIDE, Whole, ranged
 
 CLIP_SAMPLINGS = ("dense", "sparse")
+VIEWS_HANG_S = 300.0  # for all the views of a video, some fifteen clips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,13 +231,18 @@ class ViewDataset(VideoDataset):
         return reader.frames(distinct)[places.reshape(indices.shape)]
 
     def read(
-        self, videos: Sequence[int], num_workers: int = 0, *, hang_s: float = 300.0
+        self, videos: Sequence[int], num_workers: int = 0, *, hang_s: float | None = None
     ) -> Iterator[tuple[int, Tensor | Failure]]:
-        """(video, its views) in the order of `videos`, decoded ahead by `num_workers` processes."""
+        """(video, its views) in the order of `videos`, decoded ahead by `num_workers` processes.
+
+        Args:
+            num_workers: 0 decodes in this process, where a video that hangs or crashes takes it along.
+            hang_s: seconds that the views of a video may take; None means `hang_limit(VIEWS_HANG_S)`.
+        """
         if not num_workers:
             yield from ((video, self[video]) for video in videos)
             return
-        pool = WorkerPool(self, iter(videos), count=num_workers, prefetch=2, hang_s=hang_s)
+        pool = WorkerPool(self, iter(videos), count=num_workers, prefetch=2, hang_s=hang_s or hang_limit(VIEWS_HANG_S))
         try:
             yield from zip(videos, pool)
         finally:

@@ -10,6 +10,8 @@ of numpy and torch, whose generators may change between versions).
 from __future__ import annotations
 
 import dataclasses
+import functools
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +24,13 @@ from torch import Tensor
 
 from vmae.config import MaskConfig
 from vmae.data.augment import CropBox, crop_and_resize, image_hw, sample_crop
-from vmae.data.decode import DecodeError, open_video
+from vmae.data.decode import open_video
+from vmae.data.guarded import guarded_each
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure, Quarantine, list_failures
 from vmae.data.sampling import SAMPLINGS, clip_starts, sample_exact_indices, sample_frame_indices
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng, seed_sequence
-from vmae.data.workers import WorkerPool
+from vmae.data.workers import WorkerPool, hang_limit
 from vmae.errors import InputError
 from vmae.masking import DualMask
 
@@ -189,29 +192,36 @@ class PretrainDataset(VideoDataset):
         return torch.from_numpy(np.stack(crops))
 
 
+def _decode_first_frame(entry: VideoEntry, backend: str) -> None:
+    with open_video(entry, backend) as reader:
+        reader.frames([0])
+
+
 def check_decodable(entries: Sequence[VideoEntry], *, backend: str = "auto", limit: int = 20) -> list[tuple[str, str]]:
     """See, before a run writes anything, that some video can be decoded.
 
-    Tries one frame of up to `limit` videos, spread over the list, until one works.
+    Tries one frame of up to `limit` videos, spread over the list, until one works; in a worker, see `guarded_each`.
 
     Returns:
         (path, error) of the videos that failed before it.
 
     Raises:
-        InputError: none works (names the first three and their errors), no entries, or no backend is installed.
+        InputError: none works (names the first three and their errors), no entries, or no backend is installed. Also where
+            none worked within three times `hang_limit()`.
     """
     if not entries:
         raise InputError("no videos to decode: the list has no entries")
     count = min(len(entries), max(limit, 1))
+    tried = [entries[place * len(entries) // count] for place in range(count)]
     failures: list[tuple[str, str]] = []
-    for place in range(count):
-        entry = entries[place * len(entries) // count]
-        try:
-            with open_video(entry, backend) as reader:
-                reader.frames([0])
+    began = time.monotonic()
+    for entry, error in zip(tried, guarded_each(functools.partial(_decode_first_frame, backend=backend), tried)):
+        if error is None:
             return failures
-        except DecodeError as error:
-            failures.append((entry.path, str(error)))
+        failures.append((entry.path, str(error)))
+        if time.monotonic() - began > 3 * hang_limit():
+            break
+    count = len(failures)
     which = f"all {count} videos" if count == len(entries) else f"all of the {count} videos tried, of {len(entries)},"
     raise InputError(f"{which} are undecodable; the first: {list_failures(failures)}")
 
@@ -411,7 +421,7 @@ def build_loader(
     accumulate: int = 1,
     quarantine: str | Path | None = None,
     max_bad_share: float = 0.05,
-    hang_s: float = 120.0,
+    hang_s: float | None = None,
     loader: str = "cpu",
     device: torch.device | str = "cpu",
 ) -> PretrainLoader | DaliLoader:
@@ -422,13 +432,14 @@ def build_loader(
 
     Args:
         batch_size: B, videos of a micro-batch on this rank; it has B * num_sample clips.
-        num_workers: processes that decode; 0 decodes in this one.
+        num_workers: processes that decode; 0 decodes in this one, where a video that hangs or crashes takes it along.
         pin_memory: page-locked batches, for copies to a GPU beside its work; ignored where there is none.
         prefetch: batches that each worker makes ahead.
         rank, world_size, accumulate: see `EpochSampler`.
         quarantine: file for the bad videos, one JSON line each; with many ranks, rank 3 writes NAME-3.jsonl.
-        max_bad_share: share of reads that may fail, see `Quarantine`.
-        hang_s: seconds that a video may take in a worker, before the worker is replaced and the video counts as bad.
+        max_bad_share: share of the list's videos that may be bad, see `Quarantine`; each rank judges what it read itself.
+        hang_s: seconds that a video may take in a worker, before the worker is replaced and the video counts as bad; None
+            means `vmae.data.workers.hang_limit()`.
         loader: "cpu", or "dali" (see `vmae.data.dali`; `num_workers` are its threads).
         device: where DALI decodes; the CPU's loader has no use for it.
 
@@ -439,6 +450,7 @@ def build_loader(
     if num_workers < 0 or prefetch < 1:
         raise InputError(f"num_workers ({num_workers}) must be at least 0 and prefetch ({prefetch}) at least 1")
     check_loader(loader)
+    hang_s = hang_limit() if hang_s is None else hang_s
     if hang_s <= 0:
         raise InputError(f"hang_s must be above 0, not {hang_s}")
     if quarantine is not None and rank:
@@ -464,7 +476,7 @@ def build_loader(
             f"to {times} times in a batch, with other frames and crops",
             stacklevel=2,
         )
-    bad = Quarantine(quarantine, max_bad_share)
+    bad = Quarantine(quarantine, max_bad_share, len({entry.path for entry in dataset.entries}))
     if loader == "dali":
         from vmae.data.dali import DaliLoader
 

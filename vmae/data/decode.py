@@ -11,7 +11,6 @@ known to return wrong frames for a file (see `vmae.data.containers`) refuses it,
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image
 
 from vmae.data.containers import open_gop_hazard, seek_hazard
 from vmae.data.decode_pyav import PyavReader, pyav_missing
+from vmae.data.files import check_regular
 from vmae.data.manifest import VideoEntry
 from vmae.data.video_reader import DecodeError, VideoReader, first_reason, library_stderr
 from vmae.errors import InputError
@@ -62,15 +62,12 @@ def open_video(source: VideoEntry | str | Path, backend: str = "auto") -> VideoR
         backend: "auto", or a name in `BACKENDS`.
 
     Raises:
-        DecodeError: the file is not there, cannot be decoded, or has no frames.
+        DecodeError: the file is not there, is no regular one, cannot be decoded, or has no frames.
         InputError: an unknown backend, one that does not read this kind of entry, or one that is not installed.
     """
     entry = source if isinstance(source, VideoEntry) else VideoEntry(str(source))
     candidates = find_backends(entry.kind, backend)
-    if not os.path.exists(entry.path):
-        raise DecodeError(f"{entry.path}: does not exist")
-    if entry.kind == "video" and os.path.isdir(entry.path):
-        raise DecodeError(f"{entry.path}: is a folder; for frames give a list file with a line `folder start total`")
+    check_regular(entry.path, folder=entry.kind == "frames")
     chosen = _choose_backend(entry, candidates)
     try:
         reader = chosen.open(entry)
@@ -236,10 +233,11 @@ class _FrameFolderReader(VideoReader):
         for index in indices.tolist():
             path = self._entry.frame_path(index)
             try:
+                check_regular(path)
                 with Image.open(path) as image:
                     images.append(np.asarray(image.convert("RGB")))
-            except FileNotFoundError:
-                raise DecodeError(f"{path}: does not exist; the list promises {len(self)} frames") from None
+            except DecodeError as error:
+                raise DecodeError(f"{error}; the list promises {len(self)} frames") from None
             except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError and more
                 raise DecodeError(f"{path}: cannot be decoded: {first_reason(str(error), [])}") from None
             if images[-1].shape != images[0].shape:

@@ -18,12 +18,14 @@ from vmae.config import _Checked
 from vmae.data.augment import CropBox, crop_and_resize
 from vmae.data.augment_classify import sample_resized_crop
 from vmae.data.ava import AvaBox, Box, Key
-from vmae.data.decode import open_video
+from vmae.data.decode import DecodeError, open_video
+from vmae.data.files import path_kind
+from vmae.data.guarded import guarded_each
 from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry
 from vmae.data.quarantine import Failure
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
 from vmae.data.video_files import is_video
-from vmae.data.workers import WorkerPool
+from vmae.data.workers import WorkerPool, hang_limit
 from vmae.errors import InputError
 from vmae.settings import FRAMES, SHARE_ABOVE_0, SIDE, STRIDE, Real, ranged
 
@@ -108,7 +110,7 @@ def find_videos(folder: str | Path, names: Sequence[str], *, pattern: str = DEFA
         InputError: `folder` is no folder, or has two videos of one id.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if path_kind(folder) != "a folder":
         raise InputError(f"folder of videos {str(folder)!r} does not exist")
     files, wanted = {}, set(names)
     for path in sorted(path for path in folder.iterdir() if is_video(path)):
@@ -155,6 +157,8 @@ def key_frames(
         _, labels = boxes.setdefault((row.box, row.person), (row, []))
         if row.action in classes:
             labels.append(classes[row.action])
+    wanted = [entries[video] for video in dict.fromkeys(video for video, _ in frames) if video in entries]
+    opened = guarded_each(_frames_and_rate, wanted)  # in the order in which the loop asks for them
     lengths: dict[str, tuple[int, float]] = {}
     made = []
     for (video, timestamp), boxes in frames.items():
@@ -163,7 +167,7 @@ def key_frames(
         if video not in entries:
             raise InputError(f"{where}: video {video!r} is not in {videos}: no file of that name, no folder")
         if video not in lengths:
-            lengths[video] = _length(entries[video], where, fps)
+            lengths[video] = _length(entries[video], next(opened), where, fps)
         total, rate = lengths[video]
         frame = round((timestamp - clip.origin) * rate)
         if not 0 <= frame < total:
@@ -186,13 +190,16 @@ def key_frames(
     return made
 
 
-def _length(entry: VideoEntry, where: str, fps: float | None) -> tuple[int, float]:
-    """(frames, frames a second) of a video."""
-    try:
-        with open_video(entry) as reader:
-            total, rate = len(reader), fps or reader.fps
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+def _frames_and_rate(entry: VideoEntry) -> tuple[int, float | None]:
+    with open_video(entry) as reader:
+        return len(reader), reader.fps
+
+
+def _length(entry: VideoEntry, found: tuple | DecodeError, where: str, fps: float | None) -> tuple[int, float]:
+    """(frames, frames a second) of a video, of what opening it gave."""
+    if isinstance(found, DecodeError):
+        raise InputError(f"{where}: {found}")
+    total, rate = found[0], fps or found[1]
     if not rate:
         raise InputError(f"{where}: {entry.path} does not tell its frames a second; name them with --fps")
     return total, float(rate)
@@ -378,12 +385,12 @@ class KeyFrameReader(VideoDataset):
         boxes = extend_boxes(np.array(entry.boxes), self.clip.extend)
         return torch.from_numpy(clip), torch.from_numpy(boxes).float()
 
-    def read(self, numbers: Sequence[int], num_workers: int = 0, *, hang_s: float = 300.0) -> Iterator:
+    def read(self, numbers: Sequence[int], num_workers: int = 0, *, hang_s: float | None = None) -> Iterator:
         """(number, what it holds) in the order of `numbers`, decoded ahead by `num_workers` processes."""
         if not num_workers:
             yield from ((number, self[number]) for number in numbers)
             return
-        pool = WorkerPool(self, iter(numbers), count=num_workers, prefetch=4, hang_s=hang_s)
+        pool = WorkerPool(self, iter(numbers), count=num_workers, prefetch=4, hang_s=hang_s or hang_limit())
         try:
             yield from zip(numbers, pool)
         finally:

@@ -26,12 +26,11 @@ from __future__ import annotations
 import csv
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmae.data.files import Unanswered, ask_files, path_kind, special_kind
 from vmae.data.video_files import find_videos, is_video, looks_like_url, playlist_kind
 from vmae.errors import InputError
 from vmae.settings import STRIDE
@@ -48,6 +47,7 @@ _JSON = re.compile(r'[\[{]\s*(?:$|[\[{"])')
 _KINETICS = re.compile(r'(?:"?label"?\s*,\s*)?"?youtube_id"?\s*,\s*"?time_start"?', re.IGNORECASE)
 _Reading = tuple[str, int, int]
 _MOST_IMAGES = 10**9  # of a folder, and the largest number of one
+_PIPED: dict[tuple[int, int], bytes] = {}  # what a pipe (device, inode) held: `finetune <(COMMAND)` reads its list twice
 
 
 @dataclass(frozen=True)
@@ -159,48 +159,58 @@ def read_list_with_problems(
     """
     name = str(path)
     _check_pattern(frame_pattern, "frame pattern")
-    if parse_line is None and os.path.isdir(path):
+    if parse_line is None and path_kind(path) == "a folder":
         return folder_entries(path), []
-    if data_root is not None and not os.path.isdir(data_root):
+    if data_root is not None and path_kind(data_root) != "a folder":
         raise InputError(f"data root {str(data_root)!r} is not a folder")
     lines = parse_lines(read_text(path), name, parse_line or _parse_line)
     if not lines:
         raise InputError(f"list file {name!r} has no entries; {_FORMATS}")
     roots = [str(data_root)] if data_root is not None else ["", os.path.dirname(name)]
-    chunks = [lines[i : i + 256] for i in range(0, len(lines), 256)]
-    with ThreadPoolExecutor(8) as pool:  # a network file system takes long for one question, not for many side by side
-        parts = pool.map(lambda chunk: [_resolve(line, roots, frame_pattern) for line in chunk], chunks)
-        resolved = [result for part in parts for result in part]
+    try:  # by threads: a network file system takes long for one question, not for many side by side
+        resolved = ask_files(lambda line: _resolve(line, roots, frame_pattern), lines, threads=8)
+    except Unanswered as error:
+        raise InputError(f"list file {name!r}, line {lines[error.item].number}: {error}") from None
     problems = [(line.number, problem) for line, (_, problem) in zip(lines, resolved, strict=True) if problem]
     return [entry for entry, problem in resolved if not problem], problems
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a list file.
+    """The text of a list file. A pipe gives it once only; asked again, it is what came then.
 
     Raises:
-        InputError: it is missing, a folder, or no UTF-8 text.
+        InputError: it is missing, a folder or a device, no UTF-8 text, or does not come within `hang_limit()`.
     """
     name = str(path)
-    if os.path.isdir(path):
-        raise InputError(f"list file {name!r} is a folder; give a text file with one video a line")
     try:
-        with open(path, "rb") as file:
-            head = file.read(4096)
-            if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise InputError(f"list file {name!r} is UTF-16 text; save it as UTF-8")
-            if b"\0" in head:
-                raise InputError(f"list file {name!r} is not text (a video?); give a text file with one video a line")
-            data = head + file.read()
+        (data,) = ask_files(_read_list_file, [name])
     except FileNotFoundError:
         raise InputError(f"list file {name!r} does not exist") from None
-    except OSError as error:
-        raise InputError(f"list file {name!r} cannot be read: {error.strerror}") from None
+    except (Unanswered, OSError) as error:
+        raise InputError(f"list file {name!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise InputError(f"list file {name!r}, line {line}: not UTF-8 text; save the list as UTF-8") from None
+
+
+def _read_list_file(name: str) -> bytes:
+    kind = special_kind(os.stat(name).st_mode)
+    if kind not in (None, "a pipe"):
+        raise InputError(f"list file {name!r} is {kind}; give a text file with one video a line")
+    with open(name, "rb") as file:
+        data = file.read(4096)
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise InputError(f"list file {name!r} is UTF-16 text; save it as UTF-8")
+        if b"\0" in data:
+            raise InputError(f"list file {name!r} is not text (a video?); give a text file with one video a line")
+        data += file.read()
+        about = os.fstat(file.fileno())
+    if kind == "a pipe":
+        data = data or _PIPED.get((about.st_dev, about.st_ino), b"")
+        _PIPED[about.st_dev, about.st_ino] = data
+    return data
 
 
 def split_lines(text: str) -> list[str]:
@@ -383,12 +393,12 @@ def make_entry(path: str, start: int, total: int, line: Line, frame_pattern: str
 
 
 def _check_entry(entry: VideoEntry, there: os.stat_result) -> str | None:
-    is_folder = stat.S_ISDIR(there.st_mode)
+    kind = special_kind(there.st_mode)
     if entry.kind == "video":
-        if is_folder:
+        if kind == "a folder":
             return f"{entry.path!r} is a folder; write `folder start total` for a folder of frames"
-        if not stat.S_ISREG(there.st_mode):
-            return f"{entry.path!r} is no regular file (a pipe, a socket or a device)"
+        if kind is not None:
+            return f"{entry.path!r} is {kind}, not a video file"
         playlist = playlist_kind(entry.path, there.st_size)
         if playlist is not None:
             return (
@@ -396,8 +406,8 @@ def _check_entry(entry: VideoEntry, there: os.stat_result) -> str | None:
                 "`ffmpeg -i FILE -c copy video.mp4`"
             )
         return None
-    if not is_folder:
-        return f"{entry.path!r} is a file, not a folder of frames; write `path 0 -1` for a video"
+    if kind != "a folder":
+        return f"{entry.path!r} is {kind or 'a file'}, not a folder of frames; write `path 0 -1` for a video"
     if not os.path.isfile(entry.frame_path(0)):
         return (
             f"the first frame {entry.frame_path(0)!r} does not exist; the second column is the number of the first "

@@ -25,8 +25,10 @@ its videos in an order of its own, which goes on from epoch to epoch: none comes
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
+import time
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,7 +38,10 @@ from typing import Any
 import numpy as np
 
 from vmae.data.decode import DecodeError, open_video
+from vmae.data.files import Unanswered, ask_files
+from vmae.data.guarded import guarded_each
 from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry, read_list
+from vmae.data.workers import hang_limit
 from vmae.errors import InputError
 from vmae.jsontext import check_depth
 from vmae.settings import STRIDE, Real, shown
@@ -202,12 +207,13 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise InputError(f"reading a mix needs PyYAML ({error}): `pip install pyyaml`") from None
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        (text,) = ask_files(lambda path: path.read_text(encoding="utf-8"), [path])
+        content = yaml.safe_load(text)
         check_depth(content)
     except RecursionError:
         raise InputError(f"mix {str(path)!r} is nested too deeply") from None
-    except OSError as error:
-        raise InputError(f"mix {str(path)!r} cannot be read: {error.strerror}") from None
+    except (OSError, Unanswered) as error:
+        raise InputError(f"mix {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"mix {str(path)!r} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -268,16 +274,22 @@ def describe_data(data: Sequence[VideoEntry], *, backend: str = "auto", probes: 
     return lines
 
 
+def _seconds(entry: VideoEntry, backend: str) -> float:
+    with open_video(entry, backend) as reader:
+        return len(reader) / reader.fps if reader.fps else 0.0
+
+
 def _length(entries: Sequence[VideoEntry], backend: str, probes: int) -> str:
     frames = sum(entry.total for entry in entries if entry.kind == "frames")
     videos = [entry for entry in entries if entry.kind == "video"]
-    seconds = []
-    for place in range(min(probes, len(videos))):
-        try:
-            with open_video(videos[place * len(videos) // min(probes, len(videos))], backend) as reader:
-                seconds.append(len(reader) / reader.fps if reader.fps else 0.0)
-        except DecodeError:
-            continue
+    count = min(probes, len(videos))
+    probed = [videos[place * len(videos) // count] for place in range(count)]
+    seconds, began = [], time.monotonic()
+    for found in guarded_each(functools.partial(_seconds, backend=backend), probed):
+        if not isinstance(found, DecodeError):
+            seconds.append(found)
+        if time.monotonic() - began > hang_limit():  # an estimate is not worth more
+            break
     texts = []
     if seconds:
         about = "" if len(seconds) == len(videos) else "about "

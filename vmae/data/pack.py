@@ -29,6 +29,7 @@ from vmae.config import _Checked
 from vmae.data.check import decode_clip
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.decode_pyav import UPRIGHT, Orientation, PyavReader, read_orientation
+from vmae.data.files import memory_as_decode_error
 from vmae.data.labels import LABELLED, add_labelled_argument, read_any_list
 from vmae.data.manifest import VideoEntry, raise_problems, write_list
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine, list_failures
@@ -194,7 +195,8 @@ class _Packer(VideoTask):
         if _is_done(entry.path, target):
             return None
         try:
-            pack_video(entry.path, target, self.config)
+            with memory_as_decode_error(entry.path):
+                pack_video(entry.path, target, self.config)
         except DecodeError as error:
             return Failure(entry.path, str(error), error.library or "pyav")
         except (InputError, OSError) as error:

@@ -14,7 +14,7 @@ from vmae.errors import InputError
 from vmae.json_files import read_json_lines
 
 QUARANTINE_NAME = "quarantine.jsonl"
-JUDGED_FROM = 200  # reads; before that, a share says little
+JUDGED_FROM, DEVIATIONS = 200, 3.0  # reads, before which a share says little; and by how much it is to be above the limit
 
 
 class Failure(NamedTuple):
@@ -39,26 +39,30 @@ def list_failures(failures: Sequence[tuple], shown: int = 3) -> str:
 
 
 class Quarantine:
-    """What failed so far in a run.
+    """What failed so far in a run, on one rank and in one start (files may have been mended between two starts).
+
+    Too much is more than `max_share` of the list's videos, where one bad video is never too much unless `max_share` is 0.
+    A long list is judged before it was read to its end: from 200 reads on, when so many of its videos were found bad that the
+    share of all of them is above `max_share` by three standard deviations.
 
     Args:
         path: file that gets one JSON line (path, error, library) for each bad video, once; None writes nothing. What it
             holds already, from before a run was resumed, stays and is not written again.
-        max_share: share of reads that may fail. It is judged after 200 reads, with three standard deviations to spare,
-            so that a list with just that share does not stop by chance.
+        max_share: share of the list's videos that may be bad.
+        videos: how many different ones the list has; None judges reads alone.
 
     Attributes:
         reads, failures: videos tried, and how many of these tries failed.
         bad: the failure of each bad video, by its path.
 
     Raises:
-        InputError: a share outside 0 to 1, or a file that cannot be written.
+        InputError: a share outside 0 to 1.
     """
 
-    def __init__(self, path: str | Path | None = None, max_share: float = 0.05) -> None:
+    def __init__(self, path: str | Path | None = None, max_share: float = 0.05, videos: int | None = None) -> None:
         if not 0 <= max_share <= 1:
             raise InputError(f"the share of bad videos must be between 0 and 1, not {max_share}")
-        self.path, self.max_share = None if path is None else Path(path), max_share
+        self.path, self.max_share, self.videos = None if path is None else Path(path), max_share, videos
         self.reads = self.failures = 0
         self.bad: dict[str, Failure] = {}
         self._makes_folder = self.path is not None and not self.path.parent.is_dir()
@@ -83,12 +87,26 @@ class Quarantine:
         for failure in failed:
             self.bad.setdefault(failure.path, failure)
         self._write([failure for failure in dict.fromkeys(failed) if failure.path not in self._written])
-        expected = self.max_share * self.reads
-        if self.reads >= JUDGED_FROM and self.failures > expected + 3 * math.sqrt(expected):
+        if failed and self._too_many():
+            allowed = f"{self.max_share:.1%}" if self.allowed is None else f"{self.allowed} of {self.videos}"
             raise InputError(
-                f"{self.summary()}. No more than {self.max_share:.0%} may fail; `python -m vmae check-data LIST` tells what "
-                "is wrong with them and writes a list without them"
+                f"{self.summary()}. No more than {allowed} videos may be bad (--max-bad-share {self.max_share:g}); "
+                "`python -m vmae check-data LIST` tells what is wrong with them and writes a list without them"
             )
+
+    @property
+    def allowed(self) -> int | None:
+        """Bad videos that do not stop the run; None where the length of the list is not known."""
+        if self.videos is None:
+            return None
+        return max(math.floor(self.max_share * self.videos + 1e-9), 1 if self.max_share else 0)
+
+    def _too_many(self) -> bool:
+        if self.allowed is not None and len(self.bad) > self.allowed:
+            return True
+        # A video counts once, however often it is read, so `reads` are at least the different videos that were tried.
+        expected = self.max_share * self.reads
+        return self.reads >= JUDGED_FROM and len(self.bad) > expected + DEVIATIONS * math.sqrt(expected)
 
     def _write(self, failures: list[Failure]) -> None:
         if self.path is None or not failures:

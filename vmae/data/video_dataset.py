@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from vmae.data.augment import RESIZERS
 from vmae.data.decode import DecodeError, VideoReader, open_video
+from vmae.data.files import memory_as_decode_error
 from vmae.data.manifest import VideoEntry
 from vmae.data.mix import Mix
 from vmae.data.quarantine import Failure, list_failures
@@ -60,7 +61,7 @@ class VideoDataset(Dataset):
 
     Attributes:
         data: `entries` as they were given.
-        watch: called with an entry's number before it is decoded; what a worker tells its overseer.
+        watch: called with an entry's number before it is decoded; what a worker tells its supervisor.
 
     Raises:
         InputError: no entries, a number below 1, or an unknown `resize`.
@@ -175,7 +176,8 @@ class VideoDataset(Dataset):
             self.watch(video)
         for last_chance in (False, True):
             try:
-                return self._decode_crops(entry, epoch, index, attempt)
+                with memory_as_decode_error(entry.path):
+                    return self._decode_crops(entry, epoch, index, attempt)
             except DecodeError as error:
                 if last_chance:
                     failures.append(Failure(entry.path, str(error), error.library))

@@ -3,15 +3,22 @@
 Why not torch's `DataLoader`: a worker of it that hangs stops the run, one that a decoder crashes raises an error at
 any moment in the main process, and neither can be replaced. Here each worker has a pipe of its own and writes down
 which video it is at, so the main process knows whom to blame: the video is blocked (another one stands in for it)
-and what the worker still owed is made again by a new one.
+and what the worker still owed is made again by a new one. A worker that is killed from outside, for want of memory most
+often, blames its video only when the same video does it twice.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing.connection
 import multiprocessing.sharedctypes
+import multiprocessing.util
 import os
+import shutil
 import signal
+import sys
+import tempfile
+import threading
 import time
 import traceback
 from collections import deque
@@ -23,11 +30,31 @@ import torch.multiprocessing
 
 from vmae.errors import InputError
 
+HANG_S = 120.0  # that one video may take, where nothing else is said
+
 CRASHES = {
     -number for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGKILL)
 }
-MAX_IDLE_RESTARTS = 5  # of workers that no video is to blame for, in a row without a batch
+MAX_IDLE_RESTARTS = 5  # of workers that no video is to blame for, in a row without a batch; one each where they are more
 _POLL_S, _GRACE_S = 1.0, 5.0
+# Forked also where Python's default is another (3.14): workers share the list's memory, and start in milliseconds.
+_START_METHOD = "fork" if sys.platform.startswith("linux") else None
+
+
+def hang_limit(default: float = HANG_S) -> float:
+    """Seconds that one video may take: the environment's VMAE_HANG_S, else `default`.
+
+    Raises:
+        InputError: VMAE_HANG_S is no number above 0.
+    """
+    text = os.environ.get("VMAE_HANG_S")
+    try:
+        seconds = default if text is None else float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InputError(f"VMAE_HANG_S must be seconds above 0, not {text!r}")
+    return seconds
 
 
 class Maker(Protocol):
@@ -70,7 +97,10 @@ class _Worker:
         self.suspected: tuple[float, float] | None = None  # (when its video began, when that was found too long)
         self.slot = multiprocessing.sharedctypes.RawArray("d", [-1.0, 0.0])
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(maker, theirs, self.slot, os.getpid()), daemon=True)
+        # A worker that is killed cannot remove the folder of the socket by which its tensors are handed over.
+        folder = tempfile.mkdtemp(prefix="pymp-")
+        self._clear = multiprocessing.util.Finalize(self, shutil.rmtree, (folder, True), exitpriority=-1)
+        self.process = context.Process(target=_work, args=(maker, theirs, self.slot, os.getpid(), folder), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -92,12 +122,24 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.pipe.close()
+        self._clear()
 
 
-def _work(maker: Maker, pipe, slot, parent: int) -> None:
+def _end_with(parent: int, folder: str) -> None:
+    """End this process soon after its parent, also while a file hangs it. (Its pipe alone would not tell: workers that
+    were forked later hold the other end too.)"""
+    while os.getppid() == parent:
+        time.sleep(_POLL_S)
+    shutil.rmtree(folder, True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _work(maker: Maker, pipe, slot, parent: int, folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)  # the workers share the cores; more threads in each only get in each other's way
+    threading.Thread(target=_end_with, args=(parent, folder), daemon=True).start()
+    multiprocessing.current_process()._config["tempdir"] = folder  # what multiprocessing.util.get_temp_dir() gives
 
     def watch(video: int) -> None:
         slot[1] = time.monotonic()
@@ -105,9 +147,6 @@ def _work(maker: Maker, pipe, slot, parent: int) -> None:
 
     maker.set_watch(watch)
     while True:
-        while not pipe.poll(_POLL_S):
-            if os.getppid() != parent:
-                return
         try:
             kind, *content = pipe.recv()
         except EOFError:
@@ -148,8 +187,9 @@ class WorkerPool:
         self.lost: list[tuple[int, str]] = []
         self._maker, self._tasks = maker, enumerate(tasks)
         self._prefetch, self._hang_s = prefetch, hang_s
-        self._context = torch.multiprocessing.get_context()
+        self._context = torch.multiprocessing.get_context(_START_METHOD)
         self._ready: dict[int, Any] = {}
+        self._killed: dict[int, int] = {}  # video -> the task at which it was there when its worker was killed
         self._next = self._idle_restarts = 0
         self._interrupted = False
         self._workers = [_Worker(self._context, maker) for _ in range(count)]
@@ -193,13 +233,15 @@ class WorkerPool:
                 continue
             worker.tasks.popleft()
             self._ready[number] = (good, result)
+            if self._killed:  # done this time
+                self._killed = {video: task for video, task in self._killed.items() if task != number}
             self._feed(worker)
         now = time.monotonic()
         for worker in list(self._workers):
             if not worker.process.is_alive() and not worker.pipe.poll():
                 self._replace(worker, None)
             elif worker.tasks and self._hangs(worker, now):
-                self._replace(worker, f"took more than {self._hang_s:g} s; its worker was stopped")
+                self._replace(worker, f"took more than {self._hang_s:g} s (VMAE_HANG_S); its worker was stopped")
 
     def _hangs(self, worker: _Worker, now: float) -> bool:
         """Whether its video takes too long, also a moment after that was first seen (all may have been suspended)."""
@@ -212,15 +254,10 @@ class WorkerPool:
         return now - worker.suspected[1] >= min(_GRACE_S, self._hang_s / 2)
 
     def _replace(self, worker: _Worker, reason: str | None) -> None:
-        if reason is None:
-            worker.process.join(1)
-            code = worker.process.exitcode
-            if code not in CRASHES:
-                self.close()
-                raise RuntimeError(f"a data worker was stopped (exit code {code})")
-            if code != -signal.SIGKILL:  # that is for want of memory, and no video's fault
-                reason = f"crashed its worker ({signal.Signals(-code).name})"
+        """Put a new worker in the place of one that died, or that is stopped for `reason`."""
         video = worker.video
+        if reason is None:
+            reason = self._cause_of_death(worker)
         worker.kill()
         if reason is not None and video >= 0:
             self.lost.append((video, reason))
@@ -229,13 +266,30 @@ class WorkerPool:
                 other.tell("block", video, reason)
         else:
             self._idle_restarts += 1
-            if self._idle_restarts > MAX_IDLE_RESTARTS:
+            if self._idle_restarts > max(MAX_IDLE_RESTARTS, len(self._workers)):
                 self.close()
                 raise InputError("data workers keep dying, for want of memory most likely; try fewer, or a smaller batch")
         fresh = _Worker(self._context, self._maker)
         self._workers[self._workers.index(worker)] = fresh
         for number, task in worker.tasks:
             fresh.give(number, task)
+
+    def _cause_of_death(self, worker: _Worker) -> str | None:
+        """What its video is to blame for; None where it is not, or not yet."""
+        worker.process.join(1)
+        code, video = worker.process.exitcode, worker.video
+        if code not in CRASHES:
+            self.close()
+            raise RuntimeError(f"a data worker was stopped (exit code {code})")
+        if code != -signal.SIGKILL:
+            return f"crashed its worker ({signal.Signals(-code).name})"
+        # For want of memory, most likely, and once that may be any video's fault. A video that does it again, before it was
+        # decoded, would do it for ever.
+        if video in self._killed:
+            return "its worker was killed twice at this video (SIGKILL; out of memory?)"
+        if video >= 0 and worker.tasks:
+            self._killed[video] = worker.tasks[0][0]
+        return None
 
     def interrupt(self) -> None:
         """End iteration within a second, also where another thread waits in `next`; the processes stay until `close`."""

@@ -38,6 +38,7 @@ from vmae.data.ava import (
 )
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.detection_dataset import KeyClipConfig, KeyFrame, KeyFrameReader, find_videos, key_frames
+from vmae.data.guarded import guarded
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
 from vmae.evaluate.frame_map import FrameScores, frame_map
@@ -336,8 +337,7 @@ def draw_frames(
     for place in sorted({good[i * len(good) // count] for i in range(count)} if good and count else ()):
         frame = frames[place]
         try:
-            with open_video(frame) as reader:
-                picture = reader.frames([frame.frame])[0]
+            picture = guarded(_decode_key_frame, frame)
         except DecodeError:
             continue
         path = folder / f"key_frame_{frame.video}_{frame.timestamp:04}.png"
@@ -348,6 +348,12 @@ def draw_frames(
             raise InputError(f"cannot write {path}: {error.strerror}") from error
         paths.append(path)
     return paths
+
+
+def _decode_key_frame(frame: KeyFrame) -> np.ndarray:
+    """uint8 [H, W, 3]"""
+    with open_video(frame) as reader:
+        return reader.frames([frame.frame])[0]
 
 
 def _captions(

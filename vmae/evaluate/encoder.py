@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from vmae.config import ModelConfig
 from vmae.data import CropBox, crop_and_resize, open_video
+from vmae.data.guarded import guarded
 from vmae.data.sampling import clip_starts, sample_sparse_indices, walk_frames
 from vmae.interop.classifier_weights import plain_names, start_classifier
 from vmae.interop.source import at_size, source_config
@@ -109,7 +111,7 @@ def load_encoder(
 
 
 def middle_clip(video: str | Path, config: ModelConfig, stride: int, sampling: str = "dense") -> tuple[Tensor, list[int]]:
-    """The clip from the middle of a video, the largest centred crop of the model's shape.
+    """The clip from the middle of a video, the largest centred crop of the model's shape; decoded in a worker, see `guarded`.
 
     Args:
         sampling: "dense", the published sampling with `stride`; or "sparse", frames spread over the whole video.
@@ -118,8 +120,12 @@ def middle_clip(video: str | Path, config: ModelConfig, stride: int, sampling: s
         uint8 [1, T, H, W, 3], and the T frame numbers.
 
     Raises:
-        InputError: the video can't be decoded, or the stride is below 1.
+        InputError: the video can't be decoded, or not in time, or the stride is below 1.
     """
+    return guarded(functools.partial(_decode_middle, config=config, stride=stride, sampling=sampling), video)
+
+
+def _decode_middle(video: str | Path, config: ModelConfig, stride: int, sampling: str) -> tuple[Tensor, list[int]]:
     with open_video(video) as reader:
         starts = clip_starts(len(reader), config.num_frames, stride)
         if sampling == "sparse":

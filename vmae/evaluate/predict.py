@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from vmae.data.classify_dataset import ViewConfig, ViewDataset
 from vmae.data.labels import read_class_names
 from vmae.data.manifest import VideoEntry
-from vmae.data.quarantine import Failure
+from vmae.data.quarantine import Failure, list_failures
 from vmae.errors import InputError
 from vmae.evaluate.classify import published_views
 from vmae.settings import CLASSES, limits
@@ -58,11 +58,11 @@ def top_classes(
     """(class, probability) of the `count` most likely ones, the likeliest first; the mean over the views.
 
     Raises:
-        InputError: the video cannot be decoded.
+        InputError: the video cannot be decoded, or not in time.
     """
-    seen = ViewDataset([VideoEntry(video)], loaded.clip, views)[0]
+    ((_, seen),) = ViewDataset([VideoEntry(video)], loaded.clip, views).read([0], num_workers=1)
     if isinstance(seen, Failure):
-        raise InputError(seen.error)
+        raise InputError(list_failures([seen]))
     device = next(loaded.model.parameters()).device
     options = {"dtype": "float32", "multi_label": loaded.multi_label, "batch_size": views.crops}
     probabilities = view_probabilities(loaded.model, seen, device=device, **options)

@@ -36,6 +36,7 @@ import torch
 from vmae.config import MaskConfig, _Checked
 from vmae.data.containers import container_kind
 from vmae.data.decode import open_video
+from vmae.data.guarded import guarded
 from vmae.errors import InputError
 from vmae.evaluate.classify import published_views
 from vmae.evaluate.encoder import middle_clip
@@ -84,6 +85,12 @@ class Limits(_Checked):
     connections: int = ranged(32, Whole(1, 1000))
 
 
+def _measure(path: Path) -> tuple[int, float, tuple[int, int]]:
+    """Frames, frames a second, (width, height)."""
+    with open_video(path) as reader:
+        return len(reader), reader.fps or 25.0, reader.size or reader.frames([0]).shape[2:0:-1]
+
+
 @dataclass
 class Studio:
     """The models, and one video at a time.
@@ -108,17 +115,13 @@ class Studio:
         """
         if container_kind(str(path)) == "unknown":  # playlists and the like, which name other files, are no videos either
             raise InputError("this is not a video file (MP4, MOV, MKV, WebM, AVI, MPEG)")
-        with open_video(path) as reader:
-            fps, count = reader.fps or 25.0, len(reader)
-            if count / fps > self.limits.seconds:
-                raise InputError(f"the video has {count / fps:.0f} seconds, more than the {self.limits.seconds} allowed here")
-            width, height = reader.size or reader.frames([0]).shape[2:0:-1]
-            if max(width, height) > self.limits.pixels:
-                raise InputError(
-                    f"the video has {width} x {height} pixels, more than the {self.limits.pixels} allowed on a side"
-                )
-            if count < 2:
-                raise InputError("this is one picture, not a video")
+        count, fps, (width, height) = guarded(_measure, path)
+        if count / fps > self.limits.seconds:
+            raise InputError(f"the video has {count / fps:.0f} seconds, more than the {self.limits.seconds} allowed here")
+        if max(width, height) > self.limits.pixels:
+            raise InputError(f"the video has {width} x {height} pixels, more than the {self.limits.pixels} allowed on a side")
+        if count < 2:
+            raise InputError("this is one picture, not a video")
 
     def show(self, path: Path, mask: MaskConfig, seed: int) -> dict[str, Any]:
         """Picture, losses, words and classes of a video.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vmae.config import _Checked
+from vmae.data.quarantine import QUARANTINE_NAME, Failure, list_failures
 from vmae.errors import InputError
 from vmae.settings import BATCH, SEED, STEPS, Whole, ranged
 from vmae.train.checkpoint import write_atomically
@@ -136,6 +137,9 @@ class Trainer:
         self.meter = StepMeter()
         self.saved_step: int | None = None
         self.stopped_by: int | None = None
+        self.bad_videos: set[str] = set()  # that this rank met since it started
+        self.failed_reads = 0  # of all ranks
+        self._data_error: str | None = None
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint: weights, optimizer state, companions, step and counts.
@@ -214,6 +218,9 @@ class Trainer:
         """The next micro-batch on the device, and its weight; None when any rank was asked to stop.
 
         All ranks learn of all: a stop is taken between two steps, or at once where a rank's workers went down with it.
+
+        Raises:
+            InputError: on every rank, where one has no batch because of its data.
         """
         start = time.perf_counter()
         batch = self._next_batch(batches)
@@ -228,6 +235,9 @@ class Trainer:
         if asked is not None and (part == 0 or not present.all()):
             self.stopped_by = asked
             return None
+        if not present.all():
+            raise InputError(next(error for error in self.parallel.gather(self._data_error) if error))
+        self._note_failures(batch.replaced, int(sums[2]))
         if device_is_idle(self.device):  # else it had work all the while
             record.data_s += everyone[:, 4].max().item()
         record.weight += sums[0]
@@ -240,6 +250,9 @@ class Trainer:
         self.stop.waiting = True
         try:
             return next(batches)
+        except InputError as error:  # raised once all ranks know
+            self._data_error = f"rank {self.parallel.rank}: {error}" if self.parallel.world_size > 1 else str(error)
+            return None
         except RuntimeError:
             time.sleep(0.2)  # a signal to the whole process group may reach a worker first
             if self.stop.received is None:
@@ -247,6 +260,17 @@ class Trainer:
             return None
         finally:
             self.stop.waiting = False
+
+    def _note_failures(self, replaced: Sequence[Failure], count: int) -> None:
+        """Count the videos that others stand in for, `count` on all ranks, and say it the first time."""
+        self.bad_videos.update(path for path, *_ in replaced)
+        if count and not self.failed_reads:
+            first = next(own[0] for own in self.parallel.gather(list(replaced[:1])) if own)
+            self.log_file.say(
+                f"note: another video stands in for one that cannot be decoded: {list_failures([first])}; this and all further "
+                f"ones are written to {self.saver.folder.folder / QUARANTINE_NAME}"
+            )
+        self.failed_reads += count
 
     def _to_device(self, batch: TrainingBatch) -> TrainingBatch:
         batch = batch.to(self.device, non_blocking=True)

@@ -334,6 +334,16 @@ def write_run_file(folder: Path, start: dict[str, Any]) -> str | None:
     return note
 
 
+def add_to_run_file(folder: Path, **values: Any) -> None:
+    """Add what is known at its end to the last start of `folder/run.json`.
+
+    Raises:
+        InputError: it can't be read or written.
+    """
+    *before, last = read_starts(folder)
+    _write_starts(folder, [*before, {**last, **values}])
+
+
 def _write_starts(folder: Path, starts: list[dict[str, Any]]) -> None:
     text = json.dumps({"starts": starts}, indent=2) + "\n"
     write_atomically(folder / RUN_NAME, lambda file: file.write(text), binary=False)

@@ -88,7 +88,7 @@ class RunConfig(_Checked):
         keep_every: checkpoints of steps that this divides stay as well.
         async_save: write checkpoints while training goes on.
         tensorboard: also write TensorBoard files.
-        max_bad_share: share of reads that may fail before the run stops, see `vmae.data.Quarantine`.
+        max_bad_share: share of the list's videos that may be bad before the run stops, see `vmae.data.Quarantine`.
         allow_list_change: go on from a checkpoint of another list, see `vmae.data.list_identity`.
     """
 
@@ -229,11 +229,12 @@ def _add_optimizer_arguments(group) -> None:
 def add_run_arguments(group) -> None:
     """Flags of `RunConfig`, the same for every kind of training."""
     group.add_argument(
-        "--workers", "--num_workers", type=limits(SpeedConfig, "num_workers"), default=1, help="processes that decode video (1)"
-    )
+        "--workers", "--num_workers", type=limits(SpeedConfig, "num_workers"), default=1,
+        help="processes that decode; 0: this one (1)",
+    )  # fmt: skip
     group.add_argument(
         "--max-bad-share", type=limits(RunConfig, "max_bad_share"), default=0.05,
-        help="bad videos that do not stop the run, of all (0.05)",
+        help="bad videos that do not stop a run, of all (0.05)",
     )  # fmt: skip
     group.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     group.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")

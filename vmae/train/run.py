@@ -24,6 +24,7 @@ from torch import nn
 from vmae.data import Prefetcher, build_loader
 from vmae.data.dataset import EpochSampler
 from vmae.data.list_identity import identify_list, list_changes
+from vmae.data.quarantine import QUARANTINE_NAME
 from vmae.data.video_dataset import VideoDataset
 from vmae.errors import InputError
 from vmae.folder_lock import FolderLock
@@ -31,7 +32,15 @@ from vmae.interop.upstream import check_shapes
 from vmae.train.activations import prepare_blocks
 from vmae.train.checkpoint import AVERAGED_NAME, WEIGHTS_NAME, CheckpointFolder, export_weights, set_aside
 from vmae.train.loop import LoopConfig, Trainer
-from vmae.train.metrics import LOG_NAME, RUN_NAME, describe_start, loss_of_last_tenth, read_log, write_run_file
+from vmae.train.metrics import (
+    LOG_NAME,
+    RUN_NAME,
+    add_to_run_file,
+    describe_start,
+    loss_of_last_tenth,
+    read_log,
+    write_run_file,
+)
 from vmae.train.optim import CosineSchedule, OptimConfig
 from vmae.train.parallel import Parallel
 from vmae.train.pretrain_settings import RunConfig
@@ -321,13 +330,18 @@ def _train(
     trainer = make_trainer()
     began, first_step = time.monotonic(), trainer.step
     stopped_by = trainer.run()
+    bad = len(set().union(*parallel.gather(trainer.bad_videos)))
+    if stopped_by is None:
+        parallel.on_main(lambda: _export_last(prepared, folder, averaged))
+    end = {"step": trainer.step, "bad_videos": bad, "failed_reads": trainer.failed_reads}
+    parallel.on_main(lambda: add_to_run_file(folder, end=end))
     if stopped_by is not None:
         say(f"stopped by {signal.Signals(stopped_by).name} after step {trainer.step}; the same command goes on from there")
         return stopped_by
-    parallel.on_main(lambda: _export_last(prepared, folder, averaged))
     if parallel.is_main:
         for line in summarise(trainer.step - first_step, time.monotonic() - began):
             print(line)
+        print(describe_bad_videos(bad, trainer.failed_reads, folder))
     return None
 
 
@@ -338,6 +352,13 @@ def _export_last(prepared: Prepared, folder: Path, averaged: bool) -> None:
         raise InputError(f"the checkpoints in {folder} are gone: removed during the run; no weights are written")
     export_run(newest, folder, averaged)
     prepared.lock.check()
+
+
+def describe_bad_videos(bad: int, failed_reads: int, folder: Path) -> str:
+    """How many videos could not be decoded in this start, in a line."""
+    if not bad:
+        return "bad videos: none"
+    return f"bad videos: {bad}, replaced by others {failed_reads} times; see {folder / QUARANTINE_NAME}"
 
 
 def _say_nothing(*text: str, **options: Any) -> None:
@@ -385,7 +406,7 @@ def open_batches(prepared: Prepared, start_step: int) -> Prefetcher:
             start_step=start_step,
             total_steps=prepared.config.steps,
             pin_memory=prepared.device.type == "cuda",
-            quarantine=Path(prepared.run.output) / "quarantine.jsonl",
+            quarantine=Path(prepared.run.output) / QUARANTINE_NAME,
             max_bad_share=prepared.run.max_bad_share,
             loader=decoder,
             device=prepared.device,
