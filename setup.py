@@ -21,7 +21,7 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.8",
         "tensorboard>=2.16",
-        "av>=15",  # decodes video, and encodes it for `pack`; 14 lets a manifest reach other files
+        "av>=17",  # 14 lets a manifest reach other files, 15 and 16 squeeze full-range colours when they encode
         "pyyaml>=6",
         # Both import as `decord`, and only one may be installed; decord has no wheel for the others.
         "decord>=0.6; platform_system != 'Darwin' and platform_machine in 'x86_64 AMD64'",

@@ -307,7 +307,7 @@ def _run_on_dead_mount(folder: Path, words: list[str], answer) -> None:
     [
         ("predict", "dead/v.mp4: took more than 0.6 s"),
         ("list", "line 2: its file system does not answer within 0.6 s"),
-        ("listed", "list.txt' cannot be read: its file system does not answer within 0.6 s"),
+        ("listed", "list.txt': its file system does not answer within 0.6 s"),
         ("check-data", "line 2: its file system does not answer within 0.6 s"),
         ("features", "dead/v.mp4': its file system does not answer within 0.6 s"),
         ("root", "dead': its file system does not answer within 0.6 s"),

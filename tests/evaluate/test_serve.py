@@ -504,3 +504,20 @@ def test_in_a_browser(server, browser, tmp_path):
     element("go").click()
     wait("Not shown: the file has 3 MB, more than the 2 allowed here.")
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE" and "422" not in entry["message"]] == []
+
+
+def test_weights_that_do_not_say_what_they_are(tmp_path, capsys):
+    config = ModelConfig.preset("vit_tiny", img_size=64, num_frames=8)
+    export_weights(tmp_path / "pre.pth", build_pretrainer(config).state_dict())
+    export_weights(tmp_path / "classes.pth", build_classifier(config, 2).state_dict())
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    words = ["--checkpoint", str(tmp_path / "pre.pth"), "--classifier", str(tmp_path / "classes.pth"), "--device", "cpu"]
+    words += ["--model", "vit_tiny", "--classifier-model", "vit_tiny"]
+    studio = build_studio(parser.parse_args([*words, "--init-frames", "8", "--init-size", "64"]))
+    assert studio.model.config.grid == studio.classifier.model.config.grid == config.grid
+    said = capsys.readouterr().out
+    assert "classes.pth: it does not say how videos were seen" in said and "pre.pth" not in said
+    build_studio(parser.parse_args(words))  # what is taken for granted then is said, of both
+    said = capsys.readouterr().out
+    assert all(f"{name}.pth" in said and "16" in said for name in ("pre", "classes"))

@@ -48,7 +48,7 @@ from vmae.model import Pretrainer
 from vmae.settings import SEED, SIDE, Real, Whole, limits, ranged, shown
 from vmae.train.checkpoint import find_weights
 from vmae.train.checks import resolve_device
-from vmae.train.load import LoadedClassifier, load_classifier
+from vmae.train.load import LoadedClassifier, add_source_arguments, load_classifier
 
 _SECONDS = Real(above=0, most=86400)
 HEADER = "X-Vmae"  # a page of another site cannot send it without being asked first, and is told nothing
@@ -442,17 +442,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-seconds", type=limits(Limits, "seconds"), default=Limits.seconds, help=f"of a video ({Limits.seconds})"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
-    parser.add_argument("--model", help="preset of weights that do not say what they are")
-    parser.add_argument("--classifier-model", help="the same, of --classifier")
+    add_source_arguments(parser).add_argument("--classifier-model", help="preset of --classifier, if it does not say either")
 
 
 def build_studio(args: argparse.Namespace) -> Studio:
     """Models loaded, settings checked."""
     device = resolve_device(args.device)
-    model, settings = load_model(find_weights(args.checkpoint), preset=args.model)
-    classifier = None if args.classifier is None else load_classifier(args.classifier, preset=args.classifier_model)
-    if classifier is not None:
+    source = (args.init_frames, args.init_size)  # of those that do not say
+    given = {"preset": args.model, "source": source} if args.model else {}
+    model, settings = load_model(find_weights(args.checkpoint), **given)
+    classifier = None
+    if args.classifier is not None:
+        given = {"preset": args.classifier_model, "source": source} if args.classifier_model else {}
+        classifier = load_classifier(args.classifier, **given)
         classifier.model.to(device)
+        for line in classifier.assumed:
+            print(line)
     return Studio(
         model=model.to(device),
         stride=settings.get("stride", 4),
