@@ -1,6 +1,7 @@
 """A run's folder has one holder, and a folder that goes away, or a disk that is full, ends the run with one line."""
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -521,3 +522,40 @@ def test_where_no_checkpoint_has_a_manifest_a_fresh_start_says_so(pretrain, tmp_
     text = capsys.readouterr().out
     assert "checkpoint-00000006: it has no manifest.json" in text and "checkpoint-00000007: it is no folder" in text
     assert "a fresh start" in text and (tmp_path / "run" / "previous-1" / "checkpoint-00000006").is_dir()
+
+
+# --- Several ranks ---
+
+
+def pretrain_rank(data: Path, run: Path, fill_at: int | None) -> tuple[int, str]:
+    torch.set_num_threads(1)
+    plain = Trainer.clip
+
+    def clip(self, record):
+        if record.step + 1 == fill_at and self.parallel.is_main:
+            fill(run.parent, left=100_000)
+        return plain(self, record)
+
+    Trainer.clip = clip
+    flags = "--model micro --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75 --batch-size 1"
+    more = "--steps 4 --save-every 2 --workers 0 --device cpu --parallel fsdp --no-tensorboard --log-every 1"
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        code = main(["pretrain", "--data", str(data), "--output", str(run), *flags.split(), *more.split()])
+    return code, error.getvalue()
+
+
+@pytest.mark.slow
+def test_all_ranks_end_with_the_line_of_the_one_that_knows(pretrain, run_ranks, small_disk, tmp_path):
+    disk, data = small_disk(8_000_000), tmp_path / "frames.txt"  # `pretrain` has made the list, and named the model
+    for code, error in run_ranks(2, pretrain_rank, data, disk / "run", 3):
+        assert code == 2 and "checkpoint-00000004: No space left on device (" in error and "Traceback" not in error
+        assert f"the newest whole one is {disk}/run/checkpoint-00000002" in error
+    with holder(disk / "run") as (process, _):
+        for code, error in run_ranks(2, pretrain_rank, data, disk / "run", None):
+            assert code == 2 and f"in use by a test's run (process {process.pid}" in error
+    (disk / "fill").unlink()
+    assert [code for code, _ in run_ranks(2, pretrain_rank, data, disk / "run", None)] == [0, 0]
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[::-1]))
+    for code, error in run_ranks(2, pretrain_rank, data, disk / "run", None):
+        assert code == 2 and "is not the list that" in error

@@ -246,7 +246,7 @@ def set_aside(folder: str | Path, after_step: int | None = None) -> Path | None:
     folder = Path(folder)
     found = [path for path in CheckpointFolder(folder).named() if after_step is None or step_of(path) > after_step]
     if after_step is None:
-        names = ("log.jsonl", "run.json", "nonfinite.json", "tensorboard", WEIGHTS_NAME, AVERAGED_NAME)
+        names = ("log.jsonl", "log.skipped", "run.json", "nonfinite.json", "tensorboard", WEIGHTS_NAME, AVERAGED_NAME)
         found += [folder / name for name in names if (folder / name).exists()]
     if not found:
         return None
