@@ -130,6 +130,9 @@ def test_a_long_list_is_hashed_in_a_moment_and_a_difference_narrowed_down():
     assert changes(own, (dataset_of(entries[:-1]), "/data/kinetics")) == [
         "135000 videos then, 134999 now", "the entries differ, first among numbers 133986 to 134999"
     ]  # fmt: skip
+    assert changes(own, (dataset_of(entries[:-2000]), "/data/kinetics")) == [  # cut into other parts than the list of before
+        "135000 videos then, 133000 now", "the entries differ, first among numbers 132931 to 133000"
+    ]  # fmt: skip
 
 
 # --- The commands ---

@@ -461,13 +461,16 @@ def test_a_disk_too_full_for_a_line_of_the_log(pretrain, at_step, small_disk, ca
     assert not (disk / "run" / "log.skipped").exists()  # no half line was left
 
 
-def test_a_disk_too_full_for_tensorboard(pretrain, at_step, small_disk, capsys):
+def test_a_disk_too_full_for_tensorboard(pretrain, at_step, small_disk, capsys, monkeypatch):
     pytest.importorskip("tensorboard")
+    traces = []
+    monkeypatch.setattr(threading, "excepthook", traces.append)
     disk = small_disk(8_000_000)
     at_step(3, lambda: fill(disk))  # the last pages of both logs have room for some lines, TensorBoard's for fewer
     assert pretrain(disk / "run", "--tensorboard", "--steps", "40", "--save-every", "100") == 2
     error = one_line(capsys)
     assert "run/tensorboard: No space left on device" in error and "there is no whole one yet" in error
+    assert traces == [] and threading.excepthook == traces.append  # its writer is a thread
 
 
 def test_a_disk_that_is_full_at_the_start_and_at_the_export(pretrain, small_disk, monkeypatch, capsys):
