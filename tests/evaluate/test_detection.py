@@ -15,6 +15,7 @@ from vmae.data.moving_actors import ACTIONS, ActorsConfig, write_actors
 from vmae.evaluate import detection
 from vmae.evaluate.detection import load_detector
 from vmae.evaluate.frame_map import frame_map
+from vmae.folder_lock import LOCK_NAME, FolderLock
 from vmae.model.detector import build_detector
 from vmae.train.checkpoint import export_weights
 
@@ -178,3 +179,10 @@ def test_wrong_input(detect, actors, tmp_path, capsys):
     assert "no person box with a score of at least 1.1" in capsys.readouterr().err
     assert detect("--dtype", "float8") == 2 and detect("--batch-size", 0) == 2
     assert not (tmp_path / "test").exists()
+
+
+def test_a_folder_in_use_is_refused(detect, tmp_path, capsys):
+    with FolderLock(tmp_path / "test", "another test"):
+        assert detect() == 2
+        assert "in use by another test" in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "test").iterdir()] == [LOCK_NAME]

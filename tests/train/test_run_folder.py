@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vmae import InputError, folder_lock
+from vmae import InputError, ModelConfig, build_classifier, folder_lock
 from vmae.cli import main
 from vmae.folder_lock import LOCK_NAME, FolderLock, refuse_if_locked
-from vmae.train.checkpoint import CheckpointFolder, find_weights
+from vmae.train.checkpoint import CheckpointFolder, export_weights, find_weights
 from vmae.train.loop import Trainer
 from vmae.train.metrics import read_log
 from vmae.train.sharded import find_damage
@@ -107,11 +107,20 @@ def test_the_lock_is_there_during_a_run_and_gone_after_any_end(pretrain, at_step
     [
         ("detect-temporal", "FEATURES DATASET --output {run}"),
         ("finetune", "--data {world}/train.txt --output {run} --model vit_tiny --image-size 32 --num-frames 4 --device cpu"),
+        ("evaluate", "{world}/train.txt --output {run} --checkpoint {weights} --device cpu"),
+        ("features", "{plain} --output {run} --checkpoint {weights} --device cpu"),
+        ("pack", "{world}/train.txt {run}"),
     ],
 )
-def test_other_training_commands_are_refused_too(labelled_world, tmp_path, capsys, command, flags):
+def test_other_commands_are_refused_too(labelled_world, tmp_path, capsys, command, flags):
+    model = ModelConfig.preset("vit_tiny", img_size=32, num_frames=4)
+    weights, about = tmp_path / "weights.pth", {"model": model.to_dict(), "clip": {}}
+    export_weights(weights, build_classifier(model, 3).state_dict(), config=about)
+    plain = tmp_path / "plain.txt"
+    plain.write_text(f"{labelled_world}/v00 1 10\n")
+    names = {"run": tmp_path / "run", "world": labelled_world, "weights": weights, "plain": plain}
     with holder(tmp_path / "run") as (process, _):
-        assert main([command, *flags.format(run=tmp_path / "run", world=labelled_world).split()]) == 2
+        assert main([command, *flags.format(**names).split()]) == 2
         assert f"in use by a test's run (process {process.pid} on " in one_line(capsys)
         assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_NAME]
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vmae.data.files import path_kind
 from vmae.data.manifest import (
     DEFAULT_PATTERN,
     Line,
@@ -170,7 +171,7 @@ def read_any_list(path: str | Path, data_root: str | Path | None = None, labelle
     Raises:
         InputError: see `read_list_with_problems`.
     """
-    if os.path.isdir(path):
+    if path_kind(path) == "a folder":
         entries, problems = read_list_with_problems(path, data_root)
         return AnyList(entries, [None] * len(entries), False, problems)
     if _looks_labelled(path, data_root) if labelled is None else labelled:

@@ -35,6 +35,7 @@ from vmae.data.manifest import VideoEntry, raise_problems, write_list
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine, list_failures
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
+from vmae.folder_lock import FolderLock
 from vmae.jsontext import parse_json
 from vmae.settings import PROCESSES, SIDE, Whole, limits, ranged
 
@@ -362,16 +363,17 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{folder} is inside {args.list}, so its videos would be packed next time; choose another folder")
     found = read_any_list(args.list, args.data_root, LABELLED[args.labelled])
     raise_problems(args.list, args.data_root, found.problems, len(found.entries))
-    packed = pack_list(
-        found.entries, folder, config, labels=found.labels, labelled=found.labelled, workers=args.workers
-    )
-    videos = [entry for entry in found.entries if entry.kind == "video"]
-    targets = {int(Path(entry.path).name.split("_")[0]): entry for entry in packed if entry.kind == "video"}
-    pairs = [(videos[number], target) for number, target in targets.items()]
-    report = {"settings": asdict(config), "videos": len(videos), "packed": len(pairs)} | _sizes(pairs)
-    _write_report(folder, report)
-    if pairs:
-        _write_report(folder, report | {"decoding": _measure(pairs)})
+    with FolderLock(folder, "videos being packed"):
+        packed = pack_list(
+            found.entries, folder, config, labels=found.labels, labelled=found.labelled, workers=args.workers
+        )
+        videos = [entry for entry in found.entries if entry.kind == "video"]
+        targets = {int(Path(entry.path).name.split("_")[0]): entry for entry in packed if entry.kind == "video"}
+        pairs = [(videos[number], target) for number, target in targets.items()]
+        report = {"settings": asdict(config), "videos": len(videos), "packed": len(pairs)} | _sizes(pairs)
+        _write_report(folder, report)
+        if pairs:
+            _write_report(folder, report | {"decoding": _measure(pairs)})
     left_out = len(videos) - len(pairs)
     bad = f"; {left_out} could not be packed, see {folder / QUARANTINE_NAME}" if left_out else ""
     print(f"{len(pairs)} of {len(videos)} videos packed: {folder / LIST_NAME}{bad}")

@@ -105,9 +105,9 @@ def run(args: argparse.Namespace) -> int:
             data=args.data, data_root=args.data_root, views=views, dtype=args.dtype, keep_scores=args.scores
         )
         names = tuple(read_class_names(args.classes)) if args.classes else loaded.class_names
-        results = evaluate(
-            loaded, config, args.output, parallel=parallel, class_names=names, batch_size=args.batch_size, workers=args.workers
-        )
+        speed = {"batch_size": args.batch_size, "workers": args.workers}
+        with parallel.hold(args.output, "a test"):
+            results = evaluate(loaded, config, args.output, parallel=parallel, class_names=names, **speed)
     return 1 if results["undecodable"] else 0
 
 

@@ -42,6 +42,7 @@ from vmae.data.guarded import guarded
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
 from vmae.evaluate.frame_map import FrameScores, frame_map
+from vmae.folder_lock import FolderLock
 from vmae.interop.source import at_size, source_config
 from vmae.interop.upstream import load_into, read_settings_and_weights
 from vmae.model.detector import Detector, build_detector
@@ -132,22 +133,23 @@ def run(args: argparse.Namespace) -> int:
     excluded = read_excluded(args.excluded) if args.excluded else set()
     frames = _frames_to_test(args, loaded, truth, excluded)
     print(loaded.note, flush=True)
-    records = score_frames(
-        loaded, frames, args.output, device=device, dtype=args.dtype, batch_size=args.batch_size, workers=args.workers
-    )
-    folder = Path(args.output)
-    rows = detections_of(frames, records, list(loaded.actions))
-    write_detections(folder / DETECTIONS, rows)
-    failed = [record["error"] for record in records if "error" in record]
-    for error in failed:
-        print(f"could not be decoded, and has no detections: {error}")
-    print(f"{len(rows)} detections on {len(frames) - len(failed)} key frames: {folder / DETECTIONS}")
-    if truth is not None:
-        # As they were written: what anyone finds who scores the file.
-        found = read_detections(folder / DETECTIONS, loaded.actions)
-        report(folder, frame_map(truth, found, counted, excluded=excluded), counted, {"checkpoint": str(loaded.path)})
-    for path in draw_frames(folder, frames, records, truth, loaded.actions, args.pictures):
-        print(f"picture: {path}")
+    with FolderLock(args.output, "a test of a detector"):
+        records = score_frames(
+            loaded, frames, args.output, device=device, dtype=args.dtype, batch_size=args.batch_size, workers=args.workers
+        )
+        folder = Path(args.output)
+        rows = detections_of(frames, records, list(loaded.actions))
+        write_detections(folder / DETECTIONS, rows)
+        failed = [record["error"] for record in records if "error" in record]
+        for error in failed:
+            print(f"could not be decoded, and has no detections: {error}")
+        print(f"{len(rows)} detections on {len(frames) - len(failed)} key frames: {folder / DETECTIONS}")
+        if truth is not None:
+            # As they were written: what anyone finds who scores the file.
+            found = read_detections(folder / DETECTIONS, loaded.actions)
+            report(folder, frame_map(truth, found, counted, excluded=excluded), counted, {"checkpoint": str(loaded.path)})
+        for path in draw_frames(folder, frames, records, truth, loaded.actions, args.pictures):
+            print(f"picture: {path}")
     return 1 if failed else 0
 
 

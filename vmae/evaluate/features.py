@@ -263,13 +263,14 @@ def run(args: argparse.Namespace) -> int:
         step = PUBLISHED_STEPS[args.like] if args.step is None else args.step
         size = model.config.image_hw
         config = WindowConfig(frames=model.config.num_frames, step=step, size=size, normalize=args.normalize, dtype=args.dtype)
-        if parallel.is_main:
-            settle_folder(folder, config, model, dict(zip(targets, entries)), str(loaded.path))
-            print(loaded.note, flush=True)
-        parallel.barrier()
-        mine = list(zip(entries, targets))[parallel.rank :: parallel.world_size]
-        failed = extract_all(model, mine, config, batch_size=args.batch_size, device=parallel.device, show=parallel.is_main)
-        bad = int(parallel.exchange([len(failed)]).sum())
+        with parallel.hold(folder, "features being made"):
+            if parallel.is_main:
+                settle_folder(folder, config, model, dict(zip(targets, entries)), str(loaded.path))
+                print(loaded.note, flush=True)
+            parallel.barrier()
+            mine = list(zip(entries, targets))[parallel.rank :: parallel.world_size]
+            failed = extract_all(model, mine, config, batch_size=args.batch_size, device=parallel.device, show=parallel.is_main)
+            bad = int(parallel.exchange([len(failed)]).sum())
     for line in failed:
         print(f"cannot be decoded: {line}")
     print(f"{len(entries) - bad} videos in {folder}" + (f", {bad} cannot be decoded" if bad else ""))

@@ -10,7 +10,6 @@ The teacher runs beside the student, or once before, its logits stored in bf16 w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import signal
@@ -26,7 +25,6 @@ from tqdm import tqdm
 from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
 from vmae.data.manifest import VideoEntry
 from vmae.errors import InputError
-from vmae.folder_lock import FolderLock
 from vmae.jsontext import parse_json
 from vmae.settings import SHARE, Real, limits, ranged
 from vmae.train import finetune_settings
@@ -106,8 +104,7 @@ def run(args: argparse.Namespace) -> int:
         for line in teacher.assumed if parallel.is_main else ():
             print(line)
         if args.store is not None:
-            with contextlib.ExitStack() as stack:
-                parallel.on_main(lambda: _hold(args.logits, stack))
+            with parallel.hold(args.logits, "a teacher's logits being stored"):
                 store_logits(config, teacher, parallel, batch_size=run_config.batch_size)
             return 0
         prepared, extra = prepare_distillation(config, run_config, parallel, teacher, source)
@@ -116,10 +113,6 @@ def run(args: argparse.Namespace) -> int:
                 print(json.dumps(prepared.describe(), indent=2))
             return 0
         return 130 if finetune(prepared, extra) == signal.SIGINT else 0
-
-
-def _hold(folder: str, stack: contextlib.ExitStack) -> None:
-    stack.enter_context(FolderLock(folder, "a teacher's logits being stored"))
 
 
 def _distil_config(args: argparse.Namespace, base: FinetuneConfig, teacher: LoadedClassifier) -> DistilConfig:

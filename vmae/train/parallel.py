@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from vmae.errors import InputError
+from vmae.folder_lock import FolderLock
 from vmae.train.checks import resolve_device
 
 KINDS = ("auto", "none", "ddp", "fsdp", "hybrid")
@@ -141,6 +143,13 @@ class Parallel:
         if failure is not None:
             raise InputError(failure)
         return result
+
+    @contextlib.contextmanager
+    def hold(self, folder: str | Path, what: str) -> Iterator[None]:
+        """Be the only ones who write to `folder` (rank 0 has its lock); where someone else does, all ranks raise InputError."""
+        with contextlib.ExitStack() as stack:
+            self.on_main(lambda: (stack.enter_context(FolderLock(folder, what)), None)[1])
+            yield
 
     def from_main(self, value: Any, group: Any = None) -> Any:
         """Rank 0's small picklable `value`, on every rank."""
