@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vmae.errors import InputError
-from vmae.jsontext import parse_json
+from vmae.json_files import parse_json
 
 LOCK_NAME = "run.lock"
 _HELD: set[str] = set()  # tokens of the locks that this process holds

@@ -34,7 +34,7 @@ from vmae.data.moving_shapes import _SPRITE, _looks, _rng
 from vmae.data.workers import WorkerPool
 from vmae.data.write_video import write_video
 from vmae.errors import InputError
-from vmae.jsontext import parse_json
+from vmae.json_files import parse_json
 from vmae.settings import COUNT, PROCESSES, SEED, Whole, limits, ranged
 
 SLIDES = {"slide left": (-1, 0), "slide right": (1, 0), "slide up": (0, -1), "slide down": (0, 1)}

@@ -26,7 +26,7 @@ from vmae.config import _Checked
 from vmae.data.workers import WorkerPool
 from vmae.data.write_video import write_video
 from vmae.errors import InputError
-from vmae.jsontext import parse_json
+from vmae.json_files import parse_json
 from vmae.settings import COUNT, PROCESSES, SEED, Whole, limits, ranged
 
 _D = 0.5**0.5

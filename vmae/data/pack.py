@@ -36,7 +36,7 @@ from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine, list_fail
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
 from vmae.folder_lock import FolderLock
-from vmae.jsontext import parse_json
+from vmae.json_files import parse_json
 from vmae.settings import PROCESSES, SIDE, Whole, limits, ranged
 
 SETTINGS_NAME, LIST_NAME, REPORT_NAME = "pack.json", "list.txt", "report.json"

@@ -30,7 +30,7 @@ from vmae.data.guarded import guarded_streams
 from vmae.data.manifest import VideoEntry, read_list
 from vmae.data.video_files import is_video
 from vmae.errors import InputError
-from vmae.jsontext import parse_json
+from vmae.json_files import parse_json
 from vmae.model import Classifier
 from vmae.settings import BATCH, FRAMES, SIDE, STRIDE, limits, ranged
 from vmae.train.checkpoint import write_atomically

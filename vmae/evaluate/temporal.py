@@ -21,7 +21,7 @@ import numpy as np
 
 from vmae.errors import InputError
 from vmae.evaluate.scores import ends_of_ties
-from vmae.jsontext import parse_json
+from vmae.json_files import parse_json
 from vmae.train.checkpoint import write_atomically
 
 _T = TypeVar("_T")

@@ -37,7 +37,7 @@ from vmae.evaluate.temporal import (
     write_detections,
 )
 from vmae.folder_lock import FolderLock
-from vmae.jsontext import parse_json
+from vmae.json_files import parse_json
 from vmae.model.temporal_head import TemporalHead
 from vmae.settings import BATCH, COUNT, SEED, SHARE_ABOVE_0, SHARE_BELOW_1, Real, Whole, limits, ranged
 from vmae.train.checkpoint import write_atomically

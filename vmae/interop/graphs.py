@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD
 from vmae.errors import InputError
-from vmae.jsontext import parse_json
+from vmae.json_files import parse_json
 from vmae.model import Classifier
 
 OUTPUTS = ("logits", "features", "tokens")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from vmae.errors import InputError
 from vmae.interop.upstream import load_into, load_weights
-from vmae.jsontext import parse_json
+from vmae.json_files import parse_json
 from vmae.model import Classifier, Pretrainer, build_classifier, build_pretrainer
 from vmae.train.checkpoint import export_weights, write_atomically
 

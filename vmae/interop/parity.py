@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vmae.config import ModelConfig
 from vmae.errors import InputError
 from vmae.interop.upstream import config_from_arch
-from vmae.jsontext import parse_json
+from vmae.json_files import parse_json
 from vmae.masking import DualMask, running_cell_states
 from vmae.model import build_classifier, build_pretrainer, build_reference
 from vmae.train.optim import OptimConfig, build_adamw, clip_gradients

@@ -7,7 +7,6 @@ The released checkpoints are `torch.save`d dictionaries whose weights sit under 
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from vmae.config import ModelConfig
 from vmae.errors import InputError
+from vmae.json_files import parse_json
 from vmae.model.embed import sine_cosine_positions
 from vmae.train.sharded import read_group, read_manifest
 
@@ -158,7 +158,7 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     try:
         with safe_open(path, framework="pt") as file:
             config = (file.metadata() or {}).get("config", "null")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(config)
+            return {name: file.get_tensor(name) for name in file.keys()}, parse_json(config)
     except Exception as error:
         raise InputError(f"checkpoint {path} cannot be read: {error}") from error
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
 from vmae.data.manifest import VideoEntry
 from vmae.errors import InputError
-from vmae.jsontext import parse_json
+from vmae.json_files import parse_json
 from vmae.settings import SHARE, Real, limits, ranged
 from vmae.train import finetune_settings
 from vmae.train.finetune import Extra, Source, build_dataset, finetune, prepare_finetune, read_data, settings_of

@@ -18,6 +18,7 @@ from torch import nn
 
 from vmae.data.manifest import VideoEntry
 from vmae.errors import InputError
+from vmae.json_files import read_json
 from vmae.train.checkpoint import write_atomically
 
 
@@ -104,9 +105,9 @@ def settle(path: Path, decides: dict[str, Any], what: str, **noted: Any) -> None
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot use {folder}: {path.name}: {error}") from error
+    except OSError as error:
+        raise InputError(f"cannot use {folder}: {error.strerror}") from error
+    before = read_json(path, f"{folder} cannot be used:") if path.exists() else None
     if before is not None:
         check_same(before, decides, f"{folder} holds {what}", f"choose another --output, or remove {folder}")
         return

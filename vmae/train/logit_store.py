@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vmae.errors import InputError
-from vmae.jsontext import parse_json
+from vmae.json_files import parse_json
 from vmae.train.checkpoint import write_atomically
 from vmae.train.identity import check_same
 

@@ -25,8 +25,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from vmae.errors import InputError
-from vmae.json_files import why_no_json
-from vmae.jsontext import parse_json
+from vmae.json_files import parse_json, why_no_json
 
 # A process alone knows that it is.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")

@@ -12,7 +12,7 @@ from vmae.data.merge_labels import _read_same
 from vmae.evaluate.temporal import read_actionformer
 from vmae.evaluate.temporal_detect import read_about
 from vmae.interop.huggingface import read_class_names as read_their_class_names
-from vmae.jsontext import MAX_DEPTH, parse_json
+from vmae.json_files import MAX_DEPTH, parse_json
 from vmae.train.sharded import read_manifest
 
 DEEP = ["[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000, "[" * 200 + "]" * 200, "[" * 100_000]
