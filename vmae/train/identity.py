@@ -107,7 +107,7 @@ def settle(path: Path, decides: dict[str, Any], what: str, **noted: Any) -> None
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot use {folder}: {error.strerror}") from error
-    before = read_json(path, f"{folder} cannot be used:") if path.exists() else None
+    before = read_json(path, "settings file") if path.exists() else None
     if before is not None:
         check_same(before, decides, f"{folder} holds {what}", f"choose another --output, or remove {folder}")
         return
