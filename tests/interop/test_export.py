@@ -20,6 +20,7 @@ CONFIG = ModelConfig.preset("vit_tiny", img_size=32, num_frames=4, depth=1)
 @pytest.fixture
 def run(tmp_path):
     """A run's folder with two checkpoints, and the newer one's weights."""
+    (tmp_path / "run").mkdir()
     for step in (1, 2):
         state = build_pretrainer(CONFIG).state_dict()
         about = {"config": {"model": CONFIG.to_dict(), "stride": 2}}
