@@ -88,12 +88,14 @@ def test_resumes_in_the_middle(vp9_videos):
 
 
 @needs_dali
-def test_what_dali_cannot_be_trusted_with_goes_to_the_cpu(bar_videos, tmp_path):
-    """H.264 (no decoder on a CPU), AVI, an open GOP, frame folders, an empty file and one that is gone, beside VP9."""
+def test_what_dali_cannot_be_trusted_with_goes_to_the_cpu(bar_videos, odd_videos, tmp_path):
+    """H.264 (no decoder on a CPU), AVI, an open GOP, frame folders, a turned video, an empty file and one that is gone, beside
+    VP9."""
     for number in range(20):
         Image.fromarray(np.full((64, 128, 3), 10 * number, np.uint8)).save(tmp_path / f"{number}.png")
     (tmp_path / "empty.mp4").touch()
-    others = [VideoEntry(str(tmp_path), "frames", 0, 20, None, "{}.png"), tmp_path / "empty.mp4", tmp_path / "gone.mp4"]
+    others = [VideoEntry(str(tmp_path), "frames", 0, 20, None, "{}.png"), odd_videos["turned_vp9"]]
+    others += [tmp_path / "empty.mp4", tmp_path / "gone.mp4"]
     data = dataset([bar_videos[n] for n in ("vp9", "h264_closed", "avi", "h264_open", "vp9_vfr")] + others)
     with build_loader(data, batch_size=3, epochs=3, max_bad_share=1) as plain:
         expected = list(plain)

@@ -212,10 +212,10 @@ def test_without_stderr(tmp_path):
 
 
 def test_other_lines_on_stderr_are_passed_on(capfd):
-    with decode.library_stderr() as heard:
+    with decode.library_stderr() as captured:
         os.write(2, b"[08:41:57] /src/video_reader.cc:83: ERROR opening: x.mp4, No such luck\nsomething else\n")
     assert capfd.readouterr().err == "something else\n"
-    assert decode.first_reason("RuntimeError", heard) == "No such luck"
+    assert decode.first_reason("RuntimeError", captured) == "No such luck"
 
 
 @pytest.mark.parametrize("backend", VIDEO_BACKENDS)

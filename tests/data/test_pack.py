@@ -11,8 +11,8 @@ from PIL import Image
 from tests.data.small_videos import LOSSLESS, make_video, picture, with_matrix, write_stream
 from vmae.cli import main
 from vmae.data import pack
-from vmae.data.containers import read_mp4_track
 from vmae.data.decode import DecodeError, open_video
+from vmae.data.decode_pyav import inspect_video
 from vmae.data.labels import read_labelled_list
 from vmae.data.manifest import VideoEntry, read_list
 from vmae.data.pack import PackConfig, measure_gain, pack_list, pack_video, packed_size
@@ -40,7 +40,7 @@ def test_frames_keep_number_and_time(bar_videos, read_numbers, tmp_path, name):
     found = packets(target)
     keys = [place for place, (_, key) in enumerate(found) if key]
     assert keys == list(range(0, 120, 12))
-    assert read_mp4_track(str(target)).open_gop is False
+    assert inspect_video(target).open_gop is False
     if name == "vfr":
         before, after = (sorted(time for time, _ in packets(path)) for path in (bar_videos[name], target))
         assert [t - after[0] for t in after] == pytest.approx([t - before[0] for t in before], abs=2e-3)

@@ -16,7 +16,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from vmae.data.augment import crop_and_resize, sample_crop
-from vmae.data.containers import container_kind, read_mp4_track
+from vmae.data.containers import container_kind
 from vmae.data.decode import DecodeError, find_backends, open_video
-from vmae.data.decode_pyav import UPRIGHT, Orientation, read_orientation
+from vmae.data.decode_pyav import UPRIGHT, Orientation, inspect_video
 from vmae.data.files import Unanswered, ask_files, memory_as_decode_error
 from vmae.data.labels import LABELLED, AnyList, add_labelled_argument, read_any_list
 from vmae.data.manifest import (
@@ -77,45 +76,22 @@ def decode_clip(
 
 
 def inspect_stream(path: str) -> dict[str, Any]:
-    """What the packets and the first frame show; what is not known is left out.
+    """What PyAV finds in a video beside its frames; empty where it cannot read it, or is not installed.
 
     Returns:
-        `codec`, `gop` (median frames from one key frame to the next), `open_gop` (MP4 only), `video_streams`, and where
-        pixels are not shown as they are stored: `rotation` (90, 180 or 270 degrees clockwise, or "mirrored") and
-        `sample_aspect` ("4:3").
+        `codec`, `gop` (median frames from one key frame to the next), `open_gop`, `video_streams`, and where pixels are not
+        shown as they are stored: `rotation` (90, 180 or 270 degrees clockwise, or "mirrored") and `sample_aspect` ("4:3").
     """
-    found: dict[str, Any] = {}
-    track = read_mp4_track(path) if container_kind(path) == "MP4" else None
-    if track is not None:
-        found = {"codec": track.codec.decode("latin-1"), "open_gop": track.open_gop}
     try:
-        import av
-    except ImportError:
-        return found
-    try:
-        with av.open(os.path.abspath(path)) as container:
-            stream, frame, keys = container.streams.best("video"), None, []
-            covers = [other for other in container.streams.video if other.disposition & type(other.disposition).attached_pic]
-            found |= {"codec": stream.codec_context.name, "video_streams": len(container.streams.video) - len(covers)}
-            for packet in container.demux(stream):
-                if packet.size:
-                    keys.append(packet.is_keyframe)
-                frame = frame or next(iter(packet.decode()), None)
-            found |= _shown_otherwise(frame, path, stream.sample_aspect_ratio)
-    except Exception:  # the decoder that a run uses has the say whether the file is bad
-        return found
-    places = [*np.flatnonzero(keys).tolist(), len(keys)]
-    return {**found, "gop": statistics.median(b - a for a, b in zip(places, places[1:]))} if len(places) > 1 else found
-
-
-def _shown_otherwise(frame, path: str, aspect: Fraction | None) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    orientation = read_orientation(frame, path)
-    if orientation != UPRIGHT:
-        found["rotation"] = _ROTATIONS.get(orientation, "mirrored")
-    if aspect not in (None, 0, 1):
-        found["sample_aspect"] = f"{aspect.numerator}:{aspect.denominator}"
-    return found
+        found = inspect_video(path)
+    except (DecodeError, ImportError):  # the decoder that a run uses has the say whether the file is bad
+        return {}
+    about = {"codec": found.codec, "open_gop": found.open_gop, "video_streams": found.streams, "gop": found.gop}
+    if found.orientation != UPRIGHT:
+        about["rotation"] = _ROTATIONS.get(found.orientation, "mirrored")
+    if found.aspect is not None:
+        about["sample_aspect"] = f"{found.aspect.numerator}:{found.aspect.denominator}"
+    return {name: value for name, value in about.items() if value is not None}
 
 
 def check_entry(entry: VideoEntry, backend: str = "auto") -> dict[str, Any]:

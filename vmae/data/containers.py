@@ -1,32 +1,63 @@
-"""What a video file's container shows without a decoder: its kind, and in MP4 whether groups of pictures are open.
+"""What a video file shows without decoding it: its kind, and in its packets, which frames it has and where decoding may start.
 
-Decoders seek by what the container says, and not all are right about all of it. Measured on videos whose frames show
-their own number (tests/data/test_indices.py): decord 0.6 returned wrong frames, in silence, for 30 % of reads of open
-GOPs and for most of AVI and MPEG-TS; torchcodec 0.13 (exact) was wrong on H.264 in AVI and failed on MPEG-TS.
+Files are opened for reading here and nowhere else. FFmpeg knows formats that are no videos but name them: DASH, HLS and
+other playlists, SDP, concat scripts; it follows what they name, to other files and to servers. So it gets an absolute
+path (a relative `http:/host/x.mp4` is a URL to it) and a list of the formats that it may take a file for.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import BinaryIO
 
 import numpy as np
 
-_REORDERING = {b"avc1", b"avc2", b"avc3", b"avc4", b"hvc1", b"hev1", b"dvh1", b"dvhe"}  # H.264 and HEVC in MP4
+from vmae.data.video_reader import DecodeError
+
+# Kind: FFmpeg's names of the formats. All of them hold pictures themselves.
+FORMATS = {
+    "MP4": "mov,mp4,m4a,3gp,3g2,mj2",
+    "Matroska": "matroska,webm",
+    "AVI": "avi",
+    "MPEG-TS": "mpegts",
+    "MPEG-PS": "mpeg",
+    "FLV": "flv,live_flv,kux",
+    "ASF": "asf,asf_o",
+    "Ogg": "ogg",
+    "GIF": "gif",
+    "a raw stream": "h264,hevc,vvc,h263,h261,m4v,mpegvideo,cavsvideo,vc1,obu,dirac,dv,yuv4mpegpipe",
+    "IVF": "ivf",
+    "MXF": "mxf",
+    "RealMedia": "rm",
+    "NUT": "nut",
+    "another container": "amv,gxf,ivr,lxf,nsv,nuv,wtv",
+}
+_KINDS = {name: kind for kind, names in FORMATS.items() for name in (names, *names.split(","))}
+_OPTIONS = {"format_whitelist": ",".join(FORMATS.values()), "protocol_whitelist": "file"}
+
 _MP4_STARTS = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"}
-_STREAM_STARTS = {
+_PICTURE_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"mif1", b"mif2", b"avif", b"avio", b"jxl "}
+_STARTS = {
     b"FLV\x01": "FLV",
     b"\x30\x26\xb2\x75": "ASF",
     b"\x00\x00\x01\xba": "MPEG-PS",
     b"\x00\x00\x00\x01": "a raw stream",
     b"\x00\x00\x01\xb3": "a raw stream",
+    b"OggS": "Ogg",
+    b"GIF8": "GIF",
+    b"DKIF": "IVF",
+    b".RMF": "RealMedia",
 }
 
 
 def container_kind(path: str) -> str:
-    """ "MP4", "Matroska", "AVI", "MPEG-TS", "MPEG-PS", "FLV", "ASF", "a raw stream", or "unknown"; by its first bytes.
+    """A key of `FORMATS`, or "unknown"; by the file's first bytes, and in MP4 by the sizes of its boxes.
 
     Raises:
         OSError: the file cannot be read.
@@ -34,7 +65,7 @@ def container_kind(path: str) -> str:
     with open(path, "rb") as file:
         head = file.read(400)
     if head[4:8] in _MP4_STARTS:
-        return "MP4"
+        return "MP4" if _has_index(path) else "unknown"
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return "Matroska"
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
@@ -42,118 +73,258 @@ def container_kind(path: str) -> str:
     for offset, size in ((0, 188), (4, 192)):  # packets of 188 bytes; of 192 on discs
         if head[offset : offset + 1] == b"\x47" and head[offset + size : offset + size + 1] == b"\x47":
             return "MPEG-TS"
-    return _STREAM_STARTS.get(head[:4], "unknown")
+    return _STARTS.get(head[:4], "unknown")
 
 
-def seek_hazard(path: str) -> str | None:
-    """Why seeking to a frame by timestamps of this file's index is not safe; None where it is, or for a file of no
-    known kind (which no decoder opens, most likely).
+def _has_index(path: str) -> bool:
+    """Whether an MP4 file is a chain of boxes, each within it, and one of them lists the samples of tracks.
 
-    Raises:
-        OSError: the file cannot be read.
+    Pictures (HEIC, AVIF) have none. A playlist may begin `<!--skip-->`, which is a box of a gigabyte called "skip".
     """
-    kind = container_kind(path)
-    return None if kind in ("MP4", "Matroska", "unknown") else kind
+    with open(path, "rb") as file:
+        return any(kind in (b"moov", b"moof") for kind, _ in _top_boxes(file))
 
 
-def open_gop_hazard(path: str) -> str | None:
-    """Why leading pictures of an open group of pictures may be met here; None where the container rules them out.
+def _find_lie(path: str) -> str | None:
+    """A count of samples in an MP4 file's index that the file's size belies.
 
-    Raises:
-        OSError: the file cannot be read.
+    PyAV asked for 5 GB and 14 s for a file of 10 kB, decord for so much that its process was ended.
     """
-    kind = container_kind(path)
-    if kind == "Matroska":
-        with open(path, "rb") as file:
-            head = file.read(1 << 16)
-        if b"V_MPEG4/ISO/AVC" in head or b"V_MPEGH/ISO/HEVC" in head:
-            return "H.264 or HEVC in Matroska, which does not show whether GOPs are open"
-    if kind == "MP4":
-        track = read_mp4_track(path)
-        if track is not None and track.codec in _REORDERING:
-            if track.open_gop is None:
-                return "a fragmented MP4, which does not show whether GOPs are open"
-            return "open GOP" if track.open_gop else None
+    with open(path, "rb") as file:
+        if file.read(8)[4:] not in _MP4_STARTS:
+            return None
+        length = os.fstat(file.fileno()).st_size
+        index = next((file.read(size) for kind, size in _top_boxes(file) if kind == b"moov"), b"")
+    for match in re.finditer(b"stsz|stts|ctts", index):
+        first, second = struct.unpack_from(">II", index[match.end() : match.end() + 12].ljust(12, b"\0"), 4)
+        if match[0] == b"stsz":  # bytes of a sample, number of samples
+            count = second * max(first, 1)
+        else:  # number of entries; each begins with a number of samples
+            entries = index[match.end() + 8 : match.end() + 8 + 8 * first]
+            whole = len(entries) == 8 * first
+            count = int(np.frombuffer(entries, ">u4")[::2].sum(dtype=np.int64)) if whole else first << 32
+        # Sound may count its samples one by one: a byte of MP3 holds 22 of them at 16 kbit/s.
+        if count > 64 * length:
+            return f"its index counts more samples than its {length} bytes can hold"
     return None
 
 
-@dataclass(frozen=True)
-class Mp4Track:
-    """The video track of an MP4 file, by its sample tables.
-
-    Attributes:
-        codec: four letters, for example b"avc1".
-        open_gop: whether a picture stands after a key frame in the file and before it in time; None if there are no tables.
-    """
-
-    codec: bytes
-    open_gop: bool | None
-
-
-def read_mp4_track(path: str) -> Mp4Track | None:
-    """The first video track; None where there is none, or the file is damaged.
+def names_other_files(path: str) -> bool:
+    """Whether FFmpeg may take a video for a manifest: it looks for their text up to the first zero byte.
 
     Raises:
         OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
-        moov = _find_top_level(file, b"moov")
-    if moov is None:
-        return None
-    try:
-        for kind, track in _boxes(moov):
-            media = dict(_boxes(track)).get(b"mdia") if kind == b"trak" else None
-            parts = dict(_boxes(media)) if media is not None else {}
-            if parts.get(b"hdlr", b"")[8:12] == b"vide":
-                return _read_track(dict(_boxes(dict(_boxes(parts[b"minf"]))[b"stbl"])))
-    except (KeyError, ValueError, struct.error):
-        return None
-    return None
+        text = file.read(1 << 20).split(b"\0", 1)[0].lower()
+    return any(mark in text for mark in (b"<mpd", b"<compositionplaylist", b"<smoothstreamingmedia"))
 
 
-def _find_top_level(file: BinaryIO, wanted: bytes, limit: int = 1 << 28) -> bytes | None:
-    """Content of a box of the file, which is walked by the sizes of its boxes."""
-    while len(head := file.read(8)) == 8:
-        size, kind = struct.unpack(">I4s", head)
+def _top_boxes(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """(kind, bytes of its content) of an MP4 file's top boxes, up to the first that is not whole; `file` is at the content."""
+    length, place = os.fstat(file.fileno()).st_size, 0
+    while place + 8 <= length:
+        file.seek(place)
+        size, kind = struct.unpack(">I4s", file.read(8))
         start = 8
         if size == 1:
             size, start = int.from_bytes(file.read(8), "big"), 16
-        if kind == wanted:
-            return file.read(size - start if 0 < size <= limit else limit)
-        if size < start:  # 0: up to the end of the file
-            return None
-        file.seek(size - start, 1)
-    return None
-
-
-def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    place = 0
-    while place + 8 <= len(data):
-        size, kind = struct.unpack_from(">I4s", data, place)
-        if size < 8:
-            raise ValueError(f"box {kind!r} of {size} bytes")
-        yield kind, data[place + 8 : place + size]
+        size = size or length - place  # 0: up to the end of the file
+        if not start <= size <= length - place:
+            return
+        yield kind, size - start
         place += size
 
 
-def _table(data: bytes, columns: int, dtype: str = ">u4") -> np.ndarray:
-    """int64 [entries, columns] of a table box: version and flags, the count, the entries."""
-    count = int.from_bytes(data[4:8], "big")
-    return np.frombuffer(data, dtype, count * columns, 8).reshape(count, columns).astype(np.int64)
+def open_container(path: str | os.PathLike):
+    """An open `av.container.InputContainer` of a video file; a context manager. Never of a file or server that it names.
+
+    Raises:
+        DecodeError: the file cannot be opened, or is no video: a picture, sound, a playlist, a manifest.
+    """
+    import av
+
+    name = os.fspath(path)
+    try:
+        if lie := _find_lie(name):
+            raise DecodeError(f"{name}: cannot be opened: {lie}")
+        container = av.open(os.path.abspath(name), container_options=_OPTIONS)
+    except DecodeError:
+        raise
+    except Exception as error:  # av.FFmpegError and OSError, UnicodeDecodeError of damaged metadata
+        reason = av_text(error)
+        if reason == "Invalid argument":  # what FFmpeg says of a format that is not in the list
+            reason = "not a video file (pictures, sound, playlists and manifests are none)"
+        raise DecodeError(f"{name}: cannot be opened: {reason}") from None
+    if container.metadata.get("major_brand", "").encode() in _PICTURE_BRANDS and not _has_index(name):
+        container.close()
+        raise DecodeError(f"{name}: cannot be opened: a picture, not a video")
+    return container
 
 
-def _read_track(tables: dict[bytes, bytes]) -> Mp4Track:
-    codec = tables[b"stsd"][12:16]
-    times = _table(tables[b"stts"], 2)
-    steps = np.repeat(times[:, 1], times[:, 0])
-    if not len(steps):
-        return Mp4Track(codec, None)
-    if b"stss" not in tables or b"ctts" not in tables:  # only key frames, or no picture out of order
-        return Mp4Track(codec, False)
-    decoded = np.concatenate([[0], np.cumsum(steps)[:-1]])
-    offsets = _table(tables[b"ctts"], 2, ">i4")
-    shown = decoded + np.repeat(offsets[:, 1], offsets[:, 0])[: len(decoded)]
-    keys = _table(tables[b"stss"], 1)[:, 0] - 1
-    group = np.searchsorted(keys, np.arange(len(shown)), side="right") - 1
-    inside = group >= 0
-    return Mp4Track(codec, bool((shown[inside] < shown[keys[group[inside]]]).any()))
+def pick_stream(container, path: str | os.PathLike | None = None):
+    """FFmpeg's best video stream, with one thread to decode it; never a cover picture.
+
+    Args:
+        container: of `open_container`.
+        path: for messages.
+
+    Raises:
+        DecodeError: there is none, or no decoder for it.
+    """
+    videos = [stream for stream in container.streams.video if not is_picture(stream)]
+    stream = container.streams.best("video")
+    if stream not in videos:
+        stream = videos[0] if videos else None
+    if stream is None or stream.codec_context is None:
+        raise DecodeError(f"{path or container.name}: cannot be opened: no video stream that can be decoded")
+    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+    return stream
+
+
+def is_picture(stream) -> bool:
+    """Whether a video stream is a cover or a still."""
+    kinds = type(stream.disposition)
+    return bool(stream.disposition & (kinds.attached_pic | kinds.still_image | kinds.timed_thumbnails))
+
+
+def av_text(error: Exception) -> str:
+    """PyAV's message without its number and the file's name."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+@dataclass(frozen=True)
+class PacketTable:
+    """What the packets of a video stream show, undecoded.
+
+    Attributes:
+        rows: (presentation time, whether decoding can start here, whether an edit list hides it) of each.
+        crowded: whether a key frame's time is not before the decoding of the next one, so that a seek to the first may find
+            the second.
+        refreshed: whether packets that are marked as key frames are none (H.264 with intra refresh).
+    """
+
+    rows: list[tuple[int | None, bool, bool]]
+    crowded: bool
+    refreshed: bool
+
+    @cached_property
+    def shown(self) -> list[int | None]:
+        """Times of the packets that are shown, as they come in the file."""
+        return [time for time, _, hidden in self.rows if not hidden]
+
+    @cached_property
+    def times(self) -> np.ndarray | None:
+        """int64 [shown], in order; None where packets lack times or share them."""
+        if None in self.shown or len(set(self.shown)) < len(self.shown):
+            return None
+        return np.sort(np.array(self.shown, np.int64))
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """int64 [K], presentation times of the packets that decoding can start at, in order; hidden ones too."""
+        return np.sort(np.array([time for time, key, _ in self.rows if key and time is not None], np.int64))
+
+    @property
+    def complete(self) -> bool:
+        """Whether decoding can start at the first packet, and none is shown before it."""
+        first, key, _ = self.rows[0]
+        return key and (self.times is None or first is None or not len(self.times) or self.times[0] >= first)
+
+    @property
+    def edited(self) -> bool:
+        """Whether an edit list hides packets."""
+        return len(self.shown) < len(self.rows)
+
+    @property
+    def spliced(self) -> bool:
+        """Whether it hides some between shown ones."""
+        return [hidden for hidden, _ in itertools.groupby(self.rows, lambda row: row[2])].count(False) > 1
+
+    @property
+    def open_gop(self) -> bool:
+        """Whether a packet stands after a key frame in the file and before it in time; False where times are not known."""
+        newest = None
+        for time, key, _ in self.rows if self.times is not None else ():
+            if key:
+                newest = time
+            elif time is not None and newest is not None and time < newest:
+                return True
+        return False
+
+    @property
+    def gop(self) -> float | None:
+        """Median of the packets from one key frame to the next; None where there is none."""
+        places = [*(place for place, (_, key, _) in enumerate(self.rows) if key), len(self.rows)]
+        return float(np.median(np.diff(places))) if len(places) > 1 else None
+
+
+def read_packets(container, stream) -> PacketTable:
+    """Read all packets of `stream`."""
+    context = stream.codec_context
+    h264 = context.name == "h264"
+    prefix = _length_bytes(context.extradata) if h264 else 0
+    rows, crowded, refreshed, newest = [], False, False, None
+    for packet in container.demux(stream):
+        if packet.size:
+            key = packet.is_keyframe
+            if key:
+                if h264 and not is_intra(memoryview(packet), prefix):
+                    key, refreshed = False, True
+                elif packet.dts is not None:
+                    crowded |= newest is not None and packet.dts <= newest
+                    newest = packet.pts
+            rows.append((packet.pts, key, packet.is_discard))
+    return PacketTable(rows, crowded, refreshed)
+
+
+def _length_bytes(extradata: bytes | None) -> int:
+    """Bytes of the length before each unit of H.264 in MP4 and Matroska; 0 where start codes separate them."""
+    return (extradata[4] & 3) + 1 if extradata and len(extradata) > 6 and extradata[0] == 1 else 0
+
+
+def is_intra(data: bytes | memoryview, length_bytes: int) -> bool:
+    """Whether all slices of an H.264 picture (of its first field, if it has two) are I slices: decoding can start there.
+
+    Encoders mark the pictures where a wave of intra refresh begins as key frames, and their slices are P slices.
+
+    Args:
+        data: a packet.
+        length_bytes: of the length before each unit; 0 for start codes.
+    """
+    starts = 0
+    for unit in _units(data, length_bytes):
+        if len(unit) > 1 and unit[0] & 31 in (1, 2, 5):
+            first, kind = _slice_header(unit)
+            starts += first == 0
+            if starts == 2:
+                break
+            if unit[0] & 31 != 5 and kind not in (2, 4):
+                return False
+    return True
+
+
+def _units(data: bytes | memoryview, length_bytes: int) -> Iterator[bytes]:
+    """The first bytes of each unit."""
+    if length_bytes:
+        place = length_bytes
+        while place < len(data):
+            yield bytes(data[place : place + 16])
+            place += int.from_bytes(data[place - length_bytes : place], "big") + length_bytes
+    else:
+        data, place = bytes(data), 0
+        while (place := data.find(b"\0\0\1", place) + 3) > 2:
+            yield data[place : place + 16]
+
+
+def _slice_header(unit: bytes) -> tuple[int, int]:
+    """first_mb_in_slice and slice_type (0 P, 1 B, 2 I, 3 SP, 4 SI): Exp-Golomb codes (ISO/IEC 14496-10, 7.3.3)."""
+    bits = "".join(f"{byte:08b}" for byte in unit[1:])
+    place, values = 0, []
+    for _ in range(2):
+        zeros = bits.find("1", place) - place
+        if zeros < 0:
+            return -1, -1
+        values.append(int(bits[place + zeros : place + 2 * zeros + 1], 2) - 1)
+        place += 2 * zeros + 1
+    return values[0], values[1] % 5

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from vmae.data.augment import CropBox
-from vmae.data.containers import open_gop_hazard, seek_hazard
 from vmae.data.dataset import Batch, EpochSampler, PretrainDataset, SampleKey
-from vmae.data.decode import DecodeError, open_video
+from vmae.data.decode import DecodeError, find_hazard
+from vmae.data.decode_pyav import UPRIGHT
+from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Quarantine
 from vmae.errors import InputError
 
@@ -162,10 +163,10 @@ class DaliLoader:
         try:
             if os.path.getsize(path) > MAX_FILE_BYTES:
                 return None
-            with open_video(path, "pyav") as reader:
-                about = (len(reader), reader.fps, reader.size)
-                known = reader.codec in self._codecs
-            return about if known and not (seek_hazard(path) or open_gop_hazard(path)) else None
+            hazard, found = find_hazard(VideoEntry(path))
+            plain = found.pixels == "yuv420p" and found.orientation == UPRIGHT and found.streams == 1 and not found.open_gop
+            known = found.codec in self._codecs and hazard is None and plain
+            return (found.frames, found.fps, found.size) if known else None
         except (DecodeError, OSError):
             return None  # the CPU path finds the reason, and whom to put in its place
 

@@ -4,13 +4,14 @@ A backend is a name, the kinds of entries it reads, and a function that opens on
 another decoder joins with `register_backend`, and no caller changes. Readers are opened where they are used (in the
 loader's worker), hold one file and are closed at once: nothing that decodes is ever shared or sent between processes.
 
-PyAV, torchcodec, decord (or decord2): `auto` takes the first that is installed and safe for the file. A backend that is
-known to return wrong frames for a file (see `vmae.data.containers`) refuses it, also when it was named.
+PyAV, torchcodec, decord (or decord2): `auto` takes the first that is installed and safe for the file. torchcodec and decord
+refuse, also when they were named, what PyAV finds in a file and they were found to be wrong about (docs/decoders.md).
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vmae.data.containers import open_gop_hazard, seek_hazard
-from vmae.data.decode_pyav import PyavReader, pyav_missing
-from vmae.data.files import check_regular
+from vmae.data.containers import FORMATS, container_kind, names_other_files
+from vmae.data.decode_pyav import Inspection, PyavReader, inspect_video, pyav_missing
+from vmae.data.files import check_regular, memory_as_decode_error
 from vmae.data.manifest import VideoEntry
 from vmae.data.video_reader import DecodeError, VideoReader, first_reason, library_stderr
 from vmae.errors import InputError
@@ -70,7 +71,8 @@ def open_video(source: VideoEntry | str | Path, backend: str = "auto") -> VideoR
     check_regular(entry.path, folder=entry.kind == "frames")
     chosen = _choose_backend(entry, candidates)
     try:
-        reader = chosen.open(entry)
+        with memory_as_decode_error(entry.path):
+            reader = chosen.open(entry)
     except DecodeError as error:
         error.library = chosen.name
         raise
@@ -103,6 +105,9 @@ def _choose_backend(entry: VideoEntry, candidates: list[Backend]) -> Backend:
             refusal = backend.refuses(entry)
         except OSError as error:
             raise DecodeError(f"{entry.path}: cannot be read: {error.strerror}") from None
+        except DecodeError as error:
+            error.library = backend.name
+            raise
         if refusal is None:
             return backend
         refusals.append(f"{backend.name} cannot be trusted with {refusal}")
@@ -114,6 +119,13 @@ def _choose_backend(entry: VideoEntry, candidates: list[Backend]) -> Backend:
     raise error
 
 
+def _check_length(reader: VideoReader) -> None:
+    """Refuse a file of which a library counts other frames than PyAV; what is left of a damaged one, mostly."""
+    expected = inspect_video(reader.path).frames
+    if len(reader) != expected:
+        raise DecodeError(f"{reader.path}: refused, it would give wrong frames: {len(reader)} of {expected} frames are found")
+
+
 class _TorchcodecReader(VideoReader):
     """torchcodec in exact mode: the file is scanned once, so that a frame's number is its place in time."""
 
@@ -121,9 +133,15 @@ class _TorchcodecReader(VideoReader):
         from torchcodec.decoders import VideoDecoder
 
         self.path = entry.path
-        with library_stderr() as heard:
+        with library_stderr() as captured:
             try:
-                decoder = VideoDecoder(entry.path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+                decoder = VideoDecoder(
+                    os.path.abspath(entry.path),
+                    stream_index=inspect_video(entry.path).stream,
+                    dimension_order="NHWC",
+                    num_ffmpeg_threads=1,
+                    seek_mode="exact",
+                )
                 self._length = len(decoder)
                 self.fps = decoder.metadata.average_fps
             except Exception as error:  # RuntimeError, ValueError, and what FFmpeg makes of a damaged file
@@ -131,9 +149,10 @@ class _TorchcodecReader(VideoReader):
             else:
                 failure = None
         if failure is not None:
-            raise DecodeError(f"{self.path}: cannot be opened: {first_reason(str(failure), heard)}") from None
+            raise DecodeError(f"{self.path}: cannot be opened: {first_reason(str(failure), captured)}") from None
         if self._length < 1:
             raise DecodeError(f"{self.path}: has no frames")
+        _check_length(self)
         self._decoder = decoder
 
     def __len__(self) -> int:
@@ -142,12 +161,12 @@ class _TorchcodecReader(VideoReader):
     def _decode(self, indices: np.ndarray) -> np.ndarray:
         if self._decoder is None:
             raise DecodeError(f"{self.path}: is closed")
-        with library_stderr() as heard:
+        with library_stderr() as captured:
             try:
                 return self._decoder.get_frames_at(indices.tolist()).data.numpy()
             except Exception as error:
                 failure = error
-        raise DecodeError(f"{self.path}: cannot be decoded: {first_reason(str(failure), heard)}")
+        raise DecodeError(f"{self.path}: cannot be decoded: {first_reason(str(failure), captured)}")
 
     def close(self) -> None:
         self._decoder = None
@@ -165,7 +184,7 @@ def _torchcodec_missing() -> str | None:
             f"torchcodec does not load ({reason}): it needs FFmpeg's shared libraries (`apt-get install ffmpeg`) and a "
             "version that fits torch (0.13 loads with torch 2.13 on a CPU; 0.14 to 0.17 link CUDA libraries)"
         )
-    return None
+    return _inspector_missing("torchcodec")
 
 
 class _DecordReader(VideoReader):
@@ -176,9 +195,9 @@ class _DecordReader(VideoReader):
 
         decord.logging.set_level(decord.logging.QUIET)
         self.path = entry.path
-        with library_stderr() as heard:
+        with library_stderr() as captured:
             try:
-                reader = decord.VideoReader(entry.path, ctx=decord.cpu(0), num_threads=1)
+                reader = decord.VideoReader(os.path.abspath(entry.path), ctx=decord.cpu(0), num_threads=1)
                 self._length = len(reader)
                 self.fps = float(reader.get_avg_fps()) if self._length else None
             except Exception as error:  # decord raises RuntimeError, DECORDError and more
@@ -186,9 +205,10 @@ class _DecordReader(VideoReader):
             else:
                 failure = None
         if failure is not None:
-            raise DecodeError(f"{self.path}: cannot be opened: {first_reason(str(failure), heard)}") from None
+            raise DecodeError(f"{self.path}: cannot be opened: {first_reason(str(failure), captured)}") from None
         if self._length < 1:
             raise DecodeError(f"{self.path}: has no frames")
+        _check_length(self)
         self._reader = reader
 
     def __len__(self) -> int:
@@ -214,7 +234,12 @@ def _decord_missing() -> str | None:
     except Exception as error:  # ImportError, or OSError and RuntimeError from its shared library
         # decord2 installs under the same import name, for newer Pythons too.
         return f"decoding video needs decord ({error}): `pip install decord`, or `pip install decord2` where that fails"
-    return None
+    return _inspector_missing("decord")
+
+
+def _inspector_missing(name: str) -> str | None:
+    lack = pyav_missing()
+    return lack and f"{name} is used for files that PyAV finds harmless: {lack}"
 
 
 class _FrameFolderReader(VideoReader):
@@ -249,17 +274,50 @@ class _FrameFolderReader(VideoReader):
         pass
 
 
+_EVEN_PIXELS = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p"}
+_PLAIN_PIXELS = _EVEN_PIXELS | {"yuv444p", "yuvj444p", "gbrp", "gray"}
+
+
+def find_hazard(entry: VideoEntry) -> tuple[str | None, Inspection]:
+    """(why FFmpeg in another library than PyAV would give other frames of a file than PyAV does, what PyAV found).
+
+    Measured with the FFmpeg of decord 0.6 and torchcodec 0.13 (on FFmpeg 5.1): docs/decoders.md.
+
+    Raises:
+        DecodeError: PyAV cannot read it.
+    """
+    found = inspect_video(entry.path)
+    kind = container_kind(entry.path)
+    if kind not in ("MP4", "Matroska") or found.kind != FORMATS[kind]:
+        return (kind if kind != "unknown" else f"{found.kind} files"), found
+    if names_other_files(entry.path):
+        return "a video that may be taken for a manifest", found
+    if found.orientation.mirrored:
+        return "a mirrored video", found
+    return found.hazard, found
+
+
 def _refused_by_torchcodec(entry: VideoEntry) -> str | None:
-    return seek_hazard(entry.path)
+    hazard, found = find_hazard(entry)
+    deep = found.pixels not in _PLAIN_PIXELS
+    return hazard or ("full-range colour of more than 8 bits" if deep and found.full_range else None)
 
 
 def _refused_by_decord(entry: VideoEntry) -> str | None:
-    return seek_hazard(entry.path) or open_gop_hazard(entry.path)
+    hazard, found = find_hazard(entry)
+    if hazard is None and found.streams > 1:
+        return f"{found.streams} video streams"
+    if hazard is None and found.open_gop:
+        return "open GOP"
+    odd = found.pixels in _EVEN_PIXELS and any(side % 2 for side in found.size)
+    if hazard is None and (odd or found.pixels not in _PLAIN_PIXELS):
+        return f"{found.pixels} pixels of {found.size[0]} x {found.size[1]}"
+    return hazard
 
 
 # The order of `auto`, as measured by bench/data.py on one core (clips of 16 frames, stride 4, short side 256): PyAV, which
 # leaves out pictures that H.264 does not need, beats torchcodec on H.264, is level with it on HEVC, VP9 and MPEG-4, and
-# refuses nothing; decord is the slowest and refuses most.
+# refuses least; decord is the slowest and refuses most.
 register_backend(Backend("pyav", ("video",), PyavReader, pyav_missing))
 register_backend(Backend("torchcodec", ("video",), _TorchcodecReader, _torchcodec_missing, _refused_by_torchcodec))
 register_backend(Backend("decord", ("video",), _DecordReader, _decord_missing, _refused_by_decord))

@@ -1,4 +1,4 @@
-"""What every decoder looks like from outside, and what they share: an error, and ears for what C libraries say."""
+"""What every decoder looks like from outside, and what they share: an error, and what C libraries write to stderr."""
 
 from __future__ import annotations
 
@@ -74,10 +74,14 @@ class VideoReader(ABC):
         distinct, places = np.unique(wanted, return_inverse=True)
         try:
             decoded = self._decode(distinct)
+            return decoded if np.array_equal(distinct, wanted) else decoded[places]
         except DecodeError as error:
             error.library = self.backend
             raise
-        return decoded if np.array_equal(distinct, wanted) else decoded[places]
+        except MemoryError:
+            failure = DecodeError(f"{self.path}: cannot be decoded: no memory for {len(wanted)} of its frames")
+        failure.library = self.backend
+        raise failure
 
     def iterate(self) -> Iterator[np.ndarray]:
         """Every frame once, in order: uint8 [H, W, 3], RGB.
@@ -108,19 +112,19 @@ def library_stderr() -> Iterator[list[str]]:
 
     decord tells why a file cannot be opened there and nowhere else. Lines of others that come meanwhile are passed on.
     """
-    heard: list[str] = []
+    captured: list[str] = []
     with _STDERR_LOCK:
         try:
             saved = os.dup(2)
         except OSError:  # the process has no stderr
-            yield heard
+            yield captured
             return
         with tempfile.TemporaryFile() as capture:
             if sys.stderr is not None:
                 sys.stderr.flush()
             os.dup2(capture.fileno(), 2)
             try:
-                yield heard
+                yield captured
             finally:
                 if sys.stderr is not None:
                     sys.stderr.flush()
@@ -129,14 +133,14 @@ def library_stderr() -> Iterator[list[str]]:
                 capture.seek(0)
                 for line in capture.read().decode(errors="replace").splitlines(keepends=True):
                     if line.startswith("["):  # decord: [08:41:57] /src/...; FFmpeg: [mov,mp4 @ 0x55...]
-                        heard.append(line.strip())
+                        captured.append(line.strip())
                     elif line.strip():
                         os.write(2, line.encode())
 
 
-def first_reason(message: str, heard: list[str]) -> str:
+def first_reason(message: str, captured: list[str]) -> str:
     """One line without source files and addresses, from a library's exception and what it wrote to stderr."""
-    opening = next((line for line in heard if "ERROR opening" in line), None)
+    opening = next((line for line in captured if "ERROR opening" in line), None)
     text = opening.rsplit(", ", 1)[-1] if opening else (message.strip().splitlines() or ["unknown reason"])[0]
     text = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", text)
     text = re.sub(r"^(\w+, )?/\S+\.(cpp|cc|h):\d+, ", "", text)
