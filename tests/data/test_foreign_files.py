@@ -259,7 +259,9 @@ def test_boxes_that_do_not_fit(odd_videos, tmp_path):
     base, path = odd_videos["base"].read_bytes(), tmp_path / "x.mp4"
     for content, kind in {
         base: "MP4",
-        base[:-9]: "unknown",  # the index is cut off
+        base[:-9]: "MP4",  # the index is cut off
+        base[:20]: "unknown",
+        b"\0\0\0\x18ftypheic" + bytes(500): "unknown",
         struct.pack(">I4s", 1 << 20, b"skip") + base: "unknown",  # longer than the file
         struct.pack(">I4s", 7, b"free") + base: "unknown",  # shorter than its head
         struct.pack(">I4sQ", 1, b"wide", 16) + base: "MP4",

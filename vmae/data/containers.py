@@ -65,7 +65,9 @@ def container_kind(path: str) -> str:
     with open(path, "rb") as file:
         head = file.read(400)
     if head[4:8] in _MP4_STARTS:
-        return "MP4" if _has_index(path) else "unknown"
+        brand = head[8:12] if head[4:8] == b"ftyp" and 8 < int.from_bytes(head[:4], "big") <= os.path.getsize(path) else None
+        cut_off = brand is not None and brand not in _PICTURE_BRANDS  # the index may have stood where the file ends
+        return "MP4" if cut_off or _has_index(path) else "unknown"
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return "Matroska"
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
