@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -160,6 +161,44 @@ def _read_in_a_group_of_its_own(begun, answer):
 
 
 @pytest.mark.slow
+class _Answers:
+    """Gives what each task says."""
+
+    def set_watch(self, watch):
+        pass
+
+    def __getitem__(self, task):
+        return task()
+
+
+def _answers(*tasks):
+    pool = WorkerPool(_Answers(), iter(tasks), count=1, prefetch=1, hang_s=20)
+    try:
+        return list(pool)
+    finally:
+        pool.close()
+
+
+def _tensor():
+    return torch.arange(3)
+
+
+def _unsendable():
+    return lambda: None
+
+
+def test_tensors_are_handed_over_where_the_folder_for_temporary_files_has_a_long_name(tmp_path, monkeypatch):
+    folder = tmp_path / ("long " * 20)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    assert [answer.tolist() for answer in _answers(_tensor, _tensor)] == [[0, 1, 2]] * 2
+
+
+def test_an_answer_that_cannot_be_handed_over_is_told():
+    with pytest.raises(RuntimeError, match="_unsendable"):
+        _answers(_tensor, _unsendable)
+
+
 def test_processes_that_were_stopped_for_a_while_lose_no_video():
     """A run and its workers, stopped together in the middle of a video (by a debugger, or a virtual machine's pause)."""
     (begun, theirs), (answer, their_answer) = multiprocessing.Pipe(), multiprocessing.Pipe()

@@ -149,7 +149,7 @@ def test_a_folder_is_tested_on_its_test_list(weights, labelled_world, tmp_path, 
     code = main(["evaluate", str(folder), *words, "--output", str(tmp_path / "out")])
     said = capsys.readouterr()
     if taken is None:
-        assert code == 2 and f"folder {folder} holds no test.csv and no val.csv; give the list itself" in said.err
+        assert code == 2 and f"folder {folder} holds no test.csv and no val.csv; give a list" in said.err
         assert not (tmp_path / "out").exists()
         return
     count = {"val.csv": 2, "test.csv": 3}[taken]

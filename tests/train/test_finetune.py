@@ -64,7 +64,7 @@ def test_a_folder_is_trained_on_its_train_csv_and_that_is_said(finetune, tmp_pat
     for name in ("val.csv", "test.csv"):
         (folder / name).write_text((labelled_world / "val.txt").read_text())
     assert finetune("--steps", "1", data=folder) == 2
-    assert f"folder {folder} holds no train.csv; give the list itself" in capsys.readouterr().err
+    assert f"folder {folder} holds no train.csv; give a list" in capsys.readouterr().err
     (folder / "train.csv").write_text((labelled_world / "train.txt").read_text())
     assert finetune("--steps", "1", data=folder) == 0
     assert f"data: {folder / 'train.csv'}, 12 videos x 1 visits an epoch" in capsys.readouterr().out

@@ -89,6 +89,14 @@ class VideoTask:
         self.blocked[video] = reason
 
 
+def _folder_for_sockets() -> str:
+    """The folder for temporary files, or one with a shorter name: a socket's address has 107 bytes at most (unix(7))."""
+    usual, inside = tempfile.gettempdir(), len("/pymp-12345678/listener-12345678")
+    candidates = [usual, "/tmp", "/var/tmp", "/dev/shm"]
+    fitting = (path for path in candidates if len(os.fsencode(path)) + inside <= 107 and os.access(path, os.W_OK | os.X_OK))
+    return next(fitting, usual)
+
+
 class _Worker:
     """A process, its pipe, the tasks it owes, and the video it is at."""
 
@@ -98,7 +106,7 @@ class _Worker:
         self.slot = multiprocessing.sharedctypes.RawArray("d", [-1.0, 0.0])
         self.pipe, theirs = context.Pipe()
         # A worker that is killed cannot remove the folder of the socket by which its tensors are handed over.
-        folder = tempfile.mkdtemp(prefix="pymp-")
+        folder = tempfile.mkdtemp(prefix="pymp-", dir=_folder_for_sockets())
         self._clear = multiprocessing.util.Finalize(self, shutil.rmtree, (folder, True), exitpriority=-1)
         self.process = context.Process(target=_work, args=(maker, theirs, self.slot, os.getpid(), folder), daemon=True)
         self.process.start()
@@ -162,8 +170,10 @@ def _work(maker: Maker, pipe, slot, parent: int, folder: str) -> None:
         watch(-1)
         try:
             pipe.send(answer)
-        except OSError:
+        except ConnectionError:  # nobody reads any more
             return
+        except Exception:  # it cannot be pickled, or handed over
+            pipe.send((number, False, traceback.format_exc()))
 
 
 class WorkerPool:
