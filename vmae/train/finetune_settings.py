@@ -277,7 +277,7 @@ def list_of(path: str, names: Sequence[str] = TRAINING_LISTS) -> str:
     found = next((name for name in names if (Path(path) / name).is_file()), None)
     if found is None:
         raise InputError(
-            f"folder {path} holds no {' and no '.join(names)}; give a list, `path label` a line (docs/own_data.md has the lines "
+            f"folder {path} holds no {' and no '.join(names)}; give a list, `path label` a line (docs/own_data.md has lines "
             "that make one of a folder for each class)"
         )
     return str(Path(path) / found)
