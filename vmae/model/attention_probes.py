@@ -181,7 +181,7 @@ def probe_xformers(workload: Workload) -> str | None:
 
 def _torch_refuses(question: Callable[[object, bool], bool], workload: Workload) -> str | None:
     """torch's own answer for a tiny tensor of the workload on its GPU; its reasons come as warnings."""
-    with unset_fake_temporarily(), warnings.catch_warnings(record=True) as heard:
+    with unset_fake_temporarily(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         device = torch.device(workload.device, workload.index)
         q = torch.empty(1, 1, 8, workload.head_dim, dtype=workload.dtype, device=device, requires_grad=workload.training)
@@ -189,7 +189,7 @@ def _torch_refuses(question: Callable[[object, bool], bool], workload: Workload)
         params = torch.backends.cuda.SDPAParams(q, q, q, mask, 0.1 * workload.dropout, False, False)
         if question(params, True):
             return None
-    reasons = [str(warning.message).split(" (Triggered internally")[0].strip() for warning in heard]
+    reasons = [str(warning.message).split(" (Triggered internally")[0].strip() for warning in caught]
     return f"torch says: {'; '.join(reasons) or 'no (and no reason)'}"
 
 
