@@ -47,12 +47,13 @@ class FolderLock:
 
     def __enter__(self) -> FolderLock:
         try:
-            self._made = not self.folder.exists()
-            self.folder.mkdir(parents=True, exist_ok=True)
             for _ in range(10):  # more than one turn only where another one takes or leaves it at this moment
-                if self._create():
-                    break
-                self._clear(refuse_if_locked(self.folder))
+                self._made = not self.folder.exists()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # its last holder had made the folder, and took it away
+                    if self._create():
+                        break
+                    self._clear(refuse_if_locked(self.folder))
             else:
                 raise InputError(f"output folder {self.folder} is in use: {self.path} changes hands all the time; try again")
             self._handle = os.open(self.folder, os.O_RDONLY)  # held open: some file systems number a folder anew otherwise

@@ -254,7 +254,8 @@ def test_of_many_that_come_at_once_one_holds(tmp_path, monkeypatch, stale, links
         end.set()
         for process in crowd:
             process.join()
-        assert found == ["held"] + ["refused"] * 5 and results.empty() and list(folder.iterdir()) == []
+        assert found == ["held"] + ["refused"] * 5 and results.empty()
+        assert not folder.exists() or not list(folder.iterdir())  # it goes with a holder who has made it
 
 
 def test_a_lock_deleted_by_hand_comes_back_and_one_that_was_taken_ends_the_run(pretrain, at_step, tmp_path, capsys):
