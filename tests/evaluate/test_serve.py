@@ -434,7 +434,13 @@ def test_no_place_to_store_a_video(small, temporary, capfd):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_leaves_no_half_upload(checkpoints, temporary, number):
     command = [sys.executable, "-m", "vmae", "serve", "--checkpoint", str(checkpoints / "pre.pth"), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(temporary)})
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` makes its processes ignore it
+    )
     port = int(process.stdout.readline().split(":")[2].split()[0])
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         start = f"POST /show HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nX-Vmae: 1\r\nContent-Length: 100000\r\n\r\n"
