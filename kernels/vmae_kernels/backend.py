@@ -13,7 +13,6 @@ from vmae_kernels import device
 BACKENDS = ("auto", "torch", "triton")
 
 
-
 @dataclass(frozen=True)
 class Operation:
     """Tensor arguments of an operation with Triton kernels.
