@@ -71,6 +71,8 @@ def test_colours_are_the_same_or_refused(coloured, name, backend):
 @pytest.mark.parametrize("name", PIXELS)
 def test_colours_are_those_that_were_drawn(coloured, name):
     """Taken for another matrix or range they are 6 to 16 levels off in the mean; what encoding and 4:2:0 cost is 5."""
+    if PIXELS[name][1] == 9 and int(av.__version__.split(".")[0]) < 18:
+        pytest.skip("PyAV 17 makes this video in another matrix; of one made by PyAV 18 it reads the same pixels")
     with open_video(coloured[name]) as reader:
         frames = reader.frames(range(3)).astype(int)
     assert reader.backend == "pyav"

@@ -76,7 +76,7 @@ def ask(server, body=b"", query="", method="POST", path="/show", headers=()):
 
 def left(temporary):
     """Uploads on the disk."""
-    return [path for path in temporary.rglob("*") if "vmae-serve" in str(path) and path.is_file()]
+    return [os.path.join(folder, name) for folder, _, files in os.walk(temporary) for name in files if "vmae-serve" in folder]
 
 
 VIDEO = Path(sample_videos()[2])
