@@ -23,7 +23,7 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
     ${SBATCH_ARGS:-} "$here/slurm.sh" "$@"
 fi
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # whole: `| head` may end it by SIGPIPE, and pipefail the job
+export MASTER_ADDR=${hosts%%$'\n'*}
 # shellcheck disable=SC2016  # SLURM_NODEID is known on each node only
 exec srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' recipe "$@"
