@@ -297,11 +297,13 @@ def is_intra(data: bytes | memoryview, length_bytes: int) -> bool:
     starts = 0
     for unit in _units(data, length_bytes):
         if len(unit) > 1 and unit[0] & 31 in (1, 2, 5):
+            if unit[0] & 31 == 5:  # IDR, as are all slices of this picture
+                return True
             first, kind = _slice_header(unit)
             starts += first == 0
             if starts == 2:
                 break
-            if unit[0] & 31 != 5 and kind not in (2, 4):
+            if kind not in (2, 4):
                 return False
     return True
 

@@ -38,6 +38,7 @@ class PyavReader(VideoReader):
     def __init__(self, entry: VideoEntry) -> None:
         self.path = entry.path
         self._container = None
+        self._orientation: Orientation | None = None  # since the last key frame
         try:
             self._container = open_container(entry.path)
             self._stream = pick_stream(self._container, entry.path)
@@ -77,6 +78,7 @@ class PyavReader(VideoReader):
 
     def _whole_frames(self, container) -> Iterator:
         """All frames, from the first whole picture on."""
+        self._orientation = None
         frames = container.decode(pick_stream(container, self.path))
         return frames if self.table.complete else itertools.dropwhile(lambda frame: frame.pict_type != _INTRA, frames)
 
@@ -152,6 +154,8 @@ class PyavReader(VideoReader):
         missing, pictures = set(wanted), []
         with open_container(self.path) as container:  # afresh: not every container can be rewound
             for number, frame in enumerate(self._whole_frames(container)):
+                if frame.key_frame:
+                    self._orientation = None
                 name = frame.pts if by_time else number
                 if name in missing:
                     missing.remove(name)
@@ -184,8 +188,13 @@ class PyavReader(VideoReader):
         pictures: dict[int, np.ndarray] = {}
 
         def keep(frames: Sequence) -> None:
-            pictures.update((frame.pts, self._pixels(frame)) for frame in frames if frame.pts in wanted)
+            for frame in frames:
+                if frame.key_frame:
+                    self._orientation = None
+                if frame.pts in wanted:
+                    pictures[frame.pts] = self._pixels(frame)
 
+        self._orientation = None
         for packet in self._packets_from(key, times[0]):
             if self.codec == "h264":
                 context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
@@ -213,7 +222,9 @@ class PyavReader(VideoReader):
     def _pixels(self, frame) -> np.ndarray:
         if frame.is_corrupt:
             raise DecodeError(f"{self.path}: cannot be decoded: a frame is corrupt")
-        return read_orientation(frame, self.path).apply(self._to_rgb(frame))
+        if frame.key_frame or self._orientation is None:  # it changes at key frames only, and takes a tenth of a conversion
+            self._orientation = read_orientation(frame, self.path)
+        return self._orientation.apply(self._to_rgb(frame))
 
     def close(self) -> None:
         if self._container is not None:
