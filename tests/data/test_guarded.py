@@ -26,10 +26,11 @@ from vmae.config import MaskConfig
 from vmae.data import decode, describe_data
 from vmae.data.dataset import check_decodable
 from vmae.data.decode import Backend, DecodeError, open_video
-from vmae.data.files import Unanswered, ask_files, check_regular, memory_as_decode_error
+from vmae.data.files import Unanswered, ask_files, check_regular
 from vmae.data.guarded import guarded, guarded_each, guarded_streams
 from vmae.data.manifest import VideoEntry, read_list, read_text
 from vmae.data.samples import sample_videos
+from vmae.data.video_reader import memory_as_decode_error
 from vmae.errors import InputError
 from vmae.evaluate.features import WindowConfig, extract_videos
 from vmae.train.checkpoint import export_weights

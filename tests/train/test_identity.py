@@ -219,3 +219,13 @@ def test_features_of_another_video_of_the_same_name(world, featured, tmp_path, c
         (tmp_path / "videos.json").write_text(text)
         assert main(["features", str(sample_videos()[2]), *words, "--output", str(tmp_path)]) == 2
         assert "videos.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "features"])
+def test_all_ranks_are_refused(world, evaluated, featured, monkeypatch, run_ranks, command):
+    monkeypatch.chdir(world)
+    words = {
+        "evaluate": ["val.txt", *EVALUATE, "--checkpoint", "weights.pth", "--output", str(evaluated), "--scores"],
+        "features": [str(sample_videos()[2]), *featured[1], "--step", "61"],
+    }[command]
+    assert run_ranks(2, main, [command, *map(str, words)]) == [2, 2]

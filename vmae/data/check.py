@@ -26,7 +26,7 @@ from vmae.data.augment import crop_and_resize, sample_crop
 from vmae.data.containers import container_kind
 from vmae.data.decode import DecodeError, find_backends, open_video
 from vmae.data.decode_pyav import UPRIGHT, Orientation, inspect_video
-from vmae.data.files import Unanswered, ask_files, memory_as_decode_error
+from vmae.data.files import Unanswered, ask_files
 from vmae.data.labels import LABELLED, AnyList, add_labelled_argument, read_any_list
 from vmae.data.manifest import (
     VideoEntry,
@@ -39,6 +39,7 @@ from vmae.data.manifest import (
     write_list,
 )
 from vmae.data.sampling import sample_frame_indices
+from vmae.data.video_reader import memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
 from vmae.settings import PROCESSES, Real

@@ -21,9 +21,9 @@ from PIL import Image
 
 from vmae.data.containers import FORMATS, container_kind, names_other_files
 from vmae.data.decode_pyav import Inspection, PyavReader, inspect_video, pyav_missing
-from vmae.data.files import check_regular, memory_as_decode_error
+from vmae.data.files import check_regular
 from vmae.data.manifest import VideoEntry
-from vmae.data.video_reader import DecodeError, VideoReader, first_reason, library_stderr
+from vmae.data.video_reader import DecodeError, VideoReader, first_reason, library_stderr, memory_as_decode_error
 from vmae.errors import InputError
 
 

@@ -7,13 +7,12 @@ decodes belongs into a worker, see `vmae.data.guarded`.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,21 +51,6 @@ def check_regular(path: str | Path, *, folder: bool = False) -> None:
         raise DecodeError(f"{path}: is a folder; for frames give a list file with a line `folder start total`")
     if kind != ("a folder" if folder else None):
         raise DecodeError(f"{path}: is {kind or 'a file'}, not {'a folder of frames' if folder else 'a file'}")
-
-
-@contextlib.contextmanager
-def memory_as_decode_error(path: str | Path) -> Iterator[None]:
-    """Turn a lack of memory, numpy's or torch's, into a `DecodeError` that names the file."""
-    try:
-        yield
-    except MemoryError:
-        pass
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-    else:
-        return
-    raise DecodeError(f"{path}: cannot be decoded: it needs more memory than there is")
 
 
 class Unanswered(InputError):

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from vmae.data.decode import BACKENDS
-from vmae.data.files import memory_as_decode_error
-from vmae.data.video_reader import DecodeError
+from vmae.data.video_reader import DecodeError, memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool, hang_limit
 from vmae.errors import InputError
 

@@ -29,10 +29,10 @@ from vmae.config import _Checked
 from vmae.data.check import decode_clip
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.decode_pyav import UPRIGHT, Orientation, PyavReader, read_orientation
-from vmae.data.files import memory_as_decode_error
 from vmae.data.labels import LABELLED, add_labelled_argument, read_any_list
 from vmae.data.manifest import VideoEntry, raise_problems, write_list
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine, list_failures
+from vmae.data.video_reader import memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
 from vmae.folder_lock import FolderLock

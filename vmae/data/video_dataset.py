@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 
 from vmae.data.augment import RESIZERS
 from vmae.data.decode import DecodeError, VideoReader, open_video
-from vmae.data.files import memory_as_decode_error
 from vmae.data.manifest import VideoEntry
 from vmae.data.mix import Mix
 from vmae.data.quarantine import Failure, list_failures
+from vmae.data.video_reader import memory_as_decode_error
 from vmae.errors import InputError
 
 MAX_ATTEMPTS = 50  # videos tried for one sample: with half of a list broken, all 50 fail once in 1e15 samples

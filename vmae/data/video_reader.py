@@ -10,6 +10,7 @@ import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -26,6 +27,21 @@ class DecodeError(InputError):
     """
 
     library: str | None = None
+
+
+@contextlib.contextmanager
+def memory_as_decode_error(path: str | Path) -> Iterator[None]:
+    """Turn a lack of memory, numpy's or torch's, into a `DecodeError` that names the file."""
+    try:
+        yield
+    except MemoryError:
+        pass
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+    else:
+        return
+    raise DecodeError(f"{path}: cannot be decoded: it needs more memory than there is")
 
 
 class VideoReader(ABC):
@@ -73,15 +89,12 @@ class VideoReader(ABC):
             raise IndexError(f"{self.path}: frames {wanted.min()} to {wanted.max()} asked for, it has {len(self)}")
         distinct, places = np.unique(wanted, return_inverse=True)
         try:
-            decoded = self._decode(distinct)
-            return decoded if np.array_equal(distinct, wanted) else decoded[places]
+            with memory_as_decode_error(self.path):
+                decoded = self._decode(distinct)
+                return decoded if np.array_equal(distinct, wanted) else decoded[places]
         except DecodeError as error:
             error.library = self.backend
             raise
-        except MemoryError:
-            failure = DecodeError(f"{self.path}: cannot be decoded: no memory for {len(wanted)} of its frames")
-        failure.library = self.backend
-        raise failure
 
     def iterate(self) -> Iterator[np.ndarray]:
         """Every frame once, in order: uint8 [H, W, 3], RGB.

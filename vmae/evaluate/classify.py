@@ -147,12 +147,12 @@ def evaluate(
         "videos": len(labelled.entries), "list": list_hash(labelled.entries, labelled.labels), "multi_label": multi_label,
         "scores": config.keep_scores or multi_label,
     }  # fmt: skip
+    parallel.on_main(lambda: settle(folder / SETTINGS, settings, "another test", data=data))
     if parallel.is_main:
-        settle(folder / SETTINGS, settings, "another test", data=data)
         print(f"list: {data}, {len(labelled.entries)} videos", flush=True)
         if loaded.note:
             print(loaded.note, flush=True)
-    done = parallel.from_main({record["video"] for record in _collect(folder)} if parallel.is_main else None)
+    done = parallel.on_main(lambda: {record["video"] for record in _collect(folder)})
     todo = [video for video in range(len(labelled.entries)) if video not in done]
     dataset = ViewDataset(labelled.entries, loaded.clip, views)
     model.to(parallel.device)

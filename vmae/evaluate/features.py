@@ -30,7 +30,7 @@ from vmae.data.guarded import guarded_streams
 from vmae.data.manifest import VideoEntry, read_list
 from vmae.data.video_files import is_video
 from vmae.errors import InputError
-from vmae.json_files import parse_json
+from vmae.json_files import read_json
 from vmae.model import Classifier
 from vmae.settings import BATCH, FRAMES, SIDE, STRIDE, limits, ranged
 from vmae.train.checkpoint import write_atomically
@@ -264,10 +264,9 @@ def run(args: argparse.Namespace) -> int:
         size = model.config.image_hw
         config = WindowConfig(frames=model.config.num_frames, step=step, size=size, normalize=args.normalize, dtype=args.dtype)
         with parallel.hold(folder, "features being made"):
+            parallel.on_main(lambda: settle_folder(folder, config, model, dict(zip(targets, entries)), str(loaded.path)))
             if parallel.is_main:
-                settle_folder(folder, config, model, dict(zip(targets, entries)), str(loaded.path))
                 print(loaded.note, flush=True)
-            parallel.barrier()
             mine = list(zip(entries, targets))[parallel.rank :: parallel.world_size]
             failed = extract_all(model, mine, config, batch_size=args.batch_size, device=parallel.device, show=parallel.is_main)
             bad = int(parallel.exchange([len(failed)]).sum())
@@ -356,12 +355,9 @@ def settle_folder(
 def _read_sources(folder: Path) -> dict[str, list]:
     """Which frames each file of features is of."""
     path = folder / SOURCES
-    try:
-        found = parse_json(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if not isinstance(found, dict) or not all(isinstance(own, list) and own for own in found.values()):
-            raise ValueError("no table of videos")
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot use {folder}: {SOURCES}: {error}") from error
+    found = read_json(path, "table of videos") if path.exists() else {}
+    if not isinstance(found, dict) or not all(isinstance(own, list) and own for own in found.values()):
+        raise InputError(f"cannot use {folder}: {SOURCES} is no table of videos")
     return found
 
 
