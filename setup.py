@@ -21,7 +21,8 @@ setup(
         "tqdm>=4.66",
         "matplotlib>=3.8",
         "tensorboard>=2.16",
-        "av>=17",  # 14 lets a manifest reach other files, 15 and 16 squeeze full-range colours when they encode
+        # 14 lets a manifest reach other files, 15 and 16 squeeze full-range colours when they encode
+        "av>=17",
         "pyyaml>=6",
         # Both import as `decord`, and only one may be installed; decord has no wheel for the others.
         "decord>=0.6; platform_system != 'Darwin' and platform_machine in 'x86_64 AMD64'",
@@ -37,5 +38,8 @@ setup(
         "browser": ["selenium>=4.20"],
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "safetensors>=0.5"],
     },
-    classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
 )

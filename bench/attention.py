@@ -1,15 +1,18 @@
-"""Attention backends on the shapes of all presets: time, achieved TFLOP/s, memory; then what SDPA saves a whole ViT-B.
+"""Attention backends on the shapes of all presets: time, achieved TFLOP/s, memory; then what SDPA saves a
+whole ViT-B.
 
-Every backend that runs here is checked first, output and gradient against float64, and gets no speed if its error is over
-twice that of the plain one in the same dtype. Each runs in a process of its own; they take single measurements in turn
-(A B C A B C ...), so that what disturbs the machine disturbs all.
+Every backend that runs here is checked first, output and gradient against float64, and gets no speed if its
+error is over twice that of the plain one in the same dtype. Each runs in a process of its own; they take
+single measurements in turn (A B C A B C ...), so that what disturbs the machine disturbs all.
 
-    python bench/attention.py                # a choice of shapes on a CPU (under 2 minutes), all of them on a GPU
+    python bench/attention.py                # a choice of shapes on a CPU (under 2 minutes), all of them on a
+    GPU
     python bench/attention.py --full         # all shapes
     python bench/attention.py --quick        # seconds: that it works
 
-FLOPs are the useful ones: 4 B H N^2 d forward, 12 B H N^2 d with the backward (a flash backward computes the scores once more,
-which counts as time, not as work). Ideal bytes: q, k, v and the output once, 4 B N H d elements, and 12 with the backward.
+FLOPs are the useful ones: 4 B H N^2 d forward, 12 B H N^2 d with the backward (a flash backward computes the
+scores once more, which counts as time, not as work). Ideal bytes: q, k, v and the output once, 4 B N H d
+elements, and 12 with the backward.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ ELEMENTS = {"forward": 4, "forward_backward": 12}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-# --- shapes -----------------------------------------------------------------------------------------------------------
+# --- shapes -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Shape:
 
 
 def preset_shapes(batch: int) -> list[Shape]:
-    """Of every published preset: encoder and decoder under dual masking, decoder under encoder-only masking, all tokens."""
+    """Of every published preset: encoder and decoder under dual masking, decoder under encoder-only masking,
+    all tokens."""
     users: dict[tuple[int, int, int], list[str]] = {}
     for preset in PRESETS:
         if preset == "vit_tiny":
@@ -102,7 +106,7 @@ CPU_CHOICE = ("vit_b encoder", "vit_h encoder", "vit_g encoder", "vit_b decoder"
 QUICK = [Shape(16, 2, 64, 1, ("quick",)), Shape(24, 2, 88, 1, ("quick",))]
 
 
-# --- one backend, in a process of its own -----------------------------------------------------------------------------------
+# --- one backend, in a process of its own -------------------------------------------------------------------
 
 
 def reset_peak(device: torch.device) -> bool:
@@ -119,7 +123,8 @@ def reset_peak(device: torch.device) -> bool:
 
 
 def release_free_memory() -> None:
-    """Give pages that the allocator keeps for later back to the system, so that they are not taken for memory in use."""
+    """Give pages that the allocator keeps for later back to the system, so that they are not taken for memory
+    in use."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -176,7 +181,8 @@ class Runner:
         torch.autograd.grad(attention(self.qkv, self.backend), self.qkv, self.upstream)
 
     def _check(self) -> dict[str, float]:
-        """Relative errors (2-norm) of output and gradient against float64, of this backend and of the plain one; one clip."""
+        """Relative errors (2-norm) of output and gradient against float64, of this backend and of the plain
+        one; one clip."""
 
         def both(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
             leaf = self.qkv[:1].detach().to(dtype).requires_grad_()
@@ -185,7 +191,10 @@ class Runner:
 
         exact = both(BASELINE, torch.float64)
         errors = {}
-        for who, results in (("error", both(self.backend, self.dtype)), ("plain_error", both(BASELINE, self.dtype))):
+        for who, results in (
+            ("error", both(self.backend, self.dtype)),
+            ("plain_error", both(BASELINE, self.dtype)),
+        ):
             for what, got, truth in zip(("output", "gradient"), results, exact):
                 errors[f"{what}_{who}"] = relative_error(got, truth)
         return errors
@@ -209,7 +218,7 @@ class Runner:
         return max(resident_bytes(peak=True) - before, 0)
 
 
-# --- the measurement --------------------------------------------------------------------------------------------------
+# --- the measurement ----------------------------------------------------------------------------------------
 
 
 def why_wrong(found: dict[str, float], dtype: torch.dtype) -> str | None:
@@ -221,7 +230,9 @@ def why_wrong(found: dict[str, float], dtype: torch.dtype) -> str | None:
     return None
 
 
-def measure_shape(workers: list[Worker], index: int, turns: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+def measure_shape(
+    workers: list[Worker], index: int, turns: int, dtype: torch.dtype
+) -> dict[str, dict[str, Any]]:
     """By backend: what `prepare` found, the runs of each mode, and the reason if it was not timed."""
     found = {worker.name: worker.ask("prepare", index) for worker in workers}
     for result in found.values():
@@ -235,7 +246,9 @@ def measure_shape(workers: list[Worker], index: int, turns: int, dtype: torch.dt
     return found
 
 
-def shape_record(shape: Shape, backend: str, found: dict[str, Any], device: str, dtype_name: str) -> dict[str, Any]:
+def shape_record(
+    shape: Shape, backend: str, found: dict[str, Any], device: str, dtype_name: str
+) -> dict[str, Any]:
     dtype = DTYPES[dtype_name]
     tiles = BACKENDS[backend].tiles(shape.head_dim, device.startswith("cuda"))
     record: dict[str, Any] = {"kind": "attention", "shape": shape.name, **asdict(shape), "backend": backend}
@@ -252,7 +265,8 @@ def shape_record(shape: Shape, backend: str, found: dict[str, Any], device: str,
 
 
 def ratios_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every backend against the plain one on the same shape, run by run: how many times faster, and what it keeps."""
+    """Every backend against the plain one on the same shape, run by run: how many times faster, and what it
+    keeps."""
     plain = {r["shape"]: r for r in records if r["backend"] == BASELINE}
     ratios = []
     for record in records:
@@ -269,7 +283,8 @@ def ratios_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def measured_order(ratios: list[dict[str, Any]]) -> list[tuple[str, float]]:
-    """Backends by the geometric mean of their speedups with backward over the shapes, the plain one (1) among them."""
+    """Backends by the geometric mean of their speedups with backward over the shapes, the plain one (1) among
+    them."""
     by_backend: dict[str, list[float]] = {BASELINE: [1.0]}
     for ratio in ratios:
         by_backend.setdefault(ratio["variant"], []).append(ratio["forward_backward_speedup"]["median"])
@@ -277,7 +292,7 @@ def measured_order(ratios: list[dict[str, Any]]) -> list[tuple[str, float]]:
     return sorted(means.items(), key=lambda item: -item[1])
 
 
-# --- a whole model ----------------------------------------------------------------------------------------------------
+# --- a whole model ------------------------------------------------------------------------------------------
 
 
 def build_plain(config: ModelConfig) -> torch.nn.Module:
@@ -291,10 +306,19 @@ def build_sdpa(config: ModelConfig) -> torch.nn.Module:
 VARIANTS = ("plain=attention:build_plain", "sdpa=attention:build_sdpa")
 
 
-def measure_model(model: str, batch: int, steps: int, device: str, dtype: str) -> tuple[list[dict], list[dict], dict[str, str]]:
+def measure_model(
+    model: str, batch: int, steps: int, device: str, dtype: str
+) -> tuple[list[dict], list[dict], dict[str, str]]:
     """Training steps of `model` with dual masking, all else equal: plain attention and SDPA."""
     config = ModelConfig.preset(model)
-    job = {"model": model, "config": config, "masking": "dual", "device": device, "dtype": dtype, "batch": batch}
+    job = {
+        "model": model,
+        "config": config,
+        "masking": "dual",
+        "device": device,
+        "dtype": dtype,
+        "batch": batch,
+    }
     jobs = [{**job, "variant": variant, "threads": torch.get_num_threads()} for variant in VARIANTS]
     at(f"counting a step of {model}")
     counts = [count_record(variant, "dual", config, dtype) for variant in VARIANTS]
@@ -309,7 +333,7 @@ def measure_model(model: str, batch: int, steps: int, device: str, dtype: str) -
     return records, ratios, wrong
 
 
-# --- output -----------------------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------
 
 
 def report_shape(shape: Shape, records: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> None:
@@ -325,7 +349,16 @@ def report_shape(shape: Shape, records: list[dict[str, Any]], ratios: list[dict[
         row = [r["backend"], *times, *rates, gain, f"{r['saved_bytes'] / 2**20:.1f}", peak, padding]
         rows.append([*row, f"{r['gradient_error']:.1e}"])
     print(f"\n{shape.batch} x {shape.name} ({', '.join(shape.used_by)})")
-    head = ["backend", "fwd ms", "fwd+bwd ms", "fwd TFLOP/s", "fwd+bwd", "times faster", "kept MiB", "peak MiB"]
+    head = [
+        "backend",
+        "fwd ms",
+        "fwd+bwd ms",
+        "fwd TFLOP/s",
+        "fwd+bwd",
+        "times faster",
+        "kept MiB",
+        "peak MiB",
+    ]
     print_table([*head, "padding FLOPs", "gradient error"], rows)
 
 
@@ -336,25 +369,37 @@ def report_model(records: list[dict[str, Any]], ratios: list[dict[str, Any]]) ->
         step = f"{r['step_ms']['median']:.0f}" if r.get("step_ms") else "-"
         peak = f"{r['peak_memory_bytes'] / 2**20:.0f}" if r["peak_memory_bytes"] else "-"
         rows.append([r["variant"].partition("=")[0], kept, step, peak])
-    print(f"\n{records[0]['model']}, dual masking, batch {records[0]['batch']}, {records[0]['dtype']}: a training step")
+    print(
+        f"\n{records[0]['model']}, dual masking, batch {records[0]['batch']}, {records[0]['dtype']}: a "
+        "training step"
+    )
     print_table(["attention", "kept MiB/clip", "step ms", "peak MiB"], rows)
     for r in ratios:
         speed = r.get("speedup")
-        text = f"{speed['median']:.2f} x as fast ({speed['min']:.2f} to {speed['max']:.2f}), " if speed else ""
-        print(f"{r['variant'].partition('=')[0]} against plain: {text}{r['saved_activations']:.2f} x the kept bytes")
+        text = (
+            f"{speed['median']:.2f} x as fast ({speed['min']:.2f} to {speed['max']:.2f}), " if speed else ""
+        )
+        print(
+            f"{r['variant'].partition('=')[0]} against plain: {text}{r['saved_activations']:.2f} x the kept "
+            "bytes"
+        )
 
 
-# --- command line -----------------------------------------------------------------------------------------------------
+# --- command line -------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--backends", help="comma-separated (default: all that run here); the plain one is always measured")
+    parser.add_argument(
+        "--backends", help="comma-separated (default: all that run here); the plain one is always measured"
+    )
     parser.add_argument("--batch", type=int, help="clips (default: 1 on a CPU, 32 on a GPU)")
     parser.add_argument("--turns", type=int, help="measurements of each (default: 5 on a CPU, 20 on a GPU)")
-    parser.add_argument("--model", choices=[*PRESETS, "none"], help="of the whole-model part (default: vit_b)")
+    parser.add_argument(
+        "--model", choices=[*PRESETS, "none"], help="of the whole-model part (default: vit_b)"
+    )
     parser.add_argument("--model-batch", type=int, help="clips a step (default: 1 on a CPU, 32 on a GPU)")
     parser.add_argument("--full", action="store_true", help="all shapes of all presets")
     parser.add_argument("--quick", action="store_true", help="two tiny shapes and a tiny model")
@@ -362,7 +407,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.device = find_device(args.device)
     on_gpu = args.device.startswith("cuda")
-    defaults = {"dtype": "bfloat16" if on_gpu else "float32", "batch": 32 if on_gpu else 1, "turns": 20 if on_gpu else 5}
+    defaults = {
+        "dtype": "bfloat16" if on_gpu else "float32",
+        "batch": 32 if on_gpu else 1,
+        "turns": 20 if on_gpu else 5,
+    }
     defaults |= {"model_batch": 32 if on_gpu else 1, "model": "vit_b"}
     if args.quick:
         defaults |= {"turns": 2, "model": "vit_tiny", "model_batch": 1}
@@ -385,8 +434,11 @@ def pick_shapes(args: argparse.Namespace) -> list[Shape]:
 
 
 def pick_backends(args: argparse.Namespace, shapes: list[Shape]) -> tuple[list[str], dict[str, str]]:
-    """Backends that run on every shape, the plain one first, and the reason why each of the others does not."""
-    workloads = [Workload.on(args.device, dtype=DTYPES[args.dtype], head_dim=d) for d in {s.head_dim for s in shapes}]
+    """Backends that run on every shape, the plain one first, and the reason why each of the others does
+    not."""
+    workloads = [
+        Workload.on(args.device, dtype=DTYPES[args.dtype], head_dim=d) for d in {s.head_dim for s in shapes}
+    ]
     skipped = {}
     for name, backend in BACKENDS.items():
         reasons = [reason for workload in workloads if (reason := backend.why_not(workload))]
@@ -400,7 +452,9 @@ def pick_backends(args: argparse.Namespace, shapes: list[Shape]) -> tuple[list[s
             if name not in BACKENDS:
                 raise InputError(f"unknown attention backend {name!r}; known: {', '.join(BACKENDS)}")
             if name in skipped:
-                raise InputError(f"{name} cannot run here: {skipped[name]}; these can: {', '.join(runnable(workloads[0]))}")
+                raise InputError(
+                    f"{name} cannot run here: {skipped[name]}; these can: {', '.join(runnable(workloads[0]))}"
+                )
     return [BASELINE, *(name for name in names if name != BASELINE)], skipped
 
 
@@ -409,7 +463,13 @@ def measure_shapes(
 ) -> tuple[list[dict], list[dict], dict[str, str]]:
     """Records, ratios, and the reason of every (backend, shape) that got no speed."""
     span = 20.0 if args.device.startswith("cuda") else 0.0 if args.quick else 50.0
-    job = {"shapes": shapes, "device": args.device, "dtype": args.dtype, "span": span, "threads": torch.get_num_threads()}
+    job = {
+        "shapes": shapes,
+        "device": args.device,
+        "dtype": args.dtype,
+        "span": span,
+        "threads": torch.get_num_threads(),
+    }
     records, wrong = [], {}
     with contextlib.ExitStack() as stack:
         workers = []
@@ -437,8 +497,13 @@ def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> int:
         say(f"  not here: {name}: {reason}")
     records, ratios, wrong = measure_shapes(args, shapes, names)
     order = measured_order(ratios)
-    say(f"\nfastest first: {', '.join(f'{name} {mean:.2f}' for name, mean in order)} (times faster than {BASELINE})")
-    tried, measured = auto_order(Workload.on(args.device, dtype=DTYPES[args.dtype], head_dim=shapes[0].head_dim))
+    say(
+        f"\nfastest first: {', '.join(f'{name} {mean:.2f}' for name, mean in order)} (times faster than "
+        f"{BASELINE})"
+    )
+    tried, measured = auto_order(
+        Workload.on(args.device, dtype=DTYPES[args.dtype], head_dim=shapes[0].head_dim)
+    )
     say(f"auto tries {', '.join(tried)} ({'measured' if measured else 'expected, not measured'})")
     if args.model != "none":
         made, compared, off = measure_model(args.model, args.model_batch, args.turns, args.device, args.dtype)
@@ -447,7 +512,9 @@ def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> int:
     for what, reason in wrong.items():
         print(f"\nNO SPEED for {what}: {reason}", file=sys.stderr)
     if args.json:
-        write_json(args.json, records, args.device, ratios=ratios, rejected=wrong, skipped=skipped, order=order)
+        write_json(
+            args.json, records, args.device, ratios=ratios, rejected=wrong, skipped=skipped, order=order
+        )
         say(f"\nresults: {args.json}")
     return 1 if wrong else 0
 

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from telling import telling
 
-if not torch.cuda.is_available():  # before anything imports triton, which reads it once: kernels can be counted and checked
+if (
+    not torch.cuda.is_available()
+):  # before anything imports triton, which reads it once: kernels can be counted and checked
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SCHEMA = "vmae-bench/1"
@@ -50,7 +52,8 @@ def _cpu_name() -> str:
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Where and with what a number was measured; `clean` says whether the work tree had no uncommitted change."""
+    """Where and with what a number was measured; `clean` says whether the work tree had no uncommitted
+    change."""
     device = torch.device(device)
     status = _git("status", "--porcelain")
     result = {
@@ -87,7 +90,8 @@ def find_device(name: str) -> str:
 
 
 def exit_code(run: Callable[[], int]) -> int:
-    """What `run()` returns, which tells where it is; 2, and the message, for wrong input or a worker that died."""
+    """What `run()` returns, which tells where it is; 2, and the message, for wrong input or a worker that
+    died."""
     from vmae.errors import InputError
 
     try:
@@ -123,7 +127,9 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     for number, row in enumerate(cells):
-        line = "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        line = "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
+        )
         print(line.rstrip())
         if number == 0:
             print("-" * len(line))

@@ -1,11 +1,11 @@
-"""How fast videos become clips, with each decoder, codec and group of pictures, against the published path; and whether
-that feeds a GPU.
+"""How fast videos become clips, with each decoder, codec and group of pictures, against the published path;
+and whether that feeds a GPU.
 
-Real clips as they come, packed by `vmae pack`, and re-encoded at short side 256 (played to and fro up to 300 frames, ten
-seconds, so that a group of 250 is one). All variants take turns, clip by clip, on one core, with the same frames and
-crops; counted are CPU seconds of all threads, which others on the machine disturb less than seconds on the wall. First
-their clips are compared with the truth: frames decoded one after the other, cut and resized by PIL. A variant that is
-more than two grey levels off anywhere gets no speed.
+Real clips as they come, packed by `vmae pack`, and re-encoded at short side 256 (played to and fro up to 300
+frames, ten seconds, so that a group of 250 is one). All variants take turns, clip by clip, on one core, with
+the same frames and crops; counted are CPU seconds of all threads, which others on the machine disturb less
+than seconds on the wall. First their clips are compared with the truth: frames decoded one after the other,
+cut and resized by PIL. A variant that is more than two grey levels off anywhere gets no speed.
 
     python bench/data.py            # some five minutes
     python bench/data.py --quick    # under a minute: two small clips, H.264 only
@@ -54,7 +54,7 @@ TARGETS = {"h264, GOP 12": 1.8, "h264, GOP 250": 1.3, "packed / original": 2.5}
 ASSUMED_GPU, ASSUMED_MFU = "H100", 0.4
 
 
-# --- the paths --------------------------------------------------------------------------------------------------------
+# --- the paths ----------------------------------------------------------------------------------------------
 
 
 def published_clip(path: str, rng: np.random.Generator) -> np.ndarray:
@@ -88,32 +88,43 @@ def find_variants() -> tuple[list[str], dict[str, str]]:
     lacks = {name: backend.missing() for name, backend in BACKENDS.items() if "video" in backend.kinds}
     if lacks["decord"]:
         raise InputError(f"the published path needs decord: {lacks['decord']}")
-    return ["published", *(name for name, lack in lacks.items() if not lack)], {k: v for k, v in lacks.items() if v}
+    return ["published", *(name for name, lack in lacks.items() if not lack)], {
+        k: v for k, v in lacks.items() if v
+    }
 
 
-# --- the videos -------------------------------------------------------------------------------------------------------
+# --- the videos ---------------------------------------------------------------------------------------------
 
 
 def encode(source: Path, target: Path, codec: str, gop: int) -> None:
-    """Re-encode with key frames at most `gop` apart, closed groups, at the short side SHORT_SIDE, LENGTH frames."""
+    """Re-encode with key frames at most `gop` apart, closed groups, at the short side SHORT_SIDE, LENGTH
+    frames."""
     import av
 
     _, encoder, options, private = ENCODERS[codec]
     forced = ":min-keyint=12:scenecut=0" if gop == 12 else ""
-    options = {**options, "threads": "1", **({private: f"keyint={gop}{forced}:open-gop=0"} if private else {"g": str(gop)})}
+    options = {
+        **options,
+        "threads": "1",
+        **({private: f"keyint={gop}{forced}:open-gop=0"} if private else {"g": str(gop)}),
+    }
     if codec == "hevc":
         options[private] += ":log-level=none"
     with av.open(str(source)) as container, av.open(str(target), "w") as out:
         video = container.streams.video[0]
         stream = out.add_stream(encoder, rate=video.average_rate, options=options)
-        stream.width, stream.height = packed_size(video.codec_context.width, video.codec_context.height, SHORT_SIDE)
+        stream.width, stream.height = packed_size(
+            video.codec_context.width, video.codec_context.height, SHORT_SIDE
+        )
         stream.pix_fmt, stream.codec_context.time_base = "yuv420p", 1 / Fraction(video.average_rate)
         size = {"width": stream.width, "height": stream.height, "format": "yuv420p", "interpolation": "AREA"}
         frames = [frame.reformat(**size) for frame in container.decode(video)]
         to_and_fro = [*range(len(frames)), *range(len(frames) - 2, 0, -1)]
         for number in range(LENGTH):
             # A copy: an encoder may hold on to a frame that comes again.
-            frame = av.VideoFrame.from_ndarray(frames[to_and_fro[number % len(to_and_fro)]].to_ndarray(), format="yuv420p")
+            frame = av.VideoFrame.from_ndarray(
+                frames[to_and_fro[number % len(to_and_fro)]].to_ndarray(), format="yuv420p"
+            )
             frame.pts, frame.time_base = number, stream.codec_context.time_base
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
@@ -136,7 +147,7 @@ def make_videos(folder: Path, sources: Sequence[Path], codecs: Sequence[str]) ->
     return kinds
 
 
-# --- correctness ------------------------------------------------------------------------------------------------------
+# --- correctness --------------------------------------------------------------------------------------------
 
 
 def true_frames(path: str, wanted: Sequence[int]) -> tuple[int, dict[int, np.ndarray]]:
@@ -165,7 +176,9 @@ def true_clips(path: str, seeds: Sequence[int]) -> list[np.ndarray]:
     return clips
 
 
-def find_wrong(variants: Sequence[str], paths: Sequence[str], seeds: Sequence[int]) -> tuple[dict[str, int], dict[str, str]]:
+def find_wrong(
+    variants: Sequence[str], paths: Sequence[str], seeds: Sequence[int]
+) -> tuple[dict[str, int], dict[str, str]]:
     """Largest difference from the truth of each variant, and why some get no speed for these videos."""
     errors, wrong = dict.fromkeys(variants, 0), {}
     for path in paths:
@@ -178,7 +191,9 @@ def find_wrong(variants: Sequence[str], paths: Sequence[str], seeds: Sequence[in
                     continue
                 errors[variant] = max(errors[variant], int(np.abs(clip.astype(np.int16) - truth).max()))
                 if errors[variant] > TOLERANCE:
-                    wrong[variant] = f"{Path(path).name}: off by {errors[variant]} levels, {TOLERANCE} allowed"
+                    wrong[variant] = (
+                        f"{Path(path).name}: off by {errors[variant]} levels, {TOLERANCE} allowed"
+                    )
     return errors, wrong
 
 
@@ -189,12 +204,14 @@ def error_on_all_crops(paths: Sequence[str]) -> int:
         with open_video(path) as reader:
             frames = reader.frames([0, len(reader) // 2])
         for box in dict.fromkeys(crop_boxes(frames.shape[2], frames.shape[1], SIZE)):
-            one, two = (crop_and_resize(frames, box, SIZE, resize=name).astype(np.int16) for name in ("torch", "pil"))
+            one, two = (
+                crop_and_resize(frames, box, SIZE, resize=name).astype(np.int16) for name in ("torch", "pil")
+            )
             worst = max(worst, int(np.abs(one - two).max()))
     return worst
 
 
-# --- speed ------------------------------------------------------------------------------------------------------------
+# --- speed --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -218,8 +235,11 @@ def cpu_seconds_of(call: Callable, *arguments: Any) -> float:
     return time.process_time() - start
 
 
-def time_clips(variants: Sequence[str], paths: Sequence[str], seeds: Sequence[int], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds a clip of each variant, for each round: the mean over videos and seeds, which all variants do in turn."""
+def time_clips(
+    variants: Sequence[str], paths: Sequence[str], seeds: Sequence[int], rounds: int
+) -> dict[str, list[float]]:
+    """CPU seconds a clip of each variant, for each round: the mean over videos and seeds, which all variants
+    do in turn."""
     runs: dict[str, list[float]] = {variant: [] for variant in variants}
     for turn in range(rounds):
         sums = dict.fromkeys(variants, 0.0)
@@ -235,7 +255,8 @@ def time_clips(variants: Sequence[str], paths: Sequence[str], seeds: Sequence[in
 
 
 def time_parts(paths: Sequence[str], seeds: Sequence[int]) -> dict[str, float]:
-    """CPU milliseconds a clip of the default path's parts; conversion to RGB is timed alone and taken off the decoding."""
+    """CPU milliseconds a clip of the default path's parts; conversion to RGB is timed alone and taken off the
+    decoding."""
     import av
 
     parts = dict.fromkeys(("open", "decode", "convert", "resize"), 0.0)
@@ -277,7 +298,8 @@ class _ClipMaker:
 
 
 def time_workers(variant: str, paths: Sequence[str], seeds: Sequence[int], count: int, span: float) -> float:
-    """Clips a second that arrive from `count` processes within `span` seconds, after each has delivered its first two."""
+    """Clips a second that arrive from `count` processes within `span` seconds, after each has delivered its
+    first two."""
     tasks = itertools.cycle([(path, seed) for seed in seeds for path in paths])
     pool = WorkerPool(_ClipMaker(variant), tasks, count=count, prefetch=2, hang_s=600)
     try:
@@ -292,7 +314,7 @@ def time_workers(variant: str, paths: Sequence[str], seeds: Sequence[int], count
         pool.close()
 
 
-# --- what a GPU needs -------------------------------------------------------------------------------------------------
+# --- what a GPU needs ---------------------------------------------------------------------------------------
 
 
 def needs(rate: float, resize_share: float, gpu_flops: float) -> list[dict[str, Any]]:
@@ -305,11 +327,13 @@ def needs(rate: float, resize_share: float, gpu_flops: float) -> list[dict[str, 
         macs = forward_macs(ModelConfig.preset(preset), mask.encoder_ratio, mask.decoder_ratio, fused=True)
         needed = gpu_flops / (6 * macs)
         crops = {f"cores_{s}": needed / (s * rate / (1 + (s - 1) * resize_share)) for s in (1, 4)}
-        records.append({"kind": "feed", "preset": preset, "forward_macs": macs, "clips_per_s_needed": needed, **crops})
+        records.append(
+            {"kind": "feed", "preset": preset, "forward_macs": macs, "clips_per_s_needed": needed, **crops}
+        )
     return records
 
 
-# --- one run ----------------------------------------------------------------------------------------------------------
+# --- one run ------------------------------------------------------------------------------------------------
 
 
 def default_of(paths: Sequence[str]) -> str:
@@ -318,7 +342,9 @@ def default_of(paths: Sequence[str]) -> str:
         return reader.backend
 
 
-def measure_kind(kind: str, paths: list[str], variants: list[str], seeds: range, rounds: int) -> list[dict[str, Any]]:
+def measure_kind(
+    kind: str, paths: list[str], variants: list[str], seeds: range, rounds: int
+) -> list[dict[str, Any]]:
     at(f"checking {kind}")
     errors, wrong = find_wrong(variants, paths, seeds)
     right = [variant for variant in variants if variant not in wrong]
@@ -341,7 +367,8 @@ def measure_kind(kind: str, paths: list[str], variants: list[str], seeds: range,
 
 
 def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every variant over the published path on the same videos, and on the originals for packed ones, round by round."""
+    """Every variant over the published path on the same videos, and on the originals for packed ones, round
+    by round."""
     runs = {(r["videos"], r["variant"]): r["clip_cpu_ms"]["runs"] for r in records if r["clip_cpu_ms"]}
     defaults = {(r["videos"], r["variant"]) for r in records if r["default"]}
     ratios = []
@@ -352,7 +379,14 @@ def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             name = kind if base == kind else f"{kind} / {base}"
             target = TARGETS.get(name) if (kind, variant) in defaults else None
             speedup = paired_ratio(runs[base, "published"], ours)
-            ratios.append({"videos": name, "variant": variant, "default": (kind, variant) in defaults, "speedup": speedup})
+            ratios.append(
+                {
+                    "videos": name,
+                    "variant": variant,
+                    "default": (kind, variant) in defaults,
+                    "speedup": speedup,
+                }
+            )
             ratios[-1] |= {"target": target, "met": None if target is None else speedup["median"] >= target}
     return ratios
 
@@ -368,8 +402,18 @@ def report(records: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> None:
             continue
         s = speedups.get((r["videos"], r["variant"]))
         ratio = f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})" if s else "1"
-        rows.append([name, r["error_levels"], f"{r['clip_cpu_ms']['median']:.1f}", f"{r['clips_per_s_per_core']:.1f}", ratio])
-    print_table(["videos: variant", "levels off", "CPU ms a clip", "clips/s a core", "x published (min to max)"], rows)
+        rows.append(
+            [
+                name,
+                r["error_levels"],
+                f"{r['clip_cpu_ms']['median']:.1f}",
+                f"{r['clips_per_s_per_core']:.1f}",
+                ratio,
+            ]
+        )
+    print_table(
+        ["videos: variant", "levels off", "CPU ms a clip", "clips/s a core", "x published (min to max)"], rows
+    )
     for r in clips:
         if r["wrong"]:
             print(f"NO SPEED for {r['variant']} on {r['videos']}: {r['wrong']}", file=sys.stderr)
@@ -382,7 +426,9 @@ def report(records: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> None:
     print_table(["default path, CPU ms a clip", "open", "decode", "convert", "resize"], rows)
     print()
     rows = [
-        [f"{r['videos']}: {r['variant']}", r["workers"], f"{r['clips_per_s']:.1f}"] for r in records if r["kind"] == "workers"
+        [f"{r['videos']}: {r['variant']}", r["workers"], f"{r['clips_per_s']:.1f}"]
+        for r in records
+        if r["kind"] == "workers"
     ]
     print_table(["videos: variant", "workers", "clips/s"], rows)
     print()
@@ -397,13 +443,18 @@ def report(records: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> None:
         ]
         for r in feeds
     ]
-    print_table(["one GPU, packed videos", "GMACs a clip", "clips/s needed", "cores", "cores, 4 crops a decode"], rows)
+    print_table(
+        ["one GPU, packed videos", "GMACs a clip", "clips/s needed", "cores", "cores, 4 crops a decode"], rows
+    )
     print(f"needed: an ASSUMPTION, {feeds[0]['assumption']}")
     print()
     for r in ratios:
         if r["target"]:
             text = "met" if r["met"] else "MISSED"
-            print(f"{r['videos']}: {r['speedup']['median']:.2f} x the published path, {r['target']} wanted: {text}")
+            print(
+                f"{r['videos']}: {r['speedup']['median']:.2f} x the published path, {r['target']} wanted: "
+                f"{text}"
+            )
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -411,8 +462,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two small clips, H.264 only")
     parser.add_argument("--rounds", type=int, help="times that every clip is made (default: 5, quick 3)")
     parser.add_argument("--clips", type=int, help="places in each video (default: 4, quick 2)")
-    parser.add_argument("--workers", type=int, nargs="+", metavar="N", help="worker counts (default: 1 and every core)")
-    parser.add_argument("--gpu-flops", type=float, help=f"FLOP/s assumed of a GPU ({ASSUMED_MFU:.0%} of a {ASSUMED_GPU}'s)")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", metavar="N", help="worker counts (default: 1 and every core)"
+    )
+    parser.add_argument(
+        "--gpu-flops", type=float, help=f"FLOP/s assumed of a GPU ({ASSUMED_MFU:.0%} of a {ASSUMED_GPU}'s)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     args = parser.parse_args(argv)
     args.rounds = args.rounds if args.rounds is not None else 3 if args.quick else 5
@@ -435,7 +490,9 @@ def measure(args: argparse.Namespace, variants: list[str]) -> list[dict[str, Any
             at("resizing, checked against PIL")
             crops = error_on_all_crops(kinds["h264, GOP 250"])
             if crops > TOLERANCE:
-                raise RuntimeError(f"resizing is {crops} grey levels off PIL's, {TOLERANCE} allowed: nothing is timed")
+                raise RuntimeError(
+                    f"resizing is {crops} grey levels off PIL's, {TOLERANCE} allowed: nothing is timed"
+                )
             records.append({"kind": "crops", "error_levels": crops})
             for kind, paths in kinds.items():
                 records += measure_kind(kind, paths, variants, seeds, args.rounds)
@@ -448,7 +505,13 @@ def measure(args: argparse.Namespace, variants: list[str]) -> list[dict[str, Any
                     at(f"{kind}, {variant}, {count} workers")
                     rate = time_workers(variant, kinds[kind], seeds, count, 1.0 if args.quick else 4.0)
                     records.append(
-                        {"kind": "workers", "videos": kind, "variant": variant, "workers": count, "clips_per_s": rate}
+                        {
+                            "kind": "workers",
+                            "videos": kind,
+                            "variant": variant,
+                            "workers": count,
+                            "clips_per_s": rate,
+                        }
                     )
     return records
 
@@ -458,7 +521,8 @@ def run(args: argparse.Namespace) -> int:
     variants, absent = find_variants()
     known = environment()
     print(
-        f"{known['cpu']}, {known['cores']} cores, torch {known['torch']}; {NUM_FRAMES} frames, stride {STRIDE}, {SIZE} x {SIZE}"
+        f"{known['cpu']}, {known['cores']} cores, torch {known['torch']}; {NUM_FRAMES} frames, stride "
+        f"{STRIDE}, {SIZE} x {SIZE}"
     )
     for name, reason in absent.items():
         print(f"not here: {name} ({reason})")

@@ -1,8 +1,9 @@
-"""What dual masking saves over encoder-only masking, and what this code saves over the published way of doing both.
+"""What dual masking saves over encoder-only masking, and what this code saves over the published way of doing
+both.
 
-Each (variant, masking) runs in a process of its own, so that its memory is its own; the processes take single training
-steps in turn (A B C D A B C D ...), so that what disturbs the machine disturbs all. Losses are compared first, in float32
-on the same clips, masks and weights; a variant whose loss is off gets no speed.
+Each (variant, masking) runs in a process of its own, so that its memory is its own; the processes take single
+training steps in turn (A B C D A B C D ...), so that what disturbs the machine disturbs all. Losses are
+compared first, in float32 on the same clips, masks and weights; a variant whose loss is off gets no speed.
 
     python bench/dual_vs_encoder.py                       # finds the device, under 3 minutes
     python bench/dual_vs_encoder.py --model vit_g --count # bytes and MACs only, no timing
@@ -42,7 +43,17 @@ def report(records: list[dict[str, Any]], ratios: list[dict[str, Any]], wrong: d
     timed = any(r.get("step_ms") for r in records)
     head = ["variant, masking", "saved MiB/clip", "GMACs/clip"]
     if timed:
-        head += ["step ms", "forward", "backward", "optimizer", "clips/s", "peak MiB", "activations", "MFU", "loss"]
+        head += [
+            "step ms",
+            "forward",
+            "backward",
+            "optimizer",
+            "clips/s",
+            "peak MiB",
+            "activations",
+            "MFU",
+            "loss",
+        ]
     print()
     print_table(head, [_row(record, timed) for record in records])
     print()
@@ -67,9 +78,16 @@ def _row(r: dict[str, Any], timed: bool) -> list[str]:
     row = [f"{r['variant']}, {words(r['masking'])}", number(saved, MIB, 1), number(macs, 1e9, 2)]
     if not timed:
         return row
-    row += [number((r.get(f"{part}_ms") or {}).get("median")) for part in ("step", "forward", "backward", "optimizer")]
+    row += [
+        number((r.get(f"{part}_ms") or {}).get("median"))
+        for part in ("step", "forward", "backward", "optimizer")
+    ]
     memory = r["memory"] or {}
-    row += [number(r["clips_per_s"], 1, 2), number(memory.get("peak"), MIB), number(memory.get("activations"), MIB)]
+    row += [
+        number(r["clips_per_s"], 1, 2),
+        number(memory.get("peak"), MIB),
+        number(memory.get("activations"), MIB),
+    ]
     mfu = r.get("mfu")
     return [*row, "-" if mfu is None else f"{mfu:.1%}", f"{r['loss']:.6f}"]
 
@@ -79,7 +97,9 @@ def report_sweeps(sweeps: list[dict[str, Any]]) -> None:
     rows = []
     for sweep in sweeps:
         tried = [f"{run['batch']}: {run['clips_per_s']:.2f}" for run in sweep["batches"]]
-        rows.append([f"{sweep['variant']}, {words(sweep['masking'])}", ", ".join(tried) or "not even 1 clip fits"])
+        rows.append(
+            [f"{sweep['variant']}, {words(sweep['masking'])}", ", ".join(tried) or "not even 1 clip fits"]
+        )
     print_table(["variant, masking", "clips: clips/s"], rows)
 
 
@@ -87,20 +107,30 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(PRESETS), help="default: vit_s on a CPU, vit_b on a GPU")
     parser.add_argument("--batch", type=int, help="clips a step (default: 4 on a CPU, 32 on a GPU)")
-    parser.add_argument("--steps", type=int, help="timed steps of each variant (default: 5 on a CPU, 20 on a GPU)")
+    parser.add_argument(
+        "--steps", type=int, help="timed steps of each variant (default: 5 on a CPU, 20 on a GPU)"
+    )
     parser.add_argument("--warmup", type=int, help="steps before them (default: 1 on a CPU, 5 on a GPU)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU"
+    )
     texts = "; ".join(f"{name}: {known.text}" for name, known in VARIANTS.items())
     parser.add_argument(
         "--variants",
         help=f"comma-separated; the first is the baseline (default: reference,torch on a CPU, all on a GPU). {texts}; "
         "NAME=MODULE:FUNCTION: your own",
     )
-    parser.add_argument("--masking", default="encoder_only,dual", help=f"comma-separated: {', '.join(MASKINGS)}; or all")
-    parser.add_argument("--input", default="auto", help="real (the sample clips), synthetic, a list file; auto: real if there")
+    parser.add_argument(
+        "--masking", default="encoder_only,dual", help=f"comma-separated: {', '.join(MASKINGS)}; or all"
+    )
+    parser.add_argument(
+        "--input", default="auto", help="real (the sample clips), synthetic, a list file; auto: real if there"
+    )
     parser.add_argument("--count", action="store_true", help="count activations and MACs only, time nothing")
-    parser.add_argument("--sweep", type=int, metavar="N", help="also time batches of 1, 2, 4, ... up to this, or to what fits")
+    parser.add_argument(
+        "--sweep", type=int, metavar="N", help="also time batches of 1, 2, 4, ... up to this, or to what fits"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--plot", metavar="FILE", help="draw them there (PNG)")
     return _with_defaults(parser.parse_args(argv))
@@ -157,7 +187,9 @@ def run_jobs(
         jobs = [{**job, "clips": path} for job in jobs]
         results, wrong = measure(jobs, args.steps, args.warmup)
         swept = [job for job in jobs if args.sweep and job["variant"] not in wrong]
-        sweeps = [_sweep_record(job, sweep_batches(job, max(args.steps // 2, 1), args.sweep)) for job in swept]
+        sweeps = [
+            _sweep_record(job, sweep_batches(job, max(args.steps // 2, 1), args.sweep)) for job in swept
+        ]
     return results, wrong, sweeps
 
 
@@ -182,7 +214,8 @@ def run(args: argparse.Namespace) -> int:
     jobs = make_jobs(args, config)
     known = environment(args.device)
     print(
-        f"{args.model}, batch {args.batch}, {args.dtype}, {known['device']} ({known['cpu']}, {known['cores']} cores), "
+        f"{args.model}, batch {args.batch}, {args.dtype}, {known['device']} ({known['cpu']}, "
+        f"{known['cores']} cores), "
         f"torch {known['torch']}",
         flush=True,
     )

@@ -1,13 +1,16 @@
-"""Features of a two-minute video: `vmae.evaluate.features` against the published loop, decoding and model timed apart.
+"""Features of a two-minute video: `vmae.evaluate.features` against the published loop, decoding and model
+timed apart.
 
-The published loop (VideoMAE V2's script for THUMOS14 and FineAction): for each window, decord fetches its 16 frames, they are
-stretched and go through the model by themselves, softmax attention with its matrix. Here a frame is decoded and
-resized once, a tubelet embedded once, attention fused, windows batched. Blocks see positions, so what comes after the
-embedding cannot be shared between windows that overlap: with a large model nearly all of the time, whoever calls it.
+The published loop (VideoMAE V2's script for THUMOS14 and FineAction): for each window, decord fetches its 16
+frames, they are stretched and go through the model by themselves, softmax attention with its matrix. Here a
+frame is decoded and resized once, a tubelet embedded once, attention fused, windows batched. Blocks see
+positions, so what comes after the embedding cannot be shared between windows that overlap: with a large model
+nearly all of the time, whoever calls it.
 
-Both do the same windows, in turn, on one core; counted are CPU seconds. Of the loop, and of both models, runs of windows that
-follow each other are timed, spread over the video; of our decoding the first 24 seconds. The time of the whole video is that
-of a window times its windows. Speeds are reported only where the features of both are the same within 1e-4.
+Both do the same windows, in turn, on one core; counted are CPU seconds. Of the loop, and of both models, runs
+of windows that follow each other are timed, spread over the video; of our decoding the first 24 seconds. The
+time of the whole video is that of a window times its windows. Speeds are reported only where the features of
+both are the same within 1e-4.
 
     python bench/features.py            # a few minutes
     python bench/features.py --quick    # 15 seconds of video, under a minute
@@ -73,7 +76,7 @@ SETTINGS = (
 QUICK = (Setting("vit_tiny", 112, 4),)
 
 
-# --- the video --------------------------------------------------------------------------------------------------------
+# --- the video ----------------------------------------------------------------------------------------------
 
 
 def make_video(target: Path, size: tuple[int, int], seconds: int) -> None:
@@ -86,7 +89,9 @@ def make_video(target: Path, size: tuple[int, int], seconds: int) -> None:
         pictures = [frame.reformat(**shape).to_ndarray() for frame in container.decode(video)]
     order = [*range(len(pictures)), *range(len(pictures) - 2, 0, -1)]
     with av.open(str(target), "w") as out:
-        stream = out.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "23", "threads": "1"})
+        stream = out.add_stream(
+            "libx264", rate=FPS, options={"preset": "veryfast", "crf": "23", "threads": "1"}
+        )
         (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
         stream.codec_context.time_base = Fraction(1, FPS)
         for number in range(seconds * FPS):
@@ -96,7 +101,7 @@ def make_video(target: Path, size: tuple[int, int], seconds: int) -> None:
         out.mux(stream.encode(None))
 
 
-# --- the published loop -----------------------------------------------------------------------------------------------
+# --- the published loop -------------------------------------------------------------------------------------
 
 
 class PublishedLoop:
@@ -124,7 +129,7 @@ def build_models(setting: Setting) -> tuple[Classifier, Classifier]:
     return models[0], models[1]
 
 
-# --- timing -----------------------------------------------------------------------------------------------------------
+# --- timing -------------------------------------------------------------------------------------------------
 
 
 def runs_of(starts: Sequence[int], count: int, runs: int) -> list[list[int]]:
@@ -133,7 +138,9 @@ def runs_of(starts: Sequence[int], count: int, runs: int) -> list[list[int]]:
     return [list(starts[first : first + count]) for first in firsts]
 
 
-def published_run(model: Classifier, loop: PublishedLoop, run: Sequence[int]) -> tuple[float, float, torch.Tensor]:
+def published_run(
+    model: Classifier, loop: PublishedLoop, run: Sequence[int]
+) -> tuple[float, float, torch.Tensor]:
     """CPU seconds of decoding and resizing, and of the model, and the features of a run of windows."""
     began = time.process_time()
     clips = [loop.window(start) for start in run]
@@ -145,8 +152,8 @@ def published_run(model: Classifier, loop: PublishedLoop, run: Sequence[int]) ->
 def our_run(
     model: Classifier, path: str, run: Sequence[int], config: WindowConfig, batch_size: int
 ) -> tuple[float, float, torch.Tensor]:
-    """The same; decoding and resizing are timed on the first `DECODED` frames, opening the file included, and the run's
-    resizing is taken off the model."""
+    """The same; decoding and resizing are timed on the first `DECODED` frames, opening the file included, and
+    the run's resizing is taken off the model."""
     began = time.process_time()
     with open_video(path) as reader:
         count = sum(1 for _ in windows(itertools.islice(reader.iterate(), DECODED), config))
@@ -165,7 +172,9 @@ def measure(setting: Setting, path: str, *, count: int, runs: int, batch_size: i
     config, (published, ours) = setting.window_config(), build_models(setting)
     loop = PublishedLoop(path, config)
     starts = config.starts(len(loop.reader))
-    ms: dict[str, list[float]] = {f"{who} {part}": [] for who in ("published", "ours") for part in ("decode", "model")}
+    ms: dict[str, list[float]] = {
+        f"{who} {part}": [] for who in ("published", "ours") for part in ("decode", "model")
+    }
     error, largest = 0.0, 0.0
     with torch.inference_mode():
         published.features(loop.window(starts[0])), ours.features(loop.window(starts[0]))  # warm-up
@@ -183,12 +192,20 @@ def measure(setting: Setting, path: str, *, count: int, runs: int, batch_size: i
 def record_of(setting: Setting, measured: dict[str, Any], seconds: int) -> dict[str, Any]:
     ms = measured["ms"]
     record = {"kind": "features", "setting": setting.name, "video_s": seconds, "windows": measured["windows"]}
-    record |= {"error": measured["error"], "largest_feature": measured["largest"], "same": measured["error"] <= TOLERANCE}
+    record |= {
+        "error": measured["error"],
+        "largest_feature": measured["largest"],
+        "same": measured["error"] <= TOLERANCE,
+    }
     if not record["same"]:
         return record
     record["ms_per_window"] = {part: spread(values) for part, values in ms.items()}
-    totals = {who: [a + b for a, b in zip(ms[f"{who} decode"], ms[f"{who} model"])] for who in ("published", "ours")}
-    record["video_cpu_s"] = {who: measured["windows"] * spread(values)["median"] / 1e3 for who, values in totals.items()}
+    totals = {
+        who: [a + b for a, b in zip(ms[f"{who} decode"], ms[f"{who} model"])] for who in ("published", "ours")
+    }
+    record["video_cpu_s"] = {
+        who: measured["windows"] * spread(values)["median"] / 1e3 for who, values in totals.items()
+    }
     record["speedup"] = paired_ratio(totals["published"], totals["ours"])
     record["speedup_decode"] = paired_ratio(ms["published decode"], ms["ours decode"])
     record["speedup_model"] = paired_ratio(ms["published model"], ms["ours model"])
@@ -196,7 +213,8 @@ def record_of(setting: Setting, measured: dict[str, Any], seconds: int) -> dict[
 
 
 def check_whole(setting: Setting, path: str, count: int) -> float:
-    """Largest difference between `extract` of a whole video and the published loop's first and last windows."""
+    """Largest difference between `extract` of a whole video and the published loop's first and last
+    windows."""
     config, (published, ours) = setting.window_config(), build_models(setting)
     loop = PublishedLoop(path, config)
     found = extract(ours, VideoEntry(path), config, batch_size=8, device=CPU)
@@ -205,10 +223,12 @@ def check_whole(setting: Setting, path: str, count: int) -> float:
         raise RuntimeError(f"{len(found)} windows instead of {len(starts)}")
     with torch.inference_mode():
         places = [*range(count), *range(len(starts) - count, len(starts))]
-        return max(np.abs(published.features(loop.window(starts[i])).numpy()[0] - found[i]).max() for i in places)
+        return max(
+            np.abs(published.features(loop.window(starts[i])).numpy()[0] - found[i]).max() for i in places
+        )
 
 
-# --- one run ----------------------------------------------------------------------------------------------------------
+# --- one run ------------------------------------------------------------------------------------------------
 
 
 def report(records: list[dict[str, Any]]) -> None:
@@ -221,7 +241,9 @@ def report(records: list[dict[str, Any]]) -> None:
         speedup = r["speedup"]
         times = f"{speedup['median']:.2f} ({speedup['min']:.2f} to {speedup['max']:.2f})"
         whole = [f"{r['video_cpu_s'][who]:.0f}" for who in ("published", "ours")]
-        rows.append([r["setting"], *parts, *whole, times, f"{r['error']:.0e}", "met" if r["met"] else "MISSED"])
+        rows.append(
+            [r["setting"], *parts, *whole, times, f"{r['error']:.0e}", "met" if r["met"] else "MISSED"]
+        )
     head = ["CPU ms a window", "published: decode, resize", "model", "here: decode, resize", "model"]
     print_table([*head, "video s, published", "here", "times faster", "error", f"{TARGET:g} x"], rows)
 
@@ -232,9 +254,14 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"the published loop needs decord: {lack}")
     known, records = environment(), []
     seconds, settings = (QUICK_SECONDS, QUICK) if args.quick else (SECONDS, SETTINGS)
-    settings = [setting for setting in settings if not args.only or any(text in setting.name for text in args.only)]
+    settings = [
+        setting for setting in settings if not args.only or any(text in setting.name for text in args.only)
+    ]
     if not settings:
-        raise InputError(f"--only {' '.join(args.only)} leaves no setting; there are: {'; '.join(s.name for s in SETTINGS)}")
+        raise InputError(
+            f"--only {' '.join(args.only)} leaves no setting; there are: "
+            f"{'; '.join(s.name for s in SETTINGS)}"
+        )
     print(f"{known['cpu']}, one core, torch {known['torch']}; {seconds} s of video at {FPS} frames a second")
     with tempfile.TemporaryDirectory() as folder, one_core():
         paths: dict[tuple[int, int], str] = {}
@@ -247,11 +274,19 @@ def run(args: argparse.Namespace) -> int:
         at("`extract`, checked against the published loop")
         whole = check_whole(QUICK[0], short, 3)
         if whole > TOLERANCE:
-            raise RuntimeError(f"`extract` is {whole:.1e} off the published loop, {TOLERANCE:g} allowed: nothing is timed")
+            raise RuntimeError(
+                f"`extract` is {whole:.1e} off the published loop, {TOLERANCE:g} allowed: nothing is timed"
+            )
         for setting in settings:
             at(f"building {setting.name}")
-            count = max(args.windows // 4, 2) if setting.model == "vit_s" and setting.side == 224 else args.windows
-            measured = measure(setting, paths[setting.video], count=count, runs=args.rounds, batch_size=args.batch_size)
+            count = (
+                max(args.windows // 4, 2)
+                if setting.model == "vit_s" and setting.side == 224
+                else args.windows
+            )
+            measured = measure(
+                setting, paths[setting.video], count=count, runs=args.rounds, batch_size=args.batch_size
+            )
             records.append(record_of(setting, measured, seconds))
     print()
     report(records)
@@ -262,10 +297,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a short video, one small model")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="settings whose name holds one of these")
-    parser.add_argument("--windows", type=int, default=16, help="that follow each other, of a round (16; large models 4)")
+    parser.add_argument(
+        "--windows", type=int, default=16, help="that follow each other, of a round (16; large models 4)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="places in the video (3)")
     parser.add_argument("--batch-size", type=int, default=4, help="windows at once, here (4)")
     parser.add_argument("--json", metavar="FILE", help="write the results there")

@@ -2,12 +2,13 @@
 
     python bench/kernels.py --json bench/results/kernels.json     on a GPU: check, then time
     python bench/kernels.py --check                               anywhere: check alone (interpreted on a CPU)
-    python bench/kernels.py                                       without a GPU: the floors, from bytes and FLOPs
+    python bench/kernels.py                                       without a GPU: the floors, from bytes and
+    FLOPs
 
-Per operation and preset (bf16, uint8 clips): device time by CUDA events, forward and forward with backward; median and
-spread over calls, variants in turn, inputs rotated so that none is found in the L2. The floor is the larger of bytes over
-bandwidth and FLOPs over rate: ceilings measured in the same run on a GPU, an H100's datasheet without one. A variant that
-fails its check is not timed.
+Per operation and preset (bf16, uint8 clips): device time by CUDA events, forward and forward with backward;
+median and spread over calls, variants in turn, inputs rotated so that none is found in the L2. The floor is
+the larger of bytes over bandwidth and FLOPs over rate: ceilings measured in the same run on a GPU, an H100's
+datasheet without one. A variant that fails its check is not timed.
 """
 
 from __future__ import annotations
@@ -68,20 +69,45 @@ PRESETS = {
     "vit_g": dict(patch=14, width=1408, decoder=512, shown=208, decoded=1024, counted=920),
 }
 CHECK_SHAPES = (
-    Shape(name="patch 4", batch=2, patch=4, width=40, decoder=24, shown=3, decoded=20, counted=17, side=16, frames=4),
-    Shape(name="patch 14", batch=1, patch=14, width=33, decoder=17, shown=2, decoded=4, counted=3, side=28, frames=2),
+    Shape(
+        name="patch 4",
+        batch=2,
+        patch=4,
+        width=40,
+        decoder=24,
+        shown=3,
+        decoded=20,
+        counted=17,
+        side=16,
+        frames=4,
+    ),
+    Shape(
+        name="patch 14",
+        batch=1,
+        patch=14,
+        width=33,
+        decoder=17,
+        shown=2,
+        decoded=4,
+        counted=3,
+        side=28,
+        frames=2,
+    ),
 )
 
 
 def floor_counts(operation: str, s: Shape) -> dict[str, dict[str, float]]:
-    """Bytes that must move and FLOPs that must be done, forward and backward: bf16 (2 bytes), uint8 pixels (1), float32
-    positions (4). Scratch and second reads are not in a floor."""
+    """Bytes that must move and FLOPs that must be done, forward and backward: bf16 (2 bytes), uint8 pixels
+    (1), float32 positions (4). Scratch and second reads are not in a floor."""
     b, nv, nd, nk, k = s.batch, s.shown, s.decoded, s.counted, s.values
     if operation == "embed_visible":
         table = min(s.tokens, b * nv) * s.width * 4
         moved = b * nv * k + b * nv * s.width * 2 + s.width * k * 2
         matrix = 2 * b * nv * k * s.width
-        return {"forward": dict(bytes=moved + table, matrix=matrix), "backward": dict(bytes=moved, matrix=matrix)}
+        return {
+            "forward": dict(bytes=moved + table, matrix=matrix),
+            "backward": dict(bytes=moved, matrix=matrix),
+        }
     if operation == "assemble_decoder_tokens":
         moved = b * (2 * nv + nd) * s.decoder * 2 + min(s.tokens, b * (nv + nd)) * s.decoder * 4
         vector = b * (nv + nd) * s.decoder
@@ -93,14 +119,20 @@ def floor_counts(operation: str, s: Shape) -> dict[str, dict[str, float]]:
         return {"forward": dict(bytes=2 * 2 * rows, vector=8 * rows), "backward": backward}
     pixels = b * nk * k
     if operation == "patch_loss":
-        return {"forward": dict(bytes=3 * pixels, vector=12 * pixels), "backward": dict(bytes=5 * pixels, vector=12 * pixels)}
+        return {
+            "forward": dict(bytes=3 * pixels, vector=12 * pixels),
+            "backward": dict(bytes=5 * pixels, vector=12 * pixels),
+        }
     matrix, head = 2 * pixels * s.decoder, k * s.decoder * 2
     forward = dict(bytes=pixels + 2 * b * nk * s.decoder + head, matrix=matrix)
     return {"forward": forward, "backward": dict(bytes=2 * b * nk * s.decoder + 2 * head, matrix=2 * matrix)}
 
 
 def floor_us(counts: dict[str, float], ceilings: dict) -> float:
-    work = counts.get("matrix", 0) / ceilings["matrix_flops"] + counts.get("vector", 0) / ceilings["vector_flops"]
+    work = (
+        counts.get("matrix", 0) / ceilings["matrix_flops"]
+        + counts.get("vector", 0) / ceilings["vector_flops"]
+    )
     return 1e6 * max(counts["bytes"] / ceilings["bytes_per_s"], work)
 
 
@@ -127,7 +159,13 @@ def arguments(operation: str, s: Shape, device: str, dtype: torch.dtype) -> tupl
     counted, weight = decode[:, : s.counted].contiguous(), torch.ones(s.batch, s.counted, device=device)
     if operation == "embed_visible":
         shape = (s.width, 3, 2, s.patch, s.patch)
-        return clips, visible, learned(*shape, scale=0.02), learned(s.width), torch.randn(s.tokens, s.width, device=device)
+        return (
+            clips,
+            visible,
+            learned(*shape, scale=0.02),
+            learned(s.width),
+            torch.randn(s.tokens, s.width, device=device),
+        )
     if operation == "assemble_decoder_tokens":
         pos = torch.randn(s.tokens, s.decoder, device=device)
         return learned(s.batch, s.shown, s.decoder), learned(1, 1, s.decoder), pos, visible, decode
@@ -141,7 +179,9 @@ def arguments(operation: str, s: Shape, device: str, dtype: torch.dtype) -> tupl
 
 
 def gather_then_multiply() -> Callable:
-    """The other way to embed: one kernel that gathers and normalises (torch.compile's), cuBLAS, one addition."""
+    """The other way to embed: one kernel that gathers and normalises (torch.compile's), cuBLAS, one
+    addition."""
+
     def gather(clips, visible, patch, dtype):
         pixels = normalise(vmae_kernels.gather_tubelets(clips, visible, patch)).permute(0, 1, 5, 2, 3, 4)
         return pixels.reshape(*visible.shape, -1).to(dtype)
@@ -176,9 +216,11 @@ def outcome(call: Callable, inputs: tuple, dtype: torch.dtype) -> list[torch.Ten
     return [result.detach(), *torch.autograd.grad(result, learned, upstream)]
 
 
-def check(operation: str, shape: Shape, calls: dict[str, Callable], device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Per variant the largest ratio of its error to twice the eager reference's own, both against float64: over 1 is a
-    failure. A reference is credited with one rounding of the truth."""
+def check(
+    operation: str, shape: Shape, calls: dict[str, Callable], device: str, dtype: torch.dtype
+) -> dict[str, float]:
+    """Per variant the largest ratio of its error to twice the eager reference's own, both against float64:
+    over 1 is a failure. A reference is credited with one rounding of the truth."""
     inputs = arguments(operation, shape, device, dtype)
     exact = outcome(calls["eager"], inputs, torch.float64)
     found = {name: outcome(call, inputs, dtype) for name, call in calls.items()}
@@ -197,7 +239,9 @@ def check(operation: str, shape: Shape, calls: dict[str, Callable], device: str,
     return ratios
 
 
-def time_variants(calls: dict[str, Callable], sets: list[tuple], both: bool, rounds: int) -> dict[str, list[float]]:
+def time_variants(
+    calls: dict[str, Callable], sets: list[tuple], both: bool, rounds: int
+) -> dict[str, list[float]]:
     """Microseconds of every call, variants in turn, each call on the next set of inputs."""
 
     def once(call: Callable, inputs: tuple) -> float:
@@ -233,7 +277,11 @@ def measured_ceilings() -> dict:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     copy, product = best(lambda: target.copy_(source)), best(lambda: a @ b)
     rates = {"bytes_per_s": 2 * source.numel() / copy, "matrix_flops": 2 * 8192**3 / product}
-    return {**rates, "vector_flops": H100["vector_flops"], "source": "measured: 1 GiB copy, 8192^3 bf16 product"}
+    return {
+        **rates,
+        "vector_flops": H100["vector_flops"],
+        "source": "measured: 1 GiB copy, 8192^3 bf16 product",
+    }
 
 
 def input_sets(operation: str, shape: Shape) -> list[tuple]:
@@ -260,8 +308,16 @@ def measure(shapes: list[Shape], rounds: int) -> list[dict]:
                 floor, counts = floor_of(operation, shape, direction, ceilings)
                 times = time_variants(right, sets, direction == "both", rounds)
                 for name in calls:
-                    record = dict(kind="time", operation=operation, shape=shape.name, batch=shape.batch, direction=direction)
-                    record |= dict(variant=name, error_ratio=ratios[name], floor_us=floor, ceilings=ceilings, **counts)
+                    record = dict(
+                        kind="time",
+                        operation=operation,
+                        shape=shape.name,
+                        batch=shape.batch,
+                        direction=direction,
+                    )
+                    record |= dict(
+                        variant=name, error_ratio=ratios[name], floor_us=floor, ceilings=ceilings, **counts
+                    )
                     if name in times:
                         median = statistics.median(times[name])
                         record |= dict(unit="us", median=median, min=min(times[name]), max=max(times[name]))
@@ -278,7 +334,13 @@ def floors(shapes: list[Shape]) -> list[dict]:
         for operation in OPERATIONS:
             for direction in ("forward", "both"):
                 floor, counts = floor_of(operation, shape, direction, H100)
-                record = dict(kind="floor", operation=operation, shape=shape.name, batch=shape.batch, direction=direction)
+                record = dict(
+                    kind="floor",
+                    operation=operation,
+                    shape=shape.name,
+                    batch=shape.batch,
+                    direction=direction,
+                )
                 records.append(record | dict(floor_us=floor, ceilings=H100, **counts))
     return records
 
@@ -292,7 +354,12 @@ def checks(device: str) -> list[dict]:
                 at(f"{operation} {shape.name} {str(dtype).removeprefix('torch.')}, checked")
                 torch.manual_seed(0)
                 ratio = check(operation, shape, variants(operation, compiled=False), device, dtype)["triton"]
-                kind = dict(kind="check", operation=operation, shape=shape.name, dtype=str(dtype).removeprefix("torch."))
+                kind = dict(
+                    kind="check",
+                    operation=operation,
+                    shape=shape.name,
+                    dtype=str(dtype).removeprefix("torch."),
+                )
                 records.append(kind | dict(error_ratio=ratio, ok=ratio <= 1))
     return records
 
@@ -300,7 +367,9 @@ def checks(device: str) -> list[dict]:
 def show(records: list[dict]) -> None:
     if records[0]["kind"] == "check":
         names = [f"{r['operation']} {r['shape']} {r['dtype']}" for r in records]
-        rows = [(name, f"{r['error_ratio']:.2f}", "ok" if r["ok"] else "FAIL") for name, r in zip(names, records)]
+        rows = [
+            (name, f"{r['error_ratio']:.2f}", "ok" if r["ok"] else "FAIL") for name, r in zip(names, records)
+        ]
         print_table(("check against float64", "error / bound", ""), rows)
         return
     timed = records[0]["kind"] == "time"
@@ -310,9 +379,14 @@ def show(records: list[dict]) -> None:
         row = [f"{r['operation']} {r['shape']} b{r['batch']} {r['direction']}"]
         row += [f"{r['bytes'] / 1e6:.1f}", f"{(r['matrix'] + r['vector']) / 1e9:.2f}", f"{r['floor_us']:.1f}"]
         if timed:
-            row += [r["variant"], *((f"{r['median']:.1f}", f"{r['over_floor']:.2f}") if "median" in r else ("wrong", ""))]
+            row += [
+                r["variant"],
+                *((f"{r['median']:.1f}", f"{r['over_floor']:.2f}") if "median" in r else ("wrong", "")),
+            ]
         rows.append(row)
-    print(f"floors from: {records[0]['ceilings']['source']}" + ("" if timed else " (nothing was run on a GPU)"))
+    print(
+        f"floors from: {records[0]['ceilings']['source']}" + ("" if timed else " (nothing was run on a GPU)")
+    )
     print_table(head, rows)
 
 

@@ -1,12 +1,14 @@
-"""Kill a run again and again with SIGKILL, start it again each time, and compare it with one that nobody disturbed.
+"""Kill a run again and again with SIGKILL, start it again each time, and compare it with one that nobody
+disturbed.
 
     python bench/kill_runs.py             # 30 kills, half of them of one rank of two; some minutes
     python bench/kill_runs.py --kills 4   # a taste
 
-Kills come at random moments: while the run starts, between steps, and while a checkpoint is being written (there its folder
-is waited for, and then a random part of the time that a write takes). Every other start saves in the background. After each
-kill, every checkpoint that looks complete is read and compared with its hashes. In the end the losses of all steps and the
-weights must be those of the undisturbed run, to the last bit. Exits with 1 where anything is not as it should be.
+Kills come at random moments: while the run starts, between steps, and while a checkpoint is being written
+(there its folder is waited for, and then a random part of the time that a write takes). Every other start
+saves in the background. After each kill, every checkpoint that looks complete is read and compared with its
+hashes. In the end the losses of all steps and the weights must be those of the undisturbed run, to the last
+bit. Exits with 1 where anything is not as it should be.
 """
 
 from __future__ import annotations
@@ -34,8 +36,10 @@ from vmae.train.metrics import read_log
 from vmae.train.sharded import find_damage, read_group
 
 FLAGS = (
-    "--model vit_tiny --decoder-depth 1 --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75 "
-    "--drop-path 0.1 --lr 0.1 --clip-grad 1 --device cpu --workers 0 --log-every 1 --save-every 4 --keep 3 --no-tensorboard"
+    "--model vit_tiny --decoder-depth 1 --image-size 32 --patch-size 8 --num-frames 8 --stride 1 "
+    "--encoder-ratio 0.75 "
+    "--drop-path 0.1 --lr 0.1 --clip-grad 1 --device cpu --workers 0 --log-every 1 --save-every 4 --keep 3 "
+    "--no-tensorboard"
 ).split()
 MOMENTS = ("start", "step", "write", "write")  # half of the kills during a write
 GIVE_UP_S = 240.0
@@ -66,7 +70,13 @@ class Kill:
 
 def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     """What torchrun would say to a rank; nothing to a run of one."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     return {name: str(value) for name, value in place.items()} if ranks > 1 else {}
 
 
@@ -84,7 +94,9 @@ def start(arguments: list[str], environment: dict[str, str], output: Path) -> No
 class Run:
     """A pre-training run of one or two ranks in `folder`."""
 
-    def __init__(self, folder: Path, ranks: int, steps: int, videos: Path, *, background: bool = False) -> None:
+    def __init__(
+        self, folder: Path, ranks: int, steps: int, videos: Path, *, background: bool = False
+    ) -> None:
         self.folder = CheckpointFolder(folder)
         batch = ["--batch-size", str(2 // ranks), "--parallel", "fsdp" if ranks == 2 else "none"]
         more = ["--async-save"] if background else []
@@ -95,7 +107,8 @@ class Run:
         self.output = folder.with_suffix(".txt")
         arguments = ["pretrain", *place, *FLAGS, *batch, *more]
         self.processes = [
-            FORK.Process(target=start, args=(arguments, environment(rank, ranks, port), self.output)) for rank in range(ranks)
+            FORK.Process(target=start, args=(arguments, environment(rank, ranks, port), self.output))
+            for rank in range(ranks)
         ]
         for process in self.processes:
             process.start()
@@ -173,7 +186,9 @@ def check_all(folder: CheckpointFolder) -> int:
     return len(folder.paths())
 
 
-def disturb(folder: Path, ranks: int, kills: int, steps: int, videos: Path, chance: random.Random) -> list[Kill]:
+def disturb(
+    folder: Path, ranks: int, kills: int, steps: int, videos: Path, chance: random.Random
+) -> list[Kill]:
     """Kill one run up to `kills` times, then let it end."""
     done: list[Kill] = []
     while True:
@@ -189,7 +204,10 @@ def disturb(folder: Path, ranks: int, kills: int, steps: int, videos: Path, chan
         kill = Kill(ranks, moment, round(seconds, 2), unfinished, run.newest, check_all(run.folder), others)
         done.append(kill)
         half = ", a checkpoint half written" if unfinished else ""
-        print(f"  {ranks} ranks, {len(done)} of {kills}: killed in {moment}{half}; goes on from {kill.newest}", flush=True)
+        print(
+            f"  {ranks} ranks, {len(done)} of {kills}: killed in {moment}{half}; goes on from {kill.newest}",
+            flush=True,
+        )
 
 
 def differences(folder: Path, reference: Path, steps: int) -> list[str]:
@@ -208,7 +226,9 @@ def differences(folder: Path, reference: Path, steps: int) -> list[str]:
 
 def run(kills: int, steps: int, seed: int, folder: Path) -> tuple[list[Kill], list[str]]:
     chance, videos, done, wrong = random.Random(seed), folder / "videos.txt", [], []
-    videos.write_text("".join(f"{video} 0 -1\n" for video in sample_videos()[2:]))  # those that decode fastest
+    videos.write_text(
+        "".join(f"{video} 0 -1\n" for video in sample_videos()[2:])
+    )  # those that decode fastest
     for ranks, share in ((1, kills - kills // 2), (2, kills // 2)):
         reference = folder / f"undisturbed-{ranks}"
         if share:
@@ -234,7 +254,9 @@ def report(done: list[Kill], wrong: list[str], seconds: float) -> None:
         others = max((kill.others_ended_s or 0.0 for kill in these), default=0.0)
         half, readable = sum(kill.unfinished for kill in these), sum(kill.readable for kill in these)
         rows.append([ranks, len(these), *counts, half, readable, f"{others:.1f} s" if ranks > 1 else "-"])
-    print_table(["ranks", "kills", *moments, "left half written", "checkpoints read", "other rank gone in"], rows)
+    print_table(
+        ["ranks", "kills", *moments, "left half written", "checkpoints read", "other rank gone in"], rows
+    )
     same = "losses of every step, weights and optimizer state are those of the undisturbed runs, bit for bit"
     print(f"{len(done)} kills in {seconds:.0f} s; {'; '.join(wrong) or same}")
 

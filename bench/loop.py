@@ -1,7 +1,9 @@
-"""What the training loop adds to a bare training step: the time of both, step by step in turn, on the same clips and masks.
+"""What the training loop adds to a bare training step: the time of both, step by step in turn, on the same
+clips and masks.
 
-The bare step is that of bench/dual_vs_encoder.py: zero_grad, forward, backward, optimizer. The loop does all that a run
-does: gradient norm, finite check, late reading of the loss, logs (JSONL and TensorBoard); its data is at hand already.
+The bare step is that of bench/dual_vs_encoder.py: zero_grad, forward, backward, optimizer. The loop does all
+that a run does: gradient norm, finite check, late reading of the loss, logs (JSONL and TensorBoard); its data
+is at hand already.
 
     python bench/loop.py                  # ViT-S on a CPU: some two minutes
 """
@@ -67,7 +69,8 @@ def make_trainer(bare: Stepper, dtype: str, folder: str) -> Trainer:
 
 
 def measure(bare: Stepper, trainer: Trainer, steps: int, warmup: int) -> list[dict[str, list[float]]]:
-    """Milliseconds of bare and of the loop's steps, by the clock and of this process; the order changes from pair to pair."""
+    """Milliseconds of bare and of the loop's steps, by the clock and of this process; the order changes from
+    pair to pair."""
     times: list[dict[str, list[float]]] = [{"step": [], "cpu": []} for _ in NAMES]
 
     def wait() -> tuple[float, float]:
@@ -102,11 +105,18 @@ def report(args: argparse.Namespace, times: list[dict[str, list[float]]], device
     ratios = {kind: paired_ratio(times[1][kind], times[0][kind]) for kind in ("step", "cpu")}
     for kind, text in (("step", "by the clock"), ("cpu", "processor time")):
         found = ratios[kind]
-        print(f"loop / bare step, {text}: {found['median']:.3f} ({found['min']:.3f} to {found['max']:.3f}), {args.steps} pairs")
+        print(
+            f"loop / bare step, {text}: {found['median']:.3f} ({found['min']:.3f} to {found['max']:.3f}), "
+            f"{args.steps} pairs"
+        )
     if args.json:
         about = dict(model=args.model, batch=args.batch, dtype=args.dtype)
         records = [
-            {**about, "variant": name, **{f"{kind}_ms": {**spread(runs), "runs": runs} for kind, runs in found.items()}}
+            {
+                **about,
+                "variant": name,
+                **{f"{kind}_ms": {**spread(runs), "runs": runs} for kind, runs in found.items()},
+            }
             for name, found in zip(NAMES, times)
         ]
         write_json(args.json, records, device, ratios=[{"variant": NAMES[1], "baseline": NAMES[0], **ratios}])
@@ -131,7 +141,14 @@ def main(argv: list[str] | None = None) -> int:
     with telling(), tempfile.TemporaryDirectory() as folder:
         clips = Path(folder) / "clips.pt"
         torch.save(load_clips("synthetic", args.batch, config), clips)
-        job = dict(config=config, masking="dual", variant="torch", device=str(device), dtype=args.dtype, clips=str(clips))
+        job = dict(
+            config=config,
+            masking="dual",
+            variant="torch",
+            device=str(device),
+            dtype=args.dtype,
+            clips=str(clips),
+        )
         bare = Stepper({**job, "threads": torch.get_num_threads()})
         times = measure(bare, make_trainer(bare, args.dtype, folder), args.steps, args.warmup)
     report(args, times, device)

@@ -1,9 +1,11 @@
-"""The paper's ablation of decoder masks (VideoMAE V2, table 1) in miniature, on moving shapes: one command, one table.
+"""The paper's ablation of decoder masks (VideoMAE V2, table 1) in miniature, on moving shapes: one command,
+one table.
 
-None, frame, random and running-cell masking at 25, 50 and 75 %: the same pre-training steps, then the same fine-tuning on a
-few labelled clips. Losses are of different tokens for each mask, so only accuracy compares across rows. The encoder sees
-a random quarter of the tokens here, a tube's tenth in the paper: "none" rebuilds the other three quarters, so leaving out a
-quarter of all saves nothing. (Not half of the frames, as in progressive.py: a decoder's frames may be just those.)
+None, frame, random and running-cell masking at 25, 50 and 75 %: the same pre-training steps, then the same
+fine-tuning on a few labelled clips. Losses are of different tokens for each mask, so only accuracy compares
+across rows. The encoder sees a random quarter of the tokens here, a tube's tenth in the paper: "none"
+rebuilds the other three quarters, so leaving out a quarter of all saves nothing. (Not half of the frames, as
+in progressive.py: a decoder's frames may be just those.)
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ from tiny_world import (
 from vmae.config import MaskConfig, ModelConfig
 from vmae.cost import masked_macs
 
-MASKS = [("none", 0.0), *((mask, ratio) for mask in ("frame", "random", "running_cell") for ratio in (0.25, 0.5, 0.75))]
+MASKS = [
+    ("none", 0.0),
+    *((mask, ratio) for mask in ("frame", "random", "running_cell") for ratio in (0.25, 0.5, 0.75)),
+]
 ENCODER, ENCODER_RATIO = "random", 0.75
 MODEL = ModelConfig.preset("vit_tiny", patch_size=8, img_size=32, num_frames=8)
 
@@ -51,19 +56,27 @@ def run_mask(out: Path, scale: Scale, job: str) -> None:
     tuned = finetune(stages, "fine-tuning", paths["train_a"], paths["classes_a"], steps, int(seed), trained)
     accuracy = test(stages, "test", tuned, paths["val_a"])
     loss = final_loss(trained, scale.pretrain_steps)
-    text = json.dumps({"seed": int(seed), "loss": loss, "top1": accuracy, "seconds": stages.seconds["pre-training"]})
+    text = json.dumps(
+        {"seed": int(seed), "loss": loss, "top1": accuracy, "seconds": stages.seconds["pre-training"]}
+    )
     (stages.folder / "scores.json").write_text(text + "\n")
 
 
 def macs_of(mask: str, ratio: float) -> float:
     """Millions of multiply-accumulates of a clip's forward pass, counted as the paper does."""
-    config = MaskConfig(encoder=ENCODER, encoder_ratio=ENCODER_RATIO, decoder=mask, decoder_ratio=ratio or 0.5)
+    config = MaskConfig(
+        encoder=ENCODER, encoder_ratio=ENCODER_RATIO, decoder=mask, decoder_ratio=ratio or 0.5
+    )
     return masked_macs(MODEL, config, fused=False) / 1e6
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("mask_ablation"), help="folder of videos, runs and results")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("mask_ablation"), help="folder of videos, runs and results"
+    )
     parser.add_argument("--scale", default="half", choices=SCALES, help=f"{SCALE_HELP}; default: half")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each mask (1)")
     parser.add_argument("--job", help=argparse.SUPPRESS)

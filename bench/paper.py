@@ -1,7 +1,7 @@
 """The paper's own table of what dual masking saves, beside what was measured here.
 
-The gains and the forward MACs stand in VideoMAE V2, table 1. Its memory is given here as recalled (MB a clip, on its A100s);
-it could not be read again, so every line that shows it says so.
+The gains and the forward MACs stand in VideoMAE V2, table 1. Its memory is given here as recalled (MB a clip,
+on its A100s); it could not be read again, so every line that shows it says so.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ TABLE = {
 }
 
 
-def compare_with_paper(model: str, records: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def compare_with_paper(
+    model: str, records: list[dict[str, Any]], ratios: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """For each variant: dual over encoder-only masking here, in the paper, and the ratio of the two ratios.
 
-    Speed-ups and memory ratios are None where nothing was timed. Empty for models that are not in the paper's table.
+    Speed-ups and memory ratios are None where nothing was timed. Empty for models that are not in the paper's
+    table.
     """
     known = TABLE.get(model)
     if known is None:
@@ -65,7 +68,18 @@ def report_paper(lines: list[dict[str, Any]]) -> None:
         return "-" if value is None else f"{value:.2f} x"
 
     print(f"\ndual over encoder-only masking, here and in the paper ({NOTE})")
-    head = ["variant", "faster", "paper", "ours/paper", "memory", "paper", "ours/paper", "saved activations", "MACs", "paper"]
+    head = [
+        "variant",
+        "faster",
+        "paper",
+        "ours/paper",
+        "memory",
+        "paper",
+        "ours/paper",
+        "saved activations",
+        "MACs",
+        "paper",
+    ]
     keys = ("speedup", "paper_speedup", "speedup_over_paper", "memory", "paper_memory", "memory_over_paper")
     keys += ("saved_activations", "macs", "paper_macs")
     print_table(head, [[line["variant"], *(number(line[key]) for key in keys)] for line in lines])

@@ -19,10 +19,16 @@ def plot_steps(path: str | IO[str], records: list[dict[str, Any]], title: str) -
     ]
     timed = [r for r in records if r.get("step_ms")]
     if timed:
-        columns = [("step", "ms a training step", 1.0), ("peak_memory_bytes", "peak memory, MiB", 2**20), *columns]
+        columns = [
+            ("step", "ms a training step", 1.0),
+            ("peak_memory_bytes", "peak memory, MiB", 2**20),
+            *columns,
+        ]
         records = timed
     labels = [f"{r['variant']}, {r['masking'].replace('_', '-')}" for r in records]
-    figure, axes = plt.subplots(1, len(columns), figsize=(3.4 * len(columns), 0.6 + 0.55 * len(records)), sharey=True)
+    figure, axes = plt.subplots(
+        1, len(columns), figsize=(3.4 * len(columns), 0.6 + 0.55 * len(records)), sharey=True
+    )
     for axis, (key, text, unit) in zip(axes, columns):
         found = [r["step_ms"]["median"] if key == "step" else r[key] for r in records]
         values = [(value or 0) / unit for value in found]
@@ -35,8 +41,14 @@ def plot_steps(path: str | IO[str], records: list[dict[str, Any]], title: str) -
             axis.errorbar(values, range(len(values)), xerr=[low, high], fmt="none", ecolor="black", capsize=3)
             past = high
         for place, (value, more) in enumerate(zip(values, past)):
-            shown = "not counted" if found[place] is None else f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
-            axis.annotate(shown, (value + more, place), xytext=(4, 0), textcoords="offset points", va="center")
+            shown = (
+                "not counted"
+                if found[place] is None
+                else f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+            )
+            axis.annotate(
+                shown, (value + more, place), xytext=(4, 0), textcoords="offset points", va="center"
+            )
         axis.set_title(text, fontsize=10)
         axis.margins(x=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -46,7 +58,8 @@ def plot_steps(path: str | IO[str], records: list[dict[str, Any]], title: str) -
 
 
 def plot_classes(path: str | IO[str], record: dict[str, Any]) -> None:
-    """Where a step's time goes (`bench/step.py`): one bar a kind, the longest first; gaps and data below them."""
+    """Where a step's time goes (`bench/step.py`): one bar a kind, the longest first; gaps and data below
+    them."""
     import matplotlib
 
     matplotlib.use("Agg")

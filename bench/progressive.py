@@ -1,14 +1,16 @@
-"""`make progressive`: does progressive training work? On moving shapes, on a CPU, from nothing, with three seeds.
+"""`make progressive`: does progressive training work? On moving shapes, on a CPU, from nothing, with three
+seeds.
 
 Four arms see the same few labelled clips of label set a, and take the same number of supervised steps:
 
     scratch             fresh weights, fine-tuned
     pre-trained         dual-masked pre-training on unlabelled videos, then fine-tuned
-    post-pre-trained    the same pre-training, then the merged sets a and b, then fine-tuned (VideoMAE V2, section 3.3)
+    post-pre-trained    the same pre-training, then the merged sets a and b, then fine-tuned (VideoMAE V2,
+    section 3.3)
     encoder-only        pre-training with encoder-only masking, then fine-tuned
 
-Each is tested on set a's validation videos. Whatever comes out is the result; the last lines hold it against what was
-asked for.
+Each is tested on set a's validation videos. Whatever comes out is the result; the last lines hold it against
+what was asked for.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ CLOSE = ("pre-trained", "encoder-only", 1.0)
 
 
 def run_part(out: Path, scale: Scale, job: str) -> None:
-    """Some arms of a seed ("0-dual"): pre-training, fine-tuning and test; the scores go to `out / JOB / scores.json`."""
+    """Some arms of a seed ("0-dual"): pre-training, fine-tuning and test; the scores go to `out / JOB /
+    scores.json`."""
     seed, part = int(job.split("-")[0]), job.split("-")[1]
     stages, paths = Stages(out / job), world_paths(out)
     steps, middle = scale.supervised_steps, scale.middle_steps
@@ -61,7 +64,9 @@ def run_part(out: Path, scale: Scale, job: str) -> None:
         arms = {"encoder-only": (trained, steps, []), "scratch": (None, steps, [])}
     top1 = {}
     for arm, (start, own, more) in arms.items():
-        tuned = finetune(stages, f"{arm}, fine-tuning", paths["train_a"], paths["classes_a"], own, seed, start, *more)
+        tuned = finetune(
+            stages, f"{arm}, fine-tuning", paths["train_a"], paths["classes_a"], own, seed, start, *more
+        )
         top1[arm] = test(stages, f"{arm}, test", tuned, paths["val_a"])
     loss = final_loss(trained, scale.pretrain_steps)
     text = json.dumps({"seed": seed, "top1": top1, f"{part}_loss": loss, "seconds": stages.seconds})
@@ -75,7 +80,14 @@ def collect(out: Path, count: int) -> list[dict[str, Any]]:
         parts = {part: json.loads((out / f"{seed}-{part}" / "scores.json").read_text()) for part in PARTS}
         top1 = {arm: score for part in parts.values() for arm, score in part["top1"].items()}
         losses = {key: part[key] for part in parts.values() for key in part if key.endswith("_loss")}
-        seeds.append({"seed": seed, "top1": top1, **losses, "seconds": {name: part["seconds"] for name, part in parts.items()}})
+        seeds.append(
+            {
+                "seed": seed,
+                "top1": top1,
+                **losses,
+                "seconds": {name: part["seconds"] for name, part in parts.items()},
+            }
+        )
     return seeds
 
 
@@ -99,7 +111,11 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(f"{better} over {worse}: {gap:+.1f} points (asked for: {asked:g} or more) {met}")
     gap = means[CLOSE[0]] - means[CLOSE[1]]
     met = "ok" if abs(gap) <= CLOSE[2] or gap > 0 else "NOT MET"
-    return [*lines, f"{CLOSE[0]} (dual-masked) against {CLOSE[1]}: {gap:+.1f} points (asked for: within {CLOSE[2]:g}) {met}"]
+    return [
+        *lines,
+        f"{CLOSE[0]} (dual-masked) against {CLOSE[1]}: {gap:+.1f} points (asked for: within {CLOSE[2]:g}) "
+        f"{met}",
+    ]
 
 
 def draw(rows: list[dict[str, Any]], path: Path, chance: float) -> None:
@@ -116,7 +132,9 @@ def draw(rows: list[dict[str, Any]], path: Path, chance: float) -> None:
         axes.scatter([place] * len(row["values"]), row["values"], color="#222", s=14, zorder=3)
         axes.annotate(f"{row['mean']:.1f}", (place + 0.05, row["mean"]), ha="left", va="bottom")
     axes.axhline(chance, color="#a33", linestyle="--", linewidth=1, label="chance")
-    axes.set(ylabel="top-1 on moving shapes (%)", title="Same labelled clips, same supervised steps", ylim=(0, 100))
+    axes.set(
+        ylabel="top-1 on moving shapes (%)", title="Same labelled clips, same supervised steps", ylim=(0, 100)
+    )
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -125,21 +143,33 @@ def draw(rows: list[dict[str, Any]], path: Path, chance: float) -> None:
 def report(out: Path, scale: Scale, seeds: list[dict[str, Any]], minutes: float) -> None:
     """Table, verdicts, picture and JSON."""
     rows, classes = summarise(seeds), len(world_paths(out)["classes_a"].read_text().splitlines())
-    print(f"\ntop-1 in percent, {len(seeds)} seeds, {classes} classes, {scale.world.few} labelled videos of each\n")
+    print(
+        f"\ntop-1 in percent, {len(seeds)} seeds, {classes} classes, {scale.world.few} labelled videos of "
+        "each\n"
+    )
     print_table(
         ["arm", "mean", "std", *(f"seed {seed['seed']}" for seed in seeds)],
-        [[row["arm"], *(f"{value:.1f}" for value in (row["mean"], row["std"], *row["values"]))] for row in rows],
+        [
+            [row["arm"], *(f"{value:.1f}" for value in (row["mean"], row["std"], *row["values"]))]
+            for row in rows
+        ],
     )
     lines = verdicts(rows)
     print("\n" + "\n".join(lines))
     draw(rows, out / "progressive.png", 100 / classes)
-    write_json(out / "progressive.json", rows, "cpu", seeds=seeds, verdicts=lines, minutes=minutes, **about(scale))
+    write_json(
+        out / "progressive.json", rows, "cpu", seeds=seeds, verdicts=lines, minutes=minutes, **about(scale)
+    )
     print(f"\n{minutes:.1f} minutes; {out}/progressive.png, progressive.json")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("progressive"), help="folder of everything (progressive)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("progressive"), help="folder of everything (progressive)"
+    )
     parser.add_argument("--scale", default="full", choices=SCALES, help=f"{SCALE_HELP}; default: full")
     parser.add_argument("--seeds", type=int, help="runs of everything (3)")
     parser.add_argument("--job", help=argparse.SUPPRESS)

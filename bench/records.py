@@ -44,7 +44,8 @@ def load_clips(source: str, batch: int, config: ModelConfig) -> torch.Tensor:
 
 
 def choose_input(source: str) -> str:
-    """`source`; "auto" becomes "real" where the sample videos and a decoder are, else "synthetic", with a note."""
+    """`source`; "auto" becomes "real" where the sample videos and a decoder are, else "synthetic", with a
+    note."""
     if source != "auto":
         return source
     from vmae import InputError
@@ -61,14 +62,20 @@ def choose_input(source: str) -> str:
 
 
 def count_record(variant: str, masking: str, config: ModelConfig, dtype: str) -> dict[str, int | None]:
-    """Exact, with no GPU: bytes that autograd keeps for one more clip, and multiply-accumulates of a clip's forward.
+    """Exact, with no GPU: bytes that autograd keeps for one more clip, and multiply-accumulates of a clip's
+    forward.
 
-    Bytes are None for variants that cannot be counted, such as compiled ones: the compiler chooses what it keeps.
+    Bytes are None for variants that cannot be counted, such as compiled ones: the compiler chooses what it
+    keeps.
     """
     known = resolve_variant(variant)
     mask = MASKINGS[masking]
     ratio = 0.0 if mask.decoder == "none" else mask.decoder_ratio
-    saved = None if not known.countable else saved_activation_bytes_per_clip(known.build, config, mask, getattr(torch, dtype))
+    saved = (
+        None
+        if not known.countable
+        else saved_activation_bytes_per_clip(known.build, config, mask, getattr(torch, dtype))
+    )
     macs = forward_macs(config, mask.encoder_ratio, ratio, fused=known.ours)
     return {"saved_activation_bytes_per_clip": saved, "forward_macs_per_clip": macs}
 
@@ -87,14 +94,17 @@ def make_record(job: dict[str, Any], counts: dict[str, Any], result: dict[str, A
         values = [run[part] for run in result["runs"]]
         record[f"{part}_ms"] = {**spread(values), "runs": values}
     rate = job["batch"] / record["step_ms"]["median"] * 1e3
-    return record | {"clips_per_s": rate, "model_flops_per_s": FLOPS_PER_MAC * counts["forward_macs_per_clip"] * rate}
+    return record | {
+        "clips_per_s": rate,
+        "model_flops_per_s": FLOPS_PER_MAC * counts["forward_macs_per_clip"] * rate,
+    }
 
 
 def compare(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Variant over baseline (under 1 is less), run by run.
 
-    Every record against the first variant's, encoder-only and dual; every dual record against its own encoder-only; and
-    those of this code against the fastest competitor with the same masking.
+    Every record against the first variant's, encoder-only and dual; every dual record against its own
+    encoder-only; and those of this code against the fastest competitor with the same masking.
     """
     by_key = {(r["variant"], r["masking"]): r for r in records}
     first = records[0]["variant"]
@@ -109,7 +119,11 @@ def compare(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ours, base = by_key[key], by_key.get(base_key)
         if base is None or key == base_key or (key[1] == "encoder_only" and base_key[1] == "dual"):
             continue
-        ratio: dict[str, Any] = {"model": ours["model"], "variant": " ".join(key), "baseline": " ".join(base_key)}
+        ratio: dict[str, Any] = {
+            "model": ours["model"],
+            "variant": " ".join(key),
+            "baseline": " ".join(base_key),
+        }
         ratios.append(ratio | {"fastest_competitor": is_fastest} | _ratios(ours, base))
     return ratios
 
@@ -119,7 +133,8 @@ def is_ours(variant: str) -> bool:
 
 
 def fastest_competitor(records: list[dict[str, Any]], masking: str) -> str | None:
-    """The timed variant with that masking that is not this code's and takes the least time; None where none was timed."""
+    """The timed variant with that masking that is not this code's and takes the least time; None where none
+    was timed."""
     timed = [r for r in records if r["masking"] == masking and r.get("step_ms") and r["variant"] in VARIANTS]
     others = [r for r in timed if not VARIANTS[r["variant"]].ours]
     return min(others, key=lambda r: r["step_ms"]["median"])["variant"] if others else None

@@ -1,4 +1,5 @@
-"""One page of benchmark results: `report.html`, self-contained, every number in it from a result file beside it."""
+"""One page of benchmark results: `report.html`, self-contained, every number in it from a result file beside
+it."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def table_html(table: Table) -> str:
 
     def line(cells: list[str], tag: str) -> str:
         marked = zip(cells, (" class=text" if is_text else "" for is_text in text))
-        return "<tr>" + "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for cell, mark in marked) + "</tr>"
+        return (
+            "<tr>" + "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for cell, mark in marked) + "</tr>"
+        )
 
     rows = "\n".join(line(row, "td") for row in table.rows)
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
@@ -55,7 +58,9 @@ def pictures(part: str, content: dict[str, Any]) -> str:
     target = io.StringIO()
     try:
         if part == "dual_vs_encoder":
-            plot_steps(target, content["records"], f"{first['model']}, batch {first['batch']}, {first['dtype']}")
+            plot_steps(
+                target, content["records"], f"{first['model']}, batch {first['batch']}, {first['dtype']}"
+            )
         elif part == "step" and "classes" in first:
             plot_classes(target, first)
         else:
@@ -81,7 +86,10 @@ def write_report(folder: Path, suite: dict[str, Any]) -> Path:
         suite: `environment`, `parts` (name, status, reason, seconds, file) and `missing` (package -> reason).
     """
     known = suite["environment"]
-    facts = [[key, json.dumps(value) if isinstance(value, (list, dict)) else str(value)] for key, value in known.items()]
+    facts = [
+        [key, json.dumps(value) if isinstance(value, (list, dict)) else str(value)]
+        for key, value in known.items()
+    ]
     body = ["<h1>vmae: what was measured</h1>", status_html(suite["parts"])]
     if suite["missing"]:
         rows = [list(item) for item in suite["missing"].items()]
@@ -91,8 +99,14 @@ def write_report(folder: Path, suite: dict[str, Any]) -> Path:
             continue
         content = read_result(folder / part["file"])
         body.append(f'<h2 id="{part["name"]}">{TITLES[part["name"]]}</h2>')
-        body += [f'<p class="bad">{html.escape(f"NO SPEED for {n}: {w}")}</p>' for n, w in content.get("rejected", {}).items()]
-        body += [pictures(part["name"], content), *(table_html(table) for table in tables_of(part["name"], content))]
+        body += [
+            f'<p class="bad">{html.escape(f"NO SPEED for {n}: {w}")}</p>'
+            for n, w in content.get("rejected", {}).items()
+        ]
+        body += [
+            pictures(part["name"], content),
+            *(table_html(table) for table in tables_of(part["name"], content)),
+        ]
     body.append(f"<h2>Environment</h2>{table_html(Table('Where', ['', ''], facts))}")
     page = "<!doctype html><html lang=en><head><meta charset=utf-8><title>vmae benchmarks</title>"
     page += f'<meta name=viewport content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'

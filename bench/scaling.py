@@ -1,9 +1,10 @@
 """How time and memory of a training step grow: with clips a batch, frames, resolution, model size, and ranks.
 
-Measured where it fits here (one process a point, on synthetic clips); beyond, what `vmae.cost` says. The two stand apart: every
-record has `predicted`, and `measured` where it ran, with the ratio of the two. Predicted memory: parameters, gradients and
-two moments in float32, and the activations that autograd keeps, counted; what a process needs besides (on a CPU some 100 MiB of
-loaded code) is left out. Predicted time: the axis's first measured point, in proportion to the multiply-accumulates.
+Measured where it fits here (one process a point, on synthetic clips); beyond, what `vmae.cost` says. The two
+stand apart: every record has `predicted`, and `measured` where it ran, with the ratio of the two. Predicted
+memory: parameters, gradients and two moments in float32, and the activations that autograd keeps, counted;
+what a process needs besides (on a CPU some 100 MiB of loaded code) is left out. Predicted time: the axis's
+first measured point, in proportion to the multiply-accumulates.
 
     python bench/scaling.py                    # a CPU: minutes; a GPU: larger points
     python bench/scaling.py --axes frames size --variant reference
@@ -36,10 +37,20 @@ POINTS = {
     "batch": {"cpu": [1, 2, 4], "cuda": [8, 16, 32, 64], "beyond": [8, 32, 128]},
     "frames": {"cpu": [16, 32], "cuda": [16, 32, 64], "beyond": [64]},
     "size": {"cpu": [224, 288], "cuda": [224, 320, 448], "beyond": [320, 384, 448]},
-    "model": {"cpu": ["vit_s", "vit_b"], "cuda": ["vit_s", "vit_b", "vit_l", "vit_g"], "beyond": ["vit_l", "vit_h", "vit_g"]},
+    "model": {
+        "cpu": ["vit_s", "vit_b"],
+        "cuda": ["vit_s", "vit_b", "vit_l", "vit_g"],
+        "beyond": ["vit_l", "vit_h", "vit_g"],
+    },
     "ranks": {"cpu": [1, 2], "cuda": [1], "beyond": []},
 }
-QUICK = {"batch": [1, 2], "frames": [16, 32], "size": [224, 256], "model": ["vit_tiny", "vit_s"], "ranks": [1, 2]}
+QUICK = {
+    "batch": [1, 2],
+    "frames": [16, 32],
+    "size": [224, 256],
+    "model": ["vit_tiny", "vit_s"],
+    "ranks": [1, 2],
+}
 
 
 def config_of(args: argparse.Namespace, axis: str, value: Any) -> tuple[ModelConfig, int]:
@@ -63,18 +74,33 @@ def predict(variant: str, config: ModelConfig, batch: int, dtype: str) -> dict[s
     if known.countable:
         saved = batch * saved_activation_bytes_per_clip(known.build, config, mask, getattr(torch, dtype))
     macs = batch * forward_macs(config, mask.encoder_ratio, mask.decoder_ratio, fused=known.ours)
-    parts = {"parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters, "activations": saved}
-    return {"forward_macs": macs, "memory": parts, "memory_bytes": None if saved is None else 4 * parameters + saved}
+    parts = {
+        "parameters": parameters,
+        "gradients": parameters,
+        "optimizer": 2 * parameters,
+        "activations": saved,
+    }
+    return {
+        "forward_macs": macs,
+        "memory": parts,
+        "memory_bytes": None if saved is None else 4 * parameters + saved,
+    }
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+# --- measuring ----------------------------------------------------------------------------------------------
 
 
 def job_of(args: argparse.Namespace, config: ModelConfig, folder: str, batch: int) -> dict[str, Any]:
     path = os.path.join(folder, f"{config.num_frames}-{config.image_hw[0]}-{config.patch_size}-{batch}.pt")
     if not os.path.exists(path):
         torch.save(load_clips("synthetic", batch, config), path)
-    job = {"variant": args.variant, "masking": MASKING, "config": config, "device": args.device, "dtype": args.dtype}
+    job = {
+        "variant": args.variant,
+        "masking": MASKING,
+        "config": config,
+        "device": args.device,
+        "dtype": args.dtype,
+    }
     return {**job, "clips": path, "threads": torch.get_num_threads()}
 
 
@@ -97,7 +123,9 @@ def _check_loss(job: dict[str, Any], loss: float) -> None:
         reference.wait_ready()
         expected = reference.ask("loss")
     if not abs(loss - expected) <= LOSS_TOLERANCE * abs(expected):
-        raise InputError(f"NO SPEED for {job['variant']}: loss {loss:.6f} differs from reference's {expected:.6f}")
+        raise InputError(
+            f"NO SPEED for {job['variant']}: loss {loss:.6f} differs from reference's {expected:.6f}"
+        )
 
 
 def _rank_steps(rank: int, ranks: int, job: dict[str, Any], steps: int, file: str, results) -> None:
@@ -147,8 +175,18 @@ def measure_axis(args: argparse.Namespace, axis: str, folder: str) -> list[dict[
     for value in dict.fromkeys([*measured, *POINTS[axis]["beyond"]]):
         at(f"{axis} {value}")
         config, batch = config_of(args, axis, value)
-        record = {"axis": axis, "value": value, "variant": args.variant, "masking": MASKING, "dtype": args.dtype}
-        record |= {"batch": batch, "device": args.device, "predicted": predict(args.variant, config, batch, args.dtype)}
+        record = {
+            "axis": axis,
+            "value": value,
+            "variant": args.variant,
+            "masking": MASKING,
+            "dtype": args.dtype,
+        }
+        record |= {
+            "batch": batch,
+            "device": args.device,
+            "predicted": predict(args.variant, config, batch, args.dtype),
+        }
         if value in measured:
             job = job_of(args, config, folder, batch)
             if axis == "ranks":
@@ -180,7 +218,7 @@ def with_predicted_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return records
 
 
-# --- input and output -------------------------------------------------------------------------------------------------
+# --- input and output ---------------------------------------------------------------------------------------
 
 
 def report(records: list[dict[str, Any]]) -> None:
@@ -193,7 +231,11 @@ def report(records: list[dict[str, Any]]) -> None:
     rows = []
     for r in records:
         predicted, measured, ratios = r["predicted"], r.get("measured"), r.get("measured_over_predicted", {})
-        row = [f"{r['axis']} {r['value']}", f"{predicted['forward_macs'] / 1e9:.1f}", number(predicted.get("step_ms"))]
+        row = [
+            f"{r['axis']} {r['value']}",
+            f"{predicted['forward_macs'] / 1e9:.1f}",
+            number(predicted.get("step_ms")),
+        ]
         median = measured["step_ms"]["median"] if measured else None
         peak = measured["memory"]["peak"] if measured and "memory" in measured else None
         row += [number(median), ratio(ratios.get("time"))]
@@ -206,9 +248,15 @@ def report(records: list[dict[str, Any]]) -> None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
-    parser.add_argument("--model", choices=list(PRESETS), help="of all axes but model (vit_s on a CPU, vit_b on a GPU)")
-    parser.add_argument("--variant", help=f"one of {', '.join(VARIANTS)} (default: torch on a CPU, triton on a GPU)")
-    parser.add_argument("--batch", type=int, help="clips of all axes but batch (default: 1 on a CPU, 16 on a GPU)")
+    parser.add_argument(
+        "--model", choices=list(PRESETS), help="of all axes but model (vit_s on a CPU, vit_b on a GPU)"
+    )
+    parser.add_argument(
+        "--variant", help=f"one of {', '.join(VARIANTS)} (default: torch on a CPU, triton on a GPU)"
+    )
+    parser.add_argument(
+        "--batch", type=int, help="clips of all axes but batch (default: 1 on a CPU, 16 on a GPU)"
+    )
     parser.add_argument("--steps", type=int, default=3, help="timed steps a point (3)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them (2)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -217,7 +265,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.device = find_device(args.device)
     on_gpu = args.device.startswith("cuda")
-    defaults = {"model": "vit_tiny" if args.quick else "vit_b" if on_gpu else "vit_s", "batch": 16 if on_gpu else 1}
+    defaults = {
+        "model": "vit_tiny" if args.quick else "vit_b" if on_gpu else "vit_s",
+        "batch": 16 if on_gpu else 1,
+    }
     defaults["variant"] = "triton" if on_gpu else "torch"
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -233,7 +284,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     known = environment(args.device)
-    print(f"{args.model}, {args.variant}, dual masking, batch {args.batch}, {args.dtype}, {known['device']}", flush=True)
+    print(
+        f"{args.model}, {args.variant}, dual masking, batch {args.batch}, {args.dtype}, {known['device']}",
+        flush=True,
+    )
     records = []
     with tempfile.TemporaryDirectory() as folder:
         for axis in args.axes:

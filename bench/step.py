@@ -1,12 +1,14 @@
-"""Where the time of a training step goes: kinds of kernels, gaps in which the device waits for the host, and data.
+"""Where the time of a training step goes: kinds of kernels, gaps in which the device waits for the host, and
+data.
 
     python bench/step.py                                 # torch on a CPU, triton on a GPU
     python bench/step.py --variant reference             # the published way
     python bench/step.py --trace trace.json.gz           # for chrome://tracing or ui.perfetto.dev
 
-Batches come from the training loader, decoding real video in worker processes, unless --input synthetic. The variant's loss is
-compared with the reference's first; a wrong one is not profiled. On a GPU a kind's time is the sum of its kernels; on a CPU
-that of its operators, those inside left out. Profiling itself slows a step: its own length is also measured without it.
+Batches come from the training loader, decoding real video in worker processes, unless --input synthetic. The
+variant's loss is compared with the reference's first; a wrong one is not profiled. On a GPU a kind's time is
+the sum of its kernels; on a CPU that of its operators, those inside left out. Profiling itself slows a step:
+its own length is also measured without it.
 """
 
 from __future__ import annotations
@@ -40,7 +42,10 @@ KINDS = (
     ("optimizer", r"adam|multi_tensor|foreach|lerp"),
     ("normalisation", r"norm|var_mean|\bvar\b|std"),
     ("GELU", r"gelu"),
-    ("gather and copy", r"copy|memcpy|memset|\bto\b|cat|index|gather|scatter|fill|zero|arange|sort|stack|contiguous|clone"),
+    (
+        "gather and copy",
+        r"copy|memcpy|memset|\bto\b|cat|index|gather|scatter|fill|zero|arange|sort|stack|contiguous|clone",
+    ),
     ("sums", r"sum|mean|reduce"),
     ("element by element", r"elementwise|add|mul|sub|div|pow|sqrt|neg|where|clamp|exp|square|bernoulli"),
 )
@@ -78,13 +83,15 @@ def summarise(events: list, on_gpu: bool) -> tuple[dict[str, dict[str, float]], 
     return kinds, busy
 
 
-# --- one profiled run -------------------------------------------------------------------------------------------------
+# --- one profiled run ---------------------------------------------------------------------------------------
 
 
 class Batches:
     """Batches as training gets them: decoded by workers, moved to the device; the wait for each is timed."""
 
-    def __init__(self, source: str, batch: int, config: ModelConfig, device: torch.device, workers: int) -> None:
+    def __init__(
+        self, source: str, batch: int, config: ModelConfig, device: torch.device, workers: int
+    ) -> None:
         self.device, self.waits = device, []
         self._clips = None if source != "synthetic" else load_clips(source, batch, config)
         self._loader = None
@@ -93,7 +100,9 @@ class Batches:
             from vmae.data.samples import write_sample_list
 
             with tempfile.TemporaryDirectory() as folder:
-                entries = read_list(write_sample_list(f"{folder}/samples.txt") if source == "real" else source)
+                entries = read_list(
+                    write_sample_list(f"{folder}/samples.txt") if source == "real" else source
+                )
             size = dict(num_frames=config.num_frames, image_size=config.image_hw, grid=config.grid)
             repeat = -(-batch // len(entries))
             dataset = PretrainDataset(entries, stride=4, mask=MaskConfig(), repeat=repeat, seed=SEED, **size)
@@ -118,13 +127,21 @@ class Batches:
 
 
 def check_loss(job: dict[str, Any]) -> str | None:
-    """Why the variant is wrong: its loss in float32 against the reference's on the same clips; None if it is right."""
+    """Why the variant is wrong: its loss in float32 against the reference's on the same clips; None if it is
+    right."""
     clips = load_clips("synthetic", 1, job["config"])
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
         torch.save(clips, file.name)
-        losses = [Stepper({**job, "clips": file.name, "variant": name}).loss() for name in ("reference", job["variant"])]
+        losses = [
+            Stepper({**job, "clips": file.name, "variant": name}).loss()
+            for name in ("reference", job["variant"])
+        ]
     error = abs(losses[1] - losses[0]) / abs(losses[0])
-    return None if error <= LOSS_TOLERANCE else f"loss {losses[1]:.6f} differs from reference's {losses[0]:.6f} by {error:.1e}"
+    return (
+        None
+        if error <= LOSS_TOLERANCE
+        else f"loss {losses[1]:.6f} differs from reference's {losses[0]:.6f} by {error:.1e}"
+    )
 
 
 def run_steps(stepper: Stepper, batches: Batches, steps: int) -> Iterator[float]:
@@ -136,14 +153,19 @@ def run_steps(stepper: Stepper, batches: Batches, steps: int) -> Iterator[float]
         yield (time.perf_counter() - start) * 1e3
 
 
-def profile(job: dict[str, Any], source: str, workers: int, steps: int, warmup: int, trace: str | None) -> dict[str, Any]:
-    """Kinds, gaps and data of a step, averaged over `steps` profiled ones, and the time of as many without the profiler."""
+def profile(
+    job: dict[str, Any], source: str, workers: int, steps: int, warmup: int, trace: str | None
+) -> dict[str, Any]:
+    """Kinds, gaps and data of a step, averaged over `steps` profiled ones, and the time of as many without
+    the profiler."""
     config, device = job["config"], torch.device(job["device"])
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".pt"))
         torch.save(load_clips("synthetic", 1, config), file.name)
         stepper = Stepper({**job, "clips": file.name})
-        batches = stack.enter_context(contextlib.closing(Batches(source, job["batch"], config, device, workers)))
+        batches = stack.enter_context(
+            contextlib.closing(Batches(source, job["batch"], config, device, workers))
+        )
         at("warm-up")
         list(run_steps(stepper, batches, warmup))
         at(f"{steps} steps")
@@ -168,10 +190,15 @@ def profile(job: dict[str, Any], source: str, workers: int, steps: int, warmup: 
     classes.append({"name": "host gaps", "ms": max(wall - busy / steps - data, 0.0), "calls": None})
     for found in classes:
         found["share"] = found["ms"] / wall
-    return {"step_ms": {**spread(bare), "runs": bare}, "data_ms": spread(waits), "profiled_step_ms": wall, "classes": classes}
+    return {
+        "step_ms": {**spread(bare), "runs": bare},
+        "data_ms": spread(waits),
+        "profiled_step_ms": wall,
+        "classes": classes,
+    }
 
 
-# --- input and output -------------------------------------------------------------------------------------------------
+# --- input and output ---------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -179,13 +206,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=list(PRESETS), help="default: vit_s on a CPU, vit_b on a GPU")
     parser.add_argument("--batch", type=int, help="clips a step (default: 4 on a CPU, 32 on a GPU)")
     parser.add_argument("--steps", type=int, default=5, help="steps to profile (5)")
-    parser.add_argument("--variant", help=f"one of {', '.join(VARIANTS)} (default: torch on a CPU, triton on a GPU)")
+    parser.add_argument(
+        "--variant", help=f"one of {', '.join(VARIANTS)} (default: torch on a CPU, triton on a GPU)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode video (2)")
-    parser.add_argument("--input", default="auto", help="real (the sample clips), synthetic, a list file; auto: real if there")
+    parser.add_argument(
+        "--input", default="auto", help="real (the sample clips), synthetic, a list file; auto: real if there"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--plot", metavar="FILE", help="draw them there (PNG)")
-    parser.add_argument("--trace", metavar="FILE", help="write the profiler's trace there (.json or .json.gz)")
+    parser.add_argument(
+        "--trace", metavar="FILE", help="write the profiler's trace there (.json or .json.gz)"
+    )
     args = parser.parse_args(argv)
     args.device = find_device(args.device)
     on_gpu = args.device.startswith("cuda")
@@ -215,17 +248,29 @@ def report(record: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     known, on_gpu = environment(args.device), args.device.startswith("cuda")
     job = {name: getattr(args, name) for name in ("model", "variant", "device", "batch")}
-    job |= {"dtype": "bfloat16" if on_gpu else "float32", "masking": "dual", "config": ModelConfig.preset(args.model)}
+    job |= {
+        "dtype": "bfloat16" if on_gpu else "float32",
+        "masking": "dual",
+        "config": ModelConfig.preset(args.model),
+    }
     job |= {"threads": torch.get_num_threads()}
-    print(f"{args.model}, {args.variant}, dual masking, batch {args.batch}, {job['dtype']}, {known['device']}", flush=True)
-    record = {name: value for name, value in job.items() if name != "config"} | {"input": args.input, "workers": args.workers}
+    print(
+        f"{args.model}, {args.variant}, dual masking, batch {args.batch}, {job['dtype']}, {known['device']}",
+        flush=True,
+    )
+    record = {name: value for name, value in job.items() if name != "config"} | {
+        "input": args.input,
+        "workers": args.workers,
+    }
     at("loss, checked against the reference's")
     wrong = check_loss(job)
     rejected = {args.variant: wrong} if wrong else {}
     if wrong:
         print(f"NO SPEED for {args.variant}: {wrong}", file=sys.stderr)
     else:
-        record |= profile(job, args.input, args.workers, args.steps, warmup=3 if on_gpu else 1, trace=args.trace)
+        record |= profile(
+            job, args.input, args.workers, args.steps, warmup=3 if on_gpu else 1, trace=args.trace
+        )
         report(record)
     if args.json:
         write_json(args.json, [record], args.device, rejected=rejected)

@@ -1,7 +1,8 @@
 """Training steps of several variants, each in a process of its own, taken in turn.
 
-A process of its own gives each its own memory; turns (A B C A B C ...) make what disturbs the machine disturb all. Losses
-are compared first, in float32 on the same clips, masks and weights; a variant whose loss is off takes no timed step.
+A process of its own gives each its own memory; turns (A B C A B C ...) make what disturbs the machine disturb
+all. Losses are compared first, in float32 on the same clips, masks and weights; a variant whose loss is off
+takes no timed step.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Stepper:
     """A model, its optimizer, and one training step at a time.
 
     Args:
-        job: `variant`, `masking`, `config` (ModelConfig), `device`, `dtype`, `threads`, and `clips`, a file of uint8 clips.
+        job: `variant`, `masking`, `config` (ModelConfig), `device`, `dtype`, `threads`, and `clips`, a file
+            of uint8 clips.
     """
 
     def __init__(self, job: dict[str, Any]):
@@ -84,7 +86,11 @@ class Stepper:
     def memory(self) -> dict[str, int]:
         """Bytes: the peak, and its parts; `activations` is what is left, the largest transient included."""
         parameters = parameter_bytes(self.model)
-        parts = {"parameters": parameters, "gradients": parameters, "optimizer": optimizer_bytes(self.optimizer)}
+        parts = {
+            "parameters": parameters,
+            "gradients": parameters,
+            "optimizer": optimizer_bytes(self.optimizer),
+        }
         peak = resident_bytes(peak=True) - self.base
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
@@ -126,9 +132,12 @@ def serve(make: Callable[[dict[str, Any]], Any], job: dict[str, Any], pipe) -> N
 
 
 class Worker:
-    """A process of its own, in which the methods of `make(job)` are asked for; by default one (variant, masking)."""
+    """A process of its own, in which the methods of `make(job)` are asked for; by default one (variant,
+    masking)."""
 
-    def __init__(self, job: dict[str, Any], make: Callable[[dict[str, Any]], Any] = Stepper, name: str | None = None):
+    def __init__(
+        self, job: dict[str, Any], make: Callable[[dict[str, Any]], Any] = Stepper, name: str | None = None
+    ):
         self.job = job
         self.name = name or f"{job['variant']} {job['masking']}"
         context = multiprocessing.get_context("spawn")
@@ -149,7 +158,9 @@ class Worker:
             good, result = self.pipe.recv()
         except EOFError:
             self.process.join()
-            raise RuntimeError(f"{self.name}: its process died with code {self.process.exitcode} (out of memory?)") from None
+            raise RuntimeError(
+                f"{self.name}: its process died with code {self.process.exitcode} (out of memory?)"
+            ) from None
         if not good:
             raise RuntimeError(f"{self.name}: {result}")
         return result
@@ -163,7 +174,8 @@ class Worker:
 
 
 def disagreeing(losses: dict[str, dict[str, float]], tolerance: float = LOSS_TOLERANCE) -> dict[str, str]:
-    """Variants whose loss differs from the first one's, with the reason; `losses` is by masking and variant."""
+    """Variants whose loss differs from the first one's, with the reason; `losses` is by masking and
+    variant."""
     reasons: dict[str, str] = {}
     for masking, by_variant in losses.items():
         first, expected = next(iter(by_variant.items()))
@@ -189,7 +201,12 @@ def measure(jobs: list[dict[str, Any]], steps: int, warmup: int) -> tuple[list[d
                 if turn >= warmup:
                     runs[worker.name].append(parts)
         return [
-            {"worker": w.name, "loss": w.loss, "runs": runs[w.name], "memory": w.ask("memory") if w in timed else None}
+            {
+                "worker": w.name,
+                "loss": w.loss,
+                "runs": runs[w.name],
+                "memory": w.ask("memory") if w in timed else None,
+            }
             for w in workers
         ], wrong
 
@@ -208,7 +225,8 @@ def check_losses(workers: list[Worker]) -> dict[str, str]:
 
 
 def sweep_batches(job: dict[str, Any], steps: int, largest: int) -> list[dict[str, Any]]:
-    """Step times at 1, 2, 4, ... clips up to `largest` or to what fits, then at one batch between the last two."""
+    """Step times at 1, 2, 4, ... clips up to `largest` or to what fits, then at one batch between the last
+    two."""
     found: list[dict[str, Any]] = []
     with contextlib.closing(Worker(job)) as worker:
         worker.wait_ready()

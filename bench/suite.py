@@ -4,8 +4,9 @@
     python bench/suite.py             # longer, larger
     python bench/suite.py --only step data
 
-What matters most comes first, each part is a process of its own, and its file is whole or absent: a suite that is cut off, by
-someone or by its own time limit, leaves the parts that were done. Results go to bench/results/DEVICE/DATE-COMMIT/.
+What matters most comes first, each part is a process of its own, and its file is whole or absent: a suite
+that is cut off, by someone or by its own time limit, leaves the parts that were done. Results go to
+bench/results/DEVICE/DATE-COMMIT/.
 """
 
 from __future__ import annotations
@@ -46,8 +47,7 @@ QUICK_S = {"cpu": 290, "cuda": 470}
 
 @dataclass(frozen=True)
 class Part:
-    """One script: words for `quick` and full runs, on a CPU and on a GPU; None leaves it out.
-    """
+    """One script: words for `quick` and full runs, on a CPU and on a GPU; None leaves it out."""
 
     script: str
     words: dict[str, list[str] | None] = field(default_factory=dict)
@@ -61,11 +61,15 @@ def parts_for(device: str) -> list[Part]:
     """In order: what matters most first."""
     words = {"cpu-quick": ["--batch", "1", "--steps", "3"], "cuda-quick": ["--steps", "10", "--warmup", "3"]}
     steps = Part("dual_vs_encoder", words | {"cuda": ["--sweep", "512"]})
-    kernels = Part("kernels", {"cpu-quick": ["--check"], "cpu": ["--check"], "cuda-quick": ["--rounds", "20"]})
+    kernels = Part(
+        "kernels", {"cpu-quick": ["--check"], "cpu": ["--check"], "cuda-quick": ["--rounds", "20"]}
+    )
     attention = Part("attention", {"cpu-quick": ["--quick"]})
     step = Part("step", {"cpu-quick": ["--batch", "1", "--steps", "2"]})
     data = Part("data", {"cpu-quick": ["--quick"], "cuda-quick": ["--quick"]})
-    scaling = Part("scaling", {"cpu-quick": ["--quick", "--axes", "batch", "frames"], "cuda-quick": ["--axes", "batch"]})
+    scaling = Part(
+        "scaling", {"cpu-quick": ["--quick", "--axes", "batch", "frames"], "cuda-quick": ["--axes", "batch"]}
+    )
     predict = Part("predict", {"cpu-quick": ["--presets", "vit_b", "vit_g"], "cuda-quick": None})
     if device == "cuda":
         return [kernels, steps, step, attention, scaling, data, predict]
@@ -92,7 +96,12 @@ def run_part(part: Part, key: str, folder: Path, limit_s: float | None) -> dict[
     """Run one script; what came of it, with `file` only where a whole result is there."""
     target = folder / f"{part.script}.json"
     command = part.command(key)
-    record: dict[str, Any] = {"name": part.script, "status": "skipped", "reason": "not part of this run", "seconds": 0.0}
+    record: dict[str, Any] = {
+        "name": part.script,
+        "status": "skipped",
+        "reason": "not part of this run",
+        "seconds": 0.0,
+    }
     if command is None:
         return record
     if not Path(command[1]).is_file():
@@ -102,7 +111,11 @@ def run_part(part: Part, key: str, folder: Path, limit_s: float | None) -> dict[
     print(f"\n== {part.script} ==", flush=True)
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [*command, "--json", str(target)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+            [*command, "--json", str(target)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
         )
         code = _follow(process, output, limit_s)
     record |= {"seconds": time.monotonic() - start, "command": [Path(command[1]).name, *command[2:]]}
@@ -138,7 +151,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a CPU: under 5 minutes; a GPU: under 8")
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts alone")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where results go (bench/results/DEVICE/DATE-COMMIT)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where results go (bench/results/DEVICE/DATE-COMMIT)"
+    )
     args = parser.parse_args(argv)
     names = [part.script for part in parts_for("cpu")]
     if unknown := [name for name in args.only or () if name not in names]:
@@ -159,7 +174,10 @@ def run(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     suite: dict[str, Any] = {"schema": SCHEMA, "environment": known, "quick": args.quick, "parts": []}
     suite["missing"] = missing_packages()
-    print(f"{known['device']} ({known['cpu']}, {known['cores']} cores), torch {known['torch']}; results: {folder}")
+    print(
+        f"{known['device']} ({known['cpu']}, {known['cores']} cores), torch {known['torch']}; results: "
+        f"{folder}"
+    )
     for name, cost in suite["missing"].items():
         print(f"  without {name}: {cost}")
     start = time.monotonic()

@@ -36,7 +36,9 @@ class Table:
 
     def markdown(self) -> str:
         lines = [self.head, ["---"] * len(self.head), *self.rows]
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines) + (f"\n{self.note}\n" if self.note else "")
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines) + (
+            f"\n{self.note}\n" if self.note else ""
+        )
 
 
 def number(value: float | None, unit: float = 1, digits: int = 0, after: str = "") -> str:
@@ -45,8 +47,12 @@ def number(value: float | None, unit: float = 1, digits: int = 0, after: str = "
 
 def spread_text(value: dict[str, float] | None, digits: int) -> str:
     """median (min to max)"""
-    return "-" if value is None else " ".join(
-        (f"{value['median']:.{digits}f}", f"({value['min']:.{digits}f} to {value['max']:.{digits}f})")
+    return (
+        "-"
+        if value is None
+        else " ".join(
+            (f"{value['median']:.{digits}f}", f"({value['min']:.{digits}f} to {value['max']:.{digits}f})")
+        )
     )
 
 
@@ -72,8 +78,16 @@ def step_tables(content: dict[str, Any]) -> list[Table]:
         row = [_name(r), spread_text(r.get("step_ms"), 0), number(r.get("clips_per_s"), 1, 2)]
         row += [number(r.get("peak_memory_bytes"), MIB), number(r["saved_activation_bytes_per_clip"], MIB, 1)]
         row += [number(r["forward_macs_per_clip"], 1e9, 2)]
-        rows.append([*row, "1" if r is first else spread_text(faster.get(f"{r['variant']} {r['masking']}"), 2)])
-    head = ["variant, masking", "step, ms (min to max)", "clips/s", "peak memory, MiB", "kept for the backward, MiB a clip"]
+        rows.append(
+            [*row, "1" if r is first else spread_text(faster.get(f"{r['variant']} {r['masking']}"), 2)]
+        )
+    head = [
+        "variant, masking",
+        "step, ms (min to max)",
+        "clips/s",
+        "peak memory, MiB",
+        "kept for the backward, MiB a clip",
+    ]
     head += ["forward GMACs a clip", f"times faster than {base.replace('_', '-')}"]
     title = f"Training steps: {first['model']}, batch {first['batch']}, {first['dtype']}"
     rejected = "".join(f" NO SPEED for {name}: {why}." for name, why in content.get("rejected", {}).items())
@@ -94,7 +108,17 @@ def paper_tables(content: dict[str, Any]) -> list[Table]:
     lines = content.get("paper", [])
     keys = ("speedup", "paper_speedup", "speedup_over_paper", "memory", "paper_memory", "memory_over_paper")
     keys += ("macs", "paper_macs")
-    head = ["variant", "faster", "paper", "ours over paper", "memory", "paper", "ours over paper", "forward MACs", "paper"]
+    head = [
+        "variant",
+        "faster",
+        "paper",
+        "ours over paper",
+        "memory",
+        "paper",
+        "ours over paper",
+        "forward MACs",
+        "paper",
+    ]
     rows = [[line["variant"], *(number(line[key], 1, 2, " x") for key in keys)] for line in lines]
     note = lines[0]["source"] if lines else ""
     return [Table("Dual over encoder-only masking, here and in the paper", head, rows, note)] if lines else []
@@ -107,7 +131,13 @@ def kept_tables(content: dict[str, Any]) -> list[Table]:
         row = [r["model"], _name(r), number(r["saved_activation_bytes_per_clip"], MIB, 1)]
         row += [number(r[f"over_reference_{m}"], 1, 2, " x") for m in ("encoder_only", "dual")]
         rows.append([*row, number(r["forward_macs_per_clip"], 1e9, 2)])
-    head = ["model", "variant, masking", "kept for the backward, MiB a clip", "of reference encoder-only", "of reference dual"]
+    head = [
+        "model",
+        "variant, masking",
+        "kept for the backward, MiB a clip",
+        "of reference encoder-only",
+        "of reference dual",
+    ]
     title = f"Counted, {content['records'][0]['dtype']}: no GPU needed, exact"
     return [Table(title, [*head, "forward GMACs a clip"], rows, conditions(content))]
 
@@ -124,7 +154,10 @@ def predicted_tables(content: dict[str, Any]) -> list[Table]:
     title = f"PREDICTED, not measured: ms a step of {steps[0]['batch']} clips, bf16, optimizer left out"
     tables = [Table(title, ["model", "variant, masking", *gpus], rows, f"Assumptions: {assumed}")]
     floors = [r for r in content["records"] if r["kind"] == "floor"]
-    rows = [[r["model"], r["operation"], r["direction"], *(f"{r['floor_us'][gpu]:.1f}" for gpu in gpus)] for r in floors]
+    rows = [
+        [r["model"], r["operation"], r["direction"], *(f"{r['floor_us'][gpu]:.1f}" for gpu in gpus)]
+        for r in floors
+    ]
     title = f"Floors of the fused operations at datasheet rates, microseconds, batch {floors[0]['batch']}"
     return [*tables, Table(title, ["model", "operation", "direction", *gpus], rows)]
 
@@ -134,13 +167,22 @@ def kernel_tables(content: dict[str, Any]) -> list[Table]:
     records = content["records"]
     if records[0]["kind"] == "check":
         names = [[r["operation"], r["shape"], r["dtype"]] for r in records]
-        rows = [[*name, f"{r['error_ratio']:.2f}", "ok" if r["ok"] else "FAIL"] for name, r in zip(names, records)]
+        rows = [
+            [*name, f"{r['error_ratio']:.2f}", "ok" if r["ok"] else "FAIL"] for name, r in zip(names, records)
+        ]
         head = ["operation", "shape", "dtype", "error over bound", ""]
         return [Table("Kernels against float64 (1 is the bound)", head, rows, conditions(content))]
     rows = []
     for r in records:
         row = [r["operation"], f"{r['shape']}, batch {r['batch']}", r["direction"], r.get("variant", "floor")]
-        rows.append([*row, number(r["floor_us"], 1, 1), number(r.get("median"), 1, 1), number(r.get("over_floor"), 1, 2, " x")])
+        rows.append(
+            [
+                *row,
+                number(r["floor_us"], 1, 1),
+                number(r.get("median"), 1, 1),
+                number(r.get("over_floor"), 1, 2, " x"),
+            ]
+        )
     head = ["operation", "shape", "direction", "variant", "floor, us", "measured, us", "over floor"]
     return [Table("Kernels", head, rows, conditions(content))]
 
@@ -151,23 +193,49 @@ def attention_tables(content: dict[str, Any]) -> list[Table]:
     rows = []
     for r in backends:
         row = [r["shape"], f"{r['variant']} / {r['baseline']}", spread_text(r.get("forward_speedup"), 2)]
-        rows.append([*row, spread_text(r.get("forward_backward_speedup"), 2), number(r["saved_activations"], 1, 2, " x")])
+        rows.append(
+            [
+                *row,
+                spread_text(r.get("forward_backward_speedup"), 2),
+                number(r["saved_activations"], 1, 2, " x"),
+            ]
+        )
     skipped = "".join(f" Not here: {name}: {why}." for name, why in content.get("skipped", {}).items())
-    head = ["tokens x heads x head dim", "backend / baseline", "forward, times faster", "forward and backward", "kept bytes"]
+    head = [
+        "tokens x heads x head dim",
+        "backend / baseline",
+        "forward, times faster",
+        "forward and backward",
+        "kept bytes",
+    ]
     tables = [Table("Attention backends", head, rows, conditions(content) + "." + skipped)]
     models = [r for r in content["ratios"] if r["kind"] == "model"]
     rows = [[r["model"], r["variant"].partition("=")[0], spread_text(r.get("speedup"), 2)] for r in models]
-    return [*tables, Table("A training step against plain attention", ["model", "attention", "times faster"], rows)]
+    return [
+        *tables,
+        Table("A training step against plain attention", ["model", "attention", "times faster"], rows),
+    ]
 
 
 def time_tables(content: dict[str, Any]) -> list[Table]:
     """Of step.py: where a step's time goes."""
     r = content["records"][0]
     if "classes" not in r:
-        return [Table("Where a step's time goes", ["variant", "NO SPEED"], [list(i) for i in content["rejected"].items()])]
-    rows = [[c["name"], number(c["ms"], 1, 1), number(c["share"], 0.01, 1, " %"), number(c["calls"])] for c in r["classes"]]
+        return [
+            Table(
+                "Where a step's time goes",
+                ["variant", "NO SPEED"],
+                [list(i) for i in content["rejected"].items()],
+            )
+        ]
+    rows = [
+        [c["name"], number(c["ms"], 1, 1), number(c["share"], 0.01, 1, " %"), number(c["calls"])]
+        for c in r["classes"]
+    ]
     title = f"Where a step's time goes: {r['model']}, {r['variant']}, batch {r['batch']}, {r['dtype']}"
-    note = f"{r['step_ms']['median']:.1f} ms a step, {r['profiled_step_ms']:.1f} profiled; {conditions(content)}"
+    note = (
+        f"{r['step_ms']['median']:.1f} ms a step, {r['profiled_step_ms']:.1f} profiled; {conditions(content)}"
+    )
     return [Table(title, ["kind", "ms a step", "share", "calls"], rows, note)]
 
 
@@ -175,18 +243,45 @@ def scaling_tables(content: dict[str, Any]) -> list[Table]:
     rows = []
     for r in content["records"]:
         predicted, measured, ratio = r["predicted"], r.get("measured"), r.get("measured_over_predicted", {})
-        row = [f"{r['axis']} {r['value']}", number(predicted["forward_macs"], 1e9, 1), number(predicted.get("step_ms"))]
+        row = [
+            f"{r['axis']} {r['value']}",
+            number(predicted["forward_macs"], 1e9, 1),
+            number(predicted.get("step_ms")),
+        ]
         row += [spread_text(measured and measured["step_ms"], 0), number(ratio.get("time"), 1, 2)]
         peak = measured["memory"]["peak"] if measured and "memory" in measured else None
-        rows.append([*row, number(predicted["memory_bytes"], MIB), number(peak, MIB), number(ratio.get("memory"), 1, 2)])
-    head = ["point", "forward GMACs", "predicted, ms", "measured, ms", "ratio", "predicted, MiB", "measured, MiB", "ratio"]
-    return [Table("How time and memory grow (predictions and measurements apart)", head, rows, conditions(content))]
+        rows.append(
+            [
+                *row,
+                number(predicted["memory_bytes"], MIB),
+                number(peak, MIB),
+                number(ratio.get("memory"), 1, 2),
+            ]
+        )
+    head = [
+        "point",
+        "forward GMACs",
+        "predicted, ms",
+        "measured, ms",
+        "ratio",
+        "predicted, MiB",
+        "measured, MiB",
+        "ratio",
+    ]
+    return [
+        Table(
+            "How time and memory grow (predictions and measurements apart)", head, rows, conditions(content)
+        )
+    ]
 
 
 def data_tables(content: dict[str, Any]) -> list[Table]:
     """Of data.py: clips a second of each way to decode, the ratios, and whether that feeds a GPU."""
     clips = [r for r in content["records"] if r["kind"] == "clip"]
-    rows = [[r["videos"], r["variant"], number(r["clips_per_s_per_core"], 1, 1), r.get("wrong") or ""] for r in clips]
+    rows = [
+        [r["videos"], r["variant"], number(r["clips_per_s_per_core"], 1, 1), r.get("wrong") or ""]
+        for r in clips
+    ]
     tables = [Table("Loading video", ["videos", "way", "clips/s a core", "wrong"], rows, conditions(content))]
     rows = []
     for r in content["ratios"]:
@@ -197,13 +292,19 @@ def data_tables(content: dict[str, Any]) -> list[Table]:
     feeds = [r for r in content["records"] if r["kind"] == "feed"]
     rows = [[r["preset"], number(r["clips_per_s_needed"], 1, 0)] for r in feeds]
     note = feeds[0].get("assumption", "") if feeds else ""
-    return [*tables, Table("Clips a second that a GPU needs (assumed, not measured)", ["model", "clips/s"], rows, note)]
+    return [
+        *tables,
+        Table("Clips a second that a GPU needs (assumed, not measured)", ["model", "clips/s"], rows, note),
+    ]
 
 
 def progressive_tables(content: dict[str, Any]) -> list[Table]:
     """Of progressive.py: top-1 of each arm, and what was asked for."""
     seeds = [seed["seed"] for seed in content["seeds"]]
-    rows = [[r["arm"], *(number(v, 1, 1) for v in (r["mean"], r["std"], *r["values"]))] for r in content["records"]]
+    rows = [
+        [r["arm"], *(number(v, 1, 1) for v in (r["mean"], r["std"], *r["values"]))]
+        for r in content["records"]
+    ]
     head = ["arm", "top-1, %", "standard deviation", *(f"seed {seed}" for seed in seeds)]
     note = ". ".join((*content["verdicts"], f"{content['minutes']:.0f} minutes; {conditions(content)}"))
     return [Table("Progressive training in miniature", head, rows, note + ".")]
@@ -213,10 +314,17 @@ def mask_tables(content: dict[str, Any]) -> list[Table]:
     """Of mask_ablation.py: every decoder mask."""
     rows = []
     for r in content["records"]:
-        row = [r["mask"].replace("_", " "), number(r["ratio"], 0.01, 0, " %"), number(r["macs"], 1, 1), number(r["loss"], 1, 4)]
+        row = [
+            r["mask"].replace("_", " "),
+            number(r["ratio"], 0.01, 0, " %"),
+            number(r["macs"], 1, 1),
+            number(r["loss"], 1, 4),
+        ]
         scores = [run["top1"] for run in r["runs"]]
         spread = f" ({min(scores):.1f} to {max(scores):.1f})" if len(scores) > 1 else ""
-        rows.append([*row, number(r["top1"], 1, 1) + spread, number(min(run["seconds"] for run in r["runs"]))])
+        rows.append(
+            [*row, number(r["top1"], 1, 1) + spread, number(min(run["seconds"] for run in r["runs"]))]
+        )
     head = ["decoder mask", "left out", "forward MMACs a clip", "loss", "top-1, %", "pre-training, s (least)"]
     steps, seeds = content["scale"]["pretrain_steps"], len(content["records"][0]["runs"])
     note = f"{steps} steps, {seeds} seed{'s' if seeds > 1 else ''}; {conditions(content)}."
@@ -224,7 +332,8 @@ def mask_tables(content: dict[str, Any]) -> list[Table]:
 
 
 def features_tables(content: dict[str, Any]) -> list[Table]:
-    """Of features.py: CPU seconds of a whole video, the published loop's and ours, and what each part contributes."""
+    """Of features.py: CPU seconds of a whole video, the published loop's and ours, and what each part
+    contributes."""
     rows = []
     for r in content["records"]:
         if not r["same"]:
@@ -234,7 +343,12 @@ def features_tables(content: dict[str, Any]) -> list[Table]:
         parts = [number(r[f"speedup_{part}"]["median"], 1, 1) for part in ("decode", "model")]
         rows.append([r["setting"], *seconds, spread_text(r["speedup"], 2), *parts, f"{r['error']:.0e}"])
     first = content["records"][0]
-    head = [f"CPU seconds for {first['video_s']} s of video", "published loop", "here", "times faster (min to max)"]
+    head = [
+        f"CPU seconds for {first['video_s']} s of video",
+        "published loop",
+        "here",
+        "times faster (min to max)",
+    ]
     head += ["decoding and resizing alone", "model alone", "largest difference"]
     return [Table("Features of overlapping windows", head, rows, conditions(content) + ", one of them used.")]
 
@@ -300,8 +414,12 @@ def rewritten(text: str, root: Path = ROOT) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table differs from its file")
-    parser.add_argument("files", nargs="*", type=Path, default=[ROOT / "README.md"], help="Markdown files (README.md)")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if a table differs from its file"
+    )
+    parser.add_argument(
+        "files", nargs="*", type=Path, default=[ROOT / "README.md"], help="Markdown files (README.md)"
+    )
     args = parser.parse_args(argv)
     different = []
     for path in args.files:
@@ -316,7 +434,9 @@ def main(argv: list[str] | None = None) -> int:
             if not args.check:
                 path.write_text(new, encoding="utf-8")
     for path in different:
-        print(f"{path}: {'differs from its results; run python bench/tables.py' if args.check else 'written'}")
+        print(
+            f"{path}: {'differs from its results; run python bench/tables.py' if args.check else 'written'}"
+        )
     return 1 if different and args.check else 0
 
 

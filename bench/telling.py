@@ -5,8 +5,8 @@
             at(f"round {turn + 1} of {turns}")
             ...
 
-On a terminal each place is shown as it comes, on one line. Elsewhere (a log, a pipe) a thread prints the place after 25
-seconds of silence: half a dozen system calls a minute, which no timing here can see.
+On a terminal each place is shown as it comes, on one line. Elsewhere (a log, a pipe) a thread prints the
+place after 25 seconds of silence: half a dozen system calls a minute, which no timing here can see.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def at(where: str) -> None:
     """The benchmark does this now."""
     _State.where = where
     if _State.running and sys.stderr.isatty():
-        print(f"\r  {where}{_CLEAR}\r", end="", file=sys.stderr, flush=True)  # what is printed next takes its place
+        print(
+            f"\r  {where}{_CLEAR}\r", end="", file=sys.stderr, flush=True
+        )  # what is printed next takes its place
 
 
 def said() -> None:

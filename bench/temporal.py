@@ -1,9 +1,11 @@
-"""Videos -> features -> segments -> mAP, from nothing, in minutes on two CPU cores: what a temporal detector is worth here.
+"""Videos -> features -> segments -> mAP, from nothing, in minutes on two CPU cores: what a temporal detector
+is worth here.
 
-Makes videos of moving shapes (rest and six motions in turn), fine-tunes a small classifier on short clips of single motions,
-extracts features, trains a detector on 60 videos and tests it on 20. A number means something beside others only, so
-the same detector is trained on two more sets of features: those of the same classifier untrained, and those of the trained
-one after each video got another's, which leaves nothing but the rhythm of the videos to learn: chance.
+Makes videos of moving shapes (rest and six motions in turn), fine-tunes a small classifier on short clips of
+single motions, extracts features, trains a detector on 60 videos and tests it on 20. A number means something
+beside others only, so the same detector is trained on two more sets of features: those of the same classifier
+untrained, and those of the trained one after each video got another's, which leaves nothing but the rhythm of
+the videos to learn: chance.
 
     python bench/temporal.py --out temporal    # also `make temporal`; a stage that was done is not done again
 """
@@ -30,10 +32,41 @@ from vmae.interop.upstream import read_settings_and_weights
 from vmae.train.checkpoint import export_weights, write_atomically
 
 FRAMES, STEP = 8, 2
-# 2 x 2 patches at 4 moments, as in tiny_world.py. Neither mirrored nor cut: left and right, large and small are classes.
-CLIP = ["--num-frames", FRAMES, "--image-size", "32", "--stride", "1", "--num-sample", "1", "--augment", "none"]
-FINETUNE = ["--model", "vit_tiny", "--patch-size", "16", *CLIP, "--batch-size", "16", "--smoothing", "0.1", "--lr", "0.032",
-            "--min-lr", "0.0001", "--layer-decay", "1", "--init-scale", "1", "--repeat", "10"]  # fmt: skip
+# 2 x 2 patches at 4 moments, as in tiny_world.py. Neither mirrored nor cut: left and right, large and small
+# are classes.
+CLIP = [
+    "--num-frames",
+    FRAMES,
+    "--image-size",
+    "32",
+    "--stride",
+    "1",
+    "--num-sample",
+    "1",
+    "--augment",
+    "none",
+]
+FINETUNE = [
+    "--model",
+    "vit_tiny",
+    "--patch-size",
+    "16",
+    *CLIP,
+    "--batch-size",
+    "16",
+    "--smoothing",
+    "0.1",
+    "--lr",
+    "0.032",
+    "--min-lr",
+    "0.0001",
+    "--layer-decay",
+    "1",
+    "--init-scale",
+    "1",
+    "--repeat",
+    "10",
+]
 ARMS = {
     "features": "of the trained classifier",
     "untrained": "of the same classifier, untrained",
@@ -99,7 +132,17 @@ def write_untrained(trained: Path, target: Path, seed: int) -> None:
 def extract(stages: Stages, name: str, videos: Path, checkpoint: Path) -> Path:
     """Features, normalised as the classifier was trained."""
     folder = stages.folder / name
-    words = ["features", videos, "--checkpoint", checkpoint, "--output", folder, "--step", STEP, "--normalize"]
+    words = [
+        "features",
+        videos,
+        "--checkpoint",
+        checkpoint,
+        "--output",
+        folder,
+        "--step",
+        STEP,
+        "--normalize",
+    ]
     done = folder / "done"
     stages.once(name, done, lambda: (run(*words, "--batch-size", 32, "--device", "cpu"), done.touch()))
     return folder
@@ -120,7 +163,19 @@ def shuffle(source: Path, target: Path, dataset: Path) -> None:
 def detect(stages: Stages, arm: str, features: Path, dataset: Path, epochs: int, seed: int) -> dict:
     """Train and test a detector; its scores."""
     folder = stages.folder / f"detector-{arm}"
-    words = ["detect-temporal", features, dataset, "--output", folder, "--epochs", epochs, "--seed", seed, "--device", "cpu"]
+    words = [
+        "detect-temporal",
+        features,
+        dataset,
+        "--output",
+        folder,
+        "--epochs",
+        epochs,
+        "--seed",
+        seed,
+        "--device",
+        "cpu",
+    ]
 
     def work() -> None:
         (folder / "detector.pth").unlink(missing_ok=True)  # of a run that was stopped in its test
@@ -135,13 +190,23 @@ def chain(out: Path, scale: Scale, seed: int) -> list[dict]:
     stages = Stages(out)
     segments = out / "world"
     stages.once("world", segments / "classes.txt", lambda: write_segments_world(segments, scale.world))
-    world = write_segments_world(segments, scale.world)  # there already: where things are, and that they are of these settings
+    world = write_segments_world(
+        segments, scale.world
+    )  # there already: where things are, and that they are of these settings
     trained = finetune(stages, world, scale.steps, seed)
-    stages.once("weights-untrained", out / "untrained.pth", lambda: write_untrained(trained, out / "untrained.pth", seed))
+    stages.once(
+        "weights-untrained",
+        out / "untrained.pth",
+        lambda: write_untrained(trained, out / "untrained.pth", seed),
+    )
     folders = {"features": extract(stages, "features", world["videos"], trained)}
     folders["untrained"] = extract(stages, "untrained", world["videos"], out / "untrained.pth")
     folders["shuffled"] = out / "shuffled"
-    stages.once("shuffled", out / "shuffled" / "done", lambda: shuffle(folders["features"], out / "shuffled", world["dataset"]))
+    stages.once(
+        "shuffled",
+        out / "shuffled" / "done",
+        lambda: shuffle(folders["features"], out / "shuffled", world["dataset"]),
+    )
     records = []
     for arm, folder in folders.items():
         scores = detect(stages, arm, folder, world["dataset"], scale.epochs, seed)
@@ -152,18 +217,29 @@ def chain(out: Path, scale: Scale, seed: int) -> list[dict]:
 def report(records: list[dict]) -> None:
     head = ["features", *(f"mAP@{threshold:g}" for threshold in THUMOS_THRESHOLDS), "average"]
     rows = [
-        [r["about"], *(f"{100 * r['map'][str(t)]:.1f}" for t in THUMOS_THRESHOLDS), f"{100 * r['average']:.1f}"]
+        [
+            r["about"],
+            *(f"{100 * r['map'][str(t)]:.1f}" for t in THUMOS_THRESHOLDS),
+            f"{100 * r['average']:.1f}",
+        ]
         for r in records
     ]
     print_table(head, rows)
     classes = records[0]["classes"]
     means = {label: np.mean(list(values.values())) for label, values in classes.items()}
-    print("\nby class, of the first row: " + ", ".join(f"{label} {100 * mean:.0f}" for label, mean in means.items()))
+    print(
+        "\nby class, of the first row: "
+        + ", ".join(f"{label} {100 * mean:.0f}" for label, mean in means.items())
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("temporal"), help="folder of videos, runs and results")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("temporal"), help="folder of videos, runs and results"
+    )
     parser.add_argument("--scale", default="full", choices=SCALES)
     parser.add_argument("--seed", type=int, default=0, help="of classifier and detector")
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
@@ -183,7 +259,10 @@ def main(argv: list[str] | None = None) -> int:
         report(records)
         for path in (args.out / "temporal.json", *([args.json] if args.json else [])):
             write_json(path, records, "cpu", seconds=seconds)
-        print(f"\n{sum(seconds.values()):.0f} s of work; {args.out}/temporal.json, {args.out}/detector-features/segments.png")
+        print(
+            f"\n{sum(seconds.values()):.0f} s of work; {args.out}/temporal.json, "
+            f"{args.out}/detector-features/segments.png"
+        )
         return 0
 
     return exit_code(chained)

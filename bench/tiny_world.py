@@ -1,6 +1,8 @@
-"""Whole trainings on moving shapes, small enough for two CPU cores: what `progressive.py` and `mask_ablation.py` share.
+"""Whole trainings on moving shapes, small enough for two CPU cores: what `progressive.py` and
+`mask_ablation.py` share.
 
-Every stage is a command of `python -m vmae`, run in this process; a stage whose result is there is not run again.
+Every stage is a command of `python -m vmae`, run in this process; a stage whose result is there is not run
+again.
 """
 
 from __future__ import annotations
@@ -59,20 +61,63 @@ SCALES = {
         seeds=2,
     ),
 }
-SCALE_HELP = "steps of pre-training: " + ", ".join(f"{scale.pretrain_steps} ({name})" for name, scale in SCALES.items())
+SCALE_HELP = "steps of pre-training: " + ", ".join(
+    f"{scale.pretrain_steps} ({name})" for name, scale in SCALES.items()
+)
 CLIP = ["--patch-size", "8", "--num-frames", "8", "--image-size", "32"]
 # What differs from the published settings, and why (each was tried in short runs on other videos than these):
-# - Whole frames are hidden from the encoder, half of them. Of 4 x 4 patches a tube hides parts of a shape that is seen beside
-#   them in the same frame, so that no motion has to be known to rebuild it; hidden frames can only be rebuilt by it.
-# - Pixels are predicted as they are. Normalised, each patch of a still background counts as much as the shape that moves.
-# - The learning rate is high (0.002 after scaling) and gradients are clipped: there are 2400 steps, not a million.
-PRETRAIN = ["--model", "vit_tiny", *CLIP, "--stride", "2", "--encoder-mask", "frame", "--encoder-ratio", "0.5",
-            "--no-normalize-target", "--batch-size", "8", "--num-sample", "4", "--lr", "0.064", "--min-lr", "0.0003",
-            "--clip-grad", "1"]  # fmt: skip
+# - Whole frames are hidden from the encoder, half of them. Of 4 x 4 patches a tube hides parts of a shape
+# that is seen beside   them in the same frame, so that no motion has to be known to rebuild it; hidden frames
+# can only be rebuilt by it.
+# - Pixels are predicted as they are. Normalised, each patch of a still background counts as much as the shape
+# that moves.
+# - The learning rate is high (0.002 after scaling) and gradients are clipped: there are 2400 steps, not a
+# million.
+PRETRAIN = [
+    "--model",
+    "vit_tiny",
+    *CLIP,
+    "--stride",
+    "2",
+    "--encoder-mask",
+    "frame",
+    "--encoder-ratio",
+    "0.5",
+    "--no-normalize-target",
+    "--batch-size",
+    "8",
+    "--num-sample",
+    "4",
+    "--lr",
+    "0.064",
+    "--min-lr",
+    "0.0003",
+    "--clip-grad",
+    "1",
+]
 # No clip is mirrored or cut for the classifier: left and right, large and small are classes here.
-FINETUNE = ["--stride", "2", "--batch-size", "16", "--num-sample", "1", "--augment", "none", "--smoothing", "0.1",
-            "--min-lr", "0.0001", "--layer-decay", "1", "--init-scale", "1", "--drop-path", "0",
-            "--clip-grad", "1"]  # fmt: skip
+FINETUNE = [
+    "--stride",
+    "2",
+    "--batch-size",
+    "16",
+    "--num-sample",
+    "1",
+    "--augment",
+    "none",
+    "--smoothing",
+    "0.1",
+    "--min-lr",
+    "0.0001",
+    "--layer-decay",
+    "1",
+    "--init-scale",
+    "1",
+    "--drop-path",
+    "0",
+    "--clip-grad",
+    "1",
+]
 # For 256 videos; after a middle stage, which brings head and encoder already, a quarter.
 FINETUNE_LR, LAST_LR = 0.016, 0.004
 
@@ -120,20 +165,27 @@ def run_jobs(script: str, jobs: dict[str, int], out: Path, scale: str) -> None:
     """Run `python SCRIPT --job NAME` for every job, one on each core, and say how far they are.
 
     Args:
-        jobs: by name, how many stages each has; its folder is `out / name`, its output goes to `out / NAME.log`.
+        jobs: by name, how many stages each has; its folder is `out / name`, its output goes to `out /
+            NAME.log`.
 
     Raises:
         InputError: a job failed; the end of its log is in the message.
     """
     waiting, running, progress = list(jobs), {}, _Progress(jobs, out)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
     try:
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
                 name = waiting.pop(0)
                 command = [sys.executable, script, "--job", name, "--out", str(out), "--scale", scale]
                 with open(out / f"{name}.log", "a") as log:
-                    running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                    running[name] = subprocess.Popen(
+                        command, stdout=log, stderr=subprocess.STDOUT, env=environment
+                    )
             time.sleep(0.2 if scale == "smoke" else 10)
             for name, process in list(running.items()):
                 if process.poll() is not None:
@@ -189,7 +241,8 @@ def make_world(out: Path, scale: Scale) -> dict[str, Path]:
 
 
 def world_paths(out: Path) -> dict[str, Path]:
-    """Where everything is: `unlabeled`, `train_a`, `val_a`, `classes_a`, `merged`, `classes`, and `map` (merged to set a)."""
+    """Where everything is: `unlabeled`, `train_a`, `val_a`, `classes_a`, `merged`, `classes`, and `map`
+    (merged to set a)."""
     folder = out / "world"
     names = {name: folder / f"{name}.txt" for name in ("unlabeled", "train_a", "val_a", "classes_a")}
     count = len((folder / "merged" / "classes.txt").read_text().splitlines())
@@ -201,18 +254,48 @@ def pretrain(stages: Stages, name: str, data: Path, scale: Scale, seed: int, *ma
     """Pre-train; returns the run's folder."""
     folder = stages.folder / name
     steps = ["--steps", scale.pretrain_steps, "--repeat", 100, "--seed", seed]
-    words = ["pretrain", "--data", data, "--output", folder, *PRETRAIN, *mask, *steps, *run_flags(scale.pretrain_steps)]
+    words = [
+        "pretrain",
+        "--data",
+        data,
+        "--output",
+        folder,
+        *PRETRAIN,
+        *mask,
+        *steps,
+        *run_flags(scale.pretrain_steps),
+    ]
     stages.once(name, folder / "weights.pth", lambda: run(*words))
     return folder
 
 
 def finetune(
-    stages: Stages, name: str, data: Path, classes: Path, steps: int, seed: int, start: Path | None, *more: object
+    stages: Stages,
+    name: str,
+    data: Path,
+    classes: Path,
+    steps: int,
+    seed: int,
+    start: Path | None,
+    *more: object,
 ) -> Path:
     """Train on labels, from a run or from nothing; returns the run's folder."""
     folder = stages.folder / name
     size = ["--model", "vit_tiny", *CLIP] if start is None else ["--init", start]
-    words = ["finetune", "--data", data, "--classes", classes, "--output", folder, *FINETUNE, "--lr", FINETUNE_LR, *size, *more]
+    words = [
+        "finetune",
+        "--data",
+        data,
+        "--classes",
+        classes,
+        "--output",
+        folder,
+        *FINETUNE,
+        "--lr",
+        FINETUNE_LR,
+        *size,
+        *more,
+    ]
     words += ["--repeat", 20, "--steps", steps, "--seed", seed, *run_flags(steps)]
     stages.once(name, folder / "weights.pth", lambda: run(*words))
     return folder

@@ -29,7 +29,8 @@ class Variant:
     Attributes:
         build: makes the model, from its configuration.
         text: what it is, in words.
-        ours: whether it embeds visible and predicts counted tokens only, as this code does; else it is a competitor.
+        ours: whether it embeds visible and predicts counted tokens only, as this code does; else it is a
+            competitor.
         needs_gpu: it does not run on a CPU in sensible time.
         countable: what it keeps can be counted on fake tensors; not where torch.compile decides it.
         maskings: those that it can do.
@@ -124,7 +125,10 @@ VARIANTS: dict[str, Variant] = {
     "torch": Variant(build_torch, "this code, PyTorch operations"),
     "triton": Variant(build_triton, "this code, Triton kernels", needs_gpu=True),
     "triton+compile": Variant(
-        lambda config: compile_blocks(build_triton(config)), "the same, blocks compiled", needs_gpu=True, countable=False
+        lambda config: compile_blocks(build_triton(config)),
+        "the same, blocks compiled",
+        needs_gpu=True,
+        countable=False,
     ),
 }
 
@@ -147,7 +151,8 @@ def resolve_variant(name: str) -> Variant:
 
 
 def default_variants(device: str) -> list[str]:
-    """All that run on `device`; on a CPU, where minutes count, two, and transformers' model where it is installed."""
+    """All that run on `device`; on a CPU, where minutes count, two, and transformers' model where it is
+    installed."""
     names = list(VARIANTS) if device.startswith("cuda") else ["reference", "huggingface", "torch"]
     return [name for name in names if VARIANTS[name].why_not(device) is None]
 

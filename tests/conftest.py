@@ -10,7 +10,8 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports triton, which reads it once
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Without this, one test that compiles leaves a pool of workers in its process; a rank forked later waits for it for ever.
+# Without this, one test that compiles leaves a pool of workers in its process; a rank forked later waits for
+# it for ever.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from vmae import ModelConfig  # noqa: E402
@@ -33,7 +34,9 @@ def golden() -> Path:
 def tiny() -> ModelConfig:
     """4 x 4 x 4 tokens: the smallest grid on which every mask kind is defined and the counts are steady."""
     encoder = dict(embed_dim=48, depth=2, num_heads=3)
-    return ModelConfig(img_size=64, num_frames=8, **encoder, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2)
+    return ModelConfig(
+        img_size=64, num_frames=8, **encoder, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2
+    )
 
 
 def random_clips(config: ModelConfig, batch: int = 2, seed: int = 1) -> torch.Tensor:
@@ -49,7 +52,8 @@ def clips_of():
 
 @pytest.fixture(scope="session")
 def labelled_world(tmp_path_factory) -> Path:
-    """Twelve folders of 10 images of 40 x 32, of three classes that differ in colour; `train.txt`, `val.txt`, `classes.txt`."""
+    """Twelve folders of 10 images of 40 x 32, of three classes that differ in colour; `train.txt`, `val.txt`,
+    `classes.txt`."""
     import numpy as np
     from PIL import Image
 

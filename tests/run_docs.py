@@ -1,8 +1,9 @@
 """Run the commands of a how-to: `python tests/run_docs.py docs/own_data.md`; without a name, of all of them.
 
-A block of commands is run if the line above its fence is `<!-- run -->`; `<!-- run: PACKAGE ... -->` leaves the whole page
-out where a package is not installed, and `<!-- not run: REASON -->` marks what cannot be run everywhere. The blocks of a page
-run in order, each under `bash -euo pipefail`, in one fresh copy of the tree, with this interpreter as `python`.
+A block of commands is run if the line above its fence is `<!-- run -->`; `<!-- run: PACKAGE ... -->` leaves
+the whole page out where a package is not installed, and `<!-- not run: REASON -->` marks what cannot be run
+everywhere. The blocks of a page run in order, each under `bash -euo pipefail`, in one fresh copy of the tree,
+with this interpreter as `python`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-_BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,26 @@ def read_blocks(page: Path) -> list[Block]:
         if found["language"] not in ("bash", "python"):
             continue
         line, mark = text.count("\n", 0, found.start()) + 1, found["mark"] or ""
-        code = found["code"] if found["language"] == "bash" else f"python - <<'END_OF_BLOCK'\n{found['code']}END_OF_BLOCK\n"
+        code = (
+            found["code"]
+            if found["language"] == "bash"
+            else f"python - <<'END_OF_BLOCK'\n{found['code']}END_OF_BLOCK\n"
+        )
         if run := re.fullmatch(r"run(?:: (?P<needs>[\w ]+))?", mark):
             blocks.append(Block(line, code, tuple((run["needs"] or "").split())))
         elif not re.fullmatch(r"not run: .+", mark):
-            raise ValueError(f"{page.name}:{line}: the line above the block must be <!-- run --> or <!-- not run: REASON -->")
+            raise ValueError(
+                f"{page.name}:{line}: the line above the block must be <!-- run --> or <!-- not run: REASON "
+                "-->"
+            )
     return blocks
 
 
 def missing_packages(blocks: list[Block]) -> list[str]:
     """What the blocks want and is not installed."""
-    return sorted({name for block in blocks for name in block.needs if importlib.util.find_spec(name) is None})
+    return sorted(
+        {name for block in blocks for name in block.needs if importlib.util.find_spec(name) is None}
+    )
 
 
 def copy_tree(folder: Path) -> None:
@@ -81,12 +93,20 @@ def run_page(page: Path, folder: Path) -> None:
     launcher = folder / ".bin" / "python"
     launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     launcher.chmod(0o755)
-    own = {"PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": paths, "PYTHON": str(launcher)}
+    own = {
+        "PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": paths,
+        "PYTHON": str(launcher),
+    }
     for block in read_blocks(page):
         command = ["bash", "-euo", "pipefail", "-c", block.code]
-        done = subprocess.run(command, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            command, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True, timeout=600
+        )
         said = (done.stdout + done.stderr)[-3000:]
-        assert done.returncode == 0, f"{page.name}:{block.line} ended with {done.returncode}\n{block.code}\n{said}"
+        assert done.returncode == 0, (
+            f"{page.name}:{block.line} ended with {done.returncode}\n{block.code}\n{said}"
+        )
 
 
 def main() -> int:

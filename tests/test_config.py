@@ -4,7 +4,8 @@ import pytest
 
 from vmae import InputError, MaskConfig, ModelConfig, SpeedConfig
 
-# embed_dim, depth, heads, decoder width, heads, patch, tokens of a 16 x 224 x 224 clip, parameters of encoder blocks' MLP
+# embed_dim, depth, heads, decoder width, heads, patch, tokens of a 16 x 224 x 224 clip, parameters of encoder
+# blocks' MLP
 PUBLISHED = {
     "vit_s": (384, 12, 6, 192, 3, 16, 1568, 1536),
     "vit_b": (768, 12, 12, 384, 6, 16, 1568, 3072),
@@ -18,7 +19,16 @@ PUBLISHED = {
 def test_presets_are_the_published_ones(name):
     c = ModelConfig.preset(name)
     hidden = int(c.embed_dim * c.mlp_ratio)
-    got = (c.embed_dim, c.depth, c.num_heads, c.decoder_embed_dim, c.decoder_num_heads, c.patch_size, c.num_tokens, hidden)
+    got = (
+        c.embed_dim,
+        c.depth,
+        c.num_heads,
+        c.decoder_embed_dim,
+        c.decoder_num_heads,
+        c.patch_size,
+        c.num_tokens,
+        hidden,
+    )
     assert got == PUBLISHED[name]
     assert c.decoder_depth == 4 and c.qkv_bias and c.layer_norm_eps == 1e-6 and not c.learned_pos
 
@@ -55,7 +65,9 @@ def test_bad_settings_are_named(change, words):
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(InputError, match="unknown model preset 'vit_x'; known: vit_s, vit_b, vit_l, vit_h, vit_g"):
+    with pytest.raises(
+        InputError, match="unknown model preset 'vit_x'; known: vit_s, vit_b, vit_l, vit_h, vit_g"
+    ):
         ModelConfig.preset("vit_x")
 
 
@@ -64,7 +76,10 @@ def test_unknown_preset_lists_the_known():
     [
         (lambda: MaskConfig(encoder="cube"), "unknown encoder mask 'cube'; known: tube, random, frame"),
         (lambda: MaskConfig(decoder="cell"), "unknown decoder mask 'cell'"),
-        (lambda: MaskConfig(encoder_ratio=1.0), "encoder_ratio must be a number at least 0 and below 1, not 1.0"),
+        (
+            lambda: MaskConfig(encoder_ratio=1.0),
+            "encoder_ratio must be a number at least 0 and below 1, not 1.0",
+        ),
         (lambda: MaskConfig(decoder_ratio=-0.1), "decoder_ratio must be a number"),
         (lambda: SpeedConfig(backend="cuda"), "unknown backend 'cuda'"),
         (lambda: SpeedConfig(num_workers=-1), "num_workers"),

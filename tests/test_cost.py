@@ -3,7 +3,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmae import DualMask, MaskConfig, ModelConfig, build_pretrainer, build_reference
-from vmae.cost import count_saved_bytes, forward_macs, peak_flops, saved_activation_bytes_per_clip, token_counts
+from vmae.cost import (
+    count_saved_bytes,
+    forward_macs,
+    peak_flops,
+    saved_activation_bytes_per_clip,
+    token_counts,
+)
 
 PAPER_GMACS = [("vit_b", 0, 35.48), ("vit_b", 0.5, 25.87), ("vit_g", 0, 263.93), ("vit_g", 0.5, 241.61)]
 DUAL, ENCODER_ONLY = MaskConfig(), MaskConfig(decoder="none")
@@ -20,12 +26,16 @@ def test_the_papers_four_figures(model, decoder_ratio, paper):
 
 
 # The tiny grid, ViT-B's sizes with fewer layers (the formula is linear in depth), and ViT-g's patch and head.
-@pytest.mark.parametrize("change", [{}, dict(depth=2, decoder_depth=1), dict(depth=1, decoder_depth=1, patch_size=14)])
+@pytest.mark.parametrize(
+    "change", [{}, dict(depth=2, decoder_depth=1), dict(depth=1, decoder_depth=1, patch_size=14)]
+)
 @pytest.mark.parametrize("decoder_ratio", [0, 0.25, 0.5, 0.75])
 def test_equal_to_what_torch_counts_on_the_reference(tiny, change, decoder_ratio):
     config = ModelConfig.preset("vit_s", **change) if change else tiny
     decoder = "running_cell" if decoder_ratio else "none"
-    mask = DualMask.sample(1, config.grid, decoder=decoder, decoder_ratio=decoder_ratio, generator=torch.Generator())
+    mask = DualMask.sample(
+        1, config.grid, decoder=decoder, decoder_ratio=decoder_ratio, generator=torch.Generator()
+    )
     clips = torch.zeros(1, config.num_frames, *config.image_hw, 3, dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         build_reference(config)(clips, mask)
@@ -51,7 +61,9 @@ def test_fake_count_equals_a_real_one(tiny, build, mask, dtype):
     model = build(tiny)
 
     def saved(batch):
-        drawn = DualMask.sample(batch, tiny.grid, **mask.to_dict(), generator=torch.Generator().manual_seed(0))
+        drawn = DualMask.sample(
+            batch, tiny.grid, **mask.to_dict(), generator=torch.Generator().manual_seed(0)
+        )
         given = drawn.to_bool() if build is build_reference else drawn
         clips = torch.zeros(batch, tiny.num_frames, *tiny.image_hw, 3, dtype=torch.uint8)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -77,7 +89,10 @@ def test_saved_activations_of_vit_b_are_below_the_reference():
     assert ours <= 0.70 * saved_activation_bytes_per_clip(build_reference, config, DUAL)
     # Known figures of the published algorithm in bfloat16: 149 MiB dual, 257 encoder-only.
     for mask, mib in ((DUAL, 149), (ENCODER_ONLY, 257)):
-        assert round(saved_activation_bytes_per_clip(build_reference, config, mask, torch.bfloat16) / 2**20) == mib
+        assert (
+            round(saved_activation_bytes_per_clip(build_reference, config, mask, torch.bfloat16) / 2**20)
+            == mib
+        )
 
 
 def test_peak_flops_by_the_devices_own_name():

@@ -13,7 +13,14 @@ from vmae.curves import _SHADES, _STYLES, REFERENCES, draw, read_curve, read_cur
 def write_run(folder, steps: int = 100, every: int = 10, tail: str = "", **about):
     folder.mkdir(parents=True)
     lines = [
-        {"step": s, "epoch": s / 50, "loss_mean": 1 - s / 1000, "lr": 1e-3, "grad_norm": 0.1, "clips_per_s": 40.0 + s % 20}
+        {
+            "step": s,
+            "epoch": s / 50,
+            "loss_mean": 1 - s / 1000,
+            "lr": 1e-3,
+            "grad_norm": 0.1,
+            "clips_per_s": 40.0 + s % 20,
+        }
         for s in range(every, steps + 1, every)
     ]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
@@ -26,7 +33,11 @@ def test_several_runs_in_one_picture(tmp_path, capsys):
     runs = [str(write_run(tmp_path / name, steps)) for name, steps in (("a", 100), ("b", 50), ("c", 10))]
     assert main(["curves", *runs, "--output", str(tmp_path / "out.png")]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[1] == ["a", "100", "0.9000", "0.9000", "45.0"] and rows[2][:2] == ["b", "50"] and rows[3][:2] == ["c", "10"]
+    assert (
+        rows[1] == ["a", "100", "0.9000", "0.9000", "45.0"]
+        and rows[2][:2] == ["b", "50"]
+        and rows[3][:2] == ["c", "10"]
+    )
     picture = Image.open(tmp_path / "out.png").convert("L")
     assert picture.width > 1000 and sum(count > 0 for count in picture.histogram()) > 10
 
@@ -40,14 +51,20 @@ def test_a_run_that_was_killed_while_it_wrote(tmp_path):
 
 def test_values_that_were_not_logged_leave_gaps(tmp_path):
     folder = write_run(tmp_path / "old", 20)
-    (folder / "log.jsonl").write_text('{"step": 1, "loss_mean": 0.5, "lr": null}\n{"step": 2, "loss_mean": 0.25}\n')
+    (folder / "log.jsonl").write_text(
+        '{"step": 1, "loss_mean": 0.5, "lr": null}\n{"step": 2, "loss_mean": 0.25}\n'
+    )
     curve = read_curve(folder)
     assert curve.values("lr") == ([], []) and curve.values("loss_mean") == ([1, 2], [0.5, 0.25])
     assert curve.values("loss_mean", "epoch") == ([], [])
     draw([curve], tmp_path / "gaps.svg")
     assert curve.summary() == {
-        "name": "old", "steps": 2, "loss_of_last_tenth": 0.25, "lowest_loss": 0.25, "clips_per_s": None,
-    }  # fmt: skip
+        "name": "old",
+        "steps": 2,
+        "loss_of_last_tenth": 0.25,
+        "lowest_loss": 0.25,
+        "clips_per_s": None,
+    }
 
 
 def test_json_for_machines(tmp_path, capsys):
@@ -97,7 +114,9 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
 
 def test_neighbouring_lines_differ_without_colour():
     grey = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in map(ImageColor.getrgb, _SHADES)]
-    assert len(set(_STYLES)) == 4 and len(_SHADES) % len(_STYLES)  # so that 20 lines go by before a pair comes again
+    assert len(set(_STYLES)) == 4 and len(_SHADES) % len(
+        _STYLES
+    )  # so that 20 lines go by before a pair comes again
     assert all(abs(a - b) > 20 for a, b in zip(grey, grey[1:]))
 
 

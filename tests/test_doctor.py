@@ -17,13 +17,21 @@ CPU = torch.device("cpu")
 def test_prints_backends_packages_and_what_is_missing(capsys, tmp_path):
     assert main(["doctor", "--json", str(tmp_path / "d.json")]) == 0
     shown = capsys.readouterr().out
-    for word in (*BACKENDS, *(part.name for part in doctor.PARTS), f"torch {torch.__version__}", "auto takes sdpa"):
+    for word in (
+        *BACKENDS,
+        *(part.name for part in doctor.PARTS),
+        f"torch {torch.__version__}",
+        "auto takes sdpa",
+    ):
         assert word in shown, word
     found = json.loads((tmp_path / "d.json").read_text())
     assert found["schema"] == "vmae-doctor/1" and found["machine"]["torch"] == torch.__version__
     records = {record["name"]: record for record in found["attention"]}
     assert records.keys() == BACKENDS.keys()
-    assert records["sdpa"]["runs"] == records["softmax"]["packed"] == [64, 80, 88] and records["sdpa"]["reason"] is None
+    assert (
+        records["sdpa"]["runs"] == records["softmax"]["packed"] == [64, 80, 88]
+        and records["sdpa"]["reason"] is None
+    )
     takes = {"64": "sdpa", "80": "sdpa", "88": "sdpa"}
     assert found["auto"] == {"takes": takes, "order": ["sdpa", "softmax"], "measured": True}
     for part in found["parts"]:
@@ -31,20 +39,32 @@ def test_prints_backends_packages_and_what_is_missing(capsys, tmp_path):
         # What is missing is listed again with its cost and what to type.
         assert part["found"] or (part["without"] in shown and part["install"] in shown)
     assert next(part for part in found["parts"] if part["name"] == "decord")["found"]
-    assert found["video"]["order"][0] == "pyav" and "decord" in found["video"]["order"] and found["video"]["note"] is None
+    assert (
+        found["video"]["order"][0] == "pyav"
+        and "decord" in found["video"]["order"]
+        and found["video"]["note"] is None
+    )
     assert f"auto decodes with the first of {', '.join(found['video']['order'])}" in shown
 
 
 def test_two_decords_are_one_too_many(capsys, monkeypatch):
     version = doctor.importlib.metadata.version
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "3.4.0" if name == "decord2" else version(name))
+    monkeypatch.setattr(
+        doctor.importlib.metadata, "version", lambda name: "3.4.0" if name == "decord2" else version(name)
+    )
     assert main(["doctor"]) == 0
     assert "decord and decord2 are both installed and share an import name" in capsys.readouterr().out
 
 
 def test_a_package_that_imports_and_does_not_work_has_a_reason():
     part = doctor.Part(
-        name="x", group="video", module="json", packages=("x",), install="-", without="-", probe=lambda: "too old for this"
+        name="x",
+        group="video",
+        module="json",
+        packages=("x",),
+        install="-",
+        without="-",
+        probe=lambda: "too old for this",
     )
     assert doctor.look_for(part)["reason"] == "too old for this" and not doctor.look_for(part)["found"]
 
@@ -79,7 +99,9 @@ def test_bad_input_is_one_line(words, message, capsys, monkeypatch):
 
 
 def part_of(module: str) -> doctor.Part:
-    return doctor.Part(name="x", group="video", module=module, packages=("no-such-package",), install="pip x", without="y")
+    return doctor.Part(
+        name="x", group="video", module=module, packages=("no-such-package",), install="pip x", without="y"
+    )
 
 
 def test_a_package_is_found_by_importing_it(monkeypatch, tmp_path):
@@ -92,7 +114,9 @@ def test_a_package_is_found_by_importing_it(monkeypatch, tmp_path):
     assert doctor.look_for(part_of("no_such_package.inner"))["reason"] == "not installed"
 
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "broken_decoder.py").write_text("raise RuntimeError('libavutil.so.60 not found\\nmany more lines')")
+    (tmp_path / "broken_decoder.py").write_text(
+        "raise RuntimeError('libavutil.so.60 not found\\nmany more lines')"
+    )
     broken = doctor.look_for(part_of("broken_decoder"))
     assert not broken["found"] and broken["reason"] == "does not import: libavutil.so.60 not found"
 
@@ -112,10 +136,15 @@ def test_a_gpu_that_is_too_old_for_the_kernels_has_its_reason(monkeypatch):
     gpu = torch.device("cuda", 0)
     kernel_device._capability.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch, "empty", lambda *shape, device: types.SimpleNamespace(is_cuda=True, device=device))
+    monkeypatch.setattr(
+        torch, "empty", lambda *shape, device: types.SimpleNamespace(is_cuda=True, device=device)
+    )
     machine = doctor.look_at_machine(gpu)
     kernel_device._capability.cache_clear()
     monkeypatch.undo()
     lines = []
     doctor.report({**doctor.examine(CPU, torch.float32), "machine": machine}, lines.append)
-    assert any(line.startswith("fused operations: torch (cuda:0 has compute capability 7.5; before 8.0 ") for line in lines)
+    assert any(
+        line.startswith("fused operations: torch (cuda:0 has compute capability 7.5; before 8.0 ")
+        for line in lines
+    )

@@ -15,7 +15,12 @@ from vmae.interop.huggingface import read_class_names as read_their_class_names
 from vmae.json_files import MAX_DEPTH, parse_json
 from vmae.train.sharded import read_manifest
 
-DEEP = ["[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000, "[" * 200 + "]" * 200, "[" * 100_000]
+DEEP = [
+    "[" * 100_000 + "]" * 100_000,
+    '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "[" * 200 + "]" * 200,
+    "[" * 100_000,
+]
 
 
 def nested(depth: int) -> str:

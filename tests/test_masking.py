@@ -15,7 +15,8 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def literal_running_cell(grid, ratio, phase):
-    """The published rule step by step: a queue of four, read from position phase + frame + 1, as 2 x 2, tiled."""
+    """The published rule step by step: a queue of four, read from position phase + frame + 1, as 2 x 2,
+    tiled."""
     frames, rows, columns = grid
     queue = [1] * int(4 * ratio) + [0] * (4 - int(4 * ratio))
     mask = np.zeros(grid, dtype=bool)
@@ -40,7 +41,9 @@ def test_running_cell_equals_the_golden_states(golden):
         assert (running_cell_states(GRID_B, 0.5).numpy() == stored["masks"].astype(bool)).all()
 
 
-@pytest.mark.parametrize("model, grid, counts", [("vit_b", GRID_B, (160, 784, 704)), ("vit_g", GRID_G, (208, 1024, 920))])
+@pytest.mark.parametrize(
+    "model, grid, counts", [("vit_b", GRID_B, (160, 784, 704)), ("vit_g", GRID_G, (208, 1024, 920))]
+)
 def test_published_counts(model, grid, counts):
     assert ModelConfig.preset(model).grid == grid
     mask = DualMask.sample(5, grid, generator=generator())
@@ -49,8 +52,9 @@ def test_published_counts(model, grid, counts):
     assert mask.target_weight.min() == 1
 
 
-# The published generators hide `int(ratio * total)`: towards 0, of the product in float64. (grid, ratio) -> hidden tokens of
-# a frame (tube), of the clip (random), hidden frames (frame); each differs from what rounding to the nearest, or up, gives.
+# The published generators hide `int(ratio * total)`: towards 0, of the product in float64. (grid, ratio) ->
+# hidden tokens of a frame (tube), of the clip (random), hidden frames (frame); each differs from what
+# rounding to the nearest, or up, gives.
 @pytest.mark.parametrize(
     ("grid", "ratio", "tube", "random", "frame"),
     [
@@ -67,7 +71,9 @@ def test_hidden_counts_are_rounded_as_published(grid, ratio, tube, random, frame
         draw = dict(encoder=kind, encoder_ratio=ratio, decoder="none", generator=generator())
         assert DualMask.sample(2, grid, **draw).visible.shape == (2, total - hidden), kind
     for kind, dropped in (("random", random), ("frame", frame * per_frame)):
-        draw = dict(encoder="random", encoder_ratio=0.5, decoder=kind, decoder_ratio=ratio, generator=generator())
+        draw = dict(
+            encoder="random", encoder_ratio=0.5, decoder=kind, decoder_ratio=ratio, generator=generator()
+        )
         assert DualMask.sample(2, grid, **draw).decode.shape == (2, total - dropped), kind
 
 
@@ -76,7 +82,13 @@ def test_hidden_counts_are_rounded_as_published(grid, ratio, tube, random, frame
 def test_every_pair_agrees_with_its_booleans(encoder, decoder):
     grid = (4, 4, 6)
     mask = DualMask.sample(
-        6, grid, encoder=encoder, encoder_ratio=0.5, decoder=decoder, decoder_ratio=0.5, generator=generator(3)
+        6,
+        grid,
+        encoder=encoder,
+        encoder_ratio=0.5,
+        decoder=decoder,
+        decoder_ratio=0.5,
+        generator=generator(3),
     )
     hidden, dropped = mask.to_bool()
     for indices, masked in ((mask.visible, hidden), (mask.decode, dropped)):
@@ -101,7 +113,13 @@ def test_tube_is_one_pattern_for_all_frames_and_frame_masks_whole_frames():
     frames = hidden.view(3, 8, 196)
     assert (frames == frames[:, :1]).all() and (frames[:, 0].sum(1) == 176).all()
     hidden, dropped = DualMask.sample(
-        3, GRID_B, encoder="frame", encoder_ratio=0.75, decoder="frame", decoder_ratio=0.25, generator=generator()
+        3,
+        GRID_B,
+        encoder="frame",
+        encoder_ratio=0.75,
+        decoder="frame",
+        decoder_ratio=0.25,
+        generator=generator(),
     ).to_bool()
     assert hidden.view(3, 8, 196).all(2).sum(1).tolist() == [6] * 3
     assert dropped.view(3, 8, 196).all(2).sum(1).tolist() == [2] * 3
@@ -110,7 +128,9 @@ def test_tube_is_one_pattern_for_all_frames_and_frame_masks_whole_frames():
 @pytest.mark.parametrize("encoder", ENCODER_MASKS)
 def test_draws_are_even(encoder):
     """Every token is hidden about equally often; a biased subset would show."""
-    mask = DualMask.sample(4000, (4, 4, 4), encoder=encoder, encoder_ratio=0.5, decoder="none", generator=generator())
+    mask = DualMask.sample(
+        4000, (4, 4, 4), encoder=encoder, encoder_ratio=0.5, decoder="none", generator=generator()
+    )
     hidden, _ = mask.to_bool()
     assert hidden.float().mean(0).sub(0.5).abs().max() < 0.04
 
@@ -136,7 +156,8 @@ def test_decoder_ratio_zero_is_encoder_only_masking():
 
 
 def test_counts_that_differ_keep_every_row():
-    """5 frames: how many picked tokens a tube hides depends on the draw, so all of them reach the head, with weights."""
+    """5 frames: how many picked tokens a tube hides depends on the draw, so all of them reach the head, with
+    weights."""
     mask = DualMask.sample(8, (5, 4, 4), encoder_ratio=0.75, generator=generator())
     assert mask.keep.shape[1] == mask.decode.shape[1] > mask.weight.sum(1).max()
     assert torch.equal(mask.target_weight, mask.weight)

@@ -20,7 +20,14 @@ ROOT = Path(__file__).parents[1]
 MASK = MaskConfig()
 # Deeper than the two depths that are counted, and another number of clips than the two batches.
 DEEP = ModelConfig(
-    img_size=64, num_frames=8, embed_dim=96, depth=7, num_heads=3, decoder_embed_dim=48, decoder_depth=3, decoder_num_heads=2
+    img_size=64,
+    num_frames=8,
+    embed_dim=96,
+    depth=7,
+    num_heads=3,
+    decoder_embed_dim=48,
+    decoder_depth=3,
+    decoder_num_heads=2,
 )
 CLIPS = 5
 
@@ -55,7 +62,9 @@ def test_planned_activations_are_those_of_a_real_step(checkpointing, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, checkpointing", [("float32", "full"), ("bfloat16", "none"), ("bfloat16", "selective")])
+@pytest.mark.parametrize(
+    "dtype, checkpointing", [("float32", "full"), ("bfloat16", "none"), ("bfloat16", "selective")]
+)
 def test_so_they_are_with_the_operations_of_a_gpu_interpreted(checkpointing, dtype):
     assert_planned(checkpointing, dtype, "triton", rel=0.06)  # in a model this small, the mask counts too
 
@@ -84,7 +93,12 @@ def test_state_is_that_of_a_real_optimizer():
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     states = [value for state in optimizer.state.values() for value in state.values()]
-    held = size([*model.parameters(), *model.buffers()]), size(p.grad for p in model.parameters()), size(states), 0
+    held = (
+        size([*model.parameters(), *model.buffers()]),
+        size(p.grad for p in model.parameters()),
+        size(states),
+        0,
+    )
     assert state_bytes(model, 1, "bfloat16") == held
 
 
@@ -118,11 +132,22 @@ with open_parallel("fsdp", "cpu") as parallel:
 def test_shards_are_those_of_two_ranks(tmp_path):
     script, found = tmp_path / "sharded.py", tmp_path / "held.json"
     script.write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, found]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        script,
+        found,
+    ]
     subprocess.run(command, check=True, timeout=120, cwd=ROOT, env=_environment())
     parameters, gradients, optimizer, gathered = state_bytes(build_pretrainer(DEEP), 2, "float32")
     assert [parameters, gradients, optimizer] == json.loads(found.read_text())
-    largest = max(sum(p.numel() for p in block.parameters()) for block in build_pretrainer(DEEP).encoder.blocks)
+    largest = max(
+        sum(p.numel() for p in block.parameters()) for block in build_pretrainer(DEEP).encoder.blocks
+    )
     assert gathered > 2 * 4 * largest
 
 

@@ -84,7 +84,9 @@ def test_recommended_is_the_least_work_that_fits():
 
 
 def test_recommended_batch_makes_up_the_effective_batch(capsys):
-    flags = "--gpus 4 --batch-size 1024 --effective-batch 4096 --videos 100000 --memory 512MiB --json -".split()
+    flags = (
+        "--gpus 4 --batch-size 1024 --effective-batch 4096 --videos 100000 --memory 512MiB --json -".split()
+    )
     assert main(["plan", *SMALL, *flags]) == 0
     content = json.loads(capsys.readouterr().out)
     assert not any(row["fits"] for row in content["rows"])
@@ -99,12 +101,17 @@ def test_table_and_json_say_the_same(tmp_path, capsys):
     flags = "--gpus 2 --batch-size 4 --accumulate 2 --num-sample 2 --videos 1000 --epochs 2 --mfu 0.25 --lr 1e-3".split()
     assert main(["plan", *SMALL, *flags, "--device", "a100", "--json", str(out)]) == 0
     text, content = capsys.readouterr().out, json.loads(out.read_text())
-    assert "effective batch 16 videos = 2 x 4 x 2 accumulated, 32 clips; learning rate 0.001 x 16 / 256 = 6.25e-05" in text
+    assert (
+        "effective batch 16 videos = 2 x 4 x 2 accumulated, 32 clips; learning rate 0.001 x 16 / 256 = "
+        "6.25e-05" in text
+    )
     assert "64 tokens (16 visible, 32 picked, 24 counted by the loss); 2 clips a video" in text
     assert "25% of 312 TFLOP/s" in text and "run: 124 steps" in text and f"json: {out}" in text
     assert content["schema"] == "vmae-plan/1" and content["workload"]["total_steps"] == 124
     lines = [line.split() for line in text.splitlines() if line.startswith(CHECKPOINTING)]
-    assert [line[:2] for line in lines] == [[row["checkpointing"], row["sharding"]] for row in content["rows"]]
+    assert [line[:2] for line in lines] == [
+        [row["checkpointing"], row["sharding"]] for row in content["rows"]
+    ]
     assert [int(line[10]) for line in lines] == [row["largest_batch"] for row in content["rows"]]
     memory = content["rows"][0]["memory"]
     assert memory["total"] == sum(memory[key] for key in memory if key != "total")
@@ -122,7 +129,9 @@ def test_named_choices_alone_are_shown():
 def test_without_a_peak_there_is_no_time(capsys):
     assert main(["plan", *SMALL, "--gpus", "1", "--device", "cpu", "--dtype", "float32"]) == 0
     text = capsys.readouterr().out
-    assert "no peak FLOP/s known" in text and "hours (" not in text and "recommendation: --parallel none" in text
+    assert (
+        "no peak FLOP/s known" in text and "hours (" not in text and "recommendation: --parallel none" in text
+    )
 
 
 def test_published_runs_are_the_default(monkeypatch):
@@ -130,7 +139,11 @@ def test_published_runs_are_the_default(monkeypatch):
     for name, published in PUBLISHED.items():
         args = build_parser("plan").parse_args(["plan", "--model", name, "--gpus", "8"])
         config, work, _ = plan_from_args(args)
-        assert (work.effective_batch, work.num_sample, work.epochs) == (32 * published.gpus, 4, published.epochs)
+        assert (work.effective_batch, work.num_sample, work.epochs) == (
+            32 * published.gpus,
+            4,
+            published.epochs,
+        )
         assert (work.videos, config.optim.lr, work.dtype) == (1_350_000, published.lr, "bfloat16")
 
 
@@ -139,14 +152,27 @@ def test_a_list_is_counted_and_its_first_lines_shown(tmp_path, capsys):
         (tmp_path / f"{number}.mp4").touch()
     path = tmp_path / "list.txt"
     path.write_text("".join(f"{number}.mp4 0 -1\n" for number in range(5)))
-    flags = ["--gpus", "1", "--batch-size", "2", "--effective-batch", "2", "--epochs", "3", "--data", str(path)]
+    flags = [
+        "--gpus",
+        "1",
+        "--batch-size",
+        "2",
+        "--effective-batch",
+        "2",
+        "--epochs",
+        "3",
+        "--data",
+        str(path),
+    ]
     assert main(["plan", *SMALL, *flags, "--data-root", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "run: 6 steps" in text and f"data: {path}, 5 entries, the first:" in text
     assert str(tmp_path / "2.mp4") in text and str(tmp_path / "3.mp4") not in text
 
 
-@pytest.mark.parametrize("text, size", [("80GiB", 80 * 2**30), ("80", 80 * 2**30), ("40GB", 40e9), ("512 MiB", 2**29)])
+@pytest.mark.parametrize(
+    "text, size", [("80GiB", 80 * 2**30), ("80", 80 * 2**30), ("40GB", 40e9), ("512 MiB", 2**29)]
+)
 def test_memory_sizes(text, size):
     assert memory_size(text) == size
 
@@ -158,7 +184,10 @@ def test_memory_sizes(text, size):
         ("--gpus 0", "--gpus: must be a whole number from 1"),
         ("--mfu 2", "--mfu: must be a number above 0 and at most 1, not 2"),
         ("--epochs 0", "--epochs: must be a whole number from 1"),
-        ("--memory much", "--memory: must be a memory size above 0 and at most 1 PiB, such as 80GiB or 80GB, not much"),
+        (
+            "--memory much",
+            "--memory: must be a memory size above 0 and at most 1 PiB, such as 80GiB or 80GB, not much",
+        ),
         ("--memory 2000000GiB", "--memory: must be a memory size"),
         ("--memory 0", "--memory: must be a memory size"),
         ("--gpus 4 --parallel none", "--parallel none does not fit 4 GPUs; known there: ddp, hybrid, fsdp"),

@@ -1,4 +1,5 @@
-"""Every number that can be set states its range: the fields of all configurations, the flags of all commands."""
+"""Every number that can be set states its range: the fields of all configurations, the flags of all
+commands."""
 
 import argparse
 import dataclasses
@@ -29,7 +30,11 @@ def all_configs() -> list[type]:
     for module in pkgutil.walk_packages(vmae.__path__, "vmae."):
         if not module.name.endswith("__main__"):
             for value in vars(importlib.import_module(module.name)).values():
-                if inspect.isclass(value) and dataclasses.is_dataclass(value) and value.__module__.startswith("vmae."):
+                if (
+                    inspect.isclass(value)
+                    and dataclasses.is_dataclass(value)
+                    and value.__module__.startswith("vmae.")
+                ):
                     if issubclass(value, _Checked) or value.__name__.endswith(("Config", "Limits")):
                         found[value.__qualname__, value.__module__] = value
     return [found[key] for key in sorted(found)]
@@ -50,9 +55,13 @@ def example(config: type):
             kind, within = hints[field.name], field.metadata.get("limits")
             several = "tuple" in str(kind)
             if within is not None:
-                values[field.name] = (within.least,) * (1 + ("size" in field.name)) if several else within.least
+                values[field.name] = (
+                    (within.least,) * (1 + ("size" in field.name)) if several else within.least
+                )
             else:
-                values[field.name] = example(kind) if dataclasses.is_dataclass(kind) else ("x",) if several else "x"
+                values[field.name] = (
+                    example(kind) if dataclasses.is_dataclass(kind) else ("x",) if several else "x"
+                )
     return config(**values)
 
 
@@ -69,7 +78,9 @@ def test_there_are_configurations_and_flags():
     assert len(all_configs()) >= 20 and len(FIELDS) >= 120 and len(FLAGS) >= 200
 
 
-@pytest.mark.parametrize(("config", "field"), FIELDS, ids=lambda part: getattr(part, "__name__", getattr(part, "name", None)))
+@pytest.mark.parametrize(
+    ("config", "field"), FIELDS, ids=lambda part: getattr(part, "__name__", getattr(part, "name", None))
+)
 def test_every_number_of_a_configuration_has_a_range_and_keeps_to_it(config, field):
     if (config.__name__, field.name) in ELSEWHERE:
         return
@@ -90,7 +101,7 @@ def test_every_number_of_a_configuration_has_a_range_and_keeps_to_it(config, fie
             dataclasses.replace(good, **{field.name: None})
 
 
-# --- flags ------------------------------------------------------------------------------------------------------------
+# --- flags --------------------------------------------------------------------------------------------------
 
 
 def flags_of(command: str) -> list[tuple[str, argparse.Action]]:
@@ -115,16 +126,28 @@ def test_every_number_of_a_command_has_a_range_and_keeps_to_it(command, capsys):
         assert isinstance(action.type, Limits), f"{command} {name} states no range"
         within = action.type.side if isinstance(action.type, Sides) else action.type
         bad = ["nan", "inf", "-inf", "lots", "", "9" * 5000]
-        bad += [repr(value) for value in outside(within)[3:5]] if isinstance(within, (Whole, Real)) else ["0", "-1"]
+        bad += (
+            [repr(value) for value in outside(within)[3:5]]
+            if isinstance(within, (Whole, Real))
+            else ["0", "-1"]
+        )
         for word in bad:
-            words = [f"{name}={word}"] if not isinstance(action.nargs, int) else [name, word, *["0.5"] * (action.nargs - 1)]
+            words = (
+                [f"{name}={word}"]
+                if not isinstance(action.nargs, int)
+                else [name, word, *["0.5"] * (action.nargs - 1)]
+            )
             with pytest.raises(InputError) as caught:
                 parser.parse_args([command, *words])
-            if word[:1] != "-" or not action.nargs:  # argparse takes "-inf" for a flag where several words may follow
+            if (
+                word[:1] != "-" or not action.nargs
+            ):  # argparse takes "-inf" for a flag where several words may follow
                 names = "/".join(action.option_strings)
                 assert f"argument {names}: must be {action.type}, not {word[:37]}" in str(caught.value)
         default = action.default[0] if isinstance(action.default, (list, tuple)) else action.default
-        assert default is None or action.type.allows(default), f"{command} {name}: its default is out of its range"
+        assert default is None or action.type.allows(default), (
+            f"{command} {name}: its default is out of its range"
+        )
     assert not capsys.readouterr().err
 
 
@@ -132,11 +155,13 @@ def test_a_wrong_number_ends_with_one_line_and_2(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["pretrain", "--data", "list.txt", "--output", "run", "--opt_eps", "nan"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: argument --eps/--opt_eps: must be a number above 0 and at most 1, not nan")
+    assert error.startswith(
+        "error: argument --eps/--opt_eps: must be a number above 0 and at most 1, not nan"
+    )
     assert error.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-# --- the parts --------------------------------------------------------------------------------------------------------
+# --- the parts ----------------------------------------------------------------------------------------------
 
 
 def test_a_flag_shares_the_range_of_its_field():
@@ -144,7 +169,9 @@ def test_a_flag_shares_the_range_of_its_field():
         limits(ModelConfig, "qkv_bias")
     assert limits(OptimConfig, "lr")("1e-3") == 1e-3 and limits(ModelConfig, "num_frames")("32") == 32
     for wrong in ("0", "nan", "1e5"):
-        with pytest.raises(argparse.ArgumentTypeError, match="must be a number above 0 and at most 10,000, not"):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match="must be a number above 0 and at most 10,000, not"
+        ):
             limits(OptimConfig, "lr")(wrong)
 
 

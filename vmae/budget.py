@@ -1,6 +1,8 @@
-"""What a pre-training run needs of given machines: memory of one GPU, the largest batch, FLOPs, hours, clips a second.
+"""What a pre-training run needs of given machines: memory of one GPU, the largest batch, FLOPs, hours, clips
+a second.
 
-Bytes are counted (`vmae.memory`); hours follow from FLOPs and an assumed utilisation. Nothing here is measured.
+Bytes are counted (`vmae.memory`); hours follow from FLOPs and an assumed utilisation. Nothing here is
+measured.
 """
 
 from __future__ import annotations
@@ -19,14 +21,16 @@ from vmae.settings import BATCH, SHARE_ABOVE_0, SHARE_BELOW_1, STEPS, Real, Whol
 from vmae.train.loop import DTYPES
 
 UNLABELED_HYBRID = 1_350_000  # videos, VideoMAE V2, section 4.1
-# The fewest clips on a GPU at once that a recommendation avoids recomputation for: below, its matrix products are small.
+# The fewest clips on a GPU at once that a recommendation avoids recomputation for: below, its matrix products
+# are small.
 ENOUGH_CLIPS = 16
 _GPUS = Whole(1, 10**6)
 
 
 @dataclass(frozen=True)
 class Published:
-    """GPUs of the published run, with 32 videos each, its passes over the videos, and its learning rate for 256 of them.
+    """GPUs of the published run, with 32 videos each, its passes over the videos, and its learning rate for
+    256 of them.
 
     `recipes/pretrain_vit*.sh` tell where each number comes from.
     """
@@ -73,14 +77,17 @@ class Cluster(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
-            raise InputError(f"{self.gpus} GPUs do not fill nodes of {self.gpus_per_node}; give --gpus-per-node")
+            raise InputError(
+                f"{self.gpus} GPUs do not fill nodes of {self.gpus_per_node}; give --gpus-per-node"
+            )
 
     @property
     def nodes(self) -> int:
         return max(1, self.gpus // self.gpus_per_node)
 
     def shardings(self, parallel: str = "auto") -> dict[str, int]:
-        """Name of every way to spread the state, least communication first: number of GPUs that share one copy of it.
+        """Name of every way to spread the state, least communication first: number of GPUs that share one
+        copy of it.
 
         Raises:
             InputError: `parallel` names one that these machines don't have.
@@ -90,9 +97,13 @@ class Cluster(_Checked):
             raise InputError(f"--shard-size {part} does not divide {self.gpus} GPUs")
         known = {"none": 1} if self.gpus == 1 else {"ddp": 1, "hybrid": part, "fsdp": self.gpus}
         if parallel == "auto":
-            return {name: sharers for name, sharers in known.items() if name != "hybrid" or 1 < part < self.gpus}
+            return {
+                name: sharers for name, sharers in known.items() if name != "hybrid" or 1 < part < self.gpus
+            }
         if parallel not in known:
-            raise InputError(f"--parallel {parallel} does not fit {self.gpus} GPUs; known there: {', '.join(known)}")
+            raise InputError(
+                f"--parallel {parallel} does not fit {self.gpus} GPUs; known there: {', '.join(known)}"
+            )
         return {parallel: known[parallel]}
 
 
@@ -181,7 +192,8 @@ class Plan:
 
     @property
     def best(self) -> Row | None:
-        """Least recomputation, then least communication, of what fits: at the batch asked for, else at the largest."""
+        """Least recomputation, then least communication, of what fits: at the batch asked for, else at the
+        largest."""
         fitting = [row for row in self.rows if row.fits]
         if fitting:
             return min(fitting, key=lambda row: row.executed_flops)  # rows come in the order of communication
@@ -194,10 +206,16 @@ class Plan:
 
 
 def make_plan(
-    config: ModelConfig, mask: MaskConfig, cluster: Cluster, workload: Workload,
-    *, checkpointing: str | None = None, parallel: str = "auto",
-) -> Plan:  # fmt: skip
-    """Every checkpointing with every sharding, or the named ones. Seconds for any model; nothing of its size is allocated."""
+    config: ModelConfig,
+    mask: MaskConfig,
+    cluster: Cluster,
+    workload: Workload,
+    *,
+    checkpointing: str | None = None,
+    parallel: str = "auto",
+) -> Plan:
+    """Every checkpointing with every sharding, or the named ones. Seconds for any model; nothing of its size
+    is allocated."""
     shardings = cluster.shardings(parallel)
     with torch.device("meta"):
         model = build_pretrainer(config, backend="torch")
@@ -215,9 +233,15 @@ def make_plan(
 
 
 def _row(
-    checkpointing: str, sharding: str, state: tuple, activations: Activations, model_flops: float, recomputed: float,
-    cluster: Cluster, workload: Workload,
-) -> Row:  # fmt: skip
+    checkpointing: str,
+    sharding: str,
+    state: tuple,
+    activations: Activations,
+    model_flops: float,
+    recomputed: float,
+    cluster: Cluster,
+    workload: Workload,
+) -> Row:
     clips = workload.batch_size * workload.num_sample
     memory = Memory(*state, activations.saved(clips), activations.working(clips))
     usable = cluster.memory * (1 - cluster.reserve)

@@ -1,7 +1,7 @@
 """`python -m vmae COMMAND`: one table of commands; each lives in the module that does the work.
 
-A command's module has `add_arguments(parser)` and `run(args) -> int | None`. Input that a person can mend ends with one
-line on stderr and exit code 2.
+A command's module has `add_arguments(parser)` and `run(args) -> int | None`. Input that a person can mend
+ends with one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -17,30 +17,78 @@ from vmae.errors import InputError
 # name: (module, what it does)
 COMMANDS = {
     "pretrain": ("vmae.train.pretrain", "pre-train a model with dual masking on a list of videos"),
-    "finetune": ("vmae.train.finetune", "train a classifier on labelled videos: post-pre-training, fine-tuning, probes"),
-    "finetune-detection": ("vmae.train.detection", "train a detector of actions on annotated key frames, as on AVA"),
+    "finetune": (
+        "vmae.train.finetune",
+        "train a classifier on labelled videos: post-pre-training, fine-tuning, probes",
+    ),
+    "finetune-detection": (
+        "vmae.train.detection",
+        "train a detector of actions on annotated key frames, as on AVA",
+    ),
     "distil": ("vmae.train.distill", "train a small classifier on what a large one makes of the clips"),
-    "evaluate": ("vmae.evaluate.classify", "test a classifier on many views of each video: top-1, top-5, a table, a picture"),
-    "detect": ("vmae.evaluate.detection", "what the people in given boxes do at key frames: AVA's CSV, frame mAP, pictures"),
+    "evaluate": (
+        "vmae.evaluate.classify",
+        "test a classifier on many views of each video: top-1, top-5, a table, a picture",
+    ),
+    "detect": (
+        "vmae.evaluate.detection",
+        "what the people in given boxes do at key frames: AVA's CSV, frame mAP, pictures",
+    ),
     "predict": ("vmae.evaluate.predict", "name the classes of one video"),
     "features": ("vmae.evaluate.features", "features of a video's windows, for temporal detection"),
-    "detect-temporal": ("vmae.evaluate.temporal_detect", "train a temporal detector on features, and test it: segments, mAP"),
-    "export": ("vmae.interop.export", "write a run's weights (.pth, .safetensors) or the model itself (.pt2, .onnx) as a file"),
-    "convert": ("vmae.interop.convert", "weights to and from a folder that transformers (Hugging Face) reads"),
-    "plan": ("vmae.plan", "tell what a pre-training run will need: memory, largest batch, hours, clips a second"),
+    "detect-temporal": (
+        "vmae.evaluate.temporal_detect",
+        "train a temporal detector on features, and test it: segments, mAP",
+    ),
+    "export": (
+        "vmae.interop.export",
+        "write a run's weights (.pth, .safetensors) or the model itself (.pt2, .onnx) as a file",
+    ),
+    "convert": (
+        "vmae.interop.convert",
+        "weights to and from a folder that transformers (Hugging Face) reads",
+    ),
+    "plan": (
+        "vmae.plan",
+        "tell what a pre-training run will need: memory, largest batch, hours, clips a second",
+    ),
     "curves": ("vmae.curves", "plot the logs of several runs together"),
-    "reconstruct": ("vmae.evaluate.reconstruct", "draw what a checkpoint rebuilds of a video, as a picture or an animation"),
+    "reconstruct": (
+        "vmae.evaluate.reconstruct",
+        "draw what a checkpoint rebuilds of a video, as a picture or an animation",
+    ),
     "masks": ("vmae.evaluate.mask_pictures", "draw every type of mask, with its counts"),
     "attention": ("vmae.evaluate.attention_maps", "draw where the encoder's attention goes in a video"),
     "pca": ("vmae.evaluate.pca", "draw the principal components of the encoder's tokens beside a video"),
-    "serve": ("vmae.evaluate.serve", "a page on this machine: drop in a video, see masks, reconstruction and classes"),
-    "samples": ("vmae.data.samples", "write a list file of the four real clips that come with a test dependency"),
-    "moving-shapes": ("vmae.data.moving_shapes", "make videos whose class is a motion, with two label sets that overlap"),
-    "moving-actors": ("vmae.data.moving_actors", "make videos of two actors with boxes and actions as AVA has them"),
-    "moving-segments": ("vmae.evaluate.moving_segments", "make videos of several motions, and their temporal detection set"),
+    "serve": (
+        "vmae.evaluate.serve",
+        "a page on this machine: drop in a video, see masks, reconstruction and classes",
+    ),
+    "samples": (
+        "vmae.data.samples",
+        "write a list file of the four real clips that come with a test dependency",
+    ),
+    "moving-shapes": (
+        "vmae.data.moving_shapes",
+        "make videos whose class is a motion, with two label sets that overlap",
+    ),
+    "moving-actors": (
+        "vmae.data.moving_actors",
+        "make videos of two actors with boxes and actions as AVA has them",
+    ),
+    "moving-segments": (
+        "vmae.evaluate.moving_segments",
+        "make videos of several motions, and their temporal detection set",
+    ),
     "merge-labels": ("vmae.data.merge_labels", "make one label set from several, as Kinetics-710 is made"),
-    "check-data": ("vmae.data.check", "open every video of a list: table, report, histogram, a list without the bad ones"),
-    "pack": ("vmae.data.pack", "re-encode a list's videos so that clips decode fast: short side 256, a key frame every 12"),
+    "check-data": (
+        "vmae.data.check",
+        "open every video of a list: table, report, histogram, a list without the bad ones",
+    ),
+    "pack": (
+        "vmae.data.pack",
+        "re-encode a list's videos so that clips decode fast: short side 256, a key frame every 12",
+    ),
     "parity": ("vmae.interop.parity", "check golden files of the published code"),
     "doctor": ("vmae.doctor", "tell what is installed, what runs here, and what is missing"),
 }

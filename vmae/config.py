@@ -1,5 +1,5 @@
-"""Frozen, self-checking settings: what changes results (`ModelConfig`, `MaskConfig`) apart from what changes speed only
-(`SpeedConfig`)."""
+"""Frozen, self-checking settings: what changes results (`ModelConfig`, `MaskConfig`) apart from what changes
+speed only (`SpeedConfig`)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,26 @@ from vmae.settings import FRAMES, SHARE_BELOW_1, SIDE, WORKERS, Real, Whole, che
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Encoder and decoder sizes of the published models (VideoMAE V2, section 4 and its released code). ViT-g's MLP is 48/11
-# wide in the decoder too, because the published constructor hands one ratio to both.
+# Encoder and decoder sizes of the published models (VideoMAE V2, section 4 and its released code). ViT-g's
+# MLP is 48/11 wide in the decoder too, because the published constructor hands one ratio to both.
 PRESETS: dict[str, dict[str, Any]] = {
     "vit_s": dict(embed_dim=384, depth=12, num_heads=6, decoder_embed_dim=192, decoder_num_heads=3),
     "vit_b": dict(embed_dim=768, depth=12, num_heads=12, decoder_embed_dim=384, decoder_num_heads=6),
     "vit_l": dict(embed_dim=1024, depth=24, num_heads=16, decoder_embed_dim=512, decoder_num_heads=8),
     "vit_h": dict(embed_dim=1280, depth=32, num_heads=16, decoder_embed_dim=512, decoder_num_heads=8),
     "vit_g": dict(
-        embed_dim=1408, depth=40, num_heads=16, decoder_embed_dim=512, decoder_num_heads=8, patch_size=14, mlp_ratio=48 / 11
+        embed_dim=1408,
+        depth=40,
+        num_heads=16,
+        decoder_embed_dim=512,
+        decoder_num_heads=8,
+        patch_size=14,
+        mlp_ratio=48 / 11,
     ),
     # Not published: small enough to learn something on two CPU cores in a minute or two (`make demo`).
-    "vit_tiny": dict(embed_dim=128, depth=4, num_heads=4, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2),
+    "vit_tiny": dict(
+        embed_dim=128, depth=4, num_heads=4, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2
+    ),
 }
 
 
@@ -34,7 +42,8 @@ _WIDTH, _BLOCKS, _HEADS = Whole(1, 2**16), Whole(1, 256), Whole(1, 1024)
 
 
 class _Checked:
-    """Shared by the configurations: numbers checked, construction from a dict that refuses unknown keys, and `replace`."""
+    """Shared by the configurations: numbers checked, construction from a dict that refuses unknown keys, and
+    `replace`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -44,7 +53,9 @@ class _Checked:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise InputError(f"{cls.__name__}: unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+            raise InputError(
+                f"{cls.__name__}: unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            )
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,8 +82,8 @@ class ModelConfig(_Checked):
         drop_path_rate: stochastic depth of the last block of encoder and decoder, rising linearly from 0.
         init_values: initial layer scale; 0 means none.
         learned_pos: learned instead of fixed sine-cosine positions in the encoder.
-        pos_grid: token grid (time, height, width) that the fixed positions are made for, then interpolated to this model's;
-            None means its own. For encoders trained on other frame counts or sizes.
+        pos_grid: token grid (time, height, width) that the fixed positions are made for, then interpolated to
+            this model's; None means its own. For encoders trained on other frame counts or sizes.
         cos_attn: cosine attention with a learned temperature per head.
         layer_norm_eps: of every LayerNorm.
 
@@ -103,7 +114,9 @@ class ModelConfig(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pos_grid is not None and (self.learned_pos or math.prod(self.pos_grid) > MAX_TOKENS):
-            raise InputError(f"pos_grid {self.pos_grid} needs fixed positions, and at most {MAX_TOKENS:,} of them")
+            raise InputError(
+                f"pos_grid {self.pos_grid} needs fixed positions, and at most {MAX_TOKENS:,} of them"
+            )
         for side, name in zip(self.image_hw, ("height", "width")):
             if side % self.patch_size:
                 lower = max(side // self.patch_size, 1) * self.patch_size
@@ -112,13 +125,18 @@ class ModelConfig(_Checked):
                     f"use {lower} or {lower + self.patch_size}"
                 )
         if self.num_frames % self.tubelet_size:
-            raise InputError(f"{self.num_frames} frames are not divisible by the tubelet size {self.tubelet_size}")
+            raise InputError(
+                f"{self.num_frames} frames are not divisible by the tubelet size {self.tubelet_size}"
+            )
         for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
             if getattr(self, width) % getattr(self, heads):
-                raise InputError(f"{width} {getattr(self, width)} is not divisible by {heads} {getattr(self, heads)}")
+                raise InputError(
+                    f"{width} {getattr(self, width)} is not divisible by {heads} {getattr(self, heads)}"
+                )
         if self.num_tokens > MAX_TOKENS:
             raise InputError(
-                f"{self.num_frames} frames of {' x '.join(map(str, self.image_hw))} pixels make {self.num_tokens:,} tokens; "
+                f"{self.num_frames} frames of {' x '.join(map(str, self.image_hw))} pixels make "
+                f"{self.num_tokens:,} tokens; "
                 f"a clip may have {MAX_TOKENS:,}: take a smaller --image-size or fewer --num-frames"
             )
         if self.cos_attn and self.qk_scale is not None:
@@ -126,7 +144,8 @@ class ModelConfig(_Checked):
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ModelConfig:
-        """The published model `name` (vit_s, vit_b, vit_l, vit_h, vit_g; vit_tiny is ours), with `overrides` on top."""
+        """The published model `name` (vit_s, vit_b, vit_l, vit_h, vit_g; vit_tiny is ours), with `overrides`
+        on top."""
         if name not in PRESETS:
             raise InputError(f"unknown model preset {name!r}; known: {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **overrides})
@@ -190,9 +209,10 @@ class SpeedConfig(_Checked):
         attention: "auto", or a name that `python -m vmae doctor` lists.
         compile: compile the blocks with `torch.compile`.
         cuda_graphs: replay the compiled blocks as CUDA graphs; a GPU only.
-        checkpointing: what is made again in the backward instead of being kept: "none", "selective" (the MLPs' hidden
-            layers) or "full" (all but each block's input); see `vmae.train.activations`.
-        parallel: "none", "ddp", "fsdp", "hybrid", or "auto" (ddp with several processes); see `vmae.train.parallel`.
+        checkpointing: what is made again in the backward instead of being kept: "none", "selective" (the
+            MLPs' hidden layers) or "full" (all but each block's input); see `vmae.train.activations`.
+        parallel: "none", "ddp", "fsdp", "hybrid", or "auto" (ddp with several processes); see
+            `vmae.train.parallel`.
         shard_size: ranks that share one copy of the model, for "hybrid"; None means those of a node.
         num_workers: processes that decode video.
     """
@@ -209,7 +229,9 @@ class SpeedConfig(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.checkpointing not in CHECKPOINTING:
-            raise InputError(f"unknown checkpointing {self.checkpointing!r}; known: {', '.join(CHECKPOINTING)}")
+            raise InputError(
+                f"unknown checkpointing {self.checkpointing!r}; known: {', '.join(CHECKPOINTING)}"
+            )
         if self.backend not in ("auto", "torch", "triton"):
             raise InputError(f"unknown backend {self.backend!r}; known: auto, torch, triton")
         if self.cuda_graphs and not self.compile:

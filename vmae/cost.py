@@ -1,4 +1,5 @@
-"""What a step costs, counted rather than timed: multiply-accumulates on paper, bytes that autograd keeps, bytes at the peak.
+"""What a step costs, counted rather than timed: multiply-accumulates on paper, bytes that autograd keeps,
+bytes at the peak.
 
 Legend: N tokens of a clip, Nv visible to the encoder, Nd picked for the decoder, P values of a tubelet.
 """
@@ -22,8 +23,8 @@ from vmae.config import MaskConfig, ModelConfig
 from vmae.masking import DualMask
 from vmae.model.reference import ReferencePretrainer
 
-# Dense peak FLOP/s by a part of the device's name, from the vendors' datasheets (no sparsity): bfloat16, float32 without TF32.
-# The first part that fits counts, so longer names come first.
+# Dense peak FLOP/s by a part of the device's name, from the vendors' datasheets (no sparsity): bfloat16,
+# float32 without TF32. The first part that fits counts, so longer names come first.
 _PEAK_FLOPS = {
     "H100 PCIe": (756e12, 51e12),
     "H100 NVL": (835e12, 60e12),
@@ -71,11 +72,14 @@ def forward_macs(
     Args:
         encoder_ratio: of the tube mask.
         decoder_ratio: of the running-cell mask; 0 is encoder-only masking.
-        fused: count what this code's model does (visible tokens embedded, counted tokens reach the head) instead of the
-            published algorithm (every token embedded, every picked token predicted; the paper's table 1 counts that one).
+        fused: count what this code's model does (visible tokens embedded, counted tokens reach the head)
+            instead of the published algorithm (every token embedded, every picked token predicted; the
+            paper's table 1 counts that one).
     """
     decoder = "running_cell" if decoder_ratio else "none"
-    mask = MaskConfig(encoder="tube", encoder_ratio=encoder_ratio, decoder=decoder, decoder_ratio=decoder_ratio)
+    mask = MaskConfig(
+        encoder="tube", encoder_ratio=encoder_ratio, decoder=decoder, decoder_ratio=decoder_ratio
+    )
     return masked_macs(config, mask, fused=fused)
 
 
@@ -92,14 +96,16 @@ def masked_macs(config: ModelConfig, mask: MaskConfig, *, fused: bool = True) ->
 
 
 def classifier_macs(config: ModelConfig, num_classes: int) -> int:
-    """Multiply-accumulates of the classifier's forward pass of one clip: matrix products and attention, nothing else."""
+    """Multiply-accumulates of the classifier's forward pass of one clip: matrix products and attention,
+    nothing else."""
     macs = config.num_tokens * config.tubelet_pixels * config.embed_dim
     macs += config.depth * _block_macs(config.num_tokens, config.embed_dim, config.mlp_ratio)
     return macs + config.embed_dim * num_classes
 
 
 def count_saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes that autograd keeps for the backward of `forward()`, each storage once, parameters and buffers left out."""
+    """Bytes that autograd keeps for the backward of `forward()`, each storage once, parameters and buffers
+    left out."""
     own = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -115,7 +121,8 @@ def count_saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
 
 
 class _RealMasks(TorchDispatchMode):
-    """Under fake tensors: masks stay real, so that a boolean gather's size is known, which fake tensors can't tell."""
+    """Under fake tensors: masks stay real, so that a boolean gather's size is known, which fake tensors can't
+    tell."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -133,9 +140,13 @@ class _RealMasks(TorchDispatchMode):
 
 @contextlib.contextmanager
 def on_paper(
-    build: Callable[[ModelConfig], nn.Module], config: ModelConfig, mask: MaskConfig, dtype: torch.dtype = torch.float32
+    build: Callable[[ModelConfig], nn.Module],
+    config: ModelConfig,
+    mask: MaskConfig,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[nn.Module, Callable[[int], Tensor]]]:
-    """A model on fake CPU tensors, of any size, and a function: number of clips -> their loss, with a graph to go back through.
+    """A model on fake CPU tensors, of any size, and a function: number of clips -> their loss, with a graph
+    to go back through.
 
     Args:
         build: makes the model; its forward takes uint8 clips and a `DualMask`.
@@ -148,7 +159,9 @@ def on_paper(
 
         def loss_of(batch: int) -> Tensor:
             with unset_fake_temporarily():
-                drawn = DualMask.sample(batch, config.grid, **mask.to_dict(), generator=torch.Generator().manual_seed(0))
+                drawn = DualMask.sample(
+                    batch, config.grid, **mask.to_dict(), generator=torch.Generator().manual_seed(0)
+                )
                 given = drawn.to_bool() if isinstance(model, ReferencePretrainer) else drawn
                 clips = torch.empty(1, dtype=torch.uint8)
             clips = fake.from_tensor(clips).new_empty((batch, config.num_frames, *config.image_hw, 3))
@@ -185,16 +198,19 @@ _FLOPS = flop_registry | {
 
 
 class _StepCounter(TorchDispatchMode):
-    """FLOPs of the operations that run, and bytes of the storages they make: those that live, `now`, and their `peak`.
+    """FLOPs of the operations that run, and bytes of the storages they make: those that live, `now`, and
+    their `peak`.
 
-    Sees what every way of keeping a tensor keeps: autograd, activation checkpointing's caches, a variable. Not seen: scratch
-    that a single operation makes and frees.
+    Sees what every way of keeping a tensor keeps: autograd, activation checkpointing's caches, a variable.
+    Not seen: scratch that a single operation makes and frees.
     """
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = self.flops = 0
-        self._seen: dict[int, weakref.ref] = {id(s): weakref.ref(s) for s in (t.untyped_storage() for t in known)}
+        self._seen: dict[int, weakref.ref] = {
+            id(s): weakref.ref(s) for s in (t.untyped_storage() for t in known)
+        }
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -223,10 +239,11 @@ class _StepCounter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepCount:
-    """One forward and backward, counted: bytes kept in between (the clips among them), bytes at the peak, FLOPs.
+    """One forward and backward, counted: bytes kept in between (the clips among them), bytes at the peak,
+    FLOPs.
 
-    Parameters, buffers and their gradients are not in the bytes. FLOPs are those of matrix products and attention that
-    PyTorch runs; what a Triton kernel computes is not in them.
+    Parameters, buffers and their gradients are not in the bytes. FLOPs are those of matrix products and
+    attention that PyTorch runs; what a Triton kernel computes is not in them.
     """
 
     saved: int
@@ -235,7 +252,8 @@ class StepCount:
 
 
 def count_step(forward: Callable[[], Tensor], model: nn.Module) -> StepCount:
-    """Count a step of `forward() -> loss` and its backward, on real or fake tensors; gradients are added to the model's."""
+    """Count a step of `forward() -> loss` and its backward, on real or fake tensors; gradients are added to
+    the model's."""
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

@@ -1,7 +1,8 @@
-"""`python -m vmae curves RUN...`: loss, learning rate, gradient norm and clips a second of several runs, drawn together.
+"""`python -m vmae curves RUN...`: loss, learning rate, gradient norm and clips a second of several runs,
+drawn together.
 
-Reads what a run logs as it goes (`log.jsonl`), so a run need not be finished. `--reference NAME` adds a curve that is kept
-in `docs/curves`: "is my loss right?" has an answer there. `--export` writes such a file.
+Reads what a run logs as it goes (`log.jsonl`), so a run need not be finished. `--reference NAME` adds a curve
+that is kept in `docs/curves`: "is my loss right?" has an answer there. `--export` writes such a file.
 """
 
 from __future__ import annotations
@@ -83,8 +84,12 @@ def read_curve(path: str | Path, name: str | None = None, *, reference: bool = F
     records = [line for line in lines if "step" in line and "loss_mean" in line]
     if not records:
         raise InputError(f"log {log} has no line of a step yet; runs write one every --log-every steps")
-    about = next((line["about"] for line in lines if isinstance(line.get("about"), dict)), None) or _last_start(log.parent)
-    return Curve(name or (path.name if path.is_dir() else path.stem), records, about, reference, found.note(log))
+    about = next(
+        (line["about"] for line in lines if isinstance(line.get("about"), dict)), None
+    ) or _last_start(log.parent)
+    return Curve(
+        name or (path.name if path.is_dir() else path.stem), records, about, reference, found.note(log)
+    )
 
 
 def _last_start(folder: Path) -> dict[str, Any]:
@@ -93,7 +98,9 @@ def _last_start(folder: Path) -> dict[str, Any]:
         start = read_starts(folder)[-1]
     except (InputError, IndexError):
         return {}
-    return {key: start[key] for key in ("date", "commit", "clean", "torch", "device", "threads") if key in start}
+    return {
+        key: start[key] for key in ("date", "commit", "clean", "torch", "device", "threads") if key in start
+    }
 
 
 def read_curves(runs: Sequence[str], references: Sequence[str]) -> list[Curve]:
@@ -105,12 +112,16 @@ def read_curves(runs: Sequence[str], references: Sequence[str]) -> list[Curve]:
     known = sorted(path.stem for path in REFERENCES.glob("*.jsonl"))
     for name in references:
         if name not in known:
-            raise InputError(f"no reference curve {name!r} in {REFERENCES}; known: {', '.join(known) or 'none'}")
+            raise InputError(
+                f"no reference curve {name!r} in {REFERENCES}; known: {', '.join(known) or 'none'}"
+            )
     if not runs and not references:
         raise InputError("nothing to draw: give the --output folders of runs, or --reference NAME")
     names = [Path(run).absolute().name for run in runs]
     names = [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
-    curves = [read_curve(REFERENCES / f"{name}.jsonl", f"reference {name}", reference=True) for name in references]
+    curves = [
+        read_curve(REFERENCES / f"{name}.jsonl", f"reference {name}", reference=True) for name in references
+    ]
     return curves + [read_curve(run, name) for run, name in zip(runs, names, strict=True)]
 
 
@@ -126,7 +137,9 @@ def draw(curves: Sequence[Curve], path: Path, by: str = "step") -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise InputError(f"no picture without matplotlib ({error}); `pip install matplotlib`, or use --json") from error
+        raise InputError(
+            f"no picture without matplotlib ({error}); `pip install matplotlib`, or use --json"
+        ) from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -163,15 +176,22 @@ def table(curves: Sequence[Curve]) -> list[str]:
     rows = [["run", "steps", "loss of the last tenth", "lowest", "clips/s"]]
     for curve in curves:
         s = curve.summary()
-        numbers = [("-" if s[k] is None else f"{s[k]:.{d}f}") for k, d in (("loss_of_last_tenth", 4), ("lowest_loss", 4))]
+        numbers = [
+            ("-" if s[k] is None else f"{s[k]:.{d}f}")
+            for k, d in (("loss_of_last_tenth", 4), ("lowest_loss", 4))
+        ]
         rate = "-" if s["clips_per_s"] is None else f"{s['clips_per_s']:.1f}"
         rows.append([curve.name, str(s["steps"]), *numbers, rate])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in rows]
+    return [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
 
 
 def export(curve: Curve, path: Path, note: str) -> None:
-    """Write a curve to keep: a line `about` it (note, commit, versions, device), then at most 200 lines of its log.
+    """Write a curve to keep: a line `about` it (note, commit, versions, device), then at most 200 lines of
+    its log.
 
     Raises:
         InputError: the file can't be written.
@@ -179,7 +199,10 @@ def export(curve: Curve, path: Path, note: str) -> None:
     count = min(len(curve.records), _POINTS)
     kept = [curve.records[(i + 1) * len(curve.records) // count - 1] for i in range(count)]
     keys = ("step", "epoch", *PANELS)
-    lines = [{"about": {"note": note, **curve.about}}, *({key: _short(r[key]) for key in keys if key in r} for r in kept)]
+    lines = [
+        {"about": {"note": note, **curve.about}},
+        *({key: _short(r[key]) for key in keys if key in r} for r in kept),
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write_atomically(path, lambda file: file.write(text), binary=False)
 
@@ -191,12 +214,24 @@ def _short(value: Any) -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="output folder of a run, or a JSONL log")
     parser.add_argument(
-        "--reference", nargs="+", default=[], metavar="NAME", help="also draw these curves of docs/curves, such as tiny"
+        "--reference",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="also draw these curves of docs/curves, such as tiny",
     )
-    parser.add_argument("--output", default="curves.png", metavar="FILE", help="picture: .png, .pdf, .svg (curves.png)")
-    parser.add_argument("--by", choices=sorted(AXES), default="step", help="what runs along the x axis (step)")
-    parser.add_argument("--json", metavar="FILE", help="write the values there, no picture; - for the terminal")
-    parser.add_argument("--export", metavar="FILE", help="write the one RUN as a curve to keep, instead of a picture")
+    parser.add_argument(
+        "--output", default="curves.png", metavar="FILE", help="picture: .png, .pdf, .svg (curves.png)"
+    )
+    parser.add_argument(
+        "--by", choices=sorted(AXES), default="step", help="what runs along the x axis (step)"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the values there, no picture; - for the terminal"
+    )
+    parser.add_argument(
+        "--export", metavar="FILE", help="write the one RUN as a curve to keep, instead of a picture"
+    )
     parser.add_argument("--note", default="", help="with --export: the command that made the run")
 
 
@@ -228,5 +263,7 @@ def describe(curves: Sequence[Curve], by: str = "step") -> dict[str, Any]:
     described = []
     for curve in curves:
         values = {key: dict(zip((by, "value"), curve.values(key, by))) for key in PANELS}
-        described.append({**curve.summary(), "reference": curve.reference, "about": curve.about, "values": values})
+        described.append(
+            {**curve.summary(), "reference": curve.reference, "about": curve.about, "values": values}
+        )
     return {"schema": "vmae-curves/1", "curves": described}

@@ -64,64 +64,120 @@ def video_lack(name: str) -> Callable[[], str | None]:
 
 PARTS = (
     Part(
-        name="triton", group="kernels", module="triton", packages=("triton",), gpu=True,
+        name="triton",
+        group="kernels",
+        module="triton",
+        packages=("triton",),
+        gpu=True,
         install="pip install triton (the version that torch requires)",
         without="the fused operations run in PyTorch: more kernel launches and more memory traffic",
     ),
     Part(
-        name="decord", group="video", module="decord", packages=("decord", "decord2"),
+        name="decord",
+        group="video",
+        module="decord",
+        packages=("decord", "decord2"),
         install="pip install decord, or decord2 (newer Pythons, AV1); never both",
         without="nothing: PyAV reads all that it reads; only bench/data.py's baseline is gone",
     ),
     Part(
-        name="torchcodec", group="video", module="torchcodec", packages=("torchcodec",),
+        name="torchcodec",
+        group="video",
+        module="torchcodec",
+        packages=("torchcodec",),
         install="pip install 'torchcodec>=0.13,<0.14', and FFmpeg's libraries (apt-get install ffmpeg); 0.13 loads with torch "
         "2.13 on a CPU, 0.14 to 0.17 link CUDA libraries",
-        without="nothing: PyAV reads the same files, H.264 faster", probe=video_lack("torchcodec"),
+        without="nothing: PyAV reads the same files, H.264 faster",
+        probe=video_lack("torchcodec"),
     ),
     Part(
-        name="PyAV", group="video", module="av", packages=("av",),
-        install="pip install av", probe=video_lack("pyav"),
+        name="PyAV",
+        group="video",
+        module="av",
+        packages=("av",),
+        install="pip install av",
+        probe=video_lack("pyav"),
         without="AVI, MPEG-TS and many open GOPs are refused, H.264 is slower, `vmae pack` and DALI's loader do not run",
     ),
     Part(
-        name="DALI", group="video", module="nvidia.dali", packages=("nvidia-dali-cuda130", "nvidia-dali-cuda120"), gpu=True,
-        install="pip install nvidia-dali-cuda130 (200 MB)", probe=dali_missing,
+        name="DALI",
+        group="video",
+        module="nvidia.dali",
+        packages=("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+        gpu=True,
+        install="pip install nvidia-dali-cuda130 (200 MB)",
+        probe=dali_missing,
         without="videos are decoded by CPU cores instead of the GPU's decoder",
     ),
     Part(
-        name="flash-attn", group="attention", module="flash_attn", packages=("flash-attn",), gpu=True,
-        install=BACKENDS["flash2"].install, without="attention falls to torch's kernels, which stack three gradients a layer",
+        name="flash-attn",
+        group="attention",
+        module="flash_attn",
+        packages=("flash-attn",),
+        gpu=True,
+        install=BACKENDS["flash2"].install,
+        without="attention falls to torch's kernels, which stack three gradients a layer",
     ),
     Part(
-        name="flash-attn-3", group="attention", module="flash_attn_interface", packages=("flash_attn_3", "flash-attn-3"),
-        gpu=True, install=BACKENDS["flash3"].install, without="Hopper's own attention kernels are not used",
+        name="flash-attn-3",
+        group="attention",
+        module="flash_attn_interface",
+        packages=("flash_attn_3", "flash-attn-3"),
+        gpu=True,
+        install=BACKENDS["flash3"].install,
+        without="Hopper's own attention kernels are not used",
     ),
     Part(
-        name="flash-attn-4", group="attention", module="flash_attn.cute", packages=("flash-attn-4",), gpu=True,
-        install=BACKENDS["flash4"].install, without="Blackwell's own attention kernels are not used",
+        name="flash-attn-4",
+        group="attention",
+        module="flash_attn.cute",
+        packages=("flash-attn-4",),
+        gpu=True,
+        install=BACKENDS["flash4"].install,
+        without="Blackwell's own attention kernels are not used",
     ),
     Part(
-        name="xformers", group="attention", module="xformers.ops", packages=("xformers",), gpu=True,
-        install=BACKENDS["xformers"].install, without="nothing where another attention backend runs",
+        name="xformers",
+        group="attention",
+        module="xformers.ops",
+        packages=("xformers",),
+        gpu=True,
+        install=BACKENDS["xformers"].install,
+        without="nothing where another attention backend runs",
     ),
     Part(
-        name="safetensors", group="files", module="safetensors", packages=("safetensors",),
-        install="pip install safetensors", without=".safetensors weights can be neither read nor written",
+        name="safetensors",
+        group="files",
+        module="safetensors",
+        packages=("safetensors",),
+        install="pip install safetensors",
+        without=".safetensors weights can be neither read nor written",
     ),
     Part(
-        name="transformers", group="files", module="transformers", packages=("transformers",),
-        install="pip install transformers", without="no exchange of models with Hugging Face's VideoMAE classes",
+        name="transformers",
+        group="files",
+        module="transformers",
+        packages=("transformers",),
+        install="pip install transformers",
+        without="no exchange of models with Hugging Face's VideoMAE classes",
     ),
     Part(
-        name="tensorboard", group="files", module="tensorboard", packages=("tensorboard",),
-        install="pip install tensorboard", without="metrics go to log.jsonl only",
+        name="tensorboard",
+        group="files",
+        module="tensorboard",
+        packages=("tensorboard",),
+        install="pip install tensorboard",
+        without="metrics go to log.jsonl only",
     ),
     Part(
-        name="matplotlib", group="files", module="matplotlib", packages=("matplotlib",),
-        install="pip install matplotlib", without="no plots and no reconstruction pictures",
+        name="matplotlib",
+        group="files",
+        module="matplotlib",
+        packages=("matplotlib",),
+        install="pip install matplotlib",
+        without="no plots and no reconstruction pictures",
     ),
-)  # fmt: skip
+)
 
 
 def _version(packages: tuple[str, ...]) -> tuple[str, str] | None:
@@ -163,8 +219,11 @@ def look_for(part: Part) -> dict[str, Any]:
     return record
 
 
-def look_at_attention(device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...]) -> list[dict[str, Any]]:
-    """One record per backend: head dims it runs with, and the reason why not, for training on equal and packed sequences."""
+def look_at_attention(
+    device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """One record per backend: head dims it runs with, and the reason why not, for training on equal and
+    packed sequences."""
     workloads = [Workload.on(device, dtype=dtype, head_dim=head_dim) for head_dim in head_dims]
     packed = [Workload.on(device, dtype=dtype, head_dim=head_dim, packed=True) for head_dim in head_dims]
     records = []
@@ -197,12 +256,21 @@ def look_at_auto(device: torch.device, dtype: torch.dtype, head_dims: tuple[int,
     """What `auto` takes, by head dim, and whether the order behind it was measured."""
     workloads = [Workload.on(device, dtype=dtype, head_dim=head_dim) for head_dim in head_dims]
     taken = {w.head_dim: next(name for name in auto_order(w)[0] if name in runnable(w)) for w in workloads}
-    return {"takes": taken, "order": list(auto_order(workloads[0])[0]), "measured": auto_order(workloads[0])[1]}
+    return {
+        "takes": taken,
+        "order": list(auto_order(workloads[0])[0]),
+        "measured": auto_order(workloads[0])[1],
+    }
 
 
 def look_at_video() -> dict[str, Any]:
-    """Which decoders `auto` tries, the first first, and what is wrong with those that are installed, if anything."""
-    order = [name for name, backend in VIDEO_BACKENDS.items() if "video" in backend.kinds and backend.missing() is None]
+    """Which decoders `auto` tries, the first first, and what is wrong with those that are installed, if
+    anything."""
+    order = [
+        name
+        for name, backend in VIDEO_BACKENDS.items()
+        if "video" in backend.kinds and backend.missing() is None
+    ]
     clash = _version(("decord",)) is not None and _version(("decord2",)) is not None
     note = "decord and decord2 are both installed and share an import name: pip uninstall one, reinstall the other"
     return {"order": order, "note": note if clash else None}
@@ -228,12 +296,18 @@ def look_at_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def examine(device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...] = HEAD_DIMS) -> dict[str, Any]:
+def examine(
+    device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...] = HEAD_DIMS
+) -> dict[str, Any]:
     """Everything that `doctor` prints, as JSON can hold it."""
     return {
         "schema": SCHEMA,
         "machine": look_at_machine(device),
-        "workload": {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "head_dims": list(head_dims)},
+        "workload": {
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "head_dims": list(head_dims),
+        },
         "attention": look_at_attention(device, dtype, head_dims),
         "auto": look_at_auto(device, dtype, head_dims),
         "video": look_at_video(),
@@ -241,7 +315,7 @@ def examine(device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...]
     }
 
 
-# --- print ------------------------------------------------------------------------------------------------------------
+# --- print --------------------------------------------------------------------------------------------------
 
 
 def _table(rows: list[tuple[str, ...]], say: Callable[[str], None]) -> None:
@@ -260,7 +334,13 @@ def _attention_row(record: dict[str, Any], head_dims: list[int]) -> tuple[str, .
         elif tiles != (head_dim, head_dim):
             padded.append(f"{head_dim} to {' and '.join(str(w) for w in dict.fromkeys(tiles))}")
     text = record["text"] if record["reason"] is None else record["reason"]
-    return record["name"], runs, record["version"] or "-", "?" if "?" in padded else ", ".join(padded) or "none", text
+    return (
+        record["name"],
+        runs,
+        record["version"] or "-",
+        "?" if "?" in padded else ", ".join(padded) or "none",
+        text,
+    )
 
 
 def report(found: dict[str, Any], say: Callable[[str], None] = print) -> None:
@@ -273,7 +353,10 @@ def report(found: dict[str, Any], say: Callable[[str], None] = print) -> None:
         say(f"GPU: {gpu['name']}, compute capability {gpu['capability']}, {gpu['gib']} GiB")
     if not machine["gpus"]:
         say("no GPU: everything runs on the CPU")
-    say(f"fused operations: {machine['kernels']}" + (f" ({machine['kernels_note']})" if machine["kernels_note"] else ""))
+    say(
+        f"fused operations: {machine['kernels']}"
+        + (f" ({machine['kernels_note']})" if machine["kernels_note"] else "")
+    )
 
     head_dims = workload["head_dims"]
     shapes = ", ".join(map(str, head_dims))
@@ -282,18 +365,28 @@ def report(found: dict[str, Any], say: Callable[[str], None] = print) -> None:
     _table(rows + [_attention_row(record, head_dims) for record in found["attention"]], say)
     auto = found["auto"]
     taken = ", ".join(dict.fromkeys(auto["takes"].values()))
-    order = "measured on this class of device" if auto["measured"] else "expected, not measured on this class of device"
+    order = (
+        "measured on this class of device"
+        if auto["measured"]
+        else "expected, not measured on this class of device"
+    )
     say(f"  auto takes {taken}; its order, {order}: {', '.join(auto['order'])}")
 
     order = ", ".join(found["video"]["order"])
-    say(f"\nvideo files: auto decodes with the first of {order}" if order else "\nvideo files: none can be decoded")
+    say(
+        f"\nvideo files: auto decodes with the first of {order}"
+        if order
+        else "\nvideo files: none can be decoded"
+    )
     if found["video"]["note"]:
         say(f"  {found['video']['note']}")
 
     say("\npackages")
     rows = [("package", "for", "version", "")]
     for part in found["parts"]:
-        rows.append((part["name"], part["group"], part["version"] or "-", "" if part["found"] else part["reason"]))
+        rows.append(
+            (part["name"], part["group"], part["version"] or "-", "" if part["found"] else part["reason"])
+        )
     _table(rows, say)
     missing = [part for part in found["parts"] if not part["found"]]
     if missing:
@@ -303,24 +396,34 @@ def report(found: dict[str, Any], say: Callable[[str], None] = print) -> None:
         say(f"  {part['name']}: {part['without']}{use}\n    {part['install']}")
 
 
-# --- command line -----------------------------------------------------------------------------------------------------
+# --- command line -------------------------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, or a GPU such as cuda:1 (default: a GPU if there is one)")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of attention (default: bfloat16 on a GPU, float32 on a CPU)")
     parser.add_argument(
-        "--head-dim", type=Whole(1, 4096), nargs="+", default=list(HEAD_DIMS), metavar="N",
+        "--device", default="auto", help="auto, cpu, or a GPU such as cuda:1 (default: a GPU if there is one)"
+    )
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="of attention (default: bfloat16 on a GPU, float32 on a CPU)"
+    )
+    parser.add_argument(
+        "--head-dim",
+        type=Whole(1, 4096),
+        nargs="+",
+        default=list(HEAD_DIMS),
+        metavar="N",
         help="of attention (default: the presets')",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", metavar="FILE", help="write everything there")
 
 
 def run(args: argparse.Namespace) -> int:
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        )
     except RuntimeError as error:
         raise InputError(f"--device {args.device}: torch knows no such device") from error
     if device.type == "cuda" and not torch.cuda.is_available():

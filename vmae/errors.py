@@ -4,5 +4,6 @@
 class InputError(ValueError):
     """A file, key, shape or setting given by the user is wrong.
 
-    The message names the thing and says what to do. The command line prints it without a traceback and exits with 2.
+    The message names the thing and says what to do. The command line prints it without a traceback and exits
+    with 2.
     """

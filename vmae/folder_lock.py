@@ -1,10 +1,11 @@
 """A folder that one process writes to: a lock file in it, which names its holder.
 
-The lock is complete or absent: it is written beside and linked into place, which only one can do, on NFS too; where a file
-system has no links, it is created exclusively (atomic on NFS from version 3 on). A holder that has ended without removing it
-(kill -9, a reboot) is recognised by its process id and the time at which that process started, on the same machine since the
-same boot, or by a boot since; a job that its scheduler or torchrun started again ended before. Of any other machine or
-container nothing can be known: its lock is respected until someone deletes it.
+The lock is complete or absent: it is written beside and linked into place, which only one can do, on NFS too;
+where a file system has no links, it is created exclusively (atomic on NFS from version 3 on). A holder that
+has ended without removing it (kill -9, a reboot) is recognised by its process id and the time at which that
+process started, on the same machine since the same boot, or by a boot since; a job that its scheduler or
+torchrun started again ended before. Of any other machine or container nothing can be known: its lock is
+respected until someone deletes it.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ _HELD: set[str] = set()  # tokens of the locks that this process holds
 
 
 class FolderLock:
-    """`with FolderLock(folder, "a run"):` makes the folder, if need be, and is its only holder. One that it made, and that is
-    empty at the end, goes again.
+    """`with FolderLock(folder, "a run"):` makes the folder, if need be, and is its only holder. One that it
+    made, and that is empty at the end, goes again.
 
     Args:
         what: for whoever is refused.
 
     Raises:
-        InputError: someone else holds it (in one line: who, where, since when), or the lock cannot be written.
+        InputError: someone else holds it (in one line: who, where, since when), or the lock cannot be
+            written.
     """
 
     def __init__(self, folder: str | Path, what: str = "a run") -> None:
@@ -50,15 +52,24 @@ class FolderLock:
             for _ in range(10):  # more than one turn only where another one takes or leaves it at this moment
                 self._made = not self.folder.exists()
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(FileNotFoundError):  # its last holder had made the folder, and took it away
+                with contextlib.suppress(
+                    FileNotFoundError
+                ):  # its last holder had made the folder, and took it away
                     if self._create():
                         break
                     self._clear(refuse_if_locked(self.folder))
             else:
-                raise InputError(f"output folder {self.folder} is in use: {self.path} changes hands all the time; try again")
-            self._handle = os.open(self.folder, os.O_RDONLY)  # held open: some file systems number a folder anew otherwise
+                raise InputError(
+                    f"output folder {self.folder} is in use: {self.path} changes hands all the time; try "
+                    "again"
+                )
+            self._handle = os.open(
+                self.folder, os.O_RDONLY
+            )  # held open: some file systems number a folder anew otherwise
         except OSError as error:
-            raise InputError(f"output folder {self.folder} is not writable: {self.path}: {error.strerror}") from error
+            raise InputError(
+                f"output folder {self.folder} is not writable: {self.path}: {error.strerror}"
+            ) from error
         _HELD.add(self.about["token"])
         return self
 
@@ -86,7 +97,8 @@ class FolderLock:
             same = False
         if not same:
             raise InputError(
-                f"output folder {self.folder} is gone: removed, renamed or unmounted while the run wrote to it; "
+                f"output folder {self.folder} is gone: removed, renamed or unmounted while the run wrote to "
+                "it; "
                 "nothing more is written"
             )
         with contextlib.suppress(OSError):  # of a file system that fails: the write itself will tell
@@ -96,7 +108,8 @@ class FolderLock:
             holder = holder or _read(self.path) or {}
             if holder.get("token") != self.about["token"]:
                 raise InputError(
-                    f"output folder {self.folder} was taken over by {_describe(holder)}: this run ends, and writes nothing more"
+                    f"output folder {self.folder} was taken over by {_describe(holder)}: this run ends, and "
+                    "writes nothing more"
                 )
 
     def _create(self) -> bool:
@@ -121,8 +134,8 @@ class FolderLock:
     def _clear(self, stale: dict[str, Any] | None) -> None:
         """Take the lock away that was found stale, and no other that came in its place meanwhile.
 
-        One after the other, as far as the file system has `flock` (else a moment remains in which two may do it; then the
-        first one to hold finds out by `check`).
+        One after the other, as far as the file system has `flock` (else a moment remains in which two may do
+        it; then the first one to hold finds out by `check`).
         """
         with contextlib.suppress(FileNotFoundError):
             handle = os.open(self.path, os.O_RDWR if os.access(self.path, os.W_OK) else os.O_RDONLY)
@@ -148,10 +161,14 @@ def refuse_if_locked(folder: str | Path) -> dict[str, Any] | None:
     try:
         holder = _read(path)
     except OSError as error:
-        raise InputError(f"output folder {folder} is in use: {path} cannot be read: {error.strerror}") from error
+        raise InputError(
+            f"output folder {folder} is in use: {path} cannot be read: {error.strerror}"
+        ) from error
     reason = None if holder is None else _why_alive(holder, _this_process())
     if reason is not None:
-        raise InputError(f"output folder {folder} is in use by {_describe(holder)}. {reason.format(path=path)}")
+        raise InputError(
+            f"output folder {folder} is in use by {_describe(holder)}. {reason.format(path=path)}"
+        )
     return holder
 
 
@@ -209,7 +226,8 @@ def _link(path: str) -> str | None:
 
 
 def _start_of(pid: int) -> int | None:
-    """When a living process started, in ticks since the boot; None where there is none (a dead one's remains count as none).
+    """When a living process started, in ticks since the boot; None where there is none (a dead one's remains
+    count as none).
 
     Field 22 of /proc/PID/stat, see proc(5); the second field, the name, may hold blanks and brackets.
     """
@@ -223,7 +241,10 @@ def _start_of(pid: int) -> int | None:
 def _launches() -> dict[str, int]:
     """Launchers that start this command again themselves: which start of a job this is, by the job's name."""
     given, found = os.environ, {}
-    for job, count in (("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")):
+    for job, count in (
+        ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
+        ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+    ):
         if given.get(job, "none") != "none":  # torchrun's default name
             cluster = f"{given.get('SLURM_CLUSTER_NAME', '')} " if job.startswith("SLURM") else ""
             with contextlib.suppress(ValueError):

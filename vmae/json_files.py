@@ -1,4 +1,5 @@
-"""Reading JSON that a kill, a bad disk or another hand may have spoilt: a text, a file whole, JSON Lines one by one."""
+"""Reading JSON that a kill, a bad disk or another hand may have spoilt: a text, a file whole, JSON Lines one
+by one."""
 
 from __future__ import annotations
 
@@ -76,7 +77,9 @@ class JsonLines:
         """A line on what was skipped; None where nothing was."""
         if not self.skipped:
             return None
-        shown = ", ".join(str(number) for number, _ in self.skipped[:3]) + (", ..." if len(self.skipped) > 3 else "")
+        shown = ", ".join(str(number) for number, _ in self.skipped[:3]) + (
+            ", ..." if len(self.skipped) > 3 else ""
+        )
         return f"note: {path}: {len(self.skipped)} lines skipped, cut short or not ours (line {shown})"
 
 

@@ -1,7 +1,8 @@
 """Dual masking in index form (VideoMAE V2, section 3.2).
 
-Legend: B clips, N tokens of a clip in (frame, row, column) order, Nv visible, Nd decoded, Nk counted by the loss.
-Masks are made from the two small grids (a frame, a 2 x 2 cell), never from booleans over all tokens, and moved as int32.
+Legend: B clips, N tokens of a clip in (frame, row, column) order, Nv visible, Nd decoded, Nk counted by the
+loss. Masks are made from the two small grids (a frame, a 2 x 2 cell), never from booleans over all tokens,
+and moved as int32.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ class DualMask:
         visible: int32 [B, Nv], tokens that the encoder sees.
         decode: int32 [B, Nd], tokens that the decoder gets a mask token for.
         weight: float32 [B, Nd], 1 where the encoder did not see the token, else 0.
-        keep: int32 [B, Nk], positions in `decode` that reach the head: the tokens of weight 1 where every clip has
-            equally many, else all of them. So shapes stay static and no count is ever read back from a GPU.
+        keep: int32 [B, Nk], positions in `decode` that reach the head: the tokens of weight 1 where every
+            clip has equally many, else all of them. So shapes stay static and no count is ever read back from
+            a GPU.
         num_tokens: N.
     """
 
@@ -58,12 +60,14 @@ class DualMask:
         Args:
             encoder: "tube" (one spatial mask for all frames), "random", or "frame" (whole frames hidden).
             encoder_ratio: share hidden, rounded down to whole tokens (of a frame for tube, frames for frame).
-            decoder: "running_cell" (ratio 0.25, 0.5 or 0.75), "random", "frame", or "none" (all that the encoder did not
-                see: VideoMAE V1). A `decoder_ratio` of 0 is "none" too, as in the published code.
+            decoder: "running_cell" (ratio 0.25, 0.5 or 0.75), "random", "frame", or "none" (all that the
+                encoder did not see: VideoMAE V1). A `decoder_ratio` of 0 is "none" too, as in the published
+                code.
             decoder_ratio: share of all tokens that the decoder leaves out.
 
         Raises:
-            InputError: an unknown kind, a ratio that leaves no token to one side, or a grid that the kind can't tile.
+            InputError: an unknown kind, a ratio that leaves no token to one side, or a grid that the kind
+                can't tile.
         """
         if batch < 0 or min(grid) < 1:
             raise InputError(f"cannot mask {batch} clips of {grid} tokens: every number must be positive")
@@ -78,8 +82,10 @@ class DualMask:
             decode = _complement(visible, num_tokens)
         else:
             decode = _sample_decoder(batch, grid, decoder, decoder_ratio, generator)
-        steady = decoder == "none" or decoder_ratio == 0 or (
-            encoder == "tube" and decoder == "running_cell" and grid[0] % 4 == 0
+        steady = (
+            decoder == "none"
+            or decoder_ratio == 0
+            or (encoder == "tube" and decoder == "running_cell" and grid[0] % 4 == 0)
         )
         return cls._from_indices(visible, decode, num_tokens, steady=steady)
 
@@ -93,10 +99,13 @@ class DualMask:
             InputError: shapes that differ, clips with different counts, or a side with no token.
         """
         encoder_mask = encoder_mask.detach().cpu().bool().flatten(1)
-        decoder_mask = ~encoder_mask if decoder_mask is None else decoder_mask.detach().cpu().bool().flatten(1)
+        decoder_mask = (
+            ~encoder_mask if decoder_mask is None else decoder_mask.detach().cpu().bool().flatten(1)
+        )
         if encoder_mask.shape != decoder_mask.shape:
             raise InputError(
-                f"encoder mask {tuple(encoder_mask.shape)} and decoder mask {tuple(decoder_mask.shape)} differ in shape"
+                f"encoder mask {tuple(encoder_mask.shape)} and decoder mask {tuple(decoder_mask.shape)} "
+                "differ in shape"
             )
         visible = _indices_of(~encoder_mask, "visible")
         decode = _indices_of(~decoder_mask, "decoded")
@@ -115,9 +124,12 @@ class DualMask:
         if len(shapes) > 1:
             counts = ", ".join(f"{n} tokens with {v} visible and {d} decoded" for n, v, d in sorted(shapes))
             raise InputError(
-                f"masks with different counts cannot form one batch: {counts} (a model takes the list of masks itself)"
+                f"masks with different counts cannot form one batch: {counts} (a model takes the list of "
+                "masks itself)"
             )
-        visible, decode, weight = (torch.cat([getattr(m, key) for m in masks]) for key in ("visible", "decode", "weight"))
+        visible, decode, weight = (
+            torch.cat([getattr(m, key) for m in masks]) for key in ("visible", "decode", "weight")
+        )
         if len({m.keep.shape[1] for m in masks}) == 1:
             keep = torch.cat([m.keep for m in masks])
         else:
@@ -125,7 +137,9 @@ class DualMask:
         return cls(visible, decode, weight, keep, masks[0].num_tokens)
 
     @classmethod
-    def _from_indices(cls, visible: Tensor, decode: Tensor, num_tokens: int, *, steady: bool | None) -> DualMask:
+    def _from_indices(
+        cls, visible: Tensor, decode: Tensor, num_tokens: int, *, steady: bool | None
+    ) -> DualMask:
         """`steady`: whether every draw of this kind counts equally many tokens; None looks at this batch."""
         if visible.shape[1] == 0 or decode.shape[1] == 0:
             side = "the encoder" if visible.shape[1] == 0 else "the decoder"
@@ -193,18 +207,22 @@ class DualMask:
 def running_cell_states(grid: Grid, ratio: float) -> Tensor:
     """bool [4, N]: the four phases of the running-cell mask, True = left out.
 
-    A queue of four starts with `4 * ratio` ones. At frame `t` of phase `p` the cell is the queue read from position
-    `p + t + 1`, laid out row-major as 2 x 2 and tiled over the frame (VideoMAE V2, section 3.2 and figure 2).
+    A queue of four starts with `4 * ratio` ones. At frame `t` of phase `p` the cell is the queue read from
+    position `p + t + 1`, laid out row-major as 2 x 2 and tiled over the frame (VideoMAE V2, section 3.2 and
+    figure 2).
 
     Raises:
         InputError: a ratio other than 0.25, 0.5, 0.75, or a grid whose rows or columns are odd.
     """
     frames, rows, columns = grid
     if ratio not in RUNNING_CELL_RATIOS:
-        raise InputError(f"a running cell masks 1, 2 or 3 of 4 tokens: decoder_ratio 0.25, 0.5 or 0.75, not {ratio}")
+        raise InputError(
+            f"a running cell masks 1, 2 or 3 of 4 tokens: decoder_ratio 0.25, 0.5 or 0.75, not {ratio}"
+        )
     if rows % 2 or columns % 2:
         raise InputError(
-            f"a running cell of 2 x 2 cannot tile a frame of {rows} x {columns} tokens; choose an image size whose sides are "
+            f"a running cell of 2 x 2 cannot tile a frame of {rows} x {columns} tokens; choose an image size "
+            "whose sides are "
             "an even number of patches, or the random decoder mask"
         )
     queue = torch.arange(4) < round(4 * ratio)
@@ -240,7 +258,9 @@ def _tokens_of_frames(frames: Tensor, per_frame: int) -> Tensor:
     return (frames[:, :, None] * per_frame + torch.arange(per_frame, dtype=torch.int32)).flatten(1)
 
 
-def _sample_encoder(batch: int, grid: Grid, kind: str, ratio: float, generator: torch.Generator | None) -> Tensor:
+def _sample_encoder(
+    batch: int, grid: Grid, kind: str, ratio: float, generator: torch.Generator | None
+) -> Tensor:
     frames, per_frame = grid[0], grid[1] * grid[2]
     if kind == "tube":
         count = per_frame - _hidden_count(per_frame, ratio, "tokens of a frame")
@@ -256,7 +276,9 @@ def _sample_encoder(batch: int, grid: Grid, kind: str, ratio: float, generator: 
     raise InputError(f"unknown encoder mask {kind!r}; known: {', '.join(ENCODER_MASKS)}")
 
 
-def _sample_decoder(batch: int, grid: Grid, kind: str, ratio: float, generator: torch.Generator | None) -> Tensor:
+def _sample_decoder(
+    batch: int, grid: Grid, kind: str, ratio: float, generator: torch.Generator | None
+) -> Tensor:
     frames, per_frame = grid[0], grid[1] * grid[2]
     if kind == "running_cell":
         phase = torch.randint(0, 4, (batch,), generator=generator)
@@ -274,7 +296,9 @@ def _indices_of(chosen: Tensor, what: str) -> Tensor:
     counts = chosen.sum(1)
     if chosen.shape[0] and not bool((counts == counts[0]).all()):
         low, high = int(counts.min()), int(counts.max())
-        raise InputError(f"the clips of a batch must have equally many {what} tokens; these have {low} to {high}")
+        raise InputError(
+            f"the clips of a batch must have equally many {what} tokens; these have {low} to {high}"
+        )
     return chosen.nonzero()[:, 1].view(chosen.shape[0], -1).int()
 
 

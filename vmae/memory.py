@@ -1,4 +1,5 @@
-"""Memory of a training step on paper: state from real parameter shapes, activations from steps on fake tensors."""
+"""Memory of a training step on paper: state from real parameter shapes, activations from steps on fake
+tensors."""
 
 from __future__ import annotations
 
@@ -83,8 +84,8 @@ class Memory:
 
     Attributes:
         parameters: float32 master weights, and buffers.
-        gradients: float32; there throughout, as they are from the second accumulated batch on. FSDP keeps them whole while it
-            accumulates, and sums them over the GPUs at the step's last batch.
+        gradients: float32; there throughout, as they are from the second accumulated batch on. FSDP keeps
+            them whole while it accumulates, and sums them over the GPUs at the step's last batch.
         optimizer: AdamW's two float32 moments, and a step counter a tensor.
         gathered: FSDP's whole parameters of the root and two blocks, and a block's gradient on its way.
         activations: kept between forward and backward, clips included.
@@ -104,10 +105,12 @@ class Memory:
 
 
 def state_bytes(model: nn.Module, sharers: int, dtype: str, accumulate: int = 1) -> tuple[int, int, int, int]:
-    """Bytes of parameters, gradients, optimizer state and gathered parameters, where `sharers` GPUs hold one copy of `model`.
+    """Bytes of parameters, gradients, optimizer state and gathered parameters, where `sharers` GPUs hold one
+    copy of `model`.
 
-    FSDP2 cuts every parameter along its first dimension; the first GPU has the largest part. While a block runs, its whole
-    parameters and the next one's are there in `dtype`; in the backward its gradient too, and that in float32 to be reduced.
+    FSDP2 cuts every parameter along its first dimension; the first GPU has the largest part. While a block
+    runs, its whole parameters and the next one's are there in `dtype`; in the backward its gradient too, and
+    that in float32 to be reduced.
     """
     parameters = list(model.parameters())
     elements = sum(p.numel() for p in parameters)
@@ -115,7 +118,9 @@ def state_bytes(model: nn.Module, sharers: int, dtype: str, accumulate: int = 1)
     if sharers == 1:
         return 4 * elements + buffers, 4 * elements, 8 * elements + 4 * len(parameters), 0
     part = sum(math.ceil(p.shape[0] / sharers) * p[0].numel() for p in parameters)
-    blocks = [sum(p.numel() for p in block.parameters()) for block in (*model.encoder.blocks, *model.decoder.blocks)]
+    blocks = [
+        sum(p.numel() for p in block.parameters()) for block in (*model.encoder.blocks, *model.decoder.blocks)
+    ]
     size = DTYPES[dtype].itemsize
     gathered = size * (elements - sum(blocks)) + max(blocks) * (2 * size + size + 4)
     gradients = 4 * part + (4 * elements if accumulate > 1 else 0)

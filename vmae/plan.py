@@ -1,8 +1,8 @@
 """`python -m vmae plan`: what a pre-training run will need, told before it is started.
 
-It takes the flags of `pretrain`, whose batch, masks, samples and length it plans, and the machines. A table for people, JSON
-for machines, and one line of recommendation. Nothing is measured; what is assumed is printed. With --checkpointing or
---parallel only that choice is shown.
+It takes the flags of `pretrain`, whose batch, masks, samples and length it plans, and the machines. A table
+for people, JSON for machines, and one line of recommendation. Nothing is measured; what is assumed is
+printed. With --checkpointing or --parallel only that choice is shown.
 """
 
 from __future__ import annotations
@@ -52,23 +52,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "The flags of `pretrain` say what is planned; here --device may name a GPU (h100, a100, ...; by default h100)."
     group = parser.add_argument_group("machines and assumptions", about)
     group.add_argument("--gpus", type=limits(Cluster, "gpus"), default=8, help="all GPUs of the run (8)")
-    group.add_argument("--gpus-per-node", type=limits(Cluster, "gpus_per_node"), default=8, help="GPUs of one machine (8)")
-    group.add_argument("--memory", type=memory_size, default=memory_size("80GiB"), help="of one GPU: 80GiB, 40GB (80GiB)")
     group.add_argument(
-        "--reserve", type=limits(Cluster, "reserve"), default=0.08, help="share left to CUDA, NCCL and the allocator (0.08)"
-    )
-    group.add_argument("--mfu", type=limits(Cluster, "mfu"), default=0.5, help="share of the peak FLOP/s that is reached (0.5)")
-    group.add_argument(
-        "--peak", type=Real(above=0, most=1e6), metavar="TFLOPS", help="of one GPU (default: the device's in bf16)"
+        "--gpus-per-node", type=limits(Cluster, "gpus_per_node"), default=8, help="GPUs of one machine (8)"
     )
     group.add_argument(
-        "--effective-batch", type=limits(Workload, "effective_batch"),
+        "--memory", type=memory_size, default=memory_size("80GiB"), help="of one GPU: 80GiB, 40GB (80GiB)"
+    )
+    group.add_argument(
+        "--reserve",
+        type=limits(Cluster, "reserve"),
+        default=0.08,
+        help="share left to CUDA, NCCL and the allocator (0.08)",
+    )
+    group.add_argument(
+        "--mfu",
+        type=limits(Cluster, "mfu"),
+        default=0.5,
+        help="share of the peak FLOP/s that is reached (0.5)",
+    )
+    group.add_argument(
+        "--peak",
+        type=Real(above=0, most=1e6),
+        metavar="TFLOPS",
+        help="of one GPU (default: the device's in bf16)",
+    )
+    group.add_argument(
+        "--effective-batch",
+        type=limits(Workload, "effective_batch"),
         help="videos of an optimizer step (default: the published run's)",
-    )  # fmt: skip
-    group.add_argument(
-        "--videos", type=limits(Workload, "videos"), help=f"in the list (default: those of --data, else {UNLABELED_HYBRID})"
     )
-    group.add_argument("--json", metavar="FILE", help="write everything there too; - for the terminal, and nothing else")
+    group.add_argument(
+        "--videos",
+        type=limits(Workload, "videos"),
+        help=f"in the list (default: those of --data, else {UNLABELED_HYBRID})",
+    )
+    group.add_argument(
+        "--json", metavar="FILE", help="write everything there too; - for the terminal, and nothing else"
+    )
     pretrain_settings.add_arguments(parser, required=False)
     parser.set_defaults(model="vit_g", dtype="bfloat16", num_sample=4, data="", output="")
     parser.set_defaults(epochs=None, lr=None, accumulate=None, checkpointing=None)  # see plan_from_args
@@ -90,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, Plan, Sequence[VideoEntry]]:
-    """The plan of a command line, with the settings of `pretrain` it is for, and the list's videos (none without --data)."""
+    """The plan of a command line, with the settings of `pretrain` it is for, and the list's videos (none
+    without --data)."""
     name = pretrain_settings.PUBLISHED_MODELS.get(args.model, args.model)
     published = PUBLISHED.get(name)
     args.epochs = args.epochs or (published.epochs if published else 300)
@@ -122,7 +143,9 @@ def plan_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, Plan, Sequ
         steps=config.steps,
         dtype=config.dtype,
     )
-    plan = make_plan(config.model, config.mask, cluster, workload, checkpointing=checkpointing, parallel=args.parallel)
+    plan = make_plan(
+        config.model, config.mask, cluster, workload, checkpointing=checkpointing, parallel=args.parallel
+    )
     return config, plan, entries
 
 
@@ -147,16 +170,20 @@ def report(plan: Plan, config: PretrainConfig, args: argparse.Namespace) -> list
     return [
         f"model: {args.model}, {plan.parameters / 1e6:.1f} M parameters, {work.dtype}; {cluster.gpus} GPU"
         f"{'s' * (cluster.gpus > 1)} of {gib(cluster.memory)} GiB on {nodes}",
-        f"clip: {model.num_frames} x {height} x {width}, {tokens.total} tokens ({tokens.visible} visible, {tokens.decoded} "
+        f"clip: {model.num_frames} x {height} x {width}, {tokens.total} tokens ({tokens.visible} visible, "
+        f"{tokens.decoded} "
         f"picked, {tokens.counted} counted by the loss); {work.num_sample} clips a video",
         f"step: effective batch {work.effective_batch} videos = {cluster.gpus} x {work.batch_size} x "
-        f"{work.accumulate(cluster.gpus)} accumulated, {work.clips_per_step} clips; learning rate {config.optim.lr:g} x "
-        f"{work.effective_batch} / 256 = {optim.lr:.4g} at its peak; {_number(plan.model_flops / 1e12)} TFLOP (3 x forward)",
+        f"{work.accumulate(cluster.gpus)} accumulated, {work.clips_per_step} clips; learning rate "
+        f"{config.optim.lr:g} x "
+        f"{work.effective_batch} / 256 = {optim.lr:.4g} at its peak; {_number(plan.model_flops / 1e12)} "
+        "TFLOP (3 x forward)",
         f"run: {work.total_steps} steps, {work.total_steps * work.clips_per_step / 1e6:.4g} M clips"
         + (f" ({work.videos} videos x {work.epochs} epochs)" if work.steps is None else ""),
         *_mismatch(work, cluster),
         "",
-        f"memory of one GPU in GiB at {work.batch_size} videos ({work.batch_size * work.num_sample} clips), and a step's cost:",
+        f"memory of one GPU in GiB at {work.batch_size} videos ({work.batch_size * work.num_sample} clips), "
+        "and a step's cost:",
         *table(plan),
         "",
         assumptions(cluster),
@@ -196,7 +223,10 @@ def table(plan: Plan) -> list[str]:
         fits = [gib(row.memory.total), "yes" if row.fits else "no", str(row.largest_batch)]
         lines.append([row.checkpointing, row.sharding, *memory, *fits, *map(_number, cost)])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    aligned = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in lines]
+    aligned = [
+        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths)))
+        for line in lines
+    ]
     return [aligned[0], "-" * len(aligned[0]), *aligned[1:]]
 
 
@@ -216,7 +246,8 @@ def recommendation(plan: Plan) -> str:
         return f"recommendation: {flags}"
     clips, videos = row.clips_per_s, row.clips_per_s / work.num_sample
     return (
-        f"recommendation: {flags}: {_number(row.hours)} hours ({_number(row.hours / 24)} days); data must supply "
+        f"recommendation: {flags}: {_number(row.hours)} hours ({_number(row.hours / 24)} days); data must "
+        "supply "
         f"{clips:.0f} clips/s, from {videos:.0f} videos/s ({videos / cluster.gpus:.1f} a GPU)"
     )
 
@@ -226,7 +257,9 @@ def recommended_flags(plan: Plan, row: Row) -> list[str]:
     work, gpus = plan.workload, plan.cluster.gpus
     batch = work.batch_size if row.fits else work.batch_within(row.largest_batch, gpus)
     accumulate = dataclasses.replace(work, batch_size=batch).accumulate(gpus)
-    flags = dict(parallel=row.sharding, checkpointing=row.checkpointing, batch_size=batch, accumulate=accumulate)
+    flags = dict(
+        parallel=row.sharding, checkpointing=row.checkpointing, batch_size=batch, accumulate=accumulate
+    )
     return [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
@@ -263,7 +296,9 @@ def describe(plan: Plan, config: PretrainConfig) -> dict[str, Any]:
         },
         "model_flops_per_step": plan.model_flops,
         "rows": rows,
-        "recommended": None if best is None else {"row": plan.rows.index(best), "flags": recommended_flags(plan, best)},
+        "recommended": None
+        if best is None
+        else {"row": plan.rows.index(best), "flags": recommended_flags(plan, best)},
     }
 
 

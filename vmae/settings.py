@@ -24,7 +24,8 @@ _KEY = "limits"
 
 
 class Limits:
-    """What a number may be. Called with a word of a command line, it gives the number (argparse's `type=`)."""
+    """What a number may be. Called with a word of a command line, it gives the number (argparse's
+    `type=`)."""
 
     def allows(self, value: Any) -> bool:
         raise NotImplementedError
@@ -34,7 +35,8 @@ class Limits:
         raise NotImplementedError
 
     def check(self, name: str, value: Any) -> None:
-        """Raises InputError, which names the setting, the value and the range, unless the value is allowed."""
+        """Raises InputError, which names the setting, the value and the range, unless the value is
+        allowed."""
         if not self.allows(value):
             raise InputError(f"{name} must be {self}, not {shown(value)}")
 
@@ -44,7 +46,9 @@ class Limits:
         except ValueError:
             value = None
         if value is None or not self.allows(value):
-            raise argparse.ArgumentTypeError(f"must be {self}, not {text if len(text) <= 40 else text[:37] + '...'}")
+            raise argparse.ArgumentTypeError(
+                f"must be {self}, not {text if len(text) <= 40 else text[:37] + '...'}"
+            )
         return value
 
 
@@ -56,7 +60,11 @@ class Whole(Limits):
     most: int
 
     def allows(self, value: Any) -> bool:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and self.least <= value <= self.most
+        return (
+            isinstance(value, numbers.Integral)
+            and not isinstance(value, bool)
+            and self.least <= value <= self.most
+        )
 
     def read(self, text: str) -> int:
         return int(text)
@@ -89,7 +97,9 @@ class Real(Limits):
 
     def __str__(self) -> str:
         low = f"above {_plain(self.above)}" if self.least is None else f"at least {_plain(self.least)}"
-        return f"a number {low} and " + (f"below {_plain(self.below)}" if self.most is None else f"at most {_plain(self.most)}")
+        return f"a number {low} and " + (
+            f"below {_plain(self.below)}" if self.most is None else f"at most {_plain(self.most)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -124,9 +134,10 @@ def shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-# --- Ranges that many settings have -----------------------------------------------------------------------------------
+# --- Ranges that many settings have -------------------------------------------------------------------------
 
-# The upper ends refuse what can only be a mistake, and what would end in a trace of torch or numpy instead of a line.
+# The upper ends refuse what can only be a mistake, and what would end in a trace of torch or numpy instead of
+# a line.
 SEED = Whole(0, 2**63 - 1)  # torch's generators take no more
 COUNT = Whole(1, 10**9)
 STEPS = Whole(1, 10**10)
@@ -143,11 +154,12 @@ SHARE_BELOW_1 = Real(least=0, below=1)
 SHARE_ABOVE_0 = Real(above=0, most=1)
 
 
-# --- Fields -----------------------------------------------------------------------------------------------------------
+# --- Fields -------------------------------------------------------------------------------------------------
 
 
 def ranged(default: Any = dataclasses.MISSING, within: Limits | None = None) -> Any:
-    """A dataclass field whose numbers (each of a tuple's) are `within` these limits; None too, where its type says so."""
+    """A dataclass field whose numbers (each of a tuple's) are `within` these limits; None too, where its type
+    says so."""
     return dataclasses.field(default=default, metadata={_KEY: within})
 
 

@@ -1,7 +1,8 @@
-"""The operations that dual-masked pre-training adds to a vision transformer, each touching only what it needs.
+"""The operations that dual-masked pre-training adds to a vision transformer, each touching only what it
+needs.
 
-Every operation takes `backend="auto"`: Triton on a GPU, plain PyTorch elsewhere. `*_ref` is that PyTorch: the reference
-that tests and benchmarks compare with.
+Every operation takes `backend="auto"`: Triton on a GPU, plain PyTorch elsewhere. `*_ref` is that PyTorch: the
+reference that tests and benchmarks compare with.
 """
 
 from vmae_kernels.assemble_decoder_tokens import assemble_decoder_tokens, assemble_decoder_tokens_ref

@@ -1,9 +1,9 @@
 """The decoder's input: encoded visible tokens and mask tokens, each with its position.
 
-Idea: the published code expands the position table over the batch, gathers it twice with booleans, adds and concatenates.
-Here each row of the result is written once: `B * (Nv + Nd) * Dd` elements, read `B * Nv * Dd` encoded ones and the table; one
-addition an element. The backward writes nothing for `encoded` (its gradient is a view) and reads the gradient of the
-`B * Nd` mask tokens once, in a two-stage sum.
+Idea: the published code expands the position table over the batch, gathers it twice with booleans, adds and
+concatenates. Here each row of the result is written once: `B * (Nv + Nd) * Dd` elements, read `B * Nv * Dd`
+encoded ones and the table; one addition an element. The backward writes nothing for `encoded` (its gradient
+is a view) and reads the gradient of the `B * Nd` mask tokens once, in a two-stage sum.
 
 Legend: B clips, Nv visible tokens, Nd decoded tokens, N all tokens, Dd decoder width.
 """
@@ -20,7 +20,9 @@ from vmae_kernels.backend import choose_backend
 from vmae_kernels.device import round_to
 
 
-def assemble_decoder_tokens_ref(encoded: Tensor, mask_token: Tensor, pos: Tensor, visible: Tensor, decode: Tensor) -> Tensor:
+def assemble_decoder_tokens_ref(
+    encoded: Tensor, mask_token: Tensor, pos: Tensor, visible: Tensor, decode: Tensor
+) -> Tensor:
     """Plain PyTorch; same arguments and result as `assemble_decoder_tokens`."""
     table = pos.flatten(0, -2).to(encoded.dtype)
     shown = encoded + table[visible.long()]
@@ -40,9 +42,13 @@ def assemble_decoder_tokens_fwd_kernel(
     i_clip, i_row = o_r // (n_visible + n_decode), o_r % (n_visible + n_decode)
     m_shown = i_row < n_visible
     b_token = tl.load(p_visible + i_clip * n_visible + i_row, mask=m_r & m_shown, other=0)
-    b_token += tl.load(p_decode + i_clip * n_decode + i_row - n_visible, mask=m_r & (i_row >= n_visible), other=0)
+    b_token += tl.load(
+        p_decode + i_clip * n_decode + i_row - n_visible, mask=m_r & (i_row >= n_visible), other=0
+    )
     m_x = m_r[:, None] & m_d[None, :]
-    b_x = tl.load(p_pos + b_token.to(tl.int64)[:, None] * width + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
+    b_x = tl.load(p_pos + b_token.to(tl.int64)[:, None] * width + o_d[None, :], mask=m_x, other=0.0).to(
+        tl.float32
+    )
     o_encoded = i_clip * tl.cast(stride_b, tl.int64) + i_row * stride_row
     m_encoded = m_x & m_shown[:, None]
     b_x += tl.load(p_encoded + o_encoded[:, None] + o_d[None, :], mask=m_encoded, other=0.0).to(tl.float32)
@@ -58,7 +64,9 @@ def fwd_config(width: int) -> dict:
 
 
 @dev.launcher("encoded")
-def assemble_decoder_tokens_fwd(encoded: Tensor, mask_token: Tensor, pos: Tensor, visible: Tensor, decode: Tensor) -> Tensor:
+def assemble_decoder_tokens_fwd(
+    encoded: Tensor, mask_token: Tensor, pos: Tensor, visible: Tensor, decode: Tensor
+) -> Tensor:
     """Launches the forward."""
     batch, shown, width = encoded.shape
     hidden = decode.shape[1]
@@ -78,7 +86,9 @@ def assemble_decoder_tokens_fwd(encoded: Tensor, mask_token: Tensor, pos: Tensor
 
 
 @torch.library.custom_op("vmae::assemble_decoder_tokens", mutates_args=())
-def assemble_decoder_tokens_op(encoded: Tensor, mask_token: Tensor, pos: Tensor, visible: Tensor, decode: Tensor) -> Tensor:
+def assemble_decoder_tokens_op(
+    encoded: Tensor, mask_token: Tensor, pos: Tensor, visible: Tensor, decode: Tensor
+) -> Tensor:
     return assemble_decoder_tokens_fwd(encoded, mask_token, pos, visible, decode)
 
 
@@ -112,7 +122,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     needs_encoded, needs_mask, *_ = ctx.needs_input_grad
-    mask_grad = mask_token_grad_op(grad, ctx.shown, ctx.mask_dtype).view(ctx.mask_shape) if needs_mask else None
+    mask_grad = (
+        mask_token_grad_op(grad, ctx.shown, ctx.mask_dtype).view(ctx.mask_shape) if needs_mask else None
+    )
     return grad[:, : ctx.shown] if needs_encoded else None, mask_grad, None, None, None
 
 
@@ -120,7 +132,13 @@ assemble_decoder_tokens_op.register_autograd(_backward, setup_context=_setup_con
 
 
 def assemble_decoder_tokens(
-    encoded: Tensor, mask_token: Tensor, pos: Tensor, visible: Tensor, decode: Tensor, *, backend: str = "auto"
+    encoded: Tensor,
+    mask_token: Tensor,
+    pos: Tensor,
+    visible: Tensor,
+    decode: Tensor,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """`encoded[b, i] + pos[visible[b, i]]`, then `mask_token + pos[decode[b, j]]` (VideoMAE V2, section 3.2).
 
@@ -133,26 +151,33 @@ def assemble_decoder_tokens(
         backend: "torch", "triton" or "auto" (Triton on a GPU).
 
     Returns:
-        [B, Nv + Nd, Dd] in the dtype of `encoded`, under autocast too (an addition casts nothing). The mask token's gradient is
+        [B, Nv + Nd, Dd] in the dtype of `encoded`, under autocast too (an addition casts nothing). The mask
+            token's gradient is
         summed in float32 in a fixed order.
 
     Cost: B * (2 Nv + Nd) * Dd elements and the position table moved; the backward B * Nd * Dd.
 
     Raises:
-        ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when VMAE_CHECK_INDICES=1,
-            "triton" where it cannot run or where `pos` needs a gradient.
+        ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when
+            VMAE_CHECK_INDICES=1, "triton" where it cannot run or where `pos` needs a gradient.
     """
     if encoded.ndim != 3 or encoded.shape[:2] != visible.shape:
-        raise ValueError(f"encoded {list(encoded.shape)} does not fit visible {list(visible.shape)}: [B, Nv, D] and [B, Nv]")
+        raise ValueError(
+            f"encoded {list(encoded.shape)} does not fit visible {list(visible.shape)}: [B, Nv, D] and [B, "
+            "Nv]"
+        )
     if mask_token.numel() != encoded.shape[2] or pos.shape[-1] != encoded.shape[2]:
         raise ValueError(
-            f"mask token {list(mask_token.shape)} and positions {list(pos.shape)} must have width {encoded.shape[2]}"
+            f"mask token {list(mask_token.shape)} and positions {list(pos.shape)} must have width "
+            f"{encoded.shape[2]}"
         )
     if decode.ndim != 2 or decode.shape[0] != encoded.shape[0]:
         raise ValueError(f"decode must be [B={encoded.shape[0]}, Nd], not {list(decode.shape)}")
     tensors = dict(encoded=encoded, mask_token=mask_token, pos=pos, visible=visible, decode=decode)
     if choose_backend("assemble_decoder_tokens", backend, encoded.dtype, tensors) == "triton":
-        return assemble_decoder_tokens_op(encoded, mask_token, pos, visible.to(torch.int32), decode.to(torch.int32))
+        return assemble_decoder_tokens_op(
+            encoded, mask_token, pos, visible.to(torch.int32), decode.to(torch.int32)
+        )
     if dev.checking_indices():
         dev.check_indices(visible, pos.numel() // pos.shape[-1], "visible")
         dev.check_indices(decode, pos.numel() // pos.shape[-1], "decode")

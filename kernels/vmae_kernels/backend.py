@@ -46,9 +46,11 @@ _INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.
 
 
 def resolve_backend(backend: str, operation: str, tensor: Tensor, dtype: torch.dtype | None = None) -> str:
-    """"torch" or "triton" for one call of `operation` on `tensor`'s device, computing in `dtype` (None: any will do).
+    """ "torch" or "triton" for one call of `operation` on `tensor`'s device, computing in `dtype` (None: any
+    will do).
 
-    "auto" is Triton on a GPU (ROCm's too), PyTorch elsewhere, on GPUs before sm_80 and in dtypes that the kernels do not have.
+    "auto" is Triton on a GPU (ROCm's too), PyTorch elsewhere, on GPUs before sm_80 and in dtypes that the
+    kernels do not have.
 
     Raises:
         ValueError: an unknown backend, or "triton" on a device or in a dtype where it cannot run.
@@ -58,7 +60,9 @@ def resolve_backend(backend: str, operation: str, tensor: Tensor, dtype: torch.d
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     available = operation in TRITON_OPERATIONS
     fits = dtype is None or dtype in TRITON_DTYPES
-    runs = not isinstance(tensor, FakeTensor)  # a fake one launches nothing: its step is counted, not computed
+    runs = not isinstance(
+        tensor, FakeTensor
+    )  # a fake one launches nothing: its step is counted, not computed
     too_old = device.why_too_old(tensor.device) if runs and tensor.is_cuda and backend != "torch" else None
     if backend == "auto":
         return "triton" if available and fits and tensor.is_cuda and too_old is None else "torch"
@@ -66,30 +70,40 @@ def resolve_backend(backend: str, operation: str, tensor: Tensor, dtype: torch.d
         if not available:
             raise NotImplementedError(f"{operation} has no Triton kernel; use backend='torch' or 'auto'")
         if not fits:
-            raise ValueError(f"{operation}: the Triton kernels compute in float32, bfloat16 or float16, not {dtype}")
+            raise ValueError(
+                f"{operation}: the Triton kernels compute in float32, bfloat16 or float16, not {dtype}"
+            )
         if too_old is not None:
             raise ValueError(f"{operation}: {too_old}; use backend='torch' or 'auto'")
         if runs and not tensor.is_cuda and not INTERPRETING and device.BUILD_TARGET is None:
             raise ValueError(
-                f"{operation}: backend='triton' needs a GPU, and the tensors are on {tensor.device}. Move them to a GPU, use "
-                "backend='torch' or 'auto', or set TRITON_INTERPRET=1 before Python starts to interpret the kernels (slow)"
+                f"{operation}: backend='triton' needs a GPU, and the tensors are on {tensor.device}. Move "
+                "them to a GPU, use "
+                "backend='torch' or 'auto', or set TRITON_INTERPRET=1 before Python starts to interpret the "
+                "kernels (slow)"
             )
     return backend
 
 
-def choose_backend(operation: str, backend: str, dtype: torch.dtype, tensors: dict[str, Tensor | None]) -> str:
-    """`resolve_backend` for a call with these arguments, the first of them a tensor, all on one device and of the right kind.
+def choose_backend(
+    operation: str, backend: str, dtype: torch.dtype, tensors: dict[str, Tensor | None]
+) -> str:
+    """`resolve_backend` for a call with these arguments, the first of them a tensor, all on one device and of
+    the right kind.
 
     Raises:
-        ValueError: as `resolve_backend`; tensors on different devices; indices that are no integers; "triton" where a gradient
-            is wanted that the kernels do not form ("auto" takes PyTorch then).
+        ValueError: as `resolve_backend`; tensors on different devices; indices that are no integers; "triton"
+            where a gradient is wanted that the kernels do not form ("auto" takes PyTorch then).
     """
     known = OPERATIONS[operation]
     first = next(iter(tensors))
     place = tensors[first].device
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != place:
-            raise ValueError(f"{operation}: {name} is on {tensor.device}, but {first} on {place}; all must be on one device")
+            raise ValueError(
+                f"{operation}: {name} is on {tensor.device}, but {first} on {place}; all must be on one "
+                "device"
+            )
     for name in known.indices:
         if tensors[name].dtype not in _INTEGERS:
             raise ValueError(f"{operation}: {name} must hold integers, not {tensors[name].dtype}")
@@ -98,7 +112,8 @@ def choose_backend(operation: str, backend: str, dtype: torch.dtype, tensors: di
             if tensors[name].requires_grad:
                 if backend == "triton":
                     raise ValueError(
-                        f"{operation}: {name} requires a gradient, which the Triton kernels do not form; detach it, or use "
+                        f"{operation}: {name} requires a gradient, which the Triton kernels do not form; "
+                        "detach it, or use "
                         "backend='torch' or 'auto'"
                     )
                 backend = "torch" if backend == "auto" else backend

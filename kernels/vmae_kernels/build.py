@@ -1,9 +1,11 @@
-"""Builds the kernels for GPUs that are not there, and reads what came out: `python -m vmae_kernels.build --json FILE`.
+"""Builds the kernels for GPUs that are not there, and reads what came out: `python -m vmae_kernels.build
+--json FILE`.
 
-The public functions run on CPU tensors of the presets' shapes while every kernel launch is caught instead of done: what is
-built is what would be launched, specialised as Triton specialises it. The binaries tell registers, stack bytes (spills), shared
-memory, tensor-core instructions and global loads. By default: ViT-B and ViT-g, bf16, uint8 clips, the default
-configurations. `--full`: all presets, float32 and float clips too, and every configuration that VMAE_AUTOTUNE=1 may choose.
+The public functions run on CPU tensors of the presets' shapes while every kernel launch is caught instead of
+done: what is built is what would be launched, specialised as Triton specialises it. The binaries tell
+registers, stack bytes (spills), shared memory, tensor-core instructions and global loads. By default: ViT-B
+and ViT-g, bf16, uint8 clips, the default configurations. `--full`: all presets, float32 and float clips too,
+and every configuration that VMAE_AUTOTUNE=1 may choose.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942":
 PROJECTIONS = (
     "embed_visible_fwd_kernel", "embed_visible_bwd_weight_kernel", "head_error_kernel", "head_weight_grad_kernel",
 )  # fmt: skip
-# patch, encoder width, decoder width, visible, decoded and counted tokens; 16 x 224 x 224 pixels, masks of 90 and 50 %.
+# patch, encoder width, decoder width, visible, decoded and counted tokens; 16 x 224 x 224 pixels, masks of 90
+# and 50 %.
 PRESETS = {
     "vit_s": (16, 384, 192, 160, 784, 704),
     "vit_b": (16, 768, 384, 160, 784, 704),
@@ -82,7 +85,9 @@ def compile_launch(launch: Launch, target: str):
     function, kwargs = launch.function, {"debug": False, **launch.kwargs}
     binder = create_function_from_signature(function.signature, function.params, backend)
     bound, specialization, options = binder(*launch.args, **kwargs)
-    options, signature, constexprs, attrs = function._pack_args(backend, kwargs, bound, specialization, options)
+    options, signature, constexprs, attrs = function._pack_args(
+        backend, kwargs, bound, specialization, options
+    )
     source = ASTSource(function, signature, constexprs, attrs)
     return triton.compile(source, target=TARGETS[target], options=options.__dict__)
 
@@ -92,10 +97,18 @@ def read_nvidia(binary: bytes) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-        code = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        code = subprocess.run(
+            [tool, "--dump-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return {"registers": int(registers), "stack_bytes": int(stack), "instructions": dict(Counter(re.findall(NVIDIA_OPS, code)))}
+    return {
+        "registers": int(registers),
+        "stack_bytes": int(stack),
+        "instructions": dict(Counter(re.findall(NVIDIA_OPS, code))),
+    }
 
 
 def read_amd(assembly: str) -> dict:
@@ -107,7 +120,11 @@ def read_amd(assembly: str) -> dict:
     if products := sum(count for name, count in counts.items() if name.startswith("v_mfma")):
         instructions["MFMA"] = products
     stack = field("private_segment_fixed_size") + 4 * field("vgpr_spill_count")
-    return {"registers": field("vgpr_count") + field("agpr_count"), "stack_bytes": stack, "instructions": instructions}
+    return {
+        "registers": field("vgpr_count") + field("agpr_count"),
+        "stack_bytes": stack,
+        "instructions": instructions,
+    }
 
 
 def widest_load(instructions: dict) -> int:
@@ -176,7 +193,9 @@ def build_one(job: tuple[str, str, str, str, bool, int]) -> list[dict]:
     for launch in catch_launches(lambda: call_operation(operation, x)):
         name = launch.function.__name__
         tunable = name in ("embed_visible_fwd_kernel", "embed_visible_bwd_weight_kernel")
-        options = {key: value for key, value in launch.kwargs.items() if not key.isupper() or key.startswith("BLOCK")}
+        options = {
+            key: value for key, value in launch.kwargs.items() if not key.isupper() or key.startswith("BLOCK")
+        }
         key = (name, *options.items())
         if key in seen or (candidate and not tunable):
             continue
@@ -194,7 +213,13 @@ def build_one(job: tuple[str, str, str, str, bool, int]) -> list[dict]:
 
 def jobs(targets: list[str], presets: list[str], full: bool) -> list[tuple]:
     """Slow ones first."""
-    operations = ("embed_visible", "head_patch_loss", "patch_loss", "select_decoded", "assemble_decoder_tokens")
+    operations = (
+        "embed_visible",
+        "head_patch_loss",
+        "patch_loss",
+        "select_decoded",
+        "assemble_decoder_tokens",
+    )
     found = []
     for operation in operations:
         for target in targets:
@@ -205,7 +230,9 @@ def jobs(targets: list[str], presets: list[str], full: bool) -> list[tuple]:
                     found.append((operation, target, preset, "float32", False, 0))
                     found.append((operation, target, preset, "bfloat16", True, 0))
                 if full and operation == "embed_visible":
-                    found += [(operation, target, preset, "bfloat16", False, candidate) for candidate in (1, 2)]
+                    found += [
+                        (operation, target, preset, "bfloat16", False, candidate) for candidate in (1, 2)
+                    ]
     return found
 
 
@@ -225,22 +252,38 @@ def failures(records: list[dict]) -> list[str]:
 
 
 def table(records: list[dict]) -> str:
-    """Markdown, a line per kernel, shape and configuration; a cell per target: registers / stack / shared KiB / tensor-core
-    instructions / widest load in bits."""
+    """Markdown, a line per kernel, shape and configuration; a cell per target: registers / stack / shared KiB
+    / tensor-core instructions / widest load in bits."""
     targets = [target for target in TARGETS if any(record["target"] == target for record in records)]
     rows: dict[tuple, dict[str, str]] = {}
     for record in records:
         name = record["kernel"].removesuffix("_kernel")
         blocks = "x".join(str(value) for key, value in record["config"].items() if key.startswith("BLOCK"))
-        kind = "" if (record["dtype"], record["clips"]) == ("bfloat16", "uint8") else f" {record['dtype']} {record['clips']}"
+        kind = (
+            ""
+            if (record["dtype"], record["clips"]) == ("bfloat16", "uint8")
+            else f" {record['dtype']} {record['clips']}"
+        )
         config = f"{blocks} w{record['config'].get('num_warps', 4)}"
-        key = (name, record["shape"] + kind) if record["default"] else (name, f"{record['shape']}{kind} {config}")
+        key = (
+            (name, record["shape"] + kind)
+            if record["default"]
+            else (name, f"{record['shape']}{kind} {config}")
+        )
         shared = f"{record['shared_bytes'] / 1024:.0f}"
-        cells = (record["registers"], record["stack_bytes"], shared, tensor_core_count(record), record["widest_load_bits"])
+        cells = (
+            record["registers"],
+            record["stack_bytes"],
+            shared,
+            tensor_core_count(record),
+            record["widest_load_bits"],
+        )
         rows.setdefault(key, {})[record["target"]] = " / ".join(str(cell) for cell in cells)
     lines = ["| kernel | shape | " + " | ".join(targets) + " |", "|" + "---|" * (2 + len(targets))]
     for (name, shape), cells in rows.items():
-        lines.append(f"| {name} | {shape} | " + " | ".join(cells.get(target, "") for target in targets) + " |")
+        lines.append(
+            f"| {name} | {shape} | " + " | ".join(cells.get(target, "") for target in targets) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -256,14 +299,27 @@ def main() -> int:
         sys.exit("TRITON_INTERPRET=1 is set: interpreting and building need separate processes; unset it")
     presets = options.presets or (list(PRESETS) if options.full else ["vit_b", "vit_g"])
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        records = [record for found in pool.imap(build_one, jobs(options.targets, presets, options.full)) for record in found]
+        records = [
+            record
+            for found in pool.imap(build_one, jobs(options.targets, presets, options.full))
+            for record in found
+        ]
     print(table(records))
-    print("\ncells: registers / stack bytes / shared KiB / tensor-core instructions / bits of a thread's widest global load")
+    print(
+        "\ncells: registers / stack bytes / shared KiB / tensor-core instructions / bits of a thread's "
+        "widest global load"
+    )
     if options.json:
         versions = {"torch": torch.__version__, "triton": triton.__version__}
-        options.json.write_text(json.dumps({"schema": "vmae-build/1", "versions": versions, "records": records}, indent=1))
+        options.json.write_text(
+            json.dumps({"schema": "vmae-build/1", "versions": versions, "records": records}, indent=1)
+        )
     wrong = failures(records)
-    print("\n".join(["FAIL", *wrong]) if wrong else f"ok: {len(records)} kernels, no spill in a default configuration")
+    print(
+        "\n".join(["FAIL", *wrong])
+        if wrong
+        else f"ok: {len(records)} kernels, no spill in a default configuration"
+    )
     return 1 if wrong else 0
 
 

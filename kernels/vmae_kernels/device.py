@@ -1,9 +1,11 @@
 """What the kernels share: device helpers, launch configurations, scratch memory, index checks, autocast.
 
-Names in all kernels: `i_` program or token id, `o_` offset, `m_` mask, `p_` pointer, `b_` block held in registers.
+Names in all kernels: `i_` program or token id, `o_` offset, `m_` mask, `p_` pointer, `b_` block held in
+registers.
 
-The interpreter (`TRITON_INTERPRET=1`) computes bf16 wrongly and truncates float32 to bf16. So kernels upcast what they load
-to `DOT`-able float32 there, and `round_to` rounds by hand: interpreted results obey the same error bound as a device's.
+The interpreter (`TRITON_INTERPRET=1`) computes bf16 wrongly and truncates float32 to bf16. So kernels upcast
+what they load to `DOT`-able float32 there, and `round_to` rounds by hand: interpreted results obey the same
+error bound as a device's.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ def tubelet_offsets(
     p_tokens, i_row, n_tokens, columns, per_frame, stride_b, stride_t, stride_h,
     PATCH: tl.constexpr, DEPTH: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """int64 element offset of the first pixel of each row's tubelet. `i_row` int64 counts over clips and their tokens."""
+    """int64 element offset of the first pixel of each row's tubelet. `i_row` int64 counts over clips and
+    their tokens."""
     i_token = tl.load(p_tokens + i_row)
     i_place = i_token % per_frame
     o_x = i_place % columns * (PATCH * 3 if CHANNELS_LAST else PATCH)
@@ -71,14 +74,17 @@ def tubelet_offsets(
 def pixel_offsets(
     o_k, stride_t, stride_h, stride_c, PATCH: tl.constexpr, DEPTH: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
-    """int32 element offset inside a tubelet of value `o_k`: order (t, h, w, c) for uint8 clips, (c, t, h, w) for float ones."""
+    """int32 element offset inside a tubelet of value `o_k`: order (t, h, w, c) for uint8 clips, (c, t, h, w)
+    for float ones."""
     if CHANNELS_LAST:
         o_line = o_k // (3 * PATCH)
         return o_line // PATCH * stride_t + o_line % PATCH * stride_h + o_k % (3 * PATCH)
     else:
         o_line = o_k // PATCH
         o_frame = o_line // PATCH
-        return o_frame // DEPTH * stride_c + o_frame % DEPTH * stride_t + o_line % PATCH * stride_h + o_k % PATCH
+        return (
+            o_frame // DEPTH * stride_c + o_frame % DEPTH * stride_t + o_line % PATCH * stride_h + o_k % PATCH
+        )
 
 
 @triton.jit
@@ -94,7 +100,8 @@ def target_offsets(o_p, stride_t, stride_h, stride_c, PATCH: tl.constexpr, CHANN
 
 @triton.jit
 def load_pixels(p_pixels, m_pixels, CHANNELS_LAST: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr):
-    """Pixels as a matrix operand: uint8 minus CENTRE, exact in every dtype; float as it is. Masked ones are zero."""
+    """Pixels as a matrix operand: uint8 minus CENTRE, exact in every dtype; float as it is. Masked ones are
+    zero."""
     if CHANNELS_LAST:
         if MASKED:
             b_pixels = tl.load(p_pixels, mask=m_pixels, other=CENTRE)
@@ -114,7 +121,8 @@ def column_sum_kernel(
     p_x, p_partial, n_rows, n_per_clip, first, stride_b, stride_row, n_columns, rows_per_program,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """First stage of a deterministic sum: partial[i] = sum of rows i * rows_per_program ... of x[:, first:]."""
+    """First stage of a deterministic sum: partial[i] = sum of rows i * rows_per_program ... of x[:,
+    first:]."""
     i_part = tl.program_id(1).to(tl.int64)
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < n_columns
@@ -124,12 +132,16 @@ def column_sum_kernel(
         i_row = i_part * rows_per_program + o_r
         m_r = (o_r < rows_per_program) & (i_row < n_rows)
         o_x = (i_row // n_per_clip) * tl.cast(stride_b, tl.int64) + (first + i_row % n_per_clip) * stride_row
-        b_sum += tl.load(p_x + o_x[:, None] + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+        b_sum += tl.load(p_x + o_x[:, None] + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0.0).to(
+            tl.float32
+        )
     tl.store(p_partial + i_part * n_columns + o_d, tl.sum(b_sum, 0), mask=m_d)
 
 
 @triton.jit
-def reduce_partials_kernel(p_partial, p_out, n_parts, n_columns, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+def reduce_partials_kernel(
+    p_partial, p_out, n_parts, n_columns, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Second stage: out = sum of the partial rows, always in the same order."""
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < n_columns
@@ -173,16 +185,20 @@ def _adjacent_values(tensor: Tensor) -> Tensor:
 
 
 def launcher(*by_rows: str) -> Callable[[Callable], Callable]:
-    """Guards a launcher. All of them have it, so every tensor passes here on its way to a kernel, upstream gradients too.
+    """Guards a launcher. All of them have it, so every tensor passes here on its way to a kernel, upstream
+    gradients too.
 
-    Kernels read a tensor as if it were contiguous: one that is passes as it is, another is copied. Two kinds keep strides:
-    clips (`clip_arguments`), and the parameters `by_rows`, of which the values of a row must be adjacent. The first tensor's
-    GPU becomes the current one: Triton launches there, wherever its arguments are. `choose_backend` found all on one device.
+    Kernels read a tensor as if it were contiguous: one that is passes as it is, another is copied. Two kinds
+    keep strides: clips (`clip_arguments`), and the parameters `by_rows`, of which the values of a row must be
+    adjacent. The first tensor's GPU becomes the current one: Triton launches there, wherever its arguments
+    are. `choose_backend` found all on one device.
     """
 
     def guard(launch: Callable) -> Callable:
         parameters = inspect.signature(launch).parameters.values()
-        tensors = [(i, x.name) for i, x in enumerate(parameters) if "Tensor" in x.annotation and x.name != "clips"]
+        tensors = [
+            (i, x.name) for i, x in enumerate(parameters) if "Tensor" in x.annotation and x.name != "clips"
+        ]
         rules = [(i, _adjacent_values if name in by_rows else Tensor.contiguous) for i, name in tensors]
 
         @functools.wraps(launch)
@@ -201,7 +217,8 @@ def launcher(*by_rows: str) -> Callable[[Callable], Callable]:
 
 
 def scratch(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that kernels will write: uninitialised, or NaN with VMAE_NAN_SCRATCH=1, so that a gap is seen."""
+    """Memory that kernels will write: uninitialised, or NaN with VMAE_NAN_SCRATCH=1, so that a gap is
+    seen."""
     if os.environ.get("VMAE_NAN_SCRATCH") == "1":
         return torch.full(tuple(shape), float("nan"), dtype=dtype, device=device)
     return torch.empty(tuple(shape), dtype=dtype, device=device)
@@ -213,27 +230,33 @@ def checking_indices() -> bool:
 
 
 def check_indices(tokens: Tensor, count: int, name: str) -> None:
-    """Raises ValueError unless all of `tokens` lie in [0, count). Waits for the device; out of range is otherwise undefined."""
+    """Raises ValueError unless all of `tokens` lie in [0, count). Waits for the device; out of range is
+    otherwise undefined."""
     if tokens.numel() == 0:
         return
     low, high = tokens.min().item(), tokens.max().item()
     if low < 0 or high >= count:
-        raise ValueError(f"{name} holds indices {low} to {high}; there are {count}, so 0 to {count - 1} are valid")
+        raise ValueError(
+            f"{name} holds indices {low} to {high}; there are {count}, so 0 to {count - 1} are valid"
+        )
 
 
 def working_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype F.linear would compute in: autocast's where it is on (float64 and meta tensors excepted), else `dtype`."""
+    """The dtype F.linear would compute in: autocast's where it is on (float64 and meta tensors excepted),
+    else `dtype`."""
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return dtype
 
 
-# Set by vmae_kernels.build, which launches nothing: the target to choose for, and which candidate configuration.
+# Set by vmae_kernels.build, which launches nothing: the target to choose for, and which candidate
+# configuration.
 BUILD_TARGET: str | None = None
 BUILD_CANDIDATE = 0
 
 
-# Built for sm_75 (ViT-B, bf16 and fp16): no tensor-core instruction, 2,800 to 7,500 stack bytes in each of the projections.
+# Built for sm_75 (ViT-B, bf16 and fp16): no tensor-core instruction, 2,800 to 7,500 stack bytes in each of
+# the projections.
 OLDEST_CAPABILITY = (8, 0)
 
 _capability = functools.cache(lambda device: torch.cuda.get_device_capability(device))
@@ -244,12 +267,14 @@ def why_too_old(device: torch.device) -> str | None:
     """Why the kernels do not run on a GPU; None where they do, and on all of AMD's that PyTorch knows."""
     if torch.version.hip is not None or _capability(device) >= OLDEST_CAPABILITY:
         return None
-    found, needed = (".".join(map(str, capability)) for capability in (_capability(device), OLDEST_CAPABILITY))
+    found, needed = (
+        ".".join(map(str, capability)) for capability in (_capability(device), OLDEST_CAPABILITY)
+    )
     return f"{device} has compute capability {found}; before {needed} the kernels use no tensor cores and spill registers"
 
 
 def target_of(device: torch.device) -> str:
-    """"sm_80", "sm_90", ..., "hip" or "cpu" (interpreting)."""
+    """ "sm_80", "sm_90", ..., "hip" or "cpu" (interpreting)."""
     if BUILD_TARGET is not None:
         return BUILD_TARGET
     if device.type != "cuda":
@@ -265,13 +290,15 @@ def is_nvidia(target: str) -> bool:
 
 
 def dot_precision(device: torch.device) -> str:
-    """How float32 is multiplied: three tf32 products on NVIDIA (error near float32's own), exactly elsewhere."""
+    """How float32 is multiplied: three tf32 products on NVIDIA (error near float32's own), exactly
+    elsewhere."""
     return "tf32x3" if is_nvidia(target_of(device)) else "ieee"
 
 
 def has_copy_engine(device: torch.device) -> bool:
-    """Whether tensor descriptors are worth it: compute capability 9.0 and up. Elsewhere Triton emulates them with 2-byte
-    loads. The interpreter takes them too, so that both ways are tested (VMAE_NO_DESCRIPTOR=1: the other one)."""
+    """Whether tensor descriptors are worth it: compute capability 9.0 and up. Elsewhere Triton emulates them
+    with 2-byte loads. The interpreter takes them too, so that both ways are tested (VMAE_NO_DESCRIPTOR=1: the
+    other one)."""
     target = target_of(device)
     if os.environ.get("VMAE_NO_DESCRIPTOR") == "1":
         return False
@@ -293,7 +320,8 @@ _CHOSEN: dict[tuple, dict] = {}
 
 
 def choose_config(kernel: str, candidates: list[dict], key: tuple, launch: Callable[[dict], object]) -> dict:
-    """The launch configuration of a projection kernel: the first candidate, or with VMAE_AUTOTUNE=1 the fastest.
+    """The launch configuration of a projection kernel: the first candidate, or with VMAE_AUTOTUNE=1 the
+    fastest.
 
     Off by default: timing waits for the device, and another tile order moves the last bits of a sum.
     """

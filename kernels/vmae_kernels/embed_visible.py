@@ -1,19 +1,21 @@
 """Tokens of the visible tubelets, straight from the clip.
 
-Idea: the published code embeds all N tubelets of a clip and keeps the few that the encoder sees. Here only those few are
-read: `Nv * P` bytes of a uint8 clip (P = 1536 at patch 16, 1176 at patch 14), the weight once, `Nv * D` tokens written;
-`2 * Nv * P * D` FLOPs instead of `2 * N * P * D`. The backward reads the pixels again (`Nv * P` bytes, as many FLOPs as the
-forward); what is saved are the indices and the clip itself.
+Idea: the published code embeds all N tubelets of a clip and keeps the few that the encoder sees. Here only
+those few are read: `Nv * P` bytes of a uint8 clip (P = 1536 at patch 16, 1176 at patch 14), the weight once,
+`Nv * D` tokens written; `2 * Nv * P * D` FLOPs instead of `2 * N * P * D`. The backward reads the pixels
+again (`Nv * P` bytes, as many FLOPs as the forward); what is saved are the indices and the clip itself.
 
-Normalisation is folded into the weight, around a pixel value of 114: `W . (x/255 - mean)/std = W' . (x - 114) + shift`, `W'
-= W / (255 std)`, `shift` float32. `x - 114` is an integer of 8 bits, exact in bf16, so only the weight is rounded. Measured
-on a CPU against float64, K = 1536, as a share of the error of autocast's way, which rounds normalised pixels and weight to
-bf16 (`pytest -s tests/kernels/test_embed_visible.py -k folding`): folded around 114, 0.70; folded around 0, 1.33; a weight
-that is bf16 already, with normalised pixels rounded in registers, 0.71. So folding around 114 is kept: it wins or draws,
-for one integer subtraction a pixel instead of two float operations, and makes the weight's gradient exact but for the
+Normalisation is folded into the weight, around a pixel value of 114: `W . (x/255 - mean)/std = W' . (x - 114)
++ shift`, `W' = W / (255 std)`, `shift` float32. `x - 114` is an integer of 8 bits, exact in bf16, so only the
+weight is rounded. Measured on a CPU against float64, K = 1536, as a share of the error of autocast's way,
+which rounds normalised pixels and weight to bf16 (`pytest -s tests/kernels/test_embed_visible.py -k
+folding`): folded around 114, 0.70; folded around 0, 1.33; a weight that is bf16 already, with normalised
+pixels rounded in registers, 0.71. So folding around 114 is kept: it wins or draws, for one integer
+subtraction a pixel instead of two float operations, and makes the weight's gradient exact but for the
 upstream gradient's own rounding. `W'` is scaled by 64 (exactly), which keeps it in fp16's normal range.
 
-Legend: B clips, T frames, H x W pixels, Nv visible tokens, N all tokens, D width, t x p x p tubelet, K = 3 t p p.
+Legend: B clips, T frames, H x W pixels, Nv visible tokens, N all tokens, D width, t x p x p tubelet, K = 3 t
+p p.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ from vmae_kernels.tubelets import clip_grid, gather_tubelets, normalise
 FOLD = tl.constexpr(64.0)
 
 
-def embed_visible_ref(clips: Tensor, visible: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor) -> Tensor:
+def embed_visible_ref(
+    clips: Tensor, visible: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor
+) -> Tensor:
     """Plain PyTorch; same arguments and result as `embed_visible`."""
     tubelet_size, patch_size = weight.shape[2], weight.shape[3]
     pixels = gather_tubelets(clips, visible, patch_size, tubelet_size)
@@ -64,7 +68,8 @@ def embed_visible_fold_kernel(
     p_weight, p_bias, p_folded, p_shift, K, stride_folded,
     HAS_BIAS: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One row of the weight in the clip's pixel order and working dtype, folded for uint8 clips, and its float32 shift."""
+    """One row of the weight in the clip's pixel order and working dtype, folded for uint8 clips, and its
+    float32 shift."""
     i_d = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)
     m_k = o_k < K
@@ -73,7 +78,9 @@ def embed_visible_fold_kernel(
         o_c = o_k % 3
         b_w = tl.load(p_weight + i_d * K + o_c * (K // 3) + o_k // 3, mask=m_k, other=0.0).to(tl.float32)
         b_w = b_w * by_channel(o_c, 1 / (255 * STD_R), 1 / (255 * STD_G), 1 / (255 * STD_B))
-        b_shift += tl.sum(b_w * by_channel(o_c, CENTRE - 255 * MEAN_R, CENTRE - 255 * MEAN_G, CENTRE - 255 * MEAN_B))
+        b_shift += tl.sum(
+            b_w * by_channel(o_c, CENTRE - 255 * MEAN_R, CENTRE - 255 * MEAN_G, CENTRE - 255 * MEAN_B)
+        )
         b_w *= FOLD
     else:
         b_w = tl.load(p_weight + i_d * K + o_k, mask=m_k, other=0.0).to(tl.float32)
@@ -89,8 +96,9 @@ def embed_visible_fwd_kernel(
     DESCRIPTOR: tl.constexpr, PATCH: tl.constexpr, DEPTH: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A BLOCK_M x BLOCK_N tile of tokens. One 64-bit base per row; offsets inside a tubelet are 32-bit. The weight comes
-    through a descriptor (`p_weight` is one) where the device has a copy engine, else through a pointer."""
+    """A BLOCK_M x BLOCK_N tile of tokens. One 64-bit base per row; offsets inside a tubelet are 32-bit. The
+    weight comes through a descriptor (`p_weight` is one) where the device has a copy engine, else through a
+    pointer."""
     K: tl.constexpr = 3 * DEPTH * PATCH * PATCH
     DTYPE: tl.constexpr = p_out.dtype.element_ty
     n_tiles = tl.cdiv(width, BLOCK_N)
@@ -99,7 +107,17 @@ def embed_visible_fwd_kernel(
     m_m = o_m < n_rows
     o_m = tl.minimum(o_m, n_rows - 1)
     o_base = tubelet_offsets(
-        p_visible, o_m, n_visible, columns, per_frame, stride_b, stride_t, stride_h, PATCH, DEPTH, CHANNELS_LAST
+        p_visible,
+        o_m,
+        n_visible,
+        columns,
+        per_frame,
+        stride_b,
+        stride_t,
+        stride_h,
+        PATCH,
+        DEPTH,
+        CHANNELS_LAST,
     )
     p_rows = p_clips + o_base
     if not DESCRIPTOR:
@@ -150,7 +168,17 @@ def embed_visible_bwd_weight_kernel(
         m_m = (o_r < rows_per_split) & (o_m < n_rows)
         o_m = tl.minimum(o_m, n_rows - 1)
         o_base = tubelet_offsets(
-            p_visible, o_m, n_visible, columns, per_frame, stride_b, stride_t, stride_h, PATCH, DEPTH, CHANNELS_LAST
+            p_visible,
+            o_m,
+            n_visible,
+            columns,
+            per_frame,
+            stride_b,
+            stride_t,
+            stride_h,
+            PATCH,
+            DEPTH,
+            CHANNELS_LAST,
         )
         p_pixels = p_clips + o_base[:, None] + o_pixel[None, :]
         b_x = load_pixels(p_pixels, m_k[None, :], CHANNELS_LAST, K % BLOCK_K != 0, DTYPE)
@@ -166,7 +194,8 @@ def embed_visible_bwd_finish_kernel(
     p_partial, p_sums, p_weight_grad, p_bias_grad, n_splits, n_parts, width, K,
     CHANNELS_LAST: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Second stage for one row of the weight: sum of the partials, normalisation undone, back in (c, t, h, w) order."""
+    """Second stage for one row of the weight: sum of the partials, normalisation undone, back in (c, t, h, w)
+    order."""
     i_d = tl.program_id(0).to(tl.int64)
     b_sum = 0.0
     for o_part in range(0, n_parts, BLOCK_R):
@@ -183,7 +212,10 @@ def embed_visible_bwd_finish_kernel(
     if CHANNELS_LAST:
         b_grad *= by_channel(o_c, 1 / (255 * STD_R), 1 / (255 * STD_G), 1 / (255 * STD_B))
         b_grad += b_sum * by_channel(
-            o_c, (CENTRE / 255 - MEAN_R) / STD_R, (CENTRE / 255 - MEAN_G) / STD_G, (CENTRE / 255 - MEAN_B) / STD_B
+            o_c,
+            (CENTRE / 255 - MEAN_R) / STD_R,
+            (CENTRE / 255 - MEAN_G) / STD_G,
+            (CENTRE / 255 - MEAN_B) / STD_B,
         )
     tl.store(p_weight_grad + i_d * K + o_k, round_to(b_grad, p_weight_grad.dtype.element_ty), mask=m_k)
 
@@ -203,9 +235,10 @@ def embed_visible_bwd_pos_kernel(p_grad, p_order, p_bounds, p_pos_grad, width, B
     tl.store(p_pos_grad + i_token * width + o_d, round_to(b_sum, p_pos_grad.dtype.element_ty), mask=m_d)
 
 
-# First: the default; the others may win with VMAE_AUTOTUNE=1. Chosen by what `python -m vmae_kernels.build` shows: the largest
-# tiles that build without a spill (128 x 256 spills 240 to 4,000 bytes on NVIDIA). Not timed. Where there is no copy engine,
-# the weight's pointers take registers, so the tile is shallower. Three products a float32 value ask for smaller ones.
+# First: the default; the others may win with VMAE_AUTOTUNE=1. Chosen by what `python -m vmae_kernels.build`
+# shows: the largest tiles that build without a spill (128 x 256 spills 240 to 4,000 bytes on NVIDIA). Not
+# timed. Where there is no copy engine, the weight's pointers take registers, so the tile is shallower. Three
+# products a float32 value ask for smaller ones.
 FWD_CONFIGS = [
     {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
     {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
@@ -235,7 +268,9 @@ def bwd_configs(dtype: torch.dtype) -> list[dict]:
     return BWD_CONFIGS_FLOAT32 if dtype == torch.float32 else BWD_CONFIGS
 
 
-def fold_weight(weight: Tensor, bias: Tensor | None, channels_last: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def fold_weight(
+    weight: Tensor, bias: Tensor | None, channels_last: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """The weight as the forward kernel reads it, [D, K padded], and the float32 shift [D]."""
     width, values = weight.shape[0], weight[0].numel()
     folded = dev.scratch((width, dev.padded_width(values)), dtype, weight.device)
@@ -266,7 +301,11 @@ def embed_visible_fwd(
     configs = fwd_configs(dtype, descriptor)
 
     def launch(config: dict) -> None:
-        table_w = TensorDescriptor.from_tensor(folded, [config["BLOCK_N"], config["BLOCK_K"]]) if descriptor else folded
+        table_w = (
+            TensorDescriptor.from_tensor(folded, [config["BLOCK_N"], config["BLOCK_K"]])
+            if descriptor
+            else folded
+        )
         tiles = triton.cdiv(batch * tokens, config["BLOCK_M"]) * triton.cdiv(width, config["BLOCK_N"])
         embed_visible_fwd_kernel[(tiles,)](
             clips, visible, table_w, shift, pos, out, batch * tokens, where[0], width, *where[1:], folded.shape[1],
@@ -279,15 +318,16 @@ def embed_visible_fwd(
 
 
 def weight_grad_splits(rows: int, tiles: int) -> int:
-    """Into how many parts the rows of a weight gradient are cut: enough for two programs on each of 132 processors, no part
-    under 256 rows. A function of the shape alone, so that the sum's order is."""
+    """Into how many parts the rows of a weight gradient are cut: enough for two programs on each of 132
+    processors, no part under 256 rows. A function of the shape alone, so that the sum's order is."""
     return max(1, min(264 // tiles, rows // 256))
 
 
 def weight_and_bias_grads(
     grad: Tensor, clips: Tensor, visible: Tensor, patch: int, depth: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Launches the sums of the bias, the weight's partial sums and their second stage: [D, K] in `dtype`, [D] float32."""
+    """Launches the sums of the bias, the weight's partial sums and their second stage: [D, K] in `dtype`, [D]
+    float32."""
     batch, tokens, width = grad.shape
     values, channels_last = 3 * depth * patch * patch, clips.dtype == torch.uint8
     found = dev.scratch((width, values), dtype, grad.device)
@@ -307,7 +347,9 @@ def weight_and_bias_grads(
         )  # fmt: skip
         return partial
 
-    config = dev.choose_config("embed_visible_bwd", bwd_configs(grad.dtype), (rows, width, patch, grad.dtype), launch)
+    config = dev.choose_config(
+        "embed_visible_bwd", bwd_configs(grad.dtype), (rows, width, patch, grad.dtype), launch
+    )
     partial = launch(config)
     embed_visible_bwd_finish_kernel[(width,)](
         partial, sums, found, bias_grad, partial.shape[0], sums.shape[0], width, values,
@@ -317,7 +359,8 @@ def weight_and_bias_grads(
 
 
 def positions_grad(grad: Tensor, visible: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Gradient of learned positions, [count, D]: a stable sort of the indices makes each position's uses adjacent."""
+    """Gradient of learned positions, [count, D]: a stable sort of the indices makes each position's uses
+    adjacent."""
     width = grad.shape[-1]
     ordered, order = torch.sort(visible.flatten(), stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(count + 1, dtype=ordered.dtype, device=ordered.device))
@@ -334,7 +377,8 @@ def embed_visible_bwd(
     grad: Tensor, clips: Tensor, visible: Tensor, patch: int, depth: int, count: int,
     weight_dtype: torch.dtype, pos_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launches the backward: gradients of weight [D, K], bias (float32) and `count` positions (empty without `pos_dtype`)."""
+    """Launches the backward: gradients of weight [D, K], bias (float32) and `count` positions (empty without
+    `pos_dtype`)."""
     grads = weight_and_bias_grads(grad, clips, visible, patch, depth, weight_dtype)
     return *grads, grad.new_empty(0) if pos_dtype is None else positions_grad(grad, visible, count, pos_dtype)
 
@@ -402,8 +446,8 @@ def embed_visible(
     """`W . normalise(tubelet(clip, v)) + bias + pos[v]` for every visible token v (VideoMAE V2, section 3.1).
 
     Args:
-        clips: uint8 [B, T, H, W, 3], normalised with the ImageNet mean and deviation on the way; or float [B, 3, T, H, W],
-            normalised already.
+        clips: uint8 [B, T, H, W, 3], normalised with the ImageNet mean and deviation on the way; or float [B,
+            3, T, H, W], normalised already.
         visible: int32 [B, Nv], token indices; duplicates are legal, others than 0 ... N - 1 are not.
         weight: [D, 3, t, p, p], the Conv3d weight: float32, bfloat16 or float16.
         bias: [D] or None.
@@ -411,22 +455,24 @@ def embed_visible(
         backend: "torch", "triton" or "auto" (Triton on a GPU).
 
     Returns:
-        [B, Nv, D] in the weight's dtype, or autocast's. Gradients reach weight, bias and pos, in their own dtype and summed in
+        [B, Nv, D] in the weight's dtype, or autocast's. Gradients reach weight, bias and pos, in their own
+            dtype and summed in
         float32. The kernels form none of pixels; where float clips need one, "auto" is PyTorch.
 
-    Cost: B * Nv * K bytes of a uint8 clip read (K = 3 t p p), B * Nv * D tokens written, 2 * B * Nv * K * D FLOPs; the
-    backward again as much, and 4 * D * K bytes of scratch for each split of the rows.
+    Cost: B * Nv * K bytes of a uint8 clip read (K = 3 t p p), B * Nv * D tokens written, 2 * B * Nv * K * D
+    FLOPs; the backward again as much, and 4 * D * K bytes of scratch for each split of the rows.
 
     Raises:
-        ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when they are checked, "triton"
-            where it cannot run or where clips need a gradient.
+        ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when they are
+            checked, "triton" where it cannot run or where clips need a gradient.
     """
     if weight.ndim != 5 or weight.shape[1] != 3 or weight.shape[3] != weight.shape[4]:
         raise ValueError(f"weight must be [D, 3, t, p, p], not {list(weight.shape)}")
     frames, rows, columns = clip_grid(clips, weight.shape[3], weight.shape[2])
     if pos.shape[-1] != weight.shape[0] or pos.numel() != frames * rows * columns * weight.shape[0]:
         raise ValueError(
-            f"positions {list(pos.shape)} do not fit {frames * rows * columns} tokens of width {weight.shape[0]}"
+            f"positions {list(pos.shape)} do not fit {frames * rows * columns} tokens of width "
+            f"{weight.shape[0]}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}")

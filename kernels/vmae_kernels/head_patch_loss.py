@@ -1,18 +1,21 @@
 """The head's projection and the pixel loss in one operation.
 
-Idea: predictions are only ever compared with pixels, so nobody needs all of them at once: `2 * B * Nk * D * P` FLOPs (three
-times that with both gradients, as in plain PyTorch: no product is repeated), and memory for one chunk of rows instead of `B
+Idea: predictions are only ever compared with pixels, so nobody needs all of them at once: `2 * B * Nk * D *
+P` FLOPs (three times that with both gradients, as in plain PyTorch: no product is repeated), and memory for
+one chunk of rows instead of `B
 * Nk * P` predictions, targets and gradients.
 
-A chunk's projection ends in its weighted errors, which stay in the working dtype while the two products that need them are
-formed: the gradient of `hidden` (cuBLAS: nothing to fuse) and a share of the weight's, accumulated in float32. So gradients
-are formed in the forward, but for one factor: `upstream * 2 / (P * sum of weights)`, a scalar on the device that the
-backward applies to fresh tensors. That keeps it right under gradient accumulation, any upstream gradient and
-`retain_graph`. Forming them in the backward instead would save as much (`hidden` for its gradient) and repeat the
-projection, a third more FLOPs. float16 is refused: the gradients would be rounded before a loss scale is known.
+A chunk's projection ends in its weighted errors, which stay in the working dtype while the two products that
+need them are formed: the gradient of `hidden` (cuBLAS: nothing to fuse) and a share of the weight's,
+accumulated in float32. So gradients are formed in the forward, but for one factor: `upstream * 2 / (P * sum
+of weights)`, a scalar on the device that the backward applies to fresh tensors. That keeps it right under
+gradient accumulation, any upstream gradient and `retain_graph`. Forming them in the backward instead would
+save as much (`hidden` for its gradient) and repeat the projection, a third more FLOPs. float16 is refused:
+the gradients would be rounded before a loss scale is known.
 
-Saved: the gradient of `hidden` (B * Nk * D), float32 P * D and P values, one sum. Scratch: a chunk of errors in the working
-dtype (at most 8192 rows, and never all), 6 floats a row for targets, the weight gradient's partial sums.
+Saved: the gradient of `hidden` (B * Nk * D), float32 P * D and P values, one sum. Scratch: a chunk of errors
+in the working dtype (at most 8192 rows, and never all), 6 floats a row for targets, the weight gradient's
+partial sums.
 
 Legend: B clips, Nk counted tokens, D decoder width, P values of a tubelet in order (t, h, w, c).
 """
@@ -52,7 +55,9 @@ def head_patch_loss_ref(
     tubelet_size: int = 2,
 ) -> Tensor:
     """Plain PyTorch; same arguments and result as `head_patch_loss`."""
-    return patch_loss_ref(F.linear(hidden, head_weight, head_bias), clips, decode, weight, normalize, tubelet_size)
+    return patch_loss_ref(
+        F.linear(hidden, head_weight, head_bias), clips, decode, weight, normalize, tubelet_size
+    )
 
 
 @triton.jit
@@ -60,7 +65,8 @@ def target_affine_kernel(
     p_clips, p_tokens, p_affine, n_tokens, columns, per_frame, stride_b, stride_t, stride_h, stride_c,
     PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One token's three centres and three scales, float32: all that the projection must know of its target."""
+    """One token's three centres and three scales, float32: all that the projection must know of its
+    target."""
     P: tl.constexpr = 3 * DEPTH * PATCH * PATCH
     i_row = tl.program_id(0).to(tl.int64)
     o_p = tl.arange(0, BLOCK_P)
@@ -95,7 +101,8 @@ def head_error_kernel(
     PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, HAS_BIAS: tl.constexpr, WITH_GRAD: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A BLOCK_M x BLOCK_N tile of a chunk's predictions, never stored: weighted errors, their column sums, and the loss."""
+    """A BLOCK_M x BLOCK_N tile of a chunk's predictions, never stored: weighted errors, their column sums,
+    and the loss."""
     P: tl.constexpr = 3 * DEPTH * PATCH * PATCH
     DTYPE: tl.constexpr = p_hidden.dtype.element_ty
     n_tiles: tl.constexpr = (P + BLOCK_N - 1) // BLOCK_N
@@ -142,7 +149,8 @@ def head_weight_grad_kernel(
     p_error, p_hidden, p_partial, first_row, n_rows, values, width, rows_per_split,
     ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial[split] [P, D] (+)= errors^T . hidden over the split's rows of one chunk. Chunks run one after another."""
+    """partial[split] [P, D] (+)= errors^T . hidden over the split's rows of one chunk. Chunks run one after
+    another."""
     DTYPE: tl.constexpr = p_hidden.dtype.element_ty
     k_tiles = tl.cdiv(width, BLOCK_K)
     i_n, i_k = tl.program_id(0) // k_tiles, tl.program_id(0) % k_tiles
@@ -166,8 +174,8 @@ def head_weight_grad_kernel(
     tl.store(p_out, b_acc, mask=m_out)
 
 
-# Chosen by what `python -m vmae_kernels.build` shows (no spill on any target; 128 x 128 spills 8 to 88 bytes in its
-# epilogue), not timed, and never tuned: the tile is part of the order in which sums are formed.
+# Chosen by what `python -m vmae_kernels.build` shows (no spill on any target; 128 x 128 spills 8 to 88 bytes
+# in its epilogue), not timed, and never tuned: the tile is part of the order in which sums are formed.
 ERROR_CONFIG = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 ERROR_CONFIG_FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
 WEIGHT_GRAD_CONFIG = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
@@ -178,8 +186,9 @@ SPLIT_ROWS = 512
 
 
 def chunk_rows(rows: int, block: int) -> int:
-    """Rows of a chunk, a multiple of the tile: even chunks of at most CHUNK_ROWS, and two at least where there is more than a
-    tile, so that never all predictions exist. Errors of 8192 rows of ViT-B are 25 MB in bf16: half an H100's L2."""
+    """Rows of a chunk, a multiple of the tile: even chunks of at most CHUNK_ROWS, and two at least where
+    there is more than a tile, so that never all predictions exist. Errors of 8192 rows of ViT-B are 25 MB in
+    bf16: half an H100's L2."""
     chunks = max(2, triton.cdiv(rows, CHUNK_ROWS))
     return triton.cdiv(triton.cdiv(rows, chunks), block) * block
 
@@ -199,13 +208,26 @@ def target_affines(
 class HeadPass:
     """One pass over the rows of a call, chunk by chunk: holds what the chunks share."""
 
-    def __init__(self, hidden, head_weight, head_bias, clips, decode, weight, normalize: bool, depth: int, with_grad: bool):
+    def __init__(
+        self,
+        hidden,
+        head_weight,
+        head_bias,
+        clips,
+        decode,
+        weight,
+        normalize: bool,
+        depth: int,
+        with_grad: bool,
+    ):
         self.rows, self.width = decode.numel(), hidden.shape[-1]
         self.values, self.depth, self.with_grad = head_weight.shape[0], depth, with_grad
         self.patch = patch_size_of(self.values, depth)
         self.hidden, self.head = hidden.view(-1, self.width), head_weight.to(hidden.dtype)
         self.bias, self.decode, self.weight = head_bias, decode, weight
-        self.clips, self.where = dev.clip_arguments(clips, decode.shape[1], clip_grid(clips, self.patch, depth))
+        self.clips, self.where = dev.clip_arguments(
+            clips, decode.shape[1], clip_grid(clips, self.patch, depth)
+        )
         self.affine = target_affines(self.clips, self.decode, self.where, self.patch, depth, normalize)
         self.precision = dev.dot_precision(hidden.device)
         float32 = hidden.dtype == torch.float32
@@ -226,7 +248,9 @@ class HeadPass:
         self.error = dev.scratch((min(self.chunk, rows), values), like.dtype, like.device)
         self.hidden_grad = dev.scratch((rows, width), like.dtype, like.device)
         self.bias_partial = dev.scratch((tiles, values), torch.float32, like.device)
-        grid = triton.cdiv(values, self.weight_config["BLOCK_N"]) * triton.cdiv(width, self.weight_config["BLOCK_K"])
+        grid = triton.cdiv(values, self.weight_config["BLOCK_N"]) * triton.cdiv(
+            width, self.weight_config["BLOCK_K"]
+        )
         self.weight_tiles, self.splits = grid, max(1, min(264 // grid, self.chunk // SPLIT_ROWS))
         self.weight_partial = dev.scratch((self.splits, values * width), torch.float32, like.device)
 
@@ -250,7 +274,8 @@ class HeadPass:
         )  # fmt: skip
 
     def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Loss, sum of weights, and gradients but for their common factor: hidden's, the weight's and the bias' (float32)."""
+        """Loss, sum of weights, and gradients but for their common factor: hidden's, the weight's and the
+        bias' (float32)."""
         for first in range(0, self.rows, self.chunk):
             count = min(self.chunk, self.rows - first)
             self.errors(first, count)
@@ -259,7 +284,11 @@ class HeadPass:
         loss, total = weighted_mean_of(self.loss_partial, self.weight, self.values)
         if not self.with_grad:
             return loss, total, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0)
-        weight_grad = self.weight_partial if self.splits == 1 else dev.reduce_partials(self.weight_partial, torch.float32)
+        weight_grad = (
+            self.weight_partial
+            if self.splits == 1
+            else dev.reduce_partials(self.weight_partial, torch.float32)
+        )
         bias_grad = dev.reduce_partials(self.bias_partial, torch.float32)
         return loss, total, self.hidden_grad, weight_grad.view(self.values, self.width), bias_grad
 
@@ -278,7 +307,13 @@ def head_patch_loss_fwd(
     if not with_grad:
         return zero / zero, zero, zero.new_zeros(0), zero.new_zeros(0), zero.new_zeros(0)
     hidden_grad = hidden.new_zeros((0, hidden.shape[-1]), dtype=dtype)
-    return zero / zero, zero, hidden_grad, zero.new_zeros(head_weight.shape), zero.new_zeros(head_weight.shape[:1])
+    return (
+        zero / zero,
+        zero,
+        hidden_grad,
+        zero.new_zeros(head_weight.shape),
+        zero.new_zeros(head_weight.shape[:1]),
+    )
 
 
 @torch.library.custom_op("vmae::head_patch_loss", mutates_args=())
@@ -299,7 +334,13 @@ def _(hidden, head_weight, head_bias, clips, decode, weight, normalize, depth, d
     if not with_grad:
         return like(()), like(()), like(0), like(0), like(0)
     rows = hidden.shape[0] * hidden.shape[1]
-    return like(()), like(()), like((rows, hidden.shape[2]), dtype), like(head_weight.shape), like(head_weight.shape[:1])
+    return (
+        like(()),
+        like(()),
+        like((rows, hidden.shape[2]), dtype),
+        like(head_weight.shape),
+        like(head_weight.shape[:1]),
+    )
 
 
 def _setup_context(ctx, inputs, output):
@@ -351,26 +392,31 @@ def head_patch_loss(
         hidden: [B, Nk, D], normalised decoder rows of the counted tokens.
         head_weight: [P, D]; head_bias: [P] or None.
         clips, decode, weight, normalize, tubelet_size: as in `patch_loss`.
-        backend: "torch", "triton" or "auto" (Triton on a GPU; PyTorch there too where gradients in float16 are wanted).
+        backend: "torch", "triton" or "auto" (Triton on a GPU; PyTorch there too where gradients in float16
+            are wanted).
 
     Returns:
-        float32 scalar; gradients reach `hidden`, `head_weight` and `head_bias` in their own dtype (the latter two summed in
-        float32), once: they cannot be differentiated again. Where float clips or `weight` need one, "auto" is PyTorch.
+        float32 scalar; gradients reach `hidden`, `head_weight` and `head_bias` in their own dtype (the latter
+            two summed in
+        float32), once: they cannot be differentiated again. Where float clips or `weight` need one, "auto" is
+            PyTorch.
 
-    The product is formed in the dtype of `hidden`, or autocast's. Under FSDP2 call it inside the forward of the module that
-    owns the head, where its weight is gathered.
+    The product is formed in the dtype of `hidden`, or autocast's. Under FSDP2 call it inside the forward of
+    the module that owns the head, where its weight is gathered.
 
     Cost: 6 * B * Nk * P * D FLOPs with gradients, 2 without; B * Nk * P pixels read twice.
 
     Raises:
-        ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when VMAE_CHECK_INDICES=1,
-            "triton" where it cannot run or where clips or `weight` need a gradient, and gradients in float16 with "triton":
-            they are formed before a loss scale is known.
+        ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when
+            VMAE_CHECK_INDICES=1, "triton" where it cannot run or where clips or `weight` need a gradient, and
+            gradients in float16 with "triton": they are formed before a loss scale is known.
     """
     if head_weight.ndim != 2 or head_weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"head weight {list(head_weight.shape)} does not fit hidden {list(hidden.shape)}")
     if head_bias is not None and head_bias.shape != head_weight.shape[:1]:
-        raise ValueError(f"head bias {list(head_bias.shape)} does not fit head weight {list(head_weight.shape)}")
+        raise ValueError(
+            f"head bias {list(head_bias.shape)} does not fit head weight {list(head_weight.shape)}"
+        )
     check_loss_shapes(hidden.shape[:-1], head_weight.shape[0], clips, decode, weight, tubelet_size)
     dtype = dev.working_dtype(hidden.device.type, hidden.dtype)
     learned = (hidden, head_weight) if head_bias is None else (hidden, head_weight, head_bias)
@@ -378,11 +424,14 @@ def head_patch_loss(
     if dtype == torch.float16 and with_grad:
         if backend == "triton":
             raise ValueError(
-                "head_patch_loss forms its gradients before a loss scale is known, and float16 would round them to zero: "
+                "head_patch_loss forms its gradients before a loss scale is known, and float16 would round "
+                "them to zero: "
                 "use bfloat16, or backend='torch'"
             )
         backend = "torch" if backend == "auto" else backend
-    tensors = dict(hidden=hidden, head_weight=head_weight, head_bias=head_bias, clips=clips, decode=decode, weight=weight)
+    tensors = dict(
+        hidden=hidden, head_weight=head_weight, head_bias=head_bias, clips=clips, decode=decode, weight=weight
+    )
     if choose_backend("head_patch_loss", backend, dtype, tensors) == "triton":
         tokens = decode.to(torch.int32)
         return head_patch_loss_op(

@@ -1,14 +1,15 @@
 """Squared error between predicted pixels and the (normalised) tubelets of a clip.
 
-Idea: the published code un-normalises the whole float clip, reorders it, normalises every tubelet and then gathers half.
-Here the tubelets of counted tokens alone are read, once: `B * Nk * P` bytes of a uint8 clip and the predictions, some 12
-FLOPs a value. The gradient is formed in the backward, when the upstream gradient (and a loss scale in it) is known:
-predictions and clip are read once more and the gradient written, `8 * B * Nk * P` bytes in both passes with bf16
-predictions. Forming it in the forward would save what the predictions weigh, and cost a pass to scale it: 9. Saved:
-predictions, clip, indices, weights, one sum.
+Idea: the published code un-normalises the whole float clip, reorders it, normalises every tubelet and then
+gathers half. Here the tubelets of counted tokens alone are read, once: `B * Nk * P` bytes of a uint8 clip and
+the predictions, some 12 FLOPs a value. The gradient is formed in the backward, when the upstream gradient
+(and a loss scale in it) is known: predictions and clip are read once more and the gradient written, `8 * B *
+Nk * P` bytes in both passes with bf16 predictions. Forming it in the forward would save what the predictions
+weigh, and cost a pass to scale it: 9. Saved: predictions, clip, indices, weights, one sum.
 
-A target is affine in the stored pixel, `(x - centre) * scale` with one centre and scale per tubelet and channel: normalised or
-not, uint8 or float. Sums over uint8 pixels are exact integers, so mean and variance take one pass over registers.
+A target is affine in the stored pixel, `(x - centre) * scale` with one centre and scale per tubelet and
+channel: normalised or not, uint8 or float. Sums over uint8 pixels are exact integers, so mean and variance
+take one pass over registers.
 
 Legend: B clips, Nk counted tokens, P = 3 * t * p * p values of a tubelet in order (t, h, w, c).
 """
@@ -66,20 +67,30 @@ def weighted_mean(per_token: Tensor, weight: Tensor) -> Tensor:
 
 
 def patch_loss_ref(
-    pixels: Tensor, clips: Tensor, decode: Tensor, weight: Tensor, normalize: bool = True, tubelet_size: int = 2
+    pixels: Tensor,
+    clips: Tensor,
+    decode: Tensor,
+    weight: Tensor,
+    normalize: bool = True,
+    tubelet_size: int = 2,
 ) -> Tensor:
     """Plain PyTorch; same arguments and result as `patch_loss`."""
-    target = patch_targets_ref(clips, decode, patch_size_of(pixels.shape[-1], tubelet_size), tubelet_size, normalize)
+    target = patch_targets_ref(
+        clips, decode, patch_size_of(pixels.shape[-1], tubelet_size), tubelet_size, normalize
+    )
     return weighted_mean((pixels.float() - target).square().mean(-1), weight.float())
 
 
-def check_loss_shapes(rows, values: int, clips: Tensor, decode: Tensor, weight: Tensor, tubelet_size: int) -> None:
+def check_loss_shapes(
+    rows, values: int, clips: Tensor, decode: Tensor, weight: Tensor, tubelet_size: int
+) -> None:
     """Raises ValueError unless predictions `rows` x `values`, tokens, weights and clips fit together."""
     clip_grid(clips, patch_size_of(values, tubelet_size), tubelet_size)
     fit = tuple(rows) == tuple(decode.shape) == tuple(weight.shape)
     if not fit or decode.ndim != 2 or decode.shape[0] != clips.shape[0]:
         raise ValueError(
-            f"predictions {list(rows)}, tokens {list(decode.shape)} and weights {list(weight.shape)} must all be "
+            f"predictions {list(rows)}, tokens {list(decode.shape)} and weights {list(weight.shape)} must "
+            "all be "
             f"[B={clips.shape[0]}, Nk]"
         )
 
@@ -92,7 +103,9 @@ def check_tokens(decode: Tensor, clips: Tensor, values: int, tubelet_size: int) 
 
 
 @triton.jit
-def channel_affine(b_x, o_p, m_p, STD: tl.constexpr, channel: tl.constexpr, COUNT: tl.constexpr, UINT8: tl.constexpr):
+def channel_affine(
+    b_x, o_p, m_p, STD: tl.constexpr, channel: tl.constexpr, COUNT: tl.constexpr, UINT8: tl.constexpr
+):
     """Centre and scale of one channel's normalised target: unbiased deviation of its COUNT stored values."""
     m_c = m_p & (o_p % 3 == channel)
     if UINT8:
@@ -170,7 +183,9 @@ def patch_loss_fwd_kernel(
 
 
 @triton.jit
-def weighted_mean_kernel(p_partial, p_weight, p_loss, p_total, n_partial, n_weight, values, BLOCK: tl.constexpr):
+def weighted_mean_kernel(
+    p_partial, p_weight, p_loss, p_total, n_partial, n_weight, values, BLOCK: tl.constexpr
+):
     """Second stage, one program: sum of the partial losses over `values` * sum of the weights."""
     b_loss = tl.zeros([BLOCK], tl.float32)
     for o_part in range(0, n_partial, BLOCK):
@@ -216,7 +231,9 @@ def weighted_mean_of(partial: Tensor, weight: Tensor, values: int) -> tuple[Tens
     """float32 scalars: the loss, and the sum of the weights."""
     loss = dev.scratch((), torch.float32, weight.device)
     total = dev.scratch((), torch.float32, weight.device)
-    weighted_mean_kernel[(1,)](partial, weight, loss, total, partial.numel(), weight.numel(), values, BLOCK=4096, num_warps=8)
+    weighted_mean_kernel[(1,)](
+        partial, weight, loss, total, partial.numel(), weight.numel(), values, BLOCK=4096, num_warps=8
+    )
     return loss, total
 
 
@@ -230,7 +247,9 @@ def patch_loss_fwd(
     grid = clip_grid(clips, patch, depth)
     check_tokens(decode, clips, values, depth)
     if rows == 0:
-        return weight.new_full((), float("nan"), dtype=torch.float32), weight.new_zeros((), dtype=torch.float32)
+        return weight.new_full((), float("nan"), dtype=torch.float32), weight.new_zeros(
+            (), dtype=torch.float32
+        )
     uint8 = clips.dtype == torch.uint8
     clips, where = dev.clip_arguments(clips, decode.shape[1], grid)
     partial = dev.scratch((triton.cdiv(rows, ROWS_PER_PROGRAM),), torch.float32, pixels.device)
@@ -243,7 +262,14 @@ def patch_loss_fwd(
 
 @dev.launcher()
 def patch_loss_bwd(
-    upstream: Tensor, total: Tensor, pixels: Tensor, clips: Tensor, decode: Tensor, weight: Tensor, normalize: bool, depth: int
+    upstream: Tensor,
+    total: Tensor,
+    pixels: Tensor,
+    clips: Tensor,
+    decode: Tensor,
+    weight: Tensor,
+    normalize: bool,
+    depth: int,
 ) -> Tensor:
     """Launches the backward."""
     values = pixels.shape[-1]
@@ -274,7 +300,14 @@ def _(pixels, clips, decode, weight, normalize, depth):
 
 @torch.library.custom_op("vmae::patch_loss_backward", mutates_args=())
 def patch_loss_backward_op(
-    upstream: Tensor, total: Tensor, pixels: Tensor, clips: Tensor, decode: Tensor, weight: Tensor, normalize: bool, depth: int
+    upstream: Tensor,
+    total: Tensor,
+    pixels: Tensor,
+    clips: Tensor,
+    decode: Tensor,
+    weight: Tensor,
+    normalize: bool,
+    depth: int,
 ) -> Tensor:
     return patch_loss_bwd(upstream, total, pixels, clips, decode, weight, normalize, depth)
 
@@ -320,14 +353,15 @@ def patch_loss(
         backend: "torch", "triton" or "auto" (Triton on a GPU).
 
     Returns:
-        float32 scalar, whatever the dtype of `pixels`. The kernels form the gradient of `pixels`; where float clips or `weight`
+        float32 scalar, whatever the dtype of `pixels`. The kernels form the gradient of `pixels`; where float
+            clips or `weight`
         need one, "auto" is PyTorch. float16 is safe: the gradient is formed when the upstream one is known.
 
     Cost: B * Nk * P pixels and predictions read; the backward again, and a gradient written.
 
     Raises:
-        ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when VMAE_CHECK_INDICES=1,
-            "triton" where it cannot run, or where clips or `weight` need a gradient.
+        ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when
+            VMAE_CHECK_INDICES=1, "triton" where it cannot run, or where clips or `weight` need a gradient.
     """
     check_loss_shapes(pixels.shape[:-1], pixels.shape[-1], clips, decode, weight, tubelet_size)
     tensors = dict(pixels=pixels, clips=clips, decode=decode, weight=weight)

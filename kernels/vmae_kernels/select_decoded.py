@@ -1,13 +1,14 @@
 """LayerNorm of the rows that the loss counts, read in place from the decoder's output.
 
-Idea: the published code slices the tail off the decoder's output (a copy), normalises all of it and multiplies it with the
-head, counted or not. Here `B * Nk * D` elements are read and as many written, in one pass, some 8 FLOPs each. The backward
-is one pass too: `2 * B * Nk * D` elements read, `B * M * D` written, zero rows included; the mean and deviation are formed
-again.
+Idea: the published code slices the tail off the decoder's output (a copy), normalises all of it and
+multiplies it with the head, counted or not. Here `B * Nk * D` elements are read and as many written, in one
+pass, some 8 FLOPs each. The backward is one pass too: `2 * B * Nk * D` elements read, `B * M * D` written,
+zero rows included; the mean and deviation are formed again.
 
-Each program of the backward owns rows of `hidden` and looks for their uses in `keep` (a few KiB, cached): every row is written
-once whether `keep` is sorted or not, and a row that occurs twice gets the sum of its gradients in a fixed order. LayerNorm's
-gradient is linear in the upstream one, so the uses of a row are added up first.
+Each program of the backward owns rows of `hidden` and looks for their uses in `keep` (a few KiB, cached):
+every row is written once whether `keep` is sorted or not, and a row that occurs twice gets the sum of its
+gradients in a fixed order. LayerNorm's gradient is linear in the upstream one, so the uses of a row are added
+up first.
 
 Legend: B clips, M rows of the decoder's sequence, Nk rows that the loss counts, D width.
 """
@@ -25,7 +26,9 @@ from vmae_kernels.backend import choose_backend
 from vmae_kernels.device import round_to
 
 
-def select_decoded_ref(hidden: Tensor, weight: Tensor, bias: Tensor, keep: Tensor, eps: float = 1e-6) -> Tensor:
+def select_decoded_ref(
+    hidden: Tensor, weight: Tensor, bias: Tensor, keep: Tensor, eps: float = 1e-6
+) -> Tensor:
     """Plain PyTorch; same arguments and result as `select_decoded`."""
     clip = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
     return F.layer_norm(hidden[clip, keep.long()], weight.shape, weight, bias, eps)
@@ -33,7 +36,8 @@ def select_decoded_ref(hidden: Tensor, weight: Tensor, bias: Tensor, keep: Tenso
 
 @triton.jit
 def normalise_rows(p_x, m_r, m_d, width, eps):
-    """LayerNorm's rows before weight and bias, [R, D] float32, and one over the deviation, [R]; 0 and 1 where masked."""
+    """LayerNorm's rows before weight and bias, [R, D] float32, and one over the deviation, [R]; 0 and 1 where
+    masked."""
     b_x = tl.load(p_x, mask=m_r[:, None] & m_d[None, :], other=0.0).to(tl.float32)
     b_mean = tl.sum(b_x, 1) / width
     b_x = tl.where(m_d[None, :], b_x - b_mean[:, None], 0.0)
@@ -78,7 +82,8 @@ def select_decoded_bwd_kernel(
     n_hidden, n_keep, width, stride_b, stride_row, eps, rows_per_program,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """All rows of a stretch of one clip's `hidden`: their gradient, and the partial sums of weight and bias, [parts, 2, D]."""
+    """All rows of a stretch of one clip's `hidden`: their gradient, and the partial sums of weight and bias,
+    [parts, 2, D]."""
     i_clip = tl.program_id(1).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < width
@@ -148,7 +153,8 @@ def select_decoded_fwd(
 def select_decoded_bwd(
     grad: Tensor, hidden: Tensor, weight: Tensor, keep: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Launches the backward and the second stage: gradient of `hidden`, and float32 [2, D] of weight and bias."""
+    """Launches the backward and the second stage: gradient of `hidden`, and float32 [2, D] of weight and
+    bias."""
     batch, rows, width = hidden.shape
     hidden_grad = dev.scratch(hidden.shape, hidden.dtype, hidden.device)
     if grad.numel() == 0:
@@ -214,17 +220,20 @@ def select_decoded(
         backend: "torch", "triton" or "auto" (Triton on a GPU).
 
     Returns:
-        [B, Nk, D] in the dtype of `hidden`, or with the Triton kernels autocast's, computed in float32. The gradient of
+        [B, Nk, D] in the dtype of `hidden`, or with the Triton kernels autocast's, computed in float32. The
+            gradient of
         rows that are not kept is zero; gradients of weight and bias are summed in float32 in a fixed order.
 
     Cost: 2 * B * Nk * D elements moved; the backward B * (2 Nk + M) * D.
 
     Raises:
-        ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when VMAE_CHECK_INDICES=1,
-            "triton" where it cannot run.
+        ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when
+            VMAE_CHECK_INDICES=1, "triton" where it cannot run.
     """
     if hidden.ndim != 3 or weight.shape != hidden.shape[2:] or bias.shape != weight.shape:
-        raise ValueError(f"hidden {list(hidden.shape)}, weight {list(weight.shape)} and bias {list(bias.shape)} do not fit")
+        raise ValueError(
+            f"hidden {list(hidden.shape)}, weight {list(weight.shape)} and bias {list(bias.shape)} do not fit"
+        )
     if keep.ndim != 2 or keep.shape[0] != hidden.shape[0]:
         raise ValueError(f"keep must be [B={hidden.shape[0]}, Nk], not {list(keep.shape)}")
     dtype = dev.working_dtype(hidden.device.type, hidden.dtype)

@@ -29,15 +29,17 @@ def clip_grid(clips: Tensor, patch_size: int, tubelet_size: int) -> tuple[int, i
         )
     steps = (tubelet_size, patch_size, patch_size)
     if any(side % step for side, step in zip(sides, steps)):
-        raise ValueError(f"tubelets of {steps} pixels do not divide a clip of {tuple(sides)} (frames, height, width)")
+        raise ValueError(
+            f"tubelets of {steps} pixels do not divide a clip of {tuple(sides)} (frames, height, width)"
+        )
     return tuple(side // step for side, step in zip(sides, steps))
 
 
 def clip_strides(clips: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
     """The clip as the kernels read it, and its strides (clip, frame, line, channel) in elements.
 
-    Any batch, frame and line stride will do. Pixels of a line must be adjacent (channels last in uint8, one channel's in
-    float), else a contiguous copy is made.
+    Any batch, frame and line stride will do. Pixels of a line must be adjacent (channels last in uint8, one
+    channel's in float), else a contiguous copy is made.
 
     Raises:
         ValueError: a single clip spans 2**31 elements or more; offsets inside a clip are 32-bit.
@@ -73,7 +75,9 @@ def gather_tubelets(clips: Tensor, tokens: Tensor, patch_size: int, tubelet_size
     split = (frames, tubelet_size, rows, patch_size, columns, patch_size)
     if clips.dtype == torch.uint8:
         return clips.reshape(clips.shape[0], *split, 3)[clip, frame, :, row, :, column]
-    return clips.reshape(clips.shape[0], 3, *split)[clip, :, frame, :, row, :, column].permute(0, 1, 3, 4, 5, 2)
+    return clips.reshape(clips.shape[0], 3, *split)[clip, :, frame, :, row, :, column].permute(
+        0, 1, 3, 4, 5, 2
+    )
 
 
 def normalise(pixels: Tensor, mean: tuple = MEAN, std: tuple = STD) -> Tensor:
@@ -84,7 +88,8 @@ def normalise(pixels: Tensor, mean: tuple = MEAN, std: tuple = STD) -> Tensor:
 
 
 def unit_pixels(pixels: Tensor, mean: tuple = MEAN, std: tuple = STD) -> Tensor:
-    """Pixels in [0, 1], float32, last dimension of three channels: uint8 divided by 255, floats un-normalised."""
+    """Pixels in [0, 1], float32, last dimension of three channels: uint8 divided by 255, floats
+    un-normalised."""
     if pixels.dtype == torch.uint8:
         return pixels.float() / 255
     mean_c = torch.tensor(mean, dtype=torch.float32, device=pixels.device)

@@ -16,5 +16,9 @@ def benches(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     found = importlib.import_module
     yield found
-    for name in [name for name, module in sys.modules.items() if str(getattr(module, "__file__", "")).startswith(str(BENCH))]:
+    for name in [
+        name
+        for name, module in sys.modules.items()
+        if str(getattr(module, "__file__", "")).startswith(str(BENCH))
+    ]:
         del sys.modules[name]

@@ -27,7 +27,16 @@ def bench():
 
 
 def run(tmp_path, *words):
-    command = [sys.executable, str(SCRIPT), "--quick", "--device", "cpu", "--json", str(tmp_path / "r.json"), *words]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--quick",
+        "--device",
+        "cpu",
+        "--json",
+        str(tmp_path / "r.json"),
+        *words,
+    ]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -37,9 +46,14 @@ def run(tmp_path, *words):
 def check_records(result, backends):
     records = result["records"]
     assert result["schema"] == "vmae-bench/1" and result["rejected"] == {} and "flash2" in result["skipped"]
-    assert {(r["backend"], r["shape"]) for r in records} == {(b, s) for b in backends for s in ("16 x 2 x 64", "24 x 2 x 88")}
+    assert {(r["backend"], r["shape"]) for r in records} == {
+        (b, s) for b in backends for s in ("16 x 2 x 64", "24 x 2 x 88")
+    }
     for r in records:
-        assert r["forward_flop_formula"] == "4 B H N^2 d" and r["forward_flops"] == 4 * 2 * r["tokens"] ** 2 * r["head_dim"]
+        assert (
+            r["forward_flop_formula"] == "4 B H N^2 d"
+            and r["forward_flops"] == 4 * 2 * r["tokens"] ** 2 * r["head_dim"]
+        )
         assert r["forward_backward_flops"] == 3 * r["forward_flops"]
         assert r["forward_ideal_bytes"] == 4 * r["tokens"] * 2 * r["head_dim"] * 4
         for mode in ("forward", "forward_backward"):
@@ -57,7 +71,11 @@ def test_measures_checks_and_writes(tmp_path):
     check_records(result, ("softmax", "sdpa"))
     assert {r["variant"] for r in result["ratios"]} == {"sdpa"}
     assert {name for name, _ in result["order"]} == {"softmax", "sdpa"}
-    assert "fastest first: " in shown and "auto tries sdpa, softmax (measured)" in shown and "not here: flash2" in shown
+    assert (
+        "fastest first: " in shown
+        and "auto tries sdpa, softmax (measured)" in shown
+        and "not here: flash2" in shown
+    )
 
 
 @pytest.mark.slow
@@ -76,13 +94,26 @@ def test_shapes_are_those_of_the_presets(bench):
     shapes = {(s.tokens, s.heads, s.head_dim): s.used_by for s in bench.preset_shapes(2)}
     assert shapes[160, 12, 64] == ("vit_b encoder",) and shapes[160, 16, 80] == ("vit_h encoder",)
     assert shapes[208, 16, 88] == ("vit_g encoder",) and shapes[2048, 16, 88] == ("vit_g classifier",)
-    assert shapes[944, 8, 64] == ("vit_l decoder", "vit_h decoder") and shapes[1232, 8, 64] == ("vit_g decoder",)
-    assert {key[0] for key in shapes} == {160, 208, 944, 1232, 1568, 2048} and {key[2] for key in shapes} == {64, 80, 88}
+    assert shapes[944, 8, 64] == ("vit_l decoder", "vit_h decoder") and shapes[1232, 8, 64] == (
+        "vit_g decoder",
+    )
+    assert {key[0] for key in shapes} == {160, 208, 944, 1232, 1568, 2048} and {key[2] for key in shapes} == {
+        64,
+        80,
+        88,
+    }
     assert {name for key, names in shapes.items() for name in names} >= set(bench.CPU_CHOICE)
 
 
 def test_one_backend_in_this_process(bench):
-    job = {"backend": "sdpa", "shapes": bench.QUICK, "device": "cpu", "dtype": "float32", "span": 0.0, "threads": 1}
+    job = {
+        "backend": "sdpa",
+        "shapes": bench.QUICK,
+        "device": "cpu",
+        "dtype": "float32",
+        "span": 0.0,
+        "threads": 1,
+    }
     runner = bench.Runner(job)
     found = runner.prepare(1)
     assert 0 < found["output_error"] < 1e-6 and 0 < found["gradient_plain_error"] < 1e-6
@@ -100,15 +131,28 @@ class FakeWorker:
         self.asked.append(request)
         if request[0] == "turn":
             return 1.0
-        return {"output_error": self.error, "gradient_error": 1e-7, "output_plain_error": 1e-7, "gradient_plain_error": 1e-7}
+        return {
+            "output_error": self.error,
+            "gradient_error": 1e-7,
+            "output_plain_error": 1e-7,
+            "gradient_plain_error": 1e-7,
+        }
 
 
 def test_a_wrong_backend_gets_no_speed_and_the_others_take_turns(bench):
-    workers = [FakeWorker("softmax", 1e-7), FakeWorker("off", 1e-3), FakeWorker("nan", float("nan")), FakeWorker("good", 2e-7)]
+    workers = [
+        FakeWorker("softmax", 1e-7),
+        FakeWorker("off", 1e-3),
+        FakeWorker("nan", float("nan")),
+        FakeWorker("good", 2e-7),
+    ]
     found = bench.measure_shape(workers, 0, 3, torch.float32)
     assert {name: result["wrong"] is None for name, result in found.items()} == {
-        "softmax": True, "off": False, "nan": False, "good": True
-    }  # fmt: skip
+        "softmax": True,
+        "off": False,
+        "nan": False,
+        "good": True,
+    }
     assert "output error 1.0e-03 is over 2 x the plain one's 1.0e-07" == found["off"]["wrong"]
     assert workers[1].asked == workers[2].asked == [("prepare", 0)]
     assert workers[3].asked == [("prepare", 0), *([("turn", "forward"), ("turn", "forward_backward")] * 3)]
@@ -123,7 +167,10 @@ def test_order_is_the_geometric_mean(bench):
     "words, message",
     [
         (["--backends", "flash9"], "unknown attention backend 'flash9'"),
-        (["--backends", "flash2", "--quick"], "flash2 cannot run here: flash-attn is not installed; these can: sdpa"),
+        (
+            ["--backends", "flash2", "--quick"],
+            "flash2 cannot run here: flash-attn is not installed; these can: sdpa",
+        ),
         (["--turns", "0"], "--turns must be at least 1"),
         (["--device", "cuda"], "torch sees no GPU here"),
     ],

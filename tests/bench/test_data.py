@@ -36,7 +36,9 @@ def bench():
 def test_measures_checks_and_writes(tmp_path):
     command = [sys.executable, str(SCRIPT), "--quick", "--rounds", "2", "--clips", "1", "--workers", "1"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    done = subprocess.run([*command, "--json", str(tmp_path / "r.json")], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "r.json")], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "r.json").read_text())
     here = ["published", *(n for n, b in BACKENDS.items() if "video" in b.kinds and b.missing() is None)]
@@ -48,16 +50,23 @@ def test_measures_checks_and_writes(tmp_path):
         assert r["clips_per_s_per_core"] == pytest.approx(1e3 / r["clip_cpu_ms"]["median"])
         assert r["variant"] != "published" or r["error_levels"] == 0
     assert {r["videos"]: r["target"] for r in result["ratios"] if r["target"]} == {
-        "h264, GOP 12": 1.8, "h264, GOP 250": 1.3, "packed / original": 2.5
-    }  # fmt: skip
+        "h264, GOP 12": 1.8,
+        "h264, GOP 250": 1.3,
+        "packed / original": 2.5,
+    }
     for r in result["ratios"]:
         assert r["met"] == (None if r["target"] is None else r["speedup"]["median"] >= r["target"])
     assert {r["videos"] for r in result["records"] if r["kind"] == "parts"} == set(KINDS)
     assert all(r["clips_per_s"] > 0 for r in result["records"] if r["kind"] == "workers")
-    assert "the published path, 1.8 wanted" in done.stdout and "needed: an ASSUMPTION, 396 TFLOP/s" in done.stdout
+    assert (
+        "the published path, 1.8 wanted" in done.stdout
+        and "needed: an ASSUMPTION, 396 TFLOP/s" in done.stdout
+    )
 
 
-@pytest.mark.parametrize("backend", ["published", *(name for name, b in BACKENDS.items() if "video" in b.kinds)])
+@pytest.mark.parametrize(
+    "backend", ["published", *(name for name, b in BACKENDS.items() if "video" in b.kinds)]
+)
 def test_a_clip_of_every_variant_is_the_true_one(bench, backend):
     if backend != "published" and (lack := BACKENDS[backend].missing()):
         pytest.skip(lack)
@@ -122,12 +131,17 @@ def test_what_a_gpu_needs(bench):
     g = feeds["vit_g"]
     assert g["clips_per_s_needed"] == pytest.approx(400e12 / (3 * 2 * g["forward_macs"]))
     assert g["cores_1"] == pytest.approx(g["clips_per_s_needed"] / 50)
-    assert g["cores_4"] == pytest.approx(g["cores_1"] * 1.6 / 4)  # a decode of 0.8 and four crops of 0.2, for four clips
+    assert g["cores_4"] == pytest.approx(
+        g["cores_1"] * 1.6 / 4
+    )  # a decode of 0.8 and four crops of 0.2, for four clips
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--rounds", "0"], "--rounds, --clips and --workers must be"), (["--gpu-flops", "0"], "--gpu-flops must be above 0")],
+    [
+        (["--rounds", "0"], "--rounds, --clips and --workers must be"),
+        (["--gpu-flops", "0"], "--gpu-flops must be above 0"),
+    ],
 )
 def test_bad_input_exits_with_2(bench, capsys, words, message):
     assert bench.main(words) == 2
@@ -137,6 +151,8 @@ def test_bad_input_exits_with_2(bench, capsys, words, message):
 def test_without_decord_there_is_no_baseline(bench, capsys, monkeypatch):
     import dataclasses
 
-    monkeypatch.setitem(BACKENDS, "decord", dataclasses.replace(BACKENDS["decord"], missing=lambda: "`pip install decord`"))
+    monkeypatch.setitem(
+        BACKENDS, "decord", dataclasses.replace(BACKENDS["decord"], missing=lambda: "`pip install decord`")
+    )
     assert bench.main(["--quick"]) == 2
     assert "the published path needs decord: `pip install decord`" in capsys.readouterr().err

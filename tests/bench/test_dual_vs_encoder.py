@@ -75,7 +75,17 @@ def run(tmp_path, *words, expect=0):
 
 def test_measures_checks_and_draws(tmp_path):
     done, result = run(
-        tmp_path, "--model", "vit_tiny", "--batch", "2", "--steps", "3", "--device", "cpu", "--plot", str(tmp_path / "p.png")
+        tmp_path,
+        "--model",
+        "vit_tiny",
+        "--batch",
+        "2",
+        "--steps",
+        "3",
+        "--device",
+        "cpu",
+        "--plot",
+        str(tmp_path / "p.png"),
     )
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert result["schema"] == "vmae-bench/1"
@@ -83,7 +93,9 @@ def test_measures_checks_and_draws(tmp_path):
     assert known <= result["environment"].keys() and result["environment"]["device"] == "cpu"
     records = {(r["variant"], r["masking"]): r for r in result["records"]}
     own = {(v, m) for v in ("reference", "torch") for m in ("encoder_only", "dual")}
-    assert set(records) - {("huggingface", "encoder_only")} == own  # transformers' model too, where it is installed
+    assert (
+        set(records) - {("huggingface", "encoder_only")} == own
+    )  # transformers' model too, where it is installed
     for record in records.values():
         assert record["model"] == "vit_tiny" and record["batch"] == 2 and record["dtype"] == "float32"
         times = record["step_ms"]
@@ -99,7 +111,9 @@ def test_measures_checks_and_draws(tmp_path):
         assert ours["forward_macs_per_clip"] < base["forward_macs_per_clip"]
     ratios = {(r["variant"], r["baseline"]): r for r in result["ratios"]}
     ratio = ratios["torch dual", "reference encoder_only"]
-    pairs = zip(records["torch", "dual"]["step_ms"]["runs"], records["reference", "encoder_only"]["step_ms"]["runs"])
+    pairs = zip(
+        records["torch", "dual"]["step_ms"]["runs"], records["reference", "encoder_only"]["step_ms"]["runs"]
+    )
     assert ratio["time"]["median"] == pytest.approx(sorted(a / b for a, b in pairs)[1])
     assert ratio["speedup"]["max"] == pytest.approx(1 / ratio["time"]["min"])
     assert {"memory", "saved_activations"} <= ratio.keys()
@@ -109,7 +123,15 @@ def test_measures_checks_and_draws(tmp_path):
 def test_a_wrong_variant_gets_no_speed(tmp_path):
     (tmp_path / "others.py").write_text(WRONG_VARIANTS)
     done, result = run(
-        tmp_path, *QUICK, "--steps", "1", "--warmup", "0", "--variants", "reference,off=others:off,right=others:right", expect=1
+        tmp_path,
+        *QUICK,
+        "--steps",
+        "1",
+        "--warmup",
+        "0",
+        "--variants",
+        "reference,off=others:off,right=others:right",
+        expect=1,
     )
     by_name = {r["variant"]: r for r in result["records"]}
     assert by_name["off=others:off"]["step_ms"] is None and by_name["off=others:off"]["clips_per_s"] is None
@@ -151,7 +173,9 @@ def test_bad_input_exits_with_2(bench, capsys, monkeypatch, words, message):
 def test_disagreement_is_relative_and_catches_nan(bench):
     import stepping
 
-    assert stepping.disagreeing({"dual": {"reference": 1.0, "a": 1.00005, "b": 1.0002, "c": float("nan")}}).keys() == {"b", "c"}
+    assert stepping.disagreeing(
+        {"dual": {"reference": 1.0, "a": 1.00005, "b": 1.0002, "c": float("nan")}}
+    ).keys() == {"b", "c"}
 
 
 def test_ratios_are_paired_run_by_run(bench):
@@ -169,11 +193,25 @@ def test_maskings(tmp_path):
 
 
 def test_sweep_and_parts_of_the_memory(tmp_path):
-    words = [*QUICK, "--steps", "2", "--warmup", "0", "--sweep", "4", "--variants", "torch", "--device", "cpu"]
+    words = [
+        *QUICK,
+        "--steps",
+        "2",
+        "--warmup",
+        "0",
+        "--sweep",
+        "4",
+        "--variants",
+        "torch",
+        "--device",
+        "cpu",
+    ]
     done, result = run(tmp_path, *words)
     record, sweep = result["records"][0], result["sweeps"][0]
     memory = record["memory"]
-    assert memory["gradients"] == memory["parameters"] and 1.9 < memory["optimizer"] / memory["parameters"] < 2.1
+    assert (
+        memory["gradients"] == memory["parameters"] and 1.9 < memory["optimizer"] / memory["parameters"] < 2.1
+    )
     assert memory["peak"] >= memory["activations"]
     assert record["mfu"] is None and record["model_flops_per_s"] > 0
     assert [b["batch"] for b in sweep["batches"]] == [1, 2, 4] and sweep["masking"] == "dual"
@@ -182,7 +220,9 @@ def test_sweep_and_parts_of_the_memory(tmp_path):
 
 
 def test_the_papers_table_stands_beside_ours(tmp_path):
-    done, result = run(tmp_path, "--model", "vit_b", "--count", "--dtype", "bfloat16", "--variants", "reference,torch,triton")
+    done, result = run(
+        tmp_path, "--model", "vit_b", "--count", "--dtype", "bfloat16", "--variants", "reference,torch,triton"
+    )
     lines = {line["variant"]: line for line in result["paper"]}
     assert lines["torch"]["paper_speedup"] == 1.79 and lines["torch"]["speedup"] is None
     assert lines["reference"]["macs"] == pytest.approx(lines["reference"]["paper_macs"], rel=2e-3)
@@ -218,7 +258,12 @@ def test_a_plot_says_what_was_not_counted(benches, tmp_path):
     steps = {"median": 3.0, "min": 2.0, "max": 4.0}
     record = {"variant": "torch", "masking": "dual", "step_ms": steps, "forward_macs_per_clip": 1e9}
     record |= {"peak_memory_bytes": 2**30, "saved_activation_bytes_per_clip": 2**20}
-    other = {**record, "variant": "huggingface", "masking": "encoder_only", "saved_activation_bytes_per_clip": None}
+    other = {
+        **record,
+        "variant": "huggingface",
+        "masking": "encoder_only",
+        "saved_activation_bytes_per_clip": None,
+    }
     path = tmp_path / "plot.svg"
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         benches("plots").plot_steps(str(path), [record, other], "title")
@@ -226,7 +271,8 @@ def test_a_plot_says_what_was_not_counted(benches, tmp_path):
 
 
 def test_transformers_own_model_does_the_same(tmp_path):
-    """Encoder-only masking: it has no other. Its loss agrees with the reference's, else it would not be timed."""
+    """Encoder-only masking: it has no other. Its loss agrees with the reference's, else it would not be
+    timed."""
     pytest.importorskip("transformers")
     words = ["--model", "vit_tiny", "--batch", "1", "--input", "synthetic", "--steps", "1", "--device", "cpu"]
     plot = tmp_path / "plot.png"

@@ -15,20 +15,40 @@ def bench(benches, monkeypatch):
 
 def test_a_small_run(bench, benches, tmp_path, capsys):
     pytest.importorskip("decord")
-    words = ["--quick", "--windows", "3", "--rounds", "2", "--batch-size", "2", "--json", str(tmp_path / "r.json")]
+    words = [
+        "--quick",
+        "--windows",
+        "3",
+        "--rounds",
+        "2",
+        "--batch-size",
+        "2",
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
     assert bench.main(words) == 0
     content = json.loads((tmp_path / "r.json").read_text())
     (record,) = content["records"]
     assert record["same"] and record["error"] < 1e-4 and content["error_of_whole_video"] < 1e-4
     assert record["windows"] == (2 * 25 - 16) // 4 + 1
-    assert set(record["ms_per_window"]) == {"published decode", "published model", "ours decode", "ours model"}
+    assert set(record["ms_per_window"]) == {
+        "published decode",
+        "published model",
+        "ours decode",
+        "ours model",
+    }
     assert record["met"] == (record["speedup"]["median"] >= 2)
     assert "times faster" in capsys.readouterr().out
     (row,) = benches("tables").features_tables(content)[0].rows
     seconds = [f"{record['video_cpu_s'][who]:.0f}" for who in ("published", "ours")]
-    assert row[:3] == [record["setting"], *seconds] and row[3].startswith(f"{record['speedup']['median']:.2f} (")
+    assert row[:3] == [record["setting"], *seconds] and row[3].startswith(
+        f"{record['speedup']['median']:.2f} ("
+    )
     content["records"] = [record | {"same": False, "error": 1e-3}]
-    assert benches("tables").features_tables(content)[0].rows[0][1:] == [*["-"] * 5, "NO SPEED: differs by 1e-03"]
+    assert benches("tables").features_tables(content)[0].rows[0][1:] == [
+        *["-"] * 5,
+        "NO SPEED: differs by 1e-03",
+    ]
 
 
 def test_features_that_differ_get_no_speed(bench, capsys):
@@ -38,7 +58,9 @@ def test_features_that_differ_get_no_speed(bench, capsys):
     bench.report([record])
     assert "not timed" in capsys.readouterr().out
     good = bench.record_of(
-        bench.QUICK[0], {"windows": 9, "ms": ms | {"published model": [5.0, 4.0]}, "error": 0, "largest": 1}, 2
+        bench.QUICK[0],
+        {"windows": 9, "ms": ms | {"published model": [5.0, 4.0]}, "error": 0, "largest": 1},
+        2,
     )
     assert good["speedup"]["median"] == pytest.approx(2.75) and good["met"]
 

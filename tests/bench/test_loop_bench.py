@@ -20,13 +20,17 @@ def run(script: str, *flags: str, timeout: int = 300) -> subprocess.CompletedPro
 
 def test_loop_is_timed_beside_the_bare_step(tmp_path):
     file = tmp_path / "loop.json"
-    done = run("loop.py", "--model", "vit_tiny", "--batch", "1", "--steps", "2", "--warmup", "0", "--json", str(file))
+    done = run(
+        "loop.py", "--model", "vit_tiny", "--batch", "1", "--steps", "2", "--warmup", "0", "--json", str(file)
+    )
     assert done.returncode == 0, done.stderr
     assert "loop / bare step, by the clock:" in done.stdout
     content = json.loads(file.read_text())
     assert [record["variant"] for record in content["records"]] == ["bare step", "loop"]
     assert all(len(record["step_ms"]["runs"]) == 2 for record in content["records"])
-    ratios = [loop / bare for bare, loop in zip(*(record["step_ms"]["runs"] for record in content["records"]))]
+    ratios = [
+        loop / bare for bare, loop in zip(*(record["step_ms"]["runs"] for record in content["records"]))
+    ]
     assert content["ratios"][0]["step"]["min"] == pytest.approx(min(ratios))
 
 

@@ -1,4 +1,5 @@
-"""Progressive training and the mask ablation as a user starts them, at sizes of seconds; their arithmetic by hand."""
+"""Progressive training and the mask ablation as a user starts them, at sizes of seconds; their arithmetic by
+hand."""
 
 import json
 import sys
@@ -28,9 +29,18 @@ def seeds(**values):
 
 
 def test_summary_and_verdicts(progressive):
-    values = {"scratch": [10, 20, 30], "pre-trained": [40] * 3, "post-pre-trained": [42] * 3, "encoder-only": [41, 41, 44]}
+    values = {
+        "scratch": [10, 20, 30],
+        "pre-trained": [40] * 3,
+        "post-pre-trained": [42] * 3,
+        "encoder-only": [41, 41, 44],
+    }
     rows = progressive.summarise(seeds(**values))
-    assert [row["mean"] for row in rows] == [20, 40, 42, 42] and rows[0]["std"] == 10 and rows[0]["values"] == [10, 20, 30]
+    assert (
+        [row["mean"] for row in rows] == [20, 40, 42, 42]
+        and rows[0]["std"] == 10
+        and rows[0]["values"] == [10, 20, 30]
+    )
     lines = progressive.verdicts(rows)
     assert lines[0] == "pre-trained over scratch: +20.0 points (asked for: 15 or more) ok"
     assert lines[1].endswith("+2.0 points (asked for: 3 or more) NOT MET")
@@ -93,7 +103,9 @@ def test_a_command_that_fails_ends_everything(tiny_world):
 
 @pytest.mark.slow
 def test_from_nothing_to_the_table(progressive, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["progressive.py", "--scale", "smoke", "--seeds", "1", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["progressive.py", "--scale", "smoke", "--seeds", "1", "--out", str(tmp_path)]
+    )
     assert progressive.main() == 0
     out = capsys.readouterr().out
     assert "post-pre-trained over pre-trained" in out and "11 of 11 stages" in out
@@ -115,9 +127,14 @@ def test_two_masks_to_the_table(mask_ablation, benches, tmp_path, monkeypatch, c
     assert "frame" in capsys.readouterr().out
     result = json.loads((tmp_path / "mask_ablation.json").read_text())
     records = result["records"]
-    assert [record["mask"] for record in records] == ["none", "frame"] and all(record["loss"] > 0 for record in records)
+    assert [record["mask"] for record in records] == ["none", "frame"] and all(
+        record["loss"] > 0 for record in records
+    )
     table = benches("tables").mask_tables(result)[0]
     assert [row[:2] for row in table.rows] == [["none", "0 %"], ["frame", "75 %"]] and "1 seed;" in table.note
-    result["records"][0] |= {"top1": 20.0, "runs": [{"top1": 10.0, "seconds": 9.0}, {"top1": 30.0, "seconds": 7.0}]}
+    result["records"][0] |= {
+        "top1": 20.0,
+        "runs": [{"top1": 10.0, "seconds": 9.0}, {"top1": 30.0, "seconds": 7.0}],
+    }
     table = benches("tables").mask_tables(result)[0]
     assert table.rows[0][4:] == ["20.0 (10.0 to 30.0)", "7"] and "2 seeds;" in table.note

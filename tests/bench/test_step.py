@@ -34,12 +34,28 @@ def test_busy_time_is_the_union_of_kernels(benches):
 
 
 def test_profiles_a_step(benches, tmp_path, capsys):
-    words = ["--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "p.png"), "--trace", str(tmp_path / "t.json")]
+    words = [
+        "--json",
+        str(tmp_path / "r.json"),
+        "--plot",
+        str(tmp_path / "p.png"),
+        "--trace",
+        str(tmp_path / "t.json"),
+    ]
     assert benches("step").main([*QUICK, *words]) == 0
     record = json.loads((tmp_path / "r.json").read_text())["records"][0]
     names = [found["name"] for found in record["classes"]]
-    assert {"matrix products", "attention", "normalisation", "optimizer", "waiting for data", "host gaps"} <= set(names)
-    assert sum(found["ms"] for found in record["classes"]) == pytest.approx(record["profiled_step_ms"], rel=0.05)
+    assert {
+        "matrix products",
+        "attention",
+        "normalisation",
+        "optimizer",
+        "waiting for data",
+        "host gaps",
+    } <= set(names)
+    assert sum(found["ms"] for found in record["classes"]) == pytest.approx(
+        record["profiled_step_ms"], rel=0.05
+    )
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert "traceEvents" in json.loads((tmp_path / "t.json").read_text())
     assert "where the time goes" in capsys.readouterr().out
@@ -58,7 +74,9 @@ class Off(Pretrainer):
 def test_a_wrong_variant_is_not_profiled(benches, tmp_path, monkeypatch, capsys):
     (tmp_path / "others.py").write_text(WRONG)
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert benches("step").main([*QUICK, "--variant", "off=others:Off", "--json", str(tmp_path / "r.json")]) == 1
+    assert (
+        benches("step").main([*QUICK, "--variant", "off=others:Off", "--json", str(tmp_path / "r.json")]) == 1
+    )
     content = json.loads((tmp_path / "r.json").read_text())
     assert "classes" not in content["records"][0] and "differs" in content["rejected"]["off=others:Off"]
     assert "NO SPEED" in capsys.readouterr().err
@@ -74,12 +92,18 @@ def test_bad_input(benches, capsys):
 
 def test_predictions_grow_with_the_first_measured_point(benches):
     def record(macs, measured=None):
-        made = {"axis": "batch", "value": macs, "predicted": {"forward_macs": macs, "memory_bytes": 100 * macs}}
+        made = {
+            "axis": "batch",
+            "value": macs,
+            "predicted": {"forward_macs": macs, "memory_bytes": 100 * macs},
+        }
         if measured:
             made["measured"] = {"step_ms": {"median": measured}, "memory": {"peak": 150 * macs}}
         return made
 
-    first, second, third = benches("scaling").with_predicted_times([record(10, 20.0), record(20, 30.0), record(40)])
+    first, second, third = benches("scaling").with_predicted_times(
+        [record(10, 20.0), record(20, 30.0), record(40)]
+    )
     assert [r["predicted"]["step_ms"] for r in (first, second, third)] == [20, 40, 80]
     assert first["measured_over_predicted"] == {"memory": 1.5}
     assert second["measured_over_predicted"] == {"time": 0.75, "memory": 1.5} and "measured" not in third
@@ -87,11 +111,25 @@ def test_predictions_grow_with_the_first_measured_point(benches):
 
 @pytest.mark.slow
 def test_scaling_measures_and_predicts(benches, tmp_path, capsys):
-    words = ["--quick", "--axes", "frames", "ranks", "--steps", "1", "--warmup", "1", "--json", str(tmp_path / "r.json")]
+    words = [
+        "--quick",
+        "--axes",
+        "frames",
+        "ranks",
+        "--steps",
+        "1",
+        "--warmup",
+        "1",
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
     assert benches("scaling").main(words) == 0
     records = {(r["axis"], r["value"]): r for r in json.loads((tmp_path / "r.json").read_text())["records"]}
     assert set(records) == {("frames", 16), ("frames", 32), ("frames", 64), ("ranks", 1), ("ranks", 2)}
     assert "measured" not in records["frames", 64] and records["frames", 64]["predicted"]["step_ms"] > 0
-    assert records["frames", 32]["predicted"]["forward_macs"] > 2 * records["frames", 16]["predicted"]["forward_macs"]
+    assert (
+        records["frames", 32]["predicted"]["forward_macs"]
+        > 2 * records["frames", 16]["predicted"]["forward_macs"]
+    )
     assert records["ranks", 2]["measured"]["clips_per_s"] > 0
     assert "predicted ms" in capsys.readouterr().out

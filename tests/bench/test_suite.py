@@ -40,10 +40,15 @@ def suite(benches, tmp_path, monkeypatch):
 
 def test_what_is_done_stays_and_the_rest_says_why(suite, tmp_path, capsys):
     assert suite.main(["--quick", "--output", str(tmp_path / "out")]) == 1
-    parts = {part["name"]: part for part in json.loads((tmp_path / "out" / "suite.json").read_text())["parts"]}
+    parts = {
+        part["name"]: part for part in json.loads((tmp_path / "out" / "suite.json").read_text())["parts"]
+    }
     assert {name: part["status"] for name, part in parts.items()} == {
-        "step": "ran", "attention": "failed", "data": "cut off", "kernels": "skipped",
-    }  # fmt: skip
+        "step": "ran",
+        "attention": "failed",
+        "data": "cut off",
+        "kernels": "skipped",
+    }
     assert "code 3" in parts["attention"]["reason"] and parts["data"]["seconds"] < 30
     assert "begun" in (tmp_path / "out" / "data.log").read_text()
     page = (tmp_path / "out" / "report.html").read_text()
@@ -90,8 +95,11 @@ def test_the_page_needs_no_matplotlib(tmp_path):
     """In a process where importing it fails."""
     (tmp_path / "step.py").write_text(GOOD)
     subprocess.run([sys.executable, str(tmp_path / "step.py"), str(tmp_path / "step.json")], check=True)
-    suite = {"environment": ENVIRONMENT, "missing": {}, "parts": [
-        {"name": "step", "status": "ran", "reason": "", "seconds": 1.0, "file": "step.json"}]}  # fmt: skip
+    suite = {
+        "environment": ENVIRONMENT,
+        "missing": {},
+        "parts": [{"name": "step", "status": "ran", "reason": "", "seconds": 1.0, "file": "step.json"}],
+    }
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "bench")!r})
@@ -107,12 +115,25 @@ write_report(Path({str(tmp_path)!r}), {suite!r})
 
 def steps_result(wrong: bool) -> dict:
     counts = {"saved_activation_bytes_per_clip": 2**20, "forward_macs_per_clip": 10**9}
-    shared = {"model": "vit_b", "masking": "dual", "dtype": "float32", "device": "cpu", "batch": 2, "loss": 1.0, **counts}
+    shared = {
+        "model": "vit_b",
+        "masking": "dual",
+        "dtype": "float32",
+        "device": "cpu",
+        "batch": 2,
+        "loss": 1.0,
+        **counts,
+    }
     times = {"median": 123.0, "min": 120.0, "max": 130.0, "runs": [123.0]}
     timed = {f"{part}_ms": times for part in ("step", "forward", "backward", "optimizer")}
     good = {**shared, "variant": "reference", "clips_per_s": 16.26, "peak_memory_bytes": 2**20, **timed}
     off = {**shared, "variant": "off", "clips_per_s": None, "peak_memory_bytes": None, "step_ms": None}
-    ratio = {"variant": "off dual", "baseline": "reference dual", "saved_activations": 1.0, "fastest_competitor": False}
+    ratio = {
+        "variant": "off dual",
+        "baseline": "reference dual",
+        "saved_activations": 1.0,
+        "fastest_competitor": False,
+    }
     rejected = {"off": "loss 2 differs"} if wrong else {}
     return {"environment": ENVIRONMENT, "records": [good, off], "ratios": [ratio], "rejected": rejected}
 
@@ -121,8 +142,16 @@ def test_a_wrong_variant_has_no_speed_on_the_page_and_in_tables(benches, tmp_pat
     report, tables = benches("report"), benches("tables")
     content = steps_result(wrong=True)
     (tmp_path / "dual_vs_encoder.json").write_text(json.dumps(content))
-    part = {"name": "dual_vs_encoder", "status": "failed", "reason": "code 1", "seconds": 1.0, "file": "dual_vs_encoder.json"}
-    page = report.write_report(tmp_path, {"environment": ENVIRONMENT, "missing": {}, "parts": [part]}).read_text()
+    part = {
+        "name": "dual_vs_encoder",
+        "status": "failed",
+        "reason": "code 1",
+        "seconds": 1.0,
+        "file": "dual_vs_encoder.json",
+    }
+    page = report.write_report(
+        tmp_path, {"environment": ENVIRONMENT, "missing": {}, "parts": [part]}
+    ).read_text()
     assert "NO SPEED for off: loss 2 differs" in page
     row = next(row for row in tables.step_tables(content)[0].rows if row[0].startswith("off"))
     assert row[1:4] == ["-", "-", "-"] and row[-1] == "-"
@@ -134,7 +163,12 @@ def test_tables_come_from_their_files(benches, tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(steps_result(wrong=False)))
     text = "before\n<!-- table steps r.json -->\nold\n<!-- end of table -->\nafter\n"
     new = tables.rewritten(text, tmp_path)
-    assert "123 (120 to 130)" in new and "old" not in new and new.startswith("before") and new.endswith("after\n")
+    assert (
+        "123 (120 to 130)" in new
+        and "old" not in new
+        and new.startswith("before")
+        and new.endswith("after\n")
+    )
     assert tables.rewritten(new, tmp_path) == new
     with pytest.raises(ValueError, match="unknown table 'stpes'"):
         tables.rewritten(text.replace("steps", "stpes"), tmp_path)
@@ -150,7 +184,13 @@ def test_the_readme_is_what_its_results_say(benches):
 
 def test_a_changed_readme_is_found(benches, tmp_path, capsys):
     tables = benches("tables")
-    text = (ROOT / "README.md").read_text().replace("| reference, encoder-only | ", "| reference, encoder-only | 1", 1)
+    text = (
+        (ROOT / "README.md")
+        .read_text()
+        .replace("| reference, encoder-only | ", "| reference, encoder-only | 1", 1)
+    )
     (tmp_path / "R.md").write_text(text)
     assert tables.main(["--check", str(tmp_path / "R.md")]) == 1 and "differs" in capsys.readouterr().out
-    assert tables.main([str(tmp_path / "R.md")]) == 0 and tables.main(["--check", str(tmp_path / "R.md")]) == 0
+    assert (
+        tables.main([str(tmp_path / "R.md")]) == 0 and tables.main(["--check", str(tmp_path / "R.md")]) == 0
+    )

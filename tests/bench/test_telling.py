@@ -64,7 +64,9 @@ def test_on_a_terminal_one_line_is_rewritten(telling, monkeypatch):
     assert re.fullmatch(r"\r  round 1 of 2\x1b\[K\r\r  round 2 of 2\x1b\[K\r\x1b\[K", shown)
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "tables"])  # tables.py reads files, in no time
+@pytest.mark.parametrize(
+    "script", [name for name in SCRIPTS if name != "tables"]
+)  # tables.py reads files, in no time
 def test_every_benchmark_tells(script):
     text = (BENCH / f"{script}.py").read_text()
     assert "exit_code(" in text or "with telling()" in text

@@ -14,8 +14,14 @@ def test_the_chain(benches, tmp_path, capsys):
     assert (tmp_path / "t" / "detector-features" / "segments.png").is_file()
     # Shuffled: every video has another's features; untrained: others than the trained.
     name = "training_0000.npy"
-    one, moved, fresh = ((tmp_path / "t" / arm / name).read_bytes() for arm in ("features", "shuffled", "untrained"))
-    assert moved == (tmp_path / "t" / "features" / "training_0001.npy").read_bytes() and one != moved and one != fresh
+    one, moved, fresh = (
+        (tmp_path / "t" / arm / name).read_bytes() for arm in ("features", "shuffled", "untrained")
+    )
+    assert (
+        moved == (tmp_path / "t" / "features" / "training_0001.npy").read_bytes()
+        and one != moved
+        and one != fresh
+    )
     assert temporal.main(words) == 0  # nothing is done again
     assert "== t:" not in capsys.readouterr().out
     assert temporal.main([*words, "--seed", "1"]) == 2

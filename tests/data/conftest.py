@@ -23,10 +23,30 @@ BAR_VIDEOS = {
     "h264_closed": (".mp4", "libx264", {**X264, "x264-params": f"{OPEN_GOP}:open-gop=0"}, (40,)),
     "h264_open": (".mp4", "libx264", {**X264, "x264-params": f"{OPEN_GOP}:open-gop=1"}, (40,)),
     "h264_open_mkv": (".mkv", "libx264", {**X264, "x264-params": f"{OPEN_GOP}:open-gop=1"}, (40,)),
-    "hevc_closed": (".mp4", "libx265", {"preset": "ultrafast", "x265-params": f"{OPEN_GOP}:open-gop=0:log-level=none"}, (40,)),
-    "hevc_open": (".mp4", "libx265", {"preset": "ultrafast", "x265-params": f"{OPEN_GOP}:open-gop=1:log-level=none"}, (40,)),
-    "vp9": (".webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "g": "24", "b:v": "300k"}, (40,)),
-    "vp9_vfr": (".webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "g": "24", "b:v": "300k"}, (40, 10, 170, 60)),
+    "hevc_closed": (
+        ".mp4",
+        "libx265",
+        {"preset": "ultrafast", "x265-params": f"{OPEN_GOP}:open-gop=0:log-level=none"},
+        (40,),
+    ),
+    "hevc_open": (
+        ".mp4",
+        "libx265",
+        {"preset": "ultrafast", "x265-params": f"{OPEN_GOP}:open-gop=1:log-level=none"},
+        (40,),
+    ),
+    "vp9": (
+        ".webm",
+        "libvpx-vp9",
+        {"deadline": "realtime", "cpu-used": "8", "g": "24", "b:v": "300k"},
+        (40,),
+    ),
+    "vp9_vfr": (
+        ".webm",
+        "libvpx-vp9",
+        {"deadline": "realtime", "cpu-used": "8", "g": "24", "b:v": "300k"},
+        (40, 10, 170, 60),
+    ),
     "vfr": (".mp4", "libx264", {**X264, "x264-params": f"{OPEN_GOP}:open-gop=0"}, (40, 10, 170, 40, 60, 20)),
     "avi": (".avi", "libx264", {**X264, "x264-params": f"{OPEN_GOP}:open-gop=0"}, (40,)),
     "ts": (".ts", "libx264", {**X264, "x264-params": f"{OPEN_GOP}:open-gop=0"}, (40,)),
@@ -61,7 +81,8 @@ ODD_VIDEOS = {
     "odd_size": (".webm", "libvpx-vp9", VP9, {"more": 1}),
     "vp9_mp4": (".mp4", "libvpx-vp9", VP9, {}),
 }
-# Display matrices a, b, c, d (x' = a x + c y, y' = b x + d y), and what makes the stored picture of the displayed one.
+# Display matrices a, b, c, d (x' = a x + c y, y' = b x + d y), and what makes the stored picture of the
+# displayed one.
 ORIENTATIONS = {
     "turned_90": ((0, 1, -1, 0), lambda frames: np.rot90(frames, 1, (1, 2))),
     "turned_180": ((-1, 0, 0, -1), lambda frames: frames[:, ::-1, ::-1]),
@@ -75,7 +96,8 @@ ORIENTATIONS = {
 
 
 def draw_number(number: int, more: int = 0) -> np.ndarray:
-    """uint8 [HEIGHT + more, WIDTH + more, 3]: the bits of `number`, the lowest to the left, below white and above black."""
+    """uint8 [HEIGHT + more, WIDTH + more, 3]: the bits of `number`, the lowest to the left, below white and
+    above black."""
     bits = (number >> np.arange(BITS)) & 1
     row = np.repeat(40 + 175 * bits.astype(np.uint8), BAR)
     picture = np.broadcast_to(row[None, :, None], (HEIGHT, WIDTH, 3)).copy()
@@ -125,7 +147,8 @@ def write_bars(
 
 
 def replace_box(data: bytes, path: str, make: Callable[[bytes], bytes]) -> bytes:
-    """MP4 `data` with the content of a box ("moov.trak.tkhd", the first of each) made anew; `moov` must come last."""
+    """MP4 `data` with the content of a box ("moov.trak.tkhd", the first of each) made anew; `moov` must come
+    last."""
     places, start, end = [], 0, len(data)
     for kind in path.encode().split(b"."):
         while data[start + 4 : start + 8] != kind:
@@ -149,13 +172,15 @@ def turn(data: bytes, matrix: Sequence[float]) -> bytes:
 
 
 def edit(data: bytes, parts: Sequence[tuple[int, int]]) -> bytes:
-    """The file with an edit list: (frames, first frame) of each part; of 25 frames a second, B-frames' delay of 2."""
+    """The file with an edit list: (frames, first frame) of each part; of 25 frames a second, B-frames' delay
+    of 2."""
     rows = b"".join(struct.pack(">Iihh", 40 * count, 512 * (first + 2), 1, 0) for count, first in parts)
     return replace_box(data, "moov.trak.edts.elst", lambda box: struct.pack(">II", 0, len(parts)) + rows)
 
 
 def remux(source: Path, target: Path, start_s: float = 0.0, key: int = 0, later: int = 0) -> None:
-    """As `ffmpeg -ss START_S -c copy`: packets from some `later` than key frame number `key` on; times count from `start_s`."""
+    """As `ffmpeg -ss START_S -c copy`: packets from some `later` than key frame number `key` on; times count
+    from `start_s`."""
     import av
 
     with av.open(str(source)) as container, av.open(str(target), "w") as out:
@@ -203,9 +228,14 @@ def write_odd_videos(folder: Path) -> None:
     remux(paths["base"], stream)
     data = stream.read_bytes()
     stream.with_name("cut_middle_ts.ts").write_bytes(data[:752] + data[188 * (len(data) // 188 // 6) :])
-    small, both = write_bars(folder / "small.mp4", "mpeg4", {"b": "1k", "g": "999"}, total=20), folder / "two_streams.mp4"
+    small, both = (
+        write_bars(folder / "small.mp4", "mpeg4", {"b": "1k", "g": "999"}, total=20),
+        folder / "two_streams.mp4",
+    )
     write_two_streams(both, small, paths["mpeg4"])
-    both.write_bytes(replace_box(both.read_bytes(), "moov.trak.tkhd", lambda box: bytes(4) + box[4:]))  # not the default one
+    both.write_bytes(
+        replace_box(both.read_bytes(), "moov.trak.tkhd", lambda box: bytes(4) + box[4:])
+    )  # not the default one
 
 
 @pytest.fixture(scope="session")
@@ -213,7 +243,8 @@ def bar_videos(tmp_path_factory) -> dict[str, Path]:
     """Paths of all BAR_VIDEOS, 120 frames each."""
     pytest.importorskip("av")
     folder = tmp_path_factory.mktemp("bars")
-    # In a process of its own: where decord was imported before PyAV, its libvpx takes the place of PyAV's and fails.
+    # In a process of its own: where decord was imported before PyAV, its libvpx takes the place of PyAV's and
+    # fails.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, __file__, str(folder)], check=True, env=environment)
     return {name: folder / f"{name}{suffix}" for name, (suffix, *_) in BAR_VIDEOS.items()}
@@ -253,7 +284,9 @@ def uninstall(monkeypatch):
     from vmae.data import decode  # here: what only writes videos does without torch
 
     def remove(name: str) -> None:
-        gone = dataclasses.replace(decode.BACKENDS[name], missing=lambda: f"{name} is not installed: `pip install {name}`")
+        gone = dataclasses.replace(
+            decode.BACKENDS[name], missing=lambda: f"{name} is not installed: `pip install {name}`"
+        )
         monkeypatch.setitem(decode.BACKENDS, name, gone)
 
     monkeypatch.setattr(decode, "BACKENDS", dict(decode.BACKENDS))

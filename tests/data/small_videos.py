@@ -1,4 +1,5 @@
-"""Small videos of six pictures that no rotation leaves as they are, in any colours, with any display matrix."""
+"""Small videos of six pictures that no rotation leaves as they are, in any colours, with any display
+matrix."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ def picture(number=0):
     return np.stack([x * 2, y * 2 + 10, (x + y + 20 * number) // 2 + 40], -1).astype(np.uint8)
 
 
-def write_stream(out, frames=6, codec="libx264", pixels="yuv420p", options=LOSSLESS, size=(128, 96), matrix=None, **tags):
+def write_stream(
+    out, frames=6, codec="libx264", pixels="yuv420p", options=LOSSLESS, size=(128, 96), matrix=None, **tags
+):
     """A stream of pictures in numbers of the given matrix and range; returns a function that encodes them."""
     import av
     from av.video.reformatter import VideoReformatter
@@ -30,7 +33,11 @@ def write_stream(out, frames=6, codec="libx264", pixels="yuv420p", options=LOSSL
         for number in range(frames):
             frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
             full = tags.get("color_range", 1)
-            out.mux(stream.encode(to_yuv.reformat(frame, *size, pixels, dst_colorspace=matrix, dst_color_range=full)))
+            out.mux(
+                stream.encode(
+                    to_yuv.reformat(frame, *size, pixels, dst_colorspace=matrix, dst_color_range=full)
+                )
+            )
         out.mux(stream.encode(None))
 
     return encode

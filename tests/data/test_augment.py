@@ -33,9 +33,19 @@ def published_boxes(image_w, image_h, size):
     return boxes
 
 
-# The sample clips; the published 320 x 256 and 340 x 256 (256 * .875 = 224 exactly); 226 and 298 (sides 2 px off, which
-# snap); portrait; a square of the input's size, where nothing can move.
-SHAPES = [(640, 272), (1280, 720), (176, 144), (320, 256), (340, 256), (400, 226), (298, 400), (256, 340), (224, 224)]
+# The sample clips; the published 320 x 256 and 340 x 256 (256 * .875 = 224 exactly); 226 and 298 (sides 2 px
+# off, which snap); portrait; a square of the input's size, where nothing can move.
+SHAPES = [
+    (640, 272),
+    (1280, 720),
+    (176, 144),
+    (320, 256),
+    (340, 256),
+    (400, 226),
+    (298, 400),
+    (256, 340),
+    (224, 224),
+]
 
 
 @pytest.mark.parametrize(("width", "height"), SHAPES)
@@ -60,7 +70,9 @@ def test_draws_cover_all_boxes_evenly():
 
 # Frames smaller than the input, by less than the 3 px that snap and by a lot, down to one pixel.
 @pytest.mark.parametrize("size", [224, (96, 160), (160, 96), 16])
-@pytest.mark.parametrize(("width", "height"), [(222, 222), (223, 300), (300, 222), (1, 1), (1, 50), (2, 3), (97, 95)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(222, 222), (223, 300), (300, 222), (1, 1), (1, 50), (2, 3), (97, 95)]
+)
 def test_boxes_stay_inside_small_frames(width, height, size):
     for left, top, box_width, box_height in crop_boxes(width, height, size):
         assert box_width >= 1 and box_height >= 1 and left >= 0 and top >= 0
@@ -82,7 +94,9 @@ def frames():
 
 
 @pytest.mark.parametrize("size", [224, 112, (96, 160)])
-@pytest.mark.parametrize("box", [CropBox(0, 0, 272, 272), CropBox(101, 17, 179, 204), CropBox(600, 240, 40, 32)])
+@pytest.mark.parametrize(
+    "box", [CropBox(0, 0, 272, 272), CropBox(101, 17, 179, 204), CropBox(600, 240, 40, 32)]
+)
 def test_torch_resize_is_within_two_levels_of_pillow(frames, box, size):
     fast, exact = (crop_and_resize(frames, box, size, resize=resize) for resize in ("torch", "pil"))
     height, width = (size, size) if isinstance(size, int) else size
@@ -96,13 +110,19 @@ def test_torch_resize_is_within_two_levels_of_pillow_on_noise():
     noise = np.random.default_rng(0).integers(0, 256, (2, 144, 176, 3), dtype=np.uint8)
     for size in crop_sizes(176, 144, 224):
         box = CropBox(3, 1, min(size[0], 173), min(size[1], 143))
-        fast, exact = (crop_and_resize(noise, box, 224, resize=resize).astype(int) for resize in ("torch", "pil"))
+        fast, exact = (
+            crop_and_resize(noise, box, 224, resize=resize).astype(int) for resize in ("torch", "pil")
+        )
         assert np.abs(fast - exact).max() <= 2
 
 
 def test_pil_resize_is_pillows_crop_and_resize(frames):
     box = CropBox(101, 17, 238, 204)
-    image = Image.fromarray(frames[1]).crop((101, 17, 101 + 238, 17 + 204)).resize((112, 96), Image.Resampling.BILINEAR)
+    image = (
+        Image.fromarray(frames[1])
+        .crop((101, 17, 101 + 238, 17 + 204))
+        .resize((112, 96), Image.Resampling.BILINEAR)
+    )
     assert np.array_equal(crop_and_resize(frames, box, (96, 112), resize="pil")[1], np.asarray(image))
 
 

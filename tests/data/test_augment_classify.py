@@ -1,4 +1,5 @@
-"""Augmentation for classification: the published operations and strengths, and nothing random but by its generator."""
+"""Augmentation for classification: the published operations and strengths, and nothing random but by its
+generator."""
 
 import numpy as np
 import pytest
@@ -28,8 +29,18 @@ def noise(frames=3, height=20, width=28, seed=1):
 
 def test_published_settings():
     config = AugmentConfig()
-    assert (config.operations, config.magnitude, config.magnitude_std) == (4, 7, 0.5)  # rand-m7-n4-mstd0.5-inc1
-    assert (config.erase, config.mixup, config.cutmix, config.smoothing, config.flip) == (0.25, 0.8, 1.0, 0.1, True)
+    assert (config.operations, config.magnitude, config.magnitude_std) == (
+        4,
+        7,
+        0.5,
+    )  # rand-m7-n4-mstd0.5-inc1
+    assert (config.erase, config.mixup, config.cutmix, config.smoothing, config.flip) == (
+        0.25,
+        0.8,
+        1.0,
+        0.1,
+        True,
+    )
     assert len(OPERATIONS) == 15
 
 
@@ -49,7 +60,9 @@ def test_strengths_at_the_published_magnitude():
     from PIL import Image
 
     flat = Image.fromarray(np.full((4, 4, 3), 100, np.uint8))
-    brightness = {int(np.asarray(OPERATIONS["brightness"](0.7, rng(seed))(flat))[0, 0, 0]) for seed in range(20)}
+    brightness = {
+        int(np.asarray(OPERATIONS["brightness"](0.7, rng(seed))(flat))[0, 0, 0]) for seed in range(20)
+    }
     assert brightness == {163, 37}  # 1 + and - 0.63
     assert np.asarray(OPERATIONS["posterize"](0.7, rng())(flat))[0, 0, 0] == 0b01000000  # 2 bits stay
     assert np.asarray(OPERATIONS["solarize"](0.7, rng())(flat))[0, 0, 0] == 155  # above 77
@@ -62,7 +75,9 @@ def test_operations_are_drawn_once_for_a_clip():
     for seed in range(10):
         changed = rand_augment(clip, AugmentConfig(), rng(seed))
         assert np.array_equal(changed[0], changed[1]) and np.array_equal(changed[1], changed[2])
-    assert np.array_equal(rand_augment(clip, AugmentConfig(), rng(5)), rand_augment(clip, AugmentConfig(), rng(5)))
+    assert np.array_equal(
+        rand_augment(clip, AugmentConfig(), rng(5)), rand_augment(clip, AugmentConfig(), rng(5))
+    )
 
 
 def test_half_of_the_operations_are_applied():
@@ -73,7 +88,9 @@ def test_half_of_the_operations_are_applied():
 
 def test_resized_crops_lie_inside_and_vary():
     boxes = [sample_resized_crop(60, 40, rng(seed)) for seed in range(500)]
-    assert all(0 <= b.left and b.left + b.width <= 60 and 0 <= b.top and b.top + b.height <= 40 for b in boxes)
+    assert all(
+        0 <= b.left and b.left + b.width <= 60 and 0 <= b.top and b.top + b.height <= 40 for b in boxes
+    )
     areas = np.array([b.width * b.height / 2400 for b in boxes])
     ratios = np.array([b.width / b.height for b in boxes])
     assert 0.07 < areas.min() < 0.12 and areas.max() > 0.8 and ratios.min() > 0.65 and ratios.max() < 1.5
@@ -105,11 +122,17 @@ def batch(videos=4, num_sample=1, seed=0):
 
 
 def published(clips, targets, weight, box):
-    """Mixup in batch mode (timm 0.4.12, engine_for_finetuning.py) from its formula: x * lam + flip(x) * (1 - lam)."""
+    """Mixup in batch mode (timm 0.4.12, engine_for_finetuning.py) from its formula: x * lam + flip(x) * (1 -
+    lam)."""
     if box is None:
         mixed = weight * clips.float() + (1 - weight) * clips.flip(0).float()
     else:
-        inside = (..., slice(box.top, box.top + box.height), slice(box.left, box.left + box.width), slice(None))
+        inside = (
+            ...,
+            slice(box.top, box.top + box.height),
+            slice(box.left, box.left + box.width),
+            slice(None),
+        )
         mixed = clips.float()
         mixed[inside] = clips.flip(0)[inside].float()
         assert weight == pytest.approx(1 - box.width * box.height / (SIZE[0] * SIZE[1]))
@@ -147,7 +170,9 @@ def test_a_single_clip_has_no_partner():
     clips, targets = batch(1)
     for config in (AugmentConfig(mixup=0.0), AugmentConfig(cutmix=0.0)):
         mixing = draw_mixing(1, KEY, SIZE, config, seed=0)
-        assert torch.equal(mix_clips(clips, mixing), clips) and torch.equal(mix_targets(targets, mixing, 0.0), targets)
+        assert torch.equal(mix_clips(clips, mixing), clips) and torch.equal(
+            mix_targets(targets, mixing, 0.0), targets
+        )
 
 
 def test_one_of_the_two_for_each_micro_batch():
@@ -157,7 +182,10 @@ def test_one_of_the_two_for_each_micro_batch():
 
 
 def test_mixing_is_a_function_of_the_seed_and_the_micro_batch():
-    draws = [draw_mixing(4, key, SIZE, AugmentConfig(), seed) for key, seed in ((KEY, 5), (KEY, 5), (KEY, 6), ((2, 6), 5))]
+    draws = [
+        draw_mixing(4, key, SIZE, AugmentConfig(), seed)
+        for key, seed in ((KEY, 5), (KEY, 5), (KEY, 6), ((2, 6), 5))
+    ]
     drawn = [(draw.weight, draw.box) for draw in draws]
     assert drawn[0] == drawn[1] and len(set(drawn)) == 3
 
@@ -169,7 +197,8 @@ def test_smoothing():
 
 
 @pytest.mark.parametrize(
-    "change", [dict(magnitude=11), dict(erase=2.0), dict(mixup=-1.0), dict(smoothing=1.0), dict(operations=-1)]
+    "change",
+    [dict(magnitude=11), dict(erase=2.0), dict(mixup=-1.0), dict(smoothing=1.0), dict(operations=-1)],
 )
 def test_bad_settings(change):
     with pytest.raises(InputError):

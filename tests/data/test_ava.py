@@ -45,7 +45,9 @@ def test_annotations(file, tmp_path):
 
 def test_unlisted_actions(file):
     path = file(GOOD)
-    with pytest.raises(InputError, match=r"a\.csv, line 2: action 79 is not in the action list, which has 12"):
+    with pytest.raises(
+        InputError, match=r"a\.csv, line 2: action 79 is not in the action list, which has 12"
+    ):
         read_annotations(path, [12])
     assert [row.action for row in read_annotations(path, [12], skip_unlisted=True)] == [12]
     with pytest.raises(InputError, match="no boxes of listed actions"):
@@ -124,10 +126,16 @@ def test_actions(file, tmp_path):
     [
         ("stand, 12\n", "is no action list"),
         ('item {\n  name: "a"\n  id: 1\n}\nitem {\n  name: "b"\n}\n', "line 5: a block needs name"),
-        ('item {\n  name: "a"\n  id: 1\n}\nitem {\n  name: "b"\n  id: 1\n}\n', "line 5: id 1 is also that of 'a'"),
+        (
+            'item {\n  name: "a"\n  id: 1\n}\nitem {\n  name: "b"\n  id: 1\n}\n',
+            "line 5: id 1 is also that of 'a'",
+        ),
         ('item {\n  name: "a"\n  id: 0\n}\n', "line 1: a block needs"),
         ('item {\n  name: "a"\n  id: 99999999999\n}\n', "line 1: a block needs .* from 1 to 1,000,000,000"),
-        (f'item {{\n  name: "a"\n  id: {"9" * 5000}\n}}\n', "line 1: a block needs .* from 1 to 1,000,000,000"),
+        (
+            f'item {{\n  name: "a"\n  id: {"9" * 5000}\n}}\n',
+            "line 1: a block needs .* from 1 to 1,000,000,000",
+        ),
     ],
 )
 def test_malformed_action_lists(file, text, message):

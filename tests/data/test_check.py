@@ -1,4 +1,5 @@
-"""check-data: what it finds in good and bad lists, what it writes, and what it says of lists that do not parse."""
+"""check-data: what it finds in good and bad lists, what it writes, and what it says of lists that do not
+parse."""
 
 import json
 from fractions import Fraction
@@ -45,7 +46,14 @@ def test_command(folder, capsys):
 def test_record():
     pytest.importorskip("av")
     record = check_entry(VideoEntry(str(BIKES)))
-    expected = {"frames": 250, "width": 640, "height": 272, "codec": "h264", "container": "MP4", "error": None}
+    expected = {
+        "frames": 250,
+        "width": 640,
+        "height": 272,
+        "codec": "h264",
+        "container": "MP4",
+        "error": None,
+    }
     assert {key: record[key] for key in expected} == expected
     assert record["seconds"] == pytest.approx(10) and record["fps"] == pytest.approx(25)
     assert record["gop"] > 12 and 0 < record["clip_s"] < 60 and record["open_gop"] in (True, False)
@@ -65,7 +73,11 @@ def test_a_file_that_hangs(monkeypatch):
     entries = [VideoEntry(str(CARPHONE)), VideoEntry("hang", line=7), VideoEntry(str(CARPHONE))]
     records = check_entries(entries, workers=1, hang_s=3, progress=False)
     assert [bool(record["error"]) for record in records] == [False, True, False]
-    assert records[1]["line"] == 7 and records[1]["library"] == "worker" and "took more than 3 s" in records[1]["error"]
+    assert (
+        records[1]["line"] == 7
+        and records[1]["library"] == "worker"
+        and "took more than 3 s" in records[1]["error"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +131,13 @@ def test_bad_arguments(folder):
 def test_what_is_not_shown_as_it_is_stored(tmp_path, capsys):
     av = pytest.importorskip("av")
     upright = make_video(tmp_path / "upright.mp4")
-    matrices = {"a": (0, 1, -1, 0), "b": (-1, 0, 0, -1), "c": (0, -1, 1, 0), "d": (-1, 0, 0, 1), "e": (0, 1, 1, 0)}
+    matrices = {
+        "a": (0, 1, -1, 0),
+        "b": (-1, 0, 0, -1),
+        "c": (0, -1, 1, 0),
+        "d": (-1, 0, 0, 1),
+        "e": (0, 1, 1, 0),
+    }
     for name, matrix in matrices.items():
         with_matrix(upright, tmp_path / f"{name}.mp4", *matrix)
     make_video(tmp_path / "wide.mp4", sample_aspect_ratio=Fraction(4, 3))
@@ -130,13 +148,24 @@ def test_what_is_not_shown_as_it_is_stored(tmp_path, capsys):
     videos = json.loads((tmp_path / "out" / "report.json").read_text())["videos"]
     found = {video["path"].rsplit("/", 1)[1]: video for video in videos}
     assert {name[0]: video["rotation"] for name, video in found.items() if "rotation" in video} == {
-        "a": 90, "b": 180, "c": 270, "d": "mirrored", "e": "mirrored",
-    }  # fmt: skip
-    assert {name: video["sample_aspect"] for name, video in found.items() if "sample_aspect" in video} == {"wide.mp4": "4:3"}
-    assert {name: video["video_streams"] for name, video in found.items() if video["video_streams"] > 1} == {"two.mp4": 2}
+        "a": 90,
+        "b": 180,
+        "c": 270,
+        "d": "mirrored",
+        "e": "mirrored",
+    }
+    assert {name: video["sample_aspect"] for name, video in found.items() if "sample_aspect" in video} == {
+        "wide.mp4": "4:3"
+    }
+    assert {name: video["video_streams"] for name, video in found.items() if video["video_streams"] > 1} == {
+        "two.mp4": 2
+    }
     output = capsys.readouterr().out
     assert "5 videos are displayed rotated or mirrored (180: 1, 270: 1, 90: 1, mirrored: 2)" in output
-    assert "1 videos have pixels that are not square (4:3: 1)" in output and "1 videos have several video streams" in output
+    assert (
+        "1 videos have pixels that are not square (4:3: 1)" in output
+        and "1 videos have several video streams" in output
+    )
 
 
 def test_a_cover_is_no_second_video(tmp_path):
@@ -158,11 +187,16 @@ def test_labels_stay_in_the_clean_list(tmp_path, capsys):
     (tmp_path / "list.csv").write_text(text, newline="")
     assert main(["check-data", str(tmp_path / "list.csv"), "--workers", "1"]) == 1
     output = capsys.readouterr().out
-    assert "4 videos: 2 good, 2 bad" in output and "labels: 2 classes from 1 to 3; the rarest, 1, has 1 videos" in output
+    assert (
+        "4 videos: 2 good, 2 bad" in output
+        and "labels: 2 classes from 1 to 3; the rarest, 1, has 1 videos" in output
+    )
     assert "pre-training" not in output and "apart by" not in output
     clean = read_labelled_list(tmp_path / "list-check" / "clean.txt")  # from another folder
     assert clean.labels == [(3, 1), (3,)]
-    assert [entry.path for entry in clean.entries] == [str(tmp_path / name) for name in ("a.mp4", "#b, c.mp4")]
+    assert [entry.path for entry in clean.entries] == [
+        str(tmp_path / name) for name in ("a.mp4", "#b, c.mp4")
+    ]
     report = json.loads((tmp_path / "list-check" / "report.json").read_text())["videos"]
     assert [video.get("labels") for video in report] == [[3, 1], [2], [3], None]
 

@@ -1,4 +1,5 @@
-"""Frames and pixels of clips to train on and of test views: the published ones, and the same wherever they are made."""
+"""Frames and pixels of clips to train on and of test views: the published ones, and the same wherever they
+are made."""
 
 import numpy as np
 import pytest
@@ -33,7 +34,9 @@ def test_dense_frames_of_a_long_video():
     drawn = np.stack([sample_dense_indices(100, 4, 4, np.random.default_rng(seed)) for seed in range(400)])
     starts = drawn[:, 0]
     assert starts.min() == 0 and starts.max() == 83  # the span's end is drawn from 16 to 99
-    assert {tuple(row - row[0]) for row in drawn} == {(0, 5, 10, 15)}  # a span of 16 in three steps, cut at its end
+    assert {tuple(row - row[0]) for row in drawn} == {
+        (0, 5, 10, 15)
+    }  # a span of 16 in three steps, cut at its end
     assert sample_dense_indices(100, 4, 4, None).tolist() == [42, 47, 52, 57]
 
 
@@ -78,7 +81,9 @@ def test_views_refuse_nonsense(function):
 
 
 def test_crops_along_the_longer_side():
-    frames = np.arange(40, dtype=np.uint8)[None, None, :, None].repeat(16, 1).repeat(3, 3)  # [1, 16, 40, 3], column numbers
+    frames = (
+        np.arange(40, dtype=np.uint8)[None, None, :, None].repeat(16, 1).repeat(3, 3)
+    )  # [1, 16, 40, 3], column numbers
     views = spatial_views(frames, 16, 3)
     assert views.shape == (3, 1, 16, 16, 3)
     assert [view[0, 0, 0, 0] for view in views] == [0, 12, 24]
@@ -104,7 +109,9 @@ def labelled(tmp_path_factory):
         folder = root / f"v{video}"
         folder.mkdir()
         for number in range(12):
-            Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(folder / f"img_{number + 1:05}.jpg")
+            Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)).save(
+                folder / f"img_{number + 1:05}.jpg"
+            )
         entries.append(VideoEntry(str(folder), "frames", 1, 12))
     return LabelledList(entries, [(0,), (1,), (2,), (0,), (1,)], 3, False)
 
@@ -117,24 +124,43 @@ def test_a_sample_is_a_function_of_its_key(labelled):
     first = data[1, 2]
     assert first.clips.shape == (2, 4, 16, 16, 3) and first.clips.dtype == torch.uint8
     assert first.targets.tolist() == [[0, 0, 1]] * 2 and first.ids == [(1, 2, labelled.entries[2].path)]
-    assert torch.equal(first.clips, ClassifyDataset(labelled, CLIP, AugmentConfig(), num_sample=2, seed=3)[1, 2].clips)
-    others = [data[0, 2], data[1, 7], ClassifyDataset(labelled, CLIP, AugmentConfig(), num_sample=2, seed=4)[1, 2]]
+    assert torch.equal(
+        first.clips, ClassifyDataset(labelled, CLIP, AugmentConfig(), num_sample=2, seed=3)[1, 2].clips
+    )
+    others = [
+        data[0, 2],
+        data[1, 7],
+        ClassifyDataset(labelled, CLIP, AugmentConfig(), num_sample=2, seed=4)[1, 2],
+    ]
     assert all(not torch.equal(first.clips, other.clips) for other in others)
     assert not torch.equal(first.clips[0], first.clips[1])
 
 
 def test_no_augmentation_but_flips(labelled):
-    flipped = [ClassifyDataset(labelled, CLIP, AugmentConfig.none(flip=True), seed=seed)[0, 0].clips[0] for seed in range(6)]
-    plain = [ClassifyDataset(labelled, CLIP, AugmentConfig.none(), seed=seed)[0, 0].clips[0] for seed in range(6)]
+    flipped = [
+        ClassifyDataset(labelled, CLIP, AugmentConfig.none(flip=True), seed=seed)[0, 0].clips[0]
+        for seed in range(6)
+    ]
+    plain = [
+        ClassifyDataset(labelled, CLIP, AugmentConfig.none(), seed=seed)[0, 0].clips[0] for seed in range(6)
+    ]
     mirrored = [torch.equal(a, b.flip(2)) for a, b in zip(flipped, plain)]
-    assert any(mirrored) and not all(mirrored) and all(m or torch.equal(a, b) for m, a, b in zip(mirrored, flipped, plain))
+    assert (
+        any(mirrored)
+        and not all(mirrored)
+        and all(m or torch.equal(a, b) for m, a, b in zip(mirrored, flipped, plain))
+    )
 
 
 def test_a_broken_video_lends_no_label(labelled):
     entries = [VideoEntry("gone.mp4"), *labelled.entries[1:]]
     broken = LabelledList(entries, [(2,), (1,), (1,), (1,), (1,)], 3, False)
     sample = ClassifyDataset(broken, CLIP, AugmentConfig())[0, 0]
-    assert sample.targets.tolist() == [[0, 1, 0]] and sample.replaced[0].path == "gone.mp4" and sample.ids[0][2] != "gone.mp4"
+    assert (
+        sample.targets.tolist() == [[0, 1, 0]]
+        and sample.replaced[0].path == "gone.mp4"
+        and sample.ids[0][2] != "gone.mp4"
+    )
 
 
 def test_the_loader_gives_the_same_batches_with_workers(labelled):
@@ -169,6 +195,10 @@ def test_sparse_clips_and_bad_settings(labelled):
     sparse = ClipConfig(num_frames=4, image_size=16, sampling="sparse")
     assert ClassifyDataset(labelled, sparse, AugmentConfig.none())[0, 0].clips.shape[1] == 4
     assert ViewDataset(labelled.entries, sparse, ViewConfig(segments=2, crops=3))[0].shape[0] == 6
-    for wrong in (lambda: ClipConfig(sampling="thick"), lambda: ClipConfig(stride=0), lambda: ViewConfig(crops=0)):
+    for wrong in (
+        lambda: ClipConfig(sampling="thick"),
+        lambda: ClipConfig(stride=0),
+        lambda: ViewConfig(crops=0),
+    ):
         with pytest.raises(InputError):
             wrong()

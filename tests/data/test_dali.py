@@ -1,5 +1,5 @@
-"""DALI's batches against the CPU loader's: the same frames, boxes and masks; pixels within some levels. On its CPU
-operators, which decode VP9, so that this runs without a GPU; NVDEC where there is one."""
+"""DALI's batches against the CPU loader's: the same frames, boxes and masks; pixels within some levels. On
+its CPU operators, which decode VP9, so that this runs without a GPU; NVDEC where there is one."""
 
 import warnings
 from pathlib import Path
@@ -19,7 +19,9 @@ from vmae.errors import InputError
 
 needs_dali = pytest.mark.skipif(dali.dali_missing() is not None, reason=str(dali.dali_missing()))
 # Frames of the bars' size, so that boxes are cut and not resized away: the numbers stay readable.
-SETTINGS = dict(num_frames=8, stride=2, image_size=(64, 128), grid=(4, 4, 8), mask=MaskConfig(encoder_ratio=0.75))
+SETTINGS = dict(
+    num_frames=8, stride=2, image_size=(64, 128), grid=(4, 4, 8), mask=MaskConfig(encoder_ratio=0.75)
+)
 LEVELS = 4  # mean of the differences; another frame is some 50 off
 
 
@@ -55,7 +57,10 @@ def vp9_videos(bar_videos):
 )
 def test_batches_are_those_of_the_cpu_loader(vp9_videos, settings):
     data = dataset(vp9_videos * 3, **settings)
-    with build_loader(data, batch_size=2, epochs=2) as plain, build_loader(data, batch_size=2, epochs=2, loader="dali") as ours:
+    with (
+        build_loader(data, batch_size=2, epochs=2) as plain,
+        build_loader(data, batch_size=2, epochs=2, loader="dali") as ours,
+    ):
         assert ours.steps_per_epoch == plain.steps_per_epoch
         batches = list(zip(plain, ours, strict=True))
         assert ours._failures is None and not ours._avoided  # DALI made them, not the way round it
@@ -66,7 +71,9 @@ def test_batches_are_those_of_the_cpu_loader(vp9_videos, settings):
 @needs_dali
 def test_frames_are_those_asked_for(vp9_videos, read_numbers, monkeypatch):
     """Every frame shows its number."""
-    monkeypatch.setattr("vmae.data.dataset.sample_crop", lambda width, height, size, rng: CropBox(0, 0, width, height))
+    monkeypatch.setattr(
+        "vmae.data.dataset.sample_crop", lambda width, height, size, rng: CropBox(0, 0, width, height)
+    )
     data = dataset(vp9_videos, repeat=20)
     with build_loader(data, batch_size=4, epochs=1, loader="dali") as loader:
         for batch in loader:
@@ -89,8 +96,8 @@ def test_resumes_in_the_middle(vp9_videos):
 
 @needs_dali
 def test_what_dali_cannot_be_trusted_with_goes_to_the_cpu(bar_videos, odd_videos, tmp_path):
-    """H.264 (no decoder on a CPU), AVI, an open GOP, frame folders, a turned video, an empty file and one that is gone, beside
-    VP9."""
+    """H.264 (no decoder on a CPU), AVI, an open GOP, frame folders, a turned video, an empty file and one
+    that is gone, beside VP9."""
     for number in range(20):
         Image.fromarray(np.full((64, 128, 3), 10 * number, np.uint8)).save(tmp_path / f"{number}.png")
     (tmp_path / "empty.mp4").touch()
@@ -127,7 +134,9 @@ def test_a_batch_that_dali_fails_in_is_decoded_by_the_cpu(vp9_videos, tmp_path):
 
 @needs_dali
 def test_dali_that_always_fails_is_an_error(vp9_videos, tmp_path, monkeypatch):
-    monkeypatch.setattr(dali.DaliLoader, "_look_into", lambda self, path: (100000, 25.0, (128, 64)))  # frames that it lacks
+    monkeypatch.setattr(
+        dali.DaliLoader, "_look_into", lambda self, path: (100000, 25.0, (128, 64))
+    )  # frames that it lacks
     paths = [tmp_path / f"{number}.webm" for number in range(4)]
     for path in paths:
         path.write_bytes(vp9_videos[0].read_bytes())

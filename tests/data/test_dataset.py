@@ -1,4 +1,5 @@
-"""The loader's promises: samples that depend on (seed, epoch, index) only, resuming, short lists, broken videos."""
+"""The loader's promises: samples that depend on (seed, epoch, index) only, resuming, short lists, broken
+videos."""
 
 import pickle
 import random
@@ -74,7 +75,9 @@ def test_clips_are_crops_of_the_video(entries, resize):
         frames = video[start : start + 8 : 2]
         for box in set(crop_boxes(40, 36, 32)):
             for clip in range(4):
-                if np.array_equal(crop_and_resize(frames, box, 32, resize=resize), sample.clips[clip].numpy()):
+                if np.array_equal(
+                    crop_and_resize(frames, box, 32, resize=resize), sample.clips[clip].numpy()
+                ):
                     found.add((clip, start))
     assert {clip for clip, _ in found} == {0, 1, 2, 3}
     assert len({start for _, start in found}) == 1  # one decode for the four crops
@@ -164,7 +167,9 @@ def test_sampling_modes(bar_videos, read_numbers):
     """The bars of the clips' frames say which frames they are: 25 frames a second."""
 
     def numbers(**settings):
-        data = make([VideoEntry(str(bar_videos["h264_closed"]))], image_size=(64, 128), grid=(2, 4, 8), **settings)
+        data = make(
+            [VideoEntry(str(bar_videos["h264_closed"]))], image_size=(64, 128), grid=(2, 4, 8), **settings
+        )
         data.num_frames = 8
         monkeypatched = [data._decode_with_replacement(epoch, 0)[0] for epoch in range(6)]
         return [read_numbers(clips[0].numpy()) for clips in monkeypatched]
@@ -261,7 +266,10 @@ def test_ranks_split_the_same_batch(size):
 @pytest.mark.parametrize("size", [100, 5])
 def test_micro_batches_split_the_same_batch(size):
     whole = EpochSampler(size, 8, seed=3)
-    ranks = [EpochSampler(size, 2, accumulate=2, seed=3, rank=r, world_size=2, start_step=4, total_steps=7) for r in (0, 1)]
+    ranks = [
+        EpochSampler(size, 2, accumulate=2, seed=3, rank=r, world_size=2, start_step=4, total_steps=7)
+        for r in (0, 1)
+    ]
     assert {sampler.steps_per_epoch for sampler in ranks} == {whole.steps_per_epoch}
     parts = [list(sampler) for sampler in ranks]
     assert [len(rank) for rank in parts] == [6, 6]  # two of each step
@@ -343,7 +351,8 @@ def test_workers_use_one_thread(entries, monkeypatch):
 
 
 def test_real_videos_in_workers():
-    """Decoding in this process first, then in forked workers, is what a run does; the results are the same."""
+    """Decoding in this process first, then in forked workers, is what a run does; the results are the
+    same."""
     videos = [VideoEntry(str(path)) for path in sample_videos()[2:]]
     assert check_decodable(videos) == []
     data = make(videos, num_sample=2, image_size=64, grid=(2, 4, 4))

@@ -70,27 +70,43 @@ def test_video_pixels_are_those_of_pyav(backend):
 def write_noise(path, total=60):
     """A video coded as most are: B pictures that others refer to, several references, weighted prediction."""
     av = pytest.importorskip("av")
-    options = {"preset": "medium", "crf": "30", "threads": "1", "x264-params": "keyint=30:b-adapt=0:bframes=3:b-pyramid=normal"}
+    options = {
+        "preset": "medium",
+        "crf": "30",
+        "threads": "1",
+        "x264-params": "keyint=30:b-adapt=0:bframes=3:b-pyramid=normal",
+    }
     rng = np.random.default_rng(0)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         still = rng.integers(0, 256, (64, 160, 3), dtype=np.uint8)
         for number in range(total):
-            moved = still[:, number : number + 96] // 2 + rng.integers(0, 64, (64, 96, 3), dtype=np.uint8) + number
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(moved), format="rgb24")))
+            moved = (
+                still[:, number : number + 96] // 2
+                + rng.integers(0, 64, (64, 96, 3), dtype=np.uint8)
+                + number
+            )
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(moved), format="rgb24"))
+            )
         container.mux(stream.encode(None))
     return path
 
 
 def disposable_pictures(path):
-    """Indices of the H.264 pictures that no other refers to, with the place in the file and the bytes of each."""
+    """Indices of the H.264 pictures that no other refers to, with the place in the file and the bytes of
+    each."""
     av = pytest.importorskip("av")
     with av.open(str(path)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
         times = sorted(packet.pts for packet in packets)
         heads = {times.index(packet.pts): (packet.pos, packet.size, bytes(packet)[4]) for packet in packets}
-    return {index: (place, size) for index, (place, size, head) in heads.items() if head & 31 == 1 and not head & 0x60}
+    return {
+        index: (place, size)
+        for index, (place, size, head) in heads.items()
+        if head & 31 == 1 and not head & 0x60
+    }
 
 
 def test_pyav_leaves_out_pictures_and_keeps_the_pixels(tmp_path):
@@ -100,7 +116,9 @@ def test_pyav_leaves_out_pictures_and_keeps_the_pixels(tmp_path):
         expected = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     disposable = disposable_pictures(path)
     assert len(expected) == 60 and 20 < len(disposable) < 40
-    reads = [[index] for index in range(60)] + [list(range(start, 60, step)) for start in range(4) for step in (2, 3, 4, 7)]
+    reads = [[index] for index in range(60)] + [
+        list(range(start, 60, step)) for start in range(4) for step in (2, 3, 4, 7)
+    ]
     with open_video(path, "pyav") as reader:
         assert [read for read in reads if not np.array_equal(reader.frames(read), expected[read])] == []
 
@@ -213,14 +231,17 @@ def test_without_stderr(tmp_path):
 
 def test_other_lines_on_stderr_are_passed_on(capfd):
     with decode.library_stderr() as captured:
-        os.write(2, b"[08:41:57] /src/video_reader.cc:83: ERROR opening: x.mp4, No such luck\nsomething else\n")
+        os.write(
+            2, b"[08:41:57] /src/video_reader.cc:83: ERROR opening: x.mp4, No such luck\nsomething else\n"
+        )
     assert capfd.readouterr().err == "something else\n"
     assert decode.first_reason("RuntimeError", captured) == "No such luck"
 
 
 @pytest.mark.parametrize("backend", VIDEO_BACKENDS)
 def test_cut_file(broken, capfd, backend):
-    """decord refuses the file, decord2 and the others open what is left of it, or find out when they decode."""
+    """decord refuses the file, decord2 and the others open what is left of it, or find out when they
+    decode."""
     try:
         with open_video(broken / "cut.mp4", backend) as reader:
             assert len(reader) < 100 and len(reader.frames([0, len(reader) - 1])) == 2
@@ -239,8 +260,10 @@ def test_file_without_pictures(broken, capfd, backend):
 
 def test_reason_without_source_files_and_codes():
     raw = (
-        "[08:41:57] /github/a/threaded_decoder.cc:292: [08:41:57] /github/a/threaded_decoder.cc:218: Check failed: "
-        "avcodec_send_packet(dec_ctx_.get(), pkt.get()) >= 0 (-1094995529 vs. 0) Thread worker: Error sending packet.\n"
+        "[08:41:57] /github/a/threaded_decoder.cc:292: [08:41:57] /github/a/threaded_decoder.cc:218: Check "
+        "failed: "
+        "avcodec_send_packet(dec_ctx_.get(), pkt.get()) >= 0 (-1094995529 vs. 0) Thread worker: Error "
+        "sending packet.\n"
         "Stack trace:\n  0: x"
     )
     assert decode.first_reason(raw, []) == "Thread worker: Error sending packet."
@@ -307,11 +330,15 @@ def test_torchcodec_that_does_not_load(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", failing)
     lack = decode._torchcodec_missing.__wrapped__()
-    assert "libtorchcodec" in lack and "apt-get install ffmpeg" in lack and "0.13" in lack and "\n" not in lack
+    assert (
+        "libtorchcodec" in lack and "apt-get install ffmpeg" in lack and "0.13" in lack and "\n" not in lack
+    )
 
 
 def test_backend_names():
-    with pytest.raises(InputError, match="unknown decoding backend 'nvdec'; known: auto, pyav, torchcodec, decord, frames"):
+    with pytest.raises(
+        InputError, match="unknown decoding backend 'nvdec'; known: auto, pyav, torchcodec, decord, frames"
+    ):
         open_video(CARPHONE, "nvdec")
     with pytest.raises(InputError, match="'frames' does not read entries of kind 'video'"):
         open_video(CARPHONE, "frames")

@@ -1,4 +1,5 @@
-"""Key frames: which frames a clip has, and that boxes stay on what they frame whatever happens to the picture."""
+"""Key frames: which frames a clip has, and that boxes stay on what they frame whatever happens to the
+picture."""
 
 import numpy as np
 import pytest
@@ -27,14 +28,17 @@ CLIP = KeyClipConfig(num_frames=4, image_size=32, stride=2)
 OFF = KeyAugmentConfig(flip=False, jitter=False)
 RED, GREEN = (0.25, 0.25, 0.5, 0.5), (0.5, 0.5, 1.0, 0.875)
 ROWS = [
-    AvaBox("v", 1, RED, 3, line=1), AvaBox("v", 1, RED, 7, line=2), AvaBox("v", 1, GREEN, 7, line=3),
+    AvaBox("v", 1, RED, 3, line=1),
+    AvaBox("v", 1, RED, 7, line=2),
+    AvaBox("v", 1, GREEN, 7, line=3),
     AvaBox("w", 2, GREEN, 3, line=4),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Two folders of 20 images, 64 x 48 pixels: a red and a green rectangle; blue tells the number of the frame."""
+    """Two folders of 20 images, 64 x 48 pixels: a red and a green rectangle; blue tells the number of the
+    frame."""
     root = tmp_path_factory.mktemp("videos")
     for name in "vw":
         (root / name).mkdir()
@@ -63,7 +67,12 @@ def test_key_frames(frames):
 
 
 def test_frames_of_a_clip():
-    assert CLIP.indices(10, 20).tolist() == [6, 8, 10, 12]  # the key frame is number T // 2, as in SlowFast's loader
+    assert CLIP.indices(10, 20).tolist() == [
+        6,
+        8,
+        10,
+        12,
+    ]  # the key frame is number T // 2, as in SlowFast's loader
     assert CLIP.indices(1, 20).tolist() == [0, 0, 1, 3] and CLIP.indices(19, 20).tolist() == [15, 17, 19, 19]
 
 
@@ -72,9 +81,7 @@ def test_the_origin(videos):
     clip = KeyClipConfig(num_frames=4, image_size=32, origin=900)
     row = AvaBox("v", 902, RED, 3, line=9)
     assert key_frames([row], "a.csv", entries, clip, fps=5)[0].frame == 10
-    message = (
-        r"a\.csv, line 9: key frame at 902 s is outside of .*v, which has 0 to 4\.00 s \(20 frames, 5 a second\); is --origin"
-    )
+    message = r"a\.csv, line 9: key frame at 902 s is outside of .*v, which has 0 to 4\.00 s \(20 frames, 5 a second\); is --origin"
     with pytest.raises(InputError, match=message):
         key_frames([row], "a.csv", entries, CLIP, fps=5)
     with pytest.raises(InputError, match="line 9: key frame at 904 s is outside"):  # just past the end
@@ -86,7 +93,9 @@ def test_videos_that_are_not_there(videos, tmp_path):
     assert set(entries) == {"v"}
     with pytest.raises(InputError, match=r"a\.csv, line 4: video 'w' is not in the place"):
         key_frames(ROWS, "a.csv", entries, CLIP, fps=5, videos="the place")
-    with pytest.raises(InputError, match="line 1: .* does not tell its frames a second; name them with --fps"):
+    with pytest.raises(
+        InputError, match="line 1: .* does not tell its frames a second; name them with --fps"
+    ):
         key_frames(ROWS, "a.csv", entries, CLIP)
     (tmp_path / "v.mp4").write_text("no video")
     with pytest.raises(InputError, match=r"line 1: .*v\.mp4.*cannot be opened"):
@@ -104,9 +113,13 @@ def test_boxes_by_hand():
     boxes = np.array([[0.25, 0.25, 0.5, 0.5], [0.0, 0.5, 0.2, 1.0]])
     # A crop of the right half of the width and the middle half of the height of 80 x 40 pixels.
     cut = crop_boxes_of(boxes, CropBox(20, 10, 40, 20), 80, 40)
-    np.testing.assert_allclose(cut, [[0, 0, 0.5, 0.5], [0, 0.5, 0, 1]])  # the second one is left outside: empty
+    np.testing.assert_allclose(
+        cut, [[0, 0, 0.5, 0.5], [0, 0.5, 0, 1]]
+    )  # the second one is left outside: empty
     np.testing.assert_allclose(flip_boxes(boxes), [[0.5, 0.25, 0.75, 0.5], [0.8, 0.5, 1.0, 1.0]])
-    np.testing.assert_allclose(extend_boxes(boxes, (0.1, 0.4)), [[0.2375, 0.2, 0.5125, 0.55], [0, 0.4, 0.21, 1.0]])
+    np.testing.assert_allclose(
+        extend_boxes(boxes, (0.1, 0.4)), [[0.2375, 0.2, 0.5125, 0.55], [0, 0.4, 0.21, 1.0]]
+    )
 
 
 def test_jitter_is_the_published_range():
@@ -129,14 +142,18 @@ def test_a_sample(frames):
     dataset = DetectionDataset(frames, 2, CLIP, OFF)
     sample = dataset[0, 0]
     assert sample.clips.shape == (1, 4, 32, 32, 3) and sample.clips.dtype == torch.uint8
-    assert sample.boxes.tolist() == [[list(RED), list(GREEN)]] and sample.targets.tolist() == [[[1, 1], [0, 1]]]
+    assert sample.boxes.tolist() == [[list(RED), list(GREEN)]] and sample.targets.tolist() == [
+        [[1, 1], [0, 1]]
+    ]
     assert sample.valid.tolist() == [[1, 1]] and sample.ids == [(0, 0, frames[0].path)]
     assert sample.clips[0, :, 0, 0, 2].tolist() == [10, 30, 50, 70]  # frames 1, 3, 5, 7
 
 
 @pytest.mark.parametrize("change", [dict(flip=True), dict(min_crop=0.1), dict(flip=True, min_crop=0.1)])
 def test_boxes_follow_the_picture(frames, change):
-    dataset = DetectionDataset(frames, 2, CLIP, KeyAugmentConfig(**{"flip": False, "jitter": False, **change}))
+    dataset = DetectionDataset(
+        frames, 2, CLIP, KeyAugmentConfig(**{"flip": False, "jitter": False, **change})
+    )
     seen = set()
     for epoch in range(60):
         sample = dataset[epoch, 0]

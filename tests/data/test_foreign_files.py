@@ -1,4 +1,5 @@
-"""What is no video is not opened, nothing that a file names is, and a file that lies about its size costs nothing."""
+"""What is no video is not opened, nothing that a file names is, and a file that lies about its size costs
+nothing."""
 
 import http.server
 import os
@@ -19,7 +20,10 @@ from vmae.data.pack import PackConfig, pack_video
 av = pytest.importorskip("av")
 
 BACKEND_NAMES = [
-    pytest.param(name, marks=pytest.mark.skipif(BACKENDS[name].missing() is not None, reason=str(BACKENDS[name].missing())))
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(BACKENDS[name].missing() is not None, reason=str(BACKENDS[name].missing())),
+    )
     for name in ("pyav", "torchcodec", "decord")
 ]
 TABLES = "moov.trak.mdia.minf.stbl."
@@ -49,8 +53,10 @@ def server(odd_videos):
 
 def manifest(kind, place):
     dash = (
-        '<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT4S"><Period><AdaptationSet '
-        f'mimeType="video/mp4"><Representation id="1" bandwidth="1"><BaseURL>{place}</BaseURL></Representation>'
+        '<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+        'mediaPresentationDuration="PT4S"><Period><AdaptationSet '
+        'mimeType="video/mp4"><Representation id="1" '
+        f'bandwidth="1"><BaseURL>{place}</BaseURL></Representation>'
         "</AdaptationSet></Period></MPD>"
     )
     hls = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:4.8,\n{place}\n#EXT-X-ENDLIST\n"
@@ -74,8 +80,13 @@ def test_nothing_that_a_file_names_is_opened(odd_videos, server, tmp_path, kind,
         path = tmp_path / f"x{suffix}"
         path.write_bytes(manifest(kind, place))
         assert container_kind(str(path)) == "unknown"
-        for name in ("auto", *(name for name in ("pyav", "torchcodec", "decord") if BACKENDS[name].missing() is None)):
-            with pytest.raises(DecodeError, match=f"x{suffix}: cannot be opened: (not a video file|Invalid data)"):
+        for name in (
+            "auto",
+            *(name for name in ("pyav", "torchcodec", "decord") if BACKENDS[name].missing() is None),
+        ):
+            with pytest.raises(
+                DecodeError, match=f"x{suffix}: cannot be opened: (not a video file|Invalid data)"
+            ):
                 open_video(path, name)
         with pytest.raises(DecodeError, match="cannot be opened"):
             pack_video(path, tmp_path / "packed.mp4", PackConfig())
@@ -106,8 +117,12 @@ def test_a_video_that_is_a_manifest_too(odd_videos, tmp_path):
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
-@pytest.mark.parametrize("name", ["http://{}/x.mp4", "http:/{}/x.mp4", "12:30.mp4", "file:x.mp4", "concat:a|b.mp4", "%3d.mp4"])
-def test_names_that_look_like_addresses_are_files(odd_videos, server, tmp_path, monkeypatch, read_numbers, name, backend):
+@pytest.mark.parametrize(
+    "name", ["http://{}/x.mp4", "http:/{}/x.mp4", "12:30.mp4", "file:x.mp4", "concat:a|b.mp4", "%3d.mp4"]
+)
+def test_names_that_look_like_addresses_are_files(
+    odd_videos, server, tmp_path, monkeypatch, read_numbers, name, backend
+):
     address, asked = server
     monkeypatch.chdir(tmp_path)
     name = name.format(address)
@@ -123,13 +138,16 @@ def test_names_that_look_like_addresses_are_files(odd_videos, server, tmp_path, 
 
 
 def external(data, conftest, other):
-    """MP4 `data` whose samples are said to lie in the file `other` (QuickTime's alias of a volume and a path)."""
+    """MP4 `data` whose samples are said to lie in the file `other` (QuickTime's alias of a volume and a
+    path)."""
     path = os.fsencode(other)
     path += bytes(len(path) % 2)
     alias = bytes(10 + 28 + 12) + b"\1x".ljust(64, b"\0") + bytes(16 + 4 + 16)
     alias += struct.pack(">HH", 2, len(path)) + path + struct.pack(">HH", 0xFFFF, 0)
     entry = struct.pack(">I4sI", 12 + len(alias), b"alis", 0) + alias
-    return conftest.replace_box(data, "moov.trak.mdia.minf.dinf.dref", lambda box: struct.pack(">II", 0, 1) + entry)
+    return conftest.replace_box(
+        data, "moov.trak.mdia.minf.dinf.dref", lambda box: struct.pack(">II", 0, 1) + entry
+    )
 
 
 def test_samples_in_another_file_are_not_read(odd_videos, tmp_path, conftest):
@@ -157,7 +175,9 @@ def cover(data, conftest, picture):
     """MP4 `data` with a cover picture."""
     handler = box(b"hdlr", bytes(8) + b"mdirappl" + bytes(9))
     covers = box(b"ilst", box(b"covr", box(b"data", struct.pack(">II", 14, 0) + picture)))
-    return conftest.replace_box(data, "moov", lambda moov: moov + box(b"udta", box(b"meta", bytes(4) + handler + covers)))
+    return conftest.replace_box(
+        data, "moov", lambda moov: moov + box(b"udta", box(b"meta", bytes(4) + handler + covers))
+    )
 
 
 def write_sound(path):
@@ -196,7 +216,12 @@ def test_pictures_and_sound_are_no_videos(tmp_path, conftest, kind):
         size = bytes(len(tag) >> shift & 127 for shift in (21, 14, 7, 0))
         path.write_bytes(b"ID3\3\0\0" + size + tag + (b"\xff\xfb\x90\0" + bytes(413)) * 30)
     else:
-        path.write_bytes(b"RIFF" + struct.pack("<I", 36) + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 8000, 8000, 1, 8))
+        path.write_bytes(
+            b"RIFF"
+            + struct.pack("<I", 36)
+            + b"WAVEfmt "
+            + struct.pack("<IHHIIHH", 16, 1, 1, 8000, 8000, 1, 8)
+        )
         path.write_bytes(path.read_bytes() + b"data" + struct.pack("<I", 800) + bytes(800))
     for name in ("pyav", "torchcodec", "decord"):
         if BACKENDS[name].missing() is None:
@@ -236,7 +261,9 @@ def test_counts_that_the_file_cannot_hold(odd_videos, tmp_path, conftest, lie):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name in ("pyav", "torchcodec", "decord"):
         if BACKENDS[name].missing() is None:
-            with pytest.raises(DecodeError, match="x.mp4: cannot be opened: (its index counts more samples|Invalid data)"):
+            with pytest.raises(
+                DecodeError, match="x.mp4: cannot be opened: (its index counts more samples|Invalid data)"
+            ):
                 open_video(path, name)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
 
@@ -281,7 +308,30 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 def test_formats_are_known_to_ffmpeg_and_name_no_files():
     named = {name for names in containers.FORMATS.values() for name in names.split(",")}
-    assert not named & {"dash", "hls", "concat", "sdp", "rtsp", "image2", "lavfi", "imf", "webm_dash_manifest", "vobsub"}
+    assert not named & {
+        "dash",
+        "hls",
+        "concat",
+        "sdp",
+        "rtsp",
+        "image2",
+        "lavfi",
+        "imf",
+        "webm_dash_manifest",
+        "vobsub",
+    }
     known = {name for formats in av.formats_available for name in formats.split(",")}
-    assert {"mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif"} <= named & known
+    assert {
+        "mov",
+        "mp4",
+        "matroska",
+        "webm",
+        "avi",
+        "mpegts",
+        "mpeg",
+        "flv",
+        "asf",
+        "ogg",
+        "gif",
+    } <= named & known
     assert VideoEntry("x").kind == "video"

@@ -1,4 +1,5 @@
-"""Files that hang or crash whoever opens them: a pipe, a device, a dead mount; every command ends with a line."""
+"""Files that hang or crash whoever opens them: a pipe, a device, a dead mount; every command ends with a
+line."""
 
 import contextlib
 import ctypes
@@ -36,7 +37,9 @@ from vmae.evaluate.features import WindowConfig, extract_videos
 from vmae.train.checkpoint import export_weights
 
 VIDEO = str(sample_videos()[2])  # 120 frames of 176 x 144
-CONFIG = ModelConfig(img_size=32, num_frames=8, embed_dim=48, depth=1, num_heads=3, decoder_embed_dim=32, decoder_num_heads=2)
+CONFIG = ModelConfig(
+    img_size=32, num_frames=8, embed_dim=48, depth=1, num_heads=3, decoder_embed_dim=32, decoder_num_heads=2
+)
 LIMIT_S = 0.6
 
 
@@ -54,7 +57,8 @@ def pipe(tmp_path) -> str:
 
 @pytest.fixture
 def hanging(pipe, tmp_path, monkeypatch) -> str:
-    """A regular file that hangs the decoder, which opens the pipe in its place; other files are read as ever."""
+    """A regular file that hangs the decoder, which opens the pipe in its place; other files are read as
+    ever."""
     path = tmp_path / "hanging.mp4"
     path.write_bytes(Path(VIDEO).read_bytes())
     whole = decode.BACKENDS["pyav"]
@@ -89,8 +93,17 @@ def special_files(folder: Path) -> dict[str, str]:
     (folder / "zero.mp4").symlink_to("/dev/zero")
     (folder / "folder.mp4").mkdir()
     (folder / "loop.mp4").symlink_to("loop.mp4")
-    kinds = {"fifo": "is a pipe, not a file", "socket": "is a socket", "link": "is a pipe", "zero": "is a device"}
-    kinds |= {"folder": "is a folder; for frames", "loop": "cannot be read: Too many levels", "none": "does not exist"}
+    kinds = {
+        "fifo": "is a pipe, not a file",
+        "socket": "is a socket",
+        "link": "is a pipe",
+        "zero": "is a device",
+    }
+    kinds |= {
+        "folder": "is a folder; for frames",
+        "loop": "cannot be read: Too many levels",
+        "none": "does not exist",
+    }
     return {str(folder / f"{name}.mp4"): text for name, text in kinds.items()}
 
 
@@ -113,7 +126,9 @@ def test_a_pipe_among_the_images_of_a_folder(tmp_path):
     (tmp_path / "img_00003.jpg").unlink()
     os.mkfifo(tmp_path / "img_00003.jpg")
     with open_video(entry) as reader:
-        with pytest.raises(DecodeError, match="img_00003.jpg: is a pipe, not a file; the list promises 4 frames"):
+        with pytest.raises(
+            DecodeError, match="img_00003.jpg: is a pipe, not a file; the list promises 4 frames"
+        ):
             reader.frames([0, 2])
         assert len(reader.frames([0, 1, 3])) == 3
 
@@ -138,7 +153,11 @@ def test_commands_on_a_file_that_hangs(command, kind, limit, pipe, hanging, chec
     assert time.monotonic() - began < 30
     said = "".join(capsys.readouterr())
     assert code == (1 if command == "features" else 2)
-    expected = "is a pipe, not a file" if kind == "pipe" else "took more than 0.6 s (VMAE_HANG_S); its worker was stopped"
+    expected = (
+        "is a pipe, not a file"
+        if kind == "pipe"
+        else "took more than 0.6 s (VMAE_HANG_S); its worker was stopped"
+    )
     assert f"{path}: {expected}" in said
 
 
@@ -150,7 +169,9 @@ def test_a_run_looks_into_videos_that_hang(limit, hanging):
     (line,) = describe_data([hung, good])
     assert line.startswith("list: 2 videos, about 0.00") or line.startswith("list: 2 videos, 100.0%")
     began = time.monotonic()
-    with pytest.raises(InputError, match=r"all of the \d videos tried, of 20, are undecodable.*took more than 0.6 s"):
+    with pytest.raises(
+        InputError, match=r"all of the \d videos tried, of 20, are undecodable.*took more than 0.6 s"
+    ):
         check_decodable([hung] * 20)
     assert time.monotonic() - began < 10
 
@@ -178,7 +199,10 @@ def _bug(path):
 
 def test_a_worker_that_runs_out_of_memory(tmp_path):
     """numpy's and torch's lack of memory, real ones, name the file; other errors stay what they are."""
-    for allocate in (lambda path: np.empty(1 << 60, np.uint8), lambda path: torch.empty(1 << 60, dtype=torch.uint8)):
+    for allocate in (
+        lambda path: np.empty(1 << 60, np.uint8),
+        lambda path: torch.empty(1 << 60, dtype=torch.uint8),
+    ):
         with pytest.raises(DecodeError, match="v.mp4: cannot be decoded: it needs more memory than there is"):
             guarded(allocate, "v.mp4")
     with pytest.raises(RuntimeError, match="other"), memory_as_decode_error("v.mp4"):
@@ -215,7 +239,9 @@ def test_streams(chunk, tmp_path):
         except DecodeError as error:
             numbers.append(str(error))
     assert found["a"] == list(range(8)) and found["b"] == [] and found["d"] == list(range(4))
-    assert found["broken"][-1] == "broken:9: broken" and found["broken"][:-1] == list(range(7 // chunk * chunk))
+    assert found["broken"][-1] == "broken:9: broken" and found["broken"][:-1] == list(
+        range(7 // chunk * chunk)
+    )
     assert found["hang"][-1].startswith("hang:9: took more than 0.5 s")
     assert found["hang"][:-1] == list(range(7 // chunk * chunk))
     assert found[str(tmp_path / "died")] == list(range(12)) and found["c"] == [0, 1]
@@ -248,14 +274,29 @@ def test_lists_that_cannot_be_read(limit, tmp_path, pipe):
         with pytest.raises(InputError, match=text):
             read_text(path)
     os.rename(pipe, tmp_path / "mix.yaml")
-    assert main(["pretrain", "--data", str(tmp_path / "mix.yaml"), "--output", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    assert (
+        main(
+            [
+                "pretrain",
+                "--data",
+                str(tmp_path / "mix.yaml"),
+                "--output",
+                str(tmp_path / "run"),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 2
+    )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_a_list_by_process_substitution(tmp_path):
     """The command itself, in a shell."""
-    words = f"{sys.executable} -m vmae check-data <(echo {VIDEO}; echo /none.mp4) --output {tmp_path} --workers 1"
+    words = (
+        f"{sys.executable} -m vmae check-data <(echo {VIDEO}; echo /none.mp4) --output {tmp_path} --workers 1"
+    )
     done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "2 videos: 1 good, 1 bad" in done.stdout, done.stderr
     assert (tmp_path / "clean.txt").read_text() == f"{VIDEO}\n"
@@ -283,7 +324,9 @@ def test_the_limit_is_a_number_of_seconds(monkeypatch):
 def _mount_dead(folder: Path) -> None:
     """Mount a file system that never answers, for this process and its children alone."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(0x20000) or libc.mount(None, b"/", None, 0x4000 | 1 << 18, None):  # CLONE_NEWNS; MS_REC | MS_PRIVATE
+    if libc.unshare(0x20000) or libc.mount(
+        None, b"/", None, 0x4000 | 1 << 18, None
+    ):  # CLONE_NEWNS; MS_REC | MS_PRIVATE
         raise OSError("no mount namespace of its own")
     options = f"fd={os.open('/dev/fuse', os.O_RDWR)},rootmode=40000,user_id=0,group_id=0"
     if libc.mount(b"dead", os.fsencode(folder), b"fuse", 0, options.encode()):
@@ -302,7 +345,9 @@ def _run_on_dead_mount(folder: Path, words: list[str], answer) -> None:
     os._exit(code)
 
 
-@pytest.mark.skipif(not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="needs FUSE, and the right to mount")
+@pytest.mark.skipif(
+    not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="needs FUSE, and the right to mount"
+)
 @pytest.mark.parametrize(
     ("command", "line"),
     [
@@ -320,22 +365,56 @@ def test_a_dead_mount(command, line, limit, checkpoints, tmp_path):
     dead.mkdir()
     (tmp_path / "list.txt").write_text(f"{VIDEO}\n{dead / 'v.mp4'}\n")
     words = {
-        "predict": ["predict", str(dead / "v.mp4"), "--checkpoint", checkpoints["classifier"], "--device", "cpu"],
-        "list": ["pretrain", "--data", str(tmp_path / "list.txt"), "--output", str(tmp_path / "run"), "--device", "cpu"],
-        "listed": ["pretrain", "--data", str(dead / "list.txt"), "--output", str(tmp_path / "run"), "--device", "cpu"],
+        "predict": [
+            "predict",
+            str(dead / "v.mp4"),
+            "--checkpoint",
+            checkpoints["classifier"],
+            "--device",
+            "cpu",
+        ],
+        "list": [
+            "pretrain",
+            "--data",
+            str(tmp_path / "list.txt"),
+            "--output",
+            str(tmp_path / "run"),
+            "--device",
+            "cpu",
+        ],
+        "listed": [
+            "pretrain",
+            "--data",
+            str(dead / "list.txt"),
+            "--output",
+            str(tmp_path / "run"),
+            "--device",
+            "cpu",
+        ],
         "check-data": ["check-data", str(tmp_path / "list.txt")],
-        "features": ["features", str(dead / "v.mp4"), "--checkpoint", checkpoints["classifier"], "--output", f"{dead}.f"],
+        "features": [
+            "features",
+            str(dead / "v.mp4"),
+            "--checkpoint",
+            checkpoints["classifier"],
+            "--output",
+            f"{dead}.f",
+        ],
         "root": ["check-data", str(tmp_path / "list.txt"), "--data-root", str(dead)],
     }[command]
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_run_on_dead_mount, args=(dead, words, theirs))
+    process = multiprocessing.get_context("fork").Process(
+        target=_run_on_dead_mount, args=(dead, words, theirs)
+    )
     process.start()
     try:
         assert ours.poll(20)
         if (mounted := ours.recv()) != "mounted":
             pytest.skip(mounted)
         process.join(30)
-        assert process.exitcode == 2 and line in (tmp_path / "said.txt").read_text(), (tmp_path / "said.txt").read_text()
+        assert process.exitcode == 2 and line in (tmp_path / "said.txt").read_text(), (
+            tmp_path / "said.txt"
+        ).read_text()
     finally:
         process.kill()
         process.join()
@@ -353,12 +432,17 @@ def _state(pid: int) -> str:
 
 
 def _children() -> list[int]:
-    return [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    return [
+        int(pid)
+        for task in Path("/proc/self/task").iterdir()
+        for pid in (task / "children").read_text().split()
+    ]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 def test_replacements_leave_nothing_behind(tmp_path, monkeypatch):
-    """Neither processes nor files, open or on disk, after some dozen workers that hung, crashed, were killed, or did well."""
+    """Neither processes nor files, open or on disk, after some dozen workers that hung, crashed, were killed,
+    or did well."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def count() -> tuple[int, int, int]:
@@ -398,9 +482,12 @@ def _run_a_hanging_one(pids, interruptible):
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_the_end_of_the_main_process_is_that_of_its_worker(how):
-    """Ctrl-C ends a guarded call at once; a worker that hangs ends by itself soon after its parent was killed."""
+    """Ctrl-C ends a guarded call at once; a worker that hangs ends by itself soon after its parent was
+    killed."""
     ours, theirs = multiprocessing.Pipe()
-    parent = multiprocessing.get_context("fork").Process(target=_run_a_hanging_one, args=(theirs, how == signal.SIGINT))
+    parent = multiprocessing.get_context("fork").Process(
+        target=_run_a_hanging_one, args=(theirs, how == signal.SIGINT)
+    )
     parent.start()
     assert ours.poll(20)
     worker = ours.recv()

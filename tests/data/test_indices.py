@@ -1,5 +1,5 @@
-"""Frame i asked for is frame i given, by every backend, for every container and group structure, or a refusal. The table in
-docs/decoders.md is that of CASES."""
+"""Frame i asked for is frame i given, by every backend, for every container and group structure, or a
+refusal. The table in docs/decoders.md is that of CASES."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +59,21 @@ CASES = {
     "refresh_b": Case("H.264 with intra refresh and B-frames, MP4", OTHERS, "intra refresh"),
     "refresh_mkv": Case("H.264 with intra refresh, Matroska", OTHERS, "intra refresh"),
     "refresh_ts": Case("H.264 with intra refresh, MPEG-TS", OTHERS, "MPEG-TS"),
-    "refresh_edit": Case("H.264 with intra refresh, cut without encoding", OTHERS | {"pyav"}, "no picture is whole"),
+    "refresh_edit": Case(
+        "H.264 with intra refresh, cut without encoding", OTHERS | {"pyav"}, "no picture is whole"
+    ),
     "edit_start": Case("edit list that begins inside a group", OTHERS, "an edit list", range(30, 90)),
-    "edit_parts": Case("edit list of three parts", OTHERS, "an edit list", [*range(10, 30), *range(70, 100), *range(40, 50)]),
-    "edit_open": Case("edit list that shows a part twice, open groups", OTHERS, "an edit list", [*range(10, 60)] * 2),
+    "edit_parts": Case(
+        "edit list of three parts", OTHERS, "an edit list", [*range(10, 30), *range(70, 100), *range(40, 50)]
+    ),
+    "edit_open": Case(
+        "edit list that shows a part twice, open groups", OTHERS, "an edit list", [*range(10, 60)] * 2
+    ),
     "cut": Case("cut without encoding (`ffmpeg -ss T -c copy`), MP4", OTHERS, "an edit list", range(33, 120)),
     "cut_head": Case("cut at an open group, Matroska", OTHERS, "in the middle of a group", range(24, 120)),
-    "cut_middle": Case("cut between key frames, Matroska", OTHERS, "in the middle of a group", range(24, 120)),
+    "cut_middle": Case(
+        "cut between key frames, Matroska", OTHERS, "in the middle of a group", range(24, 120)
+    ),
     "cut_middle_ts": Case("cut between key frames, MPEG-TS", OTHERS, "MPEG-TS", range(24, 120)),
     "turned_90": Case("turned by 90 degrees", frozenset({"dali"})),
     "turned_180": Case("turned by 180 degrees", frozenset({"dali"})),
@@ -99,14 +107,19 @@ def read(read_numbers, orientations):
     """The numbers that frames of a video show, by its name."""
 
     def read_displayed(name, frames):
-        undo = orientations["turned_90" if name == "turned_vp9" else name][1] if name.startswith(TURNED) else np.asarray
+        undo = (
+            orientations["turned_90" if name == "turned_vp9" else name][1]
+            if name.startswith(TURNED)
+            else np.asarray
+        )
         return read_numbers(undo(frames))
 
     return read_displayed
 
 
 def wrong_reads(reader, read, expected):
-    """Reads (lists of indices) that gave other frames: single ones, clips with stride 1 and 3, and far jumps."""
+    """Reads (lists of indices) that gave other frames: single ones, clips with stride 1 and 3, and far
+    jumps."""
     rng, total = np.random.default_rng(0), len(expected)
     reads = [[index] for index in rng.permutation(total)[:20].tolist()]
     reads += [list(range(start, start + 16)) for start in rng.integers(0, total - 16, 3).tolist()]
@@ -127,7 +140,9 @@ def test_indices(videos, read, name, backend):
         assert case.because in str(error.value)
         assert backend in ("auto", error.value.library)
         if "pyav" not in case.refused:
-            assert f"refused, it would give wrong frames: {backend} cannot be trusted with" in str(error.value)
+            assert f"refused, it would give wrong frames: {backend} cannot be trusted with" in str(
+                error.value
+            )
         return
     with open_video(path, backend) as reader:
         assert len(reader) == len(case.numbers)
@@ -150,7 +165,9 @@ def test_what_dali_is_given(videos, name):
 def test_the_table_in_the_documentation():
     rows = ["| video | PyAV | torchcodec | decord | given to DALI |", "|---|---|---|---|---|"]
     for case in CASES.values():
-        cells = ["refused" if backend in case.refused else "right" for backend in ("pyav", "torchcodec", "decord")]
+        cells = [
+            "refused" if backend in case.refused else "right" for backend in ("pyav", "torchcodec", "decord")
+        ]
         rows.append(f"| {case.about} | {' | '.join(cells)} | {'no' if 'dali' in case.refused else 'yes'} |")
     text = (Path(__file__).parents[2] / "docs" / "decoders.md").read_text()
     assert [line for line in text.splitlines() if line.startswith("|")] == rows
@@ -175,7 +192,17 @@ def count_decoded(reader, read):
     return counts
 
 
-SOUGHT = ["h264_closed", "h264_open", "h264_open_mkv", "short_gop", "mpeg4_b", "cut", "edit_start", "edit_open", "vfr"]
+SOUGHT = [
+    "h264_closed",
+    "h264_open",
+    "h264_open_mkv",
+    "short_gop",
+    "mpeg4_b",
+    "cut",
+    "edit_start",
+    "edit_open",
+    "vfr",
+]
 
 
 @pytest.mark.parametrize("name", SOUGHT)
@@ -216,18 +243,33 @@ def test_the_refused_files_are_refused_for_a_reason(videos, read_numbers, name):
 def test_what_the_container_shows(videos, tmp_path):
     kinds = {name: container_kind(str(videos[name])) for name in CASES}
     assert {name for name, kind in kinds.items() if kind == "AVI"} == {"avi", "mpeg4_b_avi"}
-    assert {name for name, kind in kinds.items() if kind == "MPEG-TS"} == {"ts", "refresh_ts", "cut_middle_ts"}
-    assert kinds["vp9"] == kinds["vp9_vfr"] == kinds["h264_open_mkv"] == "Matroska" and kinds["mpeg2_ps"] == "MPEG-PS"
+    assert {name for name, kind in kinds.items() if kind == "MPEG-TS"} == {
+        "ts",
+        "refresh_ts",
+        "cut_middle_ts",
+    }
+    assert (
+        kinds["vp9"] == kinds["vp9_vfr"] == kinds["h264_open_mkv"] == "Matroska"
+        and kinds["mpeg2_ps"] == "MPEG-PS"
+    )
     assert {kinds[name] for name in ("h264_closed", "fragmented", "hevc_open", "vfr", "turned_90")} == {"MP4"}
     names = ("h264_closed", "h264_open", "hevc_closed", "hevc_open", "vfr", "ts")
     found = {name: inspect_video(videos[name]) for name in names}
     assert {name: about.open_gop for name, about in found.items()} == {
-        "h264_closed": False, "h264_open": True, "hevc_closed": False, "hevc_open": True, "vfr": False, "ts": False,
-    }  # fmt: skip
+        "h264_closed": False,
+        "h264_open": True,
+        "hevc_closed": False,
+        "hevc_open": True,
+        "vfr": False,
+        "ts": False,
+    }
     assert all(about.gop == 24 and FORMATS[kinds[name]] == about.kind for name, about in found.items())
     (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "moov.mp4").write_bytes(b"\0\0\0\x10moov\0\0\0\3trak")
-    assert container_kind(str(tmp_path / "text.mp4")) == "unknown" and container_kind(str(tmp_path / "moov.mp4")) == "MP4"
+    assert (
+        container_kind(str(tmp_path / "text.mp4")) == "unknown"
+        and container_kind(str(tmp_path / "moov.mp4")) == "MP4"
+    )
     with pytest.raises(DecodeError, match="moov.mp4: cannot be opened"):
         inspect_video(tmp_path / "moov.mp4")
 

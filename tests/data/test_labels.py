@@ -39,9 +39,14 @@ def test_every_format(world):
     found = read(world, text)
     about = [(entry.path.rsplit("/", 1)[1], entry.kind, entry.start, entry.total) for entry in found.entries]
     assert about == [
-        ("a.mp4", "video", 0, -1), ("b c.mp4", "video", 0, -1), ("frames", "frames", 1, 2), ("frames", "frames", 1, 2),
-        ("frames", "frames", 0, 3), ("take 3", "video", 0, -1), ("walk 2", "frames", 1, 2),
-    ]  # fmt: skip
+        ("a.mp4", "video", 0, -1),
+        ("b c.mp4", "video", 0, -1),
+        ("frames", "frames", 1, 2),
+        ("frames", "frames", 1, 2),
+        ("frames", "frames", 0, 3),
+        ("take 3", "video", 0, -1),
+        ("walk 2", "frames", 1, 2),
+    ]
     assert found.labels == [(3,), (0,), (5,), (1,), (4,), (2,), (1,)]
     assert found.num_classes == 6 and not found.multi
 
@@ -69,13 +74,19 @@ def test_bad_lists(world, text, message):
         read(world, text, num_classes=7)
 
 
-@pytest.mark.parametrize("label", ["99999999999", "1000000", "9" * 30, "9" * 5000, "0;99999999999", "-1", "-" + "9" * 5000])
+@pytest.mark.parametrize(
+    "label", ["99999999999", "1000000", "9" * 30, "9" * 5000, "0;99999999999", "-1", "-" + "9" * 5000]
+)
 def test_a_label_that_no_head_could_have_is_named_with_its_line(world, label):
-    with pytest.raises(InputError, match=r"list.*, line 2: label -?\d+ is out of range; labels are 0 to 999999$"):
+    with pytest.raises(
+        InputError, match=r"list.*, line 2: label -?\d+ is out of range; labels are 0 to 999999$"
+    ):
         read(world, f"a.mp4 1\na.mp4 {label}\n")
 
 
-@pytest.mark.parametrize("columns", ["99999999999 1", "0 99999999999 1", "99999999999 3 1", f"{'9' * 5000} 1"])
+@pytest.mark.parametrize(
+    "columns", ["99999999999 1", "0 99999999999 1", "99999999999 3 1", f"{'9' * 5000} 1"]
+)
 def test_a_folder_of_too_many_images_is_named_with_its_line(world, columns):
     with pytest.raises(InputError, match="line 1: .*more than 1,000,000,000 images"):
         read(world, f"frames {columns}\n")
@@ -150,11 +161,11 @@ def test_names_that_no_list_can_hold(tmp_path, name):
 def test_class_names(tmp_path):
     forms = {
         "plain.txt": "eating cake\nhi, you\n",
-        "numbered.csv": "id,name\n1,\"hi, you\"\n0,eating cake\n",
+        "numbered.csv": 'id,name\n1,"hi, you"\n0,eating cake\n',
         "list.json": '["eating cake", "hi, you"]',
         "dict.json": '{"hi, you": 1, "eating cake": "0"}',
         "comments.txt": "\ufeff# names\r\n\r\neating cake\r\n  #\r\nhi, you\r\n",
-    }  # fmt: skip
+    }
     for name, text in forms.items():
         (tmp_path / name).write_text(text)
         assert read_class_names(tmp_path / name) == ["eating cake", "hi, you"], name
@@ -182,7 +193,11 @@ def test_a_head_of_710_becomes_one_of_400(tmp_path):
     numbers = torch.randperm(710)[:400].tolist()
     (tmp_path / "label_710to400.json").write_text(json.dumps(numbers))
     found = read_label_map(tmp_path / "label_710to400.json", source_classes=710, num_classes=400)
-    state = {"head.weight": torch.randn(710, 8), "head.bias": torch.randn(710), "fc_norm.weight": torch.randn(8)}
+    state = {
+        "head.weight": torch.randn(710, 8),
+        "head.bias": torch.randn(710),
+        "fc_norm.weight": torch.randn(8),
+    }
     converted = convert_head(state, found)
     features = torch.randn(5, 8)
     before = features @ state["head.weight"].T + state["head.bias"]

@@ -11,7 +11,8 @@ from vmae.errors import InputError
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with two (empty) videos, one of them with blanks in its name, and a folder of frames 3 to 7."""
+    """A folder with two (empty) videos, one of them with blanks in its name, and a folder of frames 3 to
+    7."""
     monkeypatch.chdir(tmp_path)
     for name in ("a.mp4", "my clip 2.mp4"):
         (tmp_path / name).touch()
@@ -34,13 +35,23 @@ def read_one(folder, line):
 
 @pytest.mark.parametrize(
     "line",
-    ["a.mp4 0 -1", "a.mp4", "a.mp4 0 -1 17", "a.mp4\t0\t-1", "  a.mp4   5  -1  ", "a.mp4,0,-1", "a.mp4, 0, -1, 17"],
+    [
+        "a.mp4 0 -1",
+        "a.mp4",
+        "a.mp4 0 -1 17",
+        "a.mp4\t0\t-1",
+        "  a.mp4   5  -1  ",
+        "a.mp4,0,-1",
+        "a.mp4, 0, -1, 17",
+    ],
 )
 def test_video_formats(folder, line):
     assert read_one(folder, line) == VideoEntry("a.mp4", "video", 0, -1, None, DEFAULT_PATTERN, 1)
 
 
-@pytest.mark.parametrize("line", ["my clip 2.mp4 0 -1", "my clip 2.mp4", "my clip 2.mp4 0 -1 3", "my clip 2.mp4,0,-1"])
+@pytest.mark.parametrize(
+    "line", ["my clip 2.mp4 0 -1", "my clip 2.mp4", "my clip 2.mp4 0 -1 3", "my clip 2.mp4,0,-1"]
+)
 def test_blanks_in_a_path(folder, line):
     assert read_one(folder, line).path == "my clip 2.mp4"
 
@@ -83,14 +94,19 @@ def test_only_a_blank_makes_a_comment(folder, name):
 
 
 def test_what_looks_like_a_comment_and_is_no_file_says_so(folder):
-    with pytest.raises(InputError, match="line 1: '#mine' does not exist .for a comment, write a blank after the #"):
+    with pytest.raises(
+        InputError, match="line 1: '#mine' does not exist .for a comment, write a blank after the #"
+    ):
         read_list(write(folder, "#mine\na.mp4\n"))
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\r", "\n", " \t\r\n"])
 def test_line_ends(folder, end):
     (folder / "list.txt").write_bytes(end.join(["a.mp4 0 -1", "# words", "my clip 2.mp4", ""]).encode())
-    assert [(entry.path, entry.line) for entry in read_list(folder / "list.txt")] == [("a.mp4", 1), ("my clip 2.mp4", 3)]
+    assert [(entry.path, entry.line) for entry in read_list(folder / "list.txt")] == [
+        ("a.mp4", 1),
+        ("my clip 2.mp4", 3),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -108,16 +124,22 @@ def test_a_quote_that_quotes_nothing_belongs_to_the_name(folder):
     assert read_one(folder, '"a"b.mp4 0 -1').path == '"a"b.mp4'
 
 
-@pytest.mark.parametrize("name", ["12:30.mp4", "http://127.0.0.1:1/x.mp4", "file:x.mp4", "concat:a.mp4|a.mp4"])
+@pytest.mark.parametrize(
+    "name", ["12:30.mp4", "http://127.0.0.1:1/x.mp4", "file:x.mp4", "concat:a.mp4|a.mp4"]
+)
 def test_what_looks_like_an_address_is_a_file_where_there_is_one(folder, name):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).touch()
     assert read_one(folder, name).path == name
 
 
-@pytest.mark.parametrize("line", ["http://example.org/x.mp4", "s3://bucket/x.mp4 0 -1", "gs://bucket/x.mp4 0 -1 17"])
+@pytest.mark.parametrize(
+    "line", ["http://example.org/x.mp4", "s3://bucket/x.mp4 0 -1", "gs://bucket/x.mp4 0 -1 17"]
+)
 def test_addresses(folder, line):
-    with pytest.raises(InputError, match="line 2: .*x.mp4' is an address, which is not supported; download it first"):
+    with pytest.raises(
+        InputError, match="line 2: .*x.mp4' is an address, which is not supported; download it first"
+    ):
         read_list(write(folder, f"a.mp4\n{line}\n"))
 
 
@@ -148,12 +170,15 @@ def test_only_regular_files(folder):
 
 
 @pytest.mark.parametrize(
-    "head", ["label,youtube_id,time_start,time_end,split", '"youtube_id","time_start","time_end","split","is_cc"']
+    "head",
+    ["label,youtube_id,time_start,time_end,split", '"youtube_id","time_start","time_end","split","is_cc"'],
 )
 def test_the_table_of_kinetics_says_what_to_do(folder, head):
     path = write(folder, f"{head}\ntestifying,---QUuC4vJs,84,94,train\n")
     for read in (read_list, read_labelled_list):
-        with pytest.raises(InputError, match="line 1: this is Kinetics' own table.*`path label`.*YOUTUBEID_START_END.mp4"):
+        with pytest.raises(
+            InputError, match="line 1: this is Kinetics' own table.*`path label`.*YOUTUBEID_START_END.mp4"
+        ):
             read(path)
 
 
@@ -161,9 +186,10 @@ def test_a_folder_in_place_of_a_list(folder):
     (folder / "sub" / "SomethingV2").mkdir(parents=True)
     (folder / "sub" / "SomethingV2" / "#B.WebM").touch()
     assert [(entry.path, entry.line, entry.stride) for entry in read_list(folder)] == [
-        (str(folder / "a.mp4"), 1, None), (str(folder / "my clip 2.mp4"), 2, None),
+        (str(folder / "a.mp4"), 1, None),
+        (str(folder / "my clip 2.mp4"), 2, None),
         (str(folder / "sub" / "SomethingV2" / "#B.WebM"), 3, 2),
-    ]  # fmt: skip
+    ]
 
 
 def test_byte_order_mark(folder):
@@ -175,7 +201,10 @@ def test_data_root_is_joined_to_relative_paths_only(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "b.mp4").touch()
     path = write(folder, f"b.mp4 0 -1\n{folder / 'a.mp4'} 0 -1\n")
-    assert [entry.path for entry in read_list(path, elsewhere)] == [str(elsewhere / "b.mp4"), str(folder / "a.mp4")]
+    assert [entry.path for entry in read_list(path, elsewhere)] == [
+        str(elsewhere / "b.mp4"),
+        str(folder / "a.mp4"),
+    ]
     with pytest.raises(InputError, match="data root .* is not a folder"):
         read_list(path, elsewhere / "b.mp4")
 
@@ -214,7 +243,8 @@ def test_directives_hold_for_the_lines_below(folder):
 
 
 @pytest.mark.parametrize(
-    "directive", ["stride=0", "stride=-2", "stride = 2", "speed=2", "pattern=frame.jpg", "pattern=f_{:05}_{}.jpg", ""]
+    "directive",
+    ["stride=0", "stride=-2", "stride = 2", "speed=2", "pattern=frame.jpg", "pattern=f_{:05}_{}.jpg", ""],
 )
 def test_bad_directive(folder, directive):
     with pytest.raises(InputError, match="line 2"):
@@ -266,7 +296,9 @@ def test_bad_line_is_named(folder, line, message):
 def test_all_missing_files_are_counted(folder, tmp_path_factory):
     lines = ["a.mp4"] + [f"gone{i}.mp4" for i in range(600)]
     path = write(folder, "\n".join(lines))
-    with pytest.raises(InputError, match=r"line 2: 'gone0.mp4' does not exist.*600 of 601 entries.*no --data-root"):
+    with pytest.raises(
+        InputError, match=r"line 2: 'gone0.mp4' does not exist.*600 of 601 entries.*no --data-root"
+    ):
         read_list(path)
     root = tmp_path_factory.mktemp("root")
     with pytest.raises(InputError, match=rf"line 1: 'a.mp4'.*601 of 601 .*--data-root '{root}'"):

@@ -13,7 +13,9 @@ from vmae.errors import InputError
 
 def videos(*lines: str, classes: int) -> LabelledList:
     paths, labels = zip(*(line.rsplit(" ", 1) for line in lines), strict=True)
-    return LabelledList([VideoEntry(path) for path in paths], [(int(label),) for label in labels], classes, False)
+    return LabelledList(
+        [VideoEntry(path) for path in paths], [(int(label),) for label in labels], classes, False
+    )
 
 
 def two_sources() -> list[LabelSource]:
@@ -37,19 +39,35 @@ def test_names_duplicates_and_splits():
     assert merged.classes == ["Eating cake", "running", "sleeping", "jumping", "running (fast)"]
     assert merged.maps == {"small": [0, 1, 2], "large": [3, 0, 2, 4]}
     assert [(entry.path, labels) for entry, labels in merged.val] == [
-        ("s/val.mp4", (1,)), ("l/held.mp4", (3,)), ("l/three.mp4", (2,)),
-    ]  # fmt: skip
-    # `three` is validated on by the other source, `one` and `two` come from the first, `val` and `held` are validated on
+        ("s/val.mp4", (1,)),
+        ("l/held.mp4", (3,)),
+        ("l/three.mp4", (2,)),
+    ]
+    # `three` is validated on by the other source, `one` and `two` come from the first, `val` and `held` are
+    # validated on
     assert [(entry.path, labels) for entry, labels in merged.train] == [
-        ("s/one.mp4", (0,)), ("s/two.mp4", (1,)), ("l/four.mp4", (3,)),
-    ]  # fmt: skip
-    assert merged.report["videos"]["train, large"] == {"listed": 5, "kept": 1, "duplicates": 2, "in_validation": 2}
-    assert merged.report["videos"]["train, small"] == {"listed": 3, "kept": 2, "duplicates": 0, "in_validation": 1}
+        ("s/one.mp4", (0,)),
+        ("s/two.mp4", (1,)),
+        ("l/four.mp4", (3,)),
+    ]
+    assert merged.report["videos"]["train, large"] == {
+        "listed": 5,
+        "kept": 1,
+        "duplicates": 2,
+        "in_validation": 2,
+    }
+    assert merged.report["videos"]["train, small"] == {
+        "listed": 3,
+        "kept": 2,
+        "duplicates": 0,
+        "in_validation": 1,
+    }
     assert merged.report["conflicts"] == 2  # two: running or dozing; val: running or running (fast)
     assert merged.report["first_conflicts"][1] == "two: running; large says sleeping"
     assert merged.report["merged_classes"] == {
-        "Eating cake": ["small: Eating cake", "large: eating_cake"], "sleeping": ["small: sleeping", "large: dozing"],
-    }  # fmt: skip
+        "Eating cake": ["small: Eating cake", "large: eating_cake"],
+        "sleeping": ["small: sleeping", "large: dozing"],
+    }
 
 
 def test_names_may_be_merged_into_a_later_source():
@@ -88,7 +106,9 @@ def test_nothing_left_and_names_of_sources():
     small, large = two_sources()
     with pytest.raises(InputError, match="each its own"):
         merge_sources([small, small])
-    held = LabelSource(name="held", classes=large.classes, train=videos("l/held.mp4 0", classes=4), val=large.val)
+    held = LabelSource(
+        name="held", classes=large.classes, train=videos("l/held.mp4 0", classes=4), val=large.val
+    )
     with pytest.raises(InputError, match="no video is left"):
         merge_sources([held])
 
@@ -107,7 +127,10 @@ def folder(tmp_path):
 
 def test_command_writes_what_the_readers_read(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    first, second = ["--source", "k", "names.txt", "train.txt", "val.txt"], ["--source", "j", "other.txt", "val.txt", "-"]
+    first, second = (
+        ["--source", "k", "names.txt", "train.txt", "val.txt"],
+        ["--source", "j", "other.txt", "val.txt", "-"],
+    )
     assert main(["merge-labels", "out", *first, *second, "--same", "same.json"]) == 0
     assert "4 classes of 2 sources make 2" in capsys.readouterr().out
     assert read_class_names("out/classes.txt") == ["walk", "run"]
@@ -115,7 +138,9 @@ def test_command_writes_what_the_readers_read(folder, monkeypatch, capsys):
     train = read_labelled_list("out/train.txt", num_classes=2)
     assert train.labels == [(0,), (1,)] and train.entries[0].path == str(folder / "one.mp4")
     assert read_labelled_list("out/val.txt").labels == [(1,)]
-    assert json.loads((folder / "out" / "report.json").read_text())["videos"]["train, j"]["in_validation"] == 1
+    assert (
+        json.loads((folder / "out" / "report.json").read_text())["videos"]["train, j"]["in_validation"] == 1
+    )
 
 
 @pytest.mark.parametrize(

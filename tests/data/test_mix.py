@@ -1,4 +1,5 @@
-"""Mixes: what the YAML says, shares kept to a sample, sources walked through evenly, and each way to get one wrong."""
+"""Mixes: what the YAML says, shares kept to a sample, sources walked through evenly, and each way to get one
+wrong."""
 
 from collections import Counter
 
@@ -40,7 +41,10 @@ def write(folder, text):
 def test_sources(folder):
     mix = read_data(write(folder, f"sources:\n{FILMS}{FRAMES}"))
     assert mix.mixing == "weighted" and len(mix) == 5
-    assert [(s.name, s.first, s.count, s.weight) for s in mix.sources] == [("films", 0, 3, 3.0), ("pictures", 3, 2, 1.0)]
+    assert [(s.name, s.first, s.count, s.weight) for s in mix.sources] == [
+        ("films", 0, 3, 3.0),
+        ("pictures", 3, 2, 1.0),
+    ]
     assert [entry.stride for entry in mix] == [None, 3, None, 2, 2]  # the list's own stride comes first
     assert mix[3].pattern == "pic_{}.png" and mix[3].kind == "frames"
     assert mix[0].path == str(folder / "films" / "f0.mp4")
@@ -48,9 +52,14 @@ def test_sources(folder):
 
 
 def test_natural_mixing(folder):
-    for text in (f"mixing: natural\nsources:\n{FILMS}{FRAMES}", "sources:\n- list: films.txt\n  root: films\n"):
+    for text in (
+        f"mixing: natural\nsources:\n{FILMS}{FRAMES}",
+        "sources:\n- list: films.txt\n  root: films\n",
+    ):
         mix = read_data(write(folder, text))
-        assert mix.mixing == "natural" and mix.shares()[0] == [source.count for source in mix.sources][0] / len(mix)
+        assert mix.mixing == "natural" and mix.shares()[0] == [source.count for source in mix.sources][
+            0
+        ] / len(mix)
     assert [mix.pick(0, 5, index, 3)[0] for index in range(6)] == [0, 1, 2, 0, 1, 2]
 
 
@@ -71,8 +80,11 @@ def entries(count):
     return [VideoEntry(f"v{i}") for i in range(count)]
 
 
-# Shares that do and do not divide the epoch; a source of one video; sources larger and smaller than their share.
-@pytest.mark.parametrize(("counts", "weights"), [((50, 10), (1, 1)), ((7, 20, 1), (0.3, 0.5, 0.2)), ((100, 3), (1, 0.001))])
+# Shares that do and do not divide the epoch; a source of one video; sources larger and smaller than their
+# share.
+@pytest.mark.parametrize(
+    ("counts", "weights"), [((50, 10), (1, 1)), ((7, 20, 1), (0.3, 0.5, 0.2)), ((100, 3), (1, 0.001))]
+)
 def test_weighted_shares_and_even_visits(counts, weights):
     firsts = [sum(counts[:i]) for i in range(len(counts))]
     sources = [Source(str(i), *found) for i, found in enumerate(zip(firsts, counts, weights, strict=True))]
@@ -90,7 +102,9 @@ def test_weighted_shares_and_even_visits(counts, weights):
         for source in sources:  # nobody is more than one visit ahead
             own = [visits[v] for v in range(source.first, source.first + source.count)]
             assert max(own) - min(own) <= 1
-    again = [Mix(entries(size), sources, "weighted").pick(3, 17, index, size)[0] for index in reversed(range(size))]
+    again = [
+        Mix(entries(size), sources, "weighted").pick(3, 17, index, size)[0] for index in reversed(range(size))
+    ]
     assert again[::-1] == [mix.pick(3, 17, index, size)[0] for index in range(size)]
     assert again[::-1] != [mix.pick(4, 17, index, size)[0] for index in range(size)]
 
@@ -150,13 +164,22 @@ LAUGHS = "mixing:\n- &a ha\n" + "".join(f"- &{new} [{', '.join([f'*{old}'] * 10)
         ("sources:\n- {list: films.txt, rate: 2}\n", "source 1: unknown rate; known: kind, list"),
         ("sources:\n- {list: none.txt}\n", "source 1: list file .*none.txt"),
         ("sources:\n- {list: films.txt, root: films, kind: clips}\n", "kind must be video or frames"),
-        ("sources:\n- {list: films.txt, root: films, kind: frames}\n", "line 1 .*is of kind video, not frames.*3 of 3"),
+        (
+            "sources:\n- {list: films.txt, root: films, kind: frames}\n",
+            "line 1 .*is of kind video, not frames.*3 of 3",
+        ),
         ("sources:\n- {list: films.txt, root: films, weight: 0}\n", "weight must be"),
         ("sources:\n- {list: films.txt, root: films, weight: true}\n", "weight must be"),
         ("sources:\n- {list: films.txt, root: films, stride: 1.5}\n", "stride must be"),
-        ("sources:\n- {list: films.txt, root: films, weight: .nan}\n", "source 1: weight must be a number above 0 and at most"),
+        (
+            "sources:\n- {list: films.txt, root: films, weight: .nan}\n",
+            "source 1: weight must be a number above 0 and at most",
+        ),
         ("sources:\n- {list: films.txt, root: films, weight: .inf}\n", "source 1: weight must be"),
-        ("sources:\n- {list: films.txt, root: films, stride: 99999999999}\n", "source 1: stride must be a whole number from 1"),
+        (
+            "sources:\n- {list: films.txt, root: films, stride: 99999999999}\n",
+            "source 1: stride must be a whole number from 1",
+        ),
         (f"sources:\n- {{list: films.txt, root: films, stride: {'9' * 5000}}}\n", "no YAML|stride must be"),
         ("sources:\n- {list: [films.txt], root: films}\n", "source 1: list must be one word"),
         (f"sources: {'[' * 500}{']' * 500}\n", "nested too deeply"),

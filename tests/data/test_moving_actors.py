@@ -1,4 +1,5 @@
-"""The little AVA: boxes fit the pixels, nothing leaks at the key frame, and the files are those that AVA has."""
+"""The little AVA: boxes fit the pixels, nothing leaks at the key frame, and the files are those that AVA
+has."""
 
 import json
 from collections import Counter
@@ -9,7 +10,16 @@ import pytest
 from vmae import InputError
 from vmae.data.ava import read_actions, read_annotations, read_excluded, read_person_boxes
 from vmae.data.decode import open_video
-from vmae.data.moving_actors import ACTIONS, SLIDES, TURNS, ActorsConfig, cast, draw_actor, render_scene, write_actors
+from vmae.data.moving_actors import (
+    ACTIONS,
+    SLIDES,
+    TURNS,
+    ActorsConfig,
+    cast,
+    draw_actor,
+    render_scene,
+    write_actors,
+)
 from vmae.data.moving_shapes import _looks
 from vmae.evaluate.frame_map import box_iou
 
@@ -24,7 +34,9 @@ def test_a_box_is_that_of_the_drawn_pixels():
         rows, columns = (np.flatnonzero(picture.any((axis, 2))) for axis in (1, 0))
         tight = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
         # Pixels that the shape covers by less than half a level are within the box, and black.
-        assert (np.array(box) * SIZE <= tight + [0, 0, 1, 1]).all() and np.abs(np.array(box) * SIZE - tight).max() <= 1
+        assert (np.array(box) * SIZE <= tight + [0, 0, 1, 1]).all() and np.abs(
+            np.array(box) * SIZE - tight
+        ).max() <= 1
 
 
 def test_actors_stay_apart_and_inside():
@@ -38,7 +50,9 @@ def test_boxes_move_as_the_actions_say():
     for seed in range(0, 40 * 16, 16):
         _, boxes, actors = render_scene(SIZE, seed)
         for number, actor in enumerate(actors):
-            middles = np.array([[(b[0] + b[2]) / 2, (b[1] + b[3]) / 2] for b in (frame[number] for frame in boxes)])
+            middles = np.array(
+                [[(b[0] + b[2]) / 2, (b[1] + b[3]) / 2] for b in (frame[number] for frame in boxes)]
+            )
             way = middles[-1] - middles[0]
             slide = next((name for name in actor.actions if name in SLIDES), None)
             if slide and not set(actor.actions) & set(TURNS):

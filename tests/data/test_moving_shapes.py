@@ -77,7 +77,11 @@ def test_world_is_written_once_and_lists_what_is_there(tmp_path, capfd):
     assert len(read_list(paths["unlabeled"])) == 14
     with open_video(videos[0]) as reader:
         assert len(reader) == 6 and reader.frames([5]).shape == (1, 32, 32, 3)
-    listed = {line.split()[0] for name in ("unlabeled", "train_a", "val_a", "train_b", "val_b") for line in open(paths[name])}
+    listed = {
+        line.split()[0]
+        for name in ("unlabeled", "train_a", "val_a", "train_b", "val_b")
+        for line in open(paths[name])
+    }
     assert listed == {f"videos/{video.name}" for video in videos}
     assert json.loads(paths["same"].read_text()) == SAME_NAMES
 
@@ -115,7 +119,11 @@ def test_pictures_survive_the_encoder(tmp_path):
 
 
 def test_bad_input(tmp_path):
-    wrong = ((dict(size=33), "size must be even"), (dict(few=0), "few must be a whole"), (dict(shared=9), "cannot share"))
+    wrong = (
+        (dict(size=33), "size must be even"),
+        (dict(few=0), "few must be a whole"),
+        (dict(shared=9), "cannot share"),
+    )
     for change, message in wrong:
         with pytest.raises(InputError, match=message):
             WorldConfig(**change)

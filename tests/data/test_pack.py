@@ -1,4 +1,5 @@
-"""pack: every frame is kept, in place and in time; GOPs are closed and short; what was done is not done again."""
+"""pack: every frame is kept, in place and in time; GOPs are closed and short; what was done is not done
+again."""
 
 import json
 import os
@@ -178,17 +179,33 @@ def colours(range_, matrix, primaries, transfer):
 
 
 HEVC = {**LOSSLESS, "x265-params": "log-level=none"}
-# name: tags, how the numbers are made (swscale's word for the matrix), what the file is, bound on the mean error in grey levels
+# name: tags, how the numbers are made (swscale's word for the matrix), what the file is, bound on the mean
+# error in grey levels
 COLOURS = {
     "untagged": ({}, 5, {}, 0.3),
     "BT.709": (colours(1, 1, 1, 1), 1, {}, 0.3),
     "BT.709, full range": (colours(2, 1, 1, 1), 1, {}, 0.3),
     "BT.601, full range": (colours(2, 6, 6, 6), 5, {}, 0.3),
     "full range and nothing else": (colours(2, 2, 2, 2), 5, {}, 0.3),
-    "BT.2020, PQ, 10 bits": (colours(1, 9, 9, 16), 9, dict(codec="libx265", pixels="yuv420p10le", options=HEVC), 2.5),
-    "BT.2020, HLG, full, 10 bits": (colours(2, 9, 9, 18), 9, dict(codec="libx265", pixels="yuv420p10le", options=HEVC), 2.5),
+    "BT.2020, PQ, 10 bits": (
+        colours(1, 9, 9, 16),
+        9,
+        dict(codec="libx265", pixels="yuv420p10le", options=HEVC),
+        2.5,
+    ),
+    "BT.2020, HLG, full, 10 bits": (
+        colours(2, 9, 9, 18),
+        9,
+        dict(codec="libx265", pixels="yuv420p10le", options=HEVC),
+        2.5,
+    ),
     "BT.709, 4:4:4": (colours(1, 1, 1, 1), 1, dict(pixels="yuv444p"), 2),
-    "MJPEG": (colours(2, 5, 2, 2), 5, dict(codec="mjpeg", pixels="yuvj420p", options={"qmin": "1", "qmax": "2"}), 0.3),
+    "MJPEG": (
+        colours(2, 5, 2, 2),
+        5,
+        dict(codec="mjpeg", pixels="yuvj420p", options={"qmin": "1", "qmax": "2"}),
+        0.3,
+    ),
 }
 
 
@@ -210,7 +227,9 @@ def test_colours_keep_their_meaning(tmp_path, name):
 
 
 def test_rgb_becomes_tagged_yuv(tmp_path):
-    source = make_video(tmp_path / "v.mp4", codec="libx264rgb", pixels="rgb24", options={"crf": "0"}, color_range=2)
+    source = make_video(
+        tmp_path / "v.mp4", codec="libx264rgb", pixels="rgb24", options={"crf": "0"}, color_range=2
+    )
     pack_video(source, tmp_path / "p.mp4", QUICK)
     after = first_frame(tmp_path / "p.mp4")
     assert (after.color_range, after.colorspace, after.format.name) == (1, 6, "yuv420p")
@@ -270,7 +289,8 @@ def test_a_folder(upright, tmp_path, capsys):
 
 
 def test_a_list_in_another_order_finds_its_own_videos(upright, tmp_path):
-    """Two videos of one name, as in folders of classes, were taken for one another when a list was reordered."""
+    """Two videos of one name, as in folders of classes, were taken for one another when a list was
+    reordered."""
     make_video(tmp_path / "short.mp4", frames=3)
     for folder, source in (("a", upright), ("b", tmp_path / "short.mp4")):
         (tmp_path / folder).mkdir()
@@ -299,7 +319,11 @@ def test_the_report_is_written_whatever_becomes_of_the_originals(upright, tmp_pa
     monkeypatch.setattr(pack, "_write_report", damage)
     assert run_pack(tmp_path / "list.txt", tmp_path / "out") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["packed"] == 2 and report["decoding"]["videos"] == 1 and report["decoding"]["gain"]["median"] > 0
+    assert (
+        report["packed"] == 2
+        and report["decoding"]["videos"] == 1
+        and report["decoding"]["gain"]["median"] > 0
+    )
     assert [os.path.basename(failure["path"]) for failure in report["decoding"]["unmeasured"]] == ["a.mp4"]
     assert "not measured: " in capsys.readouterr().out
 

@@ -11,7 +11,8 @@ from vmae.data.decode_pyav import UPRIGHT, Orientation
 av = pytest.importorskip("av")
 
 WIDTH, HEIGHT = 96, 64
-# name: pixel format, FFmpeg's number of the colour matrix, of the range (1 limited, 2 full), added to the size, who refuses it
+# name: pixel format, FFmpeg's number of the colour matrix, of the range (1 limited, 2 full), added to the
+# size, who refuses it
 PIXELS = {
     "plain": ("yuv420p", 2, 0, 0, ()),
     "bt709": ("yuv420p", 1, 1, 0, ()),
@@ -70,9 +71,12 @@ def test_colours_are_the_same_or_refused(coloured, name, backend):
 
 @pytest.mark.parametrize("name", PIXELS)
 def test_colours_are_those_that_were_drawn(coloured, name):
-    """Taken for another matrix or range they are 6 to 16 levels off in the mean; what encoding and 4:2:0 cost is 5."""
+    """Taken for another matrix or range they are 6 to 16 levels off in the mean; what encoding and 4:2:0 cost
+    is 5."""
     if PIXELS[name][1] == 9 and int(av.__version__.split(".")[0]) < 18:
-        pytest.skip("PyAV 17 makes this video in another matrix; of one made by PyAV 18 it reads the same pixels")
+        pytest.skip(
+            "PyAV 17 makes this video in another matrix; of one made by PyAV 18 it reads the same pixels"
+        )
     with open_video(coloured[name]) as reader:
         frames = reader.frames(range(3)).astype(int)
     assert reader.backend == "pyav"
@@ -87,7 +91,9 @@ def test_orientations_are_applied_as_named():
     assert len({frame.tobytes() + bytes(frame.shape) for frame in shown}) == 8
     assert np.array_equal(Orientation(True, True, False).apply(picture), np.rot90(picture, -1))
     assert np.array_equal(Orientation(False, True, True).apply(picture), np.rot90(picture, 2))
-    turned = [flags for flags in itertools.product((False, True), repeat=3) if not Orientation(*flags).mirrored]
+    turned = [
+        flags for flags in itertools.product((False, True), repeat=3) if not Orientation(*flags).mirrored
+    ]
     assert turned == [(False, False, False), (False, True, True), (True, False, True), (True, True, False)]
 
 

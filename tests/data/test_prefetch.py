@@ -1,4 +1,5 @@
-"""Batches made ahead: in order, with errors in their place, and nothing left running; the CPU stands in for the GPU."""
+"""Batches made ahead: in order, with errors in their place, and nothing left running; the CPU stands in for
+the GPU."""
 
 import threading
 import time

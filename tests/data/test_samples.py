@@ -72,7 +72,19 @@ def test_command_writes_small_frames(tmp_path, capsys):
 
     from vmae.cli import main
 
-    assert main(["samples", str(tmp_path / "list.txt"), "--frames", str(tmp_path / "frames"), "--short-side", "32"]) == 0
+    assert (
+        main(
+            [
+                "samples",
+                str(tmp_path / "list.txt"),
+                "--frames",
+                str(tmp_path / "frames"),
+                "--short-side",
+                "32",
+            ]
+        )
+        == 0
+    )
     assert "4 folders of frames" in capsys.readouterr().out
     entries = read_list(tmp_path / "list.txt")
     assert [(e.kind, e.start, e.total) for e in entries] == [("frames", 1, n) for n in (250, 132, 120, 120)]

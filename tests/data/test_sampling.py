@@ -3,12 +3,19 @@
 import numpy as np
 import pytest
 
-from vmae.data.sampling import clip_starts, exact_starts, sample_exact_indices, sample_frame_indices, walk_frames
+from vmae.data.sampling import (
+    clip_starts,
+    exact_starts,
+    sample_exact_indices,
+    sample_frame_indices,
+    walk_frames,
+)
 from vmae.errors import InputError
 
 
 def published_rule(total, num_frames, stride):
-    """Every clip that the published sampling can draw: lists of frame ids, by 1-based offsets as it counts them."""
+    """Every clip that the published sampling can draw: lists of frame ids, by 1-based offsets as it counts
+    them."""
     span = num_frames * stride
     choices = total - span + 1
     offsets = [draw + 1 for draw in range(choices)] if choices > 0 else [1]
@@ -23,9 +30,11 @@ def published_rule(total, num_frames, stride):
     return clips
 
 
-# 16 x 4 is the published setting; 16 x 2 the one for Something-Something; the others reach every branch: one frame, a
-# stride longer than the video, a span of exactly the video. Totals run from 1 past twice the span.
-@pytest.mark.parametrize(("num_frames", "stride"), [(16, 4), (16, 2), (16, 1), (8, 8), (4, 3), (2, 7), (1, 1), (1, 5)])
+# 16 x 4 is the published setting; 16 x 2 the one for Something-Something; the others reach every branch: one
+# frame, a stride longer than the video, a span of exactly the video. Totals run from 1 past twice the span.
+@pytest.mark.parametrize(
+    ("num_frames", "stride"), [(16, 4), (16, 2), (16, 1), (8, 8), (4, 3), (2, 7), (1, 1), (1, 5)]
+)
 def test_every_clip_of_the_published_rule(num_frames, stride):
     for total in range(1, 2 * num_frames * stride + 3):
         starts = clip_starts(total, num_frames, stride)
@@ -54,7 +63,12 @@ def test_short_videos_repeat_a_late_frame():
     rng = np.random.default_rng(0)
     assert sample_frame_indices(1, 4, 4, rng).tolist() == [0, 0, 0, 0]
     assert sample_frame_indices(6, 4, 2, rng).tolist() == [0, 2, 4, 4]
-    assert sample_frame_indices(5, 4, 2, rng).tolist() == [0, 2, 2, 2]  # frame 4 is the last: never stepped onto
+    assert sample_frame_indices(5, 4, 2, rng).tolist() == [
+        0,
+        2,
+        2,
+        2,
+    ]  # frame 4 is the last: never stepped onto
 
 
 @pytest.mark.parametrize("arguments", [(0, 16, 4), (-1, 16, 4), (100, 0, 4), (100, 16, 0)])
@@ -65,7 +79,8 @@ def test_nothing_to_sample(arguments):
 
 # A span that fits with room, exactly, and not; strides that are no whole numbers, also below one.
 @pytest.mark.parametrize(
-    ("total", "num_frames", "stride"), [(100, 16, 4), (61, 16, 4), (60, 16, 4), (1, 4, 3), (100, 16, 2.4), (20, 8, 0.5)]
+    ("total", "num_frames", "stride"),
+    [(100, 16, 4), (61, 16, 4), (60, 16, 4), (1, 4, 3), (100, 16, 2.4), (20, 8, 0.5)],
 )
 def test_exact_stride(total, num_frames, stride):
     starts = exact_starts(total, num_frames, stride)

@@ -84,7 +84,9 @@ def test_soak(soaked, tmp_path):
     path = tmp_path / "quarantine.jsonl"
     data = PretrainDataset(entries, **SETTINGS, min_frames=6)
     order, memory = [], []
-    with build_loader(data, batch_size=10, num_workers=2, total_steps=READS // 10, quarantine=path, hang_s=60) as loader:
+    with build_loader(
+        data, batch_size=10, num_workers=2, total_steps=READS // 10, quarantine=path, hang_s=60
+    ) as loader:
         for step, batch in enumerate(loader):
             order += [key[:2] for key in batch.ids]
             if step % 20 == 0:
@@ -99,7 +101,10 @@ def test_soak(soaked, tmp_path):
     assert all(line["error"] for line in written.values())
     assert 0.03 < quarantine.failures / quarantine.reads < 0.08
     growth = max(memory[5:]) - memory[5]
-    print(f"{READS} reads, memory {memory[5] / 2**20:.0f} MiB after 1000 reads, growth at most {growth / 2**20:.1f} MiB")
+    print(
+        f"{READS} reads, memory {memory[5] / 2**20:.0f} MiB after 1000 reads, growth at most "
+        f"{growth / 2**20:.1f} MiB"
+    )
     assert growth < 32 << 20
 
 
@@ -123,7 +128,8 @@ def fingerprint_of_video(batch, video):
 
 
 def test_two_epochs_are_the_same_however_they_are_run(bar_videos):
-    """0, 1 and 2 workers; stopped in the middle of an epoch and resumed; one rank, and two in processes of their own."""
+    """0, 1 and 2 workers; stopped in the middle of an epoch and resumed; one rank, and two in processes of
+    their own."""
     names = ("h264_closed", "vp9", "vfr")
     entries = [VideoEntry(str(bar_videos[name])) for name in names] * 8
     data = PretrainDataset(entries, **SETTINGS)
@@ -138,7 +144,10 @@ def test_two_epochs_are_the_same_however_they_are_run(bar_videos):
     with build_loader(data, batch_size=6, epochs=2, num_workers=1, start_step=2) as loader:
         assert head + [fingerprint(batch) for batch in loader] == expected
     results = multiprocessing.get_context("fork").Queue()
-    ranks = [multiprocessing.get_context("fork").Process(target=_rank_fingerprints, args=(data, r, results)) for r in range(2)]
+    ranks = [
+        multiprocessing.get_context("fork").Process(target=_rank_fingerprints, args=(data, r, results))
+        for r in range(2)
+    ]
     for rank in ranks:
         rank.start()
     found = dict(results.get(timeout=60) for _ in ranks)

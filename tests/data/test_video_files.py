@@ -13,7 +13,8 @@ from vmae.evaluate import features
 
 @pytest.fixture
 def folder(tmp_path):
-    """Videos of every suffix, in capitals too, some in sub-folders; words, pictures, hidden files and broken links."""
+    """Videos of every suffix, in capitals too, some in sub-folders; words, pictures, hidden files and broken
+    links."""
     root = tmp_path / "videos"
     (root / "b").mkdir(parents=True)
     for suffix in VIDEO_SUFFIXES:

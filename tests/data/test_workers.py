@@ -1,4 +1,5 @@
-"""The run goes on: hung and crashed workers are replaced, bad videos written down, too many of them stop it."""
+"""The run goes on: hung and crashed workers are replaced, bad videos written down, too many of them stop
+it."""
 
 import faulthandler
 import json
@@ -53,7 +54,9 @@ class Noise(VideoReader):
 
     def _decode(self, indices):
         seed = sum(self.path.encode())
-        return np.stack([np.random.default_rng((seed, i)).integers(0, 256, (36, 40, 3), np.uint8) for i in indices])
+        return np.stack(
+            [np.random.default_rng((seed, i)).integers(0, 256, (36, 40, 3), np.uint8) for i in indices]
+        )
 
     def close(self):
         pass
@@ -68,7 +71,9 @@ def make(monkeypatch):
 GOOD = [f"v{i}" for i in range(11)]
 
 
-@pytest.mark.parametrize(("name", "error"), [("hang", "took more than 0.6 s"), ("crash", "crashed its worker (SIGSEGV)")])
+@pytest.mark.parametrize(
+    ("name", "error"), [("hang", "took more than 0.6 s"), ("crash", "crashed its worker (SIGSEGV)")]
+)
 def test_a_worker_that_hangs_or_crashes_is_replaced(make, tmp_path, name, error):
     """Its video is replaced, all else is as if the video had been undecodable from the start."""
     names = [*GOOD[:5], name, *GOOD[5:]]
@@ -77,7 +82,9 @@ def test_a_worker_that_hangs_or_crashes_is_replaced(make, tmp_path, name, error)
     plain = list(build_loader(expected, batch_size=3, epochs=2))
     path = tmp_path / "quarantine.jsonl"
     began = time.monotonic()
-    with build_loader(make(names), batch_size=3, epochs=2, num_workers=2, hang_s=0.6, quarantine=path) as loader:
+    with build_loader(
+        make(names), batch_size=3, epochs=2, num_workers=2, hang_s=0.6, quarantine=path
+    ) as loader:
         batches = list(loader)
     assert time.monotonic() - began < 30
     assert [batch.ids for batch in batches] == [batch.ids for batch in plain]
@@ -101,8 +108,10 @@ def test_a_video_that_kills_its_worker_twice_is_to_blame(make, tmp_path, workers
         assert len(list(loader)) == 44
     (line,) = [json.loads(line) for line in path.read_text().splitlines()]
     assert line == {
-        "path": "memory", "error": "its worker was killed twice at this video (SIGKILL; out of memory?)", "library": "worker",
-    }  # fmt: skip
+        "path": "memory",
+        "error": "its worker was killed twice at this video (SIGKILL; out of memory?)",
+        "library": "worker",
+    }
 
 
 def test_a_worker_killed_once_blames_nobody(make, tmp_path):
@@ -144,13 +153,22 @@ def test_a_suspicion_is_no_proof():
     (worker,) = pool._workers
     assert ours.recv() == 0
     began = worker.slot[1]
-    assert [pool._hangs(worker, began + after) for after in (3.9, 100.0, 101.9, 102.1)] == [False, False, False, True]
+    assert [pool._hangs(worker, began + after) for after in (3.9, 100.0, 101.9, 102.1)] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     assert next(pool) == 0 and ours.recv() == 1
     assert not pool._hangs(worker, worker.slot[1] + 200.0)  # another video: suspected afresh
     pool._hang_s = 100.0
     worker.suspected = None
     began = worker.slot[1]
-    assert [pool._hangs(worker, began + after) for after in (101.0, 105.9, 106.1)] == [False, False, True]  # 5 s at most
+    assert [pool._hangs(worker, began + after) for after in (101.0, 105.9, 106.1)] == [
+        False,
+        False,
+        True,
+    ]  # 5 s at most
     pool.close()
 
 
@@ -200,9 +218,12 @@ def test_an_answer_that_cannot_be_handed_over_is_told():
 
 
 def test_processes_that_were_stopped_for_a_while_lose_no_video():
-    """A run and its workers, stopped together in the middle of a video (by a debugger, or a virtual machine's pause)."""
+    """A run and its workers, stopped together in the middle of a video (by a debugger, or a virtual machine's
+    pause)."""
     (begun, theirs), (answer, their_answer) = multiprocessing.Pipe(), multiprocessing.Pipe()
-    run = multiprocessing.get_context("fork").Process(target=_read_in_a_group_of_its_own, args=(theirs, their_answer))
+    run = multiprocessing.get_context("fork").Process(
+        target=_read_in_a_group_of_its_own, args=(theirs, their_answer)
+    )
     run.start()
     assert begun.poll(20) and begun.recv() == 0
     os.killpg(run.pid, signal.SIGSTOP)
@@ -249,7 +270,11 @@ def test_too_many_bad_videos_stop_the_run(make, tmp_path, workers):
         for _ in range(101):
             next(loader)
     expected = "No more than 20 of 400 videos may be bad (--max-bad-share 0.05)"
-    assert "reads failed (1" in str(error.value) and expected in str(error.value) and "check-data" in str(error.value)
+    assert (
+        "reads failed (1" in str(error.value)
+        and expected in str(error.value)
+        and "check-data" in str(error.value)
+    )
     assert "is bad; bad" in str(error.value) and str(path) in str(error.value)
     assert loader.quarantine.reads < 300
     assert len(path.read_text().splitlines()) == len(loader.quarantine.bad) > 10
@@ -259,17 +284,30 @@ def test_too_many_bad_videos_stop_the_run(make, tmp_path, workers):
 @pytest.mark.parametrize(
     ("total", "bad", "share", "stops"),
     [
-        (4, 1, 0.05, False), (4, 2, 0.05, True), (4, 3, 0.05, True), (10, 1, 0.05, False), (10, 2, 0.05, True),
-        (100, 5, 0.05, False), (100, 6, 0.05, True), (100, 7, 0.07, False), (100, 29, 0.29, False), (100, 30, 0.29, True),
-        (50, 1, 0.0, True), (4, 3, 1.0, False),
+        (4, 1, 0.05, False),
+        (4, 2, 0.05, True),
+        (4, 3, 0.05, True),
+        (10, 1, 0.05, False),
+        (10, 2, 0.05, True),
+        (100, 5, 0.05, False),
+        (100, 6, 0.05, True),
+        (100, 7, 0.07, False),
+        (100, 29, 0.29, False),
+        (100, 30, 0.29, True),
+        (50, 1, 0.0, True),
+        (4, 3, 1.0, False),
     ],
-)  # fmt: skip
+)
 def test_the_share_is_one_of_the_lists_videos(make, total, bad, share, stops):
     """However often they are read; one bad video is too much only where none is allowed."""
-    data = make([f"{'bad' if i < bad else 'v'}{i}" for i in range(total)] * 2)  # each is listed twice, and counts once
+    data = make(
+        [f"{'bad' if i < bad else 'v'}{i}" for i in range(total)] * 2
+    )  # each is listed twice, and counts once
     loader = build_loader(data, batch_size=2 * total, epochs=2, max_bad_share=share)
     if stops:
-        with pytest.raises(InputError, match=f"No more than {loader.quarantine.allowed} of {total} videos may be bad"):
+        with pytest.raises(
+            InputError, match=f"No more than {loader.quarantine.allowed} of {total} videos may be bad"
+        ):
             list(loader)
         assert len(loader.quarantine.bad) > share * total
     else:
@@ -278,7 +316,8 @@ def test_the_share_is_one_of_the_lists_videos(make, total, bad, share, stops):
 
 @pytest.mark.parametrize(("one_in", "stops"), [(5, True), (10, True), (16, False), (20, False)])
 def test_a_long_list_is_judged_before_its_end(one_in, stops):
-    """With three standard deviations to spare: 10 % of 5 % allowed are seen within some 250 reads, 6.25 % not in 800."""
+    """With three standard deviations to spare: 10 % of 5 % allowed are seen within some 250 reads, 6.25 % not
+    in 800."""
     quarantine = Quarantine(max_share=0.05, videos=10**6)
     for number in range(800):
         failed = [Failure(str(number), "is bad")] if number % one_in == 0 else []
@@ -323,7 +362,15 @@ def test_foreign_lines_in_the_quarantine_are_left_alone(make, tmp_path):
     path = tmp_path / "quarantine.jsonl"
     foreign = b'17\n{"a": 1}\n\xff\xfe\n{"path": []}\nnull\n' + b"[" * 100_000 + b'\n{"path": "bad1"}\n'
     path.write_bytes(foreign)
-    list(build_loader(make(["bad1", "bad2", *GOOD * 4]), batch_size=46, total_steps=3, quarantine=path, max_bad_share=0.5))
+    list(
+        build_loader(
+            make(["bad1", "bad2", *GOOD * 4]),
+            batch_size=46,
+            total_steps=3,
+            quarantine=path,
+            max_bad_share=0.5,
+        )
+    )
     added = path.read_bytes().removeprefix(foreign)
     assert json.loads(added)["path"] == "bad2"
 
@@ -334,7 +381,8 @@ def test_summary(tmp_path):
     assert quarantine.summary() == "all 30 videos read could be decoded"
     quarantine.add(8, [Failure("a.mp4", "a.mp4: cut", "decord"), Failure("b.mp4", "hung", "worker")])
     assert quarantine.summary() == (
-        "2 of 40 reads failed (5.0%), of 2 videos (1 with decord, 1 with worker); the first: a.mp4: cut; b.mp4: hung"
+        "2 of 40 reads failed (5.0%), of 2 videos (1 with decord, 1 with worker); the first: a.mp4: cut; "
+        "b.mp4: hung"
     )
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write"):

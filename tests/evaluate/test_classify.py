@@ -1,4 +1,5 @@
-"""The multi-view test: exact whatever the batch, the number of ranks and the stops; and what it writes and refuses."""
+"""The multi-view test: exact whatever the batch, the number of ranks and the stops; and what it writes and
+refuses."""
 
 import argparse
 import csv
@@ -56,7 +57,11 @@ def test_scores_are_those_of_averaged_softmaxes(weights, labelled_world, tmp_pat
         assert record["scores"] == pytest.approx(expected.tolist(), abs=1e-6)
         assert record["top"][0][0] == int(expected.argmax()) and len(record["top"]) == 3
         right.append(int(expected.argmax()) == labelled.labels[video][0])
-    assert results["videos"] == 7 and results["top1"] == pytest.approx(100 * np.mean(right)) and results["top5"] == 100
+    assert (
+        results["videos"] == 7
+        and results["top1"] == pytest.approx(100 * np.mean(right))
+        and results["top5"] == 100
+    )
     assert json.loads((tmp_path / "results.json").read_text())["top1"] == results["top1"]
     assert Image.open(tmp_path / "confusion.png").size[0] > 100
     rows = list(csv.DictReader((tmp_path / "classes.csv").open()))
@@ -99,8 +104,12 @@ def test_a_stopped_test_goes_on(weights, labelled_world, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         evaluate(loaded, config(labelled_world), tmp_path / "parts")
     part = tmp_path / "parts" / "predictions-0.part.jsonl"
-    part.write_text(part.read_text() + '17\n{"a": 1}\n{"video": 5, "pa')  # and lines of others, and a torn one
-    monkeypatch.setattr(classify, "view_probabilities", lambda *a, **k: (count.append(1), original(*a, **k))[1])
+    part.write_text(
+        part.read_text() + '17\n{"a": 1}\n{"video": 5, "pa'
+    )  # and lines of others, and a torn one
+    monkeypatch.setattr(
+        classify, "view_probabilities", lambda *a, **k: (count.append(1), original(*a, **k))[1]
+    )
     evaluate(loaded, config(labelled_world), tmp_path / "parts")
     assert count[1:] == [1] * 4  # of seven, three were done
     assert predictions(tmp_path / "parts") == predictions(tmp_path / "whole")
@@ -120,7 +129,18 @@ def test_broken_videos_do_not_count_and_are_named(weights, labelled_world, tmp_p
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"nothing")
     (tmp_path / "list.txt").write_text((labelled_world / "val.txt").read_text() + f"{bad} 1\n")
-    flags = ["--output", str(tmp_path / "out"), "--segments", "1", "--crops", "1", "--workers", "0", "--device", "cpu"]
+    flags = [
+        "--output",
+        str(tmp_path / "out"),
+        "--segments",
+        "1",
+        "--crops",
+        "1",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     assert main(["evaluate", str(tmp_path / "list.txt"), "--checkpoint", str(weights), *flags]) == 1
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["videos"] == 7 and results["undecodable"] == 1
@@ -145,7 +165,18 @@ def test_a_folder_is_tested_on_its_test_list(weights, labelled_world, tmp_path, 
     for count, name in enumerate(("train.csv", "val.csv", "test.csv"), 1):
         if name in lists:
             (folder / name).write_text("".join(lines[:count]))
-    words = ["--checkpoint", str(weights), "--device", "cpu", "--segments", "1", "--crops", "1", "--workers", "0"]
+    words = [
+        "--checkpoint",
+        str(weights),
+        "--device",
+        "cpu",
+        "--segments",
+        "1",
+        "--crops",
+        "1",
+        "--workers",
+        "0",
+    ]
     code = main(["evaluate", str(folder), *words, "--output", str(tmp_path / "out")])
     said = capsys.readouterr()
     if taken is None:
@@ -153,8 +184,14 @@ def test_a_folder_is_tested_on_its_test_list(weights, labelled_world, tmp_path, 
         assert not (tmp_path / "out").exists()
         return
     count = {"val.csv": 2, "test.csv": 3}[taken]
-    assert code == 0 and f"list: {folder / taken}, {count} videos\n" in said.out and len(predictions(tmp_path / "out")) == count
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["data"] == str(folder / taken)
+    assert (
+        code == 0
+        and f"list: {folder / taken}, {count} videos\n" in said.out
+        and len(predictions(tmp_path / "out")) == count
+    )
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["data"] == str(
+        folder / taken
+    )
     assert main(["evaluate", str(folder / taken), *words, "--output", str(tmp_path / "out")]) == 0
     assert f"list: {folder / taken}, {count} videos\n" in capsys.readouterr().out
 
@@ -224,7 +261,9 @@ def test_average_precision_with_equal_scores_is_scikit_learns():
     scores, truth = rng.randint(0, 5, (40, 6)) / 4.0, rng.rand(40, 6) < 0.3
     assert mean_average_precision(scores, truth) == pytest.approx(0.37748722330863616, rel=1e-12)
     orders = [np.arange(40)[::-1], *(np.random.RandomState(seed).permutation(40) for seed in range(5))]
-    assert {mean_average_precision(scores[order], truth[order]) for order in orders} == {mean_average_precision(scores, truth)}
+    assert {mean_average_precision(scores[order], truth[order]) for order in orders} == {
+        mean_average_precision(scores, truth)
+    }
 
 
 def test_scores_that_are_no_numbers_are_refused(weights, labelled_world, tmp_path, capsys):
@@ -240,8 +279,30 @@ def test_scores_that_are_no_numbers_are_refused(weights, labelled_world, tmp_pat
     state["head.bias"][1] = np.nan
     settings = {"model": CONFIG.to_dict(), "clip": CLIP.to_dict(), "pooling": "mean"}
     export_weights(tmp_path / "damaged.pth", state, config=settings)
-    where = ["--checkpoint", str(tmp_path / "damaged.pth"), "--device", "cpu", "--segments", "1", "--crops", "1"]
-    assert main(["evaluate", str(labelled_world / "val.txt"), *where, "--output", str(tmp_path / "out"), "--workers", "0"]) == 2
+    where = [
+        "--checkpoint",
+        str(tmp_path / "damaged.pth"),
+        "--device",
+        "cpu",
+        "--segments",
+        "1",
+        "--crops",
+        "1",
+    ]
+    assert (
+        main(
+            [
+                "evaluate",
+                str(labelled_world / "val.txt"),
+                *where,
+                "--output",
+                str(tmp_path / "out"),
+                "--workers",
+                "0",
+            ]
+        )
+        == 2
+    )
     assert "v00: the model's output is no number (NaN); the weights are damaged" in capsys.readouterr().err
     assert not (tmp_path / "out" / "results.json").exists()
 
@@ -250,18 +311,43 @@ def test_scores_that_are_no_numbers_are_refused(weights, labelled_world, tmp_pat
 
 
 def test_official_files(tmp_path, labelled_world, capsys):
-    """Weights alone, wrapped as the published ones are, need the architecture's name; a K710-like head its map."""
+    """Weights alone, wrapped as the published ones are, need the architecture's name; a K710-like head its
+    map."""
     torch.manual_seed(2)
     model = build_classifier(CONFIG, 5)
     path = tmp_path / "official.pth"
     torch.save({"module": model.state_dict(), "args": argparse.Namespace(lr=1.0)}, path)
     (tmp_path / "map.json").write_text("[4, 0, 2]")
-    flags = ["--checkpoint", str(path), "--output", str(tmp_path / "out"), "--segments", "1", "--crops", "1", "--workers", "0"]
-    clip = ["--num-frames", "4", "--image-size", "32", "--init-frames", "4", "--init-size", "32", "--device", "cpu"]
+    flags = [
+        "--checkpoint",
+        str(path),
+        "--output",
+        str(tmp_path / "out"),
+        "--segments",
+        "1",
+        "--crops",
+        "1",
+        "--workers",
+        "0",
+    ]
+    clip = [
+        "--num-frames",
+        "4",
+        "--image-size",
+        "32",
+        "--init-frames",
+        "4",
+        "--init-size",
+        "32",
+        "--device",
+        "cpu",
+    ]
     command = ["evaluate", str(labelled_world / "val.txt"), *flags, *clip]
     assert main(command) == 2 and "name it with --model" in capsys.readouterr().err
     assert main([*command, "--model", "vit_tiny", "--label-map", str(tmp_path / "map.json")]) == 0
-    loaded = load_classifier(path, preset="vit_tiny", source=(4, 32), clip=CLIP.to_dict(), label_map=str(tmp_path / "map.json"))
+    loaded = load_classifier(
+        path, preset="vit_tiny", source=(4, 32), clip=CLIP.to_dict(), label_map=str(tmp_path / "map.json")
+    )
     assert torch.equal(loaded.model.head.weight, model.head.weight[[4, 0, 2]])
 
 
@@ -294,7 +380,16 @@ def test_predict_names_classes(weights, labelled_world, tmp_path, capsys):
 def test_bad_input(weights, labelled_world, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two.txt").write_text("a\nb\n")
-    command = ["evaluate", str(labelled_world / "val.txt"), "--checkpoint", str(weights), "--output", "out", "--device", "cpu"]
+    command = [
+        "evaluate",
+        str(labelled_world / "val.txt"),
+        "--checkpoint",
+        str(weights),
+        "--output",
+        "out",
+        "--device",
+        "cpu",
+    ]
     assert main([*command, *flags]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 

@@ -1,4 +1,5 @@
-"""`detect`: files in AVA's format that anyone can score, numbers that agree with the model's, pictures, restarts."""
+"""`detect`: files in AVA's format that anyone can score, numbers that agree with the model's, pictures,
+restarts."""
 
 import json
 
@@ -25,7 +26,9 @@ CLIP = KeyClipConfig(num_frames=4, image_size=32, stride=4)
 
 @pytest.fixture(scope="module")
 def actors(tmp_path_factory):
-    return write_actors(tmp_path_factory.mktemp("actors"), ActorsConfig(train=1, validation=2, scenes=3), workers=1)
+    return write_actors(
+        tmp_path_factory.mktemp("actors"), ActorsConfig(train=1, validation=2, scenes=3), workers=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,16 @@ def detect(actors, checkpoint, tmp_path):
 
 
 def test_detections_and_scores(detect, actors, checkpoint, tmp_path, capsys):
-    flags = ["--persons", actors["val_persons"], "--excluded", actors["val_excluded"], "--batch-size", 4, "--pictures", 2]
+    flags = [
+        "--persons",
+        actors["val_persons"],
+        "--excluded",
+        actors["val_excluded"],
+        "--batch-size",
+        4,
+        "--pictures",
+        2,
+    ]
     assert detect(*flags) == 0
     folder = tmp_path / "test"
     found = read_detections(folder / "detections.csv", ACTIONS)
@@ -72,7 +84,9 @@ def test_detections_and_scores(detect, actors, checkpoint, tmp_path, capsys):
     # The scores are those of the file.
     results = json.loads((folder / "results.json").read_text())
     truth = read_annotations(actors["val"], ACTIONS)
-    assert results["frame_map"] == pytest.approx(100 * frame_map(truth, found, ACTIONS, excluded=excluded).mean)
+    assert results["frame_map"] == pytest.approx(
+        100 * frame_map(truth, found, ACTIONS, excluded=excluded).mean
+    )
     assert results["key_frames"] == 5 and 0 < results["frame_map"] < 100
     assert f"frame mAP at IoU 0.5: {results['frame_map']:.2f} %" in capsys.readouterr().out
     assert (folder / "actions.csv").read_text().startswith("action,name,boxes,average_precision\n")
@@ -95,21 +109,28 @@ def test_annotated_boxes_where_no_others_are_given(detect, actors, tmp_path):
 
 def test_without_truth(detect, actors, tmp_path, capsys):
     assert detect("--persons", actors["val_persons"], truth=False) == 0
-    assert (tmp_path / "test" / "detections.csv").exists() and not (tmp_path / "test" / "results.json").exists()
+    assert (tmp_path / "test" / "detections.csv").exists() and not (
+        tmp_path / "test" / "results.json"
+    ).exists()
     assert detect(truth=False) == 2
     assert "which boxes?" in capsys.readouterr().err
 
 
 def test_a_test_that_is_started_again_goes_on(detect, tmp_path, monkeypatch):
     assert detect("--pictures", 0) == 0
-    parts, whole = tmp_path / "test" / "scores.part.jsonl", (tmp_path / "test" / "detections.csv").read_bytes()
+    parts, whole = (
+        tmp_path / "test" / "scores.part.jsonl",
+        (tmp_path / "test" / "detections.csv").read_bytes(),
+    )
     lines = parts.read_text().splitlines(keepends=True)
-    stray = "17\n{\"a\": 1}\n"
+    stray = '17\n{"a": 1}\n'
     parts.write_text("".join(lines[:4]) + stray + lines[4][:10])  # killed within the fourth key frame's line
     (tmp_path / "test" / "detections.csv").unlink()
     asked = []
     read = detection.KeyFrameReader.read
-    monkeypatch.setattr(detection.KeyFrameReader, "read", lambda self, todo, n: asked.extend(todo) or read(self, todo, n))
+    monkeypatch.setattr(
+        detection.KeyFrameReader, "read", lambda self, todo, n: asked.extend(todo) or read(self, todo, n)
+    )
     assert detect("--pictures", 0) == 0
     assert asked == [3, 4, 5] and (tmp_path / "test" / "detections.csv").read_bytes() == whole
 
@@ -132,7 +153,9 @@ def test_another_test_in_the_folder_is_refused(detect, actors, tmp_path, capsys,
     flags = [actors.get(flag, flag) for flag in flags]
     assert detect("--pictures", 0, *flags) == (0 if named is None else 2)
     err = capsys.readouterr().err
-    assert named is None or (named in err and "holds another test" in err and "or remove" in err and err.count("\n") == 1)
+    assert named is None or (
+        named in err and "holds another test" in err and "or remove" in err and err.count("\n") == 1
+    )
     assert (tmp_path / "test" / "scores.part.jsonl").read_text().strip() == before.strip()
 
 

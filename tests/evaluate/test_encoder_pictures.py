@@ -1,4 +1,5 @@
-"""`attention` and `pca`: maps and components against independent computations, from every kind of checkpoint."""
+"""`attention` and `pca`: maps and components against independent computations, from every kind of
+checkpoint."""
 
 import dataclasses
 
@@ -49,8 +50,15 @@ def weights(tmp_path, classifier):
 @pytest.mark.parametrize("pooling", ["mean", "first", "attentive"])
 def test_classifiers_give_their_tokens(tmp_path, clip, pooling):
     model = build_classifier(CONFIG, 5, pooling=pooling).eval()
-    settings = {"model": CONFIG.to_dict(), "num_classes": 5, "clip": {**CLIP, "sampling": "sparse"}, "pooling": pooling}
-    Saver(CheckpointFolder(tmp_path)).save(1, {"model": model.state_dict(), "optimizer": {}}, {"config": settings})
+    settings = {
+        "model": CONFIG.to_dict(),
+        "num_classes": 5,
+        "clip": {**CLIP, "sampling": "sparse"},
+        "pooling": pooling,
+    }
+    Saver(CheckpointFolder(tmp_path)).save(
+        1, {"model": model.state_dict(), "optimizer": {}}, {"config": settings}
+    )
     loaded = load_encoder(tmp_path)
     assert (loaded.stride, loaded.sampling, loaded.pretrained) == (3, "sparse", False)
     assert torch.equal(loaded.model.tokens(clip), model.tokens(clip)) and not loaded.model.training
@@ -61,7 +69,9 @@ def test_classifiers_give_their_tokens(tmp_path, clip, pooling):
 def test_pretrained_encoders_end_with_their_norm(tmp_path, clip, learned):
     model = build_pretrainer(CONFIG.replace(learned_pos=learned)).eval()
     settings = {"model": model.config.to_dict(), "mask": {}, "stride": 2}
-    Saver(CheckpointFolder(tmp_path)).save(1, {"model": model.state_dict(), "optimizer": {}}, {"config": settings})
+    Saver(CheckpointFolder(tmp_path)).save(
+        1, {"model": model.state_dict(), "optimizer": {}}, {"config": settings}
+    )
     loaded = load_encoder(tmp_path)
     assert loaded.pretrained and loaded.stride == 2 and load_encoder(tmp_path, stride=5).stride == 5
     every = torch.arange(CONFIG.num_tokens, dtype=torch.int32)[None]
@@ -88,7 +98,9 @@ def test_published_files_need_a_preset(tmp_path, clip):
         assert loaded.model.config.pos_grid == (8, 14, 14)  # published: 16 frames of 224 pixels
         found[name] = loaded.model.tokens(clip)
     assert torch.equal(found["pretrained"], found["encoder_only"])
-    same = load_encoder(tmp_path / "tuned.pth", preset="vit_tiny", changes={**changes, "pos_grid": None}, source=(8, 32))
+    same = load_encoder(
+        tmp_path / "tuned.pth", preset="vit_tiny", changes={**changes, "pos_grid": None}, source=(8, 32)
+    )
     assert same.model.config.pos_grid == (4, 2, 2)
     with pytest.raises(InputError, match="another architecture"):
         load_encoder(tmp_path / "tuned.pth", preset="vit_s")
@@ -98,7 +110,8 @@ def test_published_files_need_a_preset(tmp_path, clip):
 
 
 def attention_by_hand(model, clip, block):
-    """float64 [H, N, N] and the values [H, N, d]: from the weights, without the model's own code for attention."""
+    """float64 [H, N, N] and the values [H, N, d]: from the weights, without the model's own code for
+    attention."""
     x = model.patch_embed(_normalised(clip)) + model.pos_embed
     for one in model.blocks[:block]:
         x = one(x)
@@ -175,7 +188,13 @@ def test_components_of_a_hand_made_cloud():
     """Three directions of known variance, rotated: they come back, in order, whatever the offset."""
     rng = np.random.default_rng(0)
     latent = rng.standard_normal((500, 5)) - 0.0
-    latent = np.linalg.qr(latent - latent.mean(0))[0] * [6, 3, 2, 1e-3, 1e-3]  # uncorrelated, of known lengths
+    latent = np.linalg.qr(latent - latent.mean(0))[0] * [
+        6,
+        3,
+        2,
+        1e-3,
+        1e-3,
+    ]  # uncorrelated, of known lengths
     rotation = np.linalg.qr(rng.standard_normal((5, 5)))[0]
     scores, shares = principal_components(torch.from_numpy(latent @ rotation.T + 40).double())
     assert np.abs(np.abs(scores) - np.abs(latent[:, :3])).max() < 1e-9
@@ -216,7 +235,16 @@ def test_pca_command(weights, tmp_path, capsys, classifier):
         assert len(reader) == 8
     assert main(["pca", VIDEO, "--checkpoint", str(weights)]) == 0
     assert (tmp_path / "pca-carphone_pristine.png").exists()
-    flags = ["--num-frames", "4", "--image-size", "16x24", "--stride", "1", "--output", str(tmp_path / "y.gif")]
+    flags = [
+        "--num-frames",
+        "4",
+        "--image-size",
+        "16x24",
+        "--stride",
+        "1",
+        "--output",
+        str(tmp_path / "y.gif"),
+    ]
     assert main(["pca", VIDEO, "--checkpoint", str(weights), *flags]) == 0
     with Image.open(tmp_path / "y.gif") as gif:
         assert gif.n_frames == 4
@@ -261,6 +289,12 @@ def test_queries_are_tokens_of_the_grid():
 def test_wrong_input_is_named_and_nothing_is_written(weights, tmp_path, capsys, command, changes, words):
     flags = {"--checkpoint": str(weights), "--output": str(tmp_path / "x.gif"), **changes}
     video = flags.pop("video", VIDEO)
-    assert main([command, video, *(word.format(tmp=tmp_path) for flag in flags.items() for word in flag)]) == 2
+    assert (
+        main([command, video, *(word.format(tmp=tmp_path) for flag in flags.items() for word in flag)]) == 2
+    )
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and words in error and [path.name for path in tmp_path.iterdir()] == ["weights.pth"]
+    assert (
+        error.startswith("error: ")
+        and words in error
+        and [path.name for path in tmp_path.iterdir()] == ["weights.pth"]
+    )

@@ -10,7 +10,15 @@ from vmae.cli import main
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import VideoEntry
 from vmae.data.samples import sample_videos
-from vmae.evaluate.features import WindowConfig, extract, extract_videos, features_of, name_targets, read_features, windows
+from vmae.evaluate.features import (
+    WindowConfig,
+    extract,
+    extract_videos,
+    features_of,
+    name_targets,
+    read_features,
+    windows,
+)
 from vmae.train.checkpoint import export_weights
 
 CONFIG = ModelConfig(img_size=32, num_frames=8, embed_dim=48, depth=2, num_heads=3)
@@ -40,7 +48,9 @@ def published_loop(model, path, step):
     found = []
     with open_video(VideoEntry(path)) as reader, torch.no_grad():
         for start in range(0, len(reader) - 7, step):
-            frames = torch.from_numpy(reader.frames(range(start, start + 8))).permute(3, 0, 1, 2).float() / 255
+            frames = (
+                torch.from_numpy(reader.frames(range(start, start + 8))).permute(3, 0, 1, 2).float() / 255
+            )
             frames = F.interpolate(frames, size=(32, 32), mode="bilinear", align_corners=False)
             found.append(model.features(frames[None]))
     return torch.cat(found).numpy()
@@ -87,13 +97,22 @@ def test_every_reader_iterates_over_its_frames(video):
             raise
         with reader:
             seen = list(reader.iterate())
-            assert len(seen) == 120 and np.array_equal(np.stack(seen[100:104]), reader.frames(range(100, 104)))
+            assert len(seen) == 120 and np.array_equal(
+                np.stack(seen[100:104]), reader.frames(range(100, 104))
+            )
 
 
 def test_the_command_goes_on_where_it_stopped(checkpoint, video, tmp_path, capsys):
     (tmp_path / "list.txt").write_text(f"{video}\n{sample_videos()[3]}\n{tmp_path / 'bad.mp4'}\n")
     (tmp_path / "bad.mp4").write_text("no video")
-    words = ["features", str(tmp_path / "list.txt"), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
+    words = [
+        "features",
+        str(tmp_path / "list.txt"),
+        "--checkpoint",
+        str(checkpoint),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     words += ["--step", "32"]
     assert main(words) == 1
     assert "bad.mp4" in capsys.readouterr().out
@@ -139,7 +158,9 @@ def test_batches_reach_across_videos_and_past_a_bad_one(model, video, tmp_path, 
     alone = extract(model, VideoEntry(video), config, batch_size=1, device=device)
     (tmp_path / "bad.mp4").write_text("no video")
     sizes, whole = [], model.features_of_embedded
-    monkeypatch.setattr(model, "features_of_embedded", lambda clips: (sizes.append(len(clips)), whole(clips))[1])
+    monkeypatch.setattr(
+        model, "features_of_embedded", lambda clips: (sizes.append(len(clips)), whole(clips))[1]
+    )
 
     def frames(broken: bool):
         with open_video(VideoEntry(video)) as reader:
@@ -148,7 +169,9 @@ def test_batches_reach_across_videos_and_past_a_bad_one(model, video, tmp_path, 
                     raise DecodeError("broken after frame 40")
                 yield frame
 
-    found = list(features_of(model, [frames(False), frames(True), frames(False)], config, batch_size=8, device=device))
+    found = list(
+        features_of(model, [frames(False), frames(True), frames(False)], config, batch_size=8, device=device)
+    )
     assert isinstance(found[1], DecodeError) and len(found) == 3
     for one in (found[0], found[2]):
         np.testing.assert_allclose(one.numpy(), alone, rtol=0, atol=1e-5)

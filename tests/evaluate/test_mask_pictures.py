@@ -17,7 +17,8 @@ GRID = (4, 6, 8)
 
 
 def cells(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(white, dotted), each bool [N], read back from the picture: a cell's shade beside its middle, and in it."""
+    """(white, dotted), each bool [N], read back from the picture: a cell's shade beside its middle, and in
+    it."""
     beside = frames[:, 2:-1:CELL, 2:-1:CELL, 0].ravel() > 128
     middle = frames[:, CELL // 2 : -1 : CELL, CELL // 2 : -1 : CELL, 0].ravel() > 128
     return beside, beside != middle
@@ -31,7 +32,11 @@ def test_every_type_is_drawn_as_it_is_sampled(encoder):
     assert [panel.caption.split(":")[0] for panel in panels] == names
     for panel in panels:
         side, kind = panel.caption.split(":")[0].split()
-        kinds = {"encoder": kind, "decoder": "none"} if side == "encoder" else {"encoder": encoder, "decoder": kind}
+        kinds = (
+            {"encoder": kind, "decoder": "none"}
+            if side == "encoder"
+            else {"encoder": encoder, "decoder": kind}
+        )
         generator = torch.Generator().manual_seed(3)
         mask = DualMask.sample(1, GRID, **{**config.to_dict(), **kinds}, generator=generator)
         hidden, left_out = (masked[0].numpy() for masked in mask.to_bool())
@@ -51,7 +56,9 @@ def test_what_a_grid_does_not_allow_is_said_in_its_place():
     refused = panels.pop("decoder running_cell")
     assert "not possible here" in refused.caption and "cannot tile a frame of 5 x 6" in refused.caption
     assert len({panel.frames.shape for panel in (refused, *panels.values())}) == 1
-    assert len(np.unique(refused.frames)) == 1 and not any("not possible" in panel.caption for panel in panels.values())
+    assert len(np.unique(refused.frames)) == 1 and not any(
+        "not possible" in panel.caption for panel in panels.values()
+    )
 
 
 def test_command(tmp_path, capsys):

@@ -1,4 +1,5 @@
-"""Videos of several motions: what the dataset file says is what moves, and the same settings make the same videos."""
+"""Videos of several motions: what the dataset file says is what moves, and the same settings make the same
+videos."""
 
 import hashlib
 
@@ -39,7 +40,13 @@ def test_a_timeline_leaves_nothing_out_and_rests_between():
 
 
 def test_states_move_where_the_segments_say():
-    parts = [Part(REST, 0, 5), Part("left", 5, 12, 0.05), Part(REST, 12, 14), Part("grow", 14, 20, 0.04), Part(REST, 20, 24)]
+    parts = [
+        Part(REST, 0, 5),
+        Part("left", 5, 12, 0.05),
+        Part(REST, 12, 14),
+        Part("grow", 14, 20, 0.04),
+        Part(REST, 20, 24),
+    ]
     drawn = states_of(parts, 7)
     assert drawn.shape == (24, 4) and drawn.min() >= 0 and drawn.max() < 1
     step = (np.diff(drawn, axis=0) + 0.5) % 1 - 0.5  # from each frame to the next
@@ -56,12 +63,16 @@ def test_the_world(tmp_path):
     before = {file: (file.stat().st_mtime_ns, hashlib.sha256(file.read_bytes()).digest()) for file in files}
     files[-1].unlink()
     assert write_segments_world(tmp_path, TINY) == paths  # goes on
-    assert all(hashlib.sha256(file.read_bytes()).digest() == before[file][1] for file in files)  # deterministic
+    assert all(
+        hashlib.sha256(file.read_bytes()).digest() == before[file][1] for file in files
+    )  # deterministic
     assert all(file.stat().st_mtime_ns == before[file][0] for file in files[:-1])
     videos, several = read_videos(paths["dataset"]), plan(TINY)[0]
     assert {name: info.subset for name, info in videos.items()} == {
-        "training_0000": "training", "training_0001": "training", "test_0000": "test"
-    }  # fmt: skip
+        "training_0000": "training",
+        "training_0001": "training",
+        "test_0000": "test",
+    }
     moving = sum(part.motion != REST for parts in several.values() for part in parts)
     assert len(read_actionformer(paths["dataset"])) == moving > 0
     with open_video(paths["videos"] / "test_0000.mp4") as reader:
@@ -102,13 +113,27 @@ def test_another_seed_is_another_world():
 
 def test_bad_input(tmp_path, capsys):
     for change, message in (
-        (dict(size=33), "even"), (dict(seconds=5), "too short"), (dict(motions=("left", "fly")), "unknown motions: fly"),
-        (dict(test=0), "test must be a whole number from 1"), (dict(motions=("left", "left")), "twice"),
-    ):  # fmt: skip
+        (dict(size=33), "even"),
+        (dict(seconds=5), "too short"),
+        (dict(motions=("left", "fly")), "unknown motions: fly"),
+        (dict(test=0), "test must be a whole number from 1"),
+        (dict(motions=("left", "left")), "twice"),
+    ):
         with pytest.raises(InputError, match=message):
             SegmentsConfig(**change)
     (tmp_path / "segments.json").write_text("{}")
-    words = ["moving-segments", str(tmp_path), "--seconds", "9", "--training", "1", "--test", "1", "--clips", "1"]
+    words = [
+        "moving-segments",
+        str(tmp_path),
+        "--seconds",
+        "9",
+        "--training",
+        "1",
+        "--test",
+        "1",
+        "--clips",
+        "1",
+    ]
     assert main(words) == 2
     assert "videos of other settings" in capsys.readouterr().err
     (tmp_path / "segments.json").unlink()

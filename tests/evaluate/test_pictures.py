@@ -18,12 +18,17 @@ from vmae.evaluate.pictures import (
     write_pictures,
 )
 
-CONFIG = ModelConfig(img_size=(32, 48), patch_size=16, num_frames=4, embed_dim=12, num_heads=2)  # 2 x 2 x 3 tokens
+CONFIG = ModelConfig(
+    img_size=(32, 48), patch_size=16, num_frames=4, embed_dim=12, num_heads=2
+)  # 2 x 2 x 3 tokens
 
 
 def panel(shade: int = 90, times: int = 4, **more) -> Panel:
     """A frame of one shade, which grows by 20 with each frame."""
-    frames = np.full((times, 32, 48, 3), shade, np.uint8) + 20 * np.arange(times, dtype=np.uint8)[:, None, None, None]
+    frames = (
+        np.full((times, 32, 48, 3), shade, np.uint8)
+        + 20 * np.arange(times, dtype=np.uint8)[:, None, None, None]
+    )
     return Panel(caption="what it is", frames=frames, **more)
 
 
@@ -79,7 +84,9 @@ def test_moment_stands_side_by_side_and_goes_on_below():
 @pytest.mark.parametrize("suffix", [".gif", ".mp4", ".MP4"])
 def test_animation_has_a_picture_for_each_frame(tmp_path, suffix):
     path = tmp_path / "new" / f"x{suffix}"
-    still = Panel(caption="still", frames=np.full((5, 33, 33, 3), 100, np.uint8))  # an odd size; nothing but the label moves
+    still = Panel(
+        caption="still", frames=np.full((5, 33, 33, 3), 100, np.uint8)
+    )  # an odd size; nothing but the label moves
     write_pictures([still], [path], labels=[f"frame {n}" for n in "00112"], fps=5)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     if suffix == ".gif":

@@ -18,9 +18,16 @@ from vmae_kernels import gather_tubelets
 
 # 4 x 4 x 8 tokens, wider than high.
 CONFIG = ModelConfig(
-    img_size=(32, 64), patch_size=8, num_frames=8, embed_dim=48, depth=1, num_heads=2,
-    decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2,
-)  # fmt: skip
+    img_size=(32, 64),
+    patch_size=8,
+    num_frames=8,
+    embed_dim=48,
+    depth=1,
+    num_heads=2,
+    decoder_embed_dim=32,
+    decoder_depth=1,
+    decoder_num_heads=2,
+)
 MASK = dict(encoder="tube", encoder_ratio=0.75, decoder="running_cell", decoder_ratio=0.5)
 VIDEO = str(sample_videos()[2])
 
@@ -48,12 +55,17 @@ def mask_of(**changes) -> DualMask:
 def per_tubelet(frames: np.ndarray) -> torch.Tensor:
     """[N, P]"""
     tokens = torch.arange(CONFIG.num_tokens)[None]
-    return gather_tubelets(torch.from_numpy(frames)[None], tokens, CONFIG.patch_size, CONFIG.tubelet_size)[0].flatten(1)
+    return gather_tubelets(torch.from_numpy(frames)[None], tokens, CONFIG.patch_size, CONFIG.tubelet_size)[
+        0
+    ].flatten(1)
 
 
 def test_command_writes_one_picture_and_prints_losses(weights, tmp_path, capsys):
     out = tmp_path / "new" / "picture.png"
-    assert main(["reconstruct", VIDEO, "--checkpoint", str(weights), "--output", str(out), "--device", "cpu"]) == 0
+    assert (
+        main(["reconstruct", VIDEO, "--checkpoint", str(weights), "--output", str(out), "--device", "cpu"])
+        == 0
+    )
     text = capsys.readouterr().out
     assert "zero predictor 0.9" in text and text.startswith("loss ") and f"written: {out}" in text
     with Image.open(out) as picture:
@@ -74,7 +86,21 @@ def test_seed_decides_the_mask(weights, tmp_path):
     pictures = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         out = tmp_path / f"{name}.png"
-        assert main(["reconstruct", VIDEO, "--checkpoint", str(weights), "--output", str(out), "--seed", str(seed)]) == 0
+        assert (
+            main(
+                [
+                    "reconstruct",
+                    VIDEO,
+                    "--checkpoint",
+                    str(weights),
+                    "--output",
+                    str(out),
+                    "--seed",
+                    str(seed),
+                ]
+            )
+            == 0
+        )
         pictures[name] = out.read_bytes()
     assert pictures["a"] == pictures["b"] != pictures["c"]
 
@@ -87,9 +113,15 @@ def test_rows_show_what_their_captions_say(clip, decoder):
     visible, picked = (~masked[0] for masked in mask.to_bool())
     rows = {panel.caption.split(" (")[0]: panel for panel in result.panels}
     assert list(rows) == [
-        "input", "encoder view", "decoder selection", "reconstruction", "error in pixels", "prediction, normalised space",
-        "target, normalised space", "error, normalised space",
-    ]  # fmt: skip
+        "input",
+        "encoder view",
+        "decoder selection",
+        "reconstruction",
+        "error in pixels",
+        "prediction, normalised space",
+        "target, normalised space",
+        "error, normalised space",
+    ]
     assert "with the input's patch mean and variance" in rows["reconstruction"].caption
     assert ("a second pass" in rows["reconstruction"].caption) == (decoder != "none")
     assert torch.equal(per_tubelet(rows["input"].frames), pixels)
@@ -118,10 +150,14 @@ def test_a_perfect_prediction_gives_the_input_back(clip):
         def forward(self, clips, mask):
             return torch.zeros(())
 
-    rows = {panel.caption.split(" (")[0]: panel.frames for panel in reconstruct(Perfect(), clip, mask_of()).panels}
+    rows = {
+        panel.caption.split(" (")[0]: panel.frames for panel in reconstruct(Perfect(), clip, mask_of()).panels
+    }
     assert np.array_equal(rows["reconstruction"], rows["input"])
     assert np.array_equal(rows["prediction, normalised space"], rows["target, normalised space"])
-    assert rows["error in pixels"].max() <= 4 and not rows["error, normalised space"].any()  # 4: what 1 grey level is drawn as
+    assert (
+        rows["error in pixels"].max() <= 4 and not rows["error, normalised space"].any()
+    )  # 4: what 1 grey level is drawn as
 
 
 def test_pixel_targets_need_no_borrowed_statistics(clip):
@@ -136,11 +172,16 @@ def test_error_is_the_difference_of_what_is_drawn_and_only_where_it_was_predicte
     rows = {panel.caption.split(" (")[0]: panel for panel in reconstruct(model, clip, mask).panels}
     visible = ~mask.to_bool()[0][0]
     shown, pixels, rebuilt = (
-        per_tubelet(rows[name].frames).float().unflatten(1, (-1, 3)) for name in ("error in pixels", "input", "reconstruction")
+        per_tubelet(rows[name].frames).float().unflatten(1, (-1, 3))
+        for name in ("error in pixels", "input", "reconstruction")
     )
-    assert not shown[visible].any() and np.array_equal(rows["error in pixels"].outlined.ravel(), visible.numpy())
+    assert not shown[visible].any() and np.array_equal(
+        rows["error in pixels"].outlined.ravel(), visible.numpy()
+    )
     wanted = ((rebuilt - pixels).abs().mean(2, keepdim=True) * 255 / 64).clamp(max=255)
-    assert (shown - wanted)[~visible].abs().max() <= 3  # the reconstruction drawn is rounded: half a level, times 4
+    assert (shown - wanted)[
+        ~visible
+    ].abs().max() <= 3  # the reconstruction drawn is rounded: half a level, times 4
     assert shown[~visible].any(-1).any(-1).all()
     prediction, target, error = (
         per_tubelet(rows[f"{name}, normalised space"].frames).float().unflatten(1, (-1, 3))
@@ -174,7 +215,9 @@ def test_every_hidden_tubelet_is_predicted_under_its_own_selection(clip):
     plain = model.predict
     model.predict = lambda clips, selection: asked.append(selection) or plain(clips, selection)
     reconstruct(model, clip, mask)
-    assert torch.equal(asked[-1].decode, mask.decode) and all(torch.equal(one.visible, mask.visible) for one in asked)
+    assert torch.equal(asked[-1].decode, mask.decode) and all(
+        torch.equal(one.visible, mask.visible) for one in asked
+    )
     seen = torch.cat([mask.visible, *(one.decode for one in asked)], dim=1).unique()
     assert len(seen) == CONFIG.num_tokens
 

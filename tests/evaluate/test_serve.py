@@ -39,7 +39,12 @@ def checkpoints(tmp_path_factory):
     about = {"model": CONFIG.to_dict(), "mask": MASK, "stride": 2}
     export_weights(folder / "pre.pth", build_pretrainer(CONFIG).state_dict(), config=about)
     clip = {"num_frames": 8, "image_size": 32, "stride": 2}
-    about = {"model": CONFIG.to_dict(), "clip": clip, "pooling": "mean", "class_names": ["<b>waving</b>", "jumping"]}
+    about = {
+        "model": CONFIG.to_dict(),
+        "clip": clip,
+        "pooling": "mean",
+        "class_names": ["<b>waving</b>", "jumping"],
+    }
     export_weights(folder / "classes.pth", build_classifier(CONFIG, 2).state_dict(), config=about)
     return folder
 
@@ -55,10 +60,19 @@ def temporary(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(checkpoints, temporary):
-    words = ["--checkpoint", str(checkpoints / "pre.pth"), "--classifier", str(checkpoints / "classes.pth"), "--device", "cpu"]
+    words = [
+        "--checkpoint",
+        str(checkpoints / "pre.pth"),
+        "--classifier",
+        str(checkpoints / "classes.pth"),
+        "--device",
+        "cpu",
+    ]
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
-    running = Server(build_studio(parser.parse_args([*words, "--max-megabytes", "2", "--max-seconds", "20"])), 0)
+    running = Server(
+        build_studio(parser.parse_args([*words, "--max-megabytes", "2", "--max-seconds", "20"])), 0
+    )
     threading.Thread(target=running.serve_forever, daemon=True).start()
     yield running
     running.shutdown()
@@ -71,12 +85,19 @@ def ask(server, body=b"", query="", method="POST", path="/show", headers=()):
     connection.request(method, f"{path}?{query}", body, {"X-Vmae": "1", **dict(headers)})
     reply = connection.getresponse()
     text = reply.read()
-    return reply.status, json.loads(text) if reply.headers["Content-Type"] == "application/json" else text.decode()
+    return reply.status, json.loads(text) if reply.headers[
+        "Content-Type"
+    ] == "application/json" else text.decode()
 
 
 def left(temporary):
     """Uploads on the disk."""
-    return [os.path.join(folder, name) for folder, _, files in os.walk(temporary) for name in files if "vmae-serve" in folder]
+    return [
+        os.path.join(folder, name)
+        for folder, _, files in os.walk(temporary)
+        for name in files
+        if "vmae-serve" in folder
+    ]
 
 
 VIDEO = Path(sample_videos()[2])
@@ -84,7 +105,9 @@ VIDEO = Path(sample_videos()[2])
 
 def test_a_video_is_shown_and_leaves_nothing_behind(server, temporary):
     status, answer = ask(server, VIDEO.read_bytes(), "encoder_ratio=0.5&seed=3")
-    assert status == 200 and answer["masks"].startswith("64 tubelets: the encoder sees 32, the decoder rebuilds 32")
+    assert status == 200 and answer["masks"].startswith(
+        "64 tubelets: the encoder sees 32, the decoder rebuilds 32"
+    )
     picture = Image.open(io.BytesIO(base64.b64decode(answer["picture"].split(",")[1])))
     assert picture.format == "PNG" and np.asarray(picture).std() > 20
     assert {one["name"] for one in answer["classes"]} == {"<b>waving</b>", "jumping"}
@@ -111,7 +134,11 @@ def one_picture() -> bytes:
     ("body", "status", "words"),
     [
         (b"just some text\n" * 30, 422, "this is not a video file"),
-        (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n", 422, "this is not a video file"),
+        (
+            b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n",
+            422,
+            "this is not a video file",
+        ),
         (one_picture(), 422, "this is not a video file"),
         (b"", 422, "the file is empty"),
         (VIDEO.read_bytes()[:3000], 422, "the video"),
@@ -127,13 +154,20 @@ def test_other_files_get_a_line(server, temporary, capfd, body, status, words):
 
 
 def test_too_large_too_long_too_wide(server, temporary, tmp_path):
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as raw:  # refused before it is sent
+    with socket.create_connection(
+        ("127.0.0.1", server.server_port), timeout=20
+    ) as raw:  # refused before it is sent
         host = f"127.0.0.1:{server.server_port}"
-        raw.sendall(f"POST /show HTTP/1.1\r\nHost: {host}\r\nX-Vmae: 1\r\nContent-Length: {3 << 20}\r\n\r\n".encode())
+        raw.sendall(
+            f"POST /show HTTP/1.1\r\nHost: {host}\r\nX-Vmae: 1\r\nContent-Length: {3 << 20}\r\n\r\n".encode()
+        )
         reply = raw.makefile("rb").read().decode()
     assert " 413 " in reply and "the file has 3 MB, more than the 2 allowed here" in reply
     write_video(tmp_path / "long.mp4", np.zeros((42, 32, 32, 3), np.uint8), fps=2)
-    assert "has 21 seconds, more than the 20 allowed" in ask(server, (tmp_path / "long.mp4").read_bytes())[1]["error"]
+    assert (
+        "has 21 seconds, more than the 20 allowed"
+        in ask(server, (tmp_path / "long.mp4").read_bytes())[1]["error"]
+    )
     server.studio.limits = Limits(pixels=100)
     assert "has 176 x 144 pixels, more than the 100 allowed" in ask(server, VIDEO.read_bytes())[1]["error"]
     write_video(tmp_path / "one.mp4", np.zeros((1, 32, 32, 3), np.uint8))
@@ -162,7 +196,12 @@ def test_other_masks_get_a_line(server, query, words):
 
 
 def test_other_sites_are_refused(server):
-    for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"X-Vmae": "0"}):
+    for headers in (
+        {"Host": "evil.example"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"X-Vmae": "0"},
+    ):
         for body in (VIDEO.read_bytes(),):
             assert ask(server, body, headers=headers)[0] == 403
     own = f"http://localhost:{server.server_port}"
@@ -177,7 +216,9 @@ def test_one_at_a_time(server):
     assert status == 503 and answer["error"] == "another video is being worked on; try again in 10 seconds"
     server.studio.limits = Limits()
     answers = []
-    threads = [threading.Thread(target=lambda: answers.append(ask(server, VIDEO.read_bytes())[0])) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: answers.append(ask(server, VIDEO.read_bytes())[0])) for _ in range(3)
+    ]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert answers == [200] * 3
@@ -203,7 +244,7 @@ def test_the_command_refuses_what_it_cannot_serve(checkpoints, capsys):
     assert main(["serve", "--checkpoint", str(checkpoints / "pre.pth"), "--max-seconds", "0"]) == 2
 
 
-# --- hostile and clumsy requests --------------------------------------------------------------------------------------
+# --- hostile and clumsy requests ----------------------------------------------------------------------------
 
 
 def connect(server):
@@ -249,10 +290,14 @@ def small(checkpoints, temporary):
     def start(**limits):
         parser = argparse.ArgumentParser()
         serve.add_arguments(parser)
-        studio = build_studio(parser.parse_args(["--checkpoint", str(checkpoints / "pre.pth"), "--device", "cpu"]))
+        studio = build_studio(
+            parser.parse_args(["--checkpoint", str(checkpoints / "pre.pth"), "--device", "cpu"])
+        )
         studio.limits = Limits(**{"megabytes": 1, **limits})
         started.append(Server(studio, 0))
-        threading.Thread(target=started[-1].serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=started[-1].serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         return started[-1]
 
     yield start
@@ -293,15 +338,34 @@ def test_lengths_of_every_kind(server, temporary, capfd, lines, status):
 @pytest.mark.parametrize(
     "request_line",
     [
-        b"GET //[ HTTP/1.1", b"GET http://[ HTTP/1.1", b"POST //[?x HTTP/1.1", b"GET /[ HTTP/1.1", b"GET http://[::1/ HTTP/1.0",
-        b"GET /\x1b[2J\x1b]0;owned\x07 HTTP/1.1", b"GET /\x9b31m HTTP/1.1", b"\x1b]0;owned\x07", b"\x1b[31m / HTTP/1.1",
-        b"GARBAGE", b"GET", b"GET / / HTTP/1.1", b"GET / HTTP/9.9", b"GET / HTTP/1." + b"9" * 5000, b"GET / HTTP/\x1b[2J",
-        b"GET / HTTP/" + b"9" * 5000 + b".1", b"GET /" + b"a" * 70000 + b" HTTP/1.1", b"\x00" * 50, b"\xff\xfe\x00G",
-        b"DELETE / HTTP/1.1", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"PRI * HTTP/2.0", b"OPTIONS * HTTP/1.1",
-        b"POST /show?" + b"&" * 60000 + b" HTTP/1.1", b"GET /%00%1b[2J HTTP/1.1",
+        b"GET //[ HTTP/1.1",
+        b"GET http://[ HTTP/1.1",
+        b"POST //[?x HTTP/1.1",
+        b"GET /[ HTTP/1.1",
+        b"GET http://[::1/ HTTP/1.0",
+        b"GET /\x1b[2J\x1b]0;owned\x07 HTTP/1.1",
+        b"GET /\x9b31m HTTP/1.1",
+        b"\x1b]0;owned\x07",
+        b"\x1b[31m / HTTP/1.1",
+        b"GARBAGE",
+        b"GET",
+        b"GET / / HTTP/1.1",
+        b"GET / HTTP/9.9",
+        b"GET / HTTP/1." + b"9" * 5000,
+        b"GET / HTTP/\x1b[2J",
+        b"GET / HTTP/" + b"9" * 5000 + b".1",
+        b"GET /" + b"a" * 70000 + b" HTTP/1.1",
+        b"\x00" * 50,
+        b"\xff\xfe\x00G",
+        b"DELETE / HTTP/1.1",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"PRI * HTTP/2.0",
+        b"OPTIONS * HTTP/1.1",
+        b"POST /show?" + b"&" * 60000 + b" HTTP/1.1",
+        b"GET /%00%1b[2J HTTP/1.1",
     ],
     ids=lambda line: repr(line[:24]),
-)  # fmt: skip
+)
 def test_request_lines_of_every_kind(server, capfd, request_line):
     host = f"\r\nHost: 127.0.0.1:{server.server_port}\r\nX-Vmae: 1\r\n\r\n".encode()
     status, reply = raw(server, request_line + host)
@@ -312,12 +376,21 @@ def test_request_lines_of_every_kind(server, capfd, request_line):
 @pytest.mark.parametrize(
     "headers",
     [
-        b"a: b\r\n" * 300, b"a: " + b"b" * 70000, b"no colon", b": no name", b" folded\r\n more", b"Host: \x1b[2J",
-        b"Host: 127.0.0.1.evil.example:8008", b"Host: localhost", b"Host:",
-        b"Origin: \x1b[2J\x00", b"X-Vmae: \xff\xfe", b"a:\x00b",
+        b"a: b\r\n" * 300,
+        b"a: " + b"b" * 70000,
+        b"no colon",
+        b": no name",
+        b" folded\r\n more",
+        b"Host: \x1b[2J",
+        b"Host: 127.0.0.1.evil.example:8008",
+        b"Host: localhost",
+        b"Host:",
+        b"Origin: \x1b[2J\x00",
+        b"X-Vmae: \xff\xfe",
+        b"a:\x00b",
     ],
     ids=lambda line: repr(line[:24]),
-)  # fmt: skip
+)
 def test_headers_of_every_kind(server, capfd, headers):
     status, reply = raw(server, b"GET / HTTP/1.1\r\n" + headers + b"\r\n\r\n")
     assert 400 <= status < 500, reply[:200]
@@ -415,9 +488,13 @@ def test_someone_who_does_not_wait_for_the_answer(small, temporary, capfd):
     running = small()
     for sent in (VIDEO.read_bytes(), VIDEO.read_bytes()[:5000]):
         with connect(running) as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+            connection.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )  # close with a reset
             connection.sendall(head(running, f"Content-Length: {VIDEO.stat().st_size}") + sent)
-    wait_until(lambda: not left(temporary) and running.free_connections._value == running.studio.limits.connections)
+    wait_until(
+        lambda: not left(temporary) and running.free_connections._value == running.studio.limits.connections
+    )
     assert is_clean(capfd.readouterr().err) and not running.studio.busy.locked()
 
 
@@ -433,17 +510,30 @@ def test_no_place_to_store_a_video(small, temporary, capfd):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_leaves_no_half_upload(checkpoints, temporary, number):
-    command = [sys.executable, "-m", "vmae", "serve", "--checkpoint", str(checkpoints / "pre.pth"), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "vmae",
+        "serve",
+        "--checkpoint",
+        str(checkpoints / "pre.pth"),
+        "--port",
+        "0",
+    ]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "TMPDIR": str(temporary)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` makes its processes ignore it
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's `&` makes its processes ignore it
     )
     port = int(process.stdout.readline().split(":")[2].split()[0])
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        start = f"POST /show HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nX-Vmae: 1\r\nContent-Length: 100000\r\n\r\n"
+        start = (
+            f"POST /show HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nX-Vmae: 1\r\nContent-Length: 100000\r\n\r\n"
+        )
         connection.sendall(start.encode() + bytes(50_000))
         wait_until(lambda: left(temporary))
         process.send_signal(number)
@@ -451,7 +541,7 @@ def test_the_command_leaves_no_half_upload(checkpoints, temporary, number):
     assert not list(temporary.glob("vmae-serve-*"))
 
 
-# --- in a browser -----------------------------------------------------------------------------------------------------
+# --- in a browser -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -509,7 +599,11 @@ def test_in_a_browser(server, browser, tmp_path):
     element("file").send_keys(str(tmp_path / "huge.mp4"))
     element("go").click()
     wait("Not shown: the file has 3 MB, more than the 2 allowed here.")
-    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE" and "422" not in entry["message"]] == []
+    assert [
+        entry
+        for entry in browser.get_log("browser")
+        if entry["level"] == "SEVERE" and "422" not in entry["message"]
+    ] == []
 
 
 def test_weights_that_do_not_say_what_they_are(tmp_path, capsys):
@@ -518,7 +612,14 @@ def test_weights_that_do_not_say_what_they_are(tmp_path, capsys):
     export_weights(tmp_path / "classes.pth", build_classifier(config, 2).state_dict())
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
-    words = ["--checkpoint", str(tmp_path / "pre.pth"), "--classifier", str(tmp_path / "classes.pth"), "--device", "cpu"]
+    words = [
+        "--checkpoint",
+        str(tmp_path / "pre.pth"),
+        "--classifier",
+        str(tmp_path / "classes.pth"),
+        "--device",
+        "cpu",
+    ]
     words += ["--model", "vit_tiny", "--classifier-model", "vit_tiny"]
     studio = build_studio(parser.parse_args([*words, "--init-frames", "8", "--init-size", "64"]))
     assert studio.model.config.grid == studio.classifier.model.config.grid == config.grid

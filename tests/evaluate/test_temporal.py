@@ -15,8 +15,14 @@ from vmae.evaluate.temporal import (
     write_actionformer,
 )
 
-TRUTH = [Segment("a", 0, 10, "run"), Segment("a", 20, 30, "run"), Segment("b", 0, 4, "run"), Segment("b", 5, 9, "jump")]
-# Of "run" by score: hit (IoU 0.8), miss (another video), a second on the same truth, hit (0.6); the third truth is not found.
+TRUTH = [
+    Segment("a", 0, 10, "run"),
+    Segment("a", 20, 30, "run"),
+    Segment("b", 0, 4, "run"),
+    Segment("b", 5, 9, "jump"),
+]
+# Of "run" by score: hit (IoU 0.8), miss (another video), a second on the same truth, hit (0.6); the third
+# truth is not found.
 FOUND = [
     Segment("a", 0, 8, "run", 0.9),
     Segment("c", 0, 10, "run", 0.8),
@@ -46,7 +52,10 @@ def test_a_case_by_hand():
 
 def test_precision_is_interpolated_from_the_right():
     truth = [Segment("a", 10 * i, 10 * i + 5, "x") for i in range(2)]
-    found = [Segment("a", 50, 55, "x", 0.9), *(Segment("a", t.start, t.end, "x", 0.8 - 0.1 * i) for i, t in enumerate(truth))]
+    found = [
+        Segment("a", 50, 55, "x", 0.9),
+        *(Segment("a", t.start, t.end, "x", 0.8 - 0.1 * i) for i, t in enumerate(truth)),
+    ]
     # Precision 0, 1/2, 2/3: at the first recall the better 2/3 counts.
     assert average_precision(truth, found, 0.5) == pytest.approx(2 / 3)
 
@@ -54,7 +63,10 @@ def test_precision_is_interpolated_from_the_right():
 def test_equal_scores_count_as_one_in_any_order():
     """All but the first, which is wrong, are equal: two of five are right at their end."""
     truth = [Segment("a", 0, 10, "x"), Segment("a", 20, 30, "x")]
-    equal = [Segment(video, start, start + 9, "x", 0.5) for video, start in (("a", 0), ("a", 1), ("a", 20), ("b", 0))]
+    equal = [
+        Segment(video, start, start + 9, "x", 0.5)
+        for video, start in (("a", 0), ("a", 1), ("a", 20), ("b", 0))
+    ]
     orders = itertools.permutations([Segment("b", 0, 5, "x", 0.9), *equal])
     (value,) = {average_precision(some, order, 0.3) for order in orders for some in (truth, truth[::-1])}
     assert value == pytest.approx(2 / 5)
@@ -62,14 +74,21 @@ def test_equal_scores_count_as_one_in_any_order():
 
 def test_equal_overlaps_take_the_earliest_truth():
     truth = [Segment("a", 0, 10, "x"), Segment("a", 10, 20, "x")]
-    found = [Segment("a", 5, 15, "x", 0.9), Segment("a", 8, 20, "x", 0.8)]  # IoU 1/3 with each; 10/12 with the second
+    found = [
+        Segment("a", 5, 15, "x", 0.9),
+        Segment("a", 8, 20, "x", 0.8),
+    ]  # IoU 1/3 with each; 10/12 with the second
     assert average_precision(truth, found, 0.3) == average_precision(truth[::-1], found, 0.3) == 1.0
 
 
 def test_equal_scores_are_taken_by_start_then_end():
-    """Of two equal detections that overlap one truth most, the earlier takes it; the other gets the best that is left."""
+    """Of two equal detections that overlap one truth most, the earlier takes it; the other gets the best that
+    is left."""
     truth = [Segment("a", 0, 10, "x"), Segment("a", 6, 16, "x")]
-    wide, late = Segment("a", 1, 14, "x", 0.5), Segment("a", 2, 10, "x", 0.5)  # IoU 9/14 and 8/15; 8/10 and 4/14
+    wide, late = (
+        Segment("a", 1, 14, "x", 0.5),
+        Segment("a", 2, 10, "x", 0.5),
+    )  # IoU 9/14 and 8/15; 8/10 and 4/14
     assert [temporal_iou(wide, one) for one in truth] == pytest.approx([9 / 14, 8 / 15])
     assert [temporal_iou(late, one) for one in truth] == pytest.approx([8 / 10, 4 / 14])
     # By start: `wide` takes the first truth, and `late` finds none. The other way round both would be right.

@@ -1,4 +1,5 @@
-"""The temporal detector: positions and seconds, targets and losses by hand, and that it finds what is plainly there."""
+"""The temporal detector: positions and seconds, targets and losses by hand, and that it finds what is plainly
+there."""
 
 import json
 import math
@@ -53,7 +54,9 @@ def test_positions_are_the_middles_of_windows():
     assert thumos.seconds(0, 25) == pytest.approx(8 / 25) and thumos.seconds(10, 25) == pytest.approx(48 / 25)
     assert thumos.position(thumos.seconds(7.25, 30), 30) == pytest.approx(7.25)
     info = VideoInfo("test", 4.0, 25.0)  # 100 frames: windows from 0, 4, ..., 84
-    assert thumos.count(info) == 22 and Geometry(16, 16).count(info) == 6 and Geometry(101, 4).count(info) == 0
+    assert (
+        thumos.count(info) == 22 and Geometry(16, 16).count(info) == 6 and Geometry(101, 4).count(info) == 0
+    )
 
 
 def test_targets_by_hand():
@@ -65,11 +68,20 @@ def test_targets_by_hand():
         Segment("a", at(15.1), at(15.3), "run"),
     ]
     labels, distances = targets_of(item, truth, ["jump", "run"], GEOMETRY, core=0.5)
-    assert labels[:, 1].nonzero()[:, 0].tolist() == [4, 5, 6, 7, 8, 15]  # the middle half of 2 to 10; one place of a short one
+    assert labels[:, 1].nonzero()[:, 0].tolist() == [
+        4,
+        5,
+        6,
+        7,
+        8,
+        15,
+    ]  # the middle half of 2 to 10; one place of a short one
     assert labels[:, 0].nonzero()[:, 0].tolist() == [6]
     torch.testing.assert_close(distances[[4, 8]], torch.tensor([[2.0, 6.0], [6.0, 2.0]]))
     torch.testing.assert_close(distances[6], torch.tensor([0.5, 0.5]))  # of the shorter
-    torch.testing.assert_close(distances[15], torch.tensor([1e-3, 0.3]), atol=1e-4, rtol=0)  # 15 is before its start
+    torch.testing.assert_close(
+        distances[15], torch.tensor([1e-3, 0.3]), atol=1e-4, rtol=0
+    )  # 15 is before its start
 
 
 def test_losses_by_hand():
@@ -95,7 +107,9 @@ def test_padding_does_not_count_and_is_not_read():
     labels[0, 3, 1] = 1
     padding = torch.ones(1, 10, 2)
     first = detector_loss(*alone, labels, wanted, valid[:1, :20])
-    more = [torch.cat([part, padding], 1) for part in (padded[0][:1, :20], padded[1][:1, :20], labels, wanted)]
+    more = [
+        torch.cat([part, padding], 1) for part in (padded[0][:1, :20], padded[1][:1, :20], labels, wanted)
+    ]
     torch.testing.assert_close(detector_loss(*more, valid[:1]), first)
 
 
@@ -132,7 +146,9 @@ def test_same_seed_same_detector(trained):
     items, truth = easy_world(16)
     state = torch.random.get_rng_state()
     again, _ = train_detector(items, truth, GEOMETRY, CONFIG)
-    assert all(torch.equal(a, b) for a, b in zip(trained[0].state_dict().values(), again.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(trained[0].state_dict().values(), again.state_dict().values())
+    )
     assert torch.equal(state, torch.random.get_rng_state())
     other, _ = train_detector(items, truth, GEOMETRY, CONFIG.replace(seed=1, epochs=1))
     assert not torch.equal(other.embed.weight, again.embed.weight)
@@ -144,7 +160,7 @@ def test_long_videos_are_trained_in_pieces():
     assert all(parameter.isfinite().all() for parameter in head.parameters())
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def write_world(folder, *, step: int = 4) -> list[str]:
@@ -187,18 +203,33 @@ def rewrite(path, old: str, new: str) -> None:
     path.write_text(path.read_text().replace(old, new))
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda root: (root / "features" / "v03.npy").unlink(), "no features of v03"),
-    (lambda root: (root / "features" / "features.json").unlink(), "python -m vmae features"),
-    (lambda root: (root / "features" / "features.json").write_text("{}"), "does not tell the features' windows"),
-    (lambda root: np.save(root / "features" / "v04.npy", np.zeros((POSITIONS, 5), np.float32)), "5 values a window"),
-    (lambda root: np.save(root / "features" / "v04.npy", np.zeros((20, 6), np.float32)), "another video, other windows"),
-    (lambda root: rewrite(root / "d.json", "training", "train"), "it has: test, train"),
-    (lambda root: rewrite(root / "d.json", '"fps": 10.0', '"fps": 0'), "above 0"),
-    (lambda root: rewrite(root / "d.json", '"fps": 10.0', '"fps": NaN'), "above 0"),
-    (lambda root: rewrite(root / "d.json", '"segment": [', '"segment": [NaN, '), "needs 0 <= start < end"),
-    (lambda root: (root / "d.json").write_text("[" * 100_000), "nested too deeply"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda root: (root / "features" / "v03.npy").unlink(), "no features of v03"),
+        (lambda root: (root / "features" / "features.json").unlink(), "python -m vmae features"),
+        (
+            lambda root: (root / "features" / "features.json").write_text("{}"),
+            "does not tell the features' windows",
+        ),
+        (
+            lambda root: np.save(root / "features" / "v04.npy", np.zeros((POSITIONS, 5), np.float32)),
+            "5 values a window",
+        ),
+        (
+            lambda root: np.save(root / "features" / "v04.npy", np.zeros((20, 6), np.float32)),
+            "another video, other windows",
+        ),
+        (lambda root: rewrite(root / "d.json", "training", "train"), "it has: test, train"),
+        (lambda root: rewrite(root / "d.json", '"fps": 10.0', '"fps": 0'), "above 0"),
+        (lambda root: rewrite(root / "d.json", '"fps": 10.0', '"fps": NaN'), "above 0"),
+        (
+            lambda root: rewrite(root / "d.json", '"segment": [', '"segment": [NaN, '),
+            "needs 0 <= start < end",
+        ),
+        (lambda root: (root / "d.json").write_text("[" * 100_000), "nested too deeply"),
+    ],
+)
 def test_bad_input_is_named_before_any_work(tmp_path, capsys, change, message):
     words = write_world(tmp_path)
     change(tmp_path)
@@ -236,4 +267,6 @@ def test_no_segments_to_compare_with(tmp_path, capsys):
     (tmp_path / "d.json").write_text(json.dumps(database))
     assert main([*words, "--output", str(tmp_path / "out"), "--epochs", "1"]) == 0
     assert "nothing to compare" in capsys.readouterr().out
-    assert (tmp_path / "out" / "detections.json").exists() and not (tmp_path / "out" / "results.json").exists()
+    assert (tmp_path / "out" / "detections.json").exists() and not (
+        tmp_path / "out" / "results.json"
+    ).exists()

@@ -49,9 +49,13 @@ def test_official_weights_are_converted_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("source", "output", "words"),
-    [("gone", "out.pth", "gone does not exist"), (".", "out.pth", "holds no complete checkpoint"),
-     ("run", "out.bin", "must end with .pth"), ("run", "file/out.pth", "not writable")],
-)  # fmt: skip
+    [
+        ("gone", "out.pth", "gone does not exist"),
+        (".", "out.pth", "holds no complete checkpoint"),
+        ("run", "out.bin", "must end with .pth"),
+        ("run", "file/out.pth", "not writable"),
+    ],
+)
 def test_wrong_input_is_named(run, tmp_path, monkeypatch, capsys, source, output, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
@@ -105,7 +109,12 @@ def test_a_classifier_becomes_a_graph_for_any_batch(classifier, tmp_path, capsys
             expected = {"logits": model, "features": model.features, "tokens": model.tokens}[what](clips)
             torch.testing.assert_close(run_graph(out, clips), expected, rtol=1e-4, atol=1e-5)
     about = graphs.read_about(out)
-    assert about["frames"] == 4 and about["size"] == [32, 32] and about["output"] == what and about["mean"][0] == 0.485
+    assert (
+        about["frames"] == 4
+        and about["size"] == [32, 32]
+        and about["output"] == what
+        and about["mean"][0] == 0.485
+    )
     assert about.get("classes") == (None if what == "tokens" else ["a", "b", "c"])
 
 
@@ -115,19 +124,25 @@ def test_tokens_of_a_pretrained_encoder(run, tmp_path, suffix):
     assert main(["export", str(folder), str(tmp_path / f"encoder{suffix}"), "--what", "tokens"]) == 0
     clips, model = torch.randn(2, 3, 4, 32, 32), load_encoder(folder).model
     with torch.no_grad():
-        torch.testing.assert_close(run_graph(tmp_path / f"encoder{suffix}", clips), model.tokens(clips), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            run_graph(tmp_path / f"encoder{suffix}", clips), model.tokens(clips), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_other_frames_and_sizes(classifier, tmp_path):
     out = tmp_path / "model.pt2"
     assert main(["export", str(classifier[0]), str(out), "--num-frames", "8", "--image-size", "48"]) == 0
-    assert run_graph(out, torch.randn(2, 3, 8, 48, 48)).shape == (2, 3) and graphs.read_about(out)["frames"] == 8
+    assert (
+        run_graph(out, torch.randn(2, 3, 8, 48, 48)).shape == (2, 3) and graphs.read_about(out)["frames"] == 8
+    )
 
 
 def test_a_graph_that_is_off_is_not_kept(classifier, tmp_path, monkeypatch):
     load = graphs._load_pt2
     monkeypatch.setattr(graphs, "_load_pt2", lambda path: lambda clips: load(path)(clips) * 1.001)
-    with pytest.raises(graphs.ExportError, match=r"off.pt2 is not written: its logits of 1 clips are 1.0e-03 off"):
+    with pytest.raises(
+        graphs.ExportError, match=r"off.pt2 is not written: its logits of 1 clips are 1.0e-03 off"
+    ):
         graphs.export_graph(graphs.ClipModel(classifier[1]), tmp_path / "off.pt2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["classifier.pth"]
 
@@ -136,7 +151,11 @@ def test_a_graph_that_is_off_is_not_kept(classifier, tmp_path, monkeypatch):
     ("name", "flags", "told"),
     [
         ("x.pth", ["--averaged"], "--averaged: for .pt2 and .onnx only"),
-        ("x.safetensors", ["--what", "logits", "--num-frames", "8"], "--what, --num-frames: for .pt2 and .onnx only"),
+        (
+            "x.safetensors",
+            ["--what", "logits", "--num-frames", "8"],
+            "--what, --num-frames: for .pt2 and .onnx only",
+        ),
         ("x.pt2", ["--averaged", "--what", "tokens"], "name the run's weights_ema.pth as the source"),
     ],
 )
@@ -161,7 +180,9 @@ def test_what_the_exporter_raises_is_one_line(classifier, tmp_path, monkeypatch,
 @pytest.mark.parametrize("package", ["onnxscript", pytest.param("onnxruntime", marks=pytest.mark.needs_onnx)])
 def test_a_missing_package_is_told_before_any_work(tmp_path, monkeypatch, capsys, package):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("vmae.interop.export.load_classifier", lambda *args, **kwargs: pytest.fail("the weights were read"))
+    monkeypatch.setattr(
+        "vmae.interop.export.load_classifier", lambda *args, **kwargs: pytest.fail("the weights were read")
+    )
     assert main(["export", str(tmp_path / "gone.pth"), str(tmp_path / "x.onnx")]) == 2
     assert "`pip install onnx onnxscript onnxruntime`" in capsys.readouterr().err
 

@@ -39,7 +39,8 @@ def test_both_ways_are_a_fixed_point(tiny):
 
 
 def test_biases_have_the_names_of_every_release(tiny):
-    """Old and new names are written; either is read, and the biases of keys that some releases save have no effect."""
+    """Old and new names are written; either is read, and the biases of keys that some releases save have no
+    effect."""
     model = randomised(build_classifier(tiny, 5))
     there = hf.to_huggingface(model.state_dict(), hf.CLASSIFICATION)
     old = {name: value for name, value in there.items() if not name.endswith(("query.bias", "value.bias"))}
@@ -51,7 +52,9 @@ def test_biases_have_the_names_of_every_release(tiny):
     with_keys = {**new, f"{layer}key.bias": torch.randn(tiny.embed_dim)}
     for state in (old, new, with_keys):
         assert equal(hf.from_huggingface(state, hf.CLASSIFICATION), model.state_dict())
-    with pytest.raises(InputError, match="layer.1.attention.attention.v_bias and its other name .* hold different numbers"):
+    with pytest.raises(
+        InputError, match="layer.1.attention.attention.v_bias and its other name .* hold different numbers"
+    ):
         hf.from_huggingface({**there, f"{layer}value.bias": torch.zeros(tiny.embed_dim)}, hf.CLASSIFICATION)
 
 
@@ -96,7 +99,11 @@ def test_folders(tiny, tmp_path, clips_of):
     model = randomised(build_classifier(tiny, 3))
     hf.save_pretrained(model, tmp_path / "folder", ["a", "b", "c"])
     again = hf.load_pretrained(tmp_path / "folder").eval()
-    assert equal(again.state_dict(), model.state_dict()) and hf.read_class_names(tmp_path / "folder") == ["a", "b", "c"]
+    assert equal(again.state_dict(), model.state_dict()) and hf.read_class_names(tmp_path / "folder") == [
+        "a",
+        "b",
+        "c",
+    ]
     assert torch.equal(again(clips_of(tiny)), model(clips_of(tiny)))
     processor = json.loads((tmp_path / "folder" / "preprocessor_config.json").read_text())
     assert processor["crop_size"] == {"height": 64, "width": 64} and processor["image_mean"][0] == 0.485
@@ -105,10 +112,18 @@ def test_folders(tiny, tmp_path, clips_of):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("config.json", '{"model_type": "videomae", "id2label": {"7": "a"}}', "does not name the classes from 0 on"),
+        (
+            "config.json",
+            '{"model_type": "videomae", "id2label": {"7": "a"}}',
+            "does not name the classes from 0 on",
+        ),
         ("config.json", None, "cannot be read"),
         ("config.json", "{", "is no JSON"),
-        ("config.json", '{"model_type": "videomae", "architectures": ["VideoMAEModel"]}', "architectures names VideoMAEModel"),
+        (
+            "config.json",
+            '{"model_type": "videomae", "architectures": ["VideoMAEModel"]}',
+            "architectures names VideoMAEModel",
+        ),
         ("model.safetensors", None, "holds none of"),
         ("model.safetensors", "x", "cannot be read"),
     ],
@@ -133,10 +148,13 @@ def test_the_command(tiny, tmp_path, capsys):
     assert "give --model" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "plain.pth"), str(tmp_path / "x"), "--model", "vit_s"]) == 2
     assert "another architecture" in capsys.readouterr().err
-    assert main(["convert", str(tmp_path / "there"), str(tmp_path / "x.onnx")]) == 2 and not (tmp_path / "x.onnx").exists()
+    assert (
+        main(["convert", str(tmp_path / "there"), str(tmp_path / "x.onnx")]) == 2
+        and not (tmp_path / "x.onnx").exists()
+    )
 
 
-# --- with the package itself ------------------------------------------------------------------------------------------
+# --- with the package itself --------------------------------------------------------------------------------
 
 
 def float_clips(config):
@@ -151,7 +169,11 @@ def test_transformers_gives_the_same_logits(tiny, tmp_path):
         hf.save_pretrained(model, tmp_path / pooling, list("abcde"))
         theirs = transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path / pooling).eval()
         assert theirs.config.id2label[4] == "e"
-        biases = [p for name, p in theirs.named_parameters() if name.endswith(("q_bias", "query.bias", "value.bias", "v_bias"))]
+        biases = [
+            p
+            for name, p in theirs.named_parameters()
+            if name.endswith(("q_bias", "query.bias", "value.bias", "v_bias"))
+        ]
         assert len(biases) == 2 * tiny.depth and all(bias.abs().max() > 0.01 for bias in biases)
         clips = float_clips(tiny)
         with torch.no_grad():
@@ -164,11 +186,15 @@ def test_transformers_gives_the_same_pretraining_loss(tiny, tmp_path):
     hf.save_pretrained(model, tmp_path)
     theirs = transformers.VideoMAEForPreTraining.from_pretrained(tmp_path).eval()
     generator = torch.Generator().manual_seed(0)
-    mask = DualMask.sample(2, tiny.grid, encoder="tube", encoder_ratio=0.75, decoder="none", generator=generator)
+    mask = DualMask.sample(
+        2, tiny.grid, encoder="tube", encoder_ratio=0.75, decoder="none", generator=generator
+    )
     clips = float_clips(tiny)
     with torch.no_grad():
         ours, expected = model(clips.transpose(1, 2), mask), theirs(clips, mask.to_bool()[0])
-        torch.testing.assert_close(model.predict(clips.transpose(1, 2), mask), expected.logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            model.predict(clips.transpose(1, 2), mask), expected.logits, rtol=0, atol=1e-4
+        )
     assert ours.item() == pytest.approx(expected.loss.item(), rel=1e-4)
 
 
@@ -188,13 +214,17 @@ def test_every_preset_with_one_block_gives_the_same_there(preset, tmp_path):
     side = 4 * ModelConfig.preset(preset).patch_size
     config = ModelConfig.preset(preset, depth=1, decoder_depth=1, img_size=side, num_frames=4)
     clips, generator = float_clips(config), torch.Generator().manual_seed(0)
-    mask = DualMask.sample(2, config.grid, encoder="tube", encoder_ratio=0.75, decoder="none", generator=generator)
+    mask = DualMask.sample(
+        2, config.grid, encoder="tube", encoder_ratio=0.75, decoder="none", generator=generator
+    )
     classifier, pretrainer = randomised(build_classifier(config, 7)), randomised(build_pretrainer(config))
     hf.save_pretrained(classifier, tmp_path / "classifier")
     hf.save_pretrained(pretrainer, tmp_path / "pretrainer")
     with torch.no_grad():
         theirs = transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path / "classifier").eval()
-        torch.testing.assert_close(classifier(clips.transpose(1, 2)), theirs(clips).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            classifier(clips.transpose(1, 2)), theirs(clips).logits, rtol=1e-4, atol=1e-4
+        )
         theirs = transformers.VideoMAEForPreTraining.from_pretrained(tmp_path / "pretrainer").eval()
         expected = theirs(clips, mask.to_bool()[0]).loss.item()
         assert pretrainer(clips.transpose(1, 2), mask).item() == pytest.approx(expected, rel=1e-4)

@@ -10,7 +10,14 @@ from vmae.interop.upstream import config_from_arch
 from vmae.masking import DualMask
 from vmae.model import build_reference
 
-FILES = ["running_cell_8x14x14_50", "tiny_dual", "tiny_encoder_only", "tiny_rawpixels", "tiny_classify", "small_dual"]
+FILES = [
+    "running_cell_8x14x14_50",
+    "tiny_dual",
+    "tiny_encoder_only",
+    "tiny_rawpixels",
+    "tiny_classify",
+    "small_dual",
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -65,13 +72,15 @@ def test_what_meta_describes_is_built(golden, tmp_path):
     assert check_file(path)["loss"] > 0.1
     with np.load(golden / "tiny_dual.npz") as stored:
         optimizer = json.loads(str(stored["meta"]))["optimizer"]
-    path = changed(golden / "tiny_dual.npz", tmp_path / "b.npz", meta={"optimizer": {**optimizer, "lr": 2e-3}})
+    path = changed(
+        golden / "tiny_dual.npz", tmp_path / "b.npz", meta={"optimizer": {**optimizer, "lr": 2e-3}}
+    )
     errors = check_file(path)
     assert errors["loss"] < 1e-6 and errors["trajectory"] > 1e-3
 
 
-# Kinds of file that may come: each made here from the reference, whose agreement with the published code the real golden
-# files show; so this checks that every field of `arch` is understood, on the fast path.
+# Kinds of file that may come: each made here from the reference, whose agreement with the published code the
+# real golden files show; so this checks that every field of `arch` is understood, on the fast path.
 @pytest.mark.parametrize(
     "change",
     [
@@ -90,7 +99,9 @@ def test_other_architectures(golden, tmp_path, change):
     meta["optimizer"]["steps"] = 0
     config = config_from_arch(meta["arch"])
     model = fill_golden(build_reference(config))
-    clip = np.random.RandomState(3).randint(0, 256, (2, config.num_frames, *config.image_hw, 3)).astype(np.uint8)
+    clip = (
+        np.random.RandomState(3).randint(0, 256, (2, config.num_frames, *config.image_hw, 3)).astype(np.uint8)
+    )
     mask = DualMask.sample(2, config.grid, encoder_ratio=0.75)
     loss = model(torch.from_numpy(clip), mask)
     loss.backward()
@@ -98,8 +109,18 @@ def test_other_architectures(golden, tmp_path, change):
     norms = {f"gradnorm/{n}": p.grad.norm().numpy() for n, p in model.named_parameters() if n != frozen}
     enc, dec = (m.numpy().astype(np.uint8) for m in mask.to_bool())
     meta["clip_seed"], stored_clip = 3, np.empty(0, np.uint8)
-    outputs = dict(loss=loss.detach().numpy(), pred=model.predict(torch.from_numpy(clip), mask).detach().numpy())
-    np.savez(tmp_path / "g.npz", meta=json.dumps(meta), clip=stored_clip, enc_mask=enc, dec_mask=dec, **outputs, **norms)
+    outputs = dict(
+        loss=loss.detach().numpy(), pred=model.predict(torch.from_numpy(clip), mask).detach().numpy()
+    )
+    np.savez(
+        tmp_path / "g.npz",
+        meta=json.dumps(meta),
+        clip=stored_clip,
+        enc_mask=enc,
+        dec_mask=dec,
+        **outputs,
+        **norms,
+    )
     errors = check_file(tmp_path / "g.npz")
     assert passed(errors) and set(errors) == {"pred", "loss", "gradients"}, errors
 

@@ -1,7 +1,8 @@
 """Folders of `convert`, read and written by releases of transformers of each kind.
 
-Each release gets an environment of its own (its packages, and this environment's for the rest), kept for the next time in
-the folder that TEST_RELEASES names; without it, nothing is fetched and nothing runs. `make test-interop` sets it.
+Each release gets an environment of its own (its packages, and this environment's for the rest), kept for the
+next time in the folder that TEST_RELEASES names; without it, nothing is fetched and nothing runs. `make
+test-interop` sets it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,14 @@ FOLDER = os.environ.get("TEST_RELEASES")
 
 def newest() -> str:
     """The release in constraints.txt for this Python."""
-    lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines())
+    lines = (
+        line.partition("#")[0].strip()
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    )
     pins = [Requirement(line) for line in lines if line.startswith("transformers==")]
-    return next(str(pin.specifier) for pin in pins if pin.marker is None or pin.marker.evaluate()).removeprefix("==")
+    return next(
+        str(pin.specifier) for pin in pins if pin.marker is None or pin.marker.evaluate()
+    ).removeprefix("==")
 
 
 # Release -> names of the biases of its q and v; where they change, the releases before and after are here.
@@ -40,7 +46,8 @@ RELEASES = {
 
 
 def install(release: str, folder: Path) -> Path:
-    """The interpreter of an environment with this release, made unless it is there; skips (in CI: fails) where pip cannot."""
+    """The interpreter of an environment with this release, made unless it is there; skips (in CI: fails)
+    where pip cannot."""
     python, ready = folder / "bin" / "python", folder / ".ready"
     if ready.exists():
         return python
@@ -49,7 +56,16 @@ def install(release: str, folder: Path) -> Path:
     own = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
     Path(own, "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
     options = ["--quiet", "--no-compile", "--disable-pip-version-check", "--timeout", "20", "--retries", "2"]
-    command = [sys.executable, "-m", "pip", "--python", str(python), "install", *options, f"transformers=={release}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        *options,
+        f"transformers=={release}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
         reason = f"pip cannot install transformers {release}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}"
@@ -58,7 +74,9 @@ def install(release: str, folder: Path) -> Path:
     return python
 
 
-@pytest.mark.skipif(FOLDER is None, reason="fetches ten releases of transformers; `make test-interop` runs it")
+@pytest.mark.skipif(
+    FOLDER is None, reason="fetches ten releases of transformers; `make test-interop` runs it"
+)
 @pytest.mark.parametrize("release", RELEASES)
 def test_a_release_reads_and_writes_the_same_model(release):
     """Logits, pixels and loss within 1e-4 in both directions, and no bias of q or v that is 0 there."""
@@ -67,8 +85,10 @@ def test_a_release_reads_and_writes_the_same_model(release):
     done = subprocess.run(
         [python, Path(__file__).with_name("transformers_release.py")],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["transformers"] == release and found["zeros"] == []

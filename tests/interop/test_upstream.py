@@ -20,8 +20,15 @@ def state(tiny):
     return build_pretrainer(tiny).state_dict()
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"module": s, "epoch": 3},
-                                  lambda s: {"model": {f"module.{k}": v for k, v in s.items()}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"model": s},
+        lambda s: {"module": s, "epoch": 3},
+        lambda s: {"model": {f"module.{k}": v for k, v in s.items()}},
+    ],
+)
 def test_wrappers_and_prefixes_are_stripped(tmp_path, state, wrap):
     content = wrap(state)
     if "model" in content:
@@ -43,7 +50,9 @@ def test_safetensors(tmp_path, state):
 def test_a_malicious_file_is_refused_unexecuted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {"w": torch.ones(1)}, "args": Evil()}, "evil.pth")
-    with pytest.raises(InputError, match="evil.pth is damaged, or holds more than weights and was not executed"):
+    with pytest.raises(
+        InputError, match="evil.pth is damaged, or holds more than weights and was not executed"
+    ):
         load_weights("evil.pth")
     assert not (tmp_path / "pwned").exists()
 
@@ -70,7 +79,10 @@ def test_loads_strictly_and_lists_what_differs(tiny, state):
         load_into(other, {**state, "extra.key": torch.ones(1)}, "w.pth")
     text = str(caught.value)
     assert "w.pth is of another architecture" in text
-    assert "encoder.patch_embed.proj.weight: [48, 3, 2, 16, 16] in the file, [60, 3, 2, 16, 16] in the model" in text
+    assert (
+        "encoder.patch_embed.proj.weight: [48, 3, 2, 16, 16] in the file, [60, 3, 2, 16, 16] in the model"
+        in text
+    )
     assert "missing in the file (13): encoder.blocks.2" in text and "not in the model (1): extra.key" in text
     assert torch.equal(other.mask_token, before), "nothing half-loaded"
 
@@ -87,16 +99,36 @@ def test_encoder_only_files_start_a_fresh_decoder_and_say_so(tiny, state):
 
 
 def test_fixed_position_tables_in_a_file_are_left_out(tiny, state):
-    extra = {**state, "pos_embed": sine_cosine_positions(64, 32), "encoder.pos_embed": sine_cosine_positions(64, 48).bfloat16()}
+    extra = {
+        **state,
+        "pos_embed": sine_cosine_positions(64, 32),
+        "encoder.pos_embed": sine_cosine_positions(64, 48).bfloat16(),
+    }
     load_into(build_pretrainer(tiny), extra, "w.pth")
-    with pytest.raises(InputError, match="encoder.pos_embed of checkpoint w.pth was learned, but the model has fixed"):
+    with pytest.raises(
+        InputError, match="encoder.pos_embed of checkpoint w.pth was learned, but the model has fixed"
+    ):
         load_into(build_pretrainer(tiny), {**extra, "encoder.pos_embed": torch.zeros(1, 64, 48)}, "w.pth")
 
 
 def test_published_constructor_arguments():
-    arch = dict(img_size=224, patch_size=14, encoder_in_chans=3, encoder_num_classes=0, encoder_embed_dim=1408,
-                encoder_depth=40, encoder_num_heads=16, decoder_num_classes=1176, decoder_embed_dim=512, decoder_depth=4,
-                decoder_num_heads=8, mlp_ratio=48 / 11, qkv_bias=True, tubelet_size=2, all_frames=16)  # fmt: skip
+    arch = dict(
+        img_size=224,
+        patch_size=14,
+        encoder_in_chans=3,
+        encoder_num_classes=0,
+        encoder_embed_dim=1408,
+        encoder_depth=40,
+        encoder_num_heads=16,
+        decoder_num_classes=1176,
+        decoder_embed_dim=512,
+        decoder_depth=4,
+        decoder_num_heads=8,
+        mlp_ratio=48 / 11,
+        qkv_bias=True,
+        tubelet_size=2,
+        all_frames=16,
+    )
     assert config_from_arch(arch) == ModelConfig.preset("vit_g")
     for change, words in (
         (dict(drop_rate=0.1), "drop_rate=0.1 is not supported"),

@@ -1,4 +1,5 @@
-"""Folders of `convert` in the transformers that this interpreter finds, both ways; prints what was found, as JSON.
+"""Folders of `convert` in the transformers that this interpreter finds, both ways; prints what was found, as
+JSON.
 
 `test_transformers_releases.py` runs it, once for each release.
 """
@@ -33,7 +34,9 @@ def zero_biases(theirs: torch.nn.Module) -> list[str]:
     """Biases of q and v that are 0 (or not numbers) somewhere: the file's were all drawn."""
     names = ("q_bias", "v_bias", "query.bias", "value.bias")
     own = [(name, bias) for name, bias in theirs.named_parameters() if name.endswith(names)]
-    assert len(own) == 2 * sum(type(module).__name__ == "VideoMAELayer" for module in theirs.modules()), "biases are missing"
+    assert len(own) == 2 * sum(type(module).__name__ == "VideoMAELayer" for module in theirs.modules()), (
+        "biases are missing"
+    )
     return [name for name, bias in own if not bias.abs().min() > 0]
 
 
@@ -56,7 +59,9 @@ def compare_processor(folder: Path) -> dict[str, float]:
 @torch.no_grad()
 def main(folder: Path) -> dict:
     clips = torch.randn(2, 8, 3, 64, 64, generator=torch.Generator().manual_seed(5))
-    mask = DualMask.sample(2, CONFIG.grid, encoder="tube", encoder_ratio=0.75, decoder="none", generator=torch.Generator())
+    mask = DualMask.sample(
+        2, CONFIG.grid, encoder="tube", encoder_ratio=0.75, decoder="none", generator=torch.Generator()
+    )
     hidden, errors, zeros, saved = mask.to_bool()[0], {}, [], {}
 
     def compare(name: str, ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
@@ -81,9 +86,16 @@ def main(folder: Path) -> dict:
         compare(f"{name}, there", ours, theirs)
         randomised(theirs).save_pretrained(folder / f"{name}, theirs")  # with biases of k, where it has them
         compare(f"{name}, back", hf.load_pretrained(folder / f"{name}, theirs").eval(), theirs)
-        saved[name] = sorted({key.split(".attention.")[-1] for key in theirs.state_dict() if "attention.attention" in key})
+        saved[name] = sorted(
+            {key.split(".attention.")[-1] for key in theirs.state_dict() if "attention.attention" in key}
+        )
     errors |= compare_processor(folder / "mean")
-    return {"transformers": transformers.__version__, "errors": errors, "zeros": zeros, "parameters": saved["mean"]}
+    return {
+        "transformers": transformers.__version__,
+        "errors": errors,
+        "zeros": zeros,
+        "parameters": saved["mean"],
+    }
 
 
 if __name__ == "__main__":

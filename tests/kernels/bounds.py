@@ -1,10 +1,10 @@
 """The one error bound of all kernels, and the float64 truth it is measured against.
 
-A kernel's error against float64 is at most twice that of the same operation's reference in the kernel's own dtype. Errors
-are relative, in the 2-norm and in the largest element. A reference can be nearer to the truth by luck than its arithmetic
-warrants (a scalar, a sum of few terms), so it counts as having at least the error of rounding the truth once: in bf16 and
-fp16 half a unit in the last place at most, a fifth of one in the norm; in float32, where intermediate values are rounded to
-the same grid, a unit.
+A kernel's error against float64 is at most twice that of the same operation's reference in the kernel's own
+dtype. Errors are relative, in the 2-norm and in the largest element. A reference can be nearer to the truth
+by luck than its arithmetic warrants (a scalar, a sum of few terms), so it counts as having at least the error
+of rounding the truth once: in bf16 and fp16 half a unit in the last place at most, a fifth of one in the
+norm; in float32, where intermediate values are rounded to the same grid, a unit.
 """
 
 from __future__ import annotations
@@ -43,12 +43,18 @@ def assert_bounded(name: str, result: Tensor, reference: Tensor, truth: Tensor) 
     both = zip(("norm", "max"), errors(result, truth), errors(reference, truth), rounding_floor(result))
     for kind, error, allowed, floor in both:
         bound = FACTOR * max(allowed, floor)
-        assert error <= bound, f"{name}: {kind} error {error:.3g}, over {FACTOR} x the reference's {allowed:.3g}"
+        assert error <= bound, (
+            f"{name}: {kind} error {error:.3g}, over {FACTOR} x the reference's {allowed:.3g}"
+        )
 
 
 def run(call: Callable, inputs: dict[str, Tensor], upstream: Tensor) -> dict[str, Tensor]:
-    """Result of `call(**inputs)`, and the gradient of every input that is floating point, under a random upstream gradient."""
-    leaves = {name: value.detach().clone().requires_grad_(value.is_floating_point()) for name, value in inputs.items()}
+    """Result of `call(**inputs)`, and the gradient of every input that is floating point, under a random
+    upstream gradient."""
+    leaves = {
+        name: value.detach().clone().requires_grad_(value.is_floating_point())
+        for name, value in inputs.items()
+    }
     result = call(**leaves)
     learned = {name: value for name, value in leaves.items() if value.requires_grad}
     grads = torch.autograd.grad(result, list(learned.values()), upstream.to(result.dtype), allow_unused=True)
@@ -57,18 +63,26 @@ def run(call: Callable, inputs: dict[str, Tensor], upstream: Tensor) -> dict[str
     return found
 
 
-def check(kernel: Callable, reference: Callable, exact: Callable, inputs: dict[str, Tensor], upstream: Tensor) -> None:
+def check(
+    kernel: Callable, reference: Callable, exact: Callable, inputs: dict[str, Tensor], upstream: Tensor
+) -> None:
     """Forward and every gradient of `kernel` within the bound. `exact` gets float64 inputs."""
     got = run(kernel, inputs, upstream)
     expected = run(reference, inputs, upstream)
-    truth = run(exact, {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}, upstream.double())
+    truth = run(
+        exact, {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}, upstream.double()
+    )
     assert got.keys() == expected.keys() == truth.keys()
     for name in got:
-        assert got[name].dtype == expected[name].dtype, f"{name}: {got[name].dtype}, not {expected[name].dtype}"
+        assert got[name].dtype == expected[name].dtype, (
+            f"{name}: {got[name].dtype}, not {expected[name].dtype}"
+        )
         assert_bounded(name, got[name], expected[name], truth[name])
 
 
-def make_clips(kind: str, batch: int, grid: tuple[int, int, int], patch: int, depth: int, device: str) -> Tensor:
+def make_clips(
+    kind: str, batch: int, grid: tuple[int, int, int], patch: int, depth: int, device: str
+) -> Tensor:
     """uint8 [B, T, H, W, 3] or normalised float [B, 3, T, H, W] of `grid` tubelets."""
     frames, height, width = grid[0] * depth, grid[1] * patch, grid[2] * patch
     if kind == "uint8":

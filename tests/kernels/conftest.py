@@ -1,4 +1,5 @@
-"""Kernel tests run on the GPU where there is one, else in Triton's interpreter, chosen before Triton is imported."""
+"""Kernel tests run on the GPU where there is one, else in Triton's interpreter, chosen before Triton is
+imported."""
 
 import os
 import sys

@@ -1,4 +1,5 @@
-"""Every tensor argument of every operation, found by their signatures: layout in memory, device, kind, gradient."""
+"""Every tensor argument of every operation, found by their signatures: layout in memory, device, kind,
+gradient."""
 
 import inspect
 import warnings
@@ -32,23 +33,33 @@ def operands(name, device, batch=2, shown=2, hidden=2, clips="uint8"):
     loss |= {"weight": torch.rand(batch, hidden, device=device) + 0.1}
     return {
         "embed_visible": {
-            "clips": loss["clips"], "visible": visible, "weight": random(WIDTH, 3, 2, PATCH, PATCH), "bias": random(WIDTH),
+            "clips": loss["clips"],
+            "visible": visible,
+            "weight": random(WIDTH, 3, 2, PATCH, PATCH),
+            "bias": random(WIDTH),
             "pos": random(1, TOTAL, WIDTH),
         },
         "assemble_decoder_tokens": {
-            "encoded": random(batch, shown, DECODER), "mask_token": random(1, 1, DECODER), "pos": random(1, TOTAL, DECODER),
-            "visible": visible, "decode": decode,
+            "encoded": random(batch, shown, DECODER),
+            "mask_token": random(1, 1, DECODER),
+            "pos": random(1, TOTAL, DECODER),
+            "visible": visible,
+            "decode": decode,
         },
         "select_decoded": {
-            "hidden": random(batch, 8, DECODER), "weight": random(DECODER), "bias": random(DECODER),
+            "hidden": random(batch, 8, DECODER),
+            "weight": random(DECODER),
+            "bias": random(DECODER),
             "keep": tokens_of(batch, hidden, 8, device),
         },
         "patch_loss": {"pixels": random(batch, hidden, VALUES), **loss},
         "head_patch_loss": {
-            "hidden": random(batch, hidden, DECODER), "head_weight": random(VALUES, DECODER), "head_bias": random(VALUES),
+            "hidden": random(batch, hidden, DECODER),
+            "head_weight": random(VALUES, DECODER),
+            "head_bias": random(VALUES),
             **loss,
         },
-    }[name]  # fmt: skip
+    }[name]
 
 
 def tensor_arguments(name):
@@ -60,8 +71,13 @@ ARGUMENTS = [(name, argument) for name in sorted(OPERATIONS) for argument in ten
 
 
 def test_the_registry_is_complete():
-    """All public functions with a backend are in it, with all their tensors; a new one can't be left out below."""
-    public = {name for name in vmae_kernels.__all__ if "backend" in inspect.signature(getattr(vmae_kernels, name)).parameters}
+    """All public functions with a backend are in it, with all their tensors; a new one can't be left out
+    below."""
+    public = {
+        name
+        for name in vmae_kernels.__all__
+        if "backend" in inspect.signature(getattr(vmae_kernels, name)).parameters
+    }
     assert public - {"resolve_backend"} == OPERATIONS.keys()
     for name, known in OPERATIONS.items():
         assert sorted(known.learned + known.constant + known.indices) == sorted(tensor_arguments(name))
@@ -78,8 +94,14 @@ def garbage(x):
 
 def layouts(x):
     """(name, contiguous tensor, the same values in another layout)."""
-    for dim in sorted({0, 1, x.ndim - 1} & set(range(x.ndim))):  # of a clip's five the ends and the second: a strided middle
-        yield f"every second place of dimension {dim}", x, torch.stack([x, garbage(x)], dim + 1).select(dim + 1, 0)
+    for dim in sorted(
+        {0, 1, x.ndim - 1} & set(range(x.ndim))
+    ):  # of a clip's five the ends and the second: a strided middle
+        yield (
+            f"every second place of dimension {dim}",
+            x,
+            torch.stack([x, garbage(x)], dim + 1).select(dim + 1, 0),
+        )
         if x.shape[dim] > 1 and dim in (0, x.ndim - 1):
             expanded = x.narrow(dim, 0, 1).expand_as(x)
             yield f"expanded in dimension {dim}", expanded.contiguous(), expanded
@@ -101,7 +123,9 @@ def results(name, backend, arguments, upstream):
 def test_layouts_are_what_they_say():
     x = torch.randn(2, 3, 4)
     made = list(layouts(x))
-    assert len(made) == 7 and all(torch.equal(plain, other) and plain.is_contiguous() for _, plain, other in made)
+    assert len(made) == 7 and all(
+        torch.equal(plain, other) and plain.is_contiguous() for _, plain, other in made
+    )
     assert [other.is_contiguous() for _, _, other in made] == [False] * 6 + [True]
 
 
@@ -118,7 +142,9 @@ def check_layouts(x, compute):
 def test_any_layout_gives_the_same(name, argument, device):
     arguments = operands(name, device)
     upstream = torch.randn_like(call(name, "torch", arguments))
-    check_layouts(arguments[argument], lambda x: results(name, "triton", {**arguments, argument: x}, upstream))
+    check_layouts(
+        arguments[argument], lambda x: results(name, "triton", {**arguments, argument: x}, upstream)
+    )
 
 
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
@@ -160,11 +186,20 @@ def test_strided_arguments_pass_opcheck_and_compile(name, device):
     compiled = torch.compile(Strided(name), fullgraph=True, backend="aot_eager")(arguments)
     found = [compiled, *torch.autograd.grad(compiled, learned, torch.stack([upstream, upstream], -1)[..., 0])]
     assert all(map(torch.equal, expected, found))
-    extra = {"embed_visible": (torch.float32,), "select_decoded": (1e-6, torch.float32), "patch_loss": (True, 2)}
+    extra = {
+        "embed_visible": (torch.float32,),
+        "select_decoded": (1e-6, torch.float32),
+        "patch_loss": (True, 2),
+    }
     extra["head_patch_loss"] = (True, 2, torch.float32, True)
-    gaps = [torch.stack([x.detach(), x.detach()], -1)[..., 0].requires_grad_(x.requires_grad) for x in arguments.values()]
+    gaps = [
+        torch.stack([x.detach(), x.detach()], -1)[..., 0].requires_grad_(x.requires_grad)
+        for x in arguments.values()
+    ]
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(getattr(torch.ops.vmae, name).default, (*gaps, *extra.get(name, ())), test_utils=tests)
+    torch.library.opcheck(
+        getattr(torch.ops.vmae, name).default, (*gaps, *extra.get(name, ())), test_utils=tests
+    )
 
 
 # --- Device, kind, gradient ---
@@ -180,13 +215,17 @@ def test_an_argument_on_another_device_is_named(name, argument, backend, device)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("name, argument", [(name, index) for name in sorted(OPERATIONS) for index in OPERATIONS[name].indices])
+@pytest.mark.parametrize(
+    "name, argument", [(name, index) for name in sorted(OPERATIONS) for index in OPERATIONS[name].indices]
+)
 def test_indices_are_integers(name, argument, backend, device):
     """A boolean mask or a float would be read as indices 0 and 1."""
     arguments = operands(name, device)
     expected = call(name, backend, arguments)
     for dtype in (torch.int64, torch.uint8):
-        assert torch.equal(call(name, backend, {**arguments, argument: arguments[argument].to(dtype)}), expected)
+        assert torch.equal(
+            call(name, backend, {**arguments, argument: arguments[argument].to(dtype)}), expected
+        )
     for dtype in (torch.bool, torch.float32):
         with pytest.raises(ValueError, match=f"{name}: {argument} must hold integers"):
             call(name, backend, {**arguments, argument: arguments[argument].to(dtype)})
@@ -194,17 +233,21 @@ def test_indices_are_integers(name, argument, backend, device):
 
 @pytest.mark.parametrize("name, argument", ARGUMENTS)
 def test_an_argument_of_another_precision_is_read_as_what_it_is(name, argument, device):
-    """Never as the bits of another: bfloat16 values beside float32 ones give what the same values in float32 do."""
+    """Never as the bits of another: bfloat16 values beside float32 ones give what the same values in float32
+    do."""
     arguments = operands(name, device, clips="float")
     if arguments[argument].is_floating_point():
         half = arguments[argument].bfloat16()
-        got, expected = (call(name, "triton", {**arguments, argument: x}).float() for x in (half, half.float()))
+        got, expected = (
+            call(name, "triton", {**arguments, argument: x}).float() for x in (half, half.float())
+        )
         torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
 def test_every_floating_point_argument_gets_its_gradient_or_is_refused(name, device):
-    """PyTorch gives all (as finite differences say), so does "auto"; "triton" refuses those that it does not form."""
+    """PyTorch gives all (as finite differences say), so does "auto"; "triton" refuses those that it does not
+    form."""
     arguments = operands(name, device, clips="float")
     exact = {key: x.double() if x.is_floating_point() else x for key, x in arguments.items()}
     upstream = torch.randn_like(call(name, "torch", exact))
@@ -223,13 +266,17 @@ def test_every_floating_point_argument_gets_its_gradient_or_is_refused(name, dev
         if key in OPERATIONS[name].learned:
             assert call(name, "triton", {**arguments, key: leaf}).requires_grad
             continue
-        with pytest.raises(ValueError, match=f"^{name}: {key} requires a gradient, which the Triton kernels do not form"):
+        with pytest.raises(
+            ValueError, match=f"^{name}: {key} requires a gradient, which the Triton kernels do not form"
+        ):
             call(name, "triton", {**arguments, key: leaf})
         with torch.no_grad():
             call(name, "triton", {**arguments, key: leaf})
 
 
-@pytest.mark.parametrize("name, argument", [(name, key) for name in sorted(OPERATIONS) for key in OPERATIONS[name].learned])
+@pytest.mark.parametrize(
+    "name, argument", [(name, key) for name in sorted(OPERATIONS) for key in OPERATIONS[name].learned]
+)
 def test_no_second_gradient_is_lost_in_silence(name, argument, device):
     """It is right, as that of a sum is, or refused."""
     arguments = operands(name, device)
@@ -264,7 +311,11 @@ def test_a_bias_of_another_length_is_refused(name, argument, device):
 @pytest.mark.parametrize("name", ["patch_loss", "head_patch_loss"])
 def test_tokens_of_a_clip_are_one_dimension(name, device):
     arguments = operands(name, device, hidden=4)
-    split = {key: arguments[key].unflatten(1, (2, 2)) for key in ("decode", "weight", "pixels", "hidden") if key in arguments}
+    split = {
+        key: arguments[key].unflatten(1, (2, 2))
+        for key in ("decode", "weight", "pixels", "hidden")
+        if key in arguments
+    }
     with pytest.raises(ValueError, match="must all be"):
         call(name, "triton", {**arguments, **split})
 
@@ -273,7 +324,9 @@ def test_tokens_of_a_clip_are_one_dimension(name, device):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("counts", [dict(batch=0), dict(shown=0), dict(hidden=0), dict(shown=0, hidden=0)], ids=str)
+@pytest.mark.parametrize(
+    "counts", [dict(batch=0), dict(shown=0), dict(hidden=0), dict(shown=0, hidden=0)], ids=str
+)
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
 def test_no_clip_and_no_token(name, counts, backend, device):
     """Both backends agree; a loss over nothing is NaN, all else has no value, and gradients are zeros."""
@@ -291,10 +344,18 @@ def test_no_clip_and_no_token(name, counts, backend, device):
 # --- Where the kernels run ---
 
 
-@pytest.mark.parametrize("capability, hip, chosen", [
-    ((7, 0), None, "torch"), ((7, 5), None, "torch"), ((8, 0), None, "triton"), ((8, 6), None, "triton"),
-    ((12, 0), None, "triton"), ((9, 4), "7.2", "triton"), ((9, 0), "7.2", "triton"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "capability, hip, chosen",
+    [
+        ((7, 0), None, "torch"),
+        ((7, 5), None, "torch"),
+        ((8, 0), None, "triton"),
+        ((8, 6), None, "triton"),
+        ((12, 0), None, "triton"),
+        ((9, 4), "7.2", "triton"),
+        ((9, 0), "7.2", "triton"),
+    ],
+)
 def test_auto_takes_no_triton_on_gpus_without_what_the_kernels_need(monkeypatch, capability, hip, chosen):
     """ROCm's gfx942 calls itself 9.4, gfx90a 9.0."""
     kernel_device._capability.cache_clear()
@@ -307,7 +368,9 @@ def test_auto_takes_no_triton_on_gpus_without_what_the_kernels_need(monkeypatch,
         if chosen == "triton":
             assert resolve_backend("triton", "embed_visible", gpu) == "triton"
         else:
-            with pytest.raises(ValueError, match=rf"cuda:0 has compute capability 7\.{capability[1]}; before 8\.0 .*'auto'$"):
+            with pytest.raises(
+                ValueError, match=rf"cuda:0 has compute capability 7\.{capability[1]}; before 8\.0 .*'auto'$"
+            ):
                 resolve_backend("triton", "embed_visible", gpu)
     finally:
         kernel_device._capability.cache_clear()

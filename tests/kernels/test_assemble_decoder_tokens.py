@@ -24,7 +24,10 @@ def problem(shape, dtype, device):
         "mask_token": torch.randn(1, 1, width, device=device).to(dtype),
     }
     pos = torch.randn(1, total, width, device=device)
-    indices = {"visible": tokens_of(batch, shown, total, device), "decode": tokens_of(batch, decoded, total, device)}
+    indices = {
+        "visible": tokens_of(batch, shown, total, device),
+        "decode": tokens_of(batch, decoded, total, device),
+    }
     return inputs, pos, indices, torch.randn(batch, shown + decoded, width, device=device).to(dtype)
 
 
@@ -45,15 +48,20 @@ def test_against_float64(shape, dtype, device):
 
 
 def test_duplicates(device):
-    inputs, pos, indices, upstream = problem(SHAPES["odd width, rows no multiple of a block"], torch.float32, device)
+    inputs, pos, indices, upstream = problem(
+        SHAPES["odd width, rows no multiple of a block"], torch.float32, device
+    )
     indices["decode"][:, 4:] = indices["decode"][:, :1]
     indices["visible"][:, 1] = indices["visible"][:, 0]
     check_assemble(inputs, pos, indices, upstream)
 
 
 def test_strided(device):
-    """Encoded tokens cut out of a longer sequence, an upstream gradient with gaps, a table in the working dtype."""
-    inputs, pos, indices, upstream = problem(SHAPES["odd width, rows no multiple of a block"], torch.bfloat16, device)
+    """Encoded tokens cut out of a longer sequence, an upstream gradient with gaps, a table in the working
+    dtype."""
+    inputs, pos, indices, upstream = problem(
+        SHAPES["odd width, rows no multiple of a block"], torch.bfloat16, device
+    )
     call = dict(pos=pos.to(torch.bfloat16), **indices, backend="triton")
     plain = run(lambda **x: assemble_decoder_tokens(**x, **call), inputs, upstream)
 
@@ -66,14 +74,20 @@ def test_strided(device):
         result = assemble_decoder_tokens(**leaves, **call)
         grads = torch.autograd.grad(result, list(leaves.values()), cut(upstream, dim))
         assert torch.equal(result, plain["result"])
-        assert torch.equal(grads[0], plain["gradient of encoded"]) and torch.equal(grads[1], plain["gradient of mask_token"])
+        assert torch.equal(grads[0], plain["gradient of encoded"]) and torch.equal(
+            grads[1], plain["gradient of mask_token"]
+        )
 
 
 def test_float32_mask_token_with_bf16_tokens(device):
     """Its gradient stays float32: sums are never rounded to the tokens' dtype."""
-    inputs, pos, indices, upstream = problem(SHAPES["odd width, rows no multiple of a block"], torch.bfloat16, device)
+    inputs, pos, indices, upstream = problem(
+        SHAPES["odd width, rows no multiple of a block"], torch.bfloat16, device
+    )
     inputs["mask_token"] = inputs["mask_token"].float()
-    found = run(lambda **x: assemble_decoder_tokens(**x, pos=pos, **indices, backend="triton"), inputs, upstream)
+    found = run(
+        lambda **x: assemble_decoder_tokens(**x, pos=pos, **indices, backend="triton"), inputs, upstream
+    )
     exact = upstream[:, inputs["encoded"].shape[1] :].double().sum((0, 1))
     grad = found["gradient of mask_token"]
     assert grad.dtype == torch.float32

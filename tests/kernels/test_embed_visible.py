@@ -29,7 +29,12 @@ def problem(shape, dtype, device):
         "bias": torch.randn(width, device=device).to(dtype),
         "pos": torch.randn(total, width, device=device).to(dtype),
     }
-    return clips, tokens_of(batch, count, total, device), inputs, torch.randn(batch, count, width, device=device).to(dtype)
+    return (
+        clips,
+        tokens_of(batch, count, total, device),
+        inputs,
+        torch.randn(batch, count, width, device=device).to(dtype),
+    )
 
 
 def check_embed(clips, visible, inputs, upstream, kernel_clips=None):
@@ -79,7 +84,8 @@ def test_duplicates_without_bias(device):
 
 @pytest.mark.parametrize("kind", ["uint8", "float"])
 def test_strided_clips(kind, device):
-    """Every second frame of every second clip, a crop of a larger frame, and channels where they do not belong."""
+    """Every second frame of every second clip, a crop of a larger frame, and channels where they do not
+    belong."""
     clips, visible, inputs, upstream = problem((kind, 2, (2, 3, 2), 5, 4, 2, 24), torch.float32, device)
     batch, height, width = (0, 2, 3) if kind == "uint8" else (0, 3, 4)
     large = clips.repeat_interleave(2, 0).repeat_interleave(2, 1 if kind == "uint8" else 2)
@@ -100,8 +106,8 @@ def test_strided_weight_and_upstream(device):
 
 
 def test_folding(device):
-    """What the file says about folding the normalisation into a bf16 weight: around 114 no worse than rounding the normalised
-    pixels, around 0 worse."""
+    """What the file says about folding the normalisation into a bf16 weight: around 114 no worse than
+    rounding the normalised pixels, around 0 worse."""
     mean, std = (torch.tensor(value, dtype=torch.float64) for value in (MEAN, STD))
     clips = make_clips("uint8", 4, (2, 4, 4), 16, 2, "cpu")
     pixels = gather_tubelets(clips, tokens_of(4, 20, 32, "cpu"), 16).double().flatten(2, 4)
@@ -117,15 +123,21 @@ def test_folding(device):
     scaled = weight / (255 * std)
 
     def folded(centre):
-        return project(pixels - centre, bf16(scaled)) + project((centre - 255 * mean).expand(1, 1, 512, 3), scaled)
+        return project(pixels - centre, bf16(scaled)) + project(
+            (centre - 255 * mean).expand(1, 1, 512, 3), scaled
+        )
 
     rounded = errors(project(bf16((pixels / 255 - mean) / std), bf16(weight)), exact)[0]
     bf16_weight = bf16(weight)
     pixels_only = errors(
-        project(bf16((pixels / 255 - mean) / std), bf16_weight), project((pixels / 255 - mean) / std, bf16_weight)
+        project(bf16((pixels / 255 - mean) / std), bf16_weight),
+        project((pixels / 255 - mean) / std, bf16_weight),
     )[0]
     around_114, around_0 = errors(folded(114), exact)[0], errors(folded(0), exact)[0]
-    print(f"relative to {rounded:.2e}: around 114 {around_114 / rounded:.2f}, 0 {around_0 / rounded:.2f}, ", end="")
+    print(
+        f"relative to {rounded:.2e}: around 114 {around_114 / rounded:.2f}, 0 {around_0 / rounded:.2f}, ",
+        end="",
+    )
     print(f"pixels only {pixels_only / rounded:.2f}")
     assert around_114 < 0.8 * rounded < 1.2 * rounded < around_0
 
@@ -133,5 +145,8 @@ def test_folding(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_every_time(dtype, device):
     clips, visible, inputs, upstream = problem(("uint8", 2, (2, 3, 2), 5, 4, 2, 24), dtype, device)
-    first, second = (run(lambda **x: embed_visible(clips, visible, **x, backend="triton"), inputs, upstream) for _ in range(2))
+    first, second = (
+        run(lambda **x: embed_visible(clips, visible, **x, backend="triton"), inputs, upstream)
+        for _ in range(2)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,4 +1,5 @@
-"""head_patch_loss: loss and gradients of hidden, head weight and bias, against float64; chunks, accumulation, refusals."""
+"""head_patch_loss: loss and gradients of hidden, head weight and bias, against float64; chunks, accumulation,
+refusals."""
 
 import sys
 
@@ -64,14 +65,17 @@ def test_pixels_in_unit_range_without_bias(device):
 
 
 def test_several_splits_of_the_weight_gradient(device, monkeypatch):
-    """300 rows: a chunk of 192 is cut into three parts, each adding to its own float32 sum over both chunks."""
+    """300 rows: a chunk of 192 is cut into three parts, each adding to its own float32 sum over both
+    chunks."""
     shape = ("uint8", 2, (2, 10, 10), 150, 2, 2, 8)
     monkeypatch.setattr(sys.modules["vmae_kernels.head_patch_loss"], "SPLIT_ROWS", 64)
     check_head(*problem(shape, torch.bfloat16, device), True, 2, 2)
 
 
 def test_weights_of_zero_and_duplicates(device):
-    clips, tokens, weight, inputs = problem(SHAPES["two chunks, the second one not full"], torch.float32, device)
+    clips, tokens, weight, inputs = problem(
+        SHAPES["two chunks, the second one not full"], torch.float32, device
+    )
     weight[:, ::2] = 0
     tokens[:, 4:8] = tokens[:, :1]
     check_head(clips, tokens, weight, inputs, True, 4, 2)
@@ -152,6 +156,8 @@ def test_float16_is_refused_where_gradients_are_formed(device):
 def test_second_derivative_is_refused(device):
     clips, tokens, weight, inputs = problem(SHAPES["float clip, depth 1"], torch.float32, device)
     found = leaves(inputs)
-    loss = head_patch_loss(**found, clips=clips, decode=tokens, weight=weight, tubelet_size=1, backend="triton")
+    loss = head_patch_loss(
+        **found, clips=clips, decode=tokens, weight=weight, tubelet_size=1, backend="triton"
+    )
     with pytest.raises(RuntimeError, match="differentiated"):
         torch.autograd.grad(loss, found["hidden"], create_graph=True)

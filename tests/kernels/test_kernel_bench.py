@@ -23,12 +23,15 @@ def test_check_mode(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "check.json").read_text())
     assert report["schema"] == "vmae-bench/1"
-    assert {"device", "cpu", "cores", "torch", "triton", "python", "commit", "clean", "date"} <= report["environment"].keys()
+    assert {"device", "cpu", "cores", "torch", "triton", "python", "commit", "clean", "date"} <= report[
+        "environment"
+    ].keys()
     assert len(report["records"]) == 20 and all(record["ok"] for record in report["records"])
 
 
 def test_floors_count_what_the_design_says():
-    """ViT-B, batch 32, by hand: 32 * 160 tubelets of 1536 bytes, a 1536 x 768 weight, 768-wide tokens; 12.08 GFLOP."""
+    """ViT-B, batch 32, by hand: 32 * 160 tubelets of 1536 bytes, a 1536 x 768 weight, 768-wide tokens; 12.08
+    GFLOP."""
     module = load()
     shape = module.Shape(name="vit_b", batch=32, **module.PRESETS["vit_b"])
     counts = module.floor_counts("embed_visible", shape)["forward"]
@@ -36,7 +39,9 @@ def test_floors_count_what_the_design_says():
     assert counts["matrix"] == 2 * 32 * 160 * 1536 * 768
     assert module.floor_us({"bytes": 3.35e6}, module.H100) == 1.0
     loss = module.floor_counts("patch_loss", shape)
-    assert loss["forward"]["bytes"] == 32 * 704 * 1536 * 3 and loss["backward"]["bytes"] == 32 * 704 * 1536 * 5
+    assert (
+        loss["forward"]["bytes"] == 32 * 704 * 1536 * 3 and loss["backward"]["bytes"] == 32 * 704 * 1536 * 5
+    )
 
 
 def test_a_wrong_variant_is_found():

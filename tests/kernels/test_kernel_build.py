@@ -1,4 +1,5 @@
-"""Device code without a device: no spills, tensor cores, shared memory. Building and interpreting need separate processes."""
+"""Device code without a device: no spills, tensor cores, shared memory. Building and interpreting need
+separate processes."""
 
 import json
 import os
@@ -16,7 +17,9 @@ FIELDS = {"kernel", "target", "shape", "default", "registers", "stack_bytes", "s
 
 
 def build_report(folder: Path, *options: str) -> list[dict]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON_", "VMAE_"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("TRITON_", "VMAE_"))
+    }
     environment |= {"PYTHONPATH": str(KERNELS), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "vmae_kernels.build", "--json", str(folder / "build.json"), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -37,7 +40,8 @@ def assert_sound(records: list[dict], targets: set[str]) -> None:
 
 @pytest.mark.slow
 def test_hopper(tmp_path):
-    """sm_90, the larger shape: HGMMA in all projections, no spill; 16-byte loads of pixels at patch 16 are in the slow test."""
+    """sm_90, the larger shape: HGMMA in all projections, no spill; 16-byte loads of pixels at patch 16 are in
+    the slow test."""
     records = build_report(tmp_path, "--targets", "sm_90", "--presets", "vit_g")
     assert_sound(records, {"sm_90"})
 
@@ -54,9 +58,17 @@ def test_every_target(tmp_path):
 
 def test_failures_are_found():
     good = {
-        "kernel": "embed_visible_fwd_kernel", "target": "sm_90", "shape": "vit_b", "dtype": "bfloat16", "clips": "uint8",
-        "default": True, "registers": 100, "stack_bytes": 0, "shared_bytes": 0, "instructions": {"HGMMA.64x128x16.F32.BF16": 4},
-    }  # fmt: skip
+        "kernel": "embed_visible_fwd_kernel",
+        "target": "sm_90",
+        "shape": "vit_b",
+        "dtype": "bfloat16",
+        "clips": "uint8",
+        "default": True,
+        "registers": 100,
+        "stack_bytes": 0,
+        "shared_bytes": 0,
+        "instructions": {"HGMMA.64x128x16.F32.BF16": 4},
+    }
     assert build.failures([good]) == []
     for change, what in (
         ({"stack_bytes": 8}, "8 stack bytes"),

@@ -1,4 +1,5 @@
-"""What all operators share: opcheck, torch.compile, autocast, index checks, large strides, backends, empty batches."""
+"""What all operators share: opcheck, torch.compile, autocast, index checks, large strides, backends, empty
+batches."""
 
 import mmap
 
@@ -35,11 +36,24 @@ def operands(device, batch=2, dtype=torch.float32):
     weight = torch.rand(batch, 6, device=device)
     pos = torch.randn(1, total, DECODER, device=device)
     return {
-        "embed_visible": (clips, visible, learned(WIDTH, 3, 2, PATCH, PATCH), learned(WIDTH), learned(total, WIDTH)),
+        "embed_visible": (
+            clips,
+            visible,
+            learned(WIDTH, 3, 2, PATCH, PATCH),
+            learned(WIDTH),
+            learned(total, WIDTH),
+        ),
         "assemble_decoder_tokens": (learned(batch, 4, DECODER), learned(1, 1, DECODER), pos, visible, decode),
         "select_decoded": (learned(batch, 10, DECODER), learned(DECODER), learned(DECODER), keep),
         "patch_loss": (learned(batch, 6, values), clips, decode, weight),
-        "head_patch_loss": (learned(batch, 6, DECODER), learned(values, DECODER), learned(values), clips, decode, weight),
+        "head_patch_loss": (
+            learned(batch, 6, DECODER),
+            learned(values, DECODER),
+            learned(values),
+            clips,
+            decode,
+            weight,
+        ),
     }
 
 
@@ -61,7 +75,8 @@ def test_opcheck(name, device):
 
 @pytest.mark.parametrize("name", sorted(TRITON_OPERATIONS))
 def test_autocast(name, device):
-    """As F.linear: projections compute in autocast's dtype whatever the inputs', and gradients keep the inputs' dtype."""
+    """As F.linear: projections compute in autocast's dtype whatever the inputs', and gradients keep the
+    inputs' dtype."""
     arguments = operands(device)[name]
     with torch.autocast(device, dtype=torch.bfloat16):
         result = getattr(vmae_kernels, name)(*arguments, backend="triton")
@@ -86,9 +101,15 @@ class Chain(torch.nn.Module):
         total, values = GRID[0] * GRID[1] * GRID[2], 6 * PATCH * PATCH
         self.fused_head, self.backend = fused_head, backend
         self.weight = torch.nn.Parameter(torch.randn(WIDTH, 3, 2, PATCH, PATCH) * 0.1)
-        self.bias, self.pos = torch.nn.Parameter(torch.randn(WIDTH)), torch.nn.Parameter(torch.randn(total, WIDTH))
+        self.bias, self.pos = (
+            torch.nn.Parameter(torch.randn(WIDTH)),
+            torch.nn.Parameter(torch.randn(total, WIDTH)),
+        )
         self.to_decoder, self.norm = torch.nn.Linear(WIDTH, DECODER), torch.nn.LayerNorm(DECODER, eps=1e-6)
-        self.mask_token, self.head = torch.nn.Parameter(torch.randn(1, 1, DECODER)), torch.nn.Linear(DECODER, values)
+        self.mask_token, self.head = (
+            torch.nn.Parameter(torch.randn(1, 1, DECODER)),
+            torch.nn.Linear(DECODER, values),
+        )
         self.register_buffer("decoder_pos", torch.randn(1, total, DECODER))
 
     def forward(self, clips, visible, decode, keep, weight):
@@ -99,16 +120,25 @@ class Chain(torch.nn.Module):
         )
         x = select_decoded(x.tanh(), self.norm.weight, self.norm.bias, keep, backend=backend)
         if self.fused_head:
-            return head_patch_loss(x, self.head.weight, self.head.bias, clips, decode, weight, backend=backend)
+            return head_patch_loss(
+                x, self.head.weight, self.head.bias, clips, decode, weight, backend=backend
+            )
         return patch_loss(self.head(x), clips, decode, weight, backend=backend)
 
 
 @pytest.mark.parametrize(
     "fused_head, autocast",
-    [(True, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, False), (False, True), (False, False)))],
+    [
+        (True, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((True, False), (False, True), (False, False))
+        ),
+    ],
 )
 def test_compiled_chain(fused_head, autocast, device):
-    """torch.compile(fullgraph=True): no graph break, the same loss and gradients as eager, close to plain PyTorch's."""
+    """torch.compile(fullgraph=True): no graph break, the same loss and gradients as eager, close to plain
+    PyTorch's."""
     torch._dynamo.reset()
     arguments = operands(device)
     clips, visible = arguments["embed_visible"][:2]
@@ -162,9 +192,14 @@ def test_check_indices_says_what_is_valid():
 
 
 def vast(shape, stride_b, dtype, device):
-    """Two clips' worth of memory `stride_b` elements apart; on a CPU, pages that nobody touches do not exist."""
+    """Two clips' worth of memory `stride_b` elements apart; on a CPU, pages that nobody touches do not
+    exist."""
     size = dtype.itemsize
-    span = stride_b + sum((side - 1) * step for side, step in zip(shape[1:], torch.empty(shape).stride()[1:])) + 1
+    span = (
+        stride_b
+        + sum((side - 1) * step for side, step in zip(shape[1:], torch.empty(shape).stride()[1:]))
+        + 1
+    )
     if device == "cpu":
         no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
         memory = mmap.mmap(-1, span * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
@@ -177,16 +212,21 @@ def vast(shape, stride_b, dtype, device):
 
 
 def test_batch_strides_over_2_31_elements(device):
-    """64-bit address arithmetic: clips, encoded and hidden rows whose second clip lies beyond 2**31 elements."""
+    """64-bit address arithmetic: clips, encoded and hidden rows whose second clip lies beyond 2**31
+    elements."""
     arguments = operands(device)
     clips, visible, weight, bias, pos = arguments["embed_visible"]
     far = vast(clips.shape, 2**31 + 64, torch.uint8, device)
     far.copy_(clips)
     with torch.no_grad():
-        assert torch.equal(*(embed_visible(x, visible, weight, bias, pos, backend="triton") for x in (clips, far)))
+        assert torch.equal(
+            *(embed_visible(x, visible, weight, bias, pos, backend="triton") for x in (clips, far))
+        )
     leaf = weight.detach().requires_grad_()
     grads = [
-        torch.autograd.grad(embed_visible(x, visible, leaf, bias, pos, backend="triton").square().sum(), leaf)[0]
+        torch.autograd.grad(
+            embed_visible(x, visible, leaf, bias, pos, backend="triton").square().sum(), leaf
+        )[0]
         for x in (clips, far)
     ]
     assert torch.equal(*grads)
@@ -206,12 +246,16 @@ def test_batch_strides_over_2_31_elements(device):
         assert torch.equal(*results)
         upstream = torch.randn_like(results[0])
         if name == "select_decoded":
-            assert torch.equal(*(torch.autograd.grad(y, x, upstream)[0] for y, x in zip(results, (near, far))))
+            assert torch.equal(
+                *(torch.autograd.grad(y, x, upstream)[0] for y, x in zip(results, (near, far)))
+            )
 
 
 def test_clip_that_32_bits_cannot_address():
     """One clip of 2**31 elements or more is refused, before anything is read."""
-    clips = torch.empty(1, 2, 4, 4, 3, dtype=torch.uint8, device="meta").as_strided((1, 2, 4, 4, 3), (0, 2**31, 12, 3, 1))
+    clips = torch.empty(1, 2, 4, 4, 3, dtype=torch.uint8, device="meta").as_strided(
+        (1, 2, 4, 4, 3), (0, 2**31, 12, 3, 1)
+    )
     with pytest.raises(ValueError, match="spans 2\\*\\*31"):
         vmae_kernels.tubelets.clip_strides(clips)
 
@@ -248,7 +292,8 @@ def test_triton_on_a_cpu_says_what_to_do(monkeypatch):
 
 
 def test_nothing_saved_that_need_not_be(device):
-    """What autograd keeps, by operation: never the weight of the embedding, any statistics, or the head's input."""
+    """What autograd keeps, by operation: never the weight of the embedding, any statistics, or the head's
+    input."""
     arguments = operands(device)
     saved: list[torch.Tensor] = []
     expected = {
@@ -267,7 +312,10 @@ def test_nothing_saved_that_need_not_be(device):
         assert inputs == kept, f"{name} saves its arguments {sorted(inputs)}"
         extra = sum(x.numel() for x in saved if x.data_ptr() not in {y.data_ptr() for y in arguments[name]})
         hidden, head = arguments["head_patch_loss"][:2]
-        assert extra == {"patch_loss": 1, "head_patch_loss": 1 + hidden.numel() + head.numel() + head.shape[0]}.get(name, 0)
+        assert extra == {
+            "patch_loss": 1,
+            "head_patch_loss": 1 + hidden.numel() + head.numel() + head.shape[0],
+        }.get(name, 0)
 
 
 def test_gathered_pixels_are_those_of_the_clip(device):

@@ -60,7 +60,8 @@ def test_weights_of_zero_and_duplicates(device):
 
 
 def test_constant_tubelets(device):
-    """Variance zero, in all three channels or one: the target is the mean's rounding error over 1e-6, as in the reference."""
+    """Variance zero, in all three channels or one: the target is the mean's rounding error over 1e-6, as in
+    the reference."""
     shape = ("uint8", 1, (1, 2, 2), 4, 4, 2)
     clips, tokens, weight, inputs = problem(shape, torch.float32, device)
     clips[..., 1] = 7
@@ -78,7 +79,9 @@ def test_strided(kind, device):
     view = large.narrow(row, 2, clips.shape[row]).narrow(column, 3, clips.shape[column])
     assert torch.equal(view, clips) and not view.is_contiguous()
     check_loss(clips, tokens, weight, inputs, True, 2, 4, kernel_clips=view)
-    gaps = [torch.stack([x, torch.full_like(x, float("nan"))], -1)[..., 0] for x in (inputs["pixels"], weight)]
+    gaps = [
+        torch.stack([x, torch.full_like(x, float("nan"))], -1)[..., 0] for x in (inputs["pixels"], weight)
+    ]
     plain = patch_loss(inputs["pixels"], clips, tokens, weight, backend="triton")
     assert torch.equal(patch_loss(gaps[0], view, tokens, gaps[1], backend="triton"), plain)
 

@@ -24,7 +24,11 @@ def problem(shape, dtype, device):
         "weight": torch.randn(width, device=device).to(dtype),
         "bias": torch.randn(width, device=device).to(dtype),
     }
-    return inputs, tokens_of(batch, kept, rows, device), torch.randn(batch, kept, width, device=device).to(dtype)
+    return (
+        inputs,
+        tokens_of(batch, kept, rows, device),
+        torch.randn(batch, kept, width, device=device).to(dtype),
+    )
 
 
 def check_select(inputs, keep, upstream):
@@ -52,7 +56,9 @@ def test_unsorted_duplicates(device):
 
 def test_rows_not_kept_get_zero(device):
     inputs, keep, upstream = problem((2, 20, 5, 33), torch.bfloat16, device)
-    grad = run(lambda **x: select_decoded(**x, keep=keep, backend="triton"), inputs, upstream)["gradient of hidden"]
+    grad = run(lambda **x: select_decoded(**x, keep=keep, backend="triton"), inputs, upstream)[
+        "gradient of hidden"
+    ]
     dropped = torch.ones(2, 20, dtype=torch.bool, device=device)
     dropped[torch.arange(2)[:, None], keep.long()] = False
     assert (grad[dropped] == 0).all() and (grad[~dropped] != 0).any(1).all()
@@ -60,7 +66,8 @@ def test_rows_not_kept_get_zero(device):
 
 @pytest.mark.parametrize("kept", [5, 0])
 def test_rows_not_kept_are_finite_without_eps(kept, device):
-    """Their deviation is never formed: with `eps` 0 it would be one over zero, and NaN in the gradients of weight and bias."""
+    """Their deviation is never formed: with `eps` 0 it would be one over zero, and NaN in the gradients of
+    weight and bias."""
     inputs, _, _ = problem((2, 75, 5, 33), torch.float32, device)
     keep, upstream = tokens_of(2, kept, 75, device), torch.randn(2, kept, 33, device=device)
     got = run(lambda **x: select_decoded(**x, keep=keep, eps=0.0, backend="triton"), inputs, upstream)
@@ -85,7 +92,8 @@ def test_strided(device):
     plain = run(lambda **x: select_decoded(**x, keep=keep, backend="triton"), inputs, upstream)
     for dim in (1, 2, 3):
         hidden, gaps = (
-            torch.stack([x, torch.full_like(x, float("nan"))], dim).select(dim, 0) for x in (inputs["hidden"], upstream)
+            torch.stack([x, torch.full_like(x, float("nan"))], dim).select(dim, 0)
+            for x in (inputs["hidden"], upstream)
         )
         hidden.requires_grad_()
         result = select_decoded(hidden, inputs["weight"], inputs["bias"], keep, backend="triton")

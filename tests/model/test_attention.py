@@ -1,4 +1,5 @@
-"""Every backend that runs here against float64, inside a block, compiled, and in the module with the published names."""
+"""Every backend that runs here against float64, inside a block, compiled, and in the module with the
+published names."""
 
 import logging
 import math
@@ -51,11 +52,13 @@ def out_and_gradient(compute, qkv: torch.Tensor, upstream: torch.Tensor):
 
 
 def assert_within_bound(name: str, got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
-    """The error against float64 is at most twice that of the plain one in the same dtype (DESIGN.md, section 4).
+    """The error against float64 is at most twice that of the plain one in the same dtype (DESIGN.md, section
+    4).
 
-    In the 2-norm: over seeds, torch's CPU flash kernel stays within 1.8 x in float32, while the largest of some thousand
-    elements is one draw, whose ratio swings from 1.2 to 3.7. For one token the plain gradient of q and k is exactly 0, that of
-    a flash kernel the difference of two rounded sums: an ulp is what any result may be off.
+    In the 2-norm: over seeds, torch's CPU flash kernel stays within 1.8 x in float32, while the largest of
+    some thousand elements is one draw, whose ratio swings from 1.2 to 3.7. For one token the plain gradient
+    of q and k is exactly 0, that of a flash kernel the difference of two rounded sums: an ulp is what any
+    result may be off.
     """
     assert got.shape == exact.shape and got.dtype == plain.dtype and torch.isfinite(got).all(), name
     error, allowed = (float((x.double() - exact).norm() / exact.norm()) for x in (got, plain))
@@ -87,8 +90,14 @@ def test_within_the_bound_of_the_plain_one(backend, shape, dtype):
 
 @pytest.mark.parametrize("backend", RUNS)
 def test_any_strides_and_any_scale(backend):
-    wide = torch.randn(2, 11, 3, 3, 64).transpose(1, 3)  # [2, 3, 3, 11, 64]: heads and tokens swapped in memory
-    some = [wide.permute(0, 3, 2, 1, 4)[..., ::2], torch.randn(4, 9, 3, 2, 32)[::2], torch.randn(2, 9, 6, 2, 32)[:, :, ::2]]
+    wide = torch.randn(2, 11, 3, 3, 64).transpose(
+        1, 3
+    )  # [2, 3, 3, 11, 64]: heads and tokens swapped in memory
+    some = [
+        wide.permute(0, 3, 2, 1, 4)[..., ::2],
+        torch.randn(4, 9, 3, 2, 32)[::2],
+        torch.randn(2, 9, 6, 2, 32)[:, :, ::2],
+    ]
     for qkv in some:
         assert not qkv.is_contiguous()
         upstream = torch.randn(qkv.shape[0], qkv.shape[1], *qkv.shape[3:])
@@ -154,7 +163,9 @@ def test_other_ranks_say_nothing(fresh, caplog, monkeypatch):
 
 def test_probes_are_asked_once(fresh, monkeypatch):
     asked = []
-    monkeypatch.setattr(backends.AttentionBackend, "why_not", lambda self, workload: asked.append((self.name, workload)))
+    monkeypatch.setattr(
+        backends.AttentionBackend, "why_not", lambda self, workload: asked.append((self.name, workload))
+    )
     for tokens in (3, 4, 5):
         for head_dim in (32, 64):
             attention(torch.randn(1, tokens, 3, 1, head_dim, requires_grad=True), "sdpa_math")
@@ -184,7 +195,7 @@ def test_parity_with_the_published_code(golden, backend):
         assert passed(check_file(golden / f"{name}.npz", attention=backend)), (backend, name)
 
 
-# --- the module -------------------------------------------------------------------------------------------------------
+# --- the module ---------------------------------------------------------------------------------------------
 
 
 def test_biases_are_on_q_and_v_only():
@@ -196,14 +207,22 @@ def test_biases_are_on_q_and_v_only():
     packed = torch.stack([q + layer.q_bias, k, v + layer.v_bias], dim=2).unflatten(-1, (3, 4))
     expected = literal(packed.double(), 4**-0.5).float().flatten(2) @ layer.proj.weight.T + layer.proj.bias
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
-    assert {n for n, _ in layer.named_parameters()} == {"q_bias", "v_bias", "qkv.weight", "proj.weight", "proj.bias"}
+    assert {n for n, _ in layer.named_parameters()} == {
+        "q_bias",
+        "v_bias",
+        "qkv.weight",
+        "proj.weight",
+        "proj.bias",
+    }
     assert "q_bias" not in dict(Attention(12, 3, qkv_bias=False).named_parameters())
 
 
 @pytest.mark.parametrize("backend", RUNS)
 def test_cosine_attention_is_the_formula(backend):
     layer = Attention(12, 3, cos_attn=True, backend=backend)
-    assert layer.scale.shape == (3, 1, 1) and math.isclose(float(layer.scale[0].detach()), math.log(10), rel_tol=1e-6)
+    assert layer.scale.shape == (3, 1, 1) and math.isclose(
+        float(layer.scale[0].detach()), math.log(10), rel_tol=1e-6
+    )
     with torch.no_grad():
         layer.scale.copy_(torch.tensor([0.5, 2.0, 9.0]).view(3, 1, 1))  # the last is above the limit
     x = torch.randn(2, 6, 12)
@@ -217,7 +236,9 @@ def test_cosine_attention_is_the_formula(backend):
 @pytest.mark.parametrize("cosine", [False, True])
 def test_under_autocast_every_backend_gets_the_low_precision(cosine, monkeypatch):
     seen = []
-    monkeypatch.setattr("vmae.model.attention.attention", lambda qkv, *_: seen.append(qkv.dtype) or qkv[:, :, 2])
+    monkeypatch.setattr(
+        "vmae.model.attention.attention", lambda qkv, *_: seen.append(qkv.dtype) or qkv[:, :, 2]
+    )
     layer, norm = Attention(64, 2, cos_attn=cosine), torch.nn.LayerNorm(64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(torch.randn(1, 5, 64))
@@ -240,5 +261,7 @@ def test_weights_are_those_that_attention_multiplies_the_values_with(options, ba
         assert weights.shape == (2, 3, 10, 10) and weights.dtype == torch.float32
         values = seen @ layer.qkv.weight[48:].T + (0 if layer.v_bias is None else layer.v_bias)
         mixed = weights @ values.unflatten(-1, (3, 8)).transpose(1, 2)
-        torch.testing.assert_close(layer.proj(mixed.transpose(1, 2).flatten(2)), layer(*given), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            layer.proj(mixed.transpose(1, 2).flatten(2)), layer(*given), rtol=1e-4, atol=1e-3
+        )
     assert layer.bfloat16().weights(x.bfloat16()).dtype == torch.float32

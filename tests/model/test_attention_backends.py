@@ -1,7 +1,8 @@
 """Backends that this machine lacks: their probes' answers, and how they would be called.
 
-The libraries are faked in `sys.modules`. A fake function has the documented signature (a wrong keyword is a TypeError), checks
-shapes, dtypes and strides as the real one does, and computes the plain attention: results and gradients are checked too.
+The libraries are faked in `sys.modules`. A fake function has the documented signature (a wrong keyword is a
+TypeError), checks shapes, dtypes and strides as the real one does, and computes the plain attention: results
+and gradients are checked too.
 """
 
 import importlib.machinery
@@ -45,13 +46,16 @@ def _fresh():
 
 @pytest.fixture(autouse=True)
 def _torch_kernels_unasked(monkeypatch):
-    """No GPU is here to put torch's question to: its kernels are taken to run on every GPU but for float32."""
+    """No GPU is here to put torch's question to: its kernels are taken to run on every GPU but for
+    float32."""
     monkeypatch.setattr(
-        probes, "_torch_refuses", lambda question, w: "torch says: no float32" if w.dtype == torch.float32 else None
+        probes,
+        "_torch_refuses",
+        lambda question, w: "torch says: no float32" if w.dtype == torch.float32 else None,
     )
 
 
-# --- fakes ------------------------------------------------------------------------------------------------------------
+# --- fakes --------------------------------------------------------------------------------------------------
 
 
 def plain(q, k, v, scale):
@@ -61,7 +65,13 @@ def plain(q, k, v, scale):
 
 
 def check(x, dims, dtypes=HALF, heads=None):
-    assert x.dim() == dims and x.dtype in dtypes and x.stride(-1) == 1 and x.shape[-1] <= 256 and x.shape[-1] % 8 == 0
+    assert (
+        x.dim() == dims
+        and x.dtype in dtypes
+        and x.stride(-1) == 1
+        and x.shape[-1] <= 256
+        and x.shape[-1] % 8 == 0
+    )
     assert heads is None or x.shape[-2] == heads
 
 
@@ -94,18 +104,34 @@ def fake_flash2(monkeypatch, version="2.8.3"):
     calls = Calls()
 
     def flash_attn_qkvpacked_func(
-        qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-        deterministic=False, return_attn_probs=False,
-    ):  # fmt: skip
+        qkv,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+    ):
         check(qkv, 5)
         assert qkv.shape[2] == 3 and dropout_p == 0.0 and not causal
         calls.note(qkv)
         return plain(*qkv.unbind(2), softmax_scale).to(qkv.dtype)
 
     def flash_attn_varlen_qkvpacked_func(
-        qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-        alibi_slopes=None, deterministic=False, return_attn_probs=False,
-    ):  # fmt: skip
+        qkv,
+        cu_seqlens,
+        max_seqlen,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+    ):
         check(qkv, 4)
         assert qkv.shape[1] == 3 and dropout_p == 0.0 and not causal and type(max_seqlen) is int
         assert max_seqlen == int(cu_seqlens.diff().max())
@@ -113,7 +139,8 @@ def fake_flash2(monkeypatch, version="2.8.3"):
         return each(qkv.unbind(1), cu_seqlens, softmax_scale).to(qkv.dtype)
 
     functions = dict(
-        flash_attn_qkvpacked_func=flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func=flash_attn_varlen_qkvpacked_func
+        flash_attn_qkvpacked_func=flash_attn_qkvpacked_func,
+        flash_attn_varlen_qkvpacked_func=flash_attn_varlen_qkvpacked_func,
     )
     module(monkeypatch, "flash_attn", __version__=version, **functions)
     return calls
@@ -126,26 +153,61 @@ def fake_flash3(monkeypatch, version="3.0.0", with_lse=False):
         return (out, None) if with_lse else out
 
     def flash_attn_qkvpacked_func(
-        qkv, softmax_scale=None, causal=False, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
-        attention_chunk=0, softcap=0.0, deterministic=False, num_heads_q=None, sm_margin=0, return_attn_probs=False,
-    ):  # fmt: skip
+        qkv,
+        softmax_scale=None,
+        causal=False,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        window_size=(-1, -1),
+        attention_chunk=0,
+        softcap=0.0,
+        deterministic=False,
+        num_heads_q=None,
+        sm_margin=0,
+        return_attn_probs=False,
+    ):
         check(qkv, 5)
         assert qkv.shape[-3] == 3 and not causal
         calls.note(qkv)
         return answer(plain(*qkv.unbind(-3), softmax_scale).to(qkv.dtype))
 
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None, softmax_scale=None,
-        causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0,
-        softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False,
-    ):  # fmt: skip
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        seqused_q=None,
+        seqused_k=None,
+        softmax_scale=None,
+        causal=False,
+        qv=None,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        window_size=(-1, -1),
+        attention_chunk=0,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        deterministic=False,
+        sm_margin=0,
+        return_attn_probs=False,
+    ):
         for x in (q, k, v):
             check(x, 3)
-        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max()) and torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max()) and torch.equal(
+            cu_seqlens_q, cu_seqlens_k
+        )
         calls.note(q, k, v)
         return answer(each((q, k, v), cu_seqlens_q, softmax_scale).to(q.dtype))
 
-    functions = dict(flash_attn_qkvpacked_func=flash_attn_qkvpacked_func, flash_attn_varlen_func=flash_attn_varlen_func)
+    functions = dict(
+        flash_attn_qkvpacked_func=flash_attn_qkvpacked_func, flash_attn_varlen_func=flash_attn_varlen_func
+    )
     return calls, module(monkeypatch, "flash_attn_interface", __version__=version, **functions)
 
 
@@ -153,18 +215,43 @@ def fake_flash4(monkeypatch, version="4.0.0b36"):
     calls = Calls()
 
     def flash_attn_func(
-        q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, window_size=(None, None),
-        learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, return_lse=False,
-    ):  # fmt: skip
+        q,
+        k,
+        v,
+        qv=None,
+        gather_kv_indices=None,
+        softmax_scale=None,
+        causal=False,
+        window_size=(None, None),
+        learnable_sink=None,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        deterministic=False,
+        return_lse=False,
+    ):
         for x in (q, k, v):
             check(x, 4)
         calls.note(q, k, v)
         return plain(q, k, v, softmax_scale).to(q.dtype), None
 
     def flash_attn_varlen_func(
-        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None,
-        seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None, softmax_scale=None, causal=False,
-    ):  # fmt: skip
+        q,
+        k,
+        v,
+        qv=None,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        max_seqlen_q=None,
+        max_seqlen_k=None,
+        min_seqlen_k=None,
+        seqused_q=None,
+        seqused_k=None,
+        gather_kv_indices=None,
+        page_table=None,
+        softmax_scale=None,
+        causal=False,
+    ):
         for x in (q, k, v):
             check(x, 3)
         assert qv is None and max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
@@ -191,7 +278,9 @@ def fake_xformers(monkeypatch, version="0.0.35", loads=True):
             assert type(q_seqlen) is list and kv_seqlen is None
             return cls(q_seqlen)
 
-    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
+    def memory_efficient_attention(
+        query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
+    ):
         for x in (query, key, value):
             check(x, 4, (*HALF, torch.float32))
         calls.note(query, key, value)
@@ -209,7 +298,11 @@ def fake_xformers(monkeypatch, version="0.0.35", loads=True):
     bias = module(monkeypatch, "xformers.ops.fmha.attn_bias", BlockDiagonalMask=BlockDiagonalMask)
     fmha = module(monkeypatch, "xformers.ops.fmha", attn_bias=bias, cutlass=types.SimpleNamespace(FwOp=FwOp))
     ops = module(
-        monkeypatch, "xformers.ops", memory_efficient_attention=memory_efficient_attention, fmha=fmha, __version__=version
+        monkeypatch,
+        "xformers.ops",
+        memory_efficient_attention=memory_efficient_attention,
+        fmha=fmha,
+        __version__=version,
     )
     module(monkeypatch, "xformers", ops=ops, __version__=version)
     return calls
@@ -233,7 +326,7 @@ def on_hopper(monkeypatch):
     monkeypatch.setattr(Workload, "on", on)
 
 
-# --- calls ------------------------------------------------------------------------------------------------------------
+# --- calls --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 88])
@@ -260,7 +353,9 @@ def test_called_as_documented_without_a_copy(name, head_dim, on_hopper, monkeypa
 def test_scale_is_handed_on(name, on_hopper, monkeypatch):
     FAKES[name](monkeypatch)
     qkv = torch.randn(1, 5, 3, 1, 64).bfloat16()
-    torch.testing.assert_close(attention(qkv, name, 0.9), attention(qkv, "softmax", 0.9), atol=3e-2, rtol=3e-2)
+    torch.testing.assert_close(
+        attention(qkv, name, 0.9), attention(qkv, "softmax", 0.9), atol=3e-2, rtol=3e-2
+    )
 
 
 @pytest.mark.parametrize("name", FAKES)
@@ -282,23 +377,40 @@ def test_torch_varlen_called_as_documented(on_hopper, monkeypatch):
     seen = []
 
     def varlen_attn(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
-        enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
-    ):  # fmt: skip
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        *,
+        return_aux=None,
+        scale=None,
+        window_size=(-1, -1),
+        enable_gqa=False,
+        seqused_k=None,
+        block_table=None,
+        num_splits=None,
+    ):
         for x in (query, key, value):
             check(x, 3)
         assert max_q == max_k == 6 and torch.equal(cu_seq_q, cu_seq_k)
         seen.append(scale)
         return each((query, key, value), cu_seq_q, scale).to(query.dtype)
 
-    assert list(inspect.signature(varlen.varlen_attn).parameters) == list(inspect.signature(varlen_attn).parameters)
+    assert list(inspect.signature(varlen.varlen_attn).parameters) == list(
+        inspect.signature(varlen_attn).parameters
+    )
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     lengths = Lengths((3, 1, 6), torch.device("cpu"))
     qkv = torch.randn(10, 3, 2, 88).bfloat16()
     out = packed_attention(qkv, lengths, "varlen")
     torch.testing.assert_close(out, packed_attention(qkv, lengths, "softmax"), atol=2e-2, rtol=2e-2)
     assert seen == [88**-0.5]
-    with pytest.raises(InputError, match="'varlen' cannot run .*: for sequences of unequal lengths only. These can: "):
+    with pytest.raises(
+        InputError, match="'varlen' cannot run .*: for sequences of unequal lengths only. These can: "
+    ):
         attention(torch.randn(1, 5, 3, 1, 64).bfloat16(), "varlen")
 
 
@@ -309,7 +421,7 @@ def test_first_releases_of_flash3_give_the_log_sum_exp_too(on_hopper, monkeypatc
     assert packed_attention(qkv, lengths, "flash3").shape == (5, 1, 64)
 
 
-# --- probes -----------------------------------------------------------------------------------------------------------
+# --- probes -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["flash2", "flash3", "flash4", "xformers", "sdpa_flash3", "sdpa_flash4"])
@@ -399,7 +511,7 @@ def test_device(name, workload, reason, monkeypatch):
         ("sdpa_flash3", dict(packed=True), "takes no sequences of unequal lengths"),
         ("varlen", dict(packed=True), None),
     ],
-)  # fmt: skip
+)
 def test_dtype_head_dim_dropout_and_compilation(name, change, reason, monkeypatch):
     for fake in FAKES.values():
         fake(monkeypatch)
@@ -427,7 +539,12 @@ def test_torch_own_reasons_are_handed_on(monkeypatch):
     monkeypatch.undo()  # of the fixture that answers for torch
 
     def question(params, debug):
-        assert debug and params.query.shape == (1, 1, 8, 88) and params.query.requires_grad and params.attn_mask is None
+        assert (
+            debug
+            and params.query.shape == (1, 1, 8, 88)
+            and params.query.requires_grad
+            and params.attn_mask is None
+        )
         warnings.warn("Head dim is odd. (Triggered internally at /x.cpp:1.)", stacklevel=1)
         return False
 
@@ -440,12 +557,15 @@ def test_torch_own_reasons_are_handed_on(monkeypatch):
 
 
 def test_another_implementation_in_the_place_of_torchs(monkeypatch):
-    """`activate_flash_attention_impl` holds for the process: once, said, and sdpa_flash no longer claims to be torch's own."""
+    """`activate_flash_attention_impl` holds for the process: once, said, and sdpa_flash no longer claims to
+    be torch's own."""
     fake_flash3(monkeypatch)
     fake_flash4(monkeypatch)
     active = []
     monkeypatch.setattr(torch_attention, "activate_flash_attention_impl", active.append)
-    monkeypatch.setattr(torch_attention, "current_flash_attention_impl", lambda: active[-1] if active else None)
+    monkeypatch.setattr(
+        torch_attention, "current_flash_attention_impl", lambda: active[-1] if active else None
+    )
     assert choose("sdpa_flash", HOPPER).name == "sdpa_flash" and not active
     assert choose("auto", HOPPER).name == "flash3" and not active
     for head_dim in (64, 88):
@@ -457,7 +577,7 @@ def test_another_implementation_in_the_place_of_torchs(monkeypatch):
         choose("sdpa_flash4", HOPPER)
 
 
-# --- auto -------------------------------------------------------------------------------------------------------------
+# --- auto ---------------------------------------------------------------------------------------------------
 
 
 def test_auto_takes_the_first_that_runs(monkeypatch):

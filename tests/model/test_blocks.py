@@ -46,5 +46,8 @@ def test_stochastic_depth_drops_whole_clips_and_keeps_the_mean():
 
 
 def test_stochastic_depth_rises_linearly():
-    rates = [block.drop_path.rate for block in build_blocks(ModelConfig.preset("vit_tiny", drop_path_rate=0.2), 12, 5, 3)]
+    rates = [
+        block.drop_path.rate
+        for block in build_blocks(ModelConfig.preset("vit_tiny", drop_path_rate=0.2), 12, 5, 3)
+    ]
     torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.2, 5))

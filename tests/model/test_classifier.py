@@ -27,7 +27,11 @@ def literal_features(model, clips, pooling):
     for block in model.blocks:
         x = block(x)
     norm = model.norm if pooling == "first" else model.fc_norm
-    pooled = {"mean": lambda: x.mean(1), "first": lambda: x[:, 0], "attentive": lambda: literal_pool(model.pool, x)}[pooling]()
+    pooled = {
+        "mean": lambda: x.mean(1),
+        "first": lambda: x[:, 0],
+        "attentive": lambda: literal_pool(model.pool, x),
+    }[pooling]()
     return F.layer_norm(pooled, norm.weight.shape, norm.weight, norm.bias, 1e-6)
 
 
@@ -39,7 +43,9 @@ def test_features_and_logits(tiny, clips_of, pooling, change):
     clips = clips_of(config, 3)
     expected = literal_features(model, clips, pooling)
     torch.testing.assert_close(model.features(clips), expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(model(clips), expected @ model.head.weight.T + model.head.bias, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model(clips), expected @ model.head.weight.T + model.head.bias, atol=1e-5, rtol=1e-4
+    )
 
 
 def test_published_names_and_initialisation(tiny):
@@ -66,7 +72,9 @@ def test_features_only_and_dropout(tiny, clips_of):
         build_classifier(tiny, -1)
 
 
-@pytest.mark.parametrize("pooling, trained", [("mean", {"fc_norm", "head"}), ("attentive", {"fc_norm", "head", "pool"})])
+@pytest.mark.parametrize(
+    "pooling, trained", [("mean", {"fc_norm", "head"}), ("attentive", {"fc_norm", "head", "pool"})]
+)
 def test_a_probe_trains_its_head_only(tiny, clips_of, pooling, trained):
     model, clips = build_classifier(tiny, 3, pooling=pooling), clips_of(tiny)
     before = model(clips)
@@ -79,7 +87,11 @@ def test_a_probe_trains_its_head_only(tiny, clips_of, pooling, trained):
 
 
 def test_an_attentive_probe_has_names_of_its_own(tiny):
-    names = {name for name, _ in build_classifier(tiny, 3, pooling="attentive").named_parameters() if "pool" in name}
+    names = {
+        name
+        for name, _ in build_classifier(tiny, 3, pooling="attentive").named_parameters()
+        if "pool" in name
+    }
     layers = [f"pool.{layer}.{kind}" for layer in ("norm", "kv", "proj") for kind in ("weight", "bias")]
     assert names == {"pool.query", *layers}
 
@@ -108,4 +120,6 @@ def test_clips_embedded_in_parts_have_the_same_features(tiny, clips_of, kind):
     frames = 1 if kind == "uint8" else 2
     with torch.no_grad():
         parts = torch.cat([model.embed(part) for part in clips.split([2, 6], frames)], 1)
-        torch.testing.assert_close(model.features_of_embedded(parts), model.features(clips), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            model.features_of_embedded(parts), model.features(clips), atol=1e-5, rtol=1e-4
+        )

@@ -52,7 +52,8 @@ def test_against_the_formula(grid):
 
 
 def test_a_value_by_hand():
-    # One row of cells 0, 1, 2, 3. A bin from 0.25 to 0.75 of it, two samples: at 0.375 and 0.625, cells 1.0 and 2.0.
+    # One row of cells 0, 1, 2, 3. A bin from 0.25 to 0.75 of it, two samples: at 0.375 and 0.625, cells 1.0
+    # and 2.0.
     features = torch.arange(4.0).reshape(1, 1, 4, 1)
     assert roi_align(features, torch.tensor([[[0.25, 0, 0.75, 1.0]]]), 1, 2).item() == pytest.approx(1.5)
     # The left edge: samples at 0.0625 and 0.1875, cells -0.25 (stays at the first) and 0.25.
@@ -67,7 +68,9 @@ def test_weights_sum_to_one():
 def test_gradients():
     g = torch.Generator().manual_seed(1)
     features = torch.randn(2, 4, 5, 2, dtype=torch.float64, generator=g, requires_grad=True)
-    boxes = torch.tensor([[[0.11, 0.23, 0.72, 0.91]], [[0.05, 0.13, 0.33, 0.42]]], dtype=torch.float64, requires_grad=True)
+    boxes = torch.tensor(
+        [[[0.11, 0.23, 0.72, 0.91]], [[0.05, 0.13, 0.33, 0.42]]], dtype=torch.float64, requires_grad=True
+    )
     assert torch.autograd.gradcheck(lambda f, b: roi_align(f, b, 3, 2), (features, boxes))
 
 
@@ -82,10 +85,20 @@ def test_the_detector(tiny, clips_of):
     torch.testing.assert_close(model(clips[1:], boxes[1:, :1])[0, 0], logits[1, 0])  # nor what pads
     # By its published parts, for one box.
     tokens = model.tokens(clips)[0].reshape(*tiny.grid, -1).mean(0)
-    pooled = [aligned_by_hand(tokens[..., d].detach(), boxes[0, 0].tolist(), 7, 2).max() for d in range(tiny.embed_dim)]
-    torch.testing.assert_close(model.box_features(clips, boxes)[0, 0], torch.stack(pooled).float(), rtol=1e-4, atol=1e-5)
+    pooled = [
+        aligned_by_hand(tokens[..., d].detach(), boxes[0, 0].tolist(), 7, 2).max()
+        for d in range(tiny.embed_dim)
+    ]
+    torch.testing.assert_close(
+        model.box_features(clips, boxes)[0, 0], torch.stack(pooled).float(), rtol=1e-4, atol=1e-5
+    )
     names = set(model.state_dict())
-    assert {"norm.weight", "head.weight", "head.bias", "blocks.0.attn.q_bias"} <= names and "fc_norm.weight" not in names
+    assert {
+        "norm.weight",
+        "head.weight",
+        "head.bias",
+        "blocks.0.attn.q_bias",
+    } <= names and "fc_norm.weight" not in names
 
 
 def test_every_parameter_learns(tiny, clips_of):

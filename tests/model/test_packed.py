@@ -1,4 +1,5 @@
-"""Clips with unequal counts in one batch: equal to running each group by itself, outputs, loss and gradients."""
+"""Clips with unequal counts in one batch: equal to running each group by itself, outputs, loss and
+gradients."""
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from vmae.model.packed import Lengths, packed_attention
 
 CPU = torch.device("cpu")
 RUNS = backends.runnable(Workload(packed=True))
-# Sizes as a multiple of the model's own: it, half the frames, a smaller frame, more tokens than it has positions for.
+# Sizes as a multiple of the model's own: it, half the frames, a smaller frame, more tokens than it has
+# positions for.
 SIZES = [dict(), dict(num_frames=4), dict(img_size=(32, 64)), dict(num_frames=16)]
 
 
@@ -22,7 +24,11 @@ def test_lengths():
     assert lengths.starts.tolist() == [0, 3, 4, 6] and lengths.starts.dtype == torch.int32
     assert lengths.owner.tolist() == [0, 0, 0, 1, 2, 2]
     assert lengths.padded_rows.tolist() == [0, 1, 2, 3, 6, 7]
-    assert lengths.key_mask[:, 0, 0].tolist() == [[True, True, True], [True, False, False], [True, True, False]]
+    assert lengths.key_mask[:, 0, 0].tolist() == [
+        [True, True, True],
+        [True, False, False],
+        [True, True, False],
+    ]
     for counts in ((), (3, 0)):
         with pytest.raises(InputError, match="at least one token"):
             Lengths(counts, CPU)
@@ -48,7 +54,9 @@ def test_wrong_totals_and_names_are_refused():
     qkv = torch.randn(5, 3, 1, 8)
     with pytest.raises(InputError, match="5 packed tokens do not fit sequences of 6 tokens"):
         packed_attention(qkv, Lengths((4, 2), CPU))
-    with pytest.raises(InputError, match=r"'flash2' cannot run \(.* inference, packed\): .*These can: sdpa, "):
+    with pytest.raises(
+        InputError, match=r"'flash2' cannot run \(.* inference, packed\): .*These can: sdpa, "
+    ):
         packed_attention(qkv, Lengths((3, 2), CPU), "flash2")
 
 
@@ -143,7 +151,10 @@ def test_under_bfloat16_autocast(tiny, clips_of):
 
 def test_what_does_not_fit_is_refused(tiny, clips_of):
     model = build_pretrainer(tiny)
-    masks = [DualMask.sample(1, tiny.grid, encoder_ratio=0.75), DualMask.sample(2, tiny.grid, encoder_ratio=0.5)]
+    masks = [
+        DualMask.sample(1, tiny.grid, encoder_ratio=0.75),
+        DualMask.sample(2, tiny.grid, encoder_ratio=0.5),
+    ]
     with pytest.raises(InputError, match="at least one mask"):
         model(clips_of(tiny, 1), [])
     with pytest.raises(InputError, match="masks of 3 clips in total do not fit 2 clips"):

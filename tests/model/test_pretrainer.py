@@ -8,7 +8,14 @@ from vmae.cost import masked_macs
 from vmae.masking import DECODER_MASKS, ENCODER_MASKS
 
 SMALL = dict(
-    img_size=64, num_frames=8, embed_dim=48, depth=2, num_heads=3, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2
+    img_size=64,
+    num_frames=8,
+    embed_dim=48,
+    depth=2,
+    num_heads=3,
+    decoder_embed_dim=32,
+    decoder_depth=2,
+    decoder_num_heads=2,
 )
 # Each differs from the first in one way that a real checkpoint may: see the key.
 ARCHITECTURES = {
@@ -97,8 +104,8 @@ def test_bfloat16_autocast_stays_near_float32(tiny, clips_of):
 @pytest.mark.parametrize("decoder", DECODER_MASKS)
 @pytest.mark.parametrize("encoder", ENCODER_MASKS)
 def test_only_visible_and_counted_tokens_are_computed(tiny, clips_of, encoder, decoder):
-    """What the forward multiplies is what the paper calculation says of visible and counted tokens, not of all: for every
-    mask. A run's utilisation is counted from it."""
+    """What the forward multiplies is what the paper calculation says of visible and counted tokens, not of
+    all: for every mask. A run's utilisation is counted from it."""
     mask = MaskConfig(encoder=encoder, encoder_ratio=0.75, decoder=decoder, decoder_ratio=0.5)
     fast = build_pretrainer(tiny, backend="torch", attention="softmax")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -111,7 +118,9 @@ def test_unseen_tokens_do_not_matter_to_the_encoder_nor_dropped_ones_to_the_loss
     before_code, before_loss = fast.encode(clips, mask), fast(clips, mask)
     hidden, dropped = mask.to_bool()
     neither = hidden & dropped
-    per_token = neither.view(1, *tiny.grid).repeat_interleave(2, 1).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    per_token = (
+        neither.view(1, *tiny.grid).repeat_interleave(2, 1).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    )
     changed = torch.where(per_token[..., None], 255 - clips, clips)
     assert torch.equal(fast.encode(changed, mask), before_code)
     assert torch.equal(fast(changed, mask), before_loss)
@@ -139,11 +148,20 @@ def test_names_and_shapes_are_the_published_ones(name):
         hidden = int(width * config.mlp_ratio)
         for i in range(depth):
             block = {
-                "norm1.weight": (width,), "norm1.bias": (width,), "norm2.weight": (width,), "norm2.bias": (width,),
-                "attn.q_bias": (width,), "attn.v_bias": (width,), "attn.qkv.weight": (3 * width, width),
-                "attn.proj.weight": (width, width), "attn.proj.bias": (width,), "mlp.fc1.weight": (hidden, width),
-                "mlp.fc1.bias": (hidden,), "mlp.fc2.weight": (width, hidden), "mlp.fc2.bias": (width,),
-            }  # fmt: skip
+                "norm1.weight": (width,),
+                "norm1.bias": (width,),
+                "norm2.weight": (width,),
+                "norm2.bias": (width,),
+                "attn.q_bias": (width,),
+                "attn.v_bias": (width,),
+                "attn.qkv.weight": (3 * width, width),
+                "attn.proj.weight": (width, width),
+                "attn.proj.bias": (width,),
+                "mlp.fc1.weight": (hidden, width),
+                "mlp.fc1.bias": (hidden,),
+                "mlp.fc2.weight": (width, hidden),
+                "mlp.fc2.bias": (width,),
+            }
             expected |= {f"{half}.blocks.{i}.{key}": shape for key, shape in block.items()}
     for model in (fast, plain):
         assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == expected

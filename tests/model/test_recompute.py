@@ -20,7 +20,11 @@ def plain(kind, x, norm, linear):
 
 
 def ours(kind, x, norm, linear):
-    return norm_linear(x, norm, linear.weight, linear.bias) if kind == "norm" else gelu_linear(x, linear.weight, linear.bias)
+    return (
+        norm_linear(x, norm, linear.weight, linear.bias)
+        if kind == "norm"
+        else gelu_linear(x, linear.weight, linear.bias)
+    )
 
 
 def outcome(function, kind, x, norm, linear, upstream):
@@ -49,7 +53,9 @@ def test_under_autocast_no_worse_than_the_plain_way(kind, stream):
     upstream = torch.randn(4, 33, 48)
     exact_norm, exact_linear = nn.LayerNorm(64, eps=1e-6).double(), nn.Linear(64, 48).double()
     exact_norm.load_state_dict(norm.state_dict()), exact_linear.load_state_dict(linear.state_dict())
-    exact = outcome(plain, kind, x.detach().double().requires_grad_(), exact_norm, exact_linear, upstream.double())
+    exact = outcome(
+        plain, kind, x.detach().double().requires_grad_(), exact_norm, exact_linear, upstream.double()
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = outcome(ours, kind, x, norm, linear, upstream)
         reference = outcome(plain, kind, x, norm, linear, upstream)
@@ -80,7 +86,9 @@ def test_no_bias_and_compiled_without_a_break():
     got = torch.compile(function, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
     upstream = torch.randn(3, 4, 12)
-    for a, b in zip(*(torch.autograd.grad(y, [x, norm.weight, linear.weight], upstream) for y in (got, expected))):
+    for a, b in zip(
+        *(torch.autograd.grad(y, [x, norm.weight, linear.weight], upstream) for y in (got, expected))
+    ):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
 
 
@@ -100,5 +108,7 @@ def test_a_models_gradients_do_not_depend_on_it(tiny, clips_of):
 
 def test_vit_b_dual_keeps_at_most_65_mib_a_clip_in_bfloat16():
     config = ModelConfig.preset("vit_b")
-    kept = saved_activation_bytes_per_clip(lambda c: build_pretrainer(c, "torch"), config, MaskConfig(), torch.bfloat16)
+    kept = saved_activation_bytes_per_clip(
+        lambda c: build_pretrainer(c, "torch"), config, MaskConfig(), torch.bfloat16
+    )
     assert kept <= 65 * 2**20

@@ -19,7 +19,9 @@ def test_golden_parity(golden, name):
 
 def test_vit_b_dual_keeps_at_most_65_mib_a_clip_in_bfloat16():
     config = ModelConfig.preset("vit_b")
-    kept = saved_activation_bytes_per_clip(lambda c: build_pretrainer(c, "triton"), config, MaskConfig(), torch.bfloat16)
+    kept = saved_activation_bytes_per_clip(
+        lambda c: build_pretrainer(c, "triton"), config, MaskConfig(), torch.bfloat16
+    )
     assert kept <= 65 * 2**20
 
 
@@ -27,7 +29,9 @@ def test_a_step_equals_torchs_and_compiles_without_a_graph_break(tiny, clips_of)
     fast, plain = (build_pretrainer(tiny, backend).to(DEVICE) for backend in ("triton", "torch"))
     plain.load_state_dict(fast.state_dict())
     clips = clips_of(tiny, 1).to(DEVICE)
-    mask = DualMask.sample(1, tiny.grid, encoder_ratio=0.75, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    mask = DualMask.sample(1, tiny.grid, encoder_ratio=0.75, generator=torch.Generator().manual_seed(0)).to(
+        DEVICE
+    )
     losses = [torch.compile(fast, fullgraph=True, backend="aot_eager")(clips, mask), plain(clips, mask)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     for loss in losses:

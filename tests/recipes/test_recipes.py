@@ -1,4 +1,5 @@
-"""The recipes: published numbers, the same effective batch on any number of GPUs, dry runs, wrong input, Slurm."""
+"""The recipes: published numbers, the same effective batch on any number of GPUs, dry runs, wrong input,
+Slurm."""
 
 import argparse
 import os
@@ -28,9 +29,19 @@ TABLE = {  # effective batch, epochs, warm-up, learning rate for 256 videos, cli
 
 
 def run(recipe: str, *words: str, cwd: Path, python: str = "echo", timeout: float = 60, **variables: object):
-    """A recipe, started from a folder of its own; with `echo` for an interpreter it tells what it would run."""
-    clean = {key: value for key, value in os.environ.items() if key not in ("DATA", "GPUS", "NODES", "BATCH", "OUTPUT")}
-    env = {**clean, "PYTHON": python, "OMP_NUM_THREADS": "1", **{key: str(value) for key, value in variables.items()}}
+    """A recipe, started from a folder of its own; with `echo` for an interpreter it tells what it would
+    run."""
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("DATA", "GPUS", "NODES", "BATCH", "OUTPUT")
+    }
+    env = {
+        **clean,
+        "PYTHON": python,
+        "OMP_NUM_THREADS": "1",
+        **{key: str(value) for key, value in variables.items()},
+    }
     command = ["bash", str(RECIPES / recipe), *words]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
@@ -57,12 +68,26 @@ def test_numbers_are_the_published_ones_on_any_number_of_gpus(name, gpus, tmp_pa
     command = command_of(done)
     config, settings = settings_of(command, gpus, monkeypatch)
     assert (config.effective_batch, config.epochs, config.steps) == (batch, epochs, None)
-    assert settings.batch_size == min(32, batch // gpus) and settings.batch_size * settings.accumulate * gpus == batch
+    assert (
+        settings.batch_size == min(32, batch // gpus)
+        and settings.batch_size * settings.accumulate * gpus == batch
+    )
     assert (config.optim.warmup_epochs, config.optim.lr, config.optim.clip_grad) == (warmup, lr, clip)
     assert (config.optim.betas, config.optim.weight_decay, config.optim.min_lr) == ((0.9, 0.95), 0.05, 1e-5)
     mask, model = config.mask, config.model
-    assert (mask.encoder, mask.encoder_ratio, mask.decoder, mask.decoder_ratio) == ("tube", 0.9, "running_cell", 0.5)
-    assert (model.decoder_depth, model.num_frames, model.img_size, config.stride, config.num_sample) == (4, 16, 224, 4, 4)
+    assert (mask.encoder, mask.encoder_ratio, mask.decoder, mask.decoder_ratio) == (
+        "tube",
+        0.9,
+        "running_cell",
+        0.5,
+    )
+    assert (model.decoder_depth, model.num_frames, model.img_size, config.stride, config.num_sample) == (
+        4,
+        16,
+        224,
+        4,
+        4,
+    )
     assert model.embed_dim == {"vitb": 768, "vitl": 1024, "vith": 1280, "vitg": 1408}[name]
     nodes = max(1, gpus // 8)
     assert command[command.index("--nproc-per-node") + 1] == str(gpus // nodes)
@@ -80,7 +105,9 @@ def test_the_plan_knows_the_same_numbers():
 
 def test_variables_and_arguments_reach_the_command(tmp_path, monkeypatch):
     words = ["--dry-run", "--checkpointing", "selective", "--seed", "7"]
-    where = dict(NODE_RANK=1, MASTER_ADDR="first", MASTER_PORT=1234, DATA="list.txt", DATA_ROOT="/a b", OUTPUT="out")
+    where = dict(
+        NODE_RANK=1, MASTER_ADDR="first", MASTER_PORT=1234, DATA="list.txt", DATA_ROOT="/a b", OUTPUT="out"
+    )
     done = run("pretrain_vitg.sh", *words, cwd=tmp_path, GPUS=16, NODES=4, BATCH=8, **where)
     command = command_of(done)
     config, settings = settings_of(command, 16, monkeypatch)
@@ -88,7 +115,10 @@ def test_variables_and_arguments_reach_the_command(tmp_path, monkeypatch):
     assert (config.data, config.data_root, settings.output, config.seed) == ("list.txt", "/a b", "out", 7)
     assert settings.speed.checkpointing == "selective"
     launch = " ".join(command[: command.index("pretrain")])
-    assert "--nproc-per-node 4 --max-restarts 3 --nnodes 4 --node-rank 1 --master-addr first --master-port 1234" in launch
+    assert (
+        "--nproc-per-node 4 --max-restarts 3 --nnodes 4 --node-rank 1 --master-addr first --master-port 1234"
+        in launch
+    )
     # The plan gets the same flags, and the list.
     plan = next(line for line in done.stdout.splitlines() if line.startswith("-m vmae plan"))
     assert "--gpus 16 --gpus-per-node 4 --memory 80GiB" in plan and "--data list.txt" in plan
@@ -143,7 +173,16 @@ def test_slurm_starts_one_torchrun_on_each_node(tmp_path):
         (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tools / name).chmod(0o755)
     recipe, path = str(RECIPES / "pretrain_vitl.sh"), f"{tools}{os.pathsep}{os.environ['PATH']}"
-    submitted = run("slurm.sh", recipe, "--seed", "3", cwd=tmp_path, PATH=path, GPUS=16, SBATCH_ARGS="--partition=video -t 9")
+    submitted = run(
+        "slurm.sh",
+        recipe,
+        "--seed",
+        "3",
+        cwd=tmp_path,
+        PATH=path,
+        GPUS=16,
+        SBATCH_ARGS="--partition=video -t 9",
+    )
     assert submitted.returncode == 0, submitted.stderr
     asked = (tmp_path / "sbatch.txt").read_text().split("\n")[:-1]
     assert asked[-4:] == [str(RECIPES / "slurm.sh"), recipe, "--seed", "3"]
@@ -154,8 +193,9 @@ def test_slurm_starts_one_torchrun_on_each_node(tmp_path):
     started = run("slurm.sh", recipe, "--seed", "3", cwd=tmp_path, **job)
     launches = [line for line in started.stdout.splitlines() if "torch.distributed.run" in line]
     assert [re.search(r"--node-rank (\d) --master-addr (\w+)", line).groups() for line in launches] == [
-        ("0", "node7"), ("1", "node7"),
-    ]  # fmt: skip
+        ("0", "node7"),
+        ("1", "node7"),
+    ]
     assert all("--epochs 300" in line and line.endswith("--seed 3") for line in launches)
 
 
@@ -166,7 +206,8 @@ def test_slurm_without_a_recipe(tmp_path):
 
 @pytest.mark.slow
 def test_the_tiny_recipe_learns_on_real_clips(tmp_path):
-    """Two processes by gloo: another path to the same loss as that of the reference curve, which one process made."""
+    """Two processes by gloo: another path to the same loss as that of the reference curve, which one process
+    made."""
     done = run("pretrain_tiny.sh", cwd=tmp_path, python=sys.executable, OUTPUT="out", GPUS=2, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "parallel ddp" in done.stdout and "(2 x 1 micro-batches x 2 ranks)" in done.stdout

@@ -13,7 +13,8 @@ from vmae.train import distill, finetune_settings
 from vmae.train.finetune_settings import configs_from_args, model_from_args
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-# batch, epochs, warm-up, learning rate for 256, layer decay, drop path, weight decay, clipping, classes, sampling, views
+# batch, epochs, warm-up, learning rate for 256, layer decay, drop path, weight decay, clipping, classes,
+# sampling, views
 TABLE = {
     "postpretrain_vitg_k710": (96, 35, 5, 1e-3, 0.9, 0.3, 0.1, 5.0, 710, "dense", "5 x 3"),
     "finetune_vitg_k400": (96, 3, 1, 1e-5, 0.9, 0.25, 0.1, None, 400, "dense", "5 x 3"),
@@ -34,7 +35,18 @@ SIZES = {"s": 384, "b": 768, "l": 1024, "h": 1280, "g": 1408}
 
 
 def run(recipe: str, *words: str, cwd: Path, **variables: object) -> subprocess.CompletedProcess:
-    names = ("DATA", "GPUS", "NODES", "BATCH", "OUTPUT", "INIT", "CLASSES", "LABEL_MAP", "TEST_DATA", "TEACHER")
+    names = (
+        "DATA",
+        "GPUS",
+        "NODES",
+        "BATCH",
+        "OUTPUT",
+        "INIT",
+        "CLASSES",
+        "LABEL_MAP",
+        "TEST_DATA",
+        "TEACHER",
+    )
     clean = {key: value for key, value in os.environ.items() if key not in names}
     env = {**clean, "PYTHON": "echo", **{key: str(value) for key, value in variables.items()}}
     command = ["bash", str(RECIPES / f"{recipe}.sh"), *words]
@@ -42,18 +54,26 @@ def run(recipe: str, *words: str, cwd: Path, **variables: object) -> subprocess.
 
 
 def line_of(done: subprocess.CompletedProcess, title: str) -> list[str]:
-    return shlex.split(next(line for line in done.stdout.splitlines() if line.startswith(title)).removeprefix(title))
+    return shlex.split(
+        next(line for line in done.stdout.splitlines() if line.startswith(title)).removeprefix(title)
+    )
 
 
 def test_every_recipe_is_in_the_table():
-    found = {path.stem for pattern in ("postpretrain_*", "finetune_*", "distill_*") for path in RECIPES.glob(f"{pattern}.sh")}
+    found = {
+        path.stem
+        for pattern in ("postpretrain_*", "finetune_*", "distill_*")
+        for path in RECIPES.glob(f"{pattern}.sh")
+    }
     assert found == set(TABLE)
 
 
 @pytest.mark.parametrize("gpus", [1, 32])
 @pytest.mark.parametrize("name", TABLE)
 def test_numbers(name, gpus, tmp_path, monkeypatch):
-    batch, epochs, warmup, lr, layer_decay, drop_path, weight_decay, clip, classes, sampling, views = TABLE[name]
+    batch, epochs, warmup, lr, layer_decay, drop_path, weight_decay, clip, classes, sampling, views = TABLE[
+        name
+    ]
     done = run(name, "--dry-run", cwd=tmp_path, GPUS=gpus)
     assert done.returncode == 0, done.stderr
     command = line_of(done, "command:")
@@ -64,23 +84,60 @@ def test_numbers(name, gpus, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(gpus))
     model = model_from_args(args, None)
     config, _ = configs_from_args(args, model, args.num_classes)
-    assert (config.effective_batch, config.epochs, config.optim.warmup_epochs, config.optim.lr) == (batch, epochs, warmup, lr)
-    assert (config.layer_decay, model.drop_path_rate, config.optim.weight_decay) == (layer_decay, drop_path, weight_decay)
+    assert (config.effective_batch, config.epochs, config.optim.warmup_epochs, config.optim.lr) == (
+        batch,
+        epochs,
+        warmup,
+        lr,
+    )
+    assert (config.layer_decay, model.drop_path_rate, config.optim.weight_decay) == (
+        layer_decay,
+        drop_path,
+        weight_decay,
+    )
     assert (config.optim.clip_grad, config.optim.betas, config.num_sample) == (clip, (0.9, 0.999), 2)
     assert (config.num_classes, config.clip.sampling) == (classes, sampling)
-    assert config.augment.flip == ("ssv2" not in name) and config.augment.mixup == 0.8 and config.augment.smoothing == 0.1
-    assert model.embed_dim == SIZES[name.split("_vit")[-1][0]] and (model.num_frames, model.img_size) == (16, 224)
-    assert model.grid == ModelConfig.preset("vit_g" if "vitg" in name and "distill" not in name else "vit_b").grid
+    assert (
+        config.augment.flip == ("ssv2" not in name)
+        and config.augment.mixup == 0.8
+        and config.augment.smoothing == 0.1
+    )
+    assert model.embed_dim == SIZES[name.split("_vit")[-1][0]] and (model.num_frames, model.img_size) == (
+        16,
+        224,
+    )
+    assert (
+        model.grid
+        == ModelConfig.preset("vit_g" if "vitg" in name and "distill" not in name else "vit_b").grid
+    )
     test = line_of(done, "test:")
     assert f"{test[test.index('--segments') + 1]} x {test[test.index('--crops') + 1]}" == views
-    assert "not verified here" in done.stdout and f"tested on {views} views" in done.stdout and "top-1" in done.stdout
+    assert (
+        "not verified here" in done.stdout
+        and f"tested on {views} views" in done.stdout
+        and "top-1" in done.stdout
+    )
 
 
 def test_what_a_person_sets(tmp_path):
-    done = run("finetune_vitg_k400", "--steps", "3", cwd=tmp_path, GPUS=1, DATA="list.txt", INIT="k710.pth", LABEL_MAP="m.json",
-               CLASSES="names.txt", TEST_DATA="val.txt")  # fmt: skip
+    done = run(
+        "finetune_vitg_k400",
+        "--steps",
+        "3",
+        cwd=tmp_path,
+        GPUS=1,
+        DATA="list.txt",
+        INIT="k710.pth",
+        LABEL_MAP="m.json",
+        CLASSES="names.txt",
+        TEST_DATA="val.txt",
+    )
     train, test = done.stdout.splitlines()[2:]
-    assert "--data list.txt --init k710.pth" in train and "--label-map m.json" in train and train.endswith("--steps 3")
+    assert (
+        "--data list.txt --init k710.pth" in train
+        and "--label-map m.json" in train
+        and train.endswith("--steps 3")
+    )
     assert "--classes names.txt" in train and "evaluate val.txt --checkpoint runs/finetune_vitg_k400" in test
     assert "--new-head" in run("finetune_vitg_ucf101", "--dry-run", cwd=tmp_path).stdout
     assert "--new-head" not in run("finetune_vitg_k400", "--dry-run", cwd=tmp_path).stdout
@@ -90,7 +147,11 @@ def test_what_a_person_sets(tmp_path):
     "recipe, variables, message",
     [
         ("finetune_vitb_k400", {}, "DATA is not set"),
-        ("finetune_vitb_k400", {"DATA": "x"}, "INIT is not set: set it to the checkpoint to start from (pre-training"),
+        (
+            "finetune_vitb_k400",
+            {"DATA": "x"},
+            "INIT is not set: set it to the checkpoint to start from (pre-training",
+        ),
         ("distill_vitg_to_vitb", {"DATA": "x", "INIT": "y"}, "TEACHER is not set"),
         ("finetune_vitb_k400", {"GPUS": 7}, "do not divide the effective batch of 512"),
     ],

@@ -18,7 +18,8 @@ def make_venv(venv: Path, python: str = "") -> subprocess.CompletedProcess:
 
 
 def interpreter(path: Path, version: str) -> Path:
-    """Stands in for an interpreter of another version: it is asked for nothing else before it is refused or replaced."""
+    """Stands in for an interpreter of another version: it is asked for nothing else before it is refused or
+    replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\necho {version}\n")
     path.chmod(0o755)
@@ -49,7 +50,11 @@ def test_unsupported_python_leaves_an_environment_alone(tmp_path):
 
 def test_missing_python_is_named(tmp_path):
     done = make_venv(tmp_path / "venv", "no-such-python")
-    assert done.returncode == 2 and "no-such-python does not start" in done.stderr and not (tmp_path / "venv").exists()
+    assert (
+        done.returncode == 2
+        and "no-such-python does not start" in done.stderr
+        and not (tmp_path / "venv").exists()
+    )
 
 
 def test_another_python_makes_the_environment_anew(tmp_path):
@@ -58,9 +63,13 @@ def test_another_python_makes_the_environment_anew(tmp_path):
     assert done.returncode == 0 and "making" in done.stdout, done.stderr
     assert not (venv / ".ready").exists()  # so that `make` installs again
     program = "import pip, sys; print(sys.version_info[1])"
-    assert subprocess.check_output([venv / "bin/python", "-c", program], text=True).strip() == str(sys.version_info[1])
+    assert subprocess.check_output([venv / "bin/python", "-c", program], text=True).strip() == str(
+        sys.version_info[1]
+    )
     (venv / ".ready").touch()
-    assert make_venv(venv).returncode == 0 and (venv / ".ready").exists()  # without a choice, the last one holds
+    assert (
+        make_venv(venv).returncode == 0 and (venv / ".ready").exists()
+    )  # without a choice, the last one holds
 
 
 @pytest.mark.parametrize("made_by", ["", "no-such-python"])
@@ -79,8 +88,14 @@ def test_folder_that_is_no_environment_is_never_removed(tmp_path):
     (tmp_path / "venv").mkdir()
     (tmp_path / "venv/notes.txt").touch()
     done = make_venv(tmp_path / "venv", sys.executable)
-    assert done.returncode == 2 and "is no virtual environment" in done.stderr and (tmp_path / "venv/notes.txt").exists()
+    assert (
+        done.returncode == 2
+        and "is no virtual environment" in done.stderr
+        and (tmp_path / "venv/notes.txt").exists()
+    )
 
 
 def test_limits_are_those_of_the_package():
-    assert re.search(r'python_requires=">=3\.10,<3\.15"', (ROOT / "setup.py").read_text())  # what recipes/venv.sh reads
+    assert re.search(
+        r'python_requires=">=3\.10,<3\.15"', (ROOT / "setup.py").read_text()
+    )  # what recipes/venv.sh reads

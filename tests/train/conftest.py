@@ -30,9 +30,13 @@ def free_port() -> int:
 def rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
     """What torchrun tells each process."""
     return {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def _rank_main(function: Callable[..., Any], arguments: tuple, environment: dict[str, str], pipe) -> None:
@@ -48,14 +52,18 @@ def _run_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> lis
     started = []
     for rank in range(count):
         pipe, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank_main, args=(function, arguments, rank_environment(rank, count, port), theirs))
+        process = context.Process(
+            target=_rank_main, args=(function, arguments, rank_environment(rank, count, port), theirs)
+        )
         process.start()
         theirs.close()
         started.append((process, pipe))
     deadline, results = time.monotonic() + TIMEOUT_S, []
     try:
         for rank, (_, pipe) in enumerate(started):
-            assert pipe.poll(max(deadline - time.monotonic(), 0)), f"rank {rank} of {count} did not end in {TIMEOUT_S} s"
+            assert pipe.poll(max(deadline - time.monotonic(), 0)), (
+                f"rank {rank} of {count} did not end in {TIMEOUT_S} s"
+            )
             good, result = pipe.recv()
             assert good, f"rank {rank} of {count} failed:\n{result}"
             results.append(result)
@@ -68,7 +76,8 @@ def _run_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> lis
 
 @pytest.fixture
 def run_ranks():
-    """`run_ranks(count, function, *arguments)`: its results on `count` ranks; an error on one is an error here."""
+    """`run_ranks(count, function, *arguments)`: its results on `count` ranks; an error on one is an error
+    here."""
     return _run_ranks
 
 
@@ -81,7 +90,8 @@ RUN = (
 
 @pytest.fixture
 def pretrain(labelled_world, tmp_path, monkeypatch):
-    """`pretrain(output, *flags, data=list)`: the command on folders of frames, some 0.3 s; returns its exit code."""
+    """`pretrain(output, *flags, data=list)`: the command on folders of frames, some 0.3 s; returns its exit
+    code."""
     from vmae.cli import main
     from vmae.config import PRESETS
 
@@ -120,7 +130,9 @@ def small_disk(tmp_path):
     def mount(size: int) -> Path:
         place = tmp_path / f"disk-{len(mounted)}"
         place.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", place], capture_output=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", place], capture_output=True
+        )
         if done.returncode:
             pytest.skip("no file system may be mounted here")
         mounted.append(place)

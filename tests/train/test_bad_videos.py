@@ -15,7 +15,8 @@ from vmae.data.decode import open_video
 
 MICRO = dict(embed_dim=48, depth=1, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
 FLAGS = (
-    "--model micro --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75 --no-tensorboard "
+    "--model micro --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75 "
+    "--no-tensorboard "
     "--batch-size 2 --lr 0.1 --log-every 1 --device cpu"
 ).split()
 
@@ -28,7 +29,9 @@ def micro(monkeypatch):
 @pytest.fixture
 def write_list(tmp_path):
     def write(good: int, bad: int):
-        names = [f"good{number}.mp4" for number in range(good)] + [f"bad{number}.mp4" for number in range(bad)]
+        names = [f"good{number}.mp4" for number in range(good)] + [
+            f"bad{number}.mp4" for number in range(bad)
+        ]
         for name in names:
             if name.startswith("good"):
                 (tmp_path / name).symlink_to(sample_videos()[2])
@@ -53,8 +56,13 @@ def test_one_bad_video_is_said_once_and_counted(write_list, tmp_path, capsys, wo
     videos = write_list(3, 1)
     assert pretrain(videos, "--steps", "4", "--workers", workers) == 0
     out, err = capsys.readouterr()
-    (note,) = [line for line in (out + err).splitlines() if line.startswith("note: another video stands in for one")]
-    assert f"{tmp_path / 'bad0.mp4'}: cannot be opened" in note and str(tmp_path / "run" / "quarantine.jsonl") in note
+    (note,) = [
+        line for line in (out + err).splitlines() if line.startswith("note: another video stands in for one")
+    ]
+    assert (
+        f"{tmp_path / 'bad0.mp4'}: cannot be opened" in note
+        and str(tmp_path / "run" / "quarantine.jsonl") in note
+    )
     (end,) = ends(tmp_path)
     assert end == {"step": 4, "bad_videos": 1, "failed_reads": 2}  # 4 steps of 2 are two epochs of 4
     assert f"bad videos: 1, replaced by others 2 times; see {tmp_path / 'run' / 'quarantine.jsonl'}" in out
@@ -91,5 +99,9 @@ def test_a_rank_that_finds_too_many_stops_all_with_the_same_line(write_list, run
     (code, err), (other_code, other_err) = run_ranks(2, _on_a_rank, write_list(8, 0))
     assert code == other_code == 2
     for text in (err, other_err):
-        assert "error: rank 1: " in text and "No more than 1 of 8 videos may be bad" in text and "Traceback" not in text
+        assert (
+            "error: rank 1: " in text
+            and "No more than 1 of 8 videos may be bad" in text
+            and "Traceback" not in text
+        )
     assert err.count("note: another video stands in") == 1 and "note" not in other_err

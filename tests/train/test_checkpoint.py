@@ -11,7 +11,9 @@ from vmae.train.saver import Saver
 
 def save(folder: CheckpointFolder, *steps: int) -> None:
     for step in steps:
-        Saver(folder).save(step, {"model": {"w": torch.full((3,), float(step))}, "optimizer": {}}, {"config": {}})
+        Saver(folder).save(
+            step, {"model": {"w": torch.full((3,), float(step))}, "optimizer": {}}, {"config": {}}
+        )
 
 
 def names(folder: CheckpointFolder) -> list[str]:
@@ -99,7 +101,10 @@ def test_set_aside_moves_a_whole_run_and_never_overwrites(tmp_path):
         (tmp_path / "mine.txt").write_text("stays")
         assert set_aside(tmp_path).name == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "previous-1", "previous-2"]
-    assert sorted(path.name for path in (tmp_path / "previous-2").iterdir()) == ["checkpoint-00000005", "log.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "previous-2").iterdir()) == [
+        "checkpoint-00000005",
+        "log.jsonl",
+    ]
     assert set_aside(tmp_path) is None
 
 

@@ -1,4 +1,5 @@
-"""Training a detector: through the same loop, from any checkpoint, stopped at any step, and what is refused."""
+"""Training a detector: through the same loop, from any checkpoint, stopped at any step, and what is
+refused."""
 
 import argparse
 import json
@@ -18,14 +19,28 @@ from vmae.train.finetune_settings import model_from_args
 
 TINY = dict(img_size=32, num_frames=4)
 FLAGS = [
-    "--stride", "4", "--batch-size", "4", "--workers", "0", "--save-every", "100", "--log-every", "1", "--no-tensorboard",
-    "--device", "cpu", "--no-flip",
-]  # fmt: skip
+    "--stride",
+    "4",
+    "--batch-size",
+    "4",
+    "--workers",
+    "0",
+    "--save-every",
+    "100",
+    "--log-every",
+    "1",
+    "--no-tensorboard",
+    "--device",
+    "cpu",
+    "--no-flip",
+]
 
 
 @pytest.fixture(scope="module")
 def actors(tmp_path_factory):
-    return write_actors(tmp_path_factory.mktemp("actors"), ActorsConfig(train=3, validation=1, scenes=3), workers=1)
+    return write_actors(
+        tmp_path_factory.mktemp("actors"), ActorsConfig(train=3, validation=1, scenes=3), workers=1
+    )
 
 
 @pytest.fixture
@@ -34,9 +49,16 @@ def finetune(actors, tmp_path):
 
     def start(*flags, out="run", model=True, **changed):
         size = ["--model", "vit_tiny", "--image-size", "32", "--num-frames", "4"] if model else []
-        files = {"annotations": actors["train"], "videos": actors["videos"], "actions": actors["actions"], **changed}
+        files = {
+            "annotations": actors["train"],
+            "videos": actors["videos"],
+            "actions": actors["actions"],
+            **changed,
+        }
         where = [word for name, path in files.items() for word in (f"--{name}", str(path))]
-        return main(["finetune-detection", *where, "--output", str(tmp_path / out), *size, *FLAGS, *map(str, flags)])
+        return main(
+            ["finetune-detection", *where, "--output", str(tmp_path / out), *size, *FLAGS, *map(str, flags)]
+        )
 
     return start
 
@@ -55,9 +77,14 @@ def test_loss():
 
 
 def test_it_trains_and_writes_what_it_is(finetune, tmp_path):
-    assert finetune("--steps", "14", "--lr", "0.06", "--layer-decay", "1", "--drop-path", "0", "--no-jitter") == 0
+    assert (
+        finetune("--steps", "14", "--lr", "0.06", "--layer-decay", "1", "--drop-path", "0", "--no-jitter")
+        == 0
+    )
     seen = losses(tmp_path / "run")
-    assert seen[0] == pytest.approx(0.6931, abs=1e-3) and seen[-1] < 0.62  # a sigmoid of 0 for each action at first
+    assert (
+        seen[0] == pytest.approx(0.6931, abs=1e-3) and seen[-1] < 0.62
+    )  # a sigmoid of 0 for each action at first
     settings, state = read_settings_and_weights(tmp_path / "run" / "weights.pth")
     config = DetectionConfig.from_dict(settings)
     assert config.actions == ACTIONS and config.clip.stride == 4
@@ -78,12 +105,18 @@ def test_stop_and_resume_is_bit_identical(finetune, tmp_path):
 
 
 def test_accumulating_is_the_same_batch(finetune, actors, tmp_path):
-    # One actor of every first key frame is left out: micro-batches then differ in boxes, and each box must count the same.
+    # One actor of every first key frame is left out: micro-batches then differ in boxes, and each box must
+    # count the same.
     lines = [line for line in actors["train"].read_text().splitlines() if not line.split(",")[-1] == "0"]
     (tmp_path / "uneven.csv").write_text("\n".join(lines) + "\n")
     flags = ["--steps", "3", "--warmup-steps", "0", "--lr", "0.01", "--drop-path", "0"]
     assert finetune(*flags, out="whole", annotations=tmp_path / "uneven.csv") == 0
-    assert finetune(*flags, "--batch-size", "1", "--accumulate", "4", out="split", annotations=tmp_path / "uneven.csv") == 0
+    assert (
+        finetune(
+            *flags, "--batch-size", "1", "--accumulate", "4", out="split", annotations=tmp_path / "uneven.csv"
+        )
+        == 0
+    )
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "split"), rel=1e-5)
 
 
@@ -123,10 +156,14 @@ def test_it_goes_on_from_a_detector(finetune, tmp_path, capsys):
     assert torch.equal(load_weights(tmp_path / "kept" / "weights.pth")["head.weight"], first["head.weight"])
     assert finetune("--init", tmp_path / "run", "--new-head", *STILL[:4], out="fresh", model=False) == 0
     fresh = load_weights(tmp_path / "fresh" / "weights.pth")
-    assert not torch.equal(fresh["head.weight"], first["head.weight"]) and torch.equal(fresh["norm.bias"], first["norm.bias"])
+    assert not torch.equal(fresh["head.weight"], first["head.weight"]) and torch.equal(
+        fresh["norm.bias"], first["norm.bias"]
+    )
     write_actions(tmp_path / "more.pbtxt", {**ACTIONS, 9: "fly"})
     capsys.readouterr()
-    assert finetune("--init", tmp_path / "run", out="other", model=False, actions=tmp_path / "more.pbtxt") == 2
+    assert (
+        finetune("--init", tmp_path / "run", out="other", model=False, actions=tmp_path / "more.pbtxt") == 2
+    )
     assert "head of 6 actions, the action list has 7: --new-head" in capsys.readouterr().err
 
 
@@ -134,7 +171,10 @@ def test_it_goes_on_from_a_detector(finetune, tmp_path, capsys):
     "line, message",
     [
         ("train_0000,0001,0.1,0.2,1.5,0.4,1,0", "line {}: box [0.1, 0.2, 1.5, 0.4] leaves the frame"),
-        ("train_0000,0001,0.1,0.2,0.3,0.4,7,0", "line {}: action 7 is not in the action list, which has 1, 2, 3, 4, 5, 6"),
+        (
+            "train_0000,0001,0.1,0.2,0.3,0.4,7,0",
+            "line {}: action 7 is not in the action list, which has 1, 2, 3, 4, 5, 6",
+        ),
         ("train_0099,0001,0.1,0.2,0.3,0.4,1,0", "line {}: video 'train_0099' is not in"),
         ("train_0000,0006,0.1,0.2,0.3,0.4,1,0", "line {}: key frame at 6 s is outside of"),
     ],
@@ -154,7 +194,11 @@ def test_wrong_input_is_one_line_before_any_work(finetune, actors, tmp_path, cap
         ("--steps", 0, "--steps: must be a whole number from 1 to 10,000,000,000, not 0"),
         ("--repeat", 0, "--repeat: must be a whole number from 1 to 1,000,000,000, not 0"),
         ("--seed", -1, "--seed: must be a whole number from 0 to"),
-        ("--layer-decay", 1.5, "--layer-decay/--layer_decay: must be a number above 0 and at most 1, not 1.5"),
+        (
+            "--layer-decay",
+            1.5,
+            "--layer-decay/--layer_decay: must be a number above 0 and at most 1, not 1.5",
+        ),
         ("--fps", 0, "--fps: must be a number above 0"),
     ],
 )
@@ -166,12 +210,17 @@ def test_wrong_settings_are_one_line_before_any_work(finetune, tmp_path, capsys,
 
 def test_leaving_out(finetune, actors, tmp_path, capsys):
     text = actors["train"].read_text()
-    (tmp_path / "more.csv").write_text(text + "train_0099,0001,0.1,0.2,0.3,0.4,1,0\ntrain_0000,0001,0.1,0.2,0.3,0.4,80,0\n")
+    (tmp_path / "more.csv").write_text(
+        text + "train_0099,0001,0.1,0.2,0.3,0.4,1,0\ntrain_0000,0001,0.1,0.2,0.3,0.4,80,0\n"
+    )
     (tmp_path / "excluded.csv").write_text("train_0002,0001\n")
     flags = ["--skip-unlisted", "--skip-missing", "--excluded", tmp_path / "excluded.csv", "--steps", "1"]
     assert finetune(*flags, annotations=tmp_path / "more.csv") == 0
     said = capsys.readouterr().out
-    assert "annotations left out, on excluded key frames" in said and "annotations left out, of videos that are not in" in said
+    assert (
+        "annotations left out, on excluded key frames" in said
+        and "annotations left out, of videos that are not in" in said
+    )
     assert "data: 16 boxes on 8 key frames of 3 videos" in said
 
 
@@ -182,6 +231,20 @@ def test_the_published_settings_are_the_defaults():
     add_arguments(parser)
     args = parser.parse_args(["--annotations", "a", "--videos", "v", "--actions", "l", "--output", "o"])
     config, _ = configs_from_args(args, model_from_args(args, None), {1: "stand"})
-    assert (config.optim.lr, config.layer_decay, config.optim.weight_decay, config.epochs) == (5e-4, 0.75, 0.05, 30)
-    assert (config.optim.warmup_epochs, config.model.drop_path_rate, config.optim.betas) == (5, 0.2, (0.9, 0.999))
-    assert (config.clip.num_frames, config.clip.stride, config.init_scale, config.augment.min_crop) == (16, 4, 0.001, 1)
+    assert (config.optim.lr, config.layer_decay, config.optim.weight_decay, config.epochs) == (
+        5e-4,
+        0.75,
+        0.05,
+        30,
+    )
+    assert (config.optim.warmup_epochs, config.model.drop_path_rate, config.optim.betas) == (
+        5,
+        0.2,
+        (0.9, 0.999),
+    )
+    assert (config.clip.num_frames, config.clip.stride, config.init_scale, config.augment.min_crop) == (
+        16,
+        4,
+        0.001,
+        1,
+    )

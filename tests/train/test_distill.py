@@ -1,4 +1,5 @@
-"""A student learns what the teacher makes of the very clips that it sees; logits may be stored once, with the views' seeds."""
+"""A student learns what the teacher makes of the very clips that it sees; logits may be stored once, with the
+views' seeds."""
 
 import json
 
@@ -15,9 +16,30 @@ from vmae.train.logit_store import LogitStore, fill_store
 
 CONFIG = ModelConfig.preset("vit_tiny", img_size=32, num_frames=4)
 FLAGS = [
-    "--model", "vit_tiny", "--image-size", "32", "--num-frames", "4", "--stride", "2", "--batch-size", "4", "--num-sample", "1",
-    "--workers", "0", "--log-every", "1", "--no-tensorboard", "--device", "cpu", "--mixup", "0", "--cutmix", "0",
-]  # fmt: skip
+    "--model",
+    "vit_tiny",
+    "--image-size",
+    "32",
+    "--num-frames",
+    "4",
+    "--stride",
+    "2",
+    "--batch-size",
+    "4",
+    "--num-sample",
+    "1",
+    "--workers",
+    "0",
+    "--log-every",
+    "1",
+    "--no-tensorboard",
+    "--device",
+    "cpu",
+    "--mixup",
+    "0",
+    "--cutmix",
+    "0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +57,14 @@ def teachers(tmp_path_factory):
 @pytest.fixture
 def distil(labelled_world, tmp_path):
     def start(teacher, *flags, out="run"):
-        where = ["--data", str(labelled_world / "train.txt"), "--output", str(tmp_path / out), "--teacher", str(teacher)]
+        where = [
+            "--data",
+            str(labelled_world / "train.txt"),
+            "--output",
+            str(tmp_path / out),
+            "--teacher",
+            str(teacher),
+        ]
         return main(["distil", *where, *FLAGS, *map(str, flags)])
 
     return start
@@ -66,7 +95,10 @@ def test_live_and_stored_logits_train_the_same_student(distil, teachers, tmp_pat
     store = ["--logits", tmp_path / "logits"]
     assert distil(teachers / "3.pth", *flags, out="live") == 0
     assert distil(teachers / "3.pth", *flags, *store, "--store", "2") == 0
-    assert "bf16 logits of 2 epochs x 12 samples, 3 classes" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    assert (
+        "bf16 logits of 2 epochs x 12 samples, 3 classes" in capsys.readouterr().out
+        and not (tmp_path / "run").exists()
+    )
     assert distil(teachers / "3.pth", *flags, *store) == 0
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "live"), rel=5e-3)  # but for bf16
     live, stored = (load_weights(tmp_path / name / "weights.pth")["head.weight"] for name in ("live", "run"))
@@ -74,7 +106,8 @@ def test_live_and_stored_logits_train_the_same_student(distil, teachers, tmp_pat
 
 
 def test_stored_epochs_come_again(distil, teachers, tmp_path):
-    """Three steps are an epoch: with one stored, step 4 sees the views of the first epoch, in another order."""
+    """Three steps are an epoch: with one stored, step 4 sees the views of the first epoch, in another
+    order."""
     flags = ["--steps", "5", "--logits", tmp_path / "logits"]
     assert distil(teachers / "3.pth", *flags, "--store", "1") == 0
     assert distil(teachers / "3.pth", *flags) == 0
@@ -124,10 +157,22 @@ def test_logits_of_other_views_are_refused(distil, teachers, labelled_world, tmp
     ):
         assert distil(teachers / "3.pth", *flags, *change) == 2
         err = capsys.readouterr().err
-        assert f"of other views or another teacher (there and now: {named}" in err and "choose another --logits folder" in err
+        assert (
+            f"of other views or another teacher (there and now: {named}" in err
+            and "choose another --logits folder" in err
+        )
     # What decides nothing of the teacher's logits: batches, temperature, the labels themselves.
     (tmp_path / "relabelled.txt").write_text("".join(line[:-2] + "0\n" for line in lines))
-    same = ["--batch-size", "2", "--temperature", "1", "--data", tmp_path / "relabelled.txt", "--num-classes", "3"]
+    same = [
+        "--batch-size",
+        "2",
+        "--temperature",
+        "1",
+        "--data",
+        tmp_path / "relabelled.txt",
+        "--num-classes",
+        "3",
+    ]
     assert distil(teachers / "3.pth", *flags, *same, "--dry-run") == 0
     (tmp_path / "logits" / "epoch-0000.done").write_bytes(b"\1" * 11 + b"\0")
     assert distil(teachers / "3.pth", *flags) == 2

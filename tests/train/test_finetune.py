@@ -1,4 +1,5 @@
-"""Supervised training: what it starts from, what it learns, that it can stop at any step, and what it refuses."""
+"""Supervised training: what it starts from, what it learns, that it can stop at any step, and what it
+refuses."""
 
 import argparse
 import json
@@ -17,9 +18,22 @@ from vmae.train.sharded import read_group
 
 TINY = dict(img_size=32, num_frames=4)
 FLAGS = [
-    "--stride", "2", "--batch-size", "4", "--num-sample", "1", "--workers", "0", "--save-every", "100", "--log-every", "1",
-    "--no-tensorboard", "--device", "cpu",
-]  # fmt: skip
+    "--stride",
+    "2",
+    "--batch-size",
+    "4",
+    "--num-sample",
+    "1",
+    "--workers",
+    "0",
+    "--save-every",
+    "100",
+    "--log-every",
+    "1",
+    "--no-tensorboard",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +63,25 @@ def losses(folder):
 
 
 def test_it_learns_the_colours(finetune, tmp_path, labelled_world):
-    flags = ["--classes", labelled_world / "classes.txt", "--augment", "none", "--lr", "0.06", "--steps", "25"]
+    flags = [
+        "--classes",
+        labelled_world / "classes.txt",
+        "--augment",
+        "none",
+        "--lr",
+        "0.06",
+        "--steps",
+        "25",
+    ]
     assert finetune(*flags, "--layer-decay", "1") == 0
     seen = losses(tmp_path / "run")
     assert seen[0] == pytest.approx(1.0986, abs=0.01) and seen[-1] < 0.5
     settings, state = read_settings_and_weights(tmp_path / "run" / "weights.pth")
     assert settings["class_names"] == ["red things", "green things", "blue things"] and "head.weight" in state
-    assert FinetuneConfig.from_dict(settings).to_dict() == FinetuneConfig.from_dict(json.loads(json.dumps(settings))).to_dict()
+    assert (
+        FinetuneConfig.from_dict(settings).to_dict()
+        == FinetuneConfig.from_dict(json.loads(json.dumps(settings))).to_dict()
+    )
 
 
 def test_a_folder_is_trained_on_its_train_csv_and_that_is_said(finetune, tmp_path, labelled_world, capsys):
@@ -72,23 +98,61 @@ def test_a_folder_is_trained_on_its_train_csv_and_that_is_said(finetune, tmp_pat
 
 def test_it_starts_from_a_published_file(finetune, tmp_path, pretrained, capsys):
     # A rate of 0 at the first step, as published: the weights are those it starts from.
-    assert finetune("--init", pretrained, "--init-frames", "4", "--init-size", "32", "--steps", "1", "--warmup-steps", "1") == 0
+    assert (
+        finetune(
+            "--init",
+            pretrained,
+            "--init-frames",
+            "4",
+            "--init-size",
+            "32",
+            "--steps",
+            "1",
+            "--warmup-steps",
+            "1",
+        )
+        == 0
+    )
     said = capsys.readouterr().out
-    assert "dropped (decoder)" in said and "start fresh (fc_norm, head)" in said and "does not say the frames" not in said
+    assert (
+        "dropped (decoder)" in said
+        and "start fresh (fc_norm, head)" in said
+        and "does not say the frames" not in said
+    )
     state, official = load_weights(tmp_path / "run" / "weights.pth"), load_weights(pretrained)
     assert torch.equal(state["blocks.1.mlp.fc1.weight"], official["encoder.blocks.1.mlp.fc1.weight"])
     assert finetune("--init", pretrained, "--init-size", "32", "--steps", "1", out="half_said") == 0
-    assert "it does not say the frames and size of its clips, taken as 16 frames of 32 pixels" in capsys.readouterr().out
+    assert (
+        "it does not say the frames and size of its clips, taken as 16 frames of 32 pixels"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_micro_batch_of_one_clip_is_said_not_to_be_mixed(finetune, capsys):
-    for flags, said in ((["--batch-size", "1"], True), (["--batch-size", "1", "--num-sample", "2"], False), ([], False)):
+    for flags, said in (
+        (["--batch-size", "1"], True),
+        (["--batch-size", "1", "--num-sample", "2"], False),
+        ([], False),
+    ):
         assert finetune(*flags, "--steps", "1", "--warmup-steps", "0", out="-".join(["run", *flags])) == 0
         assert ("mixup and cutmix have nothing to mix it with" in capsys.readouterr().out) == said
 
 
 def test_stop_and_resume_is_bit_identical(finetune, tmp_path):
-    flags = ["--steps", "6", "--warmup-steps", "2", "--lr", "0.01", "--ema", "0.5", "--drop-path", "0.2", "--head-drop", "0.3"]
+    flags = [
+        "--steps",
+        "6",
+        "--warmup-steps",
+        "2",
+        "--lr",
+        "0.01",
+        "--ema",
+        "0.5",
+        "--drop-path",
+        "0.2",
+        "--head-drop",
+        "0.3",
+    ]
     assert finetune(*flags, out="whole") == 0
     assert finetune(*flags, "--save-every", "3", out="parts") == 0
     parts = tmp_path / "parts"
@@ -103,14 +167,40 @@ def test_stop_and_resume_is_bit_identical(finetune, tmp_path):
 
 def test_accumulating_is_the_same_batch(finetune, tmp_path):
     """Without what is drawn for a micro-batch: stochastic depth, mixup and cutmix."""
-    flags = ["--steps", "3", "--warmup-steps", "0", "--lr", "0.01", "--drop-path", "0", "--mixup", "0", "--cutmix", "0"]
+    flags = [
+        "--steps",
+        "3",
+        "--warmup-steps",
+        "0",
+        "--lr",
+        "0.01",
+        "--drop-path",
+        "0",
+        "--mixup",
+        "0",
+        "--cutmix",
+        "0",
+    ]
     assert finetune(*flags, out="whole") == 0
     assert finetune(*flags, "--batch-size", "2", "--accumulate", "2", out="split") == 0
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "split"), rel=1e-5)
 
 
 def test_averaged_weights(finetune, tmp_path):
-    flags = ["--steps", "2", "--warmup-steps", "0", "--lr", "0.1", "--ema", "0.75", "--save-every", "1", "--keep", "5"]
+    flags = [
+        "--steps",
+        "2",
+        "--warmup-steps",
+        "0",
+        "--lr",
+        "0.1",
+        "--ema",
+        "0.75",
+        "--save-every",
+        "1",
+        "--keep",
+        "5",
+    ]
     assert finetune(*flags) == 0
     steps = [read_group(path) for path in CheckpointFolder(tmp_path / "run").paths()]
     averages = [read_group(path, "ema") for path in CheckpointFolder(tmp_path / "run").paths()]
@@ -119,7 +209,9 @@ def test_averaged_weights(finetune, tmp_path):
     assert torch.equal(load_weights(tmp_path / "run" / "weights_ema.pth")[name], averages[1][name])
 
 
-@pytest.mark.parametrize("probe, trained", [("linear", ("fc_norm.", "head.")), ("attentive", ("fc_norm.", "head.", "pool."))])
+@pytest.mark.parametrize(
+    "probe, trained", [("linear", ("fc_norm.", "head.")), ("attentive", ("fc_norm.", "head.", "pool."))]
+)
 def test_probes_leave_the_encoder(finetune, tmp_path, pretrained, probe, trained):
     flags = ["--init", pretrained, "--init-frames", "4", "--init-size", "32", "--probe", probe]
     assert finetune(*flags, "--steps", "2", "--warmup-steps", "0", "--lr", "0.1") == 0
@@ -145,12 +237,16 @@ def test_a_head_is_converted_by_a_map(finetune, tmp_path):
     (tmp_path / "map.json").write_text("[4, 0, 2]")
     flags = ["--init", tmp_path / "large.pth", "--steps", "1", "--warmup-steps", "1"]
     assert finetune(*flags, "--label-map", tmp_path / "map.json") == 0
-    assert torch.equal(load_weights(tmp_path / "run" / "weights.pth")["head.weight"], large.head.weight[[4, 0, 2]])
+    assert torch.equal(
+        load_weights(tmp_path / "run" / "weights.pth")["head.weight"], large.head.weight[[4, 0, 2]]
+    )
 
 
 def test_several_labels(labelled_world, finetune, tmp_path):
     lines = (labelled_world / "train.txt").read_text().splitlines()
-    (labelled_world / "several.txt").write_text("\n".join([lines[0].rsplit(" ", 1)[0] + " 0;2", *lines[1:]]) + "\n")
+    (labelled_world / "several.txt").write_text(
+        "\n".join([lines[0].rsplit(" ", 1)[0] + " 0;2", *lines[1:]]) + "\n"
+    )
     assert finetune("--steps", "2", "--smoothing", "0", data="several.txt") == 0
     assert losses(tmp_path / "run")[0] == pytest.approx(0.693, abs=0.01)  # a sigmoid of 0 for each class
     assert read_settings_and_weights(tmp_path / "run" / "weights.pth")[0]["multi_label"] is True
@@ -175,7 +271,9 @@ def test_dry_run_writes_nothing(finetune, tmp_path, capsys):
     assert finetune("--dry-run", "--epochs", "10", "--augment", "none", "--mixup", "0.5") == 0
     about = json.loads(capsys.readouterr().out)
     assert about["results"]["augment"] == AugmentConfig.none(mixup=0.5).to_dict()
-    assert about["derived"]["total_steps"] == 30 and about["derived"]["peak_lr"] == pytest.approx(1e-3 * 4 / 256)
+    assert about["derived"]["total_steps"] == 30 and about["derived"]["peak_lr"] == pytest.approx(
+        1e-3 * 4 / 256
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -188,7 +286,10 @@ def test_dry_run_writes_nothing(finetune, tmp_path, capsys):
         (["--init", "gone.pth"], "checkpoint gone.pth does not exist"),
         (["--classes", "gone.txt"], "'gone.txt' does not exist"),
         (["--sampling", "thick"], "unknown sampling 'thick'"),
-        (["--layer-decay", "2"], "--layer-decay/--layer_decay: must be a number above 0 and at most 1, not 2"),
+        (
+            ["--layer-decay", "2"],
+            "--layer-decay/--layer_decay: must be a number above 0 and at most 1, not 2",
+        ),
         (["--ema", "1.5"], "--ema/--model_ema_decay: must be a number at least 0 and below 1, not 1.5"),
         (["--model", "vit_q"], "unknown model preset"),
         (["--pooling", "max"], "unknown pooling"),
@@ -201,7 +302,9 @@ def test_what_is_wrong_is_said_before_anything_is_written(finetune, tmp_path, ca
 
 def test_heads_that_do_not_fit(finetune, tmp_path, capsys):
     config = ModelConfig.preset("vit_tiny", **TINY)
-    export_weights(tmp_path / "five.pth", build_classifier(config, 5).state_dict(), config={"model": config.to_dict()})
+    export_weights(
+        tmp_path / "five.pth", build_classifier(config, 5).state_dict(), config={"model": config.to_dict()}
+    )
     for flags, message in (
         ([], "head of 5 classes, the labels have 3: --label-map FILE.json converts it"),
         (["--label-map", tmp_path / "short.json"], "misses classes: it maps 2 classes, the target has 3"),

@@ -1,4 +1,5 @@
-"""What a result depends on: seen by its bytes, and compared by every command that adds to an earlier result."""
+"""What a result depends on: seen by its bytes, and compared by every command that adds to an earlier
+result."""
 
 import json
 import shutil
@@ -32,14 +33,28 @@ def test_a_fingerprint_is_of_the_bytes():
     seen = [
         fingerprint(Holder(**values))
         for values in (
-            dict(a=a, b=b), dict(a=b, b=a), dict(a=a.flip(0), b=b), dict(a=-a, b=b), dict(a=a.view(2, 3), b=b),
-            dict(a=a.view(torch.int32), b=b), dict(a=a.bfloat16(), b=b), dict(a=a), dict(a=a, c=b), dict(a=torch.zeros(6), b=b),
+            dict(a=a, b=b),
+            dict(a=b, b=a),
+            dict(a=a.flip(0), b=b),
+            dict(a=-a, b=b),
+            dict(a=a.view(2, 3), b=b),
+            dict(a=a.view(torch.int32), b=b),
+            dict(a=a.bfloat16(), b=b),
+            dict(a=a),
+            dict(a=a, c=b),
+            dict(a=torch.zeros(6), b=b),
             dict(a=-torch.zeros(6), b=b),
         )
-    ]  # fmt: skip
+    ]
     assert len(set(seen)) == len(seen)
-    assert fingerprint(Holder(a=torch.stack([a, b], 1)[:, 0], b=b)) == fingerprint(Holder(b=b.clone(), a=a)) == seen[0]
-    assert fingerprint(Holder(a=torch.tensor(1.0), b=torch.empty(0))) != fingerprint(Holder(a=torch.tensor(1.0)))
+    assert (
+        fingerprint(Holder(a=torch.stack([a, b], 1)[:, 0], b=b))
+        == fingerprint(Holder(b=b.clone(), a=a))
+        == seen[0]
+    )
+    assert fingerprint(Holder(a=torch.tensor(1.0), b=torch.empty(0))) != fingerprint(
+        Holder(a=torch.tensor(1.0))
+    )
     plain = nn.BatchNorm1d(2)
     before = fingerprint(plain)
     plain.running_mean += 1  # a buffer
@@ -64,11 +79,25 @@ def test_the_identity_of_a_model_sees_what_its_weights_do_not():
         model = build_classifier(CONFIG.replace(**changes), 3, pooling=pooling, init_scale=head)
         return json.dumps(model_identity(model, without=without))
 
-    different = [identity(), identity(num_heads=4), identity(pos_grid=(2, 3, 3)), identity(layer_norm_eps=1e-5)]
-    different += [identity(pooling="first"), identity(qk_scale=0.3), identity(num_frames=8, pos_grid=(2, 2, 2))]
+    different = [
+        identity(),
+        identity(num_heads=4),
+        identity(pos_grid=(2, 3, 3)),
+        identity(layer_norm_eps=1e-5),
+    ]
+    different += [
+        identity(pooling="first"),
+        identity(qk_scale=0.3),
+        identity(num_frames=8, pos_grid=(2, 2, 2)),
+    ]
     different += [identity(head=2.0)]
     assert len(set(different)) == len(different)
-    same = [identity(drop_path_rate=0.1), identity(decoder_depth=1), identity(pos_grid=(2, 2, 2)), identity(img_size=(32, 32))]
+    same = [
+        identity(drop_path_rate=0.1),
+        identity(decoder_depth=1),
+        identity(pos_grid=(2, 2, 2)),
+        identity(img_size=(32, 32)),
+    ]
     assert set(same) == {identity(), identity(qk_scale=0.25)}
     assert identity(without=("head.",)) == identity(head=2.0, without=("head.",))
 
@@ -78,16 +107,24 @@ def test_a_list_is_its_content():
     plain = list_hash(entries, [(0,), (1,)])
     assert plain == list_hash([VideoEntry("a.mp4", line=5), VideoEntry("./b.mp4")], [(0,), (1,)])
     others = [
-        list_hash(entries, [(1,), (0,)]), list_hash(entries[::-1], [(0,), (1,)]), list_hash(entries[:1], [(0,)]),
-        list_hash([VideoEntry("a.mp4", stride=2), entries[1]], [(0,), (1,)]), list_hash(entries, [(0,), (0, 1)]),
+        list_hash(entries, [(1,), (0,)]),
+        list_hash(entries[::-1], [(0,), (1,)]),
+        list_hash(entries[:1], [(0,)]),
+        list_hash([VideoEntry("a.mp4", stride=2), entries[1]], [(0,), (1,)]),
+        list_hash(entries, [(0,), (0, 1)]),
         list_hash([VideoEntry("a.mp4", "frames", 1, 10), entries[1]], [(0,), (1,)]),
-    ]  # fmt: skip
+    ]
     assert len({plain, *others}) == 7
 
 
 def test_differences_are_named_in_one_line(tmp_path):
     before = {"clip": {"stride": 2, "sampling": "dense"}, "weights": "a" * 64, "dtype": "float32", "more": 1}
-    now = {"clip": {"stride": 4, "sampling": "dense"}, "weights": "b" * 64, "dtype": "float32", "size": (2, 3)}
+    now = {
+        "clip": {"stride": 4, "sampling": "dense"},
+        "weights": "b" * 64,
+        "dtype": "float32",
+        "size": (2, 3),
+    }
     with pytest.raises(InputError) as raised:
         check_same(before, now, "DIR holds another test", "remove it")
     expected = "DIR holds another test (there and now: clip.stride 2, 4; weights differs; size null, [2, 3]); remove it"
@@ -161,21 +198,48 @@ def test_evaluate(world, evaluated, tmp_path, monkeypatch, capsys, flags, named)
     monkeypatch.chdir(world)
     shutil.copytree(evaluated, tmp_path / "out")
     listed = [] if flags[0].endswith(".txt") else ["val.txt"]
-    code = main(["evaluate", *listed, *EVALUATE, "--checkpoint", "weights.pth", "--output", str(tmp_path / "out"), *flags])
+    code = main(
+        [
+            "evaluate",
+            *listed,
+            *EVALUATE,
+            "--checkpoint",
+            "weights.pth",
+            "--output",
+            str(tmp_path / "out"),
+            *flags,
+        ]
+    )
     err = capsys.readouterr().err
     if named is None:
         assert code == 0
     else:
-        assert code == 2 and len(err.splitlines()) == 1 and "holds another test (there and now: " in err and named in err, err
+        assert (
+            code == 2
+            and len(err.splitlines()) == 1
+            and "holds another test (there and now: " in err
+            and named in err
+        ), err
         assert "choose another --output, or remove" in err
-    assert (tmp_path / "out" / "predictions.jsonl").read_bytes() == (evaluated / "predictions.jsonl").read_bytes()
+    assert (tmp_path / "out" / "predictions.jsonl").read_bytes() == (
+        evaluated / "predictions.jsonl"
+    ).read_bytes()
 
 
 @pytest.fixture(scope="module")
 def featured(world, tmp_path_factory):
     """Features of a video, and the words that made them."""
     out = tmp_path_factory.mktemp("features")
-    words = ["--checkpoint", str(world / "weights.pth"), "--output", str(out), "--device", "cpu", "--step", "60"]
+    words = [
+        "--checkpoint",
+        str(world / "weights.pth"),
+        "--output",
+        str(out),
+        "--device",
+        "cpu",
+        "--step",
+        "60",
+    ]
     assert main(["features", str(sample_videos()[2]), *words]) == 0
     return out, words
 
@@ -208,7 +272,10 @@ def test_features_of_another_video_of_the_same_name(world, featured, tmp_path, c
     capsys.readouterr()
     assert main(["features", str(world / "x" / "carphone_pristine.mp4"), *words]) == 2
     err = capsys.readouterr().err
-    assert f"carphone_pristine.npy is of {sample_videos()[2]}, not of {world / 'x'}" in err and "choose another --output" in err
+    assert (
+        f"carphone_pristine.npy is of {sample_videos()[2]}, not of {world / 'x'}" in err
+        and "choose another --output" in err
+    )
     (out / "carphone_distorted.npy").write_bytes((out / "carphone_pristine.npy").read_bytes())
     assert main(["features", str(sample_videos()[3]), *words]) == 2
     assert "is of a video that videos.json does not name" in capsys.readouterr().err
@@ -225,7 +292,15 @@ def test_features_of_another_video_of_the_same_name(world, featured, tmp_path, c
 def test_all_ranks_are_refused(world, evaluated, featured, monkeypatch, run_ranks, command):
     monkeypatch.chdir(world)
     words = {
-        "evaluate": ["val.txt", *EVALUATE, "--checkpoint", "weights.pth", "--output", str(evaluated), "--scores"],
+        "evaluate": [
+            "val.txt",
+            *EVALUATE,
+            "--checkpoint",
+            "weights.pth",
+            "--output",
+            str(evaluated),
+            "--scores",
+        ],
         "features": [str(sample_videos()[2]), *featured[1], "--step", "61"],
     }[command]
     assert run_ranks(2, main, [command, *map(str, words)]) == [2, 2]

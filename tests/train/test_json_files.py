@@ -1,4 +1,5 @@
-"""JSON that a kill, a disk or another hand has spoilt: skipped and counted, or named in a line; it blocks no run."""
+"""JSON that a kill, a disk or another hand has spoilt: skipped and counted, or named in a line; it blocks no
+run."""
 
 import json
 
@@ -26,14 +27,19 @@ SPOILT = {
     "kind": b'{"step": "3", "path": 3}',
     "truth": b'{"step": true, "path": null}',
     "zeros": b"\0" * 100,
-    "deep record": b'{"step": 3, "path": "p", "x": ' + b"[" * 300 + b"]" * 300 + b"}",  # reads, and could not be written
+    "deep record": b'{"step": 3, "path": "p", "x": '
+    + b"[" * 300
+    + b"]" * 300
+    + b"}",  # reads, and could not be written
 }
 
 
 @pytest.mark.parametrize("name", SPOILT)
 def test_spoilt_lines_are_skipped_and_counted(tmp_path, name):
     path = tmp_path / "log.jsonl"
-    good = [json.dumps({"step": step, "path": f"\u2028 {step}"}, ensure_ascii=False).encode() for step in range(3)]
+    good = [
+        json.dumps({"step": step, "path": f"\u2028 {step}"}, ensure_ascii=False).encode() for step in range(3)
+    ]
     path.write_bytes(b"\n".join([good[0], SPOILT[name], b"  ", good[1], SPOILT[name], good[2]]))
     found = read_json_lines(path, step=int, path=str)
     assert [record["step"] for record in found.records] == [0, 1, 2] and found.numbers == [1, 4, 6]
@@ -49,7 +55,9 @@ def test_no_file_and_no_lines_are_nothing_to_skip(tmp_path):
         assert found.records == [] and found.note("x") is None
 
 
-@pytest.mark.parametrize("name", ["bytes", "deep list", "deep object", "half", "zeros", "digits", "deep record"])
+@pytest.mark.parametrize(
+    "name", ["bytes", "deep list", "deep object", "half", "zeros", "digits", "deep record"]
+)
 def test_a_spoilt_file_is_named_in_a_line(tmp_path, name):
     (tmp_path / "x.json").write_bytes(SPOILT[name])
     with pytest.raises(InputError, match="the thing .*x.json is no JSON: ") as caught:
@@ -77,7 +85,10 @@ def test_a_run_goes_on_over_spoilt_logs_and_loses_nothing(pretrain, tmp_path, ca
     note = f"note: {run}/log.jsonl: {len(SPOILT)} lines skipped, cut short or not ours (line 3, 4, 5, ...); they are in {run}"
     assert note in shown.err
     assert f"note: {run}/quarantine.jsonl: {len(SPOILT)} lines skipped" in shown.out
-    assert f"note: run file {run}/run.json is no JSON: " in shown.out and "kept as run.json.unreadable-1" in shown.out
+    assert (
+        f"note: run file {run}/run.json is no JSON: " in shown.out
+        and "kept as run.json.unreadable-1" in shown.out
+    )
     assert [record["step"] for record in read_log(run / "log.jsonl")] == [1, 2, 3, 4]
     assert (run / "log.skipped").read_bytes() == b"".join(line + b"\n" for line in SPOILT.values())
     assert (run / "quarantine.jsonl").read_bytes() == kept
@@ -96,13 +107,17 @@ def test_a_spoilt_run_file_is_kept_beside_a_new_one(tmp_path, text):
         assert read_starts(tmp_path) == [{"start_step": number}]
 
 
-@pytest.mark.parametrize("name", ["bytes", "number", "list", "deep list", "deep object", "half", "zeros", "deep record"])
+@pytest.mark.parametrize(
+    "name", ["bytes", "number", "list", "deep list", "deep object", "half", "zeros", "deep record"]
+)
 def test_a_spoilt_manifest_is_damage_by_name(tmp_path, name):
     folder = CheckpointFolder(tmp_path)
     for step in (1, 2):
         Saver(folder).save(step, {"model": {}, "optimizer": {}}, {"config": {}})
     (folder.latest() / "manifest.json").write_bytes(SPOILT[name])
-    with pytest.raises(InputError, match=r"checkpoint-00000002 is damaged: manifest.json cannot be read \(.{5,80}\)$"):
+    with pytest.raises(
+        InputError, match=r"checkpoint-00000002 is damaged: manifest.json cannot be read \(.{5,80}\)$"
+    ):
         read_manifest(folder.latest())
     good, problems = folder.last_good()
     assert good.name == "checkpoint-00000001" and "checkpoint-00000002" in problems[0]
@@ -117,7 +132,10 @@ def test_curves_draw_what_is_whole_and_say_what_is_not(tmp_path, capsys):
     assert main(["curves", str(tmp_path), "--json", "-"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["curves"][0]["steps"] == 2
-    assert shown.err == f"note: {tmp_path}/log.jsonl: {len(SPOILT)} lines skipped, cut short or not ours (line 2, 3, 4, ...)\n"
+    assert (
+        shown.err
+        == f"note: {tmp_path}/log.jsonl: {len(SPOILT)} lines skipped, cut short or not ours (line 2, 3, 4, ...)\n"
+    )
     (tmp_path / "kept.jsonl").write_bytes(b'{"about": {"note": "x"}}\n' + good[0])
     assert read_curve(tmp_path / "kept.jsonl").note is None  # its first line is no stray one
 

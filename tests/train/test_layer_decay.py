@@ -12,10 +12,20 @@ from vmae.train.optim import CosineSchedule, OptimConfig, set_learning_rate
 
 def test_layers_of_published_names():
     expected = {
-        "patch_embed.proj.weight": 0, "patch_embed.proj.bias": 0, "pos_embed": 0, "cls_token": 0,
-        "blocks.0.norm1.weight": 1, "blocks.0.attn.q_bias": 1, "blocks.11.mlp.fc2.weight": 12, "blocks.11.gamma_1": 12,
-        "norm.weight": 13, "fc_norm.bias": 13, "head.weight": 13, "head.bias": 13, "pool.query": 13,
-    }  # fmt: skip
+        "patch_embed.proj.weight": 0,
+        "patch_embed.proj.bias": 0,
+        "pos_embed": 0,
+        "cls_token": 0,
+        "blocks.0.norm1.weight": 1,
+        "blocks.0.attn.q_bias": 1,
+        "blocks.11.mlp.fc2.weight": 12,
+        "blocks.11.gamma_1": 12,
+        "norm.weight": 13,
+        "fc_norm.bias": 13,
+        "head.weight": 13,
+        "head.bias": 13,
+        "pool.query": 13,
+    }
     assert {name: layer_of(name, 12) for name in expected} == expected
 
 
@@ -30,18 +40,30 @@ def test_scales_of_the_published_models():
 
 
 def test_groups_of_a_model():
-    config = ModelConfig(img_size=32, num_frames=4, embed_dim=24, depth=2, num_heads=2, init_values=0.1, learned_pos=True)
+    config = ModelConfig(
+        img_size=32, num_frames=4, embed_dim=24, depth=2, num_heads=2, init_values=0.1, learned_pos=True
+    )
     model = build_classifier(config, 3)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = layer_groups(model, 0.05, 2, 0.5)
     found = {
-        (group["lr_scale"], group["weight_decay"]): {names[id(parameter)] for parameter in group["params"]} for group in groups
+        (group["lr_scale"], group["weight_decay"]): {names[id(parameter)] for parameter in group["params"]}
+        for group in groups
     }
     block = {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
     vectors = {
-        "norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "attn.q_bias", "attn.v_bias", "attn.proj.bias",
-        "mlp.fc1.bias", "mlp.fc2.bias", "gamma_1", "gamma_2",
-    }  # fmt: skip
+        "norm1.weight",
+        "norm1.bias",
+        "norm2.weight",
+        "norm2.bias",
+        "attn.q_bias",
+        "attn.v_bias",
+        "attn.proj.bias",
+        "mlp.fc1.bias",
+        "mlp.fc2.bias",
+        "gamma_1",
+        "gamma_2",
+    }
     assert found == {
         (0.125, 0.05): {"patch_embed.proj.weight"},
         (0.125, 0.0): {"patch_embed.proj.bias", "pos_embed"},
@@ -61,7 +83,8 @@ def test_a_probe_has_no_group_for_what_is_frozen():
 
 
 def test_rates_at_every_step_of_the_published_schedule():
-    """ViT-g on K710: 1e-3 for 256 clips at a batch of 96, 5 of 35 epochs of warm-up, down to 1e-6; here 10 steps an epoch."""
+    """ViT-g on K710: 1e-3 for 256 clips at a batch of 96, 5 of 35 epochs of warm-up, down to 1e-6; here 10
+    steps an epoch."""
     optim = OptimConfig(lr=1e-3, min_lr=1e-6, weight_decay=0.1, betas=(0.9, 0.999)).scaled_to(96)
     assert optim.lr == pytest.approx(3.75e-4) and optim.min_lr == pytest.approx(3.75e-7)
     schedule = CosineSchedule(lr=optim.lr, min_lr=optim.min_lr, total_steps=350, warmup_steps=50)

@@ -28,8 +28,8 @@ def dataset_of(data) -> PretrainDataset:
 
 @pytest.fixture
 def listed(tmp_path):
-    """`listed(text, root=None, name="list.txt")`: (data set, root) of a list in a folder with empty files a to e and a mix's
-    folders of frames."""
+    """`listed(text, root=None, name="list.txt")`: (data set, root) of a list in a folder with empty files a
+    to e and a mix's folders of frames."""
     for name in "abcde":
         (tmp_path / f"{name}.mp4").touch()
     for name in ("x", "y"):
@@ -58,7 +58,11 @@ PLAIN = "a.mp4\nb.mp4\nc.mp4\nx 0 2\n"
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("# a comment\n\na.mp4 0 -1\nb.mp4,0,-1\n  c.mp4 0 -1 17\n#! pattern=f_{:05}.jpg\n#! pattern=default\nx 0 2 5\n", None),
+        (
+            "# a comment\n\na.mp4 0 -1\nb.mp4,0,-1\n  c.mp4 0 -1 17\n#! pattern=f_{:05}.jpg\n#! "
+            "pattern=default\nx 0 2 5\n",
+            None,
+        ),
         ("a.mp4\nb.mp4\n", ["4 videos then, 2 now", "first 2 are the same"]),
         ("a.mp4\nb.mp4\nc.mp4\nx 0 2\nd.mp4\n", ["4 videos then, 5 now", "number 5, now", "d.mp4 (line 5)"]),
         ("a.mp4\nc.mp4\nb.mp4\nx 0 2\n", ["the entries differ, first at number 2, now", "c.mp4 (line 2)"]),
@@ -67,7 +71,10 @@ PLAIN = "a.mp4\nb.mp4\nc.mp4\nx 0 2\n"
         ("a.mp4\nb.mp4\nc.mp4\nx 0 3\n", ["number 4"]),
         ("a.mp4\nb.mp4\nc.mp4\n#! pattern=f_{:05}.jpg\nx 0 2\n", ["number 4"]),
         ("#! stride=2\na.mp4\n#! stride=default\nb.mp4\nc.mp4\nx 0 2\n", ["number 1, now", "a.mp4 (line 2)"]),
-        ("#! pattern=f_{:05}.jpg\na.mp4\nb.mp4\nc.mp4\n#! pattern=default\nx 0 2\n", None),  # of videos it says nothing
+        (
+            "#! pattern=f_{:05}.jpg\na.mp4\nb.mp4\nc.mp4\n#! pattern=default\nx 0 2\n",
+            None,
+        ),  # of videos it says nothing
     ],
 )
 def test_what_decides_the_samples_counts_and_nothing_else(listed, text, words):
@@ -103,22 +110,32 @@ def test_a_mix_is_its_lists_and_weights(tmp_path, listed):
     own = listed(MIX.format(name="k", weight=3), name="mix.yaml")
     assert changes(own, listed(MIX.format(name="renamed", weight=3.0), name="mix.yaml")) == []
     other = changes(own, listed(MIX.format(name="k", weight=4), name="mix.yaml"))
-    assert other == ["mixed by weights 3 (2 videos), 1 (1 videos) then, by weights 4 (2 videos), 1 (1 videos) now"]
+    assert other == [
+        "mixed by weights 3 (2 videos), 1 (1 videos) then, by weights 4 (2 videos), 1 (1 videos) now"
+    ]
     natural = listed("mixing: natural\nsources: [{list: one.txt}, {list: two.txt}]\n", name="natural.yaml")
     assert "by nothing but their numbers of videos now" in changes(own, natural)[0]
-    assert changes(natural, listed("a.mp4\nb.mp4\nc.mp4\n")) == []  # one list in three lines, or two: the same samples
+    assert (
+        changes(natural, listed("a.mp4\nb.mp4\nc.mp4\n")) == []
+    )  # one list in three lines, or two: the same samples
     (tmp_path / "one.txt").write_text("a.mp4\n")
     (tmp_path / "two.txt").write_text("b.mp4\nc.mp4\n")  # the same videos in the same order, of other sources
     assert "weights 3 (1 videos)" in changes(own, listed(MIX.format(name="k", weight=3), name="mix.yaml"))[0]
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.mp4").touch()
-    rooted = listed("sources: [{list: one.txt, root: deep, weight: 3}, {list: two.txt, weight: 1}]\n", name="rooted.yaml")
-    assert changes(listed(MIX.format(name="k", weight=3), name="mix.yaml"), rooted) == []  # its root alone differs
+    rooted = listed(
+        "sources: [{list: one.txt, root: deep, weight: 3}, {list: two.txt, weight: 1}]\n", name="rooted.yaml"
+    )
+    assert (
+        changes(listed(MIX.format(name="k", weight=3), name="mix.yaml"), rooted) == []
+    )  # its root alone differs
 
 
 def test_a_long_list_is_hashed_in_a_moment_and_a_difference_narrowed_down():
     """1.35 million lines, as UnlabeledHybrid has them, take 0.55 s of one core; here a tenth."""
-    entries = [VideoEntry(f"/data/kinetics/train/some_class_name/clip_{n:07}.mp4", line=n) for n in range(135_000)]
+    entries = [
+        VideoEntry(f"/data/kinetics/train/some_class_name/clip_{n:07}.mp4", line=n) for n in range(135_000)
+    ]
     own = dataset_of(Mix(entries, [Source("k", 0, len(entries), 1.0, "/data/kinetics")])), ""
     began = time.process_time()
     identity = identify_list(*own)
@@ -126,13 +143,19 @@ def test_a_long_list_is_hashed_in_a_moment_and_a_difference_narrowed_down():
     assert len(json.dumps(identity)) < 3000
     swapped = list(entries)
     swapped[70_000], swapped[70_001] = swapped[70_001], swapped[70_000]
-    assert changes(own, (dataset_of(swapped), "/data/kinetics")) == ["the entries differ, first among numbers 69631 to 70685"]
+    assert changes(own, (dataset_of(swapped), "/data/kinetics")) == [
+        "the entries differ, first among numbers 69631 to 70685"
+    ]
     assert changes(own, (dataset_of(entries[:-1]), "/data/kinetics")) == [
-        "135000 videos then, 134999 now", "the entries differ, first among numbers 133986 to 134999"
-    ]  # fmt: skip
-    assert changes(own, (dataset_of(entries[:-2000]), "/data/kinetics")) == [  # cut into other parts than the list of before
-        "135000 videos then, 133000 now", "the entries differ, first among numbers 132931 to 133000"
-    ]  # fmt: skip
+        "135000 videos then, 134999 now",
+        "the entries differ, first among numbers 133986 to 134999",
+    ]
+    assert changes(
+        own, (dataset_of(entries[:-2000]), "/data/kinetics")
+    ) == [  # cut into other parts than the list of before
+        "135000 videos then, 133000 now",
+        "the entries differ, first among numbers 132931 to 133000",
+    ]
 
 
 # --- The commands ---
@@ -152,7 +175,10 @@ def test_pretrain_refuses_another_list_and_goes_on_if_asked(pretrain, tmp_path, 
     capsys.readouterr()
     assert pretrain(run, "--steps", "4") == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"{data} is not the list that {run}/checkpoint-00000002 was trained on" in error
+    assert (
+        error.count("\n") == 1
+        and f"{data} is not the list that {run}/checkpoint-00000002 was trained on" in error
+    )
     assert "12 videos then, 5 now; the entries differ, first at number 1, now" in error
     assert "--allow-list-change" in error and "come twice and others not at all" in error
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
@@ -160,7 +186,13 @@ def test_pretrain_refuses_another_list_and_goes_on_if_asked(pretrain, tmp_path, 
     assert "allowed: from step 2 on, samples are drawn from the new list" in capsys.readouterr().out
     assert pretrain(run, "--steps", "5") == 0  # it is the run's list now
     text = capsys.readouterr().out
-    assert "trained on" not in text and [record["step"] for record in read_log(run / "log.jsonl")] == [1, 2, 3, 4, 5]
+    assert "trained on" not in text and [record["step"] for record in read_log(run / "log.jsonl")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
 
 
 def test_a_checkpoint_of_before_goes_on_with_a_note(pretrain, tmp_path, capsys):
@@ -180,7 +212,17 @@ def test_finetune_and_distil_refuse_other_labels(labelled_world, tmp_path, capsy
     export_weights(teacher, build_classifier(config, 3).state_dict(), config={"model": config.to_dict()})
     for command, more in (("finetune", []), ("distil", ["--teacher", str(teacher)])):
         data.write_text((labelled_world / "train.txt").read_text())
-        words = [command, "--data", str(data), "--output", str(tmp_path / command), *SIZE, *more, "--num-sample", "1"]
+        words = [
+            command,
+            "--data",
+            str(data),
+            "--output",
+            str(tmp_path / command),
+            *SIZE,
+            *more,
+            "--num-sample",
+            "1",
+        ]
         assert main([*words, "--steps", "1"]) == 0
         edit(data, lambda lines: [lines[0], lines[1].replace(" 1\n", " 2\n"), *lines[2:]])
         capsys.readouterr()
@@ -201,7 +243,10 @@ def test_finetune_detection_refuses_other_boxes(tmp_path, capsys):
     edit(actors["train"], lambda lines: lines[:-1])
     capsys.readouterr()
     assert main([*words, "--steps", "2"]) == 2
-    assert f"{actors['train']} is not the list" in (error := capsys.readouterr().err) and "labels differ" in error
+    assert (
+        f"{actors['train']} is not the list" in (error := capsys.readouterr().err)
+        and "labels differ" in error
+    )
 
 
 # --- The batch, stored once ---
@@ -216,11 +261,20 @@ def test_the_effective_batch_is_what_the_run_makes_it(pretrain, tmp_path, labell
     list_file = tmp_path / "list.txt"
     list_file.write_text("".join(f"{labelled_world}/v{video:02} 1 10\n" for video in range(12)))
     model = ModelConfig.preset("vit_tiny", img_size=32, num_frames=4, patch_size=8)
-    own = dict(model=model, mask=CLIP["mask"], optim=OptimConfig(lr=1.0), data=str(list_file), steps=8, warmup_steps=0)
+    own = dict(
+        model=model,
+        mask=CLIP["mask"],
+        optim=OptimConfig(lr=1.0),
+        data=str(list_file),
+        steps=8,
+        warmup_steps=0,
+    )
     run = RunConfig(output=str(tmp_path / "run"), batch_size=2, accumulate=3, device="cpu")
     for given in ({}, {"effective_batch": 6}):
         prepared = prepare(PretrainConfig(**own, **given), run, Parallel())
         assert prepared.config.effective_batch == 6 and prepared.steps_per_epoch == 2
         assert prepared.optim.lr == pytest.approx(6 / 256)
-    with pytest.raises(InputError, match="effective_batch is 32, but batch_size 2 x accumulate 3 x 1 ranks make 6"):
+    with pytest.raises(
+        InputError, match="effective_batch is 32, but batch_size 2 x accumulate 3 x 1 ranks make 6"
+    ):
         prepare(PretrainConfig(**own, effective_batch=32), run, Parallel())

@@ -44,7 +44,9 @@ class ToyBatches:
         self.closed = True
 
 
-def toy_trainer(folder, *, total=8, trainer_class=Trainer, open_batches=ToyBatches, more=None, fused=True, **loop) -> Trainer:
+def toy_trainer(
+    folder, *, total=8, trainer_class=Trainer, open_batches=ToyBatches, more=None, fused=True, **loop
+) -> Trainer:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 8))
     given = dict(
@@ -105,7 +107,13 @@ def test_named_steps_run_in_order(tmp_path, monkeypatch):
         monkeypatch.setattr(Trainer, name, noting(name))
     toy_trainer(tmp_path, total=2, save_every=2, accumulate=2).run()
     once = ["fetch", "forward_backward"] * 2 + ["clip", "optimizer_step"]
-    assert called == [*once, *once, "log", "log", "checkpoint"]  # a step's numbers are read during the next one
+    assert called == [
+        *once,
+        *once,
+        "log",
+        "log",
+        "checkpoint",
+    ]  # a step's numbers are read during the next one
 
 
 def test_log_lines_hold_means_between_them(tmp_path):
@@ -228,7 +236,9 @@ def test_nan_is_noticed_a_step_late_with_the_weights_as_before_it(tmp_path, fuse
     """Step 3 fails; step 4 has run by then, and has moved nothing either."""
     (tmp_path / "good").mkdir()
     good = toy_trainer(tmp_path / "good", total=3, fused=fused)
-    good.schedule = (trainer := toy_trainer(tmp_path, open_batches=NanBatches, save_every=2, fused=fused)).schedule
+    good.schedule = (
+        trainer := toy_trainer(tmp_path, open_batches=NanBatches, save_every=2, fused=fused)
+    ).schedule
     good.run()
     with pytest.raises(NonFiniteError, match=r"step 3: the loss is nan.*nonfinite.json.*checkpoint-00000002"):
         trainer.run()
@@ -268,7 +278,9 @@ def test_bfloat16_keeps_float32_weights(tmp_path):
     trainer.run()
     assert set(seen) == {torch.bfloat16}
     assert {value.dtype for value in trainer.model.state_dict().values()} == {torch.float32}
-    assert {value.dtype for state in trainer.optimizer.state.values() for value in state.values()} == {torch.float32}
+    assert {value.dtype for state in trainer.optimizer.state.values() for value in state.values()} == {
+        torch.float32
+    }
 
 
 def test_first_batch_is_shown_once(tmp_path):
@@ -279,7 +291,14 @@ def test_first_batch_is_shown_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(dtype="float16"), dict(total_steps=0), dict(log_every=0), dict(save_every=-1), dict(steps_per_epoch=0)]
+    "wrong",
+    [
+        dict(dtype="float16"),
+        dict(total_steps=0),
+        dict(log_every=0),
+        dict(save_every=-1),
+        dict(steps_per_epoch=0),
+    ],
 )
 def test_loop_config_names_a_wrong_setting(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):

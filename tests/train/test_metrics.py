@@ -1,4 +1,5 @@
-"""Logs that survive kills, an honest data share, and trivial predictors that agree with a plain computation."""
+"""Logs that survive kills, an honest data share, and trivial predictors that agree with a plain
+computation."""
 
 import io
 import json
@@ -23,7 +24,9 @@ def test_meter_means_are_over_steps_and_time():
     meter = StepMeter()
     meter.add(loss=1.0, clips=8, step_s=1.0, data_s=0.5)
     meter.add(loss=3.0, clips=8, step_s=3.0, data_s=0.5, replaced=2)
-    assert meter.means() == dict(loss_mean=2.0, clips_per_s=4.0, data_share=0.25, step_s=2.0, data_s=0.5, replaced=2)
+    assert meter.means() == dict(
+        loss_mean=2.0, clips_per_s=4.0, data_share=0.25, step_s=2.0, data_s=0.5, replaced=2
+    )
     assert StepMeter().means()["data_share"] == 0.0
 
 
@@ -33,7 +36,11 @@ def test_log_of_a_killed_run_is_cut_back_to_the_start_step(tmp_path):
     log = open_log(tmp_path, start_step=4)
     log.record({"step": 6, "loss": 9.0})
     log.close()
-    assert [(record["step"], record["loss"]) for record in read_log(log.path)] == [(2, 1.0), (4, 1.0), (6, 9.0)]
+    assert [(record["step"], record["loss"]) for record in read_log(log.path)] == [
+        (2, 1.0),
+        (4, 1.0),
+        (6, 9.0),
+    ]
     assert read_log(tmp_path / "absent.jsonl") == []
 
 
@@ -131,7 +138,9 @@ def test_final_loss_is_the_mean_of_the_last_tenth():
 def test_run_file_keeps_every_start(tmp_path):
     write_run_file(tmp_path, {"start_step": 0})
     write_run_file(tmp_path, {"start_step": 5})
-    assert json.loads((tmp_path / "run.json").read_text()) == {"starts": [{"start_step": 0}, {"start_step": 5}]}
+    assert json.loads((tmp_path / "run.json").read_text()) == {
+        "starts": [{"start_step": 0}, {"start_step": 5}]
+    }
     (tmp_path / "run.json").write_text("{")
     write_run_file(tmp_path, {"start_step": 7})
     assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 1
@@ -158,7 +167,9 @@ def test_trivial_losses_agree_with_a_plain_computation(kinds, normalize):
     config = ModelConfig.preset("vit_tiny", img_size=(32, 64), num_frames=8, patch_size=8)
     generator = torch.Generator().manual_seed(0)
     clips = torch.randint(0, 256, (2, 8, 32, 64, 3), dtype=torch.uint8, generator=generator)
-    mask = DualMask.sample(2, config.grid, encoder=kinds[0], decoder=kinds[1], encoder_ratio=0.75, generator=generator)
+    mask = DualMask.sample(
+        2, config.grid, encoder=kinds[0], decoder=kinds[1], encoder_ratio=0.75, generator=generator
+    )
     split = clips.double().div(255).view(2, 4, 2, 4, 8, 8, 8, 3).permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4, 6)
     if normalize:
         split = (split - split.mean(4, keepdim=True)) / (split.std(4, keepdim=True) + 1e-6)
@@ -168,6 +179,8 @@ def test_trivial_losses_agree_with_a_plain_computation(kinds, normalize):
     mean = torch.stack([target[clip][~hidden_from_encoder[clip]].mean(0) for clip in range(2)])[:, None]
     found = trivial_losses(clips, mask, config, normalize)
     assert found["zero"] == pytest.approx(target.square().mean(-1)[counted].mean().item(), rel=1e-5)
-    assert found["visible_mean"] == pytest.approx((target - mean).square().mean(-1)[counted].mean().item(), rel=1e-5)
+    assert found["visible_mean"] == pytest.approx(
+        (target - mean).square().mean(-1)[counted].mean().item(), rel=1e-5
+    )
     if normalize:
         assert found["zero"] == pytest.approx(1.0, abs=0.02)

@@ -1,4 +1,5 @@
-"""One large batch, whoever computes it: 1, 2 and 4 ranks, DDP, FSDP2, hybrid and accumulation train the same model."""
+"""One large batch, whoever computes it: 1, 2 and 4 ranks, DDP, FSDP2, hybrid and accumulation train the same
+model."""
 
 import json
 import os
@@ -18,9 +19,16 @@ from vmae.train.parallel import _LEFT, open_parallel, resolve_kind
 from vmae.train.saver import Saver
 
 MODEL = ModelConfig(
-    img_size=32, patch_size=8, num_frames=8, embed_dim=48, depth=2, num_heads=3, decoder_embed_dim=32, decoder_depth=2,
+    img_size=32,
+    patch_size=8,
+    num_frames=8,
+    embed_dim=48,
+    depth=2,
+    num_heads=3,
+    decoder_embed_dim=32,
+    decoder_depth=2,
     decoder_num_heads=2,
-)  # fmt: skip
+)
 # Both random: clips count unequally many tokens, so equal shares would be wrong.
 MASK = MaskConfig(encoder="random", encoder_ratio=0.75, decoder="random", decoder_ratio=0.5)
 STEPS, GLOBAL_BATCH = 20, 8
@@ -40,8 +48,12 @@ class Clips:
 def clip(step: int, index: int) -> Clips:
     """A function of its place in the run."""
     generator = torch.Generator().manual_seed(1000 * step + index)
-    pixels = torch.randint(0, 256, (1, MODEL.num_frames, *MODEL.image_hw, 3), dtype=torch.uint8, generator=generator)
-    return Clips(pixels, DualMask.sample(1, MODEL.grid, **MASK.to_dict(), generator=generator), [(step, index, "clip")])
+    pixels = torch.randint(
+        0, 256, (1, MODEL.num_frames, *MODEL.image_hw, 3), dtype=torch.uint8, generator=generator
+    )
+    return Clips(
+        pixels, DualMask.sample(1, MODEL.grid, **MASK.to_dict(), generator=generator), [(step, index, "clip")]
+    )
 
 
 def batches(parallel, accumulate, start_step):
@@ -51,16 +63,32 @@ def batches(parallel, accumulate, start_step):
             first = (parallel.rank * accumulate + part) * size
             found = [clip(step, index) for index in range(first, first + size)]
             mask = DualMask.cat([one.mask for one in found])
-            yield Clips(torch.cat([one.clips for one in found]), mask, [key for one in found for key in one.ids])
+            yield Clips(
+                torch.cat([one.clips for one in found]), mask, [key for one in found for key in one.ids]
+            )
 
 
-def make_trainer(parallel, folder, *, accumulate=1, trainer_class=Trainer, backend="torch", checkpointing="none",
-                 compiled=False, open_batches=batches, background=False, more=None, **loop):  # fmt: skip
+def make_trainer(
+    parallel,
+    folder,
+    *,
+    accumulate=1,
+    trainer_class=Trainer,
+    backend="torch",
+    checkpointing="none",
+    compiled=False,
+    open_batches=batches,
+    background=False,
+    more=None,
+    **loop,
+):
     torch.manual_seed(0)
     model = build_pretrainer(MODEL, backend=backend)
     blocks = [*model.encoder.blocks, *model.decoder.blocks]
     prepare_blocks(blocks, checkpointing=checkpointing, compiled=compiled)
-    config = LoopConfig(**{"total_steps": STEPS, "log_every": 1, "clip_grad": 0.5, "accumulate": accumulate, **loop})
+    config = LoopConfig(
+        **{"total_steps": STEPS, "log_every": 1, "clip_grad": 0.5, "accumulate": accumulate, **loop}
+    )
     wrapped = parallel.wrap(model, blocks, config.dtype)
     return trainer_class(
         model=wrapped,
@@ -146,9 +174,13 @@ def stop_after(step):
 # Written and read by different numbers of ranks, of different kinds; once in the background.
 @pytest.mark.parametrize(
     ("before", "after", "background"),
-    [((2, "fsdp"), (1, "none"), False), ((1, "none"), (2, "fsdp"), False), ((2, "ddp"), (4, "fsdp"), True),
-     ((4, "hybrid"), (2, "fsdp"), True)],
-)  # fmt: skip
+    [
+        ((2, "fsdp"), (1, "none"), False),
+        ((1, "none"), (2, "fsdp"), False),
+        ((2, "ddp"), (4, "fsdp"), True),
+        ((4, "hybrid"), (2, "fsdp"), True),
+    ],
+)
 def test_a_run_goes_on_with_other_ranks(straight, tmp_path, run_ranks, before, after, background):
     options = {"trainer_class": stop_after(7), "background": background}
     run_ranks(before[0], train, before[1], tmp_path, options, False, 2 if before[1] == "hybrid" else None)
@@ -184,7 +216,9 @@ def test_fused_kernels_read_gathered_weights(straight, tmp_path, run_ranks):
 @pytest.mark.parametrize("options", [{"checkpointing": "selective"}, {"checkpointing": "full"}])
 def test_checkpointing_changes_nothing(straight, tmp_path, options):
     weights, losses = train("none", tmp_path, options)
-    assert losses == straight[1] and all((value == straight[0][name]).all() for name, value in weights.items())
+    assert losses == straight[1] and all(
+        (value == straight[0][name]).all() for name, value in weights.items()
+    )
 
 
 @pytest.mark.slow
@@ -269,5 +303,8 @@ def test_kinds_are_checked(monkeypatch):
     with pytest.raises(InputError, match="--parallel none, but 2 processes were started"):
         resolve_kind("none", 2)
     monkeypatch.setenv("WORLD_SIZE", "6")
-    with pytest.raises(InputError, match="--shard-size 4 does not divide 6 ranks"), open_parallel("hybrid", shard_size=4):
+    with (
+        pytest.raises(InputError, match="--shard-size 4 does not divide 6 ranks"),
+        open_parallel("hybrid", shard_size=4),
+    ):
         pass

@@ -1,4 +1,5 @@
-"""`python -m vmae pretrain` on real clips: what it leaves behind, exact resume, and every wrong input, named."""
+"""`python -m vmae pretrain` on real clips: what it leaves behind, exact resume, and every wrong input,
+named."""
 
 import json
 import os
@@ -71,8 +72,11 @@ def test_a_run_leaves_logs_settings_checkpoint_and_weights(videos, tmp_path, cap
     assert pretrain(videos, out, "--num-sample", "2", "--repeat", "4") == 0
     text = capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == [
-        "checkpoint-00000006", "log.jsonl", "run.json", "weights.pth",
-    ]  # fmt: skip
+        "checkpoint-00000006",
+        "log.jsonl",
+        "run.json",
+        "weights.pth",
+    ]
     assert "effective batch 2 videos (2 x 1 micro-batches x 1 ranks), 4 clips a step" in text
     assert "0.1 x 2 / 256 = 0.000781" in text
     assert "trivial predictors on the first batch: zero 0.9" in text
@@ -95,7 +99,9 @@ def test_a_mix_is_described_and_its_samples_counted(tmp_path, capsys):
     (tmp_path / "mix.yaml").write_text(f"sources:\n{sources}")
     assert pretrain(tmp_path / "mix.yaml", tmp_path / "run", "--log-every", "2") == 0
     text = capsys.readouterr().out
-    assert "one: 2 videos, 0.00222 hours, 75.0% of samples\n" in text and "25.0% of samples, stride 2\n" in text
+    assert (
+        "one: 2 videos, 0.00222 hours, 75.0% of samples\n" in text and "25.0% of samples, stride 2\n" in text
+    )
     assert "weighted mixing of 2 sources, 4 videos" in text
     records = read_log(tmp_path / "run" / "log.jsonl")  # 4 samples an epoch: 2 steps
     assert [r["samples"] for r in records] == [{"one": 3 * n, "two": n} for n in (1, 2, 3)]
@@ -131,7 +137,8 @@ def test_a_run_with_dali_sees_the_same_samples(videos, tmp_path):
     ],
 )
 def test_other_masks_and_targets_train(videos, tmp_path, monkeypatch, flags):
-    """And their FLOPs are counted: utilisation is in the log of every mask (here in FLOP/s, no peak of a CPU is known)."""
+    """And their FLOPs are counted: utilisation is in the log of every mask (here in FLOP/s, no peak of a CPU
+    is known)."""
     monkeypatch.setattr("vmae.train.loop.flops_utilisation", lambda flops, device, dtype: flops)
     assert pretrain(videos, tmp_path, *flags.split(), "--steps", "2") == 0
     assert len(losses(tmp_path)) == 2
@@ -151,7 +158,9 @@ def test_loss_falls_below_the_zero_predictors(videos, tmp_path):
     assert loss_of_last_tenth(read_log(tmp_path / "log.jsonl"), 150) < 0.97
 
 
-@pytest.mark.parametrize(("first_workers", "then_workers"), [(0, 0), (1, 0)])  # the same samples whoever decodes
+@pytest.mark.parametrize(
+    ("first_workers", "then_workers"), [(0, 0), (1, 0)]
+)  # the same samples whoever decodes
 def test_resumed_run_is_bit_identical(videos, tmp_path, monkeypatch, capsys, first_workers, then_workers):
     assert pretrain(videos, tmp_path / "straight") == 0
     with monkeypatch.context() as patched:
@@ -163,7 +172,9 @@ def test_resumed_run_is_bit_identical(videos, tmp_path, monkeypatch, capsys, fir
     assert "resuming from" in capsys.readouterr().out
     assert losses(tmp_path / "straight") == losses(tmp_path / "halves")
     for group in ("model", "optimizer"):
-        whole, halves = (read_group(tmp_path / name / "checkpoint-00000006", group) for name in ("straight", "halves"))
+        whole, halves = (
+            read_group(tmp_path / name / "checkpoint-00000006", group) for name in ("straight", "halves")
+        )
         assert all(torch.equal(value, halves[name]) for name, value in whole.items())
     assert len(json.loads((tmp_path / "halves" / "run.json").read_text())["starts"]) == 2
 
@@ -191,7 +202,10 @@ def test_a_complete_run_is_left_alone_and_more_steps_go_on(videos, tmp_path, cap
 def test_fresh_start_says_so_and_moves_an_earlier_run(videos, tmp_path, capsys):
     (tmp_path / ".checkpoint-00000004.unfinished").write_bytes(b"half")
     assert pretrain(videos, tmp_path, "--steps", "2") == 0
-    assert "no complete checkpoint (only .checkpoint-00000004.unfinished): a fresh start" in capsys.readouterr().out
+    assert (
+        "no complete checkpoint (only .checkpoint-00000004.unfinished): a fresh start"
+        in capsys.readouterr().out
+    )
     assert pretrain(videos, tmp_path, "--steps", "2", "--no-resume", "--seed", "1") == 0
     assert f"to {tmp_path / 'previous-1'}" in capsys.readouterr().out
     assert len(losses(tmp_path)) == len(losses(tmp_path / "previous-1")) == 2
@@ -213,19 +227,32 @@ def damage(checkpoint: Path, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("truncated", "has 1000 bytes instead of"), ("bit-flipped", "its SHA-256 differs"), ("missing", "is missing")],
+    [
+        ("truncated", "has 1000 bytes instead of"),
+        ("bit-flipped", "its SHA-256 differs"),
+        ("missing", "is missing"),
+    ],
 )
-def test_a_damaged_shard_is_refused_by_name_and_the_checkpoint_before_is_used_if_asked(videos, tmp_path, capsys, kind, words):
+def test_a_damaged_shard_is_refused_by_name_and_the_checkpoint_before_is_used_if_asked(
+    videos, tmp_path, capsys, kind, words
+):
     assert pretrain(videos, tmp_path, "--save-every", "2") == 0
     expected = losses(tmp_path)
     newest = tmp_path / "checkpoint-00000006"
     damage(newest, kind)
     assert pretrain(videos, tmp_path) == 2
     error = capsys.readouterr().err
-    assert "checkpoint-00000006 is damaged: __0_0.distcp" in error and words in error and "--resume last-good" in error
+    assert (
+        "checkpoint-00000006 is damaged: __0_0.distcp" in error
+        and words in error
+        and "--resume last-good" in error
+    )
     assert pretrain(videos, tmp_path, "--resume", "last-good") == 0
     text = capsys.readouterr().out
-    assert "passed over, damaged: checkpoint-00000006: __0_0.distcp" in text and "checkpoint-00000004, step 4" in text
+    assert (
+        "passed over, damaged: checkpoint-00000006: __0_0.distcp" in text
+        and "checkpoint-00000004, step 4" in text
+    )
     assert losses(tmp_path) == expected
     assert (tmp_path / "previous-1" / newest.name).exists()
 
@@ -241,7 +268,10 @@ def test_another_effective_batch_is_refused_and_another_split_of_it_is_not(video
     assert pretrain(videos, tmp_path, "--steps", "1") == 0
     assert pretrain(videos, tmp_path, "--batch-size", "3", "--accumulate", "2", "--steps", "2") == 2
     error = capsys.readouterr().err
-    assert "takes 2 videos a step; --batch-size 3 x --accumulate 2 x 1 ranks make 6" in error and "product is 2" in error
+    assert (
+        "takes 2 videos a step; --batch-size 3 x --accumulate 2 x 1 ranks make 6" in error
+        and "product is 2" in error
+    )
     assert pretrain(videos, tmp_path, "--batch-size", "1", "--accumulate", "2", "--steps", "2") == 0
 
 
@@ -251,11 +281,18 @@ def test_init_takes_full_and_encoder_only_weights(videos, tmp_path, capsys):
     encoder = {name: value for name, value in model.state_dict().items() if name.startswith("encoder.")}
     torch.save({"module": encoder}, tmp_path / "encoder.pth")
     for name, line in (("all.pth", "tensors loaded"), ("encoder.pth", "start fresh")):
-        assert pretrain(videos, tmp_path / name[:3], "--init", str(tmp_path / name), "--steps", "1", "--lr", "1e-9") == 0
+        assert (
+            pretrain(
+                videos, tmp_path / name[:3], "--init", str(tmp_path / name), "--steps", "1", "--lr", "1e-9"
+            )
+            == 0
+        )
         assert line in capsys.readouterr().out
         trained = torch.load(tmp_path / name[:3] / "weights.pth", weights_only=True)["model"]
         torch.testing.assert_close(trained["encoder.norm.weight"], model.state_dict()["encoder.norm.weight"])
-        torch.testing.assert_close(trained["encoder.blocks.0.mlp.fc1.weight"], encoder["encoder.blocks.0.mlp.fc1.weight"])
+        torch.testing.assert_close(
+            trained["encoder.blocks.0.mlp.fc1.weight"], encoder["encoder.blocks.0.mlp.fc1.weight"]
+        )
 
 
 def test_dry_run_prints_what_is_resolved_and_writes_nothing(videos, tmp_path, capsys):
@@ -275,18 +312,37 @@ def test_published_names_and_values_work(videos, tmp_path, capsys):
         --device cpu --dry-run"""
     assert main(["pretrain", *flags.split()]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["results"]["mask"]["decoder"] == "running_cell" and shown["results"]["model"]["embed_dim"] == 384
+    assert (
+        shown["results"]["mask"]["decoder"] == "running_cell"
+        and shown["results"]["model"]["embed_dim"] == 384
+    )
     assert shown["results"]["steps"] == 300 and shown["results"]["warmup_steps"] == 30
-    assert shown["results"]["optim"]["betas"] == [0.9, 0.95] and shown["derived"]["peak_lr"] == pytest.approx(6e-4 / 8)
+    assert shown["results"]["optim"]["betas"] == [0.9, 0.95] and shown["derived"]["peak_lr"] == pytest.approx(
+        6e-4 / 8
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "warmup"),
-    [("--epochs 800", 40), ("--epochs 20", 2), ("--steps 100", 10), ("--steps 100 --warmup-epochs 30", 30),
-     ("--epochs 20 --warmup-steps 7", 7)],
-)  # fmt: skip
+    [
+        ("--epochs 800", 40),
+        ("--epochs 20", 2),
+        ("--steps 100", 10),
+        ("--steps 100 --warmup-epochs 30", 30),
+        ("--epochs 20 --warmup-steps 7", 7),
+    ],
+)
 def test_default_warm_up(videos, tmp_path, capsys, flags, warmup):
-    args = ["pretrain", "--data", str(videos), "--output", str(tmp_path / "run"), *SMALL, "--dry-run", *flags.split()]
+    args = [
+        "pretrain",
+        "--data",
+        str(videos),
+        "--output",
+        str(tmp_path / "run"),
+        *SMALL,
+        "--dry-run",
+        *flags.split(),
+    ]
     assert main(args) == 0
     assert json.loads(capsys.readouterr().out)["results"]["warmup_steps"] == warmup
 
@@ -323,14 +379,20 @@ def test_wrong_lists_are_named_and_nothing_is_written(tmp_path, capsys, name):
         ("--lr nan", "--lr: must be a number above 0 and at most 10,000, not nan"),
         ("--eps=-inf", "--eps/--opt_eps: must be a number above 0 and at most 1, not -inf"),
         ("--betas 0.9 inf", "--betas/--opt_betas: must be a number at least 0 and below 1, not inf"),
-        ("--image-size 100000", "--image-size/--input_size: must be a side in pixels, or HEIGHTxWIDTH, each a whole"),
+        (
+            "--image-size 100000",
+            "--image-size/--input_size: must be a side in pixels, or HEIGHTxWIDTH, each a whole",
+        ),
         ("--image-size 8192 --patch-size 8 --num-frames 4", "2,097,152 tokens; a clip may have 1,048,576"),
         ("--image-size 36", "36 is not divisible by the patch size 8"),
         ("--num-frames 7", "7 frames are not divisible by the tubelet size 2"),
         ("--encoder-ratio 1", "--encoder-ratio/--mask_ratio: must be a number at least 0 and below 1, not 1"),
         ("--encoder-mask frame --encoder-ratio 0.75 --num-frames 2", "the loss would count no token"),
         ("--decoder-mask random --decoder-ratio 0.98", "the loss would count no token in 1 of 17 clips"),
-        ("--encoder-mask frame --decoder-mask frame --encoder-ratio 0.5", "the loss would count no token in 1 of 6 clips"),
+        (
+            "--encoder-mask frame --decoder-mask frame --encoder-ratio 0.5",
+            "the loss would count no token in 1 of 6 clips",
+        ),
         ("--decoder-ratio 0.3", "0.25, 0.5 or 0.75"),
         ("--image-size 40", "cannot tile a frame of 5 x 5"),
         ("--model vit_xxl", "unknown model preset 'vit_xxl'; known: vit_s"),
@@ -382,7 +444,9 @@ def test_output_that_is_a_file_or_below_one_is_refused(videos, tmp_path, capsys,
 
 
 def test_output_without_permission_is_refused(videos, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, whom nothing is denied
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: False
+    )  # the tests may run as root, whom nothing is denied
     assert pretrain(videos, tmp_path / "run") == 2
     assert "no permission" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
@@ -393,13 +457,18 @@ def test_another_architecture_is_refused_with_settings_keys_and_shapes(videos, t
     monkeypatch.setitem(PRESETS, "wider", {**MICRO, "embed_dim": 64, "depth": 3})
     assert pretrain(videos, tmp_path, "--model", "wider") == 2
     error = capsys.readouterr().err
-    assert "model.embed_dim 48 in the checkpoint, 64 now" in error and "model.depth 2 in the checkpoint, 3 now" in error
+    assert (
+        "model.embed_dim 48 in the checkpoint, 64 now" in error
+        and "model.depth 2 in the checkpoint, 3 now" in error
+    )
     assert "encoder.norm.weight" in error or "encoder.patch_embed.proj.weight: [48" in error
     assert "encoder.blocks.2" in error and "--no-resume" in error
     # The shapes are the same, the function is not: positions of other frames.
     assert pretrain(videos, tmp_path, "--num-frames", "16") == 2
     assert "model.num_frames 8 in the checkpoint, 16 now" in capsys.readouterr().err
-    assert pretrain(videos, tmp_path / "new", "--model", "wider", "--init", str(tmp_path / "weights.pth")) == 2
+    assert (
+        pretrain(videos, tmp_path / "new", "--model", "wider", "--init", str(tmp_path / "weights.pth")) == 2
+    )
     assert "encoder.blocks.2" in capsys.readouterr().err
     assert contents(tmp_path) == before
 
@@ -424,10 +493,22 @@ def test_setting_changes_are_found_at_any_depth():
 def start_process(videos: Path, output: Path) -> subprocess.Popen:
     """A real run with a data worker, in a process group of its own."""
     flags = [*SMALL, *RUN, "--model", "vit_tiny", "--steps", "100000", "--workers", "1"]
-    command = [sys.executable, "-m", "vmae", "pretrain", "--data", str(videos), "--output", str(output), *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "vmae",
+        "pretrain",
+        "--data",
+        str(videos),
+        "--output",
+        str(output),
+        *flags,
+    ]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 # To the whole group, as `timeout`, Slurm and a terminal send it: the data workers get it too.
@@ -436,7 +517,11 @@ def test_a_signal_to_the_group_leaves_a_usable_checkpoint(videos, tmp_path, numb
     process = start_process(videos, tmp_path / "run")
     try:
         deadline = time.monotonic() + 60
-        while len(read_log(tmp_path / "run" / "log.jsonl")) < 3 and time.monotonic() < deadline and process.poll() is None:
+        while (
+            len(read_log(tmp_path / "run" / "log.jsonl")) < 3
+            and time.monotonic() < deadline
+            and process.poll() is None
+        ):
             time.sleep(0.05)
         os.killpg(process.pid, number)
         out, err = process.communicate(timeout=30)
@@ -445,7 +530,11 @@ def test_a_signal_to_the_group_leaves_a_usable_checkpoint(videos, tmp_path, numb
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == code, err
     assert "Traceback" not in err and "stopped by" in out
-    assert read_manifest(CheckpointFolder(tmp_path / "run").latest())["step"] == len(losses(tmp_path / "run")) >= 3
+    assert (
+        read_manifest(CheckpointFolder(tmp_path / "run").latest())["step"]
+        == len(losses(tmp_path / "run"))
+        >= 3
+    )
 
 
 def test_messages_hold_no_traceback(tmp_path):

@@ -1,4 +1,5 @@
-"""A run's folder has one holder, and a folder that goes away, or a disk that is full, ends the run with one line."""
+"""A run's folder has one holder, and a folder that goes away, or a disk that is full, ends the run with one
+line."""
 
 import contextlib
 import io
@@ -74,11 +75,19 @@ def test_a_second_run_is_refused_before_it_writes_anything(pretrain, tmp_path, c
         for flags in (["--steps", "8"], ["--no-resume"], ["--resume", "last-good"], ["--dry-run"]):
             assert pretrain(run, *flags) == 2
             error = one_line(capsys)
-            assert f"{run} is in use by a test's run (process {process.pid} on " in error and "another --output" in error
+            assert (
+                f"{run} is in use by a test's run (process {process.pid} on " in error
+                and "another --output" in error
+            )
         assert contents(run) == before
         pipe.send(True)
         process.join()
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-00000002", "log.jsonl", "run.json", "weights.pth"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoint-00000002",
+        "log.jsonl",
+        "run.json",
+        "weights.pth",
+    ]
     assert pretrain(run, "--steps", "3") == 0
 
 
@@ -106,7 +115,11 @@ def test_the_lock_is_there_during_a_run_and_gone_after_any_end(pretrain, at_step
     ("command", "flags"),
     [
         ("detect-temporal", "FEATURES DATASET --output {run}"),
-        ("finetune", "--data {world}/train.txt --output {run} --model vit_tiny --image-size 32 --num-frames 4 --device cpu"),
+        (
+            "finetune",
+            "--data {world}/train.txt --output {run} --model vit_tiny --image-size 32 --num-frames 4 "
+            "--device cpu",
+        ),
         ("evaluate", "{world}/train.txt --output {run} --checkpoint {weights} --device cpu"),
         ("features", "{plain} --output {run} --checkpoint {weights} --device cpu"),
         ("pack", "{world}/train.txt {run}"),
@@ -156,13 +169,19 @@ BOOTED = folder_lock._boot_time()
         ({}, "is in use by a test's run"),
         ({"started": 1}, None),  # the process id came again
         ({"boot": "another", "since": BOOTED - 60}, None),  # a reboot
-        ({"boot": "another"}, "on another machine.*delete .*run.lock"),  # younger than our boot: a machine of the same name
-        ({"boot": "another", "host": "node7", "since": BOOTED - 60}, "on node7,.*on another machine.*delete .*run.lock"),
+        (
+            {"boot": "another"},
+            "on another machine.*delete .*run.lock",
+        ),  # younger than our boot: a machine of the same name
+        (
+            {"boot": "another", "host": "node7", "since": BOOTED - 60},
+            "on node7,.*on another machine.*delete .*run.lock",
+        ),
         ({"boot": "another", "machine": "another", "since": BOOTED - 60}, "on another machine"),
         ({"pids": "pid:[1]"}, "in another container.*delete .*run.lock"),
         ({"boot": None}, "on another machine"),
     ],
-)  # fmt: skip
+)
 def test_stale_locks_are_told_from_living_ones(tmp_path, changes, words):
     with holder(tmp_path):
         lock = tmp_path / LOCK_NAME
@@ -258,7 +277,9 @@ def test_of_many_that_come_at_once_one_holds(tmp_path, monkeypatch, stale, links
         assert not folder.exists() or not list(folder.iterdir())  # it goes with a holder who has made it
 
 
-def test_a_lock_deleted_by_hand_comes_back_and_one_that_was_taken_ends_the_run(pretrain, at_step, tmp_path, capsys):
+def test_a_lock_deleted_by_hand_comes_back_and_one_that_was_taken_ends_the_run(
+    pretrain, at_step, tmp_path, capsys
+):
     lock = tmp_path / "run" / LOCK_NAME
     there = []
     at_step(2, lock.unlink)
@@ -313,10 +334,16 @@ def test_two_real_runs_in_one_folder_and_a_kill(labelled_world, tmp_path):
         wait_for(first, 7)
         started.append(second := start("--no-resume"))
         out, err = second.communicate(timeout=60)
-        assert second.returncode == 2 and f"in use by a training run (process {first.pid} on " in err and err.count("\n") == 1
+        assert (
+            second.returncode == 2
+            and f"in use by a training run (process {first.pid} on " in err
+            and err.count("\n") == 1
+        )
         assert first.poll() is None and not list(run.glob("previous-*"))
         first.kill()
-        started.append(third := start("--steps", "100000"))  # at once: the first one's worker may live on for a moment
+        started.append(
+            third := start("--steps", "100000")
+        )  # at once: the first one's worker may live on for a moment
         wait_for(third, len(read_log(run / "log.jsonl")) + 3)
         while run.exists():  # the run may remove its lock at the same moment
             shutil.rmtree(run, ignore_errors=True)
@@ -355,18 +382,27 @@ def log_of_another(run: Path) -> None:
 
 
 # The next write is a line of the log; a checkpoint; one in the background; TensorBoard's too.
-NEXT = ["--log-every 1", "--log-every 100 --save-every 4", "--log-every 100 --save-every 4 --async-save", "--tensorboard"]
+NEXT = [
+    "--log-every 1",
+    "--log-every 100 --save-every 4",
+    "--log-every 100 --save-every 4 --async-save",
+    "--tensorboard",
+]
 
 
 @pytest.mark.parametrize("flags", NEXT)
 @pytest.mark.parametrize("how", [remove, rename, replace])
-def test_a_folder_that_goes_away_ends_the_run_and_is_not_made_again(pretrain, at_step, tmp_path, capsys, how, flags):
+def test_a_folder_that_goes_away_ends_the_run_and_is_not_made_again(
+    pretrain, at_step, tmp_path, capsys, how, flags
+):
     run = tmp_path / "run"
     at_step(3, lambda: how(run))
     assert pretrain(run, "--save-every", "2", *flags.split()) == 2
     shown = capsys.readouterr()
     error = [line for line in shown.err.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1 and "Traceback" not in shown.err and "gone" in error[0] and str(run) in error[0], shown.err
+    assert len(error) == 1 and "Traceback" not in shown.err and "gone" in error[0] and str(run) in error[0], (
+        shown.err
+    )
     assert "done:" not in shown.out
     assert run.exists() == (how is replace) and (how is not replace or list(run.iterdir()) == [])
 
@@ -381,7 +417,9 @@ def test_a_log_that_goes_away_ends_the_run(pretrain, at_step, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("place", ["_export_last", "export_run"])
-def test_a_folder_that_goes_away_before_the_export_ends_the_run(pretrain, tmp_path, capsys, monkeypatch, place):
+def test_a_folder_that_goes_away_before_the_export_ends_the_run(
+    pretrain, tmp_path, capsys, monkeypatch, place
+):
     import vmae.train.run
 
     plain = getattr(vmae.train.run, place)
@@ -413,7 +451,11 @@ def test_a_folder_that_goes_away_hides_no_loss_that_is_not_finite(pretrain, tmp_
     monkeypatch.setattr(Trainer, "clip", clip)
     assert pretrain(tmp_path / "run") == 2
     error = one_line(capsys)
-    assert "step 0: the loss is" in error and "are not written down: output folder" in error and "is gone" in error
+    assert (
+        "step 0: the loss is" in error
+        and "are not written down: output folder" in error
+        and "is gone" in error
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -432,7 +474,9 @@ def fill(disk: Path, left: int = 0) -> None:
 
 
 @pytest.mark.parametrize("flags", ["", "--async-save", "--tensorboard"])
-def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(pretrain, at_step, small_disk, tmp_path, capsys, flags):
+def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(
+    pretrain, at_step, small_disk, tmp_path, capsys, flags
+):
     assert pretrain(tmp_path / "whole", "--save-every", "2") == 0
     disk = small_disk(8_000_000)
     at_step(3, lambda: fill(disk, left=300_000))  # enough for the log, and not for a checkpoint of 1 MB
@@ -476,7 +520,9 @@ def test_a_disk_too_full_for_tensorboard(pretrain, at_step, small_disk, capsys, 
     traces = []
     monkeypatch.setattr(threading, "excepthook", traces.append)
     disk = small_disk(8_000_000)
-    at_step(3, lambda: fill(disk))  # the last pages of both logs have room for some lines, TensorBoard's for fewer
+    at_step(
+        3, lambda: fill(disk)
+    )  # the last pages of both logs have room for some lines, TensorBoard's for fewer
     assert pretrain(disk / "run", "--tensorboard", "--steps", "40", "--save-every", "100") == 2
     error = one_line(capsys)
     assert "run/tensorboard: No space left on device" in error and "there is no whole one yet" in error
@@ -505,7 +551,9 @@ def test_a_disk_that_is_full_at_the_start_and_at_the_export(pretrain, small_disk
 
 
 @pytest.mark.parametrize("how", ["missing", "a folder", "a dangling link"])
-def test_a_checkpoint_without_a_manifest_is_passed_over_aloud_and_kept(pretrain, tmp_path, capsys, caplog, how):
+def test_a_checkpoint_without_a_manifest_is_passed_over_aloud_and_kept(
+    pretrain, tmp_path, capsys, caplog, how
+):
     run = tmp_path / "run"
     assert pretrain(run, "--save-every", "2") == 0
     expected = losses(run)
@@ -523,7 +571,9 @@ def test_a_checkpoint_without_a_manifest_is_passed_over_aloud_and_kept(pretrain,
         assert pretrain(run, *flags, "--dry-run") == 0
     assert pretrain(run) == 0
     text = capsys.readouterr().out
-    assert "note: passed over, incomplete: checkpoint-00000006: it has no manifest.json that can be read" in text
+    assert (
+        "note: passed over, incomplete: checkpoint-00000006: it has no manifest.json that can be read" in text
+    )
     assert "resuming from" in text and "step 4" in text and losses(run) == expected
     assert sorted(os.listdir(run / "previous-1" / "checkpoint-00000006"))[:2] == [".metadata", "__0_0.distcp"]
 
@@ -533,7 +583,10 @@ def test_where_no_checkpoint_has_a_manifest_a_fresh_start_says_so(pretrain, tmp_
     (tmp_path / "run" / "checkpoint-00000007").write_text("no folder")
     assert pretrain(tmp_path / "run", "--steps", "1") == 0
     text = capsys.readouterr().out
-    assert "checkpoint-00000006: it has no manifest.json" in text and "checkpoint-00000007: it is no folder" in text
+    assert (
+        "checkpoint-00000006: it has no manifest.json" in text
+        and "checkpoint-00000007: it is no folder" in text
+    )
     assert "a fresh start" in text and (tmp_path / "run" / "previous-1" / "checkpoint-00000006").is_dir()
 
 
@@ -560,9 +613,16 @@ def pretrain_rank(data: Path, run: Path, fill_at: int | None) -> tuple[int, str]
 
 @pytest.mark.slow
 def test_all_ranks_end_with_the_line_of_the_one_that_knows(pretrain, run_ranks, small_disk, tmp_path):
-    disk, data = small_disk(8_000_000), tmp_path / "frames.txt"  # `pretrain` has made the list, and named the model
+    disk, data = (
+        small_disk(8_000_000),
+        tmp_path / "frames.txt",
+    )  # `pretrain` has made the list, and named the model
     for code, error in run_ranks(2, pretrain_rank, data, disk / "run", 3):
-        assert code == 2 and "checkpoint-00000004: No space left on device (" in error and "Traceback" not in error
+        assert (
+            code == 2
+            and "checkpoint-00000004: No space left on device (" in error
+            and "Traceback" not in error
+        )
         assert f"the newest whole one is {disk}/run/checkpoint-00000002" in error
     with holder(disk / "run") as (process, _):
         for code, error in run_ranks(2, pretrain_rank, data, disk / "run", None):

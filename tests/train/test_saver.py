@@ -1,4 +1,5 @@
-"""Checkpoints are complete or absent, damage is named, nothing in them is executed, and a background save saves the same."""
+"""Checkpoints are complete or absent, damage is named, nothing in them is executed, and a background save
+saves the same."""
 
 import contextlib
 import json
@@ -62,7 +63,9 @@ def small_files():
 @pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, small_files, background):
     old = save(tmp_path, step=1)
-    with pytest.raises(InputError, match="cannot write .*checkpoint-00000002: .*the earlier checkpoints are untouched"):
+    with pytest.raises(
+        InputError, match="cannot write .*checkpoint-00000002: .*the earlier checkpoints are untouched"
+    ):
         save(tmp_path, step=2, size=1_000_000, background=background)
     assert [entry.name for entry in tmp_path.iterdir()] == [old.name]
     assert find_damage(old) == [] and read_manifest(old)["step"] == 1
@@ -100,7 +103,10 @@ def test_each_rank_looks_at_its_share_of_the_files(tmp_path):
     path = save(tmp_path)
     for name in ("__0_0.distcp", ".metadata"):
         (path / name).unlink()
-    assert [find_damage(path, part, 2) for part in (0, 1)] == [[".metadata is missing"], ["__0_0.distcp is missing"]]
+    assert [find_damage(path, part, 2) for part in (0, 1)] == [
+        [".metadata is missing"],
+        ["__0_0.distcp is missing"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +149,9 @@ def test_a_malicious_pickle_is_refused_unexecuted(tmp_path):
     whole = pickle.loads(metadata.read_bytes())
     whole.planner_data = Malicious(tmp_path / "ran")
     metadata.write_bytes(pickle.dumps(whole))
-    with pytest.raises(InputError, match="io.open does not belong into a checkpoint's metadata; it was not executed"):
+    with pytest.raises(
+        InputError, match="io.open does not belong into a checkpoint's metadata; it was not executed"
+    ):
         read_group(path)
     whole.planner_data, whole.state_dict_metadata["model.a.w"] = None, 3
     metadata.write_bytes(pickle.dumps(whole))
@@ -159,7 +167,9 @@ def test_a_malicious_pickle_is_refused_unexecuted(tmp_path):
 def test_anything_but_tensors_is_refused(tmp_path):
     saver = Saver(CheckpointFolder(tmp_path))
     saver.save(1, {"model": {"w": "text"}}, {"config": {}})
-    with pytest.raises(InputError, match="holds more than tensors: .metadata: .*BytesStorageMetadata does not belong"):
+    with pytest.raises(
+        InputError, match="holds more than tensors: .metadata: .*BytesStorageMetadata does not belong"
+    ):
         tensor_layouts(saver.folder.path_of(1))
 
 
@@ -215,20 +225,29 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, dis
     # torch syncs its description under the name that it has while it is written.
     wanted = {f"{beside}/{file.name}" for file in path.iterdir() if file.name != ".metadata"} | {beside}
     assert wanted <= set(before) and any(name.startswith(f"{beside}/.metadata") for name in before)
-    assert before.index(f"{beside}/{MANIFEST}") < before.index(beside)  # the folder last: it holds the others' names
+    assert before.index(f"{beside}/{MANIFEST}") < before.index(
+        beside
+    )  # the folder last: it holds the others' names
     assert ("sync", str(tmp_path)) in disk_calls[named:]
 
 
 def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path, disk_calls):
     write_atomically(tmp_path / "x.json", lambda file: file.write(b"{}"))
     (kind, written), (_, source, target), last = disk_calls
-    assert kind == "sync" and written == source and target == str(tmp_path / "x.json") and last == ("sync", str(tmp_path))
+    assert (
+        kind == "sync"
+        and written == source
+        and target == str(tmp_path / "x.json")
+        and last == ("sync", str(tmp_path))
+    )
 
 
 def test_torchs_word_for_a_full_disk_is_translated_where_its_cause_is_lost(tmp_path):
     """Errors of other ranks come without their cause."""
     error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
-    assert why_not_written(error, tmp_path / "x", 1 << 60).startswith("No space left on device (1152921504606.8 MB wanted, ")
+    assert why_not_written(error, tmp_path / "x", 1 << 60).startswith(
+        "No space left on device (1152921504606.8 MB wanted, "
+    )
     assert why_not_written(error, tmp_path / "x", 1) == "only a part could be written (0.0 MB wanted)"
     assert why_not_written(RuntimeError("other\nlines"), tmp_path / "x") == "other"
     error.__context__ = OSError(122, "Disk quota exceeded")

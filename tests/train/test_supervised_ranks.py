@@ -14,7 +14,16 @@ RUN = ["--num-sample", "1", "--workers", "0", "--log-every", "1", "--no-tensorbo
 
 def finetune(world, output, batch, parallel, *flags):
     torch.set_num_threads(1)
-    where = ["--data", str(world / "train.txt"), "--output", str(output), "--batch-size", str(batch), "--parallel", parallel]
+    where = [
+        "--data",
+        str(world / "train.txt"),
+        "--output",
+        str(output),
+        "--batch-size",
+        str(batch),
+        "--parallel",
+        parallel,
+    ]
     settings = ["--steps", "3", "--warmup-steps", "0", "--lr", "0.02", "--drop-path", "0", "--ema", "0.5"]
     return main(["finetune", *where, *SIZE, *RUN, *settings, *flags])
 
@@ -22,14 +31,17 @@ def finetune(world, output, batch, parallel, *flags):
 def evaluate(world, checkpoint, output):
     torch.set_num_threads(1)
     views = ["--segments", "2", "--crops", "2", "--batch-size", "3", "--workers", "0", "--device", "cpu"]
-    return main(["evaluate", str(world / "val.txt"), "--checkpoint", str(checkpoint), "--output", str(output), *views])
+    return main(
+        ["evaluate", str(world / "val.txt"), "--checkpoint", str(checkpoint), "--output", str(output), *views]
+    )
 
 
 def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-# Clips are mixed within a micro-batch: the same micro-batches, or no mixing, give the same on any number of ranks.
+# Clips are mixed within a micro-batch: the same micro-batches, or no mixing, give the same on any number of
+# ranks.
 SAME_PARTS, ONE_BATCH = (2, "--accumulate", "2"), (4, "--mixup", "0", "--cutmix", "0")
 
 
@@ -50,7 +62,9 @@ def test_two_ranks_train_what_one_does(run_ranks, labelled_world, tmp_path, para
 def test_any_number_of_ranks_tests_the_same(run_ranks, labelled_world, tmp_path):
     assert run_ranks(1, finetune, labelled_world, tmp_path / "run", 4, "none") == [0]
     for ranks in (1, 2, 3):
-        assert run_ranks(ranks, evaluate, labelled_world, tmp_path / "run", tmp_path / str(ranks)) == [0] * ranks
+        assert (
+            run_ranks(ranks, evaluate, labelled_world, tmp_path / "run", tmp_path / str(ranks)) == [0] * ranks
+        )
     files = [(tmp_path / str(ranks) / "predictions.jsonl").read_text() for ranks in (1, 2, 3)]
     assert files[0] == files[1] == files[2] and len(files[0].splitlines()) == 7
     results = [json.loads((tmp_path / str(ranks) / "results.json").read_text()) for ranks in (1, 2, 3)]

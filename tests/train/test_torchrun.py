@@ -1,4 +1,5 @@
-"""torchrun on real clips: restarts that go on, tracebacks that are seen, a scheduler's end that leaves a checkpoint."""
+"""torchrun on real clips: restarts that go on, tracebacks that are seen, a scheduler's end that leaves a
+checkpoint."""
 
 import json
 import os
@@ -16,7 +17,8 @@ from vmae.train.metrics import read_log
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (
-    "pretrain --model vit_tiny --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75 --batch-size 1 "
+    "pretrain --model vit_tiny --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75 "
+    "--batch-size 1 "
     "--workers 0 --lr 0.1 --log-every 1 --save-every 2 --device cpu --parallel fsdp --no-tensorboard"
 ).split()
 # What a user's machine does to a run: a rank of the first start goes down in step 5.

@@ -1,7 +1,14 @@
 """Videos in: list files, decoding, sampling, cropping, and the loader that pre-training reads."""
 
 from vmae.data.augment import CropBox, crop_and_resize, sample_crop
-from vmae.data.dataset import Batch, EpochSampler, PretrainDataset, PretrainLoader, build_loader, check_decodable
+from vmae.data.dataset import (
+    Batch,
+    EpochSampler,
+    PretrainDataset,
+    PretrainLoader,
+    build_loader,
+    check_decodable,
+)
 from vmae.data.decode import DecodeError, VideoReader, open_video
 from vmae.data.manifest import VideoEntry, read_list
 from vmae.data.mix import Mix, describe_data, read_data

@@ -1,4 +1,5 @@
-"""Where to cut a clip and how to resize it: TSN's multi-scale crop (Wang et al., ECCV 2016), as VideoMAE V2 uses it.
+"""Where to cut a clip and how to resize it: TSN's multi-scale crop (Wang et al., ECCV 2016), as VideoMAE V2
+uses it.
 
 One box for all frames of a clip, no flip, no colour changes.
 """
@@ -14,10 +15,23 @@ from PIL import Image
 from vmae.errors import InputError
 
 SCALES = (1.0, 0.875, 0.75, 0.66)
-# Places of a box, in quarters of the free room along (width, height): corners, centre, middles of the edges, quarters.
+# Places of a box, in quarters of the free room along (width, height): corners, centre, middles of the edges,
+# quarters.
 POSITIONS = (
-    (0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3),
-)  # fmt: skip
+    (0, 0),
+    (4, 0),
+    (0, 4),
+    (4, 4),
+    (2, 2),
+    (0, 2),
+    (4, 2),
+    (2, 4),
+    (2, 0),
+    (1, 1),
+    (3, 1),
+    (1, 3),
+    (3, 3),
+)
 SNAP_PIXELS = 3
 RESIZERS = ("torch", "pil")
 
@@ -46,9 +60,10 @@ def image_hw(size: int | tuple[int, int]) -> tuple[int, int]:
 def crop_sizes(width: int, height: int, input_size: int | tuple[int, int]) -> list[tuple[int, int]]:
     """All (width, height) that a crop can have, with repetitions as their chances.
 
-    The base is the largest box of the input's shape that fits (for a square input the shorter side, as published). Each
-    side is the base times a scale, and the two scales are at most one step apart. A side less than 3 pixels from the
-    input's becomes the input's, so that it is not resized; a frame too small for that keeps its own side.
+    The base is the largest box of the input's shape that fits (for a square input the shorter side, as
+    published). Each side is the base times a scale, and the two scales are at most one step apart. A side
+    less than 3 pixels from the input's becomes the input's, so that it is not resized; a frame too small for
+    that keeps its own side.
 
     Args:
         input_size: side, or (height, width), of the clip after resizing.
@@ -82,7 +97,9 @@ def _place(size: tuple[int, int], position: tuple[int, int], width: int, height:
     return CropBox(position[0] * ((width - size[0]) // 4), position[1] * ((height - size[1]) // 4), *size)
 
 
-def sample_crop(width: int, height: int, input_size: int | tuple[int, int], rng: np.random.Generator) -> CropBox:
+def sample_crop(
+    width: int, height: int, input_size: int | tuple[int, int], rng: np.random.Generator
+) -> CropBox:
     """Draw a crop of a `width` x `height` frame; all inside it.
 
     Args:
@@ -104,9 +121,10 @@ def crop_and_resize(
     Args:
         frames: uint8 [T, H, W, 3].
         size: side, or (height, width), of the result.
-        resize: "torch", or "pil" for the bits of the published pipeline. Measured on the clips of `vmae.data.samples`
-            (16 frames to 224 x 224, one core, torch 2.13, Pillow 13): "torch" is off by at most 2 of 255 levels,
-            in at most 4 % of the values (of noise: 2 levels, 26 %), and takes 2 to 11 ms where "pil" takes 11 to 58.
+        resize: "torch", or "pil" for the bits of the published pipeline. Measured on the clips of
+            `vmae.data.samples` (16 frames to 224 x 224, one core, torch 2.13, Pillow 13): "torch" is off by
+            at most 2 of 255 levels, in at most 4 % of the values (of noise: 2 levels, 26 %), and takes 2 to
+            11 ms where "pil" takes 11 to 58.
 
     Returns:
         uint8 [T, height, width, 3], contiguous.
@@ -118,7 +136,9 @@ def crop_and_resize(
         raise InputError(f"frames must be uint8 [T, H, W, 3], not {frames.dtype} {list(frames.shape)}")
     height, width = image_hw(size)
     left, top, box_width, box_height = box
-    inside = 0 <= left <= left + box_width <= frames.shape[2] and 0 <= top <= top + box_height <= frames.shape[1]
+    inside = (
+        0 <= left <= left + box_width <= frames.shape[2] and 0 <= top <= top + box_height <= frames.shape[1]
+    )
     if not inside or box_width < 1 or box_height < 1:
         raise InputError(f"{box} is not inside a frame of {frames.shape[2]} x {frames.shape[1]} pixels")
     cut = frames[:, top : top + box_height, left : left + box_width]

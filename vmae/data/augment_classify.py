@@ -1,8 +1,10 @@
-"""Augmentation for classification, as published: RandAugment, random resized crop, flip, random erasing, mixup and cutmix.
+"""Augmentation for classification, as published: RandAugment, random resized crop, flip, random erasing,
+mixup and cutmix.
 
-RandAugment (Cubuk et al., 2020) is the published `rand-m7-n4-mstd0.5-inc1` of timm's set, drawn once for a clip. Its
-operations are Pillow's, as there. Kornia 0.9, the kept-up library without torchvision, was tried: its RandAugment refuses
-to draw once for all frames of a clip, has no noise on the magnitude, and needs Python 3.11.
+RandAugment (Cubuk et al., 2020) is the published `rand-m7-n4-mstd0.5-inc1` of timm's set, drawn once for a
+clip. Its operations are Pillow's, as there. Kornia 0.9, the kept-up library without torchvision, was tried:
+its RandAugment refuses to draw once for all frames of a clip, has no noise on the magnitude, and needs Python
+3.11.
 
 Legend: B clips, T frames, H x W pixels, K classes.
 """
@@ -42,7 +44,8 @@ class AugmentConfig(_Checked):
         crop: random resized crop; else the whole frame is resized.
         flip: mirror half of the clips; never where left and right mean something (SSv2).
         erase: probability that a box of the clip becomes noise.
-        mixup, cutmix: alpha of the Beta distribution; 0 means off. With both, each micro-batch gets one of them.
+        mixup, cutmix: alpha of the Beta distribution; 0 means off. With both, each micro-batch gets one of
+            them.
         smoothing: share of a label that is spread over all classes.
     """
 
@@ -71,7 +74,9 @@ def _signed(value: float, rng: np.random.Generator) -> float:
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=_GREY)
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=_GREY
+    )
 
 
 def _rotate(share: float, rng: np.random.Generator) -> Operation:
@@ -117,7 +122,8 @@ def _plain(share: float, rng: np.random.Generator, *, operation: Operation) -> O
     return operation
 
 
-# timm's "increasing" set: a larger magnitude is a larger change. (share of the largest magnitude, rng) -> operation.
+# timm's "increasing" set: a larger magnitude is a larger change. (share of the largest magnitude, rng) ->
+# operation.
 OPERATIONS: dict[str, Callable[[float, np.random.Generator], Operation]] = {
     "auto_contrast": partial(_plain, operation=ImageOps.autocontrast),
     "equalize": partial(_plain, operation=ImageOps.equalize),
@@ -164,9 +170,15 @@ def rand_augment(frames: np.ndarray, config: AugmentConfig, rng: np.random.Gener
 
 
 def sample_resized_crop(
-    width: int, height: int, rng: np.random.Generator, *, area: Sequence[float] = _AREA, ratio: Sequence[float] = _RATIO
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    *,
+    area: Sequence[float] = _AREA,
+    ratio: Sequence[float] = _RATIO,
 ) -> CropBox:
-    """A box of random area and width to height ratio (Szegedy et al., 2015); in the middle if ten draws do not fit."""
+    """A box of random area and width to height ratio (Szegedy et al., 2015); in the middle if ten draws do
+    not fit."""
     for _ in range(_TRIES):
         size, aspect = rng.uniform(*area) * width * height, math.exp(rng.uniform(*map(math.log, ratio)))
         box_width, box_height = round(math.sqrt(size * aspect)), round(math.sqrt(size / aspect))
@@ -201,7 +213,9 @@ def erase_box(clip: np.ndarray, probability: float, rng: np.random.Generator) ->
             noise = rng.standard_normal((len(clip), box_height, box_width, 3), dtype=np.float32)
             pixels = 255 * (noise * np.float32(IMAGENET_STD) + np.float32(IMAGENET_MEAN))
             clip = clip.copy()
-            clip[:, top : top + box_height, left : left + box_width] = np.clip(pixels, 0, 255).astype(np.uint8)
+            clip[:, top : top + box_height, left : left + box_width] = np.clip(pixels, 0, 255).astype(
+                np.uint8
+            )
             break
     return clip
 
@@ -229,12 +243,12 @@ def draw_mixing(
 ) -> Mixing | None:
     """Mixup or cutmix for all clips of a micro-batch; None where the configuration has neither.
 
-    As published (timm's `Mixup` in batch mode): one draw for the micro-batch, and clip i is mixed with clip B - 1 - i, clips of
-    the same video too. There an odd count is an error. Here the clip in the middle, its own partner, takes the first one
-    instead, so that none stays as it is; a single clip does.
+    As published (timm's `Mixup` in batch mode): one draw for the micro-batch, and clip i is mixed with clip B
+    - 1 - i, clips of the same video too. There an odd count is an error. Here the clip in the middle, its own
+    partner, takes the first one instead, so that none stays as it is; a single clip does.
 
-    The draw is a function of the seed and the first video, so a run that goes on with the same micro-batches, on whatever
-    ranks, mixes the same. Micro-batches of another size mix other clips.
+    The draw is a function of the seed and the first video, so a run that goes on with the same micro-batches,
+    on whatever ranks, mixes the same. Micro-batches of another size mix other clips.
 
     Args:
         batch: clips of the micro-batch.
@@ -250,7 +264,9 @@ def draw_mixing(
     return Mixing(partner, weight, box)
 
 
-def _draw_share(config: AugmentConfig, size: tuple[int, int], rng: np.random.Generator) -> tuple[float, CropBox | None]:
+def _draw_share(
+    config: AugmentConfig, size: tuple[int, int], rng: np.random.Generator
+) -> tuple[float, CropBox | None]:
     """`Mixing.weight` and `Mixing.box`: a box's share is that of the pixels inside the picture."""
     cut = config.cutmix > 0 and (config.mixup == 0 or rng.random() < 0.5)
     alpha = config.cutmix if cut else config.mixup
@@ -274,7 +290,9 @@ def mix_clips(clips: Tensor, mixing: Mixing) -> Tensor:
             rows, columns = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
             mixed[i, :, rows, columns] = clips[partner, :, rows, columns]
         else:
-            mixed[i] = torch.lerp(clips[partner].float(), clips[i].float(), mixing.weight).round_().to(torch.uint8)
+            mixed[i] = (
+                torch.lerp(clips[partner].float(), clips[i].float(), mixing.weight).round_().to(torch.uint8)
+            )
     return mixed
 
 

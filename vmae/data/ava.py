@@ -1,12 +1,15 @@
-"""The files of AVA (Gu et al., CVPR 2018): annotations, detections and person boxes, excluded key frames, action lists.
+"""The files of AVA (Gu et al., CVPR 2018): annotations, detections and person boxes, excluded key frames,
+action lists.
 
-    annotations   video_id,timestamp,x1,y1,x2,y2,action_id,person_id   a line for each action of each box (person_id may lack)
+    annotations   video_id,timestamp,x1,y1,x2,y2,action_id,person_id   a line for each action of each box
+    (person_id may lack)
     detections    video_id,timestamp,x1,y1,x2,y2,action_id,score
     person boxes  the same; the action may be empty, and is not read
     excluded      video_id,timestamp
     actions       blocks `item { name: "..." id: 1 }` or `label { name: "..." label_id: 1 }` (.pbtxt)
 
-Timestamps are whole seconds of the movie, coordinates shares of the frame's width and height from its top left corner.
+Timestamps are whole seconds of the movie, coordinates shares of the frame's width and height from its top
+left corner.
 """
 
 from __future__ import annotations
@@ -58,7 +61,9 @@ class AvaBox:
         return self.video, self.timestamp
 
 
-def read_annotations(path: str | Path, actions: Iterable[int] | None = None, *, skip_unlisted: bool = False) -> list[AvaBox]:
+def read_annotations(
+    path: str | Path, actions: Iterable[int] | None = None, *, skip_unlisted: bool = False
+) -> list[AvaBox]:
     """The lines of an annotation file, in order, at least one.
 
     Args:
@@ -66,8 +71,8 @@ def read_annotations(path: str | Path, actions: Iterable[int] | None = None, *, 
         skip_unlisted: leave other ids out, as the AVA evaluation does, instead of refusing them.
 
     Raises:
-        InputError: the file can't be read, or a line is malformed, has a box outside the frame or an unknown action, or
-            repeats another; with file and line.
+        InputError: the file can't be read, or a line is malformed, has a box outside the frame or an unknown
+            action, or repeats another; with file and line.
     """
     known = None if actions is None else set(actions)
     rows = []
@@ -90,7 +95,9 @@ def read_annotations(path: str | Path, actions: Iterable[int] | None = None, *, 
     return rows
 
 
-def read_detections(path: str | Path, actions: Iterable[int] | None = None, *, skip_unlisted: bool = False) -> list[AvaBox]:
+def read_detections(
+    path: str | Path, actions: Iterable[int] | None = None, *, skip_unlisted: bool = False
+) -> list[AvaBox]:
     """The lines of a file of scored actions, in order; none where the file is empty.
 
     Args: see `read_annotations`.
@@ -142,7 +149,8 @@ def read_actions(path: str | Path) -> dict[int, str]:
     """Names by id, ascending, of an action list (.pbtxt).
 
     Raises:
-        InputError: the file can't be read, has no blocks, or a block lacks name or id, or repeats an id; with its line.
+        InputError: the file can't be read, has no blocks, or a block lacks name or id, or repeats an id; with
+            its line.
     """
     text = re.sub(r"^\s*#.*$", "", read_text(path), flags=re.MULTILINE)
     actions: dict[int, str] = {}
@@ -160,7 +168,7 @@ def read_actions(path: str | Path) -> dict[int, str]:
     return dict(sorted(actions.items()))
 
 
-# --- Writing ----------------------------------------------------------------------------------------------------------
+# --- Writing ------------------------------------------------------------------------------------------------
 
 
 def write_annotations(path: str | Path, rows: Iterable[AvaBox]) -> None:
@@ -201,7 +209,9 @@ def write_actions(path: str | Path, actions: dict[int, str]) -> None:
 
 
 def _write(path: str | Path, rows: Iterable[AvaBox], last: Callable[[AvaBox], list]) -> None:
-    _write_csv(path, ([row.video, f"{row.timestamp:04}", *(f"{x:.6g}" for x in row.box), *last(row)] for row in rows))
+    _write_csv(
+        path, ([row.video, f"{row.timestamp:04}", *(f"{x:.6g}" for x in row.box), *last(row)] for row in rows)
+    )
 
 
 def _write_csv(path: str | Path, rows: Iterable[Sequence]) -> None:
@@ -219,7 +229,7 @@ def _write_text(path: Path, text: str) -> None:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from None
 
 
-# --- Reading cells ----------------------------------------------------------------------------------------------------
+# --- Reading cells ------------------------------------------------------------------------------------------
 
 
 def _lines(path: str | Path, columns: tuple[int, ...], form: str) -> Iterable[tuple[str, int, list[str]]]:
@@ -272,4 +282,8 @@ def _number(where: str, name: str, cell: str) -> float:
 
 def _ids(known: set[int]) -> str:
     listed = sorted(known)
-    return ", ".join(map(str, listed)) if len(listed) <= 8 else f"{len(listed)} ids from {listed[0]} to {listed[-1]}"
+    return (
+        ", ".join(map(str, listed))
+        if len(listed) <= 8
+        else f"{len(listed)} ids from {listed[0]} to {listed[-1]}"
+    )

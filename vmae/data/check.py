@@ -1,8 +1,9 @@
 """`python -m vmae check-data LIST`: open every video of a list before a run does.
 
-Each video is opened, and one clip of it is decoded, in worker processes that are replaced if a file hangs or crashes
-them. What comes out: a table; `report.json` with a record for each video; `histogram.png`; `clean.txt`, the list
-without the bad ones, its labels kept. A list that cannot be read is explained instead. A folder is checked like a list.
+Each video is opened, and one clip of it is decoded, in worker processes that are replaced if a file hangs or
+crashes them. What comes out: a table; `report.json` with a record for each video; `histogram.png`;
+`clean.txt`, the list without the bad ones, its labels kept. A list that cannot be read is explained instead.
+A folder is checked like a list.
 """
 
 from __future__ import annotations
@@ -80,14 +81,21 @@ def inspect_stream(path: str) -> dict[str, Any]:
     """What PyAV finds in a video beside its frames; empty where it cannot read it, or is not installed.
 
     Returns:
-        `codec`, `gop` (median frames from one key frame to the next), `open_gop`, `video_streams`, and where pixels are not
-        shown as they are stored: `rotation` (90, 180 or 270 degrees clockwise, or "mirrored") and `sample_aspect` ("4:3").
+        `codec`, `gop` (median frames from one key frame to the next), `open_gop`, `video_streams`, and where
+            pixels are not
+        shown as they are stored: `rotation` (90, 180 or 270 degrees clockwise, or "mirrored") and
+            `sample_aspect` ("4:3").
     """
     try:
         found = inspect_video(path)
     except (DecodeError, ImportError):  # the decoder that a run uses has the say whether the file is bad
         return {}
-    about = {"codec": found.codec, "open_gop": found.open_gop, "video_streams": found.streams, "gop": found.gop}
+    about = {
+        "codec": found.codec,
+        "open_gop": found.open_gop,
+        "video_streams": found.streams,
+        "gop": found.gop,
+    }
     if found.orientation != UPRIGHT:
         about["rotation"] = _ROTATIONS.get(found.orientation, "mirrored")
     if found.aspect is not None:
@@ -104,7 +112,11 @@ def check_entry(entry: VideoEntry, backend: str = "auto") -> dict[str, Any]:
     except DecodeError as error:
         return record | {"error": str(error), "library": error.library}
     if entry.kind == "video":
-        record |= {"bytes": os.path.getsize(entry.path), "container": container_kind(entry.path), **inspect_stream(entry.path)}
+        record |= {
+            "bytes": os.path.getsize(entry.path),
+            "container": container_kind(entry.path),
+            **inspect_stream(entry.path),
+        }
     record["seconds"] = record["frames"] / record["fps"] if record["fps"] else None
     return record
 
@@ -126,7 +138,12 @@ class _Checker(VideoTask):
 
 
 def check_entries(
-    entries: Sequence[VideoEntry], *, backend: str = "auto", workers: int = 1, hang_s: float = 120.0, progress: bool = True
+    entries: Sequence[VideoEntry],
+    *,
+    backend: str = "auto",
+    workers: int = 1,
+    hang_s: float = 120.0,
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Records of all entries, in order; see `check_entry`.
 
@@ -135,7 +152,9 @@ def check_entries(
     """
     for kind in {entry.kind for entry in entries}:
         find_backends(kind, backend)
-    pool = WorkerPool(_Checker(entries, backend), iter(range(len(entries))), count=workers, prefetch=4, hang_s=hang_s)
+    pool = WorkerPool(
+        _Checker(entries, backend), iter(range(len(entries))), count=workers, prefetch=4, hang_s=hang_s
+    )
     try:
         return list(tqdm(pool, total=len(entries), unit="video", disable=None if progress else True))
     finally:
@@ -164,7 +183,10 @@ def explain_list(path: str | Path, data_root: str | None = None) -> list[str]:
     if most(r"""^["']"""):
         found.append("paths stand in quotes; write them without")
     if lines and re.fullmatch(r"[A-Za-z_]+([,;\s]+[A-Za-z_]+)+", lines[0]) and most(r"\d\s*$|\.\w{2,4}$"):
-        found.append(f"the first line, {lines[0]!r}, looks like a table's head; remove it, or put # and a blank before it")
+        found.append(
+            f"the first line, {lines[0]!r}, looks like a table's head; remove it, or put # and a blank "
+            "before it"
+        )
     if most(r"\\"):
         found.append("paths have backslashes; write / between folders")
     return found + _explain_roots(lines, Path(path), data_root)
@@ -182,9 +204,15 @@ def _explain_roots(lines: list[str], path: Path, data_root: str | None) -> list[
                 if (base / Path(*parts[cut:])).exists():
                     if cut == 0:
                         return [f"paths start from another folder; try --data-root {base}"]
-                    return [f"{name!r} is there as {str(base / Path(*parts[cut:]))!r}: the paths' beginnings differ"]
+                    return [
+                        f"{name!r} is there as {str(base / Path(*parts[cut:]))!r}: the paths' beginnings "
+                        "differ"
+                    ]
     if names and len(missing) == len(names):
-        return [f"none of the first {len(names)} paths exists; --data-root sets the folder that relative paths start from"]
+        return [
+            f"none of the first {len(names)} paths exists; --data-root sets the folder that relative paths "
+            "start from"
+        ]
     return []
 
 
@@ -192,18 +220,26 @@ def _explain_roots(lines: list[str], path: Path, data_root: str | None) -> list[
 
 
 _COLUMNS = (
-    ("frames", "frames", 0), ("frames a second", "fps", 2), ("GOP", "gop", 0), ("width", "width", 0), ("height", "height", 0),
-)  # fmt: skip
+    ("frames", "frames", 0),
+    ("frames a second", "fps", 2),
+    ("GOP", "gop", 0),
+    ("width", "width", 0),
+    ("height", "height", 0),
+)
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> list[str]:
     """The table: what the videos are, and how fast they decode."""
     good = [record for record in records if not record["error"]]
     bad = [record for record in records if record["error"]]
-    lines = [f"{len(records)} videos: {len(good)} good, {len(bad)} bad ({len(bad) / max(len(records), 1):.1%})"]
+    lines = [
+        f"{len(records)} videos: {len(good)} good, {len(bad)} bad ({len(bad) / max(len(records), 1):.1%})"
+    ]
     seconds = [record["seconds"] for record in good if record["seconds"]]
     if seconds:
-        lines.append(f"hours: {sum(seconds) / 3600:.3g}; seconds a video: median {statistics.median(seconds):.3g}")
+        lines.append(
+            f"hours: {sum(seconds) / 3600:.3g}; seconds a video: median {statistics.median(seconds):.3g}"
+        )
     labels = Counter(label for record in good for label in record.get("labels") or ())
     if labels:
         rarest, count = min(labels.items(), key=lambda pair: (pair[1], pair[0]))
@@ -216,7 +252,9 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[str]:
     for title, key, digits in _COLUMNS:
         values = [record[key] for record in good if record.get(key)]
         if values:
-            low, middle, high = (f"{v:.{digits}f}" for v in (min(values), statistics.median(values), max(values)))
+            low, middle, high = (
+                f"{v:.{digits}f}" for v in (min(values), statistics.median(values), max(values))
+            )
             lines.append(f"{title}: {low} to {high}, median {middle}")
     if good:
         rates = [1 / record["clip_s"] for record in good]
@@ -224,12 +262,19 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(f"clips a second, one process: {mean:.1f} (slowest video {min(rates):.1f})")
     long_gops = [record for record in good if record.get("gop", 0) > 60]
     if long_gops:
-        lines.append(f"{len(long_gops)} videos have key frames more than 60 apart: slow clips; `python -m vmae pack` helps")
+        lines.append(
+            f"{len(long_gops)} videos have key frames more than 60 apart: slow clips; `python -m vmae pack` "
+            "helps"
+        )
     return lines + _notes(good)
 
 
 _NOTES = (
-    ("rotation", "are displayed rotated or mirrored", "every reader turns them, `python -m vmae pack` for good"),
+    (
+        "rotation",
+        "are displayed rotated or mirrored",
+        "every reader turns them, `python -m vmae pack` for good",
+    ),
     ("sample_aspect", "have pixels that are not square", "frames are taken as they are stored"),
     ("video_streams", "have several video streams", "the one that FFmpeg takes for the best is read"),
 )
@@ -241,15 +286,20 @@ def _notes(good: Sequence[dict[str, Any]]) -> list[str]:
     for key, what, then in _NOTES:
         counts = Counter(record[key] for record in good if record.get(key) not in (None, 1))
         if counts:
-            kinds = ", ".join(f"{kind}: {count}" for kind, count in sorted(counts.items(), key=lambda pair: str(pair[0])))
+            kinds = ", ".join(
+                f"{kind}: {count}" for kind, count in sorted(counts.items(), key=lambda pair: str(pair[0]))
+            )
             lines.append(f"{counts.total()} videos {what} ({kinds}); {then}")
     return lines
 
 
-def write_clean_list(source: Path, target: Path, found: AnyList, bad_lines: set[int], data_root: str | None = None) -> None:
+def write_clean_list(
+    source: Path, target: Path, found: AnyList, bad_lines: set[int], data_root: str | None = None
+) -> None:
     """The list's text without the lines of bad videos; a folder's good videos as a list.
 
-    Relative paths that start from the list's own folder become absolute ones: the new list is in another folder.
+    Relative paths that start from the list's own folder become absolute ones: the new list is in another
+    folder.
     """
     if source.is_dir():
         write_list(target, [entry for entry in found.entries if entry.line not in bad_lines])
@@ -289,13 +339,23 @@ def plot_histogram(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("list", metavar="LIST", help="list of videos and frame folders, labelled or not, or a folder of videos")
+    parser.add_argument(
+        "list",
+        metavar="LIST",
+        help="list of videos and frame folders, labelled or not, or a folder of videos",
+    )
     parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
     add_labelled_argument(parser)
-    parser.add_argument("--output", metavar="DIR", help="where the report goes (default: LIST-check beside the list)")
+    parser.add_argument(
+        "--output", metavar="DIR", help="where the report goes (default: LIST-check beside the list)"
+    )
     parser.add_argument("--backend", default="auto", help="decoder: auto, pyav, torchcodec, decord (auto)")
-    parser.add_argument("--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)")
-    parser.add_argument("--hang", type=Real(above=0, most=10**6), default=120.0, help="seconds that a video may take (120)")
+    parser.add_argument(
+        "--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)"
+    )
+    parser.add_argument(
+        "--hang", type=Real(above=0, most=10**6), default=120.0, help="seconds that a video may take (120)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -312,12 +372,20 @@ def run(args: argparse.Namespace) -> int:
     records += [{**missing, "line": line, "error": problem} for line, problem in found.problems]
     records.sort(key=lambda record: record["line"])
     place = source.resolve() if source.is_dir() else source
-    folder = Path(args.output) if args.output else place.with_name(f"{place.name if source.is_dir() else place.stem}-check")
+    folder = (
+        Path(args.output)
+        if args.output
+        else place.with_name(f"{place.name if source.is_dir() else place.stem}-check")
+    )
     bad = [record for record in records if record["error"]]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps({"list": str(source), "videos": records}, indent=1) + "\n")
-        write_clean_list(source, folder / "clean.txt", found, {record["line"] for record in bad}, args.data_root)
+        (folder / "report.json").write_text(
+            json.dumps({"list": str(source), "videos": records}, indent=1) + "\n"
+        )
+        write_clean_list(
+            source, folder / "clean.txt", found, {record["line"] for record in bad}, args.data_root
+        )
         plot_histogram(folder / "histogram.png", records)
     except OSError as error:
         raise InputError(f"cannot write the report to {str(folder)!r}: {error.strerror}") from None

@@ -1,7 +1,8 @@
-"""Labelled clips to train on, and the views of videos to test on; each sample a pure function of (seed, epoch, index).
+"""Labelled clips to train on, and the views of videos to test on; each sample a pure function of (seed,
+epoch, index).
 
-Legend: B videos of a batch, S clips of one decode (repeated augmentation), V views of a tested video, T frames, H x W
-pixels, K classes.
+Legend: B videos of a batch, S clips of one decode (repeated augmentation), V views of a tested video, T
+frames, H x W pixels, K classes.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class ClipConfig(_Checked):
     Attributes:
         num_frames: T.
         image_size: side, or (height, width), in pixels.
-        sampling: "dense" (Kinetics: a span of `num_frames * stride` frames) or "sparse" (SSv2: over the whole video).
+        sampling: "dense" (Kinetics: a span of `num_frames * stride` frames) or "sparse" (SSv2: over the whole
+            video).
         stride: for dense; an entry's own comes first.
     """
 
@@ -90,7 +92,8 @@ class LabelledBatch:
         clips: uint8 [B*S, T, H, W, 3], RGB; the S clips of a video stand together.
         targets: float32 [B*S, K], 1 at each label.
         ids: (epoch, index, path) of each of the B videos; `path` is the one that was decoded.
-        replaced: each video that could not be decoded, and that another one stands in for (with its own label).
+        replaced: each video that could not be decoded, and that another one stands in for (with its own
+            label).
     """
 
     clips: Tensor
@@ -109,7 +112,9 @@ class LabelledBatch:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> LabelledBatch:
-        clips, targets = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.clips, self.targets))
+        clips, targets = (
+            tensor.to(device, non_blocking=non_blocking) for tensor in (self.clips, self.targets)
+        )
         return LabelledBatch(clips, targets, self.ids, self.replaced)
 
     def pin_memory(self) -> LabelledBatch:
@@ -117,8 +122,8 @@ class LabelledBatch:
 
 
 class ClassifyDataset(VideoDataset):
-    """Labelled clips of a list: `dataset[epoch, index]` is a `LabelledBatch` of one video (B = 1, S clips of one decode,
-    each augmented on its own). Mixup and cutmix are a batch's business (`draw_mixing`).
+    """Labelled clips of a list: `dataset[epoch, index]` is a `LabelledBatch` of one video (B = 1, S clips of
+    one decode, each augmented on its own). Mixup and cutmix are a batch's business (`draw_mixing`).
 
     Args:
         labelled: the list.
@@ -156,8 +161,13 @@ class ClassifyDataset(VideoDataset):
     def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
         key = (self.seed, epoch, index, attempt)
         with self._open(entry) as reader:
-            frames = reader.frames(self.clip.train_indices(len(reader), entry, numpy_rng(*key, Purpose.FRAMES)))
-        rngs = {purpose: numpy_rng(*key, purpose) for purpose in (Purpose.AUGMENT, Purpose.CROPS, Purpose.FLIPS, Purpose.ERASE)}
+            frames = reader.frames(
+                self.clip.train_indices(len(reader), entry, numpy_rng(*key, Purpose.FRAMES))
+            )
+        rngs = {
+            purpose: numpy_rng(*key, purpose)
+            for purpose in (Purpose.AUGMENT, Purpose.CROPS, Purpose.FLIPS, Purpose.ERASE)
+        }
         return torch.from_numpy(np.stack([self._augmented(frames, rngs) for _ in range(self.num_sample)]))
 
     def _augmented(self, frames: np.ndarray, rngs: dict[Purpose, np.random.Generator]) -> np.ndarray:
@@ -175,8 +185,11 @@ class ClassifyDataset(VideoDataset):
         return erase_box(clip, config.erase, rngs[Purpose.ERASE]) if config.erase else clip
 
 
-def spatial_views(frames: np.ndarray, size: int | tuple[int, int], crops: int, *, resize: str = "torch") -> np.ndarray:
-    """uint8 [crops, T, height, width, 3]: frames resized to cover `size`, cut at `crops` places along the longer side.
+def spatial_views(
+    frames: np.ndarray, size: int | tuple[int, int], crops: int, *, resize: str = "torch"
+) -> np.ndarray:
+    """uint8 [crops, T, height, width, 3]: frames resized to cover `size`, cut at `crops` places along the
+    longer side.
 
     As published: places are spread evenly from one end to the other; one crop is the middle one.
 
@@ -195,8 +208,8 @@ def spatial_views(frames: np.ndarray, size: int | tuple[int, int], crops: int, *
 
 
 class ViewDataset(VideoDataset):
-    """The views of each video of a list: `dataset[video]` is uint8 [V, T, H, W, 3], or the `Failure` of a broken video,
-    which nothing stands in for. The views of a segment stand together.
+    """The views of each video of a list: `dataset[video]` is uint8 [V, T, H, W, 3], or the `Failure` of a
+    broken video, which nothing stands in for. The views of a segment stand together.
 
     Args:
         entries: of a labelled list, or other videos.
@@ -221,7 +234,9 @@ class ViewDataset(VideoDataset):
         with self._open(entry) as reader:
             indices = self.clip.view_indices(len(reader), entry, self.views.segments)
             frames = self._frames(reader, indices)
-        clips = [spatial_views(clip, self.clip.image_size, self.views.crops, resize=self.resize) for clip in frames]
+        clips = [
+            spatial_views(clip, self.clip.image_size, self.views.crops, resize=self.resize) for clip in frames
+        ]
         return torch.from_numpy(np.concatenate(clips))
 
     @staticmethod
@@ -242,7 +257,9 @@ class ViewDataset(VideoDataset):
         if not num_workers:
             yield from ((video, self[video]) for video in videos)
             return
-        pool = WorkerPool(self, iter(videos), count=num_workers, prefetch=2, hang_s=hang_s or hang_limit(VIEWS_HANG_S))
+        pool = WorkerPool(
+            self, iter(videos), count=num_workers, prefetch=2, hang_s=hang_s or hang_limit(VIEWS_HANG_S)
+        )
         try:
             yield from zip(videos, pool)
         finally:

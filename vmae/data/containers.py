@@ -1,8 +1,10 @@
-"""What a video file shows without decoding it: its kind, and in its packets, which frames it has and where decoding may start.
+"""What a video file shows without decoding it: its kind, and in its packets, which frames it has and where
+decoding may start.
 
-Files are opened for reading here and nowhere else. FFmpeg knows formats that are no videos but name them: DASH, HLS and
-other playlists, SDP, concat scripts; it follows what they name, to other files and to servers. So it gets an absolute
-path (a relative `http:/host/x.mp4` is a URL to it) and a list of the formats that it may take a file for.
+Files are opened for reading here and nowhere else. FFmpeg knows formats that are no videos but name them:
+DASH, HLS and other playlists, SDP, concat scripts; it follows what they name, to other files and to servers.
+So it gets an absolute path (a relative `http:/host/x.mp4` is a URL to it) and a list of the formats that it
+may take a file for.
 """
 
 from __future__ import annotations
@@ -65,8 +67,14 @@ def container_kind(path: str) -> str:
     with open(path, "rb") as file:
         head = file.read(400)
     if head[4:8] in _MP4_STARTS:
-        brand = head[8:12] if head[4:8] == b"ftyp" and 8 < int.from_bytes(head[:4], "big") <= os.path.getsize(path) else None
-        cut_off = brand is not None and brand not in _PICTURE_BRANDS  # the index may have stood where the file ends
+        brand = (
+            head[8:12]
+            if head[4:8] == b"ftyp" and 8 < int.from_bytes(head[:4], "big") <= os.path.getsize(path)
+            else None
+        )
+        cut_off = (
+            brand is not None and brand not in _PICTURE_BRANDS
+        )  # the index may have stood where the file ends
         return "MP4" if cut_off or _has_index(path) else "unknown"
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return "Matroska"
@@ -81,7 +89,8 @@ def container_kind(path: str) -> str:
 def _has_index(path: str) -> bool:
     """Whether an MP4 file is a chain of boxes, each within it, and one of them lists the samples of tracks.
 
-    Pictures (HEIC, AVIF) have none. A playlist may begin `<!--skip-->`, which is a box of a gigabyte called "skip".
+    Pictures (HEIC, AVIF) have none. A playlist may begin `<!--skip-->`, which is a box of a gigabyte called
+    "skip".
     """
     with open(path, "rb") as file:
         return any(kind in (b"moov", b"moof") for kind, _ in _top_boxes(file))
@@ -123,7 +132,8 @@ def names_other_files(path: str) -> bool:
 
 
 def _top_boxes(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """(kind, bytes of its content) of an MP4 file's top boxes, up to the first that is not whole; `file` is at the content."""
+    """(kind, bytes of its content) of an MP4 file's top boxes, up to the first that is not whole; `file` is
+    at the content."""
     length, place = os.fstat(file.fileno()).st_size, 0
     while place + 8 <= length:
         file.seek(place)
@@ -139,7 +149,8 @@ def _top_boxes(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 def open_container(path: str | os.PathLike):
-    """An open `av.container.InputContainer` of a video file; a context manager. Never of a file or server that it names.
+    """An open `av.container.InputContainer` of a video file; a context manager. Never of a file or server
+    that it names.
 
     Raises:
         DecodeError: the file cannot be opened, or is no video: a picture, sound, a playlist, a manifest.
@@ -201,8 +212,8 @@ class PacketTable:
 
     Attributes:
         rows: (presentation time, whether decoding can start here, whether an edit list hides it) of each.
-        crowded: whether a key frame's time is not before the decoding of the next one, so that a seek to the first may find
-            the second.
+        crowded: whether a key frame's time is not before the decoding of the next one, so that a seek to the
+            first may find the second.
         refreshed: whether packets that are marked as key frames are none (H.264 with intra refresh).
     """
 
@@ -224,7 +235,8 @@ class PacketTable:
 
     @cached_property
     def keys(self) -> np.ndarray:
-        """int64 [K], presentation times of the packets that decoding can start at, in order; hidden ones too."""
+        """int64 [K], presentation times of the packets that decoding can start at, in order; hidden ones
+        too."""
         return np.sort(np.array([time for time, key, _ in self.rows if key and time is not None], np.int64))
 
     @property
@@ -245,7 +257,8 @@ class PacketTable:
 
     @property
     def open_gop(self) -> bool:
-        """Whether a packet stands after a key frame in the file and before it in time; False where times are not known."""
+        """Whether a packet stands after a key frame in the file and before it in time; False where times are
+        not known."""
         newest = None
         for time, key, _ in self.rows if self.times is not None else ():
             if key:
@@ -281,14 +294,17 @@ def read_packets(container, stream) -> PacketTable:
 
 
 def _length_bytes(extradata: bytes | None) -> int:
-    """Bytes of the length before each unit of H.264 in MP4 and Matroska; 0 where start codes separate them."""
+    """Bytes of the length before each unit of H.264 in MP4 and Matroska; 0 where start codes separate
+    them."""
     return (extradata[4] & 3) + 1 if extradata and len(extradata) > 6 and extradata[0] == 1 else 0
 
 
 def is_intra(data: bytes | memoryview, length_bytes: int) -> bool:
-    """Whether all slices of an H.264 picture (of its first field, if it has two) are I slices: decoding can start there.
+    """Whether all slices of an H.264 picture (of its first field, if it has two) are I slices: decoding can
+    start there.
 
-    Encoders mark the pictures where a wave of intra refresh begins as key frames, and their slices are P slices.
+    Encoders mark the pictures where a wave of intra refresh begins as key frames, and their slices are P
+    slices.
 
     Args:
         data: a packet.
@@ -322,7 +338,8 @@ def _units(data: bytes | memoryview, length_bytes: int) -> Iterator[bytes]:
 
 
 def _slice_header(unit: bytes) -> tuple[int, int]:
-    """first_mb_in_slice and slice_type (0 P, 1 B, 2 I, 3 SP, 4 SI): Exp-Golomb codes (ISO/IEC 14496-10, 7.3.3)."""
+    """first_mb_in_slice and slice_type (0 P, 1 B, 2 I, 3 SP, 4 SI): Exp-Golomb codes (ISO/IEC 14496-10,
+    7.3.3)."""
     bits = "".join(f"{byte:08b}" for byte in unit[1:])
     place, values = 0, []
     for _ in range(2):

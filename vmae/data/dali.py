@@ -1,11 +1,14 @@
-"""Batches by NVIDIA DALI: on a GPU, NVDEC decodes, crops and resizes run on the device, and no pixel crosses the bus.
+"""Batches by NVIDIA DALI: on a GPU, NVDEC decodes, crops and resizes run on the device, and no pixel crosses
+the bus.
 
-The samples are those of the CPU's loader: frames, boxes, flips and masks come from the same functions of (seed, epoch,
-index); pixels differ by some levels, since another decoder and another resizer make them. What DALI cannot be trusted
-with is decoded by the CPU path, so a batch is complete whatever the list holds: frame folders, codecs that the device
-has no decoder for, files whose container hides where frames are, and every batch in which DALI fails.
+The samples are those of the CPU's loader: frames, boxes, flips and masks come from the same functions of
+(seed, epoch, index); pixels differ by some levels, since another decoder and another resizer make them. What
+DALI cannot be trusted with is decoded by the CPU path, so a batch is complete whatever the list holds: frame
+folders, codecs that the device has no decoder for, files whose container hides where frames are, and every
+batch in which DALI fails.
 
-DALI's CPU operators decode VP8, VP9 and MJPEG only. They are here for tests; PyAV is the decoder of choice on a CPU.
+DALI's CPU operators decode VP8, VP9 and MJPEG only. They are here for tests; PyAV is the decoder of choice on
+a CPU.
 """
 
 from __future__ import annotations
@@ -76,7 +79,8 @@ class _Step:
 
 
 class DaliLoader:
-    """Iterator over `Batch`, as `PretrainLoader` is; clips are on `device`, masks on the CPU. Made by `build_loader`.
+    """Iterator over `Batch`, as `PretrainLoader` is; clips are on `device`, masks on the CPU. Made by
+    `build_loader`.
 
     Args:
         dataset: what the samples are, and the way to decode what DALI does not.
@@ -164,7 +168,12 @@ class DaliLoader:
             if os.path.getsize(path) > MAX_FILE_BYTES:
                 return None
             hazard, found = find_hazard(VideoEntry(path))
-            plain = found.pixels == "yuv420p" and found.orientation == UPRIGHT and found.streams == 1 and not found.open_gop
+            plain = (
+                found.pixels == "yuv420p"
+                and found.orientation == UPRIGHT
+                and found.streams == 1
+                and not found.open_gop
+            )
             known = found.codec in self._codecs and hazard is None and plain
             return (found.frames, found.fps, found.size) if known else None
         except (DecodeError, OSError):
@@ -184,25 +193,37 @@ class DaliLoader:
         from nvidia.dali import Pipeline, fn, types
 
         gpu = self.device.type == "cuda"
-        index = (self.device.index if self.device.index is not None else torch.cuda.current_device()) if gpu else None
+        index = (
+            (self.device.index if self.device.index is not None else torch.cuda.current_device())
+            if gpu
+            else None
+        )
         height, width = self.dataset.image_size
         pipeline = Pipeline(
-            batch_size=self.sampler.batch_size, num_threads=self._threads, device_id=index, prefetch_queue_depth=1,
+            batch_size=self.sampler.batch_size,
+            num_threads=self._threads,
+            device_id=index,
+            prefetch_queue_depth=1,
             exec_dynamic=True,  # what it gives lives as long as its reader needs it
-        )  # fmt: skip
+        )
         with pipeline:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
             frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
             # Without `pad_mode`, frames that it does not find would be black, in silence.
-            video = fn.decoders.video(encoded, device="mixed" if gpu else "cpu", frames=frames, pad_mode="none")
+            video = fn.decoders.video(
+                encoded, device="mixed" if gpu else "cpu", frames=frames, pad_mode="none"
+            )
             clips = []
             for number in range(self.dataset.num_sample):
                 start, shape = (
-                    fn.external_source(name=f"{part}{number}", dtype=types.INT32, ndim=1) for part in ("start", "shape")
+                    fn.external_source(name=f"{part}{number}", dtype=types.INT32, ndim=1)
+                    for part in ("start", "shape")
                 )
                 flip = fn.external_source(name=f"flip{number}", dtype=types.INT32, ndim=0)
                 cut = fn.slice(video, start=start, shape=shape, axis_names="HW")
-                clip = fn.resize(cut, resize_x=width, resize_y=height, interp_type=types.INTERP_LINEAR, antialias=True)
+                clip = fn.resize(
+                    cut, resize_x=width, resize_y=height, interp_type=types.INTERP_LINEAR, antialias=True
+                )
                 clips.append(fn.flip(clip, horizontal=flip))
             pipeline.set_outputs(fn.stack(*clips))
         pipeline.build()
@@ -211,7 +232,8 @@ class DaliLoader:
     # --- what it gives ---
 
     def _take(self, step: _Step) -> Tensor | None:
-        """uint8 [n, S, T, H, W, 3] of the n samples that DALI had, without a copy; None where it had none, or failed."""
+        """uint8 [n, S, T, H, W, 3] of the n samples that DALI had, without a copy; None where it had none, or
+        failed."""
         if not any(step.plans):
             return None
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
@@ -230,13 +252,16 @@ class DaliLoader:
             self._failures += 1
             if self._failures == MAX_FAILURES:
                 self.close()
-                raise InputError(f"DALI decodes nothing on {self.device}: {reason}; take the CPU's loader instead")
+                raise InputError(
+                    f"DALI decodes nothing on {self.device}: {reason}; take the CPU's loader instead"
+                )
         paths = [plan.path for plan in step.plans if plan is not None]
         self._avoided.update(paths)
         self._pipeline = None
         names = ", ".join(sorted({Path(path).name for path in paths})[:3])
         warnings.warn(
-            f"DALI failed in a batch of {len(paths)} videos ({names}, ...), which the CPU decodes from now on: {reason}",
+            f"DALI failed in a batch of {len(paths)} videos ({names}, ...), which the CPU decodes from now "
+            f"on: {reason}",
             stacklevel=4,
         )
 

@@ -1,10 +1,11 @@
-"""Clips and masks for pre-training, the same on every machine: a sample is a pure function of (seed, epoch, index).
+"""Clips and masks for pre-training, the same on every machine: a sample is a pure function of (seed, epoch,
+index).
 
 Legend: B videos of a batch, S crops of one decode (`num_sample`), T frames, H x W pixels.
 
-Every random number comes from a generator of its own, keyed by (seed, epoch, index, attempt, purpose). So a run can
-stop at any step and go on, with another number of workers or ranks, and sees the same samples (with the same versions
-of numpy and torch, whose generators may change between versions).
+Every random number comes from a generator of its own, keyed by (seed, epoch, index, attempt, purpose). So a
+run can stop at any step and go on, with another number of workers or ranks, and sees the same samples (with
+the same versions of numpy and torch, whose generators may change between versions).
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Batch:
         clips: uint8 [B*S, T, H, W, 3], RGB; the S crops of a video stand together.
         mask: DualMask of B*S clips.
         ids: (epoch, index, path) of each of the B videos; `path` is the one that was decoded.
-        replaced: (path, error, library) of each video that could not be decoded, and that another one stands in for.
+        replaced: (path, error, library) of each video that could not be decoded, and that another one stands
+            in for.
         counted: sum of the mask's weights: tokens that the loss counts, known without asking a GPU.
     """
 
@@ -83,12 +85,13 @@ class Batch:
 class PretrainDataset(VideoDataset):
     """Samples of a list of videos: `dataset[epoch, index]` is a `Batch` of one video (B = 1, S clips).
 
-    One decode gives `num_sample` clips of the same frames, each with its own crop and its own mask, as published
-    (repeated augmentation, VideoMAE V2, section 4). Each video is visited `repeat` times an epoch, with different
-    frames: `index % len(entries)` is the video, and `dataset[epoch, index]` takes any index from 0 on, also beyond
-    `len(dataset)`. `dataset[index]` is epoch 0.
+    One decode gives `num_sample` clips of the same frames, each with its own crop and its own mask, as
+    published (repeated augmentation, VideoMAE V2, section 4). Each video is visited `repeat` times an epoch,
+    with different frames: `index % len(entries)` is the video, and `dataset[epoch, index]` takes any index
+    from 0 on, also beyond `len(dataset)`. `dataset[index]` is epoch 0.
 
-    A video that cannot be decoded is tried once more, then replaced by another one, drawn from (seed, epoch, index).
+    A video that cannot be decoded is tried once more, then replaced by another one, drawn from (seed, epoch,
+    index).
 
     Args:
         entries: of `read_list` or `read_data`, at least one.
@@ -102,15 +105,16 @@ class PretrainDataset(VideoDataset):
         repeat: visits of a video in an epoch.
         backend: see `open_video`.
         resize: see `crop_and_resize`.
-        sampling: "published", "exact" (the stride is kept exactly, and a clip may reach the last frame) or "fps" (frames
-            `fps` to a second; where a video, or a folder, tells no rate, its stride).
+        sampling: "published", "exact" (the stride is kept exactly, and a clip may reach the last frame) or
+            "fps" (frames `fps` to a second; where a video, or a folder, tells no rate, its stride).
         fps: frames a second of the clips, for "fps".
-        flip: mirror half of the clips; off as published, and never right where left and right mean something (SSv2).
+        flip: mirror half of the clips; off as published, and never right where left and right mean something
+            (SSv2).
         min_frames: a video of fewer counts as bad.
 
     Raises:
-        InputError: no entries, a number below 1, or a mask that does not fit the grid. On access: no video of the list
-            (or none of `MAX_ATTEMPTS`) can be decoded, or no backend is installed.
+        InputError: no entries, a number below 1, or a mask that does not fit the grid. On access: no video of
+            the list (or none of `MAX_ATTEMPTS`) can be decoded, or no backend is installed.
     """
 
     def __init__(
@@ -133,12 +137,20 @@ class PretrainDataset(VideoDataset):
         min_frames: int = 1,
     ) -> None:
         super().__init__(
-            entries, num_sample=num_sample, seed=seed, repeat=repeat, backend=backend, resize=resize, min_frames=min_frames
+            entries,
+            num_sample=num_sample,
+            seed=seed,
+            repeat=repeat,
+            backend=backend,
+            resize=resize,
+            min_frames=min_frames,
         )
         if sampling not in SAMPLINGS:
             raise InputError(f"unknown sampling {sampling!r}; known: {', '.join(SAMPLINGS)}")
         if (sampling == "fps") != (fps is not None) or (fps is not None and not 0 < fps < float("inf")):
-            raise InputError(f"sampling by fps needs `fps` above 0, and only that does; not {sampling!r} with fps {fps}")
+            raise InputError(
+                f"sampling by fps needs `fps` above 0, and only that does; not {sampling!r} with fps {fps}"
+            )
         clip_starts(1, num_frames, stride)
         self.sampling, self.fps, self.flip = sampling, fps, flip
         self.num_frames, self.stride, self.image_size = num_frames, stride, image_hw(image_size)
@@ -148,7 +160,9 @@ class PretrainDataset(VideoDataset):
     def __getitem__(self, key: SampleKey | int) -> Batch:
         epoch, index = self._checked_key(key)
         clips, video, replaced = self._decode_with_replacement(epoch, index)
-        return Batch(clips, self.sample_mask(epoch, index), [(epoch, index, self.entries[video].path)], replaced)
+        return Batch(
+            clips, self.sample_mask(epoch, index), [(epoch, index, self.entries[video].path)], replaced
+        )
 
     def sample_mask(self, epoch: int, index: int) -> DualMask:
         """The masks of a sample's S clips."""
@@ -165,7 +179,9 @@ class PretrainDataset(VideoDataset):
             generator=generator,
         )
 
-    def pick_frames(self, entry: VideoEntry, total: int, fps: float | None, epoch: int, index: int, attempt: int = 0):
+    def pick_frames(
+        self, entry: VideoEntry, total: int, fps: float | None, epoch: int, index: int, attempt: int = 0
+    ):
         """int64 [T]: which of `total` frames a sample's clips are made of."""
         rng, stride = numpy_rng(self.seed, epoch, index, attempt, Purpose.FRAMES), entry.stride or self.stride
         if self.sampling == "published":
@@ -174,7 +190,9 @@ class PretrainDataset(VideoDataset):
             return sample_exact_indices(total, self.num_frames, fps / self.fps, rng)
         return sample_exact_indices(total, self.num_frames, stride, rng)
 
-    def pick_crops(self, width: int, height: int, epoch: int, index: int, attempt: int = 0) -> list[tuple[CropBox, bool]]:
+    def pick_crops(
+        self, width: int, height: int, epoch: int, index: int, attempt: int = 0
+    ) -> list[tuple[CropBox, bool]]:
         """Box of each of a sample's S clips in frames of `width` x `height`, and whether it is mirrored."""
         rng = numpy_rng(self.seed, epoch, index, attempt, Purpose.CROPS)
         boxes = [sample_crop(width, height, self.image_size, rng) for _ in range(self.num_sample)]
@@ -197,17 +215,20 @@ def _decode_first_frame(entry: VideoEntry, backend: str) -> None:
         reader.frames([0])
 
 
-def check_decodable(entries: Sequence[VideoEntry], *, backend: str = "auto", limit: int = 20) -> list[tuple[str, str]]:
+def check_decodable(
+    entries: Sequence[VideoEntry], *, backend: str = "auto", limit: int = 20
+) -> list[tuple[str, str]]:
     """See, before a run writes anything, that some video can be decoded.
 
-    Tries one frame of up to `limit` videos, spread over the list, until one works; in a worker, see `guarded_each`.
+    Tries one frame of up to `limit` videos, spread over the list, until one works; in a worker, see
+    `guarded_each`.
 
     Returns:
         (path, error) of the videos that failed before it.
 
     Raises:
-        InputError: none works (names the first three and their errors), no entries, or no backend is installed. Also where
-            none worked within three times `hang_limit()`.
+        InputError: none works (names the first three and their errors), no entries, or no backend is
+            installed. Also where none worked within three times `hang_limit()`.
     """
     if not entries:
         raise InputError("no videos to decode: the list has no entries")
@@ -215,30 +236,37 @@ def check_decodable(entries: Sequence[VideoEntry], *, backend: str = "auto", lim
     tried = [entries[place * len(entries) // count] for place in range(count)]
     failures: list[tuple[str, str]] = []
     began = time.monotonic()
-    for entry, error in zip(tried, guarded_each(functools.partial(_decode_first_frame, backend=backend), tried)):
+    for entry, error in zip(
+        tried, guarded_each(functools.partial(_decode_first_frame, backend=backend), tried)
+    ):
         if error is None:
             return failures
         failures.append((entry.path, str(error)))
         if time.monotonic() - began > 3 * hang_limit():
             break
     count = len(failures)
-    which = f"all {count} videos" if count == len(entries) else f"all of the {count} videos tried, of {len(entries)},"
+    which = (
+        f"all {count} videos"
+        if count == len(entries)
+        else f"all of the {count} videos tried, of {len(entries)},"
+    )
     raise InputError(f"{which} are undecodable; the first: {list_failures(failures)}")
 
 
 class EpochSampler:
-    """Which samples each step reads: `sampler[step]` is a list of (epoch, index), a pure function of its arguments.
+    """Which samples each step reads: `sampler[step]` is a list of (epoch, index), a pure function of its
+    arguments.
 
-    An epoch is a permutation of `size` samples, cut into whole batches; the rest is dropped, as published. If there are
-    fewer samples than a batch needs, an epoch is one batch, filled up with further permutations under new indices
-    (`index + size`, ...), so that the same video comes back with other frames and crops.
+    An epoch is a permutation of `size` samples, cut into whole batches; the rest is dropped, as published. If
+    there are fewer samples than a batch needs, an epoch is one batch, filled up with further permutations
+    under new indices (`index + size`, ...), so that the same video comes back with other frames and crops.
 
     Args:
         size: samples of an epoch.
         batch_size: videos of a micro-batch on this rank.
         accumulate: micro-batches of a step on each rank.
-        rank, world_size: the ranks of a step take consecutive parts of one batch of `batch_size * accumulate * world_size`,
-            so any split of the same batch sees the same samples.
+        rank, world_size: the ranks of a step take consecutive parts of one batch of `batch_size * accumulate
+            * world_size`, so any split of the same batch sees the same samples.
         start_step: where iteration starts; nothing before it is replayed.
         total_steps: where iteration ends; None means never.
 
@@ -259,9 +287,13 @@ class EpochSampler:
         total_steps: int | None = None,
     ) -> None:
         if size < 1 or batch_size < 1 or accumulate < 1:
-            raise InputError(f"{size} samples in {accumulate} batches of {batch_size}: all must be at least 1")
+            raise InputError(
+                f"{size} samples in {accumulate} batches of {batch_size}: all must be at least 1"
+            )
         if not 0 <= rank < world_size or start_step < 0 or seed < 0:
-            raise InputError(f"rank {rank} of {world_size}, start step {start_step}, seed {seed}: out of range")
+            raise InputError(
+                f"rank {rank} of {world_size}, start step {start_step}, seed {seed}: out of range"
+            )
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.start_step, self.total_steps = start_step, total_steps
@@ -306,8 +338,8 @@ class EpochSampler:
 
 
 class _BatchSource:
-    """Makes whole batches in a worker, and hands an `InputError` over as a value: a raised one would reach the main
-    process as a traceback of the worker, and the user would not find the message."""
+    """Makes whole batches in a worker, and hands an `InputError` over as a value: a raised one would reach
+    the main process as a traceback of the worker, and the user would not find the message."""
 
     def __init__(self, dataset: VideoDataset) -> None:
         self.dataset = dataset
@@ -349,7 +381,9 @@ class PretrainLoader:
         self._pin = pin_memory and torch.cuda.is_available()
         source = _BatchSource(dataset)
         if num_workers:  # they live as long as the run: the iterator spans all epochs
-            self._iterator = WorkerPool(source, iter(sampler), count=num_workers, prefetch=prefetch, hang_s=hang_s)
+            self._iterator = WorkerPool(
+                source, iter(sampler), count=num_workers, prefetch=prefetch, hang_s=hang_s
+            )
         else:
             self._iterator = (source[keys] for keys in sampler)
 
@@ -427,28 +461,32 @@ def build_loader(
 ) -> PretrainLoader | DaliLoader:
     """Micro-batches from step `start_step` up to `total_steps` (or `epochs`; without both, for ever).
 
-    Step k's batch is the same whatever the number of workers and wherever iteration started. A list of fewer samples
-    than a batch is repeated with other frames and crops, with one warning.
+    Step k's batch is the same whatever the number of workers and wherever iteration started. A list of fewer
+    samples than a batch is repeated with other frames and crops, with one warning.
 
     Args:
         batch_size: B, videos of a micro-batch on this rank; it has B * num_sample clips.
-        num_workers: processes that decode; 0 decodes in this one, where a video that hangs or crashes takes it along.
+        num_workers: processes that decode; 0 decodes in this one, where a video that hangs or crashes takes
+            it along.
         pin_memory: page-locked batches, for copies to a GPU beside its work; ignored where there is none.
         prefetch: batches that each worker makes ahead.
         rank, world_size, accumulate: see `EpochSampler`.
         quarantine: file for the bad videos, one JSON line each; with many ranks, rank 3 writes NAME-3.jsonl.
-        max_bad_share: share of the list's videos that may be bad, see `Quarantine`; each rank judges what it read itself.
-        hang_s: seconds that a video may take in a worker, before the worker is replaced and the video counts as bad; None
-            means `vmae.data.workers.hang_limit()`.
+        max_bad_share: share of the list's videos that may be bad, see `Quarantine`; each rank judges what it
+            read itself.
+        hang_s: seconds that a video may take in a worker, before the worker is replaced and the video counts
+            as bad; None means `vmae.data.workers.hang_limit()`.
         loader: "cpu", or "dali" (see `vmae.data.dali`; `num_workers` are its threads).
         device: where DALI decodes; the CPU's loader has no use for it.
 
     Raises:
-        InputError: a number out of range, both `total_steps` and `epochs`, a loader that is unknown or not installed. While
-            iterating: no video decodes, or too many do not.
+        InputError: a number out of range, both `total_steps` and `epochs`, a loader that is unknown or not
+            installed. While iterating: no video decodes, or too many do not.
     """
     if num_workers < 0 or prefetch < 1:
-        raise InputError(f"num_workers ({num_workers}) must be at least 0 and prefetch ({prefetch}) at least 1")
+        raise InputError(
+            f"num_workers ({num_workers}) must be at least 0 and prefetch ({prefetch}) at least 1"
+        )
     check_loader(loader)
     hang_s = hang_limit() if hang_s is None else hang_s
     if hang_s <= 0:
@@ -472,7 +510,8 @@ def build_loader(
     if sampler.fills_up:
         times = -(-sampler.global_batch_size // len(dataset.entries))
         warnings.warn(
-            f"{len(dataset)} samples an epoch are fewer than a batch of {sampler.global_batch_size}: a video comes up "
+            f"{len(dataset)} samples an epoch are fewer than a batch of {sampler.global_batch_size}: a video "
+            "comes up "
             f"to {times} times in a batch, with other frames and crops",
             stacklevel=2,
         )
@@ -482,5 +521,11 @@ def build_loader(
 
         return DaliLoader(dataset, sampler, bad, device=device, num_threads=max(num_workers, 1))
     return PretrainLoader(
-        dataset, sampler, bad, num_workers=num_workers, pin_memory=pin_memory, prefetch=prefetch, hang_s=hang_s
+        dataset,
+        sampler,
+        bad,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch=prefetch,
+        hang_s=hang_s,
     )

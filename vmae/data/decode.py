@@ -1,11 +1,13 @@
 """Pixels out of files, behind one small interface.
 
-A backend is a name, the kinds of entries it reads, and a function that opens one. `open_video` finds it in `BACKENDS`;
-another decoder joins with `register_backend`, and no caller changes. Readers are opened where they are used (in the
-loader's worker), hold one file and are closed at once: nothing that decodes is ever shared or sent between processes.
+A backend is a name, the kinds of entries it reads, and a function that opens one. `open_video` finds it in
+`BACKENDS`; another decoder joins with `register_backend`, and no caller changes. Readers are opened where
+they are used (in the loader's worker), hold one file and are closed at once: nothing that decodes is ever
+shared or sent between processes.
 
-PyAV, torchcodec, decord (or decord2): `auto` takes the first that is installed and safe for the file. torchcodec and decord
-refuse, also when they were named, what PyAV finds in a file and they were found to be wrong about (docs/decoders.md).
+PyAV, torchcodec, decord (or decord2): `auto` takes the first that is installed and safe for the file.
+torchcodec and decord refuse, also when they were named, what PyAV finds in a file and they were found to be
+wrong about (docs/decoders.md).
 """
 
 from __future__ import annotations
@@ -23,7 +25,13 @@ from vmae.data.containers import FORMATS, container_kind, names_other_files
 from vmae.data.decode_pyav import Inspection, PyavReader, inspect_video, pyav_missing
 from vmae.data.files import check_regular
 from vmae.data.manifest import VideoEntry
-from vmae.data.video_reader import DecodeError, VideoReader, first_reason, library_stderr, memory_as_decode_error
+from vmae.data.video_reader import (
+    DecodeError,
+    VideoReader,
+    first_reason,
+    library_stderr,
+    memory_as_decode_error,
+)
 from vmae.errors import InputError
 
 
@@ -50,7 +58,8 @@ BACKENDS: dict[str, Backend] = {}
 
 
 def register_backend(backend: Backend) -> Backend:
-    """Make `backend` known to `open_video`. `auto` takes the first known one that is installed and does not refuse."""
+    """Make `backend` known to `open_video`. `auto` takes the first known one that is installed and does not
+    refuse."""
     BACKENDS[backend.name] = backend
     return backend
 
@@ -64,7 +73,8 @@ def open_video(source: VideoEntry | str | Path, backend: str = "auto") -> VideoR
 
     Raises:
         DecodeError: the file is not there, is no regular one, cannot be decoded, or has no frames.
-        InputError: an unknown backend, one that does not read this kind of entry, or one that is not installed.
+        InputError: an unknown backend, one that does not read this kind of entry, or one that is not
+            installed.
     """
     entry = source if isinstance(source, VideoEntry) else VideoEntry(str(source))
     candidates = find_backends(entry.kind, backend)
@@ -111,19 +121,27 @@ def _choose_backend(entry: VideoEntry, candidates: list[Backend]) -> Backend:
         if refusal is None:
             return backend
         refusals.append(f"{backend.name} cannot be trusted with {refusal}")
-    others = [backend for backend in BACKENDS.values() if entry.kind in backend.kinds and backend not in candidates]
+    others = [
+        backend for backend in BACKENDS.values() if entry.kind in backend.kinds and backend not in candidates
+    ]
     lacking = [lack for lack in (backend.missing() for backend in others) if lack]
-    advice = "; ".join(lacking) or f"another backend may read it: {', '.join(backend.name for backend in others)}"
+    advice = (
+        "; ".join(lacking) or f"another backend may read it: {', '.join(backend.name for backend in others)}"
+    )
     error = DecodeError(f"{entry.path}: refused, it would give wrong frames: {'; '.join(refusals)}; {advice}")
     error.library = candidates[-1].name
     raise error
 
 
 def _check_length(reader: VideoReader) -> None:
-    """Refuse a file of which a library counts other frames than PyAV; what is left of a damaged one, mostly."""
+    """Refuse a file of which a library counts other frames than PyAV; what is left of a damaged one,
+    mostly."""
     expected = inspect_video(reader.path).frames
     if len(reader) != expected:
-        raise DecodeError(f"{reader.path}: refused, it would give wrong frames: {len(reader)} of {expected} frames are found")
+        raise DecodeError(
+            f"{reader.path}: refused, it would give wrong frames: {len(reader)} of {expected} frames are "
+            "found"
+        )
 
 
 class _TorchcodecReader(VideoReader):
@@ -149,7 +167,9 @@ class _TorchcodecReader(VideoReader):
             else:
                 failure = None
         if failure is not None:
-            raise DecodeError(f"{self.path}: cannot be opened: {first_reason(str(failure), captured)}") from None
+            raise DecodeError(
+                f"{self.path}: cannot be opened: {first_reason(str(failure), captured)}"
+            ) from None
         if self._length < 1:
             raise DecodeError(f"{self.path}: has no frames")
         _check_length(self)
@@ -181,14 +201,16 @@ def _torchcodec_missing() -> str | None:
     except Exception as error:  # RuntimeError or OSError of its shared libraries
         reason = (str(error).strip().splitlines() or ["unknown reason"])[0]
         return (
-            f"torchcodec does not load ({reason}): it needs FFmpeg's shared libraries (`apt-get install ffmpeg`) and a "
+            f"torchcodec does not load ({reason}): it needs FFmpeg's shared libraries (`apt-get install "
+            "ffmpeg`) and a "
             "version that fits torch (0.13 loads with torch 2.13 on a CPU; 0.14 to 0.17 link CUDA libraries)"
         )
     return _inspector_missing("torchcodec")
 
 
 class _DecordReader(VideoReader):
-    """decord 0.6 or decord2: a CPU decoder with one thread, since the loader's workers already fill the cores."""
+    """decord 0.6 or decord2: a CPU decoder with one thread, since the loader's workers already fill the
+    cores."""
 
     def __init__(self, entry: VideoEntry) -> None:
         import decord
@@ -205,7 +227,9 @@ class _DecordReader(VideoReader):
             else:
                 failure = None
         if failure is not None:
-            raise DecodeError(f"{self.path}: cannot be opened: {first_reason(str(failure), captured)}") from None
+            raise DecodeError(
+                f"{self.path}: cannot be opened: {first_reason(str(failure), captured)}"
+            ) from None
         if self._length < 1:
             raise DecodeError(f"{self.path}: has no frames")
         _check_length(self)
@@ -279,7 +303,8 @@ _PLAIN_PIXELS = _EVEN_PIXELS | {"yuv444p", "yuvj444p", "gbrp", "gray"}
 
 
 def find_hazard(entry: VideoEntry) -> tuple[str | None, Inspection]:
-    """(why FFmpeg in another library than PyAV would give other frames of a file than PyAV does, what PyAV found).
+    """(why FFmpeg in another library than PyAV would give other frames of a file than PyAV does, what PyAV
+    found).
 
     Measured with the FFmpeg of decord 0.6 and torchcodec 0.13 (on FFmpeg 5.1): docs/decoders.md.
 
@@ -315,10 +340,12 @@ def _refused_by_decord(entry: VideoEntry) -> str | None:
     return hazard
 
 
-# The order of `auto`, as measured by bench/data.py on one core (clips of 16 frames, stride 4, short side 256): PyAV, which
-# leaves out pictures that H.264 does not need, beats torchcodec on H.264, is level with it on HEVC, VP9 and MPEG-4, and
-# refuses least; decord is the slowest and refuses most.
+# The order of `auto`, as measured by bench/data.py on one core (clips of 16 frames, stride 4, short side
+# 256): PyAV, which leaves out pictures that H.264 does not need, beats torchcodec on H.264, is level with it
+# on HEVC, VP9 and MPEG-4, and refuses least; decord is the slowest and refuses most.
 register_backend(Backend("pyav", ("video",), PyavReader, pyav_missing))
-register_backend(Backend("torchcodec", ("video",), _TorchcodecReader, _torchcodec_missing, _refused_by_torchcodec))
+register_backend(
+    Backend("torchcodec", ("video",), _TorchcodecReader, _torchcodec_missing, _refused_by_torchcodec)
+)
 register_backend(Backend("decord", ("video",), _DecordReader, _decord_missing, _refused_by_decord))
 register_backend(Backend("frames", ("frames",), _FrameFolderReader, lambda: None))

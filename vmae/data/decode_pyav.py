@@ -22,17 +22,18 @@ _INTRA = 1  # FFmpeg's number of I pictures
 class PyavReader(VideoReader):
     """PyAV: frames by their packets' timestamps, or counted from the start where those cannot be relied on.
 
-    The packets are read once, undecoded. In MP4 and Matroska the presentation times of those that are shown, sorted, are the
-    frames; decoding starts at the last key frame that is not shown after the wanted one, so leading pictures of an open GOP
-    come out of the group before. Other containers (AVI keeps no presentation times; a transport stream cannot be sought
-    exactly) are decoded from their start; so is a file in which the way from a key frame does not lead to the frames.
+    The packets are read once, undecoded. In MP4 and Matroska the presentation times of those that are shown,
+    sorted, are the frames; decoding starts at the last key frame that is not shown after the wanted one, so
+    leading pictures of an open GOP come out of the group before. Other containers (AVI keeps no presentation
+    times; a transport stream cannot be sought exactly) are decoded from their start; so is a file in which
+    the way from a key frame does not lead to the frames.
 
-    Frames are as a player shows them: turned and mirrored by their display matrix, converted by FFmpeg's own scaler.
-    Pixels are as stored where they are not square.
+    Frames are as a player shows them: turned and mirrored by their display matrix, converted by FFmpeg's own
+    scaler. Pixels are as stored where they are not square.
 
-    Of H.264, pictures that are not wanted and that no other picture refers to (`nal_ref_idc` 0) are not decoded: half of
-    the pictures with x264's defaults, at the same pixels. HEVC's word for that holds within a temporal layer only, so
-    there every picture is decoded.
+    Of H.264, pictures that are not wanted and that no other picture refers to (`nal_ref_idc` 0) are not
+    decoded: half of the pictures with x264's defaults, at the same pixels. HEVC's word for that holds within
+    a temporal layer only, so there every picture is decoded.
     """
 
     def __init__(self, entry: VideoEntry) -> None:
@@ -50,7 +51,9 @@ class PyavReader(VideoReader):
             if not self._length:
                 raise DecodeError(f"{self.path}: has no frames")
             if self.table.refreshed and (self.table.spliced or not self.table.complete):
-                raise DecodeError(f"{self.path}: cannot be decoded: intra refresh, cut where no picture is whole")
+                raise DecodeError(
+                    f"{self.path}: cannot be decoded: intra refresh, cut where no picture is whole"
+                )
             self._times = self.table.times if seekable else None
             self._to_rgb = _ToRgb()
             if not (self.table.complete and (self.table.times is not None or not seekable)):
@@ -66,7 +69,8 @@ class PyavReader(VideoReader):
             raise DecodeError(f"{self.path}: has no frames")
 
     def _drop_lost_frames(self) -> None:
-        """A stream cut out of another may begin with pictures whose references are gone: what comes out of them is no frame."""
+        """A stream cut out of another may begin with pictures whose references are gone: what comes out of
+        them is no frame."""
         with open_container(self.path) as container:
             frames = self._whole_frames(container)
             if self._times is None:
@@ -80,14 +84,19 @@ class PyavReader(VideoReader):
         """All frames, from the first whole picture on."""
         self._orientation = None
         frames = container.decode(pick_stream(container, self.path))
-        return frames if self.table.complete else itertools.dropwhile(lambda frame: frame.pict_type != _INTRA, frames)
+        return (
+            frames
+            if self.table.complete
+            else itertools.dropwhile(lambda frame: frame.pict_type != _INTRA, frames)
+        )
 
     def __len__(self) -> int:
         return self._length
 
     @functools.cached_property
     def first_frame(self):
-        """The first frame as decoded, `av.VideoFrame`: it has the display matrix, the pixel format and the size."""
+        """The first frame as decoded, `av.VideoFrame`: it has the display matrix, the pixel format and the
+        size."""
         try:
             with open_container(self.path) as container:
                 return next(self._whole_frames(container))
@@ -116,7 +125,9 @@ class PyavReader(VideoReader):
         except Exception as error:
             raise DecodeError(f"{self.path}: cannot be decoded: {first_reason(av_text(error), [])}") from None
         if len(pictures) < len(indices):
-            raise DecodeError(f"{self.path}: cannot be decoded: {len(indices) - len(pictures)} frames do not come out")
+            raise DecodeError(
+                f"{self.path}: cannot be decoded: {len(indices) - len(pictures)} frames do not come out"
+            )
         if len({picture.shape for picture in pictures}) > 1:
             raise DecodeError(f"{self.path}: cannot be decoded: the size of its pictures changes")
         return np.stack(pictures)
@@ -183,7 +194,8 @@ class PyavReader(VideoReader):
             raise failure or error from None
 
     def _decode_run(self, key: int, times: list[int]) -> list[np.ndarray]:
-        """Pictures at `times`, decoded from key frame number `key` on, without those that they do not need."""
+        """Pictures at `times`, decoded from key frame number `key` on, without those that they do not
+        need."""
         context, wanted, unfed = self._stream.codec_context, set(times), set(times)
         pictures: dict[int, np.ndarray] = {}
 
@@ -208,8 +220,8 @@ class PyavReader(VideoReader):
         return [pictures[time] for time in times if time in pictures]
 
     def _packets_from(self, key: int, wanted: int) -> Iterator:
-        """Packets from key frame number `key` on, or from an earlier one if the container seeks past it; none if it does so
-        with all of them."""
+        """Packets from key frame number `key` on, or from an earlier one if the container seeks past it; none
+        if it does so with all of them."""
         for number in sorted({max(key - back, 0) for back in (0, 1, 2, 4)}, reverse=True) if key >= 0 else ():
             self._container.seek(int(self.table.keys[number]), stream=self._stream, backward=True)
             packets = self._container.demux(self._stream)
@@ -222,7 +234,9 @@ class PyavReader(VideoReader):
     def _pixels(self, frame) -> np.ndarray:
         if frame.is_corrupt:
             raise DecodeError(f"{self.path}: cannot be decoded: a frame is corrupt")
-        if frame.key_frame or self._orientation is None:  # it changes at key frames only, and takes a tenth of a conversion
+        if (
+            frame.key_frame or self._orientation is None
+        ):  # it changes at key frames only, and takes a tenth of a conversion
             self._orientation = read_orientation(frame, self.path)
         return self._orientation.apply(self._to_rgb(frame))
 
@@ -235,8 +249,9 @@ class PyavReader(VideoReader):
 class _ToRgb:
     """uint8 [H, W, 3] of frames, by a filter graph: pixels as the ffmpeg command and torchcodec give them.
 
-    `VideoFrame.reformat` differs by up to 100 grey levels at edges where 10-bit colour is subsampled, by 31 at odd sizes; it
-    takes all cores for one small picture, and half as much CPU time again (90 us for 640 x 272 against 62).
+    `VideoFrame.reformat` differs by up to 100 grey levels at edges where 10-bit colour is subsampled, by 31
+    at odd sizes; it takes all cores for one small picture, and half as much CPU time again (90 us for 640 x
+    272 against 62).
     """
 
     def __init__(self) -> None:
@@ -290,7 +305,8 @@ UPRIGHT = Orientation()
 
 
 def read_orientation(frame, path: str) -> Orientation:
-    """By a frame's display matrix (ISO/IEC 14496-12, 8.3.2): x' = a x + c y, y' = b x + d y. Sizes are not scaled by it.
+    """By a frame's display matrix (ISO/IEC 14496-12, 8.3.2): x' = a x + c y, y' = b x + d y. Sizes are not
+    scaled by it.
 
     Raises:
         DecodeError: it turns by an angle that is no multiple of 90 degrees (by more than one degree).
@@ -301,7 +317,9 @@ def read_orientation(frame, path: str) -> Orientation:
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
     straight, turned = max(abs(a), abs(d)), max(abs(b), abs(c))
     if min(straight, turned) > 0.0175 * max(straight, turned):
-        raise DecodeError(f"{path}: cannot be decoded: it is displayed at an angle that is no multiple of 90 degrees")
+        raise DecodeError(
+            f"{path}: cannot be decoded: it is displayed at an angle that is no multiple of 90 degrees"
+        )
     return Orientation(turned > straight, *((c < 0, b < 0) if turned > straight else (a < 0, d < 0)))
 
 
@@ -313,8 +331,9 @@ class Inspection:
         kind: FFmpeg's name of its format.
         codec: FFmpeg's name.
         frames, fps: see `VideoReader`.
-        hazard: why other libraries may take one frame for another; None where times tell the frames apart, none is hidden by
-            an edit list or lost at the start, and every packet that is marked as a key frame is one.
+        hazard: why other libraries may take one frame for another; None where times tell the frames apart,
+            none is hidden by an edit list or lost at the start, and every packet that is marked as a key
+            frame is one.
         open_gop, gop: see `PacketTable`.
         streams: videos in the file.
         stream: index of the best one among all streams.
@@ -369,7 +388,9 @@ def _inspect(place: str, size: int, changed: int, name: str) -> Inspection:
             streams=sum(not is_picture(stream) for stream in container.streams.video),
             stream=reader.stream.index,
             orientation=read_orientation(frame, name),
-            aspect=reader.stream.sample_aspect_ratio if reader.stream.sample_aspect_ratio not in (None, 0, 1) else None,
+            aspect=reader.stream.sample_aspect_ratio
+            if reader.stream.sample_aspect_ratio not in (None, 0, 1)
+            else None,
             pixels=frame.format.name,
             full_range=frame.color_range == 2,
             size=reader.size,

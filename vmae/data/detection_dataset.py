@@ -1,6 +1,8 @@
-"""Clips around key frames, with boxes that follow every change of the picture; each sample a function of (seed, epoch, index).
+"""Clips around key frames, with boxes that follow every change of the picture; each sample a function of
+(seed, epoch, index).
 
-Legend: B clips, M boxes of a clip (the most of a batch; others are padded), T frames, H x W pixels, K actions.
+Legend: B clips, M boxes of a clip (the most of a batch; others are padded), T frames, H x W pixels, K
+actions.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from vmae.data.workers import WorkerPool, hang_limit
 from vmae.errors import InputError
 from vmae.settings import FRAMES, SHARE_ABOVE_0, SIDE, STRIDE, Real, ranged
 
-# Largest moves of a box's left and right (top and bottom) edge outwards and inwards, shares of its width (height).
+# Largest moves of a box's left and right (top and bottom) edge outwards and inwards, shares of its width
+# (height).
 _JITTER = ((0.2, 0.1), (0.1, 0.05))
 _MIN_VISIBLE = 0.25  # share of a box's area that a crop must leave of it
 
@@ -43,7 +46,8 @@ class KeyClipConfig(_Checked):
         image_size: side, or (height, width), in pixels; the whole frame is resized to it.
         stride: frames from one to the next; the clip's frame T // 2 is the key frame.
         origin: seconds of the movie at which the video files begin (900 for AVA's files that are cut).
-        extend: how much wider and taller boxes are made to be looked at in a test, shares (published 0.1 and 0.05).
+        extend: how much wider and taller boxes are made to be looked at in a test, shares (published 0.1 and
+            0.05).
     """
 
     num_frames: int = ranged(16, FRAMES)
@@ -53,14 +57,16 @@ class KeyClipConfig(_Checked):
     extend: tuple[float, float] = ranged((0.1, 0.05), Real(least=0, most=1000))
 
     def indices(self, key: int, total: int) -> np.ndarray:
-        """int64 [T]: the clip around frame `key`; where the video begins or ends, its first or last frame repeats."""
+        """int64 [T]: the clip around frame `key`; where the video begins or ends, its first or last frame
+        repeats."""
         steps = np.arange(self.num_frames, dtype=np.int64) - self.num_frames // 2
         return np.clip(key + steps * self.stride, 0, total - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyAugmentConfig(_Checked):
-    """How key frames to train on are changed. The defaults are the published ones, but for their colour jitter.
+    """How key frames to train on are changed. The defaults are the published ones, but for their colour
+    jitter.
 
     Attributes:
         flip: mirror half of the clips; not where left and right mean something.
@@ -100,8 +106,11 @@ class KeyFrame(VideoEntry):
 # --- From rows to key frames ---
 
 
-def find_videos(folder: str | Path, names: Sequence[str], *, pattern: str = DEFAULT_PATTERN) -> dict[str, VideoEntry]:
-    """The entry of each video id that `folder` has: a file `ID.mp4` (or another ending), or a folder `ID` of images.
+def find_videos(
+    folder: str | Path, names: Sequence[str], *, pattern: str = DEFAULT_PATTERN
+) -> dict[str, VideoEntry]:
+    """The entry of each video id that `folder` has: a file `ID.mp4` (or another ending), or a folder `ID` of
+    images.
 
     Args:
         pattern: names of a folder's images, numbered from 1; `{video}` in it stands for the id.
@@ -115,7 +124,9 @@ def find_videos(folder: str | Path, names: Sequence[str], *, pattern: str = DEFA
     files, wanted = {}, set(names)
     for path in sorted(path for path in folder.iterdir() if is_video(path)):
         if path.stem in files and path.stem in wanted:
-            raise InputError(f"{files[path.stem]} and {path} are both video {path.stem!r}; leave one of them there")
+            raise InputError(
+                f"{files[path.stem]} and {path} are both video {path.stem!r}; leave one of them there"
+            )
         files[path.stem] = path
     found = {}
     for name in dict.fromkeys(names):
@@ -123,7 +134,9 @@ def find_videos(folder: str | Path, names: Sequence[str], *, pattern: str = DEFA
             found[name] = VideoEntry(str(files[name]))
         elif (folder / name).is_dir():
             total = sum(path.is_file() for path in (folder / name).iterdir())
-            found[name] = VideoEntry(str(folder / name), "frames", 1, total, pattern=pattern.replace("{video}", name))
+            found[name] = VideoEntry(
+                str(folder / name), "frames", 1, total, pattern=pattern.replace("{video}", name)
+            )
     return found
 
 
@@ -137,7 +150,8 @@ def key_frames(
     fps: float | None = None,
     videos: str | Path = "the folder",
 ) -> list[KeyFrame]:
-    """The key frames of annotations (with `actions`) or person boxes (without), in order. Opens every video once.
+    """The key frames of annotations (with `actions`) or person boxes (without), in order. Opens every video
+    once.
 
     Args:
         source: file of the rows, for messages.
@@ -147,8 +161,8 @@ def key_frames(
         videos: folder of the videos, for messages.
 
     Raises:
-        InputError: a video that is missing or cannot be decoded, that tells no rate, or that ends before a key frame;
-            with the line that wants it.
+        InputError: a video that is missing or cannot be decoded, that tells no rate, or that ends before a
+            key frame; with the line that wants it.
     """
     classes = {action: number for number, action in enumerate(actions)}
     frames: dict[Key, dict[tuple, tuple[AvaBox, list[int]]]] = {}
@@ -172,7 +186,8 @@ def key_frames(
         frame = round((timestamp - clip.origin) * rate)
         if not 0 <= frame < total:
             raise InputError(
-                f"{where}: key frame at {timestamp} s is outside of {entries[video].path}, which has {clip.origin:g} to "
+                f"{where}: key frame at {timestamp} s is outside of {entries[video].path}, which has "
+                f"{clip.origin:g} to "
                 f"{clip.origin + total / rate:.2f} s ({total} frames, {rate:g} a second); is --origin right?"
             )
         kept = list(boxes.values())
@@ -195,7 +210,9 @@ def _frames_and_rate(entry: VideoEntry) -> tuple[int, float | None]:
         return len(reader), reader.fps
 
 
-def _length(entry: VideoEntry, found: tuple | DecodeError, where: str, fps: float | None) -> tuple[int, float]:
+def _length(
+    entry: VideoEntry, found: tuple | DecodeError, where: str, fps: float | None
+) -> tuple[int, float]:
     """(frames, frames a second) of a video, of what opening it gave."""
     if isinstance(found, DecodeError):
         raise InputError(f"{where}: {found}")
@@ -209,7 +226,8 @@ def _length(entry: VideoEntry, found: tuple | DecodeError, where: str, fps: floa
 
 
 def crop_boxes_of(boxes: np.ndarray, crop: CropBox, width: int, height: int) -> np.ndarray:
-    """Boxes of a frame of `width` x `height` pixels as shares of a crop of it, cut at its edges (some may be empty)."""
+    """Boxes of a frame of `width` x `height` pixels as shares of a crop of it, cut at its edges (some may be
+    empty)."""
     origin = np.array([crop.left, crop.top] * 2) / np.array([width, height] * 2)
     size = np.array([crop.width, crop.height] * 2) / np.array([width, height] * 2)
     return ((boxes - origin) / size).clip(0, 1)
@@ -272,7 +290,10 @@ class DetectionBatch:
         most = max(batch.boxes.shape[1] for batch in batches)
         return cls(
             torch.cat([batch.clips for batch in batches]),
-            *(torch.cat([_padded(getattr(batch, name), most) for batch in batches]) for name in ("boxes", "targets", "valid")),
+            *(
+                torch.cat([_padded(getattr(batch, name), most) for batch in batches])
+                for name in ("boxes", "targets", "valid")
+            ),
             [key for batch in batches for key in batch.ids],
             [failure for batch in batches for failure in batch.replaced],
         )
@@ -291,7 +312,9 @@ class DetectionBatch:
 
 def _padded(tensor: Tensor, most: int) -> Tensor:
     """[B, M, ...] -> [B, most, ...], with zeros."""
-    return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], most - tensor.shape[1], *tensor.shape[2:])], 1)
+    return torch.cat(
+        [tensor, tensor.new_zeros(tensor.shape[0], most - tensor.shape[1], *tensor.shape[2:])], 1
+    )
 
 
 class DetectionDataset(VideoDataset):
@@ -308,7 +331,12 @@ class DetectionDataset(VideoDataset):
     """
 
     def __init__(
-        self, frames: Sequence[KeyFrame], num_classes: int, clip: KeyClipConfig, augment: KeyAugmentConfig, **options
+        self,
+        frames: Sequence[KeyFrame],
+        num_classes: int,
+        clip: KeyClipConfig,
+        augment: KeyAugmentConfig,
+        **options,
     ) -> None:
         super().__init__(frames, **options)
         self.num_classes, self.clip, self.augment = num_classes, clip, augment
@@ -326,10 +354,13 @@ class DetectionDataset(VideoDataset):
         ids = [(epoch, index, self.entries[video].path)]
         return DetectionBatch(clip[None], boxes[None], targets, torch.ones(1, len(boxes)), ids, replaced)
 
-    def _decode_crops(self, entry: KeyFrame, epoch: int, index: int, attempt: int) -> tuple[Tensor, Tensor, list[int]]:
+    def _decode_crops(
+        self, entry: KeyFrame, epoch: int, index: int, attempt: int
+    ) -> tuple[Tensor, Tensor, list[int]]:
         """(uint8 [T, H, W, 3], float32 [M, 4], the numbers of the boxes that are left)."""
         rngs = {
-            use: numpy_rng(self.seed, epoch, index, attempt, use) for use in (Purpose.CROPS, Purpose.FLIPS, Purpose.AUGMENT)
+            use: numpy_rng(self.seed, epoch, index, attempt, use)
+            for use in (Purpose.CROPS, Purpose.FLIPS, Purpose.AUGMENT)
         }
         with self._open(entry) as reader:
             frames = reader.frames(self.clip.indices(entry.frame, len(reader)))
@@ -362,8 +393,8 @@ class DetectionDataset(VideoDataset):
 
 
 class KeyFrameReader(VideoDataset):
-    """Key frames to test on: `reader[number]` is (uint8 [T, H, W, 3], float32 [M, 4] of the boxes, extended), or the
-    `Failure` of a broken video."""
+    """Key frames to test on: `reader[number]` is (uint8 [T, H, W, 3], float32 [M, 4] of the boxes, extended),
+    or the `Failure` of a broken video."""
 
     def __init__(self, frames: Sequence[KeyFrame], clip: KeyClipConfig, **options) -> None:
         super().__init__(frames, **options)

@@ -1,8 +1,8 @@
 """What may be opened, and how long a file system may take.
 
-A pipe without a writer, a device and a dead mount hang whoever opens them. Only regular files are opened (`check_regular`),
-and what the main process asks of a file system, it asks in a thread that it can leave behind (`ask_files`). Whatever
-decodes belongs into a worker, see `vmae.data.guarded`.
+A pipe without a writer, a device and a dead mount hang whoever opens them. Only regular files are opened
+(`check_regular`), and what the main process asks of a file system, it asks in a thread that it can leave
+behind (`ask_files`). Whatever decodes belongs into a worker, see `vmae.data.guarded`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from vmae.data.workers import hang_limit
 from vmae.errors import InputError
 
 _KINDS = (
-    (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
     (stat.S_ISDIR, "a folder"),
-)  # fmt: skip
+)
 _POLL_S = 0.2
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -48,9 +51,13 @@ def check_regular(path: str | Path, *, folder: bool = False) -> None:
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise DecodeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if kind == "a folder" and not folder:
-        raise DecodeError(f"{path}: is a folder; for frames give a list file with a line `folder start total`")
+        raise DecodeError(
+            f"{path}: is a folder; for frames give a list file with a line `folder start total`"
+        )
     if kind != ("a folder" if folder else None):
-        raise DecodeError(f"{path}: is {kind or 'a file'}, not {'a folder of frames' if folder else 'a file'}")
+        raise DecodeError(
+            f"{path}: is {kind or 'a file'}, not {'a folder of frames' if folder else 'a file'}"
+        )
 
 
 class Unanswered(InputError):
@@ -61,12 +68,18 @@ class Unanswered(InputError):
     """
 
     def __init__(self, item: int, limit_s: float) -> None:
-        super().__init__(f"its file system does not answer within {limit_s:g} s (a dead mount, a pipe without a writer?)")
+        super().__init__(
+            f"its file system does not answer within {limit_s:g} s (a dead mount, a pipe without a writer?)"
+        )
         self.item = item
 
 
 def ask_files(
-    function: Callable[[Item], Result], items: Sequence[Item], *, threads: int = 1, limit_s: float | None = None
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    threads: int = 1,
+    limit_s: float | None = None,
 ) -> list[Result]:
     """[function(item)] by some threads at once, which are left behind where a file system does not answer.
 

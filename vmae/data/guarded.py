@@ -1,4 +1,5 @@
-"""Videos for the main process, opened and decoded by a worker: one that hangs or crashes ends with a line, not with the run.
+"""Videos for the main process, opened and decoded by a worker: one that hangs or crashes ends with a line,
+not with the run.
 
 Legend: an entry is a `VideoEntry` or a path.
 """
@@ -24,9 +25,13 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def _open_pool(maker: VideoTask, tasks: Iterator[Any], prefetch: int, hang_s: float | None) -> WorkerPool:
-    for backend in BACKENDS.values():  # imported once here, not in every worker: that takes longer than a clip
+    for (
+        backend
+    ) in BACKENDS.values():  # imported once here, not in every worker: that takes longer than a clip
         backend.missing()
-    return WorkerPool(maker, tasks, count=1, prefetch=prefetch, hang_s=hang_limit() if hang_s is None else hang_s)
+    return WorkerPool(
+        maker, tasks, count=1, prefetch=prefetch, hang_s=hang_limit() if hang_s is None else hang_s
+    )
 
 
 def _lost(path: str | Path, reason: str) -> DecodeError:
@@ -36,7 +41,8 @@ def _lost(path: str | Path, reason: str) -> DecodeError:
 
 
 class _Calls(VideoTask):
-    """What runs in the worker: a function of one entry at a time; an `InputError` is handed over, not raised."""
+    """What runs in the worker: a function of one entry at a time; an `InputError` is handed over, not
+    raised."""
 
     def __init__(self, function: Callable[[Any], Any], entries: Sequence[Any]) -> None:
         super().__init__()
@@ -58,7 +64,8 @@ class _Calls(VideoTask):
 def guarded_each(
     function: Callable[[Item], Result], entries: Sequence[Item], *, hang_s: float | None = None
 ) -> Iterator[Result | DecodeError]:
-    """`function(entry)` of each entry, in order, called in a worker process; a `DecodeError` is given, not raised.
+    """`function(entry)` of each entry, in order, called in a worker process; a `DecodeError` is given, not
+    raised.
 
     Args:
         function: of a module, or a partial of one; its results can be pickled (tensors go by shared memory).
@@ -97,7 +104,8 @@ def guarded(function: Callable[[Item], Result], entry: Item, *, hang_s: float | 
 
 
 class _Streams(VideoTask):
-    """What runs in the worker: (video, its part number `part`) is the next `chunk` tensors of a video, as one."""
+    """What runs in the worker: (video, its part number `part`) is the next `chunk` tensors of a video, as
+    one."""
 
     def __init__(self, read: Callable[[Any], Iterator[Tensor]], entries: Sequence[Any], chunk: int) -> None:
         super().__init__()
@@ -123,9 +131,14 @@ class _Streams(VideoTask):
 
 
 def guarded_streams(
-    read: Callable[[Item], Iterator[Tensor]], entries: Sequence[Item], *, chunk: int, hang_s: float | None = None
+    read: Callable[[Item], Iterator[Tensor]],
+    entries: Sequence[Item],
+    *,
+    chunk: int,
+    hang_s: float | None = None,
 ) -> Iterator[Iterator[Tensor]]:
-    """`read(entry)` of each entry, in order, run ahead in a worker process; each is to be read before the next one.
+    """`read(entry)` of each entry, in order, run ahead in a worker process; each is to be read before the
+    next one.
 
     Args:
         read: of a module, or a partial of one; gives tensors of one shape, of which `chunk` travel at once.

@@ -1,6 +1,7 @@
 """Labelled lists, class names, and the maps between label spaces.
 
-A labelled list has one entry a line, columns apart by blanks or commas, the label last (the published formats):
+A labelled list has one entry a line, columns apart by blanks or commas, the label last (the published
+formats):
 
     path/to/video.mp4 17            a video of class 17
     path/to/frames 120 17           a folder of 120 images, numbered from 1
@@ -109,7 +110,10 @@ _Problems = list[tuple[int, str]]
 
 
 def _read_labelled(
-    path: str | Path, data_root: str | Path | None, num_classes: int | None, frame_pattern: str = DEFAULT_PATTERN
+    path: str | Path,
+    data_root: str | Path | None,
+    num_classes: int | None,
+    frame_pattern: str = DEFAULT_PATTERN,
 ) -> tuple[list[VideoEntry], _Problems, list[tuple[int, ...]]]:
     """Entries, problems (see `read_list_with_problems`), and the entries' labels."""
     found: dict[int, tuple[int, ...]] = {}
@@ -121,12 +125,18 @@ def _read_labelled(
         labels = tuple(dict.fromkeys(whole(label) for label in match[2].split(";")))
         wrong = next((label for label in labels if not 0 <= label < (num_classes or CLASSES.most)), None)
         if wrong is not None:
-            known = f"0 to {CLASSES.most - 1}" if num_classes is None else f"0 to {num_classes - 1} ({num_classes} classes)"
+            known = (
+                f"0 to {CLASSES.most - 1}"
+                if num_classes is None
+                else f"0 to {num_classes - 1} ({num_classes} classes)"
+            )
             raise InputError(f"{where}: label {wrong} is out of range; labels are {known}")
         found[number] = labels
         return Line(number, _readings(match[1]), stride, pattern)
 
-    entries, problems = read_list_with_problems(path, data_root, frame_pattern=frame_pattern, parse_line=parse_line)
+    entries, problems = read_list_with_problems(
+        path, data_root, frame_pattern=frame_pattern, parse_line=parse_line
+    )
     return entries, problems, [found[entry.line] for entry in entries]
 
 
@@ -161,12 +171,15 @@ class AnyList:
     problems: _Problems
 
 
-def read_any_list(path: str | Path, data_root: str | Path | None = None, labelled: bool | None = None) -> AnyList:
+def read_any_list(
+    path: str | Path, data_root: str | Path | None = None, labelled: bool | None = None
+) -> AnyList:
     """Read a list of either kind, or a folder, and keep the labels.
 
     Args:
         data_root: see `read_list`.
-        labelled: which columns the list has; None finds out (`folder 1 120` can be either: the frames there decide).
+        labelled: which columns the list has; None finds out (`folder 1 120` can be either: the frames there
+            decide).
 
     Raises:
         InputError: see `read_list_with_problems`.
@@ -179,7 +192,9 @@ def read_any_list(path: str | Path, data_root: str | Path | None = None, labelle
         return AnyList(entries, list(labels), True, problems)
     entries, problems = read_list_with_problems(path, data_root)
     lines = split_lines(read_text(path))
-    return AnyList(entries, [_fourth_column(lines[entry.line - 1], entry) for entry in entries], False, problems)
+    return AnyList(
+        entries, [_fourth_column(lines[entry.line - 1], entry) for entry in entries], False, problems
+    )
 
 
 LABELLED = {"auto": None, "yes": True, "no": False}
@@ -187,9 +202,11 @@ LABELLED = {"auto": None, "yes": True, "no": False}
 
 def add_labelled_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--labelled", choices=list(LABELLED), default="auto",
+        "--labelled",
+        choices=list(LABELLED),
+        default="auto",
         help="whether the list is one for fine-tuning, with a label at each line's end; auto finds out (auto)",
-    )  # fmt: skip
+    )
 
 
 def _fourth_column(content: str, entry: VideoEntry) -> tuple[int, ...] | None:
@@ -200,7 +217,8 @@ def _fourth_column(content: str, entry: VideoEntry) -> tuple[int, ...] | None:
 
 
 def _looks_labelled(path: str | Path, data_root: str | Path | None) -> bool:
-    """Whether more lines can only be those of a labelled list than can only be those of one for pre-training."""
+    """Whether more lines can only be those of a labelled list than can only be those of one for
+    pre-training."""
     votes, either = Counter(), []
 
     def look(content: str, where: str, number: int, stride: int | None, pattern: str | None) -> Line:
@@ -219,7 +237,9 @@ def _looks_labelled(path: str | Path, data_root: str | Path | None) -> bool:
     if not votes:
         roots = [str(data_root)] if data_root is not None else ["", os.path.dirname(str(path))]
         for content, line in either[:: max(len(either) // 64, 1)]:
-            votes["plain"] += _fits(filter(None, (read_columns(content, count) for count in (3, 2))), line, roots)
+            votes["plain"] += _fits(
+                filter(None, (read_columns(content, count) for count in (3, 2))), line, roots
+            )
             votes["labelled"] += _fits(_readings(_LABELS.fullmatch(content)[1]), line, roots)
     return votes["labelled"] > votes["plain"]
 
@@ -231,7 +251,11 @@ def _fits(readings: Iterable[tuple[str, int, int]], line: Line, roots: Sequence[
             entry = make_entry(os.path.join(root, path), start, total, line)
             if total < 0 and os.path.isfile(entry.path):
                 return True
-            if total > 0 and [os.path.isfile(entry.frame_path(i)) for i in (0, total - 1, total)] == [True, True, False]:
+            if total > 0 and [os.path.isfile(entry.frame_path(i)) for i in (0, total - 1, total)] == [
+                True,
+                True,
+                False,
+            ]:
                 return True
     return False
 
@@ -246,7 +270,8 @@ def write_labelled_list(path: Path, entries: Sequence[VideoEntry], labels: Seque
 
 
 def read_class_names(path: str | Path) -> list[str]:
-    """Class names by number: a name a line, `number,name` lines in any order, or JSON (a list, or {name: number}).
+    """Class names by number: a name a line, `number,name` lines in any order, or JSON (a list, or {name:
+    number}).
 
     Raises:
         InputError: the file cannot be read, a name comes twice, or numbers are missing.
@@ -255,7 +280,11 @@ def read_class_names(path: str | Path) -> list[str]:
     names = _names_from_json(path, text) if Path(path).suffix == ".json" else _names_from_text(path, text)
     if not names:
         raise InputError(f"class list {str(path)!r} names no classes")
-    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    twice = (
+        next((name for name in names if names.count(name) > 1), None)
+        if len(set(names)) < len(names)
+        else None
+    )
     if twice is not None:
         raise InputError(f"class list {str(path)!r}: {twice!r} comes twice")
     return names
@@ -290,16 +319,19 @@ def _by_number(path: str | Path, numbers: dict[str, int]) -> list[str]:
     return [names[number] for number in range(len(numbers))]
 
 
-def read_label_map(path: str | Path, *, source_classes: int | None = None, num_classes: int | None = None) -> list[int]:
-    """A map from one label space to another, in the published form (`label_710to400.json`): a JSON list whose entry i is
-    the number that target class i has in the larger space.
+def read_label_map(
+    path: str | Path, *, source_classes: int | None = None, num_classes: int | None = None
+) -> list[int]:
+    """A map from one label space to another, in the published form (`label_710to400.json`): a JSON list whose
+    entry i is the number that target class i has in the larger space.
 
     Args:
         source_classes: of the larger space.
         num_classes: of the target.
 
     Raises:
-        InputError: the file is no such list; it misses classes of the target, or names one that the source has not.
+        InputError: the file is no such list; it misses classes of the target, or names one that the source
+            has not.
     """
     try:
         found = parse_json(read_text(path))
@@ -309,11 +341,15 @@ def read_label_map(path: str | Path, *, source_classes: int | None = None, num_c
         raise InputError(f"label map {str(path)!r} is no list of whole numbers, one for each target class")
     if num_classes is not None and len(found) != num_classes:
         fault = "misses classes" if len(found) < num_classes else "has too many"
-        raise InputError(f"label map {str(path)!r} {fault}: it maps {len(found)} classes, the target has {num_classes}")
+        raise InputError(
+            f"label map {str(path)!r} {fault}: it maps {len(found)} classes, the target has {num_classes}"
+        )
     top = source_classes if source_classes is not None else min(max(found) + 1, CLASSES.most)
     wrong = next((number for number in found if not 0 <= number < top), None)
     if wrong is not None:
-        raise InputError(f"label map {str(path)!r} names class {wrong}, but the source has {top} classes (0 to {top - 1})")
+        raise InputError(
+            f"label map {str(path)!r} names class {wrong}, but the source has {top} classes (0 to {top - 1})"
+        )
     if len(set(found)) < len(found):
         raise InputError(f"label map {str(path)!r} gives two target classes the same source class")
     return found

@@ -1,9 +1,11 @@
-"""What a list of videos is, in a few hashes: whether a run that goes on sees the samples that it would have seen.
+"""What a list of videos is, in a few hashes: whether a run that goes on sees the samples that it would have
+seen.
 
-Counted is what decides the samples, in order: of each entry its path (relative to the root that its list starts from), kind,
-images and stride; its labels, or key frame and boxes; of a weighted mix the sizes and weights of its sources. Comments, blank
-lines, the writing of columns, names of sources and the place of the root (`--data-root`, the list's folder) don't count, so a
-folder may be moved. Which files are meant is compared, not what is in them.
+Counted is what decides the samples, in order: of each entry its path (relative to the root that its list
+starts from), kind, images and stride; its labels, or key frame and boxes; of a weighted mix the sizes and
+weights of its sources. Comments, blank lines, the writing of columns, names of sources and the place of the
+root (`--data-root`, the list's folder) don't count, so a folder may be moved. Which files are meant is
+compared, not what is in them.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ from vmae.data.video_dataset import VideoDataset
 BLOCKS = 128  # parts of a list with a hash of their own: a difference is found within so much of it
 
 
-def identify_list(dataset: VideoDataset, root: str | Path = "", *, block: int | None = None) -> dict[str, Any]:
-    """Plain containers: `videos` (their count), `entries` and `labels` (hashes), and `mix` where there is a weighted one.
+def identify_list(
+    dataset: VideoDataset, root: str | Path = "", *, block: int | None = None
+) -> dict[str, Any]:
+    """Plain containers: `videos` (their count), `entries` and `labels` (hashes), and `mix` where there is a
+    weighted one.
 
     Args:
         root: folder that relative paths start from, where the mix's sources have none of their own.
@@ -30,7 +35,11 @@ def identify_list(dataset: VideoDataset, root: str | Path = "", *, block: int | 
     """
     videos = len(dataset.entries)
     block = block or max(-(-videos // BLOCKS), 1)
-    found: dict[str, Any] = {"videos": videos, "block": block, "entries": _hashes(_entry_lines(dataset, str(root)), block)}
+    found: dict[str, Any] = {
+        "videos": videos,
+        "block": block,
+        "entries": _hashes(_entry_lines(dataset, str(root)), block),
+    }
     if type(dataset).describe_labels is not VideoDataset.describe_labels:
         found["labels"] = _hashes((f"{dataset.describe_labels(number)}\n" for number in range(videos)), block)
     if isinstance(dataset.data, Mix) and dataset.data.mixing != "natural":
@@ -67,8 +76,11 @@ def _lines_of(entries: Sequence[VideoEntry], root: str) -> Iterator[str]:
             yield f"{path}\0{entry.stride}\0{entry.start}\0{entry.total}\0{entry.pattern}\n"
 
 
-def list_changes(before: dict[str, Any], dataset: VideoDataset, root: str | Path, now: dict[str, Any]) -> list[str]:
-    """What differs between the list of a checkpoint and this one, each in a few words; nothing where they are the same.
+def list_changes(
+    before: dict[str, Any], dataset: VideoDataset, root: str | Path, now: dict[str, Any]
+) -> list[str]:
+    """What differs between the list of a checkpoint and this one, each in a few words; nothing where they are
+    the same.
 
     Args:
         before, now: of `identify_list`.
@@ -102,7 +114,9 @@ def _first_difference(old: dict | None, new: dict | None, block: int, dataset: V
         return f"the first {first} are the same"
     if first == last:
         entry = dataset.entries[first]
-        return f"first at number {first + 1}, now {entry.path}" + (f" (line {entry.line})" if entry.line else "")
+        return f"first at number {first + 1}, now {entry.path}" + (
+            f" (line {entry.line})" if entry.line else ""
+        )
     return f"first among numbers {first + 1} to {last + 1}"
 
 

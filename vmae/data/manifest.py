@@ -7,16 +7,17 @@ One entry a line, columns apart by blanks or commas (the formats of the publishe
     path/to/frames 1 120 17           a fourth column (a label) is accepted and ignored
     path/to/video.mp4                 a path alone is a video
 
-Numbers are read from the right, so a path may contain blanks; it may stand in double quotes, as CSV writers put it.
-Blank lines and comments (`#` and a blank; `#clip.mp4` is a path) are skipped. `#!` sets the temporal stride or the file
-names of frames for the lines below it:
+Numbers are read from the right, so a path may contain blanks; it may stand in double quotes, as CSV writers
+put it. Blank lines and comments (`#` and a blank; `#clip.mp4` is a path) are skipped. `#!` sets the temporal
+stride or the file names of frames for the lines below it:
 
     #! stride=2 pattern=frame_{:06}.jpg
     #! stride=default pattern=default
 
-Without such a line, the published conventions hold: a path that contains `SomethingV2` has stride 2 (its material has
-12 frames a second) and `img_{:05}.jpg`; one that contains `AVA2.2` has `image_{:06}.jpg`. The published code looks for
-those names in frame folders only; here stride 2 holds for a video of that source too.
+Without such a line, the published conventions hold: a path that contains `SomethingV2` has stride 2 (its
+material has 12 frames a second) and `img_{:05}.jpg`; one that contains `AVA2.2` has `image_{:06}.jpg`. The
+published code looks for those names in frame folders only; here stride 2 holds for a video of that source
+too.
 
 A folder in place of a list stands for all videos under it (see `vmae.data.video_files`).
 """
@@ -47,7 +48,9 @@ _JSON = re.compile(r'[\[{]\s*(?:$|[\[{"])')
 _KINETICS = re.compile(r'(?:"?label"?\s*,\s*)?"?youtube_id"?\s*,\s*"?time_start"?', re.IGNORECASE)
 _Reading = tuple[str, int, int]
 _MOST_IMAGES = 10**9  # of a folder, and the largest number of one
-_PIPED: dict[tuple[int, int], bytes] = {}  # what a pipe (device, inode) held: `finetune <(COMMAND)` reads its list twice
+_PIPED: dict[
+    tuple[int, int], bytes
+] = {}  # what a pipe (device, inode) held: `finetune <(COMMAND)` reads its list twice
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ class VideoEntry:
 class Line:
     """A parsed line whose path has not been looked up yet.
 
-    `readings` are the (path, start, total) that it can mean, the likelier first: with three numbers at its end, the
-    last is a label, or the first belongs to the path.
+    `readings` are the (path, start, total) that it can mean, the likelier first: with three numbers at its
+    end, the last is a label, or the first belongs to the path.
     """
 
     number: int
@@ -101,23 +104,29 @@ def read_list(
     frame_pattern: str = DEFAULT_PATTERN,
     parse_line: ParseLine | None = None,
 ) -> list[VideoEntry]:
-    """Read a list file (format: see the module) and check that everything it names is there; or find a folder's videos.
+    """Read a list file (format: see the module) and check that everything it names is there; or find a
+    folder's videos.
 
     Args:
         path: the list file, UTF-8 text, or a folder, whose videos come in order of their names.
-        data_root: folder that relative paths start from. Without it they start from the working directory, and where
-            nothing is found there, from the list file's own folder.
-        frame_pattern: file names of frames for sources that neither a `#!` line nor a published convention covers.
-        parse_line: for lists with other columns: (content, where it stands, line number, stride, pattern) -> `Line`.
+        data_root: folder that relative paths start from. Without it they start from the working directory,
+            and where nothing is found there, from the list file's own folder.
+        frame_pattern: file names of frames for sources that neither a `#!` line nor a published convention
+            covers.
+        parse_line: for lists with other columns: (content, where it stands, line number, stride, pattern) ->
+            `Line`.
 
     Returns:
         One entry for each line, in order; at least one.
 
     Raises:
-        InputError: the file is missing, no text, empty, has a malformed line (with its number), a negative start or 0
-            frames, or names a video, folder or first frame that does not exist, a playlist, or what is no regular file.
+        InputError: the file is missing, no text, empty, has a malformed line (with its number), a negative
+            start or 0 frames, or names a video, folder or first frame that does not exist, a playlist, or
+            what is no regular file.
     """
-    entries, problems = read_list_with_problems(path, data_root, frame_pattern=frame_pattern, parse_line=parse_line)
+    entries, problems = read_list_with_problems(
+        path, data_root, frame_pattern=frame_pattern, parse_line=parse_line
+    )
     raise_problems(path, data_root, problems, len(entries))
     return entries
 
@@ -125,12 +134,14 @@ def read_list(
 def raise_problems(
     path: str | Path, data_root: str | Path | None, problems: list[tuple[int, str]], good: int
 ) -> None:
-    """Raise InputError with the first of `problems`, of a list that has `good` other entries, if there is one."""
+    """Raise InputError with the first of `problems`, of a list that has `good` other entries, if there is
+    one."""
     if problems:
         line, problem = problems[0]
         tried = f"--data-root {str(data_root)!r}" if data_root is not None else "no --data-root given"
         raise InputError(
-            f"list file {str(path)!r}, line {line}: {problem}; {len(problems)} of {good + len(problems)} entries "
+            f"list file {str(path)!r}, line {line}: {problem}; {len(problems)} of {good + len(problems)} "
+            "entries "
             f"cannot be used ({tried}). Correct the paths, or the --data-root that they start from"
         )
 
@@ -152,7 +163,8 @@ def read_list_with_problems(
     frame_pattern: str = DEFAULT_PATTERN,
     parse_line: ParseLine | None = None,
 ) -> tuple[list[VideoEntry], list[tuple[int, str]]]:
-    """Like `read_list`, for a list that names things which are not there: (entries, [(line number, what is wrong)]).
+    """Like `read_list`, for a list that names things which are not there: (entries, [(line number, what is
+    wrong)]).
 
     Raises:
         InputError: the file is missing, no text, empty, or has a malformed line.
@@ -179,7 +191,8 @@ def read_text(path: str | Path) -> str:
     """The text of a list file. A pipe gives it once only; asked again, it is what came then.
 
     Raises:
-        InputError: it is missing, a folder or a device, no UTF-8 text, or does not come within `hang_limit()`.
+        InputError: it is missing, a folder or a device, no UTF-8 text, or does not come within
+            `hang_limit()`.
     """
     name = str(path)
     try:
@@ -187,7 +200,9 @@ def read_text(path: str | Path) -> str:
     except FileNotFoundError:
         raise InputError(f"list file {name!r} does not exist") from None
     except (Unanswered, OSError) as error:
-        raise InputError(f"list file {name!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(
+            f"list file {name!r} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -204,7 +219,9 @@ def _read_list_file(name: str) -> bytes:
         if data.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise InputError(f"list file {name!r} is UTF-16 text; save it as UTF-8")
         if b"\0" in data:
-            raise InputError(f"list file {name!r} is not text (a video?); give a text file with one video a line")
+            raise InputError(
+                f"list file {name!r} is not text (a video?); give a text file with one video a line"
+            )
         data += file.read()
         about = os.fstat(file.fileno())
     if kind == "a pipe":
@@ -226,7 +243,8 @@ def is_comment(line: str) -> bool:
 
 
 def unquote(content: str) -> str:
-    """A line whose path stands in double quotes, as CSV writers put one that has a comma or a blank, without them."""
+    """A line whose path stands in double quotes, as CSV writers put one that has a comma or a blank, without
+    them."""
     if content[:1] != '"' or _QUOTED.match(content) is None:
         return content
     return " ".join(next(csv.reader([content], skipinitialspace=True)))
@@ -255,11 +273,18 @@ def foreign_table(content: str) -> str | None:
     """What kind of file that names no videos begins with this line, and what to do; None for a list."""
     if _KINETICS.match(content):
         return (
-            "this is Kinetics' own table, which names YouTube clips, not files. Write a list of the clips that you have, "
-            "`path label` a line (most downloaders call them YOUTUBEID_START_END.mp4, both numbers of six digits), the label "
-            "being the class's number from 0 (docs/own_data.md has the lines for it); pre-training needs the paths alone"
+            "this is Kinetics' own table, which names YouTube clips, not files. Write a list of the clips "
+            "that you have, "
+            "`path label` a line (most downloaders call them YOUTUBEID_START_END.mp4, both numbers of six "
+            "digits), the label "
+            "being the class's number from 0 (docs/own_data.md has the lines for it); pre-training needs the "
+            "paths alone"
         )
-    return f"this looks like JSON; a list is text, one video a line: {_FORMATS}" if _JSON.match(content) else None
+    return (
+        f"this looks like JSON; a list is text, one video a line: {_FORMATS}"
+        if _JSON.match(content)
+        else None
+    )
 
 
 def _parse_directive(
@@ -268,7 +293,9 @@ def _parse_directive(
     """The (stride, pattern) that hold after a `#!` line; None means the convention or the run's own."""
     settings = content[2:].split()
     if not settings:
-        raise InputError(f"{where}: `#!` sets nothing; write e.g. `#! stride=2` (or one # less for a comment)")
+        raise InputError(
+            f"{where}: `#!` sets nothing; write e.g. `#! stride=2` (or one # less for a comment)"
+        )
     for setting in settings:
         key, _, value = setting.partition("=")
         if key == "stride" and value == "default":
@@ -303,7 +330,8 @@ def _parse_line(content: str, where: str, number: int, stride: int | None, patte
     if not readings:
         if _ENDS_WITH[1].fullmatch(content):
             raise InputError(
-                f"{where}: malformed: one number after the path in {content!r}; {_FORMATS} (lists for pre-training "
+                f"{where}: malformed: one number after the path in {content!r}; {_FORMATS} (lists for "
+                "pre-training "
                 "hold no labels, so `path label` needs its label removed)"
             )
         readings = [(content, 0, -1)]
@@ -319,7 +347,8 @@ def read_columns(content: str, count: int) -> _Reading | None:
 
 
 def whole(digits: str) -> int:
-    """The number that a column's digits mean; more than 18 of them mean too many, for Python too from 4,300 on."""
+    """The number that a column's digits mean; more than 18 of them mean too many, for Python too from 4,300
+    on."""
     return int(digits) if len(digits) < 20 else int(digits[:19])
 
 
@@ -352,7 +381,9 @@ def _resolve(line: Line, roots: list[str], frame_pattern: str) -> tuple[VideoEnt
             if problem is None:
                 return entry, None
             problems.append((2, problem))
-    return None, max(problems, key=lambda ranked: ranked[0])[1]  # what is wrong with a path that is there says most
+    return None, max(problems, key=lambda ranked: ranked[0])[
+        1
+    ]  # what is wrong with a path that is there says most
 
 
 def _locate(path: str, roots: list[str]) -> tuple[str | None, os.stat_result | None, str | None]:
@@ -373,14 +404,18 @@ def _explain_missing(path: str, roots: list[str], candidates: list[str]) -> str:
         return f"{path!r} is an address, which is not supported; download it first, and list the file's path"
     for gap in re.finditer(r"[\s,]+", path):
         shorter, rest = path[: gap.start()], path[gap.end() :]
-        there = rest[:1] in "0123456789+-" and any(os.path.exists(os.path.join(root, shorter)) for root in roots)
+        there = rest[:1] in "0123456789+-" and any(
+            os.path.exists(os.path.join(root, shorter)) for root in roots
+        )
         if there or is_video(shorter):
             return f"malformed: {rest!r} after the path {shorter!r} is no start and total; {_FORMATS}"
     comment = " (for a comment, write a blank after the #)" if path[:1] == "#" else ""
     return f"{path!r} does not exist{comment} (tried {' and '.join(os.path.abspath(c) for c in candidates)})"
 
 
-def make_entry(path: str, start: int, total: int, line: Line, frame_pattern: str = DEFAULT_PATTERN) -> VideoEntry:
+def make_entry(
+    path: str, start: int, total: int, line: Line, frame_pattern: str = DEFAULT_PATTERN
+) -> VideoEntry:
     """The entry of a reading of `line`, with what the conventions say where the line does not."""
     stride, pattern = line.stride, line.pattern
     if stride is None:
@@ -402,7 +437,8 @@ def _check_entry(entry: VideoEntry, there: os.stat_result) -> str | None:
         playlist = playlist_kind(entry.path, there.st_size)
         if playlist is not None:
             return (
-                f"{entry.path!r} is {playlist}, which makes a decoder open other files; make one video of it first: "
+                f"{entry.path!r} is {playlist}, which makes a decoder open other files; make one video of it "
+                "first: "
                 "`ffmpeg -i FILE -c copy video.mp4`"
             )
         return None
@@ -410,7 +446,8 @@ def _check_entry(entry: VideoEntry, there: os.stat_result) -> str | None:
         return f"{entry.path!r} is {kind or 'a file'}, not a folder of frames; write `path 0 -1` for a video"
     if not os.path.isfile(entry.frame_path(0)):
         return (
-            f"the first frame {entry.frame_path(0)!r} does not exist; the second column is the number of the first "
+            f"the first frame {entry.frame_path(0)!r} does not exist; the second column is the number of the "
+            "first "
             "image, and a line `#! pattern=NAME_{:05}.jpg` above sets how files are called"
         )
     return None
@@ -429,7 +466,8 @@ def write_list(
     Args:
         labels: classes of each entry, None for an entry without.
         root: folder of the list; videos under it get relative paths, all else absolute ones.
-        labelled: columns `path label` and `folder start total label`, else `path 0 -1` (and a fourth column for labels).
+        labelled: columns `path label` and `folder start total label`, else `path 0 -1` (and a fourth column
+            for labels).
 
     Raises:
         InputError: a name that no list can hold, or the file cannot be written.
@@ -470,4 +508,6 @@ def check_listable(path: str) -> None:
     except UnicodeEncodeError:
         raise InputError(f"{path!r}: a list holds UTF-8 names only; rename the file") from None
     if path != path.rstrip().rstrip(",") or "\n" in path or "\r" in path:
-        raise InputError(f"{path!r}: a list cannot hold a line end, or a blank or comma at a name's end; rename the file")
+        raise InputError(
+            f"{path!r}: a list cannot hold a line end, or a blank or comma at a name's end; rename the file"
+        )

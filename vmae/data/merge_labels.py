@@ -1,13 +1,15 @@
 """`python -m vmae merge-labels OUT`: one label set from several, as Kinetics-710 is made of 400, 600 and 700.
 
-VideoMAE V2 post-pre-trains on such a set (section 3.3): classes of the same name are one class; videos that several
-sources list count once; none that any source validates on is trained on. The published code has the result, not the way.
+VideoMAE V2 post-pre-trains on such a set (section 3.3): classes of the same name are one class; videos that
+several sources list count once; none that any source validates on is trained on. The published code has the
+result, not the way.
 
 Merged classes come in the order of the sources, each source's new ones after those before. What is written:
 
     train.txt, val.txt          labelled lists with absolute paths
     classes.txt                 a name a line
-    label_NtoSOURCE.json        for each source, the published form: entry i is the merged number of its class i
+    label_NtoSOURCE.json        for each source, the published form: entry i is the merged number of its class
+    i
     report.json                 what was merged, dropped, and in conflict
 """
 
@@ -77,7 +79,8 @@ def merge_classes(sources: Sequence[LabelSource], same: dict[str, str]) -> Merge
         same: class names that mean another one: {name: the name it is merged into}, in any spelling.
 
     Raises:
-        InputError: a name in `same` that no source has, a circle in it, or two classes of one source that become one.
+        InputError: a name in `same` that no source has, a circle in it, or two classes of one source that
+            become one.
     """
     known = {normalise_name(name) for source in sources for name in source.classes}
     redirected = _normalise_redirections(same, known)
@@ -90,14 +93,18 @@ def merge_classes(sources: Sequence[LabelSource], same: dict[str, str]) -> Merge
             key = _follow(normalise_name(name), redirected)
             number = numbers.setdefault(key, len(numbers))
             if number in own:
-                raise InputError(f"source {source.name!r}: {own[number]!r} and {name!r} would become one class")
+                raise InputError(
+                    f"source {source.name!r}: {own[number]!r} and {name!r} would become one class"
+                )
             own[number] = name
             if number == len(spellings):
                 spellings.append([])
             spellings[number].append(f"{source.name}: {name}")
         merged.maps[source.name] = list(own)
     merged.classes = _names(numbers, sources)
-    merged.report["merged_classes"] = {merged.classes[i]: names for i, names in enumerate(spellings) if len(names) > 1}
+    merged.report["merged_classes"] = {
+        merged.classes[i]: names for i, names in enumerate(spellings) if len(names) > 1
+    }
     return merged
 
 
@@ -131,7 +138,8 @@ def _follow(key: str, redirected: dict[str, str]) -> str:
 
 
 def video_id(path: str, pattern: str | None = None) -> str:
-    """What tells that two files are one video: the file's (or folder's) name without ending, or what `pattern` finds in it.
+    """What tells that two files are one video: the file's (or folder's) name without ending, or what
+    `pattern` finds in it.
 
     Raises:
         InputError: the pattern finds nothing in it.
@@ -150,8 +158,8 @@ def merge_sources(
 ) -> Merged:
     """Merge classes and videos.
 
-    A video comes once, from the first source that has it; validation before training. Where two sources give it different
-    classes, the first one's stay, and the report says so.
+    A video comes once, from the first source that has it; validation before training. Where two sources give
+    it different classes, the first one's stay, and the report says so.
 
     Args:
         same: see `merge_classes`.
@@ -170,7 +178,9 @@ def merge_sources(
     for split in ("val", "train"):
         validated = set(seen)
         for source in sources:
-            count = counts[f"{split}, {source.name}"] = dict.fromkeys(("listed", "kept", "duplicates", "in_validation"), 0)
+            count = counts[f"{split}, {source.name}"] = dict.fromkeys(
+                ("listed", "kept", "duplicates", "in_validation"), 0
+            )
             for entry, own in _merged_videos(source, split, merged):
                 identity = video_id(entry.path, id_pattern)
                 count["listed"] += 1
@@ -181,7 +191,10 @@ def merge_sources(
                     continue
                 count["in_validation" if identity in validated else "duplicates"] += 1
                 if own != seen[identity]:
-                    first, second = (", ".join(merged.classes[number] for number in labels) for labels in (seen[identity], own))
+                    first, second = (
+                        ", ".join(merged.classes[number] for number in labels)
+                        for labels in (seen[identity], own)
+                    )
                     conflicts.append(f"{identity}: {first}; {source.name} says {second}")
     if not merged.train:
         raise InputError("no video is left to train on: every one is also one to validate on")
@@ -189,7 +202,9 @@ def merge_sources(
     return merged
 
 
-def _merged_videos(source: LabelSource, split: str, merged: Merged) -> Iterator[tuple[VideoEntry, tuple[int, ...]]]:
+def _merged_videos(
+    source: LabelSource, split: str, merged: Merged
+) -> Iterator[tuple[VideoEntry, tuple[int, ...]]]:
     """The videos of a source's split, with their merged labels, ascending."""
     videos = getattr(source, split)
     if videos is not None:
@@ -218,7 +233,9 @@ def write_merged(folder: str | Path, merged: Merged) -> dict[str, Path]:
         for source, numbers in merged.maps.items():
             path = paths[source] = folder / f"label_{len(merged.classes)}to{source}.json"
             path.write_text(json.dumps(numbers) + "\n", encoding="utf-8")
-        paths["report.json"].write_text(json.dumps(merged.report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        paths["report.json"].write_text(
+            json.dumps(merged.report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     except OSError as error:
         raise InputError(f"cannot write the merged labels to {str(folder)!r}: {error.strerror}") from None
     return paths
@@ -227,15 +244,28 @@ def write_merged(folder: str | Path, merged: Merged) -> dict[str, Path]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", help="folder for the merged lists, class names and maps")
     parser.add_argument(
-        "--source", nargs=4, action="append", required=True, metavar=("NAME", "CLASSES", "TRAIN", "VAL"),
+        "--source",
+        nargs=4,
+        action="append",
+        required=True,
+        metavar=("NAME", "CLASSES", "TRAIN", "VAL"),
         help="a label set: its name, class list, and labelled lists (- for no list to validate on); give it several times",
-    )  # fmt: skip
-    parser.add_argument(
-        "--data-root", nargs=2, action="append", default=[], metavar=("NAME", "DIR"), help="where a source's paths start"
     )
-    parser.add_argument("--same", metavar="FILE.json", help="class names that mean another one: {name: merged into}")
     parser.add_argument(
-        "--video-id", metavar="REGEX", help="what of a file's name tells a video, as ^.{11} for Kinetics (all but the ending)"
+        "--data-root",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "DIR"),
+        help="where a source's paths start",
+    )
+    parser.add_argument(
+        "--same", metavar="FILE.json", help="class names that mean another one: {name: merged into}"
+    )
+    parser.add_argument(
+        "--video-id",
+        metavar="REGEX",
+        help="what of a file's name tells a video, as ^.{11} for Kinetics (all but the ending)",
     )
 
 
@@ -250,19 +280,31 @@ def run(args: argparse.Namespace) -> None:
     same = _read_same(args.same) if args.same else {}
     merged = merge_sources(sources, same, id_pattern=pattern)
     paths = write_merged(args.output, merged)
-    print(f"{sum(len(source.classes) for source in sources)} classes of {len(sources)} sources make {len(merged.classes)}")
+    print(
+        f"{sum(len(source.classes) for source in sources)} classes of {len(sources)} sources make "
+        f"{len(merged.classes)}"
+    )
     for title, count in merged.report["videos"].items():
         if count["listed"]:
-            print(f"{title}: " + ", ".join(f"{number} {what.replace('_', ' ')}" for what, number in count.items()))
+            print(
+                f"{title}: "
+                + ", ".join(f"{number} {what.replace('_', ' ')}" for what, number in count.items())
+            )
     if merged.report["conflicts"]:
-        print(f"{merged.report['conflicts']} videos have other classes in another source; the first source's stay")
+        print(
+            f"{merged.report['conflicts']} videos have other classes in another source; the first source's "
+            "stay"
+        )
     for path in paths.values():
         print(path)
 
 
 def _read_source(name: str, classes: str, train: str, val: str, root: str | None) -> LabelSource:
     names = read_class_names(classes)
-    lists = [None if path == "-" else read_labelled_list(path, root, num_classes=len(names)) for path in (train, val)]
+    lists = [
+        None if path == "-" else read_labelled_list(path, root, num_classes=len(names))
+        for path in (train, val)
+    ]
     if lists[0] is None:
         raise InputError(f"source {name!r} has no list to train on")
     return LabelSource(name=name, classes=names, train=lists[0], val=lists[1])

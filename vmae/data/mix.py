@@ -1,8 +1,10 @@
-"""Mixes: several sources of videos in one run, as in VideoMAE V2's UnlabeledHybrid (section 4.1 and appendix).
+"""Mixes: several sources of videos in one run, as in VideoMAE V2's UnlabeledHybrid (section 4.1 and
+appendix).
 
 A YAML file names them (relative paths start from its own folder):
 
-    mixing: weighted             # or natural (every video as often as every other), the default without weights
+    mixing: weighted             # or natural (every video as often as every other), the default without
+    weights
     sources:
       - name: kinetics
         list: k710_train.txt     # see vmae.data.manifest; a folder of videos too
@@ -18,8 +20,9 @@ A YAML file names them (relative paths start from its own folder):
         stride: 2
         weight: 1
 
-Weighted, an epoch still has as many samples as there are videos; each source gets its share of them, and goes through
-its videos in an order of its own, which goes on from epoch to epoch: none comes twice before all came once.
+Weighted, an epoch still has as many samples as there are videos; each source gets its share of them, and goes
+through its videos in an order of its own, which goes on from epoch to epoch: none comes twice before all came
+once.
 """
 
 from __future__ import annotations
@@ -80,7 +83,9 @@ class Mix(Sequence):
         mixing: "natural" or "weighted".
     """
 
-    def __init__(self, entries: Sequence[VideoEntry], sources: Sequence[Source], mixing: str = "natural") -> None:
+    def __init__(
+        self, entries: Sequence[VideoEntry], sources: Sequence[Source], mixing: str = "natural"
+    ) -> None:
         if mixing not in MIXINGS:
             raise InputError(f"unknown mixing {shown(mixing)}; known: {', '.join(MIXINGS)}")
         self.entries, self.sources, self.mixing = list(entries), list(sources), mixing
@@ -122,7 +127,8 @@ class Mix(Sequence):
         return video, range(source.first, source.first + source.count)
 
     def _find_turn(self, index: int, size: int) -> tuple[int, int, int, int]:
-        """Weighted: (round of the epoch, source, which of its samples, how many of an epoch it has) of a sample."""
+        """Weighted: (round of the epoch, source, which of its samples, how many of an epoch it has) of a
+        sample."""
         turn, place = divmod(index, size)
         samples, number = self.samples(size), 0
         while place >= samples[number]:
@@ -136,7 +142,9 @@ class Mix(Sequence):
         starts = [source.first for source in self.sources]
         for index in indices:
             natural = self.mixing == "natural"
-            number = bisect_right(starts, index % len(self)) - 1 if natural else self._find_turn(index, size)[1]
+            number = (
+                bisect_right(starts, index % len(self)) - 1 if natural else self._find_turn(index, size)[1]
+            )
             counts[number] += 1
         return counts
 
@@ -144,7 +152,9 @@ class Mix(Sequence):
         key = (seed, number, turn, cycle)
         cached = self._orders.get(2 * number + cycle % 2)  # an epoch may end one cycle and begin the next
         if cached is None or cached[0] != key:
-            generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_MIX_ORDER, number, turn, cycle)))
+            generator = np.random.default_rng(
+                np.random.SeedSequence(seed, spawn_key=(_MIX_ORDER, number, turn, cycle))
+            )
             cached = (key, generator.permutation(self.sources[number].count))
             self._orders[2 * number + cycle % 2] = cached
         return cached[1]
@@ -158,7 +168,8 @@ def read_data(path: str | Path, data_root: str | Path | None = None) -> Mix:
         data_root: see `read_list`; for a mix, where relative roots and lists start.
 
     Raises:
-        InputError: see `read_list`; a mix that is no YAML, lacks a key or has an unknown one, or a wrong value.
+        InputError: see `read_list`; a mix that is no YAML, lacks a key or has an unknown one, or a wrong
+            value.
     """
     if Path(path).suffix.lower() in MIX_SUFFIXES and not Path(path).is_dir():
         return _read_mix(Path(path), data_root)
@@ -213,11 +224,16 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise InputError(f"mix {str(path)!r} is nested too deeply") from None
     except (OSError, Unanswered) as error:
-        raise InputError(f"mix {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(
+            f"mix {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"mix {str(path)!r} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise InputError(f"mix {str(path)!r}: expected `sources:` and a list of them; a plain list file must not end in .yaml")
+        raise InputError(
+            f"mix {str(path)!r}: expected `sources:` and a list of them; a plain list file must not end in "
+            ".yaml"
+        )
     return content
 
 
@@ -226,7 +242,9 @@ def _check_source(given: Any, where: str) -> None:
         raise InputError(f"{where}: expected keys and values, at least `list`")
     unknown = {str(key) for key in given} - _SOURCE_KEYS
     if unknown:
-        raise InputError(f"{where}: unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(_SOURCE_KEYS))}")
+        raise InputError(
+            f"{where}: unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(_SOURCE_KEYS))}"
+        )
     for key in ("name", "list", "root", "pattern"):
         if isinstance(given.get(key), (dict, list)):
             raise InputError(f"{where}: {key} must be one word, not a list or keys")
@@ -240,7 +258,9 @@ def _read_source(given: dict[str, Any], start: Path, where: str) -> list[VideoEn
     root = None if given.get("root") is None else os.path.join(start, str(given["root"]))
     try:
         entries = read_list(
-            os.path.join(start, str(given["list"])), root, frame_pattern=str(given.get("pattern", DEFAULT_PATTERN))
+            os.path.join(start, str(given["list"])),
+            root,
+            frame_pattern=str(given.get("pattern", DEFAULT_PATTERN)),
         )
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
@@ -248,18 +268,21 @@ def _read_source(given: dict[str, Any], start: Path, where: str) -> list[VideoEn
     if others:
         first = others[0]
         raise InputError(
-            f"{where}: line {first.line} of its list is of kind {first.kind}, not {given['kind']}, as are {len(others)} of "
+            f"{where}: line {first.line} of its list is of kind {first.kind}, not {given['kind']}, as are "
+            f"{len(others)} of "
             f"{len(entries)}; a video is `path 0 -1`, frames are `folder start total`"
         )
     stride = given.get("stride")
-    return [entry if entry.stride is not None else dataclasses.replace(entry, stride=stride) for entry in entries]
+    return [
+        entry if entry.stride is not None else dataclasses.replace(entry, stride=stride) for entry in entries
+    ]
 
 
 def describe_data(data: Sequence[VideoEntry], *, backend: str = "auto", probes: int = 24) -> list[str]:
     """Lines for the start of a run: videos, hours and share of each source.
 
-    Hours are estimated from up to `probes` videos of a source, spread over it; frame folders tell no time, so their
-    frames are counted.
+    Hours are estimated from up to `probes` videos of a source, spread over it; frame folders tell no time, so
+    their frames are counted.
     """
     if not isinstance(data, Mix):
         data = Mix(data, [Source("list", 0, len(data), 1.0)])
@@ -268,7 +291,10 @@ def describe_data(data: Sequence[VideoEntry], *, backend: str = "auto", probes: 
         entries = data.entries[source.first : source.first + source.count]
         strides = sorted({entry.stride for entry in entries if entry.stride is not None})
         stride = f", stride {', '.join(map(str, strides))}" if strides else ""
-        lines.append(f"{source.name}: {source.count} videos{_length(entries, backend, probes)}, {share:.1%} of samples{stride}")
+        lines.append(
+            f"{source.name}: {source.count} videos{_length(entries, backend, probes)}, {share:.1%} of "
+            f"samples{stride}"
+        )
     if len(lines) > 1:
         lines.append(f"{data.mixing} mixing of {len(data.sources)} sources, {len(data)} videos")
     return lines

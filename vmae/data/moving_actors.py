@@ -1,13 +1,16 @@
-"""`python -m vmae moving-actors OUT`: videos of two actors that each do something of their own, annotated as AVA is.
+"""`python -m vmae moving-actors OUT`: videos of two actors that each do something of their own, annotated as
+AVA is.
 
-A video is a row of scenes of two seconds. In each, two textured shapes (those of `moving_shapes`) move on a textured
-background, each in its own half of the picture: one slides left, right, up or down, or turns, or does both, so a box has one
-or two actions. The key frame is the middle of the scene. There, every action has the same distribution of place, size and
-angle: neither the box nor the single picture tells what its actor does. No shape reaches the other one or the edge.
+A video is a row of scenes of two seconds. In each, two textured shapes (those of `moving_shapes`) move on a
+textured background, each in its own half of the picture: one slides left, right, up or down, or turns, or
+does both, so a box has one or two actions. The key frame is the middle of the scene. There, every action has
+the same distribution of place, size and angle: neither the box nor the single picture tells what its actor
+does. No shape reaches the other one or the edge.
 
     videos/train_0000.mp4 ...                     H.264
     train.csv, val.csv                            annotations
-    train_persons.csv, val_persons.csv            person boxes: the true ones, moved a little, with scores below 1
+    train_persons.csv, val_persons.csv            person boxes: the true ones, moved a little, with scores
+    below 1
     val_excluded.csv                              key frames that are not counted
     actions.pbtxt                                 the action list
 """
@@ -43,7 +46,8 @@ ACTIONS = {number: name for number, name in enumerate((*SLIDES, *TURNS), 1)}
 SCENE_SECONDS, FPS = 2, 12
 _FRAMES = SCENE_SECONDS * FPS
 _MOTION, _JITTER = 10, 11  # purposes of random numbers; `moving_shapes` has 0 to 2
-# Shares of the picture's side: the smallest and largest radius, and the largest way of a slide to either side of the middle.
+# Shares of the picture's side: the smallest and largest radius, and the largest way of a slide to either side
+# of the middle.
 _RADII, _WAY = (0.1, 0.13), 0.08
 _REACH, _BLUR = 1.14, 1  # the farthest corner of a shape, of its radius; pixels that its edge is soft
 _ANGLE = (0.25, 0.4)  # turns that a scene makes
@@ -114,7 +118,8 @@ def cast(seed: int, size: int) -> tuple[Actor, Actor]:
 
 
 def _choose(rng: np.random.Generator) -> list[tuple[dict, int]]:
-    """(kind, number) of a slide and of a turn; the number after the last means none, and one of the two is something."""
+    """(kind, number) of a slide and of a turn; the number after the last means none, and one of the two is
+    something."""
     while True:
         numbers = int(rng.integers(len(SLIDES) + 2)), int(rng.integers(len(TURNS) + 1))
         numbers = min(numbers[0], len(SLIDES)), numbers[1]
@@ -219,16 +224,25 @@ def write_actors(folder: str | Path, config: ActorsConfig, *, workers: int = 1) 
     """Make the videos and files (see the module); videos that are there already stay.
 
     Returns:
-        Where each file is: `videos` (the folder), `train`, `val`, `train_persons`, `val_persons`, `val_excluded`, `actions`.
+        Where each file is: `videos` (the folder), `train`, `val`, `train_persons`, `val_persons`,
+            `val_excluded`, `actions`.
 
     Raises:
         InputError: the folder holds other videos, or cannot be written.
     """
     folder = Path(folder)
     _claim(folder, config)
-    videos = [(split, i) for split, count in (("train", config.train), ("val", config.validation)) for i in range(count)]
+    videos = [
+        (split, i)
+        for split, count in (("train", config.train), ("val", config.validation))
+        for i in range(count)
+    ]
     pool = WorkerPool(
-        _Writer(videos, folder / "videos", config), iter(range(len(videos))), count=workers, prefetch=4, hang_s=300
+        _Writer(videos, folder / "videos", config),
+        iter(range(len(videos))),
+        count=workers,
+        prefetch=4,
+        hang_s=300,
     )
     rows: dict[str, list[AvaBox]] = {"train": [], "val": []}
     try:
@@ -238,9 +252,15 @@ def write_actors(folder: str | Path, config: ActorsConfig, *, workers: int = 1) 
             rows[split] += answer
     finally:
         pool.close()
-    paths = {"videos": folder / "videos", "actions": folder / "actions.pbtxt", "val_excluded": folder / "val_excluded.csv"}
+    paths = {
+        "videos": folder / "videos",
+        "actions": folder / "actions.pbtxt",
+        "val_excluded": folder / "val_excluded.csv",
+    }
     write_actions(paths["actions"], ACTIONS)
-    write_excluded(paths["val_excluded"], {rows["val"][-1].key} if len({row.key for row in rows["val"]}) > 1 else set())
+    write_excluded(
+        paths["val_excluded"], {rows["val"][-1].key} if len({row.key for row in rows["val"]}) > 1 else set()
+    )
     for split, own in rows.items():
         paths[split], paths[f"{split}_persons"] = folder / f"{split}.csv", folder / f"{split}_persons.csv"
         write_annotations(paths[split], own)
@@ -249,7 +269,8 @@ def write_actors(folder: str | Path, config: ActorsConfig, *, workers: int = 1) 
 
 
 def person_boxes(rows: Sequence[AvaBox], seed: int) -> list[AvaBox]:
-    """What a good person detector might say: each box once, its edges moved by up to 5 % of its sides, scores 0.85 to 1."""
+    """What a good person detector might say: each box once, its edges moved by up to 5 % of its sides, scores
+    0.85 to 1."""
     rng = _rng(seed, _JITTER)
     found = []
     for video, time, box in dict.fromkeys((row.video, row.timestamp, row.box) for row in rows):
@@ -269,22 +290,33 @@ def _claim(folder: Path, config: ActorsConfig) -> None:
     except OSError as error:
         raise InputError(f"cannot write to {str(folder)!r}: {error.strerror}") from None
     except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(f"{about} is damaged ({error}); remove it") from None
+        raise (
+            error if isinstance(error, InputError) else InputError(f"{about} is damaged ({error}); remove it")
+        ) from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", help="folder for the videos and their files")
     helps = {
-        "size": "side of the videos in pixels", "train": "videos to train", "validation": "videos to validate",
-        "scenes": "of a video, each with a key frame", "seed": "of everything random",
-    }  # fmt: skip
+        "size": "side of the videos in pixels",
+        "train": "videos to train",
+        "validation": "videos to validate",
+        "scenes": "of a video, each with a key frame",
+        "seed": "of everything random",
+    }
     for name, text in helps.items():
         default = getattr(ActorsConfig, name)
-        parser.add_argument(f"--{name}", type=limits(ActorsConfig, name), default=default, help=f"{text} ({default})")
-    parser.add_argument("--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)")
+        parser.add_argument(
+            f"--{name}", type=limits(ActorsConfig, name), default=default, help=f"{text} ({default})"
+        )
+    parser.add_argument(
+        "--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    config = ActorsConfig(**{name: getattr(args, name) for name in ("size", "train", "validation", "scenes", "seed")})
+    config = ActorsConfig(
+        **{name: getattr(args, name) for name in ("size", "train", "validation", "scenes", "seed")}
+    )
     for name, path in write_actors(args.output, config, workers=args.workers).items():
         print(f"{name}: {path}")

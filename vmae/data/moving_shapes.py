@@ -1,11 +1,13 @@
-"""`python -m vmae moving-shapes OUT`: real H.264 videos whose class is a motion, so that a single frame says nothing.
+"""`python -m vmae moving-shapes OUT`: real H.264 videos whose class is a motion, so that a single frame says
+nothing.
 
-A textured shape moves on a textured background. Its state is four numbers on circles: place along x and y (what leaves
-on one side comes in on the other), angle, and size (after the largest comes the smallest). A class is a velocity
-on these circles, or the order of two. Starts are uniform, so every frame of every class has the same distribution;
-videos of the same seed even start with the same picture, whatever their class.
+A textured shape moves on a textured background. Its state is four numbers on circles: place along x and y
+(what leaves on one side comes in on the other), angle, and size (after the largest comes the smallest). A
+class is a velocity on these circles, or the order of two. Starts are uniform, so every frame of every class
+has the same distribution; videos of the same seed even start with the same picture, whatever their class.
 
-Two label sets name the motions that they share differently, and share some videos, as Kinetics-400, 600 and 700 do.
+Two label sets name the motions that they share differently, and share some videos, as Kinetics-400, 600 and
+700 do.
 """
 
 from __future__ import annotations
@@ -32,41 +34,78 @@ from vmae.settings import COUNT, PROCESSES, SEED, Whole, limits, ranged
 _D = 0.5**0.5
 # Circles that a video passes at a speed of 1: (x, y, angle, size).
 VELOCITIES: dict[str, tuple[float, float, float, float]] = {
-    "left": (-1, 0, 0, 0), "right": (1, 0, 0, 0), "up": (0, -1, 0, 0), "down": (0, 1, 0, 0),
-    "up_left": (-_D, -_D, 0, 0), "up_right": (_D, -_D, 0, 0), "down_left": (-_D, _D, 0, 0), "down_right": (_D, _D, 0, 0),
-    "clockwise": (0, 0, 1, 0), "anticlockwise": (0, 0, -1, 0),
-    "grow": (0, 0, 0, 1), "shrink": (0, 0, 0, -1),
-}  # fmt: skip
+    "left": (-1, 0, 0, 0),
+    "right": (1, 0, 0, 0),
+    "up": (0, -1, 0, 0),
+    "down": (0, 1, 0, 0),
+    "up_left": (-_D, -_D, 0, 0),
+    "up_right": (_D, -_D, 0, 0),
+    "down_left": (-_D, _D, 0, 0),
+    "down_right": (_D, _D, 0, 0),
+    "clockwise": (0, 0, 1, 0),
+    "anticlockwise": (0, 0, -1, 0),
+    "grow": (0, 0, 0, 1),
+    "shrink": (0, 0, 0, -1),
+}
 ORDERS = ("slide_then_spin", "spin_then_slide")
 MOTIONS = (*VELOCITIES, *ORDERS)
 
-# Class names of two label sets: motion by name. Six motions are in both; four of these are named alike but for spelling.
+# Class names of two label sets: motion by name. Six motions are in both; four of these are named alike but
+# for spelling.
 LABEL_SETS: dict[str, dict[str, str]] = {
     "a": {
-        "moving left": "left", "moving right": "right", "moving up": "up", "moving down": "down",
-        "turning clockwise": "clockwise", "turning anticlockwise": "anticlockwise", "growing": "grow", "shrinking": "shrink",
-        "sliding, then spinning": "slide_then_spin", "spinning, then sliding": "spin_then_slide",
+        "moving left": "left",
+        "moving right": "right",
+        "moving up": "up",
+        "moving down": "down",
+        "turning clockwise": "clockwise",
+        "turning anticlockwise": "anticlockwise",
+        "growing": "grow",
+        "shrinking": "shrink",
+        "sliding, then spinning": "slide_then_spin",
+        "spinning, then sliding": "spin_then_slide",
     },
     "b": {
-        "Moving_Left": "left", "Moving_Right": "right", "Growing": "grow", "Shrinking": "shrink",
-        "rotation like a clock": "clockwise", "rotation against the clock": "anticlockwise",
-        "drifting up and left": "up_left", "drifting up and right": "up_right",
-        "drifting down and left": "down_left", "drifting down and right": "down_right",
+        "Moving_Left": "left",
+        "Moving_Right": "right",
+        "Growing": "grow",
+        "Shrinking": "shrink",
+        "rotation like a clock": "clockwise",
+        "rotation against the clock": "anticlockwise",
+        "drifting up and left": "up_left",
+        "drifting up and right": "up_right",
+        "drifting down and left": "down_left",
+        "drifting down and right": "down_right",
     },
-}  # fmt: skip
+}
 # What a person writes for `merge-labels --same`: names that mean the same and don't look alike.
 SAME_NAMES = {
     "rotation like a clock": "turning clockwise",
     "rotation against the clock": "turning anticlockwise",
 }
 _LOOKS, _START, _SPEED = range(3)
-_SPRITE, _RADII, _SPEEDS = 64, (0.28, 0.42), (0.5, 0.9)  # sprite's side in pixels; shares of the width; circles a clip
+_SPRITE, _RADII, _SPEEDS = (
+    64,
+    (0.28, 0.42),
+    (0.5, 0.9),
+)  # sprite's side in pixels; shares of the width; circles a clip
 _POLYGONS = (  # asymmetric, so that an angle is seen; corners within the unit circle
     ((-0.6, -0.8), (0.1, -0.8), (0.1, 0.2), (0.7, 0.2), (0.7, 0.8), (-0.6, 0.8)),
     ((0.0, -1.0), (0.8, 0.0), (0.3, 0.0), (0.3, 0.9), (-0.3, 0.9), (-0.3, 0.0), (-0.8, 0.0)),
     ((-0.8, -0.8), (0.7, -0.7), (-0.6, 0.8)),
-    ((-0.5, -0.9), (0.6, -0.9), (0.6, -0.4), (0, -0.4), (0, 0), (0.4, 0), (0.4, 0.4), (0, 0.4), (0, 0.9), (-0.5, 0.9)),
-)  # fmt: skip
+    (
+        (-0.5, -0.9),
+        (0.6, -0.9),
+        (0.6, -0.4),
+        (0, -0.4),
+        (0, 0),
+        (0.4, 0),
+        (0.4, 0.4),
+        (0, 0.4),
+        (0, 0.9),
+        (-0.5, 0.9),
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +118,8 @@ class WorldConfig(_Checked):
         unlabeled: videos for pre-training, of all motions.
         few: labelled videos of a class of set a, the target: few, as labels are dear.
         many: labelled videos of a class of set b.
-        shared: of a class that both sets have: videos of set a's training, and of its validation, that set b lists too.
+        shared: of a class that both sets have: videos of set a's training, and of its validation, that set b
+            lists too.
         validation: videos of a class of each set.
         seed: of everything random.
     """
@@ -98,7 +138,10 @@ class WorldConfig(_Checked):
         if self.size % 2:
             raise InputError(f"size must be even, not {self.size}")
         if self.shared > min(self.few, self.validation):
-            raise InputError(f"cannot share {self.shared} videos of {self.few} for training and {self.validation} to validate")
+            raise InputError(
+                f"cannot share {self.shared} videos of {self.few} for training and {self.validation} to "
+                "validate"
+            )
 
 
 @dataclass(frozen=True)
@@ -137,9 +180,12 @@ def states(motion: str, frames: int, seed: int) -> np.ndarray:
 
 
 def _texture(side: int, rng: np.random.Generator, finest: float) -> np.ndarray:
-    """float64 [side, side, 3] in [0, 1]: smooth noise that repeats seamlessly, no detail below `finest` of the side."""
+    """float64 [side, side, 3] in [0, 1]: smooth noise that repeats seamlessly, no detail below `finest` of
+    the side."""
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side))) * side * finest
-    noise = np.fft.fft2(rng.standard_normal((side, side, 3)), axes=(0, 1)) * np.exp(-(frequency**2))[..., None]
+    noise = (
+        np.fft.fft2(rng.standard_normal((side, side, 3)), axes=(0, 1)) * np.exp(-(frequency**2))[..., None]
+    )
     image = np.fft.ifft2(noise, axes=(0, 1)).real
     low, high = image.min((0, 1)), image.max((0, 1))
     return (image - low) / (high - low)
@@ -152,7 +198,9 @@ def _looks(size: int, seed: int) -> tuple[np.ndarray, Image.Image]:
     pixels = 255 * (0.5 + 0.5 * _texture(_SPRITE, rng, 0.5))
     corners = _POLYGONS[int(rng.integers(len(_POLYGONS)))]
     mask = Image.new("L", (4 * _SPRITE, 4 * _SPRITE))
-    ImageDraw.Draw(mask).polygon([tuple((1 + c) / 2 * 4 * _SPRITE for c in corner) for corner in corners], fill=255)
+    ImageDraw.Draw(mask).polygon(
+        [tuple((1 + c) / 2 * 4 * _SPRITE for c in corner) for corner in corners], fill=255
+    )
     sprite = Image.fromarray(pixels.astype(np.uint8))
     sprite.putalpha(mask.resize((_SPRITE, _SPRITE), Image.Resampling.BOX))
     return background.astype(np.uint8), sprite
@@ -182,7 +230,8 @@ def render(motion: str, size: int, frames: int, seed: int) -> np.ndarray:
 
 
 def render_states(drawn: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """uint8 [frames, size, size, 3]: pictures of the states [frames, 4]; `seed` gives shape and background."""
+    """uint8 [frames, size, size, 3]: pictures of the states [frames, 4]; `seed` gives shape and
+    background."""
     background, sprite = _looks(size, seed)
     return np.stack([_draw(background, sprite, state) for state in drawn])
 
@@ -236,10 +285,12 @@ def _shared_with_b(videos: Sequence[Video], count: int) -> list[Video]:
 
 
 def write_world(folder: str | Path, config: WorldConfig, *, workers: int = 1) -> dict[str, Path]:
-    """Make the videos under `folder/videos` and the lists beside; what is there already stays, so a kill costs little.
+    """Make the videos under `folder/videos` and the lists beside; what is there already stays, so a kill
+    costs little.
 
     Returns:
-        Where each list is: `unlabeled`, `train_a`, `val_a`, `train_b`, `val_b` (`path label` lines), `classes_a`,
+        Where each list is: `unlabeled`, `train_a`, `val_a`, `train_b`, `val_b` (`path label` lines),
+            `classes_a`,
         `classes_b` (a name a line), `same` (the names that mean the same, JSON).
 
     Raises:
@@ -270,14 +321,19 @@ def _claim(folder: Path, config: WorldConfig) -> None:
     except OSError as error:
         raise InputError(f"cannot write to {str(folder)!r}: {error.strerror}") from None
     except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(f"{about} is damaged ({error}); remove it") from None
+        raise (
+            error if isinstance(error, InputError) else InputError(f"{about} is damaged ({error}); remove it")
+        ) from None
 
 
 def _write_lists(folder: Path, plan: dict[str, list[Video]]) -> dict[str, Path]:
     paths = {split: folder / f"{split}.txt" for split in plan}
     for split, videos in plan.items():
         labels = {motion: label for label, motion in enumerate(LABEL_SETS.get(split[-1], {}).values())}
-        lines = [f"videos/{v.name}.mp4 " + ("0 -1" if split == "unlabeled" else f"{labels[v.motion]}") for v in videos]
+        lines = [
+            f"videos/{v.name}.mp4 " + ("0 -1" if split == "unlabeled" else f"{labels[v.motion]}")
+            for v in videos
+        ]
         paths[split].write_text("\n".join(lines) + "\n", encoding="utf-8")
     for name, classes in LABEL_SETS.items():
         paths[f"classes_{name}"] = folder / f"classes_{name}.txt"
@@ -290,19 +346,29 @@ def _write_lists(folder: Path, plan: dict[str, list[Video]]) -> dict[str, Path]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT", help="folder for the videos and their lists")
     helps = {
-        "size": "side of the videos in pixels", "frames": "of a video", "unlabeled": "videos without labels",
-        "few": "labelled videos of a class of set a", "many": "labelled videos of a class of set b",
-        "shared": "videos of a class that both sets list", "validation": "videos of a class to validate",
+        "size": "side of the videos in pixels",
+        "frames": "of a video",
+        "unlabeled": "videos without labels",
+        "few": "labelled videos of a class of set a",
+        "many": "labelled videos of a class of set b",
+        "shared": "videos of a class that both sets list",
+        "validation": "videos of a class to validate",
         "seed": "of everything random",
-    }  # fmt: skip
+    }
     for name, text in helps.items():
         default = getattr(WorldConfig, name)
-        parser.add_argument(f"--{name}", type=limits(WorldConfig, name), default=default, help=f"{text} ({default})")
-    parser.add_argument("--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)")
+        parser.add_argument(
+            f"--{name}", type=limits(WorldConfig, name), default=default, help=f"{text} ({default})"
+        )
+    parser.add_argument(
+        "--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     names = ("size", "frames", "unlabeled", "few", "many", "shared", "validation", "seed")
-    paths = write_world(args.output, WorldConfig(**{name: getattr(args, name) for name in names}), workers=args.workers)
+    paths = write_world(
+        args.output, WorldConfig(**{name: getattr(args, name) for name in names}), workers=args.workers
+    )
     for name, path in paths.items():
         print(f"{name}: {path} ({len(path.read_text(encoding='utf-8').splitlines())} lines)")

@@ -1,11 +1,12 @@
 """`python -m vmae pack LIST OUT`: re-encode videos once, so that every clip of every epoch decodes faster.
 
-What makes clips slow is pixels that the crop throws away, and key frames far apart: a clip of 64 frames starts, on
-average, half a group of pictures after the key frame that its decoding starts from. Packed: short side 256, a closed
-group of 12, H.264 with the loop filter and arithmetic coding switched off (`fastdecode`), and three of four pictures
-that no other one needs, which PyAV's reader leaves out; frames keep their number, their time and their colours' meaning
-(range, matrix, primaries, transfer), and are stored as a player shows them: turned or mirrored, without a display matrix.
-Labels stay in the list. Videos already packed are left alone, so the command can be stopped and started again.
+What makes clips slow is pixels that the crop throws away, and key frames far apart: a clip of 64 frames
+starts, on average, half a group of pictures after the key frame that its decoding starts from. Packed: short
+side 256, a closed group of 12, H.264 with the loop filter and arithmetic coding switched off (`fastdecode`),
+and three of four pictures that no other one needs, which PyAV's reader leaves out; frames keep their number,
+their time and their colours' meaning (range, matrix, primaries, transfer), and are stored as a player shows
+them: turned or mirrored, without a display matrix. Labels stay in the list. Videos already packed are left
+alone, so the command can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from vmae.json_files import parse_json
 from vmae.settings import PROCESSES, SIDE, Whole, limits, ranged
 
 SETTINGS_NAME, LIST_NAME, REPORT_NAME = "pack.json", "list.txt", "report.json"
-VERSION = 2  # of what packed videos hold: files of another one are not taken for done. 1 lost rotation and colour tags
+# of what packed videos hold: files of another one are not taken for done. 1 lost rotation and colour tags
+VERSION = 2
 _TARGET_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.ENOENT, errno.EIO}
 
 
@@ -61,11 +63,17 @@ class PackConfig(_Checked):
     preset: str = "medium"
 
     def encoder_options(self) -> dict[str, str]:
-        # Against x264's own choice of B pictures, measured on the clips of vmae.data.samples: 2 to 13 % less time a clip,
-        # 1 % more to 6 % fewer bytes.
+        # Against x264's own choice of B pictures, measured on the clips of vmae.data.samples: 2 to 13 % less
+        # time a clip, 1 % more to 6 % fewer bytes.
         pictures = "bframes=3:b-adapt=0:b-pyramid=none"
         params = f"keyint={self.gop}:min-keyint={self.gop}:scenecut=0:open-gop=0:{pictures}"
-        return {"preset": self.preset, "crf": str(self.crf), "tune": "fastdecode", "threads": "1", "x264-params": params}
+        return {
+            "preset": self.preset,
+            "crf": str(self.crf),
+            "tune": "fastdecode",
+            "threads": "1",
+            "x264-params": params,
+        }
 
 
 def packed_size(width: int, height: int, short_side: int) -> tuple[int, int]:
@@ -86,8 +94,12 @@ def pack_video(source: str | Path, target: str | Path, config: PackConfig) -> in
         import av
     except ImportError as error:
         raise InputError(f"packing needs PyAV ({error}): `pip install av`") from None
-    if int(av.__version__.split(".")[0]) < 17:  # 14 to 16 squeeze full range into limited, whatever they are told
-        raise InputError(f"packing needs PyAV 17 or newer, to keep colours as they are; {av.__version__} is installed")
+    if (
+        int(av.__version__.split(".")[0]) < 17
+    ):  # 14 to 16 squeeze full range into limited, whatever they are told
+        raise InputError(
+            f"packing needs PyAV 17 or newer, to keep colours as they are; {av.__version__} is installed"
+        )
     part = Path(target).with_suffix(".part.mp4")
     try:
         with open_video(source, "pyav") as reader, av.open(str(part), "w") as out:
@@ -96,7 +108,9 @@ def pack_video(source: str | Path, target: str | Path, config: PackConfig) -> in
             raise DecodeError(f"{source}: cannot be decoded: {frames} of {expected} frames came out")
     except av.FFmpegError as error:
         part.unlink(missing_ok=True)
-        if error.errno in _TARGET_FAULTS and error.filename == str(part):  # a full disk is no fault of the video
+        if error.errno in _TARGET_FAULTS and error.filename == str(
+            part
+        ):  # a full disk is no fault of the video
             raise OSError(error.errno, error.strerror, str(part)) from None
         raise DecodeError(f"{source}: cannot be packed: {error.strerror}") from None
     except DecodeError:
@@ -125,7 +139,9 @@ def _encode(reader: PyavReader, out, config: PackConfig) -> int:
         if frame.pts is None or (last is not None and frame.pts <= last):  # AVI: no times; keep the order
             frame.pts = 0 if last is None else last + max(round(1 / (float(rate) * time_base)), 1)
         last = frame.pts
-        packed = _convert(frame, packed_size(frame.width, frame.height, config.short_side), orientation, to_yuv)
+        packed = _convert(
+            frame, packed_size(frame.width, frame.height, config.short_side), orientation, to_yuv
+        )
         packed.pts, packed.time_base, packed.pict_type = last, time_base, 0
         out.mux(stream.encode(packed))
         frames += 1
@@ -143,7 +159,9 @@ def _add_stream(out, frame, source, orientation: Orientation, config: PackConfig
     context, aspect = stream.codec_context, source.sample_aspect_ratio
     context.time_base = source.time_base
     is_rgb = frame.format.is_rgb
-    context.color_range, context.colorspace = (_LIMITED, _BT601) if is_rgb else (_range(frame), frame.colorspace)
+    context.color_range, context.colorspace = (
+        (_LIMITED, _BT601) if is_rgb else (_range(frame), frame.colorspace)
+    )
     context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
     if aspect:  # pixels that are not square stay so
         context.sample_aspect_ratio = 1 / aspect if orientation.transpose else aspect
@@ -152,16 +170,23 @@ def _add_stream(out, frame, source, orientation: Orientation, config: PackConfig
 
 # --- Frames as a player shows them, in the numbers of the original ---
 
-_LIMITED, _FULL, _BT601, _SWS_BT601 = 1, 2, 6, 5  # FFmpeg's numbers: color ranges, a matrix in tags and in swscale
+_LIMITED, _FULL, _BT601, _SWS_BT601 = (
+    1,
+    2,
+    6,
+    5,
+)  # FFmpeg's numbers: color ranges, a matrix in tags and in swscale
 
 
 def _range(frame) -> int:
-    """How the luma of a frame is meant: full (0 to 255, `yuvj` is FFmpeg's old word for it), limited, or not told."""
+    """How the luma of a frame is meant: full (0 to 255, `yuvj` is FFmpeg's old word for it), limited, or not
+    told."""
     return _FULL if frame.format.name.startswith("yuvj") else int(frame.color_range)
 
 
 def _convert(frame, size: tuple[int, int], orientation: Orientation, to_yuv):
-    """A frame scaled to `size` and turned, as 4:2:0; range and matrix stay what they were (RGB becomes limited BT.601)."""
+    """A frame scaled to `size` and turned, as 4:2:0; range and matrix stay what they were (RGB becomes
+    limited BT.601)."""
     import av
 
     before = _FULL if frame.format.is_rgb else _range(frame) or _LIMITED
@@ -173,16 +198,22 @@ def _convert(frame, size: tuple[int, int], orientation: Orientation, to_yuv):
     samples, (width, height) = frame.to_ndarray().reshape(-1), size
     luma, chroma = width * height, width * height // 4
     planes = [samples[:luma].reshape(height, width)]
-    planes += [part.reshape(height // 2, width // 2) for part in (samples[luma : luma + chroma], samples[luma + chroma :])]
+    planes += [
+        part.reshape(height // 2, width // 2)
+        for part in (samples[luma : luma + chroma], samples[luma + chroma :])
+    ]
     turned = np.concatenate([orientation.apply(plane).reshape(-1) for plane in planes])
-    return av.VideoFrame.from_ndarray(turned.reshape(-1, height if orientation.transpose else width), format="yuv420p")
+    return av.VideoFrame.from_ndarray(
+        turned.reshape(-1, height if orientation.transpose else width), format="yuv420p"
+    )
 
 
 # --- Lists ---
 
 
 class _Packer(VideoTask):
-    """What runs in the workers: packs a video unless that was done before; gives None, or why it could not."""
+    """What runs in the workers: packs a video unless that was done before; gives None, or why it could
+    not."""
 
     def __init__(self, entries: Sequence[VideoEntry], targets: Sequence[Path], config: PackConfig) -> None:
         super().__init__()
@@ -201,7 +232,11 @@ class _Packer(VideoTask):
         except DecodeError as error:
             return Failure(entry.path, str(error), error.library or "pyav")
         except (InputError, OSError) as error:
-            return InputError(f"cannot write {str(target)!r}: {error.strerror}" if isinstance(error, OSError) else str(error))
+            return InputError(
+                f"cannot write {str(target)!r}: {error.strerror}"
+                if isinstance(error, OSError)
+                else str(error)
+            )
         return None
 
 
@@ -214,8 +249,11 @@ def _is_done(source: str, target: Path) -> bool:
 
 
 def _target(folder: Path, number: int, path: str) -> Path:
-    """Where video `number` goes. The name holds a hash of the original's path: a list in another order finds its own videos."""
-    digest = hashlib.sha256(f"{VERSION} {os.path.abspath(path)}".encode("utf-8", "surrogateescape")).hexdigest()[:10]
+    """Where video `number` goes. The name holds a hash of the original's path: a list in another order finds
+    its own videos."""
+    digest = hashlib.sha256(
+        f"{VERSION} {os.path.abspath(path)}".encode("utf-8", "surrogateescape")
+    ).hexdigest()[:10]
     stem = re.sub(r"[^\w.+-]", "_", Path(path).stem)[:40]
     return folder / "videos" / f"{number // 1000:03}" / f"{number:06}_{stem}_{digest}.mp4"
 
@@ -232,7 +270,8 @@ def pack_list(
 ) -> list[VideoEntry]:
     """Pack all videos into `folder/videos`, write `folder/list.txt`, and return its entries.
 
-    Frame folders stay where they are. A video that cannot be packed is left out and stands in `folder/quarantine.jsonl`.
+    Frame folders stay where they are. A video that cannot be packed is left out and stands in
+    `folder/quarantine.jsonl`.
 
     Args:
         labels, labelled: for the list, see `write_list`.
@@ -278,7 +317,9 @@ def _claim_folder(folder: Path, config: PackConfig) -> None:
         if settings.exists():
             before = parse_json(settings.read_text(encoding="utf-8"))
             if before != asdict(config):
-                raise InputError(f"{folder} was packed with {before}, not {asdict(config)}; choose another folder")
+                raise InputError(
+                    f"{folder} was packed with {before}, not {asdict(config)}; choose another folder"
+                )
         folder.mkdir(parents=True, exist_ok=True)
         settings.write_text(json.dumps(asdict(config)) + "\n", encoding="utf-8")
     except OSError as error:
@@ -293,7 +334,8 @@ def _claim_folder(folder: Path, config: PackConfig) -> None:
 
 
 class _Measurer(VideoTask):
-    """What runs in a worker: seconds of clips of an original and of its packed video, in turn, with the same random numbers."""
+    """What runs in a worker: seconds of clips of an original and of its packed video, in turn, with the same
+    random numbers."""
 
     def __init__(self, pairs: Sequence[tuple[VideoEntry, VideoEntry]], backend: str, rounds: int) -> None:
         super().__init__()
@@ -308,7 +350,10 @@ class _Measurer(VideoTask):
         try:
             for turn in range(self.rounds + 1):
                 rngs = (np.random.default_rng((turn, number)) for _ in range(2))
-                clips = [decode_clip(*given, backend=self.backend) for given in zip(self.pairs[number], rngs, strict=True)]
+                clips = [
+                    decode_clip(*given, backend=self.backend)
+                    for given in zip(self.pairs[number], rngs, strict=True)
+                ]
                 rounds.append([clip["clip_s"] for clip in clips])
             return rounds[1:]  # the first one warms up
         except (InputError, OSError) as error:
@@ -316,13 +361,20 @@ class _Measurer(VideoTask):
 
 
 def measure_gain(
-    pairs: Sequence[tuple[VideoEntry, VideoEntry]], *, backend: str = "auto", rounds: int = 5, hang_s: float = 300.0
+    pairs: Sequence[tuple[VideoEntry, VideoEntry]],
+    *,
+    backend: str = "auto",
+    rounds: int = 5,
+    hang_s: float = 300.0,
 ) -> dict[str, Any]:
-    """Clips a second of originals and packed videos, in one process and in turn; `unmeasured` says what could not be read.
+    """Clips a second of originals and packed videos, in one process and in turn; `unmeasured` says what could
+    not be read.
 
     An original need not be fit for it: packing reads from start to end, a clip may begin anywhere.
     """
-    pool = WorkerPool(_Measurer(pairs, backend, rounds), iter(range(len(pairs))), count=1, prefetch=1, hang_s=hang_s)
+    pool = WorkerPool(
+        _Measurer(pairs, backend, rounds), iter(range(len(pairs))), count=1, prefetch=1, hang_s=hang_s
+    )
     try:
         answers = list(pool)
     finally:
@@ -332,7 +384,10 @@ def measure_gain(
     if good:
         original, packed = np.sum(good, axis=0).T.tolist()  # seconds of each round
         gains = [a / b for a, b in zip(original, packed, strict=True)]
-        rates = {"original": len(good) / statistics.median(original), "packed": len(good) / statistics.median(packed)}
+        rates = {
+            "original": len(good) / statistics.median(original),
+            "packed": len(good) / statistics.median(packed),
+        }
         gain = {"median": statistics.median(gains), "min": min(gains), "max": max(gains)}
         measured |= {"clips_per_s": rates, "gain": gain}
     unmeasured = [answer._asdict() for answer in answers if isinstance(answer, Failure)]
@@ -340,19 +395,36 @@ def measure_gain(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("list", metavar="LIST", help="list of videos and frame folders, labelled or not, or a folder of videos")
+    parser.add_argument(
+        "list",
+        metavar="LIST",
+        help="list of videos and frame folders, labelled or not, or a folder of videos",
+    )
     parser.add_argument("output", metavar="OUT", help="folder for the packed videos, their list and a report")
     parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
     add_labelled_argument(parser)
     parser.add_argument(
-        "--short-side", type=limits(PackConfig, "short_side"), default=PackConfig.short_side, help="pixels (256)"
+        "--short-side",
+        type=limits(PackConfig, "short_side"),
+        default=PackConfig.short_side,
+        help="pixels (256)",
     )
     parser.add_argument(
-        "--gop", type=limits(PackConfig, "gop"), default=PackConfig.gop, help="frames from one key frame to the next (12)"
+        "--gop",
+        type=limits(PackConfig, "gop"),
+        default=PackConfig.gop,
+        help="frames from one key frame to the next (12)",
     )
-    parser.add_argument("--crf", type=limits(PackConfig, "crf"), default=PackConfig.crf, help="quality, smaller is better (20)")
+    parser.add_argument(
+        "--crf",
+        type=limits(PackConfig, "crf"),
+        default=PackConfig.crf,
+        help="quality, smaller is better (20)",
+    )
     parser.add_argument("--preset", default=PackConfig.preset, help="x264's effort (medium)")
-    parser.add_argument("--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)")
+    parser.add_argument(
+        "--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -360,7 +432,9 @@ def run(args: argparse.Namespace) -> int:
     config = PackConfig(short_side=args.short_side, gop=args.gop, crf=args.crf, preset=args.preset)
     folder = Path(args.output)
     if Path(args.list).is_dir() and folder.resolve().is_relative_to(Path(args.list).resolve()):
-        raise InputError(f"{folder} is inside {args.list}, so its videos would be packed next time; choose another folder")
+        raise InputError(
+            f"{folder} is inside {args.list}, so its videos would be packed next time; choose another folder"
+        )
     found = read_any_list(args.list, args.data_root, LABELLED[args.labelled])
     raise_problems(args.list, args.data_root, found.problems, len(found.entries))
     with FolderLock(folder, "videos being packed"):
@@ -368,7 +442,9 @@ def run(args: argparse.Namespace) -> int:
             found.entries, folder, config, labels=found.labels, labelled=found.labelled, workers=args.workers
         )
         videos = [entry for entry in found.entries if entry.kind == "video"]
-        targets = {int(Path(entry.path).name.split("_")[0]): entry for entry in packed if entry.kind == "video"}
+        targets = {
+            int(Path(entry.path).name.split("_")[0]): entry for entry in packed if entry.kind == "video"
+        }
         pairs = [(videos[number], target) for number, target in targets.items()]
         report = {"settings": asdict(config), "videos": len(videos), "packed": len(pairs)} | _sizes(pairs)
         _write_report(folder, report)
@@ -399,7 +475,9 @@ def _sizes(pairs: Sequence[tuple[VideoEntry, VideoEntry]]) -> dict[str, int]:
             continue
         before, after = before + sizes[0], after + sizes[1]
     if before:
-        print(f"size: {before / 2**20:.1f} MiB before, {after / 2**20:.1f} MiB packed ({after / before:.2f} x)")
+        print(
+            f"size: {before / 2**20:.1f} MiB before, {after / 2**20:.1f} MiB packed ({after / before:.2f} x)"
+        )
     return {"bytes_before": before, "bytes_after": after}
 
 
@@ -412,7 +490,8 @@ def _measure(pairs: Sequence[tuple[VideoEntry, VideoEntry]]) -> dict[str, Any]:
     if gain["videos"]:
         rates, ratio = gain["clips_per_s"], gain["gain"]
         print(
-            f"decoding, {gain['videos']} videos, one process: {rates['original']:.1f} clips/s before, {rates['packed']:.1f} "
+            f"decoding, {gain['videos']} videos, one process: {rates['original']:.1f} clips/s before, "
+            f"{rates['packed']:.1f} "
             f"packed ({ratio['median']:.2f} x, {ratio['min']:.2f} to {ratio['max']:.2f})"
         )
     for failure in gain.get("unmeasured", []):

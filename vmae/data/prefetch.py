@@ -1,7 +1,8 @@
-"""Batches that are on the device before they are asked for: pinned and copied beside the computation of the one before.
+"""Batches that are on the device before they are asked for: pinned and copied beside the computation of the
+one before.
 
-A thread reads the loader, pins what it gets and copies it on a stream of its own; both release Python's lock. Without it
-a GPU waits each step for the pinning (some 10 ms for 32 clips of 224 x 224) and the copy.
+A thread reads the loader, pins what it gets and copies it on a stream of its own; both release Python's lock.
+Without it a GPU waits each step for the pinning (some 10 ms for 32 clips of 224 x 224) and the copy.
 """
 
 from __future__ import annotations
@@ -19,20 +20,27 @@ _POLL_S = 0.2
 
 
 class Prefetcher:
-    """Iterator over the batches of `source`, in order, on `device`. On a CPU it hands them through, without a thread.
+    """Iterator over the batches of `source`, in order, on `device`. On a CPU it hands them through, without a
+    thread.
 
     An error of `source` is raised where its batch would have come, after all the batches before it.
 
     Args:
-        source: iterator over batches: dataclasses of tensors (nested ones too) with `to(device, non_blocking)`. It is closed
-            with this one; `interrupt()`, where it has one, makes a `next` that waits end soon.
+        source: iterator over batches: dataclasses of tensors (nested ones too) with `to(device,
+            non_blocking)`. It is closed with this one; `interrupt()`, where it has one, makes a `next` that
+            waits end soon.
         device: where the batches go.
         depth: batches that are made ahead, beside the one being copied.
         threaded: None is True on a GPU and False on a CPU.
     """
 
     def __init__(
-        self, source: Iterator[Any], device: torch.device | str, *, depth: int = 1, threaded: bool | None = None
+        self,
+        source: Iterator[Any],
+        device: torch.device | str,
+        *,
+        depth: int = 1,
+        threaded: bool | None = None,
     ) -> None:
         self.source, self.device = source, torch.device(device)
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -80,7 +88,9 @@ class Prefetcher:
         if copied is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(copied)
-            for tensor in _tensors(batch):  # their memory is not given away before this stream is done with them
+            for tensor in _tensors(
+                batch
+            ):  # their memory is not given away before this stream is done with them
                 tensor.record_stream(stream)
         return batch
 

@@ -14,7 +14,10 @@ from vmae.errors import InputError
 from vmae.json_files import read_json_lines
 
 QUARANTINE_NAME = "quarantine.jsonl"
-JUDGED_FROM, DEVIATIONS = 200, 3.0  # reads, before which a share says little; and by how much it is to be above the limit
+JUDGED_FROM, DEVIATIONS = (
+    200,
+    3.0,
+)  # reads, before which a share says little; and by how much it is to be above the limit
 
 
 class Failure(NamedTuple):
@@ -23,7 +26,8 @@ class Failure(NamedTuple):
     Attributes:
         path: of the file or folder.
         error: the library's reason.
-        library: the backend that failed, or "worker" for a process that hung or crashed on it; None where none was asked.
+        library: the backend that failed, or "worker" for a process that hung or crashed on it; None where
+            none was asked.
     """
 
     path: str
@@ -39,15 +43,16 @@ def list_failures(failures: Sequence[tuple], shown: int = 3) -> str:
 
 
 class Quarantine:
-    """What failed so far in a run, on one rank and in one start (files may have been mended between two starts).
+    """What failed so far in a run, on one rank and in one start (files may have been mended between two
+    starts).
 
-    Too much is more than `max_share` of the list's videos, where one bad video is never too much unless `max_share` is 0.
-    A long list is judged before it was read to its end: from 200 reads on, when so many of its videos were found bad that the
-    share of all of them is above `max_share` by three standard deviations.
+    Too much is more than `max_share` of the list's videos, where one bad video is never too much unless
+    `max_share` is 0. A long list is judged before it was read to its end: from 200 reads on, when so many of
+    its videos were found bad that the share of all of them is above `max_share` by three standard deviations.
 
     Args:
-        path: file that gets one JSON line (path, error, library) for each bad video, once; None writes nothing. What it
-            holds already, from before a run was resumed, stays and is not written again.
+        path: file that gets one JSON line (path, error, library) for each bad video, once; None writes
+            nothing. What it holds already, from before a run was resumed, stays and is not written again.
         max_share: share of the list's videos that may be bad.
         videos: how many different ones the list has; None judges reads alone.
 
@@ -59,7 +64,9 @@ class Quarantine:
         InputError: a share outside 0 to 1.
     """
 
-    def __init__(self, path: str | Path | None = None, max_share: float = 0.05, videos: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path | None = None, max_share: float = 0.05, videos: int | None = None
+    ) -> None:
         if not 0 <= max_share <= 1:
             raise InputError(f"the share of bad videos must be between 0 and 1, not {max_share}")
         self.path, self.max_share, self.videos = None if path is None else Path(path), max_share, videos
@@ -90,8 +97,10 @@ class Quarantine:
         if failed and self._too_many():
             allowed = f"{self.max_share:.1%}" if self.allowed is None else f"{self.allowed} of {self.videos}"
             raise InputError(
-                f"{self.summary()}. No more than {allowed} videos may be bad (--max-bad-share {self.max_share:g}); "
-                "`python -m vmae check-data LIST` tells what is wrong with them and writes a list without them"
+                f"{self.summary()}. No more than {allowed} videos may be bad (--max-bad-share "
+                f"{self.max_share:g}); "
+                "`python -m vmae check-data LIST` tells what is wrong with them and writes a list without "
+                "them"
             )
 
     @property
@@ -104,7 +113,8 @@ class Quarantine:
     def _too_many(self) -> bool:
         if self.allowed is not None and len(self.bad) > self.allowed:
             return True
-        # A video counts once, however often it is read, so `reads` are at least the different videos that were tried.
+        # A video counts once, however often it is read, so `reads` are at least the different videos that
+        # were tried.
         expected = self.max_share * self.reads
         return self.reads >= JUDGED_FROM and len(self.bad) > expected + DEVIATIONS * math.sqrt(expected)
 
@@ -123,9 +133,13 @@ class Quarantine:
             with open(self.path, "a+b") as file:
                 file.seek(max(file.tell() - 1, 0))
                 cut = file.read() not in (b"", b"\n")  # by a kill
-                file.write(("\n" * cut + "".join(lines)).encode(errors="backslashreplace"))  # of names that are no UTF-8
+                file.write(
+                    ("\n" * cut + "".join(lines)).encode(errors="backslashreplace")
+                )  # of names that are no UTF-8
         except OSError as error:
-            raise InputError(f"cannot write the list of bad videos {str(self.path)!r}: {error.strerror}") from None
+            raise InputError(
+                f"cannot write the list of bad videos {str(self.path)!r}: {error.strerror}"
+            ) from None
 
     def summary(self) -> str:
         """What failed, in a line: how many, with which libraries, the first three, and where the rest is."""
@@ -135,6 +149,7 @@ class Quarantine:
         kinds = ", ".join(f"{count} with {name}" for name, count in libraries.most_common())
         where = f"; all of them in {self.path}" if self.path is not None else ""
         return (
-            f"{self.failures} of {self.reads} reads failed ({self.failures / self.reads:.1%}), of {len(self.bad)} videos "
+            f"{self.failures} of {self.reads} reads failed ({self.failures / self.reads:.1%}), of "
+            f"{len(self.bad)} videos "
             f"({kinds}); the first: {list_failures(list(self.bad.values()))}{where}"
         )

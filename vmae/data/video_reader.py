@@ -1,4 +1,5 @@
-"""What every decoder looks like from outside, and what they share: an error, and what C libraries write to stderr."""
+"""What every decoder looks like from outside, and what they share: an error, and what C libraries write to
+stderr."""
 
 from __future__ import annotations
 
@@ -86,7 +87,9 @@ class VideoReader(ABC):
         if wanted.ndim != 1 or wanted.size == 0:
             raise IndexError(f"{self.path}: frame indices must be a list of at least one number")
         if wanted.min() < 0 or wanted.max() >= len(self):
-            raise IndexError(f"{self.path}: frames {wanted.min()} to {wanted.max()} asked for, it has {len(self)}")
+            raise IndexError(
+                f"{self.path}: frames {wanted.min()} to {wanted.max()} asked for, it has {len(self)}"
+            )
         distinct, places = np.unique(wanted, return_inverse=True)
         try:
             with memory_as_decode_error(self.path):
@@ -121,9 +124,11 @@ _STDERR_LOCK = threading.Lock()
 
 @contextlib.contextmanager
 def library_stderr() -> Iterator[list[str]]:
-    """Keep what C libraries write to stderr from the terminal; yields a list that gets their lines at the end.
+    """Keep what C libraries write to stderr from the terminal; yields a list that gets their lines at the
+    end.
 
-    decord tells why a file cannot be opened there and nowhere else. Lines of others that come meanwhile are passed on.
+    decord tells why a file cannot be opened there and nowhere else. Lines of others that come meanwhile are
+    passed on.
     """
     captured: list[str] = []
     with _STDERR_LOCK:
@@ -158,5 +163,6 @@ def first_reason(message: str, captured: list[str]) -> str:
     text = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", text)
     text = re.sub(r"^(\w+, )?/\S+\.(cpp|cc|h):\d+, ", "", text)
     text = text.replace("failed with 1094995529", "failed: invalid data")  # FFmpeg's AVERROR_INVALIDDATA
-    # "Check failed: CODE >= 0 (-1094995529 vs. 0) Thread worker: Error sending packet." -> the words at its end
+    # "Check failed: CODE >= 0 (-1094995529 vs. 0) Thread worker: Error sending packet." -> the words at its
+    # end
     return re.sub(r"^Check failed: .*?\(\S+ vs\. \S+\)\s*(?=\S)", "", text).strip() or "unknown reason"

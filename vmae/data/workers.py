@@ -1,10 +1,10 @@
 """Processes that make batches, in order; one that hangs or crashes is replaced, not waited for.
 
-Why not torch's `DataLoader`: a worker of it that hangs stops the run, one that a decoder crashes raises an error at
-any moment in the main process, and neither can be replaced. Here each worker has a pipe of its own and writes down
-which video it is at, so the main process knows whom to blame: the video is blocked (another one stands in for it)
-and what the worker still owed is made again by a new one. A worker that is killed from outside, for want of memory most
-often, blames its video only when the same video does it twice.
+Why not torch's `DataLoader`: a worker of it that hangs stops the run, one that a decoder crashes raises an
+error at any moment in the main process, and neither can be replaced. Here each worker has a pipe of its own
+and writes down which video it is at, so the main process knows whom to blame: the video is blocked (another
+one stands in for it) and what the worker still owed is made again by a new one. A worker that is killed from
+outside, for want of memory most often, blames its video only when the same video does it twice.
 """
 
 from __future__ import annotations
@@ -33,11 +33,22 @@ from vmae.errors import InputError
 HANG_S = 120.0  # that one video may take, where nothing else is said
 
 CRASHES = {
-    -number for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGKILL)
+    -number
+    for number in (
+        signal.SIGSEGV,
+        signal.SIGABRT,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGKILL,
+    )
 }
-MAX_IDLE_RESTARTS = 5  # of workers that no video is to blame for, in a row without a batch; one each where they are more
+MAX_IDLE_RESTARTS = (
+    5  # of workers that no video is to blame for, in a row without a batch; one each where they are more
+)
 _POLL_S, _GRACE_S = 1.0, 5.0
-# Forked also where Python's default is another (3.14): workers share the list's memory, and start in milliseconds.
+# Forked also where Python's default is another (3.14): workers share the list's memory, and start in
+# milliseconds.
 _START_METHOD = "fork" if sys.platform.startswith("linux") else None
 
 
@@ -71,7 +82,8 @@ class Maker(Protocol):
 
 
 class VideoTask:
-    """A `Maker` that does something to one video at a time; a subclass says what, and calls `watch` before it opens one.
+    """A `Maker` that does something to one video at a time; a subclass says what, and calls `watch` before it
+    opens one.
 
     Attributes:
         blocked: number of a video -> why it is not to be opened any more.
@@ -90,10 +102,15 @@ class VideoTask:
 
 
 def _folder_for_sockets() -> str:
-    """The folder for temporary files, or one with a shorter name: a socket's address has 107 bytes at most (unix(7))."""
+    """The folder for temporary files, or one with a shorter name: a socket's address has 107 bytes at most
+    (unix(7))."""
     usual, inside = tempfile.gettempdir(), len("/pymp-12345678/listener-12345678")
     candidates = [usual, "/tmp", "/var/tmp", "/dev/shm"]
-    fitting = (path for path in candidates if len(os.fsencode(path)) + inside <= 107 and os.access(path, os.W_OK | os.X_OK))
+    fitting = (
+        path
+        for path in candidates
+        if len(os.fsencode(path)) + inside <= 107 and os.access(path, os.W_OK | os.X_OK)
+    )
     return next(fitting, usual)
 
 
@@ -102,13 +119,17 @@ class _Worker:
 
     def __init__(self, context, maker: Maker) -> None:
         self.tasks: deque[tuple[int, Any]] = deque()
-        self.suspected: tuple[float, float] | None = None  # (when its video began, when that was found too long)
+        self.suspected: tuple[float, float] | None = (
+            None  # (when its video began, when that was found too long)
+        )
         self.slot = multiprocessing.sharedctypes.RawArray("d", [-1.0, 0.0])
         self.pipe, theirs = context.Pipe()
         # A worker that is killed cannot remove the folder of the socket by which its tensors are handed over.
         folder = tempfile.mkdtemp(prefix="pymp-", dir=_folder_for_sockets())
         self._clear = multiprocessing.util.Finalize(self, shutil.rmtree, (folder, True), exitpriority=-1)
-        self.process = context.Process(target=_work, args=(maker, theirs, self.slot, os.getpid(), folder), daemon=True)
+        self.process = context.Process(
+            target=_work, args=(maker, theirs, self.slot, os.getpid(), folder), daemon=True
+        )
         self.process.start()
         theirs.close()
 
@@ -134,8 +155,8 @@ class _Worker:
 
 
 def _end_with(parent: int, folder: str) -> None:
-    """End this process soon after its parent, also while a file hangs it. (Its pipe alone would not tell: workers that
-    were forked later hold the other end too.)"""
+    """End this process soon after its parent, also while a file hangs it. (Its pipe alone would not tell:
+    workers that were forked later hold the other end too.)"""
     while os.getppid() == parent:
         time.sleep(_POLL_S)
     shutil.rmtree(folder, True)
@@ -147,7 +168,9 @@ def _work(maker: Maker, pipe, slot, parent: int, folder: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)  # the workers share the cores; more threads in each only get in each other's way
     threading.Thread(target=_end_with, args=(parent, folder), daemon=True).start()
-    multiprocessing.current_process()._config["tempdir"] = folder  # what multiprocessing.util.get_temp_dir() gives
+    multiprocessing.current_process()._config["tempdir"] = (
+        folder  # what multiprocessing.util.get_temp_dir() gives
+    )
 
     def watch(video: int) -> None:
         slot[1] = time.monotonic()
@@ -190,16 +213,21 @@ class WorkerPool:
         lost: (video number, reason) of each video that hung or crashed a worker; whoever reads it empties it.
 
     Raises:
-        RuntimeError: on iteration: `maker` raised, a worker was stopped by somebody else, or workers keep dying.
+        RuntimeError: on iteration: `maker` raised, a worker was stopped by somebody else, or workers keep
+            dying.
     """
 
-    def __init__(self, maker: Maker, tasks: Iterator[Any], *, count: int, prefetch: int, hang_s: float) -> None:
+    def __init__(
+        self, maker: Maker, tasks: Iterator[Any], *, count: int, prefetch: int, hang_s: float
+    ) -> None:
         self.lost: list[tuple[int, str]] = []
         self._maker, self._tasks = maker, enumerate(tasks)
         self._prefetch, self._hang_s = prefetch, hang_s
         self._context = torch.multiprocessing.get_context(_START_METHOD)
         self._ready: dict[int, Any] = {}
-        self._killed: dict[int, int] = {}  # video -> the task at which it was there when its worker was killed
+        self._killed: dict[
+            int, int
+        ] = {}  # video -> the task at which it was there when its worker was killed
         self._next = self._idle_restarts = 0
         self._interrupted = False
         self._workers = [_Worker(self._context, maker) for _ in range(count)]
@@ -251,10 +279,13 @@ class WorkerPool:
             if not worker.process.is_alive() and not worker.pipe.poll():
                 self._replace(worker, None)
             elif worker.tasks and self._hangs(worker, now):
-                self._replace(worker, f"took more than {self._hang_s:g} s (VMAE_HANG_S); its worker was stopped")
+                self._replace(
+                    worker, f"took more than {self._hang_s:g} s (VMAE_HANG_S); its worker was stopped"
+                )
 
     def _hangs(self, worker: _Worker, now: float) -> bool:
-        """Whether its video takes too long, also a moment after that was first seen (all may have been suspended)."""
+        """Whether its video takes too long, also a moment after that was first seen (all may have been
+        suspended)."""
         video, began = worker.slot
         if video < 0 or now - began < self._hang_s:
             worker.suspected = None
@@ -278,7 +309,9 @@ class WorkerPool:
             self._idle_restarts += 1
             if self._idle_restarts > max(MAX_IDLE_RESTARTS, len(self._workers)):
                 self.close()
-                raise InputError("data workers keep dying, for want of memory most likely; try fewer, or a smaller batch")
+                raise InputError(
+                    "data workers keep dying, for want of memory most likely; try fewer, or a smaller batch"
+                )
         fresh = _Worker(self._context, self._maker)
         self._workers[self._workers.index(worker)] = fresh
         for number, task in worker.tasks:
@@ -293,8 +326,8 @@ class WorkerPool:
             raise RuntimeError(f"a data worker was stopped (exit code {code})")
         if code != -signal.SIGKILL:
             return f"crashed its worker ({signal.Signals(-code).name})"
-        # For want of memory, most likely, and once that may be any video's fault. A video that does it again, before it was
-        # decoded, would do it for ever.
+        # For want of memory, most likely, and once that may be any video's fault. A video that does it again,
+        # before it was decoded, would do it for ever.
         if video in self._killed:
             return "its worker was killed twice at this video (SIGKILL; out of memory?)"
         if video >= 0 and worker.tasks:
@@ -302,7 +335,8 @@ class WorkerPool:
         return None
 
     def interrupt(self) -> None:
-        """End iteration within a second, also where another thread waits in `next`; the processes stay until `close`."""
+        """End iteration within a second, also where another thread waits in `next`; the processes stay until
+        `close`."""
         self._interrupted = True
 
     def close(self) -> None:

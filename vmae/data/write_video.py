@@ -22,7 +22,9 @@ def find_encoder():
     except ImportError as error:
         raise InputError(f"writing videos needs PyAV ({error}): `pip install av`") from None
     if "libx264" not in av.codecs_available:
-        raise InputError("writing videos needs x264, which this build of PyAV lacks: `pip install av` brings it")
+        raise InputError(
+            "writing videos needs x264, which this build of PyAV lacks: `pip install av` brings it"
+        )
     return av
 
 
@@ -35,7 +37,8 @@ def write_video(path: Path, pictures: np.ndarray | Sequence[np.ndarray], fps: in
     av = find_encoder()
     part = path.with_suffix(".part.mp4")
     options = PackConfig(crf=18, preset="veryfast").encoder_options()
-    # With it x264 wrote, by chance, one of two files for the same 6 frames of 32 x 32 (155 and 245 of 400 times); without, one.
+    # With it x264 wrote, by chance, one of two files for the same 6 frames of 32 x 32 (155 and 245 of 400
+    # times); without, one.
     options["x264-params"] += ":mbtree=0"
     try:
         with av.open(str(part), "w") as out:

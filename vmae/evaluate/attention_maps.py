@@ -1,7 +1,8 @@
 """`python -m vmae attention VIDEO`: where the encoder's attention goes, as pictures.
 
-These models have no class token, so the map is the attention that each token receives, the mean over all tokens that ask; or
-what one chosen token takes from each (`--query`). Values are times 1 / N, what uniform attention would give.
+These models have no class token, so the map is the attention that each token receives, the mean over all
+tokens that ask; or what one chosen token takes from each (`--query`). Values are times 1 / N, what uniform
+attention would give.
 
 Legend: N tokens, H heads.
 """
@@ -24,7 +25,9 @@ from vmae.settings import Whole
 from vmae.train.checkpoint import find_weights
 from vmae.train.checks import resolve_device
 
-BRIGHTEST = 0.99  # share of the tokens that a map does not cut off: a few take many times more than all others
+BRIGHTEST = (
+    0.99  # share of the tokens that a map does not cut off: a few take many times more than all others
+)
 DIMMED = 0.15  # brightness of the input where there is no attention
 
 
@@ -32,15 +35,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     add_encoder_arguments(parser)
     add_output_arguments(parser, "attention-VIDEO.png beside the checkpoint")
-    parser.add_argument("--block", type=Whole(-1000, 1000), help="block of the encoder, from 1; -1 is the last (the last)")
-    parser.add_argument("--heads", choices=("mean", "each"), default="mean", help="their mean, or a map for each (mean)")
-    parser.add_argument("--query", metavar="T,Y,X", help="the token that asks, each from 0 (default: the mean of all)")
+    parser.add_argument(
+        "--block", type=Whole(-1000, 1000), help="block of the encoder, from 1; -1 is the last (the last)"
+    )
+    parser.add_argument(
+        "--heads", choices=("mean", "each"), default="mean", help="their mean, or a map for each (mean)"
+    )
+    parser.add_argument(
+        "--query", metavar="T,Y,X", help="the token that asks, each from 0 (default: the mean of all)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """The command: load, look, draw."""
     device = resolve_device(args.device)
-    outputs = outputs_of(args, find_weights(args.checkpoint).parent / f"attention-{Path(args.video).stem}.png")
+    outputs = outputs_of(
+        args, find_weights(args.checkpoint).parent / f"attention-{Path(args.video).stem}.png"
+    )
     loaded = load_encoder_from_args(args)
     model, config = loaded.model, loaded.model.config
     block = block_number(args.block, config.depth)
@@ -94,7 +105,9 @@ def parse_query(text: str, grid: tuple[int, int, int]) -> tuple[int, int, int]:
     try:
         t, y, x = (int(word) for word in text.split(","))
     except ValueError:
-        raise InputError(f"--query {text}: give three whole numbers, time,row,column, such as 0,3,4") from None
+        raise InputError(
+            f"--query {text}: give three whole numbers, time,row,column, such as 0,3,4"
+        ) from None
     if not all(0 <= place < size for place, size in zip((t, y, x), grid)):
         limits = " x ".join(str(size) for size in grid)
         largest = ",".join(str(size - 1) for size in grid)
@@ -103,7 +116,9 @@ def parse_query(text: str, grid: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 @torch.no_grad()
-def attention_maps(model: Classifier, clip: Tensor, block: int, query: tuple[int, int, int] | None = None) -> Tensor:
+def attention_maps(
+    model: Classifier, clip: Tensor, block: int, query: tuple[int, int, int] | None = None
+) -> Tensor:
     """float32 [H, N]: attention to each token, as a multiple of uniform attention; the mean of each row is 1.
 
     Args:
@@ -133,20 +148,27 @@ def attention_maps(model: Classifier, clip: Tensor, block: int, query: tuple[int
 def draw_maps(
     maps_HN: Tensor, frames: np.ndarray, config: ModelConfig, query: tuple[int, int, int] | None = None
 ) -> list[Panel]:
-    """The input, then a map in grey and over the input for the mean of the heads (one row), or a map for each head."""
+    """The input, then a map in grey and over the input for the mean of the heads (one row), or a map for each
+    head."""
     outlined = None
     if query is not None:
         outlined = np.zeros(config.grid, bool)
         outlined[query] = True
     panels = [Panel(caption="input", frames=frames, outlined=outlined)]
     for head, map_N in enumerate(maps_HN.numpy()):
-        white = max(float(np.quantile(map_N, BRIGHTEST)), 1.0)  # where one token takes all, the others stay dark
+        white = max(
+            float(np.quantile(map_N, BRIGHTEST)), 1.0
+        )  # where one token takes all, the others stay dark
         shown = map_N / white
         name = "mean of the heads" if len(maps_HN) == 1 else f"head {head + 1}"
         scale = f"black: none, white: {white:.2f} x uniform or more"
-        panels.append(Panel(caption=f"{name} ({scale})", frames=grey_frames(shown, config), outlined=outlined))
+        panels.append(
+            Panel(caption=f"{name} ({scale})", frames=grey_frames(shown, config), outlined=outlined)
+        )
         if len(maps_HN) == 1:
             light = DIMMED + (1 - DIMMED) * (grey_frames(shown, config) / 255)
             dimmed = (frames * light).round().astype(np.uint8)
-            panels.append(Panel(caption="input, dark where there is little attention", frames=dimmed, outlined=outlined))
+            panels.append(
+                Panel(caption="input, dark where there is little attention", frames=dimmed, outlined=outlined)
+            )
     return panels

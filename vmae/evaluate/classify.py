@@ -1,8 +1,8 @@
 """`python -m vmae evaluate LIST`: the published multi-view test of a fine-tuned classifier.
 
-Every video is cut into segments x crops views; their softmax is averaged. Each video is tested once, by one rank, whatever
-the number of ranks and whenever the test was stopped: predictions are written as they come, and a test that is started
-again takes the videos that are left.
+Every video is cut into segments x crops views; their softmax is averaged. Each video is tested once, by one
+rank, whatever the number of ranks and whenever the test was stopped: predictions are written as they come,
+and a test that is started again takes the videos that are left.
 
     predictions.jsonl   a line for each video: number, path, labels, the five best classes
     results.json        scores and settings
@@ -53,7 +53,8 @@ class EvaluationConfig(_Checked):
     """What a test measures.
 
     Attributes:
-        data, data_root: the labelled list, or a folder with test.csv or val.csv (the first of them that is there is taken).
+        data, data_root: the labelled list, or a folder with test.csv or val.csv (the first of them that is
+            there is taken).
         views: of each video; None takes the published 5 x 3, or 2 x 3 where frames are sampled sparsely.
         dtype: "float32" or "bfloat16".
         keep_scores: write the probabilities of all classes (always done for videos of several labels).
@@ -75,14 +76,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "labelled list, `path label` a line, or a folder: its test.csv, else its val.csv"
     parser.add_argument("data", metavar="LIST", help=text)
     parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for predictions, scores, table and picture")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder for predictions, scores, table and picture"
+    )
     parser.add_argument("--classes", metavar="FILE", help="class names, where the checkpoint has none")
     add_model_arguments(parser)
     test = parser.add_argument_group("the test")
     test.add_argument(
-        "--segments", "--test_num_segment", type=limits(ViewConfig, "segments"),
+        "--segments",
+        "--test_num_segment",
+        type=limits(ViewConfig, "segments"),
         help="clips of a video in time (5; 2 for sparse sampling)",
-    )  # fmt: skip
+    )
     test.add_argument("--crops", "--test_num_crop", type=limits(ViewConfig, "crops"), help="of each clip (3)")
     test.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
     test.add_argument("--scores", action="store_true", help="write the probabilities of all classes")
@@ -91,7 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed.add_argument("--workers", type=WORKERS, default=1, help="processes that decode video (1)")
     speed.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     speed.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
-    speed.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
+    speed.add_argument(
+        "--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -143,10 +150,15 @@ def evaluate(
     multi_label = loaded.multi_label or labelled.multi
     clip = {**loaded.clip.to_dict(), "image_size": model.config.image_hw}
     settings = {
-        **model_identity(model), "clip": clip, "views": views.to_dict(), "dtype": config.dtype,
-        "videos": len(labelled.entries), "list": list_hash(labelled.entries, labelled.labels), "multi_label": multi_label,
+        **model_identity(model),
+        "clip": clip,
+        "views": views.to_dict(),
+        "dtype": config.dtype,
+        "videos": len(labelled.entries),
+        "list": list_hash(labelled.entries, labelled.labels),
+        "multi_label": multi_label,
         "scores": config.keep_scores or multi_label,
-    }  # fmt: skip
+    }
     parallel.on_main(lambda: settle(folder / SETTINGS, settings, "another test", data=data))
     if parallel.is_main:
         print(f"list: {data}, {len(labelled.entries)} videos", flush=True)
@@ -159,12 +171,26 @@ def evaluate(
 
     def predict(seen: Tensor) -> Record:
         probabilities = view_probabilities(
-            model, seen, device=parallel.device, dtype=config.dtype, multi_label=multi_label, batch_size=batch_size
+            model,
+            seen,
+            device=parallel.device,
+            dtype=config.dtype,
+            multi_label=multi_label,
+            batch_size=batch_size,
         )
         return describe_prediction(probabilities, settings["scores"])
 
     parallel.barrier()  # rank 0 has taken older parts in
-    write_share(folder, labelled, dataset, todo, predict, rank=parallel.rank, world_size=parallel.world_size, workers=workers)
+    write_share(
+        folder,
+        labelled,
+        dataset,
+        todo,
+        predict,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+        workers=workers,
+    )
     parallel.barrier()
     results = finish(folder, labelled, {**settings, "data": data}, class_names) if parallel.is_main else None
     return parallel.from_main(results)
@@ -185,8 +211,14 @@ def write_share(
     own = todo[rank::world_size]
     try:
         with open(folder / f"predictions-{rank}.part.jsonl", "w", encoding="utf-8") as part:
-            for video, seen in tqdm(dataset.read(own, workers), total=len(own), unit="video", disable=True if rank else None):
-                record = {"video": video, "path": labelled.entries[video].path, "labels": labelled.labels[video]}
+            for video, seen in tqdm(
+                dataset.read(own, workers), total=len(own), unit="video", disable=True if rank else None
+            ):
+                record = {
+                    "video": video,
+                    "path": labelled.entries[video].path,
+                    "labels": labelled.labels[video],
+                }
                 try:
                     record |= {"error": seen.error} if isinstance(seen, Failure) else predict(seen)
                 except InputError as error:
@@ -206,7 +238,11 @@ def describe_prediction(probabilities: Tensor, keep_scores: bool) -> Record:
 def _collect(folder: Path) -> list[Record]:
     """All predictions so far, sorted; parts that ranks have left become one file."""
     parts = sorted(folder.glob("predictions-*.part.jsonl"))
-    records = {record["video"]: record for path in (folder / PREDICTIONS, *parts) for record in read_log(path, video=int)}
+    records = {
+        record["video"]: record
+        for path in (folder / PREDICTIONS, *parts)
+        for record in read_log(path, video=int)
+    }
     ordered = [records[video] for video in sorted(records)]
     if parts:
         text = "".join(json.dumps(record) + "\n" for record in ordered)
@@ -216,7 +252,9 @@ def _collect(folder: Path) -> list[Record]:
     return ordered
 
 
-def finish(folder: Path, labelled: LabelledList, settings: dict[str, Any], class_names: Sequence[str] | None) -> dict[str, Any]:
+def finish(
+    folder: Path, labelled: LabelledList, settings: dict[str, Any], class_names: Sequence[str] | None
+) -> dict[str, Any]:
     """Scores, table and picture of all predictions in the folder.
 
     Raises:
@@ -225,13 +263,18 @@ def finish(folder: Path, labelled: LabelledList, settings: dict[str, Any], class
     records = _collect(folder)
     results = score(records, labelled.labels, labelled.num_classes)
     about = {**results, "settings": settings, "torch": torch.__version__, **code_version()}
-    write_atomically(folder / RESULTS, lambda file: file.write(json.dumps(about, indent=1) + "\n"), binary=False)
+    write_atomically(
+        folder / RESULTS, lambda file: file.write(json.dumps(about, indent=1) + "\n"), binary=False
+    )
     for record in records:
         if "error" in record:
             print(f"could not be decoded, and does not count: {record['error']}")
     if not results["videos"]:
         raise InputError(f"no video of {settings['data']} could be decoded")
-    matrix, names = confusion(records, labelled.labels, labelled.num_classes), named(range(labelled.num_classes), class_names)
+    matrix, names = (
+        confusion(records, labelled.labels, labelled.num_classes),
+        named(range(labelled.num_classes), class_names),
+    )
     rows = class_table(matrix, names)
     write_table(folder / "classes.csv", rows)
     draw_confusion(folder / "confusion.png", matrix, names)
@@ -240,10 +283,13 @@ def finish(folder: Path, labelled: LabelledList, settings: dict[str, Any], class
     return results
 
 
-def _report(results: dict[str, Any], settings: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> list[str]:
+def _report(
+    results: dict[str, Any], settings: dict[str, Any], rows: list[dict[str, Any]], folder: Path
+) -> list[str]:
     views = settings["views"]
     lines = [
-        f"{results['videos']} videos, {settings['clip']['num_frames']} frames x {views['segments']} segments x "
+        f"{results['videos']} videos, {settings['clip']['num_frames']} frames x {views['segments']} segments "
+        "x "
         f"{views['crops']} crops",
         f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %, mean class accuracy "
         f"{results['mean_class_accuracy']:.2f} %",
@@ -252,6 +298,11 @@ def _report(results: dict[str, Any], settings: dict[str, Any], rows: list[dict[s
         lines.append(f"mean average precision {results['mean_average_precision']:.2f} %")
     worst = sorted(rows, key=lambda row: row["accuracy"])[:10]
     width = max(len(row["name"]) for row in worst)
-    lines += [f"{'class':{width}}  videos  accuracy  taken for" + (" (the ten worst)" if len(rows) > 10 else "")]
-    lines += [f"{row['name']:{width}}  {row['videos']:6}  {row['accuracy']:7.1f}%  {row['taken_for']}" for row in worst]
+    lines += [
+        f"{'class':{width}}  videos  accuracy  taken for" + (" (the ten worst)" if len(rows) > 10 else "")
+    ]
+    lines += [
+        f"{row['name']:{width}}  {row['videos']:6}  {row['accuracy']:7.1f}%  {row['taken_for']}"
+        for row in worst
+    ]
     return [*lines, f"in {folder}: {PREDICTIONS}, {RESULTS}, classes.csv, confusion.png"]

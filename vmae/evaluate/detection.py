@@ -1,12 +1,14 @@
 """`python -m vmae detect`: what the people in given boxes do at key frames.
 
-    detections.csv    a line for each box and action: the person box's score times the sigmoid of the logit (published)
-    results.json      frame mAP by the rules of AVA, average precision of each action, settings (with --annotations)
+    detections.csv    a line for each box and action: the person box's score times the sigmoid of the logit
+    (published)
+    results.json      frame mAP by the rules of AVA, average precision of each action, settings (with
+    --annotations)
     actions.csv       a row for each action
     key_frame_*.png   some key frames with their boxes and actions
 
-Boxes are those of --persons, or without them the annotated ones. Scores are written as they come, and a test that is
-started again takes the key frames that are left.
+Boxes are those of --persons, or without them the annotated ones. Scores are written as they come, and a test
+that is started again takes the key frames that are left.
 """
 
 from __future__ import annotations
@@ -81,23 +83,37 @@ class LoadedDetector:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights")
     parser.add_argument(
-        "--videos", required=True, metavar="DIR", help="holds ID.mp4 (or another ending), or a folder ID of images"
+        "--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights"
     )
-    parser.add_argument("--persons", metavar="CSV", help="person boxes with scores (default: the annotated boxes)")
     parser.add_argument(
-        "--min-score", type=Real(least=0, most=1000), default=0.8, help="of person boxes that are taken (0.8, as published)"
+        "--videos",
+        required=True,
+        metavar="DIR",
+        help="holds ID.mp4 (or another ending), or a folder ID of images",
+    )
+    parser.add_argument(
+        "--persons", metavar="CSV", help="person boxes with scores (default: the annotated boxes)"
+    )
+    parser.add_argument(
+        "--min-score",
+        type=Real(least=0, most=1000),
+        default=0.8,
+        help="of person boxes that are taken (0.8, as published)",
     )
     parser.add_argument("--annotations", metavar="CSV", help="what is true: scores the detections")
     parser.add_argument("--actions", metavar="PBTXT", help="actions that count (default: the checkpoint's)")
     parser.add_argument("--excluded", metavar="CSV", help="key frames that do not count")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for detections, scores and pictures")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder for detections, scores and pictures"
+    )
     parser.add_argument("--pictures", type=Whole(0, 10_000), default=4, help="key frames to draw (4)")
     add_video_arguments(parser)
     clip = parser.add_argument_group("how key frames are seen (default: as in training)")
     clip.add_argument("--stride", type=limits(KeyClipConfig, "stride"), help="frames from one to the next")
-    clip.add_argument("--origin", type=limits(KeyClipConfig, "origin"), help="second of the movie that files begin at")
+    clip.add_argument(
+        "--origin", type=limits(KeyClipConfig, "origin"), help="second of the movie that files begin at"
+    )
     clip.add_argument("--num-frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip")
     clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
     clip.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
@@ -107,7 +123,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed.add_argument("--workers", type=WORKERS, default=1, help="processes that decode video (1)")
     speed.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     speed.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
-    speed.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
+    speed.add_argument(
+        "--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,7 +153,13 @@ def run(args: argparse.Namespace) -> int:
     print(loaded.note, flush=True)
     with FolderLock(args.output, "a test of a detector"):
         records = score_frames(
-            loaded, frames, args.output, device=device, dtype=args.dtype, batch_size=args.batch_size, workers=args.workers
+            loaded,
+            frames,
+            args.output,
+            device=device,
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+            workers=args.workers,
         )
         folder = Path(args.output)
         rows = detections_of(frames, records, list(loaded.actions))
@@ -147,7 +171,12 @@ def run(args: argparse.Namespace) -> int:
         if truth is not None:
             # As they were written: what anyone finds who scores the file.
             found = read_detections(folder / DETECTIONS, loaded.actions)
-            report(folder, frame_map(truth, found, counted, excluded=excluded), counted, {"checkpoint": str(loaded.path)})
+            report(
+                folder,
+                frame_map(truth, found, counted, excluded=excluded),
+                counted,
+                {"checkpoint": str(loaded.path)},
+            )
         for path in draw_frames(folder, frames, records, truth, loaded.actions, args.pictures):
             print(f"picture: {path}")
     return 1 if failed else 0
@@ -178,7 +207,8 @@ def load_detector(
 
     Args:
         checkpoint: see `find_weights`.
-        preset: the architecture, for files that do not hold it (official ones: its outputs are the ids from 1).
+        preset: the architecture, for files that do not hold it (official ones: its outputs are the ids from
+            1).
         source: frames and side of the clips that the weights are of, for files that do not say.
         actions: names by id, for files that do not hold them.
         clip: settings of `KeyClipConfig` to change; None changes nothing.
@@ -192,7 +222,9 @@ def load_detector(
     if "model" not in settings and (preset is None or actions is None or "head.weight" not in state):
         raise InputError(f"{path} does not say what it is; name --model and --actions (and it needs a head)")
     if "model" in settings and "action_ids" not in settings:
-        raise InputError(f"{path} is not a detector's; `python -m vmae finetune-detection --init {checkpoint}` makes one")
+        raise InputError(
+            f"{path} is not a detector's; `python -m vmae finetune-detection --init {checkpoint}` makes one"
+        )
     changes = {name: value for name, value in (clip or {}).items() if value is not None}
     own, note = source_config(settings, state, path, preset, *source)
     size = {"num_frames": own.num_frames, "image_size": own.img_size}
@@ -200,8 +232,12 @@ def load_detector(
     if "model" in settings:
         known = dict(zip(settings["action_ids"], settings["action_names"]))
     else:
-        known = {number: actions.get(number, str(number)) for number in range(1, state["head.weight"].shape[0] + 1)}
-    model = build_detector(at_size(own, num_frames=seen.num_frames, img_size=seen.image_size), len(known), **options)
+        known = {
+            number: actions.get(number, str(number)) for number in range(1, state["head.weight"].shape[0] + 1)
+        }
+    model = build_detector(
+        at_size(own, num_frames=seen.num_frames, img_size=seen.image_size), len(known), **options
+    )
     note = "\n".join(filter(None, (load_into(model, state, path), note)))
     return LoadedDetector(model.eval(), path, seen, known, note)
 
@@ -234,10 +270,17 @@ def score_frames(
         folder.mkdir(parents=True, exist_ok=True)
         before = read_log(folder / PARTS)
         if before:
-            check_same(before[0], about, f"{folder} holds another test", f"choose another --output, or remove {folder / PARTS}")
+            check_same(
+                before[0],
+                about,
+                f"{folder} holds another test",
+                f"choose another --output, or remove {folder / PARTS}",
+            )
         done = {record["frame"]: record for record in before[1:] if type(record.get("frame")) is int}
         with open(folder / PARTS, "a" if before else "w", encoding="utf-8") as part:
-            part.write("\n" if before else json.dumps(about) + "\n")  # the last line may be torn: it ends here
+            part.write(
+                "\n" if before else json.dumps(about) + "\n"
+            )  # the last line may be torn: it ends here
             todo = [number for number in range(len(frames)) if number not in done]
             for record in _score(model, frames, todo, loaded.clip, device, dtype, batch_size, workers):
                 part.write(json.dumps(record) + "\n")
@@ -261,7 +304,9 @@ def _score(
 ) -> Iterator[dict[str, Any]]:
     reader = KeyFrameReader(frames, clip)
     held: list[tuple[int, tuple[Tensor, Tensor]]] = []
-    for count, (number, seen) in enumerate(tqdm(reader.read(todo, workers), total=len(todo), unit="clip", disable=None), 1):
+    for count, (number, seen) in enumerate(
+        tqdm(reader.read(todo, workers), total=len(todo), unit="clip", disable=None), 1
+    ):
         if isinstance(seen, Failure):
             yield {"frame": number, "error": seen.error}
         else:
@@ -279,7 +324,9 @@ def _score(
             held = []
 
 
-def detections_of(frames: Sequence[KeyFrame], records: Sequence[dict[str, Any]], actions: Sequence[int]) -> list[AvaBox]:
+def detections_of(
+    frames: Sequence[KeyFrame], records: Sequence[dict[str, Any]], actions: Sequence[int]
+) -> list[AvaBox]:
     """A row for each box and action; the score is the action's times the person's.
 
     Args:
@@ -299,16 +346,28 @@ def report(folder: Path, scores: FrameScores, actions: dict[int, str], about: di
     Raises:
         InputError: a file can't be written.
     """
-    results = {"frame_map": 100 * scores.mean, **asdict(scores), **about, "torch": torch.__version__, **code_version()}
-    write_atomically(folder / RESULTS, lambda file: file.write(json.dumps(results, indent=1) + "\n"), binary=False)
+    results = {
+        "frame_map": 100 * scores.mean,
+        **asdict(scores),
+        **about,
+        "torch": torch.__version__,
+        **code_version(),
+    }
+    write_atomically(
+        folder / RESULTS, lambda file: file.write(json.dumps(results, indent=1) + "\n"), binary=False
+    )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["action", "name", "boxes", "average_precision"])
-    rows = [[number, actions[number], scores.truth[number], f"{100 * value:.2f}"] for number, value in scores.actions.items()]
+    rows = [
+        [number, actions[number], scores.truth[number], f"{100 * value:.2f}"]
+        for number, value in scores.actions.items()
+    ]
     writer.writerows(rows)
     write_atomically(folder / "actions.csv", lambda file: file.write(text.getvalue()), binary=False)
     print(
-        f"frame mAP at IoU 0.5: {100 * scores.mean:.2f} % over {len(scores.actions)} actions, {sum(scores.truth.values())} "
+        f"frame mAP at IoU 0.5: {100 * scores.mean:.2f} % over {len(scores.actions)} actions, "
+        f"{sum(scores.truth.values())} "
         f"annotations on {scores.key_frames} key frames, {scores.detections} detections counted"
     )
     width = max(len(name) for name in (*actions.values(), "action"))
@@ -328,8 +387,8 @@ def draw_frames(
     actions: dict[int, str],
     count: int,
 ) -> list[Path]:
-    """PNG files of `count` key frames, spread over the test: person boxes with numbers, and below, in words, what was
-    found (score at least 0.5, or the best) and what is annotated.
+    """PNG files of `count` key frames, spread over the test: person boxes with numbers, and below, in words,
+    what was found (score at least 0.5, or the best) and what is annotated.
 
     Raises:
         InputError: a file can't be written.
@@ -359,7 +418,10 @@ def _decode_key_frame(frame: KeyFrame) -> np.ndarray:
 
 
 def _captions(
-    frame: KeyFrame, scores: Sequence[Sequence[float]], truth: Sequence[AvaBox] | None, actions: dict[int, str]
+    frame: KeyFrame,
+    scores: Sequence[Sequence[float]],
+    truth: Sequence[AvaBox] | None,
+    actions: dict[int, str],
 ) -> list[str]:
     names, lines = list(actions.values()), []
     for number, own in enumerate(scores, 1):
@@ -370,7 +432,9 @@ def _captions(
     for row in truth or ():
         if row.key == frame.key:
             annotated.setdefault(row.box, []).append(actions.get(row.action, str(row.action)))
-    order = sorted(annotated, key=lambda box: min(range(len(frame.boxes)), key=lambda i: _distance(box, frame.boxes[i])))
+    order = sorted(
+        annotated, key=lambda box: min(range(len(frame.boxes)), key=lambda i: _distance(box, frame.boxes[i]))
+    )
     for box in order:
         nearest = min(range(len(frame.boxes)), key=lambda i: _distance(box, frame.boxes[i])) + 1
         lines.append(f"nearest to box {nearest}, annotated: {', '.join(annotated[box])}")
@@ -382,16 +446,21 @@ def _distance(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _draw(picture: np.ndarray, frame: KeyFrame, lines: Sequence[str]) -> Image.Image:
-    """The picture at least 384 pixels wide, white boxes with black edges (readable in greyscale), and lines below."""
+    """The picture at least 384 pixels wide, white boxes with black edges (readable in greyscale), and lines
+    below."""
     scale = max(1, -(-384 // picture.shape[1]))
-    image = Image.fromarray(picture).resize((picture.shape[1] * scale, picture.shape[0] * scale), Image.Resampling.NEAREST)
+    image = Image.fromarray(picture).resize(
+        (picture.shape[1] * scale, picture.shape[0] * scale), Image.Resampling.NEAREST
+    )
     title = f"{frame.video}, {frame.timestamp} s"
     sheet = Image.new("RGB", (image.width, image.height + 16 * (len(lines) + 1) + 6), "white")
     sheet.paste(image)
     draw = ImageDraw.Draw(sheet)
     for number, box in enumerate(frame.boxes, 1):
         corners = [round(share * side) for share, side in zip(box, (image.width, image.height) * 2)]
-        draw.rectangle([corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1], outline="black", width=4)
+        draw.rectangle(
+            [corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1], outline="black", width=4
+        )
         draw.rectangle(corners, outline="white", width=2)
         draw.rectangle([corners[0], corners[1], corners[0] + 12, corners[1] + 13], fill="white")
         draw.text((corners[0] + 3, corners[1] + 1), str(number), fill="black")

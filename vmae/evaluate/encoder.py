@@ -1,4 +1,5 @@
-"""The encoder of any checkpoint, pre-trained or fine-tuned, and the clip to show it: for `attention` and `pca`."""
+"""The encoder of any checkpoint, pre-trained or fine-tuned, and the clip to show it: for `attention` and
+`pca`."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ class LoadedEncoder:
 def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that `load_encoder_from_args` reads."""
     parser.add_argument("video", metavar="VIDEO", help="a video file")
-    parser.add_argument("--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     clip = parser.add_argument_group("how the video is seen (default: as in training)")
     clip.add_argument("--stride", type=STRIDE, help="frames from one sampled frame to the next")
@@ -101,8 +104,11 @@ def load_encoder(
     own, note = source_config(settings, state, path, preset, *source)
     state = plain_names(state)
     pretrained = any(name.startswith("encoder.") for name in state)
-    # A pre-trained encoder ends with a norm over each token, as that of a classifier which pools the first one does.
-    pooling = "first" if pretrained else settings.get("pooling", "mean" if "fc_norm.weight" in state else "first")
+    # A pre-trained encoder ends with a norm over each token, as that of a classifier which pools the first
+    # one does.
+    pooling = (
+        "first" if pretrained else settings.get("pooling", "mean" if "fc_norm.weight" in state else "first")
+    )
     model = build_classifier(at_size(own, **(changes or {})), 0, pooling=pooling)
     start_classifier(model, path, grid=own.pos_grid or own.grid, state=state)
     clip = settings.get("clip", {})
@@ -110,11 +116,15 @@ def load_encoder(
     return LoadedEncoder(model.eval(), path, pretrained, clip.get("sampling", "dense"), stride, note)
 
 
-def middle_clip(video: str | Path, config: ModelConfig, stride: int, sampling: str = "dense") -> tuple[Tensor, list[int]]:
-    """The clip from the middle of a video, the largest centred crop of the model's shape; decoded in a worker, see `guarded`.
+def middle_clip(
+    video: str | Path, config: ModelConfig, stride: int, sampling: str = "dense"
+) -> tuple[Tensor, list[int]]:
+    """The clip from the middle of a video, the largest centred crop of the model's shape; decoded in a
+    worker, see `guarded`.
 
     Args:
-        sampling: "dense", the published sampling with `stride`; or "sparse", frames spread over the whole video.
+        sampling: "dense", the published sampling with `stride`; or "sparse", frames spread over the whole
+            video.
 
     Returns:
         uint8 [1, T, H, W, 3], and the T frame numbers.
@@ -125,7 +135,9 @@ def middle_clip(video: str | Path, config: ModelConfig, stride: int, sampling: s
     return guarded(functools.partial(_decode_middle, config=config, stride=stride, sampling=sampling), video)
 
 
-def _decode_middle(video: str | Path, config: ModelConfig, stride: int, sampling: str) -> tuple[Tensor, list[int]]:
+def _decode_middle(
+    video: str | Path, config: ModelConfig, stride: int, sampling: str
+) -> tuple[Tensor, list[int]]:
     with open_video(video) as reader:
         starts = clip_starts(len(reader), config.num_frames, stride)
         if sampling == "sparse":

@@ -1,9 +1,11 @@
-"""`python -m vmae features`: what a fine-tuned encoder sees in each window of a video, for temporal detection.
+"""`python -m vmae features`: what a fine-tuned encoder sees in each window of a video, for temporal
+detection.
 
-As published for THUMOS14 and FineAction (VideoMAE V2, section 4.4, and its released script): windows of 16 frames that follow
-each other, frames stretched to a square, values in [0, 1] and not normalised, the pooled features before the head.
-`DIR/VIDEO.npy` is float32 [windows, D]; ActionFormer reads it as it is. Each frame is decoded and resized once, each tubelet
-embedded once where windows share tubelets, and windows go through the model in batches.
+As published for THUMOS14 and FineAction (VideoMAE V2, section 4.4, and its released script): windows of 16
+frames that follow each other, frames stretched to a square, values in [0, 1] and not normalised, the pooled
+features before the head. `DIR/VIDEO.npy` is float32 [windows, D]; ActionFormer reads it as it is. Each frame
+is decoded and resized once, each tubelet embedded once where windows share tubelets, and windows go through
+the model in batches.
 """
 
 from __future__ import annotations
@@ -74,15 +76,21 @@ class WindowConfig(_Checked):
 
 
 def resized(frames: Sequence[np.ndarray | Tensor], config: WindowConfig) -> Tensor:
-    """float32 [T, 3, H, W] in [0, 1] (or normalised), from uint8 frames: bilinear without antialiasing, as published.
-    Tensors [3, H, W] are frames that were resized before.
+    """float32 [T, 3, H, W] in [0, 1] (or normalised), from uint8 frames: bilinear without antialiasing, as
+    published. Tensors [3, H, W] are frames that were resized before.
 
-    Frame by frame, and divided when small: 4 frames of 1280 x 720 to 224 x 224 take 3 ms of a core instead of 38.
+    Frame by frame, and divided when small: 4 frames of 1280 x 720 to 224 x 224 take 3 ms of a core instead of
+    38.
     """
     if isinstance(frames[0], Tensor):
         return torch.stack(frames)
     whole = (torch.from_numpy(frame).permute(2, 0, 1)[None].float() for frame in frames)
-    pixels = torch.cat([F.interpolate(one, size=config.size, mode="bilinear", align_corners=False) for one in whole]) / 255
+    pixels = (
+        torch.cat(
+            [F.interpolate(one, size=config.size, mode="bilinear", align_corners=False) for one in whole]
+        )
+        / 255
+    )
     if config.normalize:
         mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         pixels = (pixels - mean) / std
@@ -95,11 +103,12 @@ def windows(
     prepare: Callable[[list[np.ndarray]], Iterable[Tensor]] | None = None,
     unit: int = 1,
 ) -> Iterator[list[Tensor]]:
-    """The windows of a video, in order; every frame is prepared once, and no more than a window's frames are kept.
+    """The windows of a video, in order; every frame is prepared once, and no more than a window's frames are
+    kept.
 
     Args:
-        prepare: gets some frames that follow each other and gives a tensor for every `unit` of them, which divides window and
-            step; `resized`, if None: [3, H, W] of each frame.
+        prepare: gets some frames that follow each other and gives a tensor for every `unit` of them, which
+            divides window and step; `resized`, if None: [3, H, W] of each frame.
 
     Yields:
         The tensors of a window.
@@ -119,7 +128,9 @@ def windows(
             first += config.step
 
 
-def extract(model: Classifier, entry: VideoEntry, config: WindowConfig, *, batch_size: int, device: torch.device) -> np.ndarray:
+def extract(
+    model: Classifier, entry: VideoEntry, config: WindowConfig, *, batch_size: int, device: torch.device
+) -> np.ndarray:
     """float32 [windows, D] of a video.
 
     Raises:
@@ -132,9 +143,15 @@ def extract(model: Classifier, entry: VideoEntry, config: WindowConfig, *, batch
 
 
 def extract_videos(
-    model: Classifier, entries: Sequence[VideoEntry], config: WindowConfig, *, batch_size: int, device: torch.device
+    model: Classifier,
+    entries: Sequence[VideoEntry],
+    config: WindowConfig,
+    *,
+    batch_size: int,
+    device: torch.device,
 ) -> Iterator[np.ndarray | DecodeError]:
-    """float32 [windows, D] of each video in order, or what is wrong with it; see `features_of`. A worker decodes ahead."""
+    """float32 [windows, D] of each video in order, or what is wrong with it; see `features_of`. A worker
+    decodes ahead."""
     chunk = max(_STREAM_BYTES // (12 * math.prod(config.size)), 1)
     videos = guarded_streams(functools.partial(_read_frames, config=config), entries, chunk=chunk)
     for found in features_of(model, videos, config, batch_size=batch_size, device=device):
@@ -145,7 +162,9 @@ def _read_frames(entry: VideoEntry, config: WindowConfig) -> Iterator[Tensor]:
     """float32 [3, H, W] of every frame; see `resized`."""
     with open_video(entry) as reader:
         if not config.starts(len(reader)):
-            raise DecodeError(f"{entry.path}: has {len(reader)} frames, fewer than a window of {config.frames}")
+            raise DecodeError(
+                f"{entry.path}: has {len(reader)} frames, fewer than a window of {config.frames}"
+            )
         for frame in reader.iterate():
             yield resized([frame], config)[0]
 
@@ -158,11 +177,13 @@ def features_of(
     batch_size: int,
     device: torch.device,
 ) -> Iterator[Tensor | DecodeError]:
-    """float32 [windows, D], on the CPU, of each video's frames (see `resized`); or the error met while reading them.
+    """float32 [windows, D], on the CPU, of each video's frames (see `resized`); or the error met while
+    reading them.
 
-    Windows go through the model `batch_size` at once, those of a video's end with those of the next one's start. A tubelet
-    is embedded once for all windows that it is in, where the step lets windows share tubelets: patch embedding is the
-    same everywhere, positions come later. What follows sees positions, and can't be shared.
+    Windows go through the model `batch_size` at once, those of a video's end with those of the next one's
+    start. A tubelet is embedded once for all windows that it is in, where the step lets windows share
+    tubelets: patch embedding is the same everywhere, positions come later. What follows sees positions, and
+    can't be shared.
     """
     shares = config.step < config.frames and config.step % model.config.tubelet_size == 0
     waiting: list[tuple[int, Tensor]] = []
@@ -178,7 +199,13 @@ def features_of(
         """What is complete of the videos before this one."""
         while found and (number := next(iter(found))) < before:
             own = found.pop(number)
-            yield own if isinstance(own, DecodeError) else torch.stack(own) if own else torch.empty(0, model.config.embed_dim)
+            yield (
+                own
+                if isinstance(own, DecodeError)
+                else torch.stack(own)
+                if own
+                else torch.empty(0, model.config.embed_dim)
+            )
 
     number = -1
     for number, frames in enumerate(videos):
@@ -199,13 +226,17 @@ def features_of(
     yield from ready(number + 1)
 
 
-def _clips(model: Classifier, frames: Iterable[np.ndarray], config: WindowConfig, device: torch.device) -> Iterator[Tensor]:
+def _clips(
+    model: Classifier, frames: Iterable[np.ndarray], config: WindowConfig, device: torch.device
+) -> Iterator[Tensor]:
     """[3, T, H, W] of each window."""
     for window in windows(frames, config):
         yield torch.stack(window, dim=1).to(device)
 
 
-def _embedded(model: Classifier, frames: Iterable[np.ndarray], config: WindowConfig, device: torch.device) -> Iterator[Tensor]:
+def _embedded(
+    model: Classifier, frames: Iterable[np.ndarray], config: WindowConfig, device: torch.device
+) -> Iterator[Tensor]:
     """[N, D] of each window, before positions."""
 
     @torch.inference_mode()
@@ -227,27 +258,37 @@ def _features(model: Classifier, clips: Tensor, config: WindowConfig, embedded: 
     return found
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     parser.add_argument("data", metavar="LIST|DIR|VIDEO", help="a list of videos, a folder of them, or one")
     parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the features, NAME.npy for each video")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder for the features, NAME.npy for each video"
+    )
     add_model_arguments(parser)
     result = parser.add_argument_group("settings that change results")
-    result.add_argument("--like", choices=list(PUBLISHED_STEPS), default="thumos14", help="published step: 4, or 16 frames")
     result.add_argument(
-        "--step", type=limits(WindowConfig, "step"), help="frames from one window to the next, instead of --like"
+        "--like", choices=list(PUBLISHED_STEPS), default="thumos14", help="published step: 4, or 16 frames"
     )
-    result.add_argument("--normalize", action="store_true", help="ImageNet's mean and deviation; published: none")
+    result.add_argument(
+        "--step",
+        type=limits(WindowConfig, "step"),
+        help="frames from one window to the next, instead of --like",
+    )
+    result.add_argument(
+        "--normalize", action="store_true", help="ImageNet's mean and deviation; published: none"
+    )
     result.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
     speed = parser.add_argument_group("settings that change speed only")
     speed.add_argument("--batch-size", type=BATCH, default=8, help="windows at once (8)")
     speed.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     speed.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
-    speed.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
+    speed.add_argument(
+        "--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -262,13 +303,19 @@ def run(args: argparse.Namespace) -> int:
         model = loaded.model.to(parallel.device)
         step = PUBLISHED_STEPS[args.like] if args.step is None else args.step
         size = model.config.image_hw
-        config = WindowConfig(frames=model.config.num_frames, step=step, size=size, normalize=args.normalize, dtype=args.dtype)
+        config = WindowConfig(
+            frames=model.config.num_frames, step=step, size=size, normalize=args.normalize, dtype=args.dtype
+        )
         with parallel.hold(folder, "features being made"):
-            parallel.on_main(lambda: settle_folder(folder, config, model, dict(zip(targets, entries)), str(loaded.path)))
+            parallel.on_main(
+                lambda: settle_folder(folder, config, model, dict(zip(targets, entries)), str(loaded.path))
+            )
             if parallel.is_main:
                 print(loaded.note, flush=True)
             mine = list(zip(entries, targets))[parallel.rank :: parallel.world_size]
-            failed = extract_all(model, mine, config, batch_size=args.batch_size, device=parallel.device, show=parallel.is_main)
+            failed = extract_all(
+                model, mine, config, batch_size=args.batch_size, device=parallel.device, show=parallel.is_main
+            )
             bad = int(parallel.exchange([len(failed)]).sum())
     for line in failed:
         print(f"cannot be decoded: {line}")
@@ -285,7 +332,8 @@ def extract_all(
     device: torch.device,
     show: bool = True,
 ) -> list[str]:
-    """Write the features of every video that has none yet, whole files only; the errors of those that cannot be decoded."""
+    """Write the features of every video that has none yet, whole files only; the errors of those that cannot
+    be decoded."""
     left = [(entry, path) for entry, path in pairs if not path.exists()]
     videos = extract_videos(model, [entry for entry, _ in left], config, batch_size=batch_size, device=device)
     failed = []
@@ -324,7 +372,9 @@ def name_targets(entries: Sequence[VideoEntry], folder: Path) -> list[Path]:
     for entry in entries:
         name = Path(entry.path).stem if entry.kind == "video" else Path(entry.path).name
         if name in names:
-            raise InputError(f"{names[name]} and {entry.path} would both become {name}.npy; give them names of their own")
+            raise InputError(
+                f"{names[name]} and {entry.path} would both become {name}.npy; give them names of their own"
+            )
         names[name] = entry.path
     return [folder / f"{name}.npy" for name in names]
 
@@ -338,16 +388,29 @@ def settle_folder(
         videos: by the file of their features; others than those of an earlier start are added.
 
     Raises:
-        InputError: the folder holds features of another model or of other windows, or of another video under a name.
+        InputError: the folder holds features of another model or of other windows, or of another video under
+            a name.
     """
     # The head is behind the features.
-    about = {"windows": {**config.__dict__, "size": list(config.size)}, **model_identity(model, without=("head.",))}
+    about = {
+        "windows": {**config.__dict__, "size": list(config.size)},
+        **model_identity(model, without=("head.",)),
+    }
     settle(folder / SETTINGS, about, "features of other weights or windows", checkpoint=checkpoint)
-    before, sources = _read_sources(folder), {path.name: frames_identity(entry) for path, entry in videos.items()}
+    before, sources = (
+        _read_sources(folder),
+        {path.name: frames_identity(entry) for path, entry in videos.items()},
+    )
     for path in videos:
         if path.exists() and before.get(path.name) != sources[path.name]:
-            known = f"is of {before[path.name][0]}" if path.name in before else f"is of a video that {SOURCES} does not name"
-            raise InputError(f"{path} {known}, not of {sources[path.name][0]}; choose another --output, or remove it")
+            known = (
+                f"is of {before[path.name][0]}"
+                if path.name in before
+                else f"is of a video that {SOURCES} does not name"
+            )
+            raise InputError(
+                f"{path} {known}, not of {sources[path.name][0]}; choose another --output, or remove it"
+            )
     text = json.dumps({**before, **sources}) + "\n"
     write_atomically(folder / SOURCES, lambda file: file.write(text), binary=False)
 

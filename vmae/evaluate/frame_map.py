@@ -1,15 +1,16 @@
-"""Frame mAP of detections by the rules of AVA (the ActivityNet challenge's get_ava_performance.py, PASCAL VOC at IoU 0.5).
+"""Frame mAP of detections by the rules of AVA (the ActivityNet challenge's get_ava_performance.py, PASCAL VOC
+at IoU 0.5).
 
-Of each key frame the 50 best detections count, over all its boxes and listed actions. For each action, detections are taken
-by falling score; one is right if the ground truth that it overlaps most has an IoU of at least 0.5 and was not found
-before. Average precision is the area under precision, interpolated from the right, over recall; its mean is over the
-listed actions that have ground truth. Excluded key frames count nowhere; a detection on any other key frame that has
-no ground truth is wrong.
+Of each key frame the 50 best detections count, over all its boxes and listed actions. For each action,
+detections are taken by falling score; one is right if the ground truth that it overlaps most has an IoU of at
+least 0.5 and was not found before. Average precision is the area under precision, interpolated from the
+right, over recall; its mean is over the listed actions that have ground truth. Excluded key frames count
+nowhere; a detection on any other key frame that has no ground truth is wrong.
 
-The published code leaves ties open (they come as its sort leaves them). Here the order of the rows does not count: equal scores
-of an action count as one, precision being that at the end of their group; of equal scores at the limit of 50, smaller
-action ids come first, then boxes by their coordinates, and of ground truth boxes that a detection overlaps equally the
-first by coordinates is taken.
+The published code leaves ties open (they come as its sort leaves them). Here the order of the rows does not
+count: equal scores of an action count as one, precision being that at the end of their group; of equal scores
+at the limit of 50, smaller action ids come first, then boxes by their coordinates, and of ground truth boxes
+that a detection overlaps equally the first by coordinates is taken.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def box_iou(a: Box, b: Box) -> float:
     return overlap / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - overlap)
 
 
-def average_precision(truth: Sequence[AvaBox], found: Sequence[AvaBox], threshold: float = THRESHOLD) -> float:
+def average_precision(
+    truth: Sequence[AvaBox], found: Sequence[AvaBox], threshold: float = THRESHOLD
+) -> float:
     """Of one action; 0 where nothing was found.
 
     Args:
@@ -94,13 +97,20 @@ def frame_map(
     """
     listed, skipped = set(actions), set(excluded)
     if wrong := next((row for row in found if math.isnan(row.score)), None):
-        raise InputError(f"a detection of action {wrong.action} on {wrong.video}, {wrong.timestamp} s has no score (NaN)")
+        raise InputError(
+            f"a detection of action {wrong.action} on {wrong.video}, {wrong.timestamp} s has no score (NaN)"
+        )
     truth = [row for row in truth if row.action in listed and row.key not in skipped]
     found = _best([row for row in found if row.action in listed and row.key not in skipped], per_frame)
     if not truth:
-        raise InputError("no ground truth to compare with: no box of a listed action on a key frame that is not excluded")
+        raise InputError(
+            "no ground truth to compare with: no box of a listed action on a key frame that is not excluded"
+        )
     truth_of, found_of = _by_action(truth), _by_action(found)
-    values = {action: average_precision(rows, found_of.get(action, []), threshold) for action, rows in sorted(truth_of.items())}
+    values = {
+        action: average_precision(rows, found_of.get(action, []), threshold)
+        for action, rows in sorted(truth_of.items())
+    }
     return FrameScores(
         mean=sum(values.values()) / len(values),
         actions=values,
@@ -114,7 +124,9 @@ def _best(found: Sequence[AvaBox], per_frame: int | None) -> list[AvaBox]:
     frames: dict[Key, list[AvaBox]] = defaultdict(list)
     for row in found:
         frames[row.key].append(row)
-    by_rank = {key: sorted(rows, key=lambda row: (-row.score, row.action, row.box)) for key, rows in frames.items()}
+    by_rank = {
+        key: sorted(rows, key=lambda row: (-row.score, row.action, row.box)) for key, rows in frames.items()
+    }
     return [row for rows in by_rank.values() for row in rows[:per_frame]]
 
 

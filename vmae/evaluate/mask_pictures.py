@@ -1,4 +1,5 @@
-"""`python -m vmae masks`: every type of mask as one picture, with its ratio and its counts; no checkpoint needed."""
+"""`python -m vmae masks`: every type of mask as one picture, with its ratio and its counts; no checkpoint
+needed."""
 
 from __future__ import annotations
 
@@ -22,13 +23,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     add_output_arguments(parser, "masks.png")
     parser.add_argument("--model", default="vit_b", help="preset whose grid to take (vit_b)")
-    parser.add_argument("--grid", metavar="T,Y,X", help="tokens along time, height and width, instead of a preset's")
-    parser.add_argument("--encoder-mask", default="tube", help="that the decoder's masks are drawn with (tube)")
     parser.add_argument(
-        "--encoder-ratio", type=limits(MaskConfig, "encoder_ratio"), default=0.9, help="share hidden from the encoder (0.9)"
+        "--grid", metavar="T,Y,X", help="tokens along time, height and width, instead of a preset's"
     )
     parser.add_argument(
-        "--decoder-ratio", type=limits(MaskConfig, "decoder_ratio"), default=0.5, help="share that the decoder leaves out (0.5)"
+        "--encoder-mask", default="tube", help="that the decoder's masks are drawn with (tube)"
+    )
+    parser.add_argument(
+        "--encoder-ratio",
+        type=limits(MaskConfig, "encoder_ratio"),
+        default=0.9,
+        help="share hidden from the encoder (0.9)",
+    )
+    parser.add_argument(
+        "--decoder-ratio",
+        type=limits(MaskConfig, "decoder_ratio"),
+        default=0.5,
+        help="share that the decoder leaves out (0.5)",
     )
     parser.add_argument("--seed", type=SEED, default=0, help="of every mask (0)")
 
@@ -37,7 +48,9 @@ def run(args: argparse.Namespace) -> None:
     """The command: draw each mask, tell its counts, write."""
     outputs = outputs_of(args, Path("masks.png"))
     grid = ModelConfig.preset(args.model).grid if args.grid is None else parse_grid(args.grid)
-    config = MaskConfig(encoder=args.encoder_mask, encoder_ratio=args.encoder_ratio, decoder_ratio=args.decoder_ratio)
+    config = MaskConfig(
+        encoder=args.encoder_mask, encoder_ratio=args.encoder_ratio, decoder_ratio=args.decoder_ratio
+    )
     panels = draw_masks(grid, config, args.seed)
     of = "" if args.grid else f" ({args.model})"
     title = f"grid of {' x '.join(map(str, grid))} tokens{of}, seed {args.seed}"
@@ -56,9 +69,13 @@ def parse_grid(text: str) -> Grid:
     try:
         frames, rows, columns = (int(word) for word in text.split(","))
     except ValueError:
-        raise InputError(f"--grid {text}: give three whole numbers, time,rows,columns, such as 8,14,14") from None
+        raise InputError(
+            f"--grid {text}: give three whole numbers, time,rows,columns, such as 8,14,14"
+        ) from None
     if min(frames, rows, columns) < 1 or frames * rows * columns > MAX_TOKENS:
-        raise InputError(f"--grid {text}: every number must be at least 1, and their product at most {MAX_TOKENS:,}")
+        raise InputError(
+            f"--grid {text}: every number must be at least 1, and their product at most {MAX_TOKENS:,}"
+        )
     return frames, rows, columns
 
 
@@ -67,7 +84,9 @@ def draw_masks(grid: Grid, config: MaskConfig, seed: int) -> list[Panel]:
 
     A mask that this grid or ratio does not allow gets a grey panel, whose caption says why.
     """
-    kinds = [(kind, _encoder_cells) for kind in ENCODER_MASKS] + [(kind, _decoder_cells) for kind in DECODER_MASKS]
+    kinds = [(kind, _encoder_cells) for kind in ENCODER_MASKS] + [
+        (kind, _decoder_cells) for kind in DECODER_MASKS
+    ]
     panels = []
     for kind, draw in kinds:
         side = "encoder" if draw is _encoder_cells else "decoder"
@@ -100,16 +119,20 @@ def _decoder_cells(grid: Grid, config: MaskConfig, kind: str, seed: int) -> tupl
     mask = _sample(grid, config.replace(decoder=kind), seed)
     hidden, left_out = (masked[0].numpy() for masked in mask.to_bool())
     counted, picked = int(mask.weight.sum()), int((~left_out).sum())
-    ratio = "no ratio (all that the encoder did not see)" if kind == "none" else f"ratio {config.decoder_ratio:g}"
+    ratio = (
+        "no ratio (all that the encoder did not see)" if kind == "none" else f"ratio {config.decoder_ratio:g}"
+    )
     words = (
-        f"{ratio}; {picked} of {mask.num_tokens} tokens picked (white), others left out (dark); with the encoder's "
+        f"{ratio}; {picked} of {mask.num_tokens} tokens picked (white), others left out (dark); with the "
+        "encoder's "
         f"{config.encoder} mask, whose tokens are dotted, {counted} are counted by the loss"
     )
     return words, cell_frames(~left_out, ~hidden, grid)
 
 
 def cell_frames(white: np.ndarray, dotted: np.ndarray, grid: Grid) -> np.ndarray:
-    """uint8 [T', rows * CELL + 1, columns * CELL + 1, 3]: a square for each token, dotted in the other shade or not.
+    """uint8 [T', rows * CELL + 1, columns * CELL + 1, 3]: a square for each token, dotted in the other shade
+    or not.
 
     Args:
         white, dotted: bool [N].

@@ -1,9 +1,10 @@
 """`python -m vmae moving-segments OUT`: videos of several motions one after another, for temporal detection.
 
-The shapes of `vmae.data.moving_shapes`. A video is rest, motion, rest, motion, ..., rest; which motion, how long and how
-fast is drawn for each part, and each goes on from where the one before ended. So neither a single frame nor the
-time since the start tells what happens. Beside the videos: the dataset file that ActionFormer reads, and short clips of a
-single motion (or of rest) with their list, to fine-tune a classifier for features.
+The shapes of `vmae.data.moving_shapes`. A video is rest, motion, rest, motion, ..., rest; which motion, how
+long and how fast is drawn for each part, and each goes on from where the one before ended. So neither a
+single frame nor the time since the start tells what happens. Beside the videos: the dataset file that
+ActionFormer reads, and short clips of a single motion (or of rest) with their list, to fine-tune a classifier
+for features.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ class SegmentsConfig(_Checked):
             raise InputError(f"size must be even, not {self.size}")
         least = 2 * _REST_S[1] + _MOTION_S[1]
         if self.seconds < least:
-            raise InputError(f"videos of {self.seconds} s are too short for a motion between rests: at least {least:.0f} s")
+            raise InputError(
+                f"videos of {self.seconds} s are too short for a motion between rests: at least {least:.0f} s"
+            )
         if unknown := [motion for motion in self.motions if motion not in VELOCITIES]:
             raise InputError(f"unknown motions: {', '.join(unknown)}; known: {', '.join(VELOCITIES)}")
         if len(set(self.motions)) != len(self.motions) or not self.motions:
@@ -74,7 +77,8 @@ class SegmentsConfig(_Checked):
 
 @dataclass(frozen=True)
 class Part:
-    """Frames `first` to `end` (not included) of a video: from each of them to the next the state moves by `speed` circles."""
+    """Frames `first` to `end` (not included) of a video: from each of them to the next the state moves by
+    `speed` circles."""
 
     motion: str
     first: int
@@ -118,10 +122,14 @@ def states_of(parts: Sequence[Part], seed: int) -> np.ndarray:
 
 
 def plan(config: SegmentsConfig) -> tuple[dict[str, list[Part]], dict[str, int], dict[str, int]]:
-    """Videos of several motions: name -> parts. Clips: name -> label (number in `motions`, then rest). All: name -> seed."""
+    """Videos of several motions: name -> parts. Clips: name -> label (number in `motions`, then rest). All:
+    name -> seed."""
     seeds = {
         f"{split}_{i:04}": zlib.crc32(split.encode()) << 32 | config.seed << 64 | i
-        for split, count in (*((s, getattr(config, s)) for s in SPLITS), ("clip", config.clips * (len(config.motions) + 1)))
+        for split, count in (
+            *((s, getattr(config, s)) for s in SPLITS),
+            ("clip", config.clips * (len(config.motions) + 1)),
+        )
         for i in range(count)
     }
     several = {name: timeline(config, seed) for name, seed in seeds.items() if not name.startswith("clip_")}
@@ -133,7 +141,8 @@ def write_segments_world(folder: str | Path, config: SegmentsConfig) -> dict[str
     """Make `folder/videos/NAME.mp4` and `folder/clips/NAME.mp4` and the lists; what is there already stays.
 
     Returns:
-        Where each is: `videos` (a folder), `dataset` (ActionFormer's JSON, its subsets "training" and "test"), `clips` (list
+        Where each is: `videos` (a folder), `dataset` (ActionFormer's JSON, its subsets "training" and
+            "test"), `clips` (list
         of `path label` lines), `classes` (a name a line, rest last).
 
     Raises:
@@ -144,7 +153,9 @@ def write_segments_world(folder: str | Path, config: SegmentsConfig) -> dict[str
     several, clips, seeds = plan(config)
     names = [*config.motions, REST]
     shown = {f"videos/{name}": parts for name, parts in several.items()}
-    shown |= {f"clips/{name}": [clip_part(config, names[label], seeds[name])] for name, label in clips.items()}
+    shown |= {
+        f"clips/{name}": [clip_part(config, names[label], seeds[name])] for name, label in clips.items()
+    }
     for name, parts in tqdm(shown.items(), unit="video", disable=None):
         path, seed = folder / f"{name}.mp4", seeds[Path(name).name]
         if not path.exists():
@@ -156,7 +167,11 @@ def write_segments_world(folder: str | Path, config: SegmentsConfig) -> dict[str
     for name, lines in texts.items():
         text = "\n".join(lines) + "\n"
         write_atomically(folder / f"{name}.txt", lambda file, text=text: file.write(text), binary=False)
-    return {"videos": folder / "videos", "dataset": folder / "dataset.json", **{n: folder / f"{n}.txt" for n in texts}}
+    return {
+        "videos": folder / "videos",
+        "dataset": folder / "dataset.json",
+        **{n: folder / f"{n}.txt" for n in texts},
+    }
 
 
 def _claim(folder: Path, config: SegmentsConfig) -> None:
@@ -175,15 +190,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     parser.add_argument("output", metavar="OUT", help="folder for the videos and their lists")
     helps = {
-        "size": "side of the videos in pixels", "seconds": "of a video of several motions",
-        "training": "videos of several motions to train a detector", "test": "videos of several motions to test it",
-        "clips": "short clips of each motion, for a classifier", "clip_frames": "frames of a short clip",
+        "size": "side of the videos in pixels",
+        "seconds": "of a video of several motions",
+        "training": "videos of several motions to train a detector",
+        "test": "videos of several motions to test it",
+        "clips": "short clips of each motion, for a classifier",
+        "clip_frames": "frames of a short clip",
         "seed": "of everything random",
-    }  # fmt: skip
+    }
     for name, text in helps.items():
         default = getattr(SegmentsConfig, name)
         parser.add_argument(
-            f"--{name.replace('_', '-')}", type=limits(SegmentsConfig, name), default=default, help=f"{text} ({default})"
+            f"--{name.replace('_', '-')}",
+            type=limits(SegmentsConfig, name),
+            default=default,
+            help=f"{text} ({default})",
         )
     known = ", ".join(VELOCITIES)
     text = f"of {known} (default: {' '.join(MOTIONS)})"

@@ -1,7 +1,8 @@
-"""`python -m vmae pca VIDEO`: the first three principal components of the encoder's tokens, as colours beside the video.
+"""`python -m vmae pca VIDEO`: the first three principal components of the encoder's tokens, as colours beside
+the video.
 
-One analysis over all tokens of the clip, so that a colour means the same in every frame; what moves keeps its colour where the
-encoder tells things apart.
+One analysis over all tokens of the clip, so that a colour means the same in every frame; what moves keeps its
+colour where the encoder tells things apart.
 
 Legend: N tokens, D width.
 """
@@ -42,7 +43,9 @@ def run(args: argparse.Namespace) -> None:
     with torch.no_grad():
         tokens_ND = model.to(device).tokens(clip.to(device))[0]
     scores, shares = principal_components(tokens_ND.cpu())
-    title = f"{loaded.describe()}; principal components of its tokens after the last block, over the whole clip"
+    title = (
+        f"{loaded.describe()}; principal components of its tokens after the last block, over the whole clip"
+    )
     write_pictures(
         draw_components(scores, shares, clip[0].numpy(), config),
         outputs,
@@ -69,7 +72,9 @@ def principal_components(tokens_ND: Tensor) -> tuple[np.ndarray, np.ndarray]:
         InputError: fewer than three tokens or values, or a value that is not finite.
     """
     if min(tokens_ND.shape) < COMPONENTS:
-        raise InputError(f"tokens {list(tokens_ND.shape)}: three components need three tokens of three values at least")
+        raise InputError(
+            f"tokens {list(tokens_ND.shape)}: three components need three tokens of three values at least"
+        )
     if not torch.isfinite(tokens_ND).all():
         raise InputError("the encoder's tokens are not finite: the checkpoint, or the clip, is damaged")
     centred = tokens_ND.double() - tokens_ND.double().mean(0)
@@ -81,7 +86,9 @@ def principal_components(tokens_ND: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return scores.numpy(), shares.numpy()
 
 
-def draw_components(scores: np.ndarray, shares: np.ndarray, frames: np.ndarray, config: ModelConfig) -> list[Panel]:
+def draw_components(
+    scores: np.ndarray, shares: np.ndarray, frames: np.ndarray, config: ModelConfig
+) -> list[Panel]:
     """The input, the components as red, green and blue, and the first alone in grey."""
     low, high = np.quantile(scores, (TAILS, 1 - TAILS), axis=0)
     unit = (scores - low) / np.maximum(high - low, 1e-12)
@@ -90,6 +97,8 @@ def draw_components(scores: np.ndarray, shares: np.ndarray, frames: np.ndarray, 
     return [
         Panel(caption="input", frames=frames),
         Panel(caption=colours, frames=grey_frames(unit, config)),
-        Panel(caption=f"component 1 alone ({first} of the variance; black lowest, white highest)",
-              frames=grey_frames(unit[:, 0], config)),
-    ]  # fmt: skip
+        Panel(
+            caption=f"component 1 alone ({first} of the variance; black lowest, white highest)",
+            frames=grey_frames(unit[:, 0], config),
+        ),
+    ]

@@ -1,4 +1,5 @@
-"""Drawing that the commands share: labelled panels as a PNG grid, or as an animation with all panels of a moment side by side.
+"""Drawing that the commands share: labelled panels as a PNG grid, or as an animation with all panels of a
+moment side by side.
 
 Everything is said in words and in brightness, never in colour alone, so that a grey print shows it too.
 
@@ -24,7 +25,10 @@ from vmae.train.checks import check_output
 
 GREY = 128
 SUFFIXES = (".png", ".gif", ".mp4")
-SMALLEST_IN_GRID, SMALLEST_IN_MOMENT = 128, 192  # pixels of a frame's shorter side; smaller ones are enlarged, not smoothed
+SMALLEST_IN_GRID, SMALLEST_IN_MOMENT = (
+    128,
+    192,
+)  # pixels of a frame's shorter side; smaller ones are enlarged, not smoothed
 PANELS_ABREAST = 4  # of an animation
 LINE, MARGIN = 18, 4
 
@@ -47,10 +51,16 @@ class Panel:
 def add_output_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     """Flags that say what to write, for `outputs_of` and `write_pictures`."""
     parser.add_argument(
-        "--output", action="append", metavar="FILE", help=f".png, .gif or .mp4; give it again for more ({default})"
+        "--output",
+        action="append",
+        metavar="FILE",
+        help=f".png, .gif or .mp4; give it again for more ({default})",
     )
     parser.add_argument(
-        "--frames", type=Whole(1, 4096), default=8, help="columns of a PNG: moments shown, spread over the clip (8)"
+        "--frames",
+        type=Whole(1, 4096),
+        default=8,
+        help="columns of a PNG: moments shown, spread over the clip (8)",
     )
     parser.add_argument("--fps", type=Whole(1, 50), default=6, help="pictures a second of a GIF or MP4 (6)")
 
@@ -64,7 +74,9 @@ def outputs_of(args: argparse.Namespace, default: Path) -> list[Path]:
     paths = [Path(name) for name in args.output or [default]]
     for path in paths:
         if path.suffix.lower() not in SUFFIXES:
-            raise InputError(f"output {path}: give a name that ends with .png (a picture), .gif or .mp4 (an animation)")
+            raise InputError(
+                f"output {path}: give a name that ends with .png (a picture), .gif or .mp4 (an animation)"
+            )
         if path.is_dir():
             raise InputError(f"output {path} is a folder")
         check_output(path.parent)
@@ -109,7 +121,9 @@ def write_pictures(
         if path.suffix.lower() == ".mp4":
             write_video(path, [_even(picture) for picture in pictures], fps)
         else:
-            about = dict(format="GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
+            about = dict(
+                format="GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
+            )
             write_atomically(path, lambda file, first=pictures[0], about=about: first.save(file, **about))
 
 
@@ -127,7 +141,8 @@ def draw_grid(panels: Sequence[Panel], moments: Sequence[tuple[int, str]], title
     heading = _wrapped(title, whole, font)
     captions = [_wrapped(panel.caption, whole, font) for panel in panels]
     tops = np.cumsum(
-        [LINE * (len(heading) + 1) + MARGIN] + [LINE * len(lines) + MARGIN + height + MARGIN for lines in captions]
+        [LINE * (len(heading) + 1) + MARGIN]
+        + [LINE * len(lines) + MARGIN + height + MARGIN for lines in captions]
     )
     picture = Image.new("RGB", (whole + 2 * MARGIN, int(tops[-1]) + MARGIN), "white")
     pen = ImageDraw.Draw(picture)
@@ -207,7 +222,8 @@ def _font(size: int):
 
 
 def grey_frames(tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """uint8 [T, H, W, 3]: a value for each token, [N] or [N, 3], 0 black to 1 white, as large as its tubelet."""
+    """uint8 [T, H, W, 3]: a value for each token, [N] or [N, 3], 0 black to 1 white, as large as its
+    tubelet."""
     cells = np.clip(tokens, 0, 1).reshape(*config.grid, -1)
     cells = np.broadcast_to((255 * cells).round().astype(np.uint8), (*config.grid, 3))
     for axis, times in enumerate((config.tubelet_size, config.patch_size, config.patch_size)):

@@ -24,13 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", metavar="FILE", help="class names, where the checkpoint has none")
     parser.add_argument("--top", type=CLASSES, default=5, help="classes to name (5)")
     parser.add_argument(
-        "--segments", type=limits(ViewConfig, "segments"), help="clips of the video in time (5; 2 for sparse sampling)"
+        "--segments",
+        type=limits(ViewConfig, "segments"),
+        help="clips of the video in time (5; 2 for sparse sampling)",
     )
     parser.add_argument("--crops", type=limits(ViewConfig, "crops"), help="of each clip (3)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     parser.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
-    parser.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
+    parser.add_argument(
+        "--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,7 +50,11 @@ def run(args: argparse.Namespace) -> None:
     loaded.model.to(device)
     found = top_classes(loaded, args.video, views, names, args.top)
     if args.json:
-        print(json.dumps({"video": args.video, "classes": [{"name": name, "probability": p} for name, p in found]}))
+        print(
+            json.dumps(
+                {"video": args.video, "classes": [{"name": name, "probability": p} for name, p in found]}
+            )
+        )
         return
     for name, probability in found:
         print(f"{100 * probability:6.2f} %  {name}")

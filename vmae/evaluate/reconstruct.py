@@ -1,4 +1,5 @@
-"""`python -m vmae reconstruct VIDEO`: what a checkpoint makes of a video, as a picture or an animation, and its loss.
+"""`python -m vmae reconstruct VIDEO`: what a checkpoint makes of a video, as a picture or an animation, and
+its loss.
 
 Legend: T frames, H x W pixels, N tokens, P values of a tubelet in order (t, h, w, c).
 """
@@ -51,11 +52,15 @@ class Reconstruction:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     parser.add_argument("video", metavar="VIDEO", help="a video file")
-    parser.add_argument("--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights"
+    )
     add_output_arguments(parser, "reconstruct-VIDEO.png beside the checkpoint")
     parser.add_argument("--seed", type=SEED, default=0, help="of the mask (0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
-    parser.add_argument("--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)")
+    parser.add_argument(
+        "--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)"
+    )
     mask = parser.add_argument_group("mask and sampling (default: as in training)")
     mask.add_argument("--encoder-mask", help="tube, random, frame")
     mask.add_argument("--encoder-ratio", type=limits(MaskConfig, "encoder_ratio"))
@@ -64,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mask.add_argument("--stride", type=STRIDE, help="frames from one sampled frame to the next")
     model = add_source_arguments(parser)
     model.add_argument(
-        "--decoder-depth", type=limits(ModelConfig, "decoder_depth"), help="blocks of the decoder, if not the preset's"
+        "--decoder-depth",
+        type=limits(ModelConfig, "decoder_depth"),
+        help="blocks of the decoder, if not the preset's",
     )
 
 
@@ -74,12 +81,19 @@ def run(args: argparse.Namespace) -> None:
     path = find_weights(args.checkpoint)
     outputs = outputs_of(args, path.parent / f"reconstruct-{Path(args.video).stem}.png")
     source = (args.init_frames, args.init_size)
-    given = {"preset": args.model, "decoder_depth": args.decoder_depth, "source": source, "attention": args.attention}
+    given = {
+        "preset": args.model,
+        "decoder_depth": args.decoder_depth,
+        "source": source,
+        "attention": args.attention,
+    }
     model, settings = load_model(path, **given)
     mask_settings = mask_config(settings, args)
     stride = settings.get("stride", 4) if args.stride is None else args.stride
     clip, indices = middle_clip(args.video, model.config, stride)
-    mask = DualMask.sample(1, model.config.grid, **mask_settings.to_dict(), generator=torch.Generator().manual_seed(args.seed))
+    mask = DualMask.sample(
+        1, model.config.grid, **mask_settings.to_dict(), generator=torch.Generator().manual_seed(args.seed)
+    )
     result = reconstruct(model.to(device), clip.to(device), mask.to(device))
     print(
         f"loss {result.loss:.4f}; zero predictor {result.zero_loss:.4f}, "
@@ -104,7 +118,8 @@ def load_model(
     source: tuple[int | None, int | None] = (None, None),
     attention: str = "auto",
 ) -> tuple[Pretrainer, dict[str, Any]]:
-    """The model of a checkpoint, in eval mode on the CPU, and the settings it was trained with (empty if it holds none).
+    """The model of a checkpoint, in eval mode on the CPU, and the settings it was trained with (empty if it
+    holds none).
 
     Prints what was taken for granted of a file that does not say it.
 
@@ -117,12 +132,16 @@ def load_model(
     """
     settings, state = read_settings_and_weights(path)
     if not any(name.startswith("decoder.") for name in state):
-        raise InputError(f"{path} has no decoder, so it rebuilds nothing: give pre-trained weights, with their decoder")
+        raise InputError(
+            f"{path} has no decoder, so it rebuilds nothing: give pre-trained weights, with their decoder"
+        )
     overrides = {} if decoder_depth is None else {"decoder_depth": decoder_depth}
     config, note = source_config(settings, state, path, preset, *source, **overrides)
     if note:
         print(note, flush=True)
-    model = build_pretrainer(config, attention=attention, normalize_target=settings.get("normalize_target", True))
+    model = build_pretrainer(
+        config, attention=attention, normalize_target=settings.get("normalize_target", True)
+    )
     load_into(model, state, path)
     return model.eval(), settings
 
@@ -135,12 +154,15 @@ def mask_config(settings: dict[str, Any], args: argparse.Namespace) -> MaskConfi
         decoder=args.decoder_mask,
         decoder_ratio=args.decoder_ratio,
     )
-    return MaskConfig.from_dict({**settings.get("mask", {}), **{k: v for k, v in chosen.items() if v is not None}})
+    return MaskConfig.from_dict(
+        {**settings.get("mask", {}), **{k: v for k, v in chosen.items() if v is not None}}
+    )
 
 
 @torch.no_grad()
 def reconstruct(model: Pretrainer, clip: Tensor, mask: DualMask) -> Reconstruction:
-    """Predict every hidden tubelet of a clip: the picked ones, then, in a second pass, those that were not picked.
+    """Predict every hidden tubelet of a clip: the picked ones, then, in a second pass, those that were not
+    picked.
 
     Args:
         model: in eval mode.
@@ -159,13 +181,23 @@ def reconstruct(model: Pretrainer, clip: Tensor, mask: DualMask) -> Reconstructi
             chosen = DualMask.from_bool(~visible[None], ~selection[None]).to(clip.device)
             predicted_NP[selection] = model.predict(clip, chosen)[0].float()
     trivial = trivial_losses(clip, mask, config, model.normalize_target)
-    panels = _panels(model, clip, visible=visible, picked=picked, predicted_NP=predicted_NP, target_NP=target_NP)
+    panels = _panels(
+        model, clip, visible=visible, picked=picked, predicted_NP=predicted_NP, target_NP=target_NP
+    )
     loss = model(clip, mask).item()
-    return Reconstruction(panels=panels, loss=loss, zero_loss=trivial["zero"], visible_mean_loss=trivial["visible_mean"])
+    return Reconstruction(
+        panels=panels, loss=loss, zero_loss=trivial["zero"], visible_mean_loss=trivial["visible_mean"]
+    )
 
 
 def _panels(
-    model: Pretrainer, clip: Tensor, *, visible: Tensor, picked: Tensor, predicted_NP: Tensor, target_NP: Tensor
+    model: Pretrainer,
+    clip: Tensor,
+    *,
+    visible: Tensor,
+    picked: Tensor,
+    predicted_NP: Tensor,
+    target_NP: Tensor,
 ) -> list[Panel]:
     config = model.config
     tokens = torch.arange(config.num_tokens, dtype=torch.int32, device=clip.device)[None]
@@ -185,13 +217,19 @@ def _panels(
     passes = "" if bool((picked | visible).all()) else "; tubelets that were not picked: a second pass"
     borrowed = " (with the input's statistics)" if model.normalize_target else ""
     pixel_error = (
-        f"error in pixels (reconstruction{borrowed} minus input; black: none, white: {WHITE_ERROR} of 255 or more; "
+        f"error in pixels (reconstruction{borrowed} minus input; black: none, white: {WHITE_ERROR} of 255 or "
+        "more; "
         "outlined: not predicted)"
     )
     panels = [
         panel("input", pixels_NP),
         panel("encoder view (hidden tubelets grey)", pixels_NP, visible),
-        panel("decoder selection (picked tubelets shown, others grey; outlined: seen by the encoder)", pixels_NP, picked, True),
+        panel(
+            "decoder selection (picked tubelets shown, others grey; outlined: seen by the encoder)",
+            pixels_NP,
+            picked,
+            True,
+        ),
     ]
     if not model.normalize_target:
         caption, rebuilt_NP = "predicted pixels", 255 * predicted_NP
@@ -208,11 +246,14 @@ def _panels(
     return [
         *panels,
         panel(
-            f"prediction, normalised space (grey is 0, black and white are -/+{DEVIATIONS:g})", _shades(predicted_NP), ~visible
+            f"prediction, normalised space (grey is 0, black and white are -/+{DEVIATIONS:g})",
+            _shades(predicted_NP),
+            ~visible,
         ),
         panel("target, normalised space (what the prediction should be)", _shades(target_NP), ~visible),
         error(
-            f"error, normalised space (prediction minus target; black: none, white: {DEVIATIONS:g} or more; outlined: not "
+            f"error, normalised space (prediction minus target; black: none, white: {DEVIATIONS:g} or more; "
+            "outlined: not "
             "predicted)",
             predicted_NP - target_NP,
             DEVIATIONS,

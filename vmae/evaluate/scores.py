@@ -22,12 +22,13 @@ def score(records: Sequence[Record], labels: Sequence[tuple[int, ...]], num_clas
     """Scores in percent, of the videos that could be decoded.
 
     Args:
-        records: `video`, `top` ([class, probability] pairs, best first), and `scores` [K] for videos of several labels; or
-            `error` for a video that could not be decoded.
+        records: `video`, `top` ([class, probability] pairs, best first), and `scores` [K] for videos of
+            several labels; or `error` for a video that could not be decoded.
         labels: by video.
 
     Returns:
-        `videos`, `undecodable`, `top1`, `top5`, `mean_class_accuracy` (mean over the classes that have videos); with several
+        `videos`, `undecodable`, `top1`, `top5`, `mean_class_accuracy` (mean over the classes that have
+            videos); with several
         labels, `top1` counts any of them, and `mean_average_precision` is over the classes that have videos.
 
     Raises:
@@ -36,7 +37,9 @@ def score(records: Sequence[Record], labels: Sequence[tuple[int, ...]], num_clas
     good = [record for record in records if "error" not in record]
     for record in good:
         if np.isnan([p for _, p in record["top"]] + record.get("scores", [])).any():
-            raise InputError(f"the prediction of {record.get('path', record['video'])} is no number (NaN); {NO_NUMBERS}")
+            raise InputError(
+                f"the prediction of {record.get('path', record['video'])} is no number (NaN); {NO_NUMBERS}"
+            )
     found: dict[str, Any] = {"videos": len(good), "undecodable": len(records) - len(good)}
     if not good:
         return found
@@ -56,8 +59,8 @@ def score(records: Sequence[Record], labels: Sequence[tuple[int, ...]], num_clas
 
 
 def confusion(records: Sequence[Record], labels: Sequence[tuple[int, ...]], num_classes: int) -> np.ndarray:
-    """int64 [K, K]: videos by (label, best prediction); a video of several labels counts at the predicted one if that is
-    right, else at its first."""
+    """int64 [K, K]: videos by (label, best prediction); a video of several labels counts at the predicted one
+    if that is right, else at its first."""
     matrix = np.zeros((num_classes, num_classes), np.int64)
     for record in records:
         if "error" not in record:
@@ -67,7 +70,8 @@ def confusion(records: Sequence[Record], labels: Sequence[tuple[int, ...]], num_
 
 
 def mean_average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Mean over the classes that have positives of `average_precision`: scikit-learn's `average_precision_score`, macro.
+    """Mean over the classes that have positives of `average_precision`: scikit-learn's
+    `average_precision_score`, macro.
 
     Args:
         scores: float [videos, K].
@@ -83,7 +87,8 @@ def mean_average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Of one class: precision at the end of each group of equal scores, times the share of positives in the group, summed.
+    """Of one class: precision at the end of each group of equal scores, times the share of positives in the
+    group, summed.
 
     The order of the videos does not count. A constant score gives the share of positives.
 
@@ -104,11 +109,16 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
 
 def ends_of_ties(ordered: np.ndarray) -> np.ndarray:
     """int64: place of the last of each group of equal numbers, of an ordered array."""
-    return np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True)) if len(ordered) else np.empty(0, np.int64)
+    return (
+        np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
+        if len(ordered)
+        else np.empty(0, np.int64)
+    )
 
 
 def class_table(matrix: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each class that has videos: number, name, videos, accuracy in percent, and what it is taken for most."""
+    """A row for each class that has videos: number, name, videos, accuracy in percent, and what it is taken
+    for most."""
     rows = []
     for number in np.flatnonzero(matrix.sum(1)):
         row = matrix[number].copy()

@@ -1,9 +1,11 @@
-"""`python -m vmae serve`: a page on this machine; drop in a video, see masks, what the model rebuilds, and classes.
+"""`python -m vmae serve`: a page on this machine; drop in a video, see masks, what the model rebuilds, and
+classes.
 
-The standard library's server, bound to 127.0.0.1. A request's video is one file in a folder of its own, removed with its
-folder when the answer is made, whatever it is; few are taken at once, each within a size and a time, so what all of them take
-of disk, threads and time is bounded. Requests of other sites' pages are refused: by Host (no other name leads here), by
-Origin, and by a header that a page of another site may not send.
+The standard library's server, bound to 127.0.0.1. A request's video is one file in a folder of its own,
+removed with its folder when the answer is made, whatever it is; few are taken at once, each within a size and
+a time, so what all of them take of disk, threads and time is bounded. Requests of other sites' pages are
+refused: by Host (no other name leads here), by Origin, and by a header that a page of another site may not
+send.
 """
 
 from __future__ import annotations
@@ -113,13 +115,20 @@ class Studio:
         Raises:
             InputError: it is not; the message says why.
         """
-        if container_kind(str(path)) == "unknown":  # playlists and the like, which name other files, are no videos either
+        if (
+            container_kind(str(path)) == "unknown"
+        ):  # playlists and the like, which name other files, are no videos either
             raise InputError("this is not a video file (MP4, MOV, MKV, WebM, AVI, MPEG)")
         count, fps, (width, height) = guarded(_measure, path)
         if count / fps > self.limits.seconds:
-            raise InputError(f"the video has {count / fps:.0f} seconds, more than the {self.limits.seconds} allowed here")
+            raise InputError(
+                f"the video has {count / fps:.0f} seconds, more than the {self.limits.seconds} allowed here"
+            )
         if max(width, height) > self.limits.pixels:
-            raise InputError(f"the video has {width} x {height} pixels, more than the {self.limits.pixels} allowed on a side")
+            raise InputError(
+                f"the video has {width} x {height} pixels, more than the {self.limits.pixels} allowed on a "
+                "side"
+            )
         if count < 2:
             raise InputError("this is one picture, not a video")
 
@@ -130,12 +139,19 @@ class Studio:
             InputError: the video or the mask is not good.
         """
         config, device = self.model.config, next(self.model.parameters()).device
-        drawn = DualMask.sample(1, config.grid, **mask.to_dict(), generator=torch.Generator().manual_seed(seed))
+        drawn = DualMask.sample(
+            1, config.grid, **mask.to_dict(), generator=torch.Generator().manual_seed(seed)
+        )
         self.check(path)
         clip, indices = middle_clip(path, config, self.stride)
         found = reconstruct(self.model, clip.to(device), drawn.to(device))
-        steps = np.unique(np.linspace(0, config.grid[0] - 1, min(COLUMNS, config.grid[0])).round().astype(int))
-        moments = [(int(step) * config.tubelet_size, f"frame {indices[step * config.tubelet_size]}") for step in steps]
+        steps = np.unique(
+            np.linspace(0, config.grid[0] - 1, min(COLUMNS, config.grid[0])).round().astype(int)
+        )
+        moments = [
+            (int(step) * config.tubelet_size, f"frame {indices[step * config.tubelet_size]}")
+            for step in steps
+        ]
         png = io.BytesIO()
         draw_grid(found.panels, moments).save(png, format="PNG")
         visible, picked, counted = drawn.visible.shape[1], drawn.decode.shape[1], int(drawn.weight.sum())
@@ -167,7 +183,11 @@ class Studio:
             "classifier": self.classifier is not None,
         }
         text = json.dumps(about).replace("<", "\\u003c")
-        return (Path(__file__).parent / "serve.html").read_text(encoding="utf-8").replace("/* ABOUT */ null", text)
+        return (
+            (Path(__file__).parent / "serve.html")
+            .read_text(encoding="utf-8")
+            .replace("/* ABOUT */ null", text)
+        )
 
 
 class Refused(Exception):
@@ -205,7 +225,8 @@ class Deadline(io.RawIOBase):
 class Server(ThreadingHTTPServer):
     """Serves a `Studio` on 127.0.0.1; port 0 takes a free one.
 
-    Connections and uploads are counted: `Limits.connections` threads at most, and `Limits.uploads` videos on the disk.
+    Connections and uploads are counted: `Limits.connections` threads at most, and `Limits.uploads` videos on
+    the disk.
     """
 
     daemon_threads = True
@@ -219,7 +240,9 @@ class Server(ThreadingHTTPServer):
     @property
     def names(self) -> tuple[str, ...]:
         names = ("127.0.0.1", "localhost")
-        return tuple(f"{name}:{self.server_port}" for name in names) + (names if self.server_port == 80 else ())
+        return tuple(f"{name}:{self.server_port}" for name in names) + (
+            names if self.server_port == 80 else ()
+        )
 
     def process_request(self, request, client_address) -> None:
         if not self.free_connections.acquire(blocking=False):
@@ -292,11 +315,15 @@ class Handler(BaseHTTPRequestHandler):
         """The answer, when the videos before this one are done."""
         studio = self.server.studio
         if not studio.busy.acquire(timeout=studio.limits.wait):
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, f"another video is being worked on; {_AGAIN}", RETRY)
+            raise Refused(
+                HTTPStatus.SERVICE_UNAVAILABLE, f"another video is being worked on; {_AGAIN}", RETRY
+            )
         try:
             return studio.show(path, mask, seed)
         except InputError as error:
-            raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error).replace(str(path), "the video")) from None
+            raise Refused(
+                HTTPStatus.UNPROCESSABLE_ENTITY, str(error).replace(str(path), "the video")
+            ) from None
         finally:
             studio.busy.release()
 
@@ -336,13 +363,17 @@ class Handler(BaseHTTPRequestHandler):
             kind, body = "application/json", json.dumps({"error": str(refusal)}).encode()
         except TimeoutError:
             status, kind = HTTPStatus.REQUEST_TIMEOUT, "application/json"
-            body = json.dumps({"error": f"the upload took more than {self.server.studio.limits.upload:g} seconds"}).encode()
+            body = json.dumps(
+                {"error": f"the upload took more than {self.server.studio.limits.upload:g} seconds"}
+            ).encode()
         except ConnectionError:  # the other side is gone
             return
         except Exception as error:  # a page gets a line; the trace goes to the terminal
             tell_trace()
             status, kind = HTTPStatus.INTERNAL_SERVER_ERROR, "application/json"
-            body = json.dumps({"error": f"something went wrong here ({type(error).__name__}); the terminal says more"}).encode()
+            body = json.dumps(
+                {"error": f"something went wrong here ({type(error).__name__}); the terminal says more"}
+            ).encode()
         self._send(status, kind, body, retry)
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes, retry: int | None) -> None:
@@ -364,7 +395,10 @@ class Handler(BaseHTTPRequestHandler):
         """Bytes of the body; None where the request does not say."""
         given = self.headers.get_all("Content-Length", [])
         if self.headers.get("Transfer-Encoding") is not None:
-            raise Refused(HTTPStatus.LENGTH_REQUIRED, "the request must say how long the video is, with no Transfer-Encoding")
+            raise Refused(
+                HTTPStatus.LENGTH_REQUIRED,
+                "the request must say how long the video is, with no Transfer-Encoding",
+            )
         if not given:
             return None
         if len(given) > 1 or not re.fullmatch(r"[0-9]+", given[0].strip(" \t")):
@@ -390,11 +424,14 @@ def _storing() -> Iterator[None]:
     except (ConnectionError, TimeoutError):
         raise
     except OSError as error:
-        raise Refused(HTTPStatus.INSUFFICIENT_STORAGE, f"the video cannot be stored here: {error.strerror}") from None
+        raise Refused(
+            HTTPStatus.INSUFFICIENT_STORAGE, f"the video cannot be stored here: {error.strerror}"
+        ) from None
 
 
 def printable(text: str, most: int = 300) -> str:
-    """`text` as a terminal can show it: control characters, which could move its cursor or retitle it, as `\\x1b`."""
+    """`text` as a terminal can show it: control characters, which could move its cursor or retitle it, as
+    `\\x1b`."""
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
     return safe + "..." * (len(text) > most)
 
@@ -409,7 +446,9 @@ def _read_fields(mask: MaskConfig, query: str) -> tuple[MaskConfig, int]:
     try:
         given = dict(parse_qsl(query, max_num_fields=len(_FIELDS)))
     except ValueError:
-        raise Refused(HTTPStatus.BAD_REQUEST, f"more than the {len(_FIELDS)} fields {', '.join(_FIELDS)}") from None
+        raise Refused(
+            HTTPStatus.BAD_REQUEST, f"more than the {len(_FIELDS)} fields {', '.join(_FIELDS)}"
+        ) from None
     unknown = sorted(set(given) - set(_FIELDS))
     if unknown:
         raise Refused(HTTPStatus.BAD_REQUEST, f"unknown fields: {shown(', '.join(unknown))}")
@@ -426,7 +465,7 @@ def _read_fields(mask: MaskConfig, query: str) -> tuple[MaskConfig, int]:
         raise Refused(HTTPStatus.BAD_REQUEST, str(error)) from None
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -434,15 +473,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = "a run's folder, a checkpoint, or weights"
     parser.add_argument("--checkpoint", required=True, metavar="DIR|FILE", help=f"pre-trained: {known}")
     parser.add_argument("--classifier", metavar="DIR|FILE", help=f"fine-tuned, to name classes: {known}")
-    parser.add_argument("--port", type=Whole(0, 65535), default=8008, help="of http://127.0.0.1 (8008); 0: a free one")
     parser.add_argument(
-        "--max-megabytes", type=limits(Limits, "megabytes"), default=Limits.megabytes, help=f"of a file ({Limits.megabytes})"
+        "--port", type=Whole(0, 65535), default=8008, help="of http://127.0.0.1 (8008); 0: a free one"
     )
     parser.add_argument(
-        "--max-seconds", type=limits(Limits, "seconds"), default=Limits.seconds, help=f"of a video ({Limits.seconds})"
+        "--max-megabytes",
+        type=limits(Limits, "megabytes"),
+        default=Limits.megabytes,
+        help=f"of a file ({Limits.megabytes})",
+    )
+    parser.add_argument(
+        "--max-seconds",
+        type=limits(Limits, "seconds"),
+        default=Limits.seconds,
+        help=f"of a video ({Limits.seconds})",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
-    add_source_arguments(parser).add_argument("--classifier-model", help="preset of --classifier, if it does not say either")
+    add_source_arguments(parser).add_argument(
+        "--classifier-model", help="preset of --classifier, if it does not say either"
+    )
 
 
 def build_studio(args: argparse.Namespace) -> Studio:
@@ -473,8 +522,12 @@ def run(args: argparse.Namespace) -> None:
     try:
         server = Server(studio, args.port)
     except OSError as error:
-        raise InputError(f"port {args.port} cannot be used ({error.strerror}); choose another --port") from None
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the temporary folders are removed as Python ends
+        raise InputError(
+            f"port {args.port} cannot be used ({error.strerror}); choose another --port"
+        ) from None
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # the temporary folders are removed as Python ends
     with server:
         print(f"http://{server.names[0]} (this machine only; Ctrl-C ends it)", flush=True)
         try:

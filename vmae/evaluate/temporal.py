@@ -1,10 +1,11 @@
-"""Temporal action detection: segments, their mean average precision, and the dataset file that ActionFormer reads.
+"""Temporal action detection: segments, their mean average precision, and the dataset file that ActionFormer
+reads.
 
-Average precision as the ActivityNet evaluation defines it (Heilbron et al., 2015), which THUMOS14 and FineAction results use:
-by class, detections by falling score, each taken to the ground truth of its video with the largest overlap that is
-still free; precision interpolated from the right. That leaves equal scores open. Here they are taken by start, then end, and
-count as one: precision is that at the end of their group. Of equal overlaps the earliest ground truth is taken. So the order
-of the input does not count.
+Average precision as the ActivityNet evaluation defines it (Heilbron et al., 2015), which THUMOS14 and
+FineAction results use: by class, detections by falling score, each taken to the ground truth of its video
+with the largest overlap that is still free; precision interpolated from the right. That leaves equal scores
+open. Here they are taken by start, then end, and count as one: precision is that at the end of their group.
+Of equal overlaps the earliest ground truth is taken. So the order of the input does not count.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def average_precision(truth: Sequence[Segment], found: Sequence[Segment], thresh
 
 
 def interpolated_area(scores: Sequence[float], hits: Sequence[bool], positives: int) -> float:
-    """Under precision over recall, both at the end of each group of equal scores; precision is interpolated: at each recall
-    the best of this or any larger one.
+    """Under precision over recall, both at the end of each group of equal scores; precision is interpolated:
+    at each recall the best of this or any larger one.
 
     Args:
         scores: falling.
@@ -120,7 +121,9 @@ def mean_average_precision(
         raise InputError("no ground truth to compare with")
     unknown = sorted({segment.label for segment in found} - set(labels))
     if unknown:
-        raise InputError(f"detections of classes that the ground truth does not have: {', '.join(unknown[:8])}")
+        raise InputError(
+            f"detections of classes that the ground truth does not have: {', '.join(unknown[:8])}"
+        )
     classes = {
         label: {
             threshold: average_precision(
@@ -132,15 +135,21 @@ def mean_average_precision(
         }
         for label in labels
     }
-    means = {threshold: sum(values[threshold] for values in classes.values()) / len(classes) for threshold in thresholds}
+    means = {
+        threshold: sum(values[threshold] for values in classes.values()) / len(classes)
+        for threshold in thresholds
+    }
     return {"map": means, "average": sum(means.values()) / len(means), "classes": classes}
 
 
-# --- ActionFormer's dataset file --------------------------------------------------------------------------------------
+# --- ActionFormer's dataset file ----------------------------------------------------------------------------
 
 
 def write_actionformer(
-    path: str | Path, truth: Sequence[Segment], videos: dict[str, tuple[float, float]], subsets: dict[str, str]
+    path: str | Path,
+    truth: Sequence[Segment],
+    videos: dict[str, tuple[float, float]],
+    subsets: dict[str, str],
 ) -> None:
     """Write the JSON that ActionFormer's datasets read.
 
@@ -149,7 +158,8 @@ def write_actionformer(
         subsets: name -> "training", "validation" or "test".
 
     Raises:
-        InputError: a segment of an unknown video or past its end; a video without a subset; or the file can't be written.
+        InputError: a segment of an unknown video or past its end; a video without a subset; or the file can't
+            be written.
     """
     numbers = {label: number for number, label in enumerate(sorted({segment.label for segment in truth}))}
     own: dict[str, list[dict[str, Any]]] = {name: [] for name in videos}
@@ -158,11 +168,15 @@ def write_actionformer(
             raise InputError(f"a segment of {segment.video!r}, which is not among the videos")
         duration, fps = videos[segment.video]
         if segment.end > duration + 1 / fps:
-            raise InputError(f"a segment of {segment.video!r} ends at {segment.end} s; the video has {duration} s")
+            raise InputError(
+                f"a segment of {segment.video!r} ends at {segment.end} s; the video has {duration} s"
+            )
         span = [segment.start, segment.end]
         frames = [round(value * fps, 1) for value in span]
         number = numbers[segment.label]
-        own[segment.video].append({"label": segment.label, "segment": span, "segment(frames)": frames, "label_id": number})
+        own[segment.video].append(
+            {"label": segment.label, "segment": span, "segment(frames)": frames, "label_id": number}
+        )
     if lacking := [name for name in videos if name not in subsets]:
         raise InputError(f"no subset for {', '.join(lacking[:8])}")
     database = {
@@ -199,7 +213,9 @@ def _read_database(path: str | Path) -> dict[str, dict[str, Any]]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a dataset file of ActionFormer (JSON with `database`): {error!r}") from None
+        raise InputError(
+            f"{path}: not a dataset file of ActionFormer (JSON with `database`): {error!r}"
+        ) from None
 
 
 def _of_video(path: str | Path, read: Callable[[str, Any], _T], name: str, video: Any) -> _T:
@@ -214,16 +230,21 @@ def _of_video(path: str | Path, read: Callable[[str, Any], _T], name: str, video
 def _video_info(name: str, video: dict[str, Any]) -> VideoInfo:
     info = VideoInfo(str(video["subset"]), float(video["duration"]), float(video["fps"]))
     if not (0 < info.duration < math.inf and 0 < info.fps < math.inf):
-        raise InputError(f"video {name!r} has duration {info.duration} and fps {info.fps}; both must be above 0")
+        raise InputError(
+            f"video {name!r} has duration {info.duration} and fps {info.fps}; both must be above 0"
+        )
     return info
 
 
 def _segments(name: str, video: dict[str, Any]) -> list[Segment]:
     video["subset"].lower()
-    return [Segment(name, float(one["segment"][0]), float(one["segment"][1]), one["label"]) for one in video["annotations"]]
+    return [
+        Segment(name, float(one["segment"][0]), float(one["segment"][1]), one["label"])
+        for one in video["annotations"]
+    ]
 
 
-# --- detections -------------------------------------------------------------------------------------------------------
+# --- detections ---------------------------------------------------------------------------------------------
 
 
 def write_detections(path: str | Path, found: Sequence[Segment]) -> None:

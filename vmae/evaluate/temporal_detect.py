@@ -1,10 +1,11 @@
-"""`python -m vmae detect-temporal`: a small temporal detector, trained and tested on features of `python -m vmae features`.
+"""`python -m vmae detect-temporal`: a small temporal detector, trained and tested on features of `python -m
+vmae features`.
 
-Features `DIR/VIDEO.npy` and the dataset file that ActionFormer reads go in; out come the detector, its detections as
-ActivityNet's JSON, and the mean average precision. Losses and the choice of positions are ActionFormer's (Zhang et al., 2022):
-sigmoid focal loss (alpha 0.25, gamma 2) on class scores, distance-IoU loss on positions within an action's middle, Gaussian
-soft-NMS. The head is far smaller and of one scale (`vmae.model.temporal_head`): to see whether features are of use,
-not to compete.
+Features `DIR/VIDEO.npy` and the dataset file that ActionFormer reads go in; out come the detector, its
+detections as ActivityNet's JSON, and the mean average precision. Losses and the choice of positions are
+ActionFormer's (Zhang et al., 2022): sigmoid focal loss (alpha 0.25, gamma 2) on class scores, distance-IoU
+loss on positions within an action's middle, Gaussian soft-NMS. The head is far smaller and of one scale
+(`vmae.model.temporal_head`): to see whether features are of use, not to compete.
 
 Legend: B videos, T positions, C feature width, K classes.
 """
@@ -78,12 +79,13 @@ class DetectorConfig(_Checked):
     seed: int = ranged(0, SEED)
 
 
-# --- positions and seconds --------------------------------------------------------------------------------------------
+# --- positions and seconds ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where features lie in time: position i stands for the middle of the window of `frames` frames from `i * step` on."""
+    """Where features lie in time: position i stands for the middle of the window of `frames` frames from `i *
+    step` on."""
 
     frames: int
     step: int
@@ -141,32 +143,38 @@ def read_items(folder: Path, videos: dict[str, VideoInfo], geometry: Geometry) -
     if missing := [name for name in videos if not (folder / f"{name}.npy").is_file()]:
         some = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise InputError(
-            f"{folder} has no features of {some}: make them (`python -m vmae features`), or leave them out of the dataset"
+            f"{folder} has no features of {some}: make them (`python -m vmae features`), or leave them out "
+            "of the dataset"
         )
     items = []
     for name, info in videos.items():
         features, due = torch.from_numpy(read_features(folder / f"{name}.npy")).float(), geometry.count(info)
         if items and features.shape[1] != items[0].features.shape[1]:
             width = items[0].features.shape[1]
-            raise InputError(f"{folder}/{name}.npy: {features.shape[1]} values a window, {items[0].name}.npy has {width}")
-        if abs(len(features) - due) > max(4, due // 10):  # durations and frame rates of dataset files are rounded
+            raise InputError(
+                f"{folder}/{name}.npy: {features.shape[1]} values a window, {items[0].name}.npy has {width}"
+            )
+        if abs(len(features) - due) > max(
+            4, due // 10
+        ):  # durations and frame rates of dataset files are rounded
             given = f"{info.duration:g} s at {info.fps:g} frames a second"
             raise InputError(
-                f"{folder}/{name}.npy has {len(features)} windows, but {given} have {due} of {geometry.frames} frames, step "
+                f"{folder}/{name}.npy has {len(features)} windows, but {given} have {due} of "
+                f"{geometry.frames} frames, step "
                 f"{geometry.step}: another video, other windows, or a wrong fps in the dataset file"
             )
         items.append(Item(name, info, features))
     return items
 
 
-# --- what the head learns ---------------------------------------------------------------------------------------------
+# --- what the head learns -----------------------------------------------------------------------------------
 
 
 def targets_of(
     item: Item, truth: Sequence[Segment], classes: Sequence[str], geometry: Geometry, core: float
 ) -> tuple[Tensor, Tensor]:
-    """Labels float32 [T, K], 1 in the middle `core` of each action (one position at least), and distances to its start and end
-    float32 [T, 2] in positions; where actions overlap, those to the shortest."""
+    """Labels float32 [T, K], 1 in the middle `core` of each action (one position at least), and distances to
+    its start and end float32 [T, 2] in positions; where actions overlap, those to the shortest."""
     positions = torch.arange(len(item.features), dtype=torch.float32)
     labels, distances = torch.zeros(len(positions), len(classes)), torch.ones(len(positions), 2)
     for segment in sorted(truth, key=lambda one: one.start - one.end):  # the shortest last
@@ -185,14 +193,16 @@ def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float
 
 
 def distance_iou_loss(found: Tensor, wanted: Tensor) -> Tensor:
-    """[N], from distances to start and end [N, 2] of the same positions: 1 - IoU + (middles apart / span of both)^2."""
+    """[N], from distances to start and end [N, 2] of the same positions: 1 - IoU + (middles apart / span of
+    both)^2."""
     overlap, span = torch.minimum(found, wanted).sum(1), torch.maximum(found, wanted).sum(1)
     apart = ((found[:, 1] - found[:, 0]) - (wanted[:, 1] - wanted[:, 0])) / 2
     return 1 - overlap / (found.sum(1) + wanted.sum(1) - overlap) + (apart / span) ** 2
 
 
 def detector_loss(logits: Tensor, found: Tensor, labels: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
-    """Of a batch, over its positions with an action; logits and labels [B, T, K], distances [B, T, 2], valid bool [B, T]."""
+    """Of a batch, over its positions with an action; logits and labels [B, T, K], distances [B, T, 2], valid
+    bool [B, T]."""
     learns = labels.any(2) & valid
     classes = (focal_loss(logits, labels) * valid[..., None]).sum()
     return (classes + distance_iou_loss(found[learns], wanted[learns]).sum()) / learns.sum().clamp(min=1)
@@ -232,8 +242,12 @@ def train_detector(
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
         for epoch in range(1, config.epochs + 1):
             losses = []
-            for numbers in np.array_split(order.permutation(len(rows)), math.ceil(len(rows) / config.batch_size)):
-                features, labels, wanted, valid = _batch([rows[n] for n in numbers], config.max_positions, order, device)
+            for numbers in np.array_split(
+                order.permutation(len(rows)), math.ceil(len(rows) / config.batch_size)
+            ):
+                features, labels, wanted, valid = _batch(
+                    [rows[n] for n in numbers], config.max_positions, order, device
+                )
                 loss = detector_loss(*head(features, valid), labels, wanted, valid)
                 optimizer.zero_grad()
                 loss.backward()
@@ -247,10 +261,16 @@ def train_detector(
 
 def _rate(step: int, steps: int) -> float:
     warm = max(steps // 10, 1)
-    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
+    return (
+        (step + 1) / warm
+        if step < warm
+        else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
+    )
 
 
-def _fresh_head(rows: Sequence[tuple[Tensor, Tensor, Tensor]], num_classes: int, config: DetectorConfig) -> TemporalHead:
+def _fresh_head(
+    rows: Sequence[tuple[Tensor, Tensor, Tensor]], num_classes: int, config: DetectorConfig
+) -> TemporalHead:
     """Scaled to the features, and to the typical distance to an action's start and end."""
     features = torch.cat([row[0] for row in rows])
     learned = torch.cat([wanted[labels.any(1)] for _, labels, wanted in rows])
@@ -262,8 +282,11 @@ def _fresh_head(rows: Sequence[tuple[Tensor, Tensor, Tensor]], num_classes: int,
     return head
 
 
-def _batch(rows: Sequence[tuple[Tensor, Tensor, Tensor]], most: int, rng: np.random.Generator, device) -> list[Tensor]:
-    """Features, labels, distances [B, T, ...] and valid [B, T] of rows padded to the longest, of which `most` are taken."""
+def _batch(
+    rows: Sequence[tuple[Tensor, Tensor, Tensor]], most: int, rng: np.random.Generator, device
+) -> list[Tensor]:
+    """Features, labels, distances [B, T, ...] and valid [B, T] of rows padded to the longest, of which `most`
+    are taken."""
     starts = [int(rng.integers(max(len(row[0]) - most, 0) + 1)) for row in rows]
     pieces = [tuple(part[start : start + most] for part in row) for row, start in zip(rows, starts)]
     valid = [torch.ones(len(piece[0]), dtype=torch.bool) for piece in pieces]
@@ -271,11 +294,13 @@ def _batch(rows: Sequence[tuple[Tensor, Tensor, Tensor]], most: int, rng: np.ran
     return [torch.nn.utils.rnn.pad_sequence(column, batch_first=True).to(device) for column in columns]
 
 
-# --- what it finds ----------------------------------------------------------------------------------------------------
+# --- what it finds ------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def detect(head: TemporalHead, item: Item, classes: Sequence[str], geometry: Geometry, config: DetectorConfig) -> list[Segment]:
+def detect(
+    head: TemporalHead, item: Item, classes: Sequence[str], geometry: Geometry, config: DetectorConfig
+) -> list[Segment]:
     """Segments of a video, best first, in seconds within it."""
     device = head.mean.device
     features = item.features[None].to(device)
@@ -283,7 +308,9 @@ def detect(head: TemporalHead, item: Item, classes: Sequence[str], geometry: Geo
     scores, distances = logits[0].sigmoid().cpu(), distances[0].cpu()
     positions = torch.arange(len(scores), dtype=torch.float32)
     spans = [positions - distances[:, 0], positions + distances[:, 1]]
-    spans = torch.stack([geometry.seconds(span, item.info.fps).clamp(0, item.info.duration) for span in spans], 1).numpy()
+    spans = torch.stack(
+        [geometry.seconds(span, item.info.fps).clamp(0, item.info.duration) for span in spans], 1
+    ).numpy()
     found = []
     for label, own in zip(classes, scores.T.numpy()):
         picked = np.flatnonzero((own >= config.min_score) & (spans[:, 1] > spans[:, 0]))
@@ -294,8 +321,11 @@ def detect(head: TemporalHead, item: Item, classes: Sequence[str], geometry: Geo
     return sorted(found, key=lambda segment: -segment.score)[: config.keep]
 
 
-def soft_nms(spans: np.ndarray, scores: np.ndarray, *, sigma: float, min_score: float) -> tuple[np.ndarray, np.ndarray]:
-    """Gaussian soft-NMS (Bodla et al., 2017): the best is taken, the others' scores fall by `exp(-IoU^2 / sigma)`, and so on.
+def soft_nms(
+    spans: np.ndarray, scores: np.ndarray, *, sigma: float, min_score: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gaussian soft-NMS (Bodla et al., 2017): the best is taken, the others' scores fall by `exp(-IoU^2 /
+    sigma)`, and so on.
 
     Args:
         spans: float [N, 2], start and end.
@@ -318,10 +348,12 @@ def soft_nms(spans: np.ndarray, scores: np.ndarray, *, sigma: float, min_score: 
     return np.array(taken, int), np.array(lowered)
 
 
-# --- the detector's file ----------------------------------------------------------------------------------------------
+# --- the detector's file ------------------------------------------------------------------------------------
 
 
-def save_detector(path: Path, head: TemporalHead, classes: list[str], about: dict[str, Any], config: DetectorConfig) -> None:
+def save_detector(
+    path: Path, head: TemporalHead, classes: list[str], about: dict[str, Any], config: DetectorConfig
+) -> None:
     """One file with all that a test needs, and what the features were of."""
     content = {"head": head.state_dict(), "classes": classes, "features": about, "config": config.to_dict()}
     write_atomically(path, lambda file: torch.save(content, file))
@@ -336,45 +368,74 @@ def load_detector(path: Path, about: dict[str, Any]) -> tuple[TemporalHead, list
     path = path / DETECTOR if path.is_dir() else path
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        config, classes, state = DetectorConfig.from_dict(content["config"]), content["classes"], content["head"]
+        config, classes, state = (
+            DetectorConfig.from_dict(content["config"]),
+            content["classes"],
+            content["head"],
+        )
         head = TemporalHead(len(state["mean"]), len(classes), width=config.width, depth=config.depth)
         head.load_state_dict(state)
         learned = content["features"]
     except OSError as error:
         raise InputError(f"detector {path} cannot be read: {error.strerror}") from None
     except Exception as error:  # torch.load and load_state_dict raise many kinds
-        raise InputError(f"{path} is no detector of `python -m vmae detect-temporal`: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"{path} is no detector of `python -m vmae detect-temporal`: {str(error).splitlines()[0]}"
+        ) from None
     holds = f"detector {path} learned from features of other weights or windows"
     check_same(learned, about, holds, "make features as those were, or train another detector on these")
     return head.eval(), classes, config
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("features", metavar="DIR", help="features of all videos, as `python -m vmae features` writes them")
-    parser.add_argument("dataset", metavar="DATASET.json", help="segments, in the file that ActionFormer reads")
-    parser.add_argument("--output", required=True, metavar="DIR", help=f"folder for {DETECTOR}, {DETECTIONS}, {RESULTS}")
-    parser.add_argument("--detector", metavar="DIR|FILE", help="test this one, train none")
-    parser.add_argument("--train-subset", default="training", help="of the dataset, to train on (training)")
-    parser.add_argument("--test-subset", help="of the dataset, to test on (all others: name it where some are not labelled)")
     parser.add_argument(
-        "--thresholds", type=SHARE_ABOVE_0, nargs="+", default=list(THUMOS_THRESHOLDS), metavar="T", help="temporal IoU"
+        "features", metavar="DIR", help="features of all videos, as `python -m vmae features` writes them"
     )
     parser.add_argument(
-        "--picture", type=Whole(0, 10_000), default=0, metavar="N", help="draw true and found segments of N test videos"
+        "dataset", metavar="DATASET.json", help="segments, in the file that ActionFormer reads"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help=f"folder for {DETECTOR}, {DETECTIONS}, {RESULTS}"
+    )
+    parser.add_argument("--detector", metavar="DIR|FILE", help="test this one, train none")
+    parser.add_argument("--train-subset", default="training", help="of the dataset, to train on (training)")
+    parser.add_argument(
+        "--test-subset", help="of the dataset, to test on (all others: name it where some are not labelled)"
+    )
+    parser.add_argument(
+        "--thresholds",
+        type=SHARE_ABOVE_0,
+        nargs="+",
+        default=list(THUMOS_THRESHOLDS),
+        metavar="T",
+        help="temporal IoU",
+    )
+    parser.add_argument(
+        "--picture",
+        type=Whole(0, 10_000),
+        default=0,
+        metavar="N",
+        help="draw true and found segments of N test videos",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     result = parser.add_argument_group("settings that change results")
     helps = {
-        "epochs": "passes over the training videos", "batch_size": "videos at once", "lr": "learning rate",
-        "width": "of the head", "depth": "convolutions of the head", "seed": "of everything random",
-    }  # fmt: skip
+        "epochs": "passes over the training videos",
+        "batch_size": "videos at once",
+        "lr": "learning rate",
+        "width": "of the head",
+        "depth": "convolutions of the head",
+        "seed": "of everything random",
+    }
     for name, text in helps.items():
         default = getattr(DetectorConfig, name)
-        result.add_argument(f"--{name.replace('_', '-')}", type=limits(DetectorConfig, name), help=f"{text} ({default})")
+        result.add_argument(
+            f"--{name.replace('_', '-')}", type=limits(DetectorConfig, name), help=f"{text} ({default})"
+        )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -389,9 +450,13 @@ def _run(args: argparse.Namespace) -> None:
     changes = {name: getattr(args, name) for name in ("epochs", "batch_size", "lr", "width", "depth", "seed")}
     changes = {name: value for name, value in changes.items() if value is not None}
     if args.detector and changes:
-        raise InputError(f"--detector is trained already; leave out {', '.join('--' + name for name in changes)}")
+        raise InputError(
+            f"--detector is trained already; leave out {', '.join('--' + name for name in changes)}"
+        )
     if not args.detector and (output / DETECTOR).exists():
-        raise InputError(f"{output} holds a detector; test it with --detector {output}, or choose another --output")
+        raise InputError(
+            f"{output} holds a detector; test it with --detector {output}, or choose another --output"
+        )
     about, truth, videos = read_about(folder), read_actionformer(args.dataset), read_videos(args.dataset)
     geometry = geometry_of(about)
     test = read_items(folder, _subset(videos, args.test_subset, args.train_subset, args.dataset), geometry)
@@ -422,7 +487,9 @@ def _run(args: argparse.Namespace) -> None:
     print(f"{len(found)} detections in {len(test)} videos: {output / DETECTIONS}")
 
 
-def _subset(videos: dict[str, VideoInfo], name: str | None, but: str | None, path: str) -> dict[str, VideoInfo]:
+def _subset(
+    videos: dict[str, VideoInfo], name: str | None, but: str | None, path: str
+) -> dict[str, VideoInfo]:
     """The videos of subset `name`, or of all but `but`."""
     if name is not None:
         found = {video: info for video, info in videos.items() if info.subset.lower() == name.lower()}
@@ -430,7 +497,10 @@ def _subset(videos: dict[str, VideoInfo], name: str | None, but: str | None, pat
         found = {video: info for video, info in videos.items() if info.subset.lower() != but.lower()}
     if not found:
         known = ", ".join(sorted({info.subset for info in videos.values()})) or "none"
-        raise InputError(f"{path} has no videos {f'of subset {name!r}' if name else f'beside subset {but!r}'}; it has: {known}")
+        raise InputError(
+            f"{path} has no videos {f'of subset {name!r}' if name else f'beside subset {but!r}'}; it has: "
+            f"{known}"
+        )
     return found
 
 
@@ -440,9 +510,12 @@ def _say(epoch: int, loss: float) -> None:
 
 
 def _score(output: Path, truth: list[Segment], found: list[Segment], thresholds: Sequence[float]) -> None:
-    """Write and print the mean average precision, in percent; detections of classes that no test video has don't count."""
+    """Write and print the mean average precision, in percent; detections of classes that no test video has
+    don't count."""
     known = {segment.label for segment in truth}
-    scores = mean_average_precision(truth, [segment for segment in found if segment.label in known], thresholds)
+    scores = mean_average_precision(
+        truth, [segment for segment in found if segment.label in known], thresholds
+    )
     text = json.dumps(scores, indent=1) + "\n"
     write_atomically(output / RESULTS, lambda file: file.write(text), binary=False)
     rows = [(label, values) for label, values in scores["classes"].items()] + [("mAP", scores["map"])]
@@ -450,4 +523,8 @@ def _score(output: Path, truth: list[Segment], found: list[Segment], thresholds:
     print(f"{'tIoU':<{width}}  " + "  ".join(f"{t:>5g}" for t in thresholds) + "  average")
     for label, values in rows:
         mean = sum(values.values()) / len(values)
-        print(f"{label:<{width}}  " + "  ".join(f"{100 * values[t]:5.1f}" for t in thresholds) + f"  {100 * mean:7.1f}")
+        print(
+            f"{label:<{width}}  "
+            + "  ".join(f"{100 * values[t]:5.1f}" for t in thresholds)
+            + f"  {100 * mean:7.1f}"
+        )

@@ -13,10 +13,15 @@ _HEIGHT = 0.36
 
 
 def draw_segments(
-    path: Path, videos: dict[str, float], truth: Sequence[Segment], found: Sequence[Segment], *, least: float = 0.3
+    path: Path,
+    videos: dict[str, float],
+    truth: Sequence[Segment],
+    found: Sequence[Segment],
+    *,
+    least: float = 0.3,
 ) -> None:
-    """Write a PNG: for each video two rows of labelled bars, what is true and what was found with a score from `least` on; of
-    those that overlap by half, whatever their class, the best only.
+    """Write a PNG: for each video two rows of labelled bars, what is true and what was found with a score
+    from `least` on; of those that overlap by half, whatever their class, the best only.
 
     Args:
         videos: name -> seconds.
@@ -35,7 +40,13 @@ def draw_segments(
     ticks = {}
     for place, name in enumerate(videos):
         _row(axis, place + 0.2, [one for one in truth if one.video == name], "#dddddd")
-        _row(axis, place + 0.6, _best([one for one in found if one.video == name and one.score >= least]), "white", scored=True)
+        _row(
+            axis,
+            place + 0.6,
+            _best([one for one in found if one.video == name and one.score >= least]),
+            "white",
+            scored=True,
+        )
         ticks |= {place + 0.2: f"{name}: true", place + 0.6: "found"}
         axis.axhline(place, color="black", linewidth=0.5)
     axis.set_yticks(list(ticks), ticks.values())

@@ -1,4 +1,5 @@
-"""Starting a classifier from a pre-trained, post-pre-trained or fine-tuned checkpoint, this code's or the published one's.
+"""Starting a classifier from a pre-trained, post-pre-trained or fine-tuned checkpoint, this code's or the
+published one's.
 
 Every key of the file is loaded, or dropped for a reason that is named, or an error.
 """
@@ -47,7 +48,10 @@ class Start:
         parts = [f"{self.loaded} tensors loaded", *self.notes]
         parts += [f"{len(names)} dropped ({reason})" for reason, names in self.dropped.items()]
         if self.fresh:
-            parts.append(f"{len(self.fresh)} start fresh ({', '.join(sorted({name.split('.')[0] for name in self.fresh}))})")
+            parts.append(
+                f"{len(self.fresh)} start fresh "
+                f"({', '.join(sorted({name.split('.')[0] for name in self.fresh}))})"
+            )
         return f"{path}: {', '.join(parts)}"
 
 
@@ -70,8 +74,8 @@ def start_classifier(
         state: its tensors by name, where the caller has read them.
 
     Raises:
-        InputError: the file can't be read; keys that are missing or unknown, shapes that differ; a head of other classes and
-            neither `label_map` nor `new_head`; a map that does not fit.
+        InputError: the file can't be read; keys that are missing or unknown, shapes that differ; a head of
+            other classes and neither `label_map` nor `new_head`; a map that does not fit.
     """
     report = Start()
     state = plain_names(load_weights(path) if state is None else state)
@@ -81,7 +85,9 @@ def start_classifier(
     state = _fit_head(state, model, path, report, label_map, new_head)
     state = _fit_positions(state, model, grid, report, path)
     own = model.state_dict()
-    may_be_fresh = ("pool.",) + (("head.", "fc_norm.") if pretrained else ()) + (("head.",) if new_head else ())
+    may_be_fresh = (
+        ("pool.",) + (("head.", "fc_norm.") if pretrained else ()) + (("head.",) if new_head else ())
+    )
     report.fresh = [name for name in own if name not in state and name.startswith(may_be_fresh)]
     wanted = {name: value.shape for name, value in own.items() if name not in report.fresh}
     check_shapes(wanted, {name: value.shape for name, value in state.items()}, path)
@@ -103,7 +109,9 @@ def _encoder_of(state: dict[str, Tensor], report: Start, *, keep_norm: bool) -> 
     report.drop("decoder", decoder)
     kept = {name.removeprefix("encoder."): value for name, value in state.items() if name not in decoder}
     if not keep_norm:  # as published: the mean over tokens has a norm of its own, which starts fresh
-        report.drop("the encoder's final norm, for which fc_norm stands", [n for n in kept if n.startswith("norm.")])
+        report.drop(
+            "the encoder's final norm, for which fc_norm stands", [n for n in kept if n.startswith("norm.")]
+        )
         kept = {name: value for name, value in kept.items() if not name.startswith("norm.")}
     return kept
 
@@ -123,7 +131,8 @@ def _fit_head(
         classes = state[found[0]].shape[0]
         if len(label_map) != model.num_classes or max(label_map) >= classes:
             raise InputError(
-                f"the label map has {len(label_map)} classes of {max(label_map) + 1} or more, but the model has "
+                f"the label map has {len(label_map)} classes of {max(label_map) + 1} or more, but the model "
+                "has "
                 f"{model.num_classes} and the head of checkpoint {path} has {classes}"
             )
         report.notes.append(f"head of {classes} classes converted to {len(label_map)}")
@@ -133,7 +142,8 @@ def _fit_head(
         return {name: value for name, value in state.items() if name not in found}
     if found and state[found[0]].shape[0] != model.num_classes:
         raise InputError(
-            f"checkpoint {path} has a head of {state[found[0]].shape[0]} classes, the labels have {model.num_classes}: "
+            f"checkpoint {path} has a head of {state[found[0]].shape[0]} classes, the labels have "
+            f"{model.num_classes}: "
             "--label-map FILE.json converts it, --new-head starts a fresh one"
         )
     return state
@@ -151,7 +161,9 @@ def _fit_positions(
         return {name: value for name, value in state.items() if name != "pos_embed"}
     table = state["pos_embed"]
     if table.shape[1] != grid[0] * grid[1] * grid[2]:
-        raise InputError(f"the checkpoint has {table.shape[1]} positions, which is no {' x '.join(map(str, grid))} grid")
+        raise InputError(
+            f"the checkpoint has {table.shape[1]} positions, which is no {' x '.join(map(str, grid))} grid"
+        )
     if grid != model.config.grid:
         report.notes.append(f"positions interpolated from {grid} to {model.config.grid} tokens")
     with torch.no_grad():

@@ -1,7 +1,9 @@
-"""A model as one file that runs without this package: `torch.export` (.pt2) and ONNX (.onnx), checked before it is kept.
+"""A model as one file that runs without this package: `torch.export` (.pt2) and ONNX (.onnx), checked before
+it is kept.
 
-Input: float32 [B, 3, T, H, W], any B, values in [0, 1] minus ImageNet's mean over its deviation. The file says so itself:
-`read_about` gives its JSON, with frames, size, what comes out, and class names where they are known.
+Input: float32 [B, 3, T, H, W], any B, values in [0, 1] minus ImageNet's mean over its deviation. The file
+says so itself: `read_about` gives its JSON, with frames, size, what comes out, and class names where they are
+known.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class ClipModel(nn.Module):
 
     Args:
         model: in eval mode, on the CPU, with torch's attention ("sdpa" or "softmax").
-        output: "logits" [B, K], "features" [B, D] (what the head reads), or "tokens" [B, N, D] (after the last block).
+        output: "logits" [B, K], "features" [B, D] (what the head reads), or "tokens" [B, N, D] (after the
+            last block).
     """
 
     def __init__(self, model: Classifier, output: str = "logits"):
@@ -71,7 +74,8 @@ def export_graph(model: ClipModel, path: Path, about: dict[str, Any] | None = No
 
     Raises:
         InputError: another ending, or a package is missing.
-        ExportError: torch or ONNX refuses the model, the file can't be written, or its results are off; it is not kept.
+        ExportError: torch or ONNX refuses the model, the file can't be written, or its results are off; it is
+            not kept.
     """
     check_packages(path)
     write, load = (_write_pt2, _load_pt2) if path.suffix == ".pt2" else (_write_onnx, _load_onnx)
@@ -92,7 +96,9 @@ def export_graph(model: ClipModel, path: Path, about: dict[str, Any] | None = No
             write(model, torch.zeros(2, *shape), part, json.dumps({**known, **(about or {})}))
             loaded = load(part)
         off = _compare(model, loaded, shape, path)
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file == part):  # large ONNX files have their weights beside
+        for file in sorted(
+            Path(folder).iterdir(), key=lambda file: file == part
+        ):  # large ONNX files have their weights beside
             os.replace(file, path.parent / file.name)
     return off
 
@@ -116,17 +122,23 @@ def read_about(path: str | Path) -> dict[str, Any]:
         torch.export.load(path, extra_files=extra)
         return parse_json(extra[_ABOUT])
     onnx = _import("onnx")
-    return parse_json({entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}[_ABOUT])
+    return parse_json(
+        {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}[_ABOUT]
+    )
 
 
-def _compare(model: ClipModel, loaded: Callable[[Tensor], Tensor], shape: tuple[int, ...], path: Path) -> float:
+def _compare(
+    model: ClipModel, loaded: Callable[[Tensor], Tensor], shape: tuple[int, ...], path: Path
+) -> float:
     generator, worst = torch.Generator().manual_seed(0), 0.0
     for batch in (1, 3):
         clips = torch.randn(batch, *shape, generator=generator)
         expected = model(clips)
         off = ((loaded(clips) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
         if not off <= TOLERANCE:  # nor NaN
-            raise ExportError(f"{path} is not written: its {model.output} of {batch} clips are {off:.1e} off the model's")
+            raise ExportError(
+                f"{path} is not written: its {model.output} of {batch} clips are {off:.1e} off the model's"
+            )
         worst = max(worst, off)
     return worst
 

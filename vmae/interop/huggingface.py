@@ -1,17 +1,20 @@
-"""Weights and settings to and from `transformers`' VideoMAE: `VideoMAEForPreTraining` and `VideoMAEForVideoClassification`.
+"""Weights and settings to and from `transformers`' VideoMAE: `VideoMAEForPreTraining` and
+`VideoMAEForVideoClassification`.
 
-Names are changed and q, k, v are taken apart or put together; no number changes. transformers itself is not needed.
+Names are changed and q, k, v are taken apart or put together; no number changes. transformers itself is not
+needed.
 
-Biases of q and v are written twice, under `q_bias`, `v_bias` (the names on the hub) and under `query.bias`, `value.bias`.
-transformers 4.50 to 5.5.0 reads the first, 5.5.1 to 5.17 only the second (it ignores the first and starts biases from 0), 5.18
-and later both. Releases that read one pair report the other as unexpected. Either pair is read here; a `key.bias`, which
-5.5.1 to 5.17 train and save, is left out: softmax does not see it (it adds the same to a query's product with every key).
-Releases of each kind are tested (`tests/interop/test_transformers_releases.py`).
+Biases of q and v are written twice, under `q_bias`, `v_bias` (the names on the hub) and under `query.bias`,
+`value.bias`. transformers 4.50 to 5.5.0 reads the first, 5.5.1 to 5.17 only the second (it ignores the first
+and starts biases from 0), 5.18 and later both. Releases that read one pair report the other as unexpected.
+Either pair is read here; a `key.bias`, which 5.5.1 to 5.17 train and save, is left out: softmax does not see
+it (it adds the same to a query's product with every key). Releases of each kind are tested
+(`tests/interop/test_transformers_releases.py`).
 
-What cannot be expressed there is refused by name: positions that are learned or interpolated, layer scale, cosine attention.
-transformers masks the
-encoder only (VideoMAE V1): the weights of a dual-masked decoder fit, the masking does not. Its last norms (`fc_norm`,
-`decoder.norm`) have an epsilon of 1e-5 whatever the settings say, so results differ from ours by some 1e-5.
+What cannot be expressed there is refused by name: positions that are learned or interpolated, layer scale,
+cosine attention. transformers masks the encoder only (VideoMAE V1): the weights of a dual-masked decoder fit,
+the masking does not. Its last norms (`fc_norm`, `decoder.norm`) have an epsilon of 1e-5 whatever the settings
+say, so results differ from ours by some 1e-5.
 """
 
 from __future__ import annotations
@@ -48,7 +51,9 @@ _BLOCK = {
 }
 _QKV = [f"attention.attention.{part}.weight" for part in ("query", "key", "value")]
 # The second name of a bias -> the first.
-_BIASES = {f"attention.attention.{part}.bias": f"attention.attention.{part[0]}_bias" for part in ("query", "value")}
+_BIASES = {
+    f"attention.attention.{part}.bias": f"attention.attention.{part[0]}_bias" for part in ("query", "value")
+}
 _NO_EFFECT = "attention.attention.key.bias"
 _EMBEDDING = "videomae.embeddings.patch_embeddings.projection."
 # Beginnings of names outside the blocks, ours -> theirs, of each of the two models.
@@ -74,7 +79,7 @@ _LAYERS = {
 }
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------------------
 
 
 def to_huggingface(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
@@ -98,9 +103,13 @@ def to_huggingface(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         else:
             found[renamed] = value
             if second := next((new for new, old in _BIASES.items() if renamed.endswith(old)), None):
-                found[renamed.removesuffix(_BIASES[second]) + second] = value.clone()  # files hold no tensor twice
+                found[renamed.removesuffix(_BIASES[second]) + second] = (
+                    value.clone()
+                )  # files hold no tensor twice
     if strange:
-        raise InputError(f"transformers' VideoMAE has no place for {', '.join(strange[:8])} ({len(strange)} tensors)")
+        raise InputError(
+            f"transformers' VideoMAE has no place for {', '.join(strange[:8])} ({len(strange)} tensors)"
+        )
     return found
 
 
@@ -108,8 +117,8 @@ def from_huggingface(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     """Their names -> ours; the opposite of `to_huggingface`.
 
     Raises:
-        InputError: a tensor that is not of this model, a layer that lacks one of query, key and value, or a bias whose two
-            names hold different numbers.
+        InputError: a tensor that is not of this model, a layer that lacks one of query, key and value, or a
+            bias whose two names hold different numbers.
     """
     found: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
@@ -126,7 +135,10 @@ def from_huggingface(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         elif part:
             parts.setdefault(renamed, {})[part] = value
         elif renamed in found and not _same(found[renamed], value):
-            raise InputError(f"{name} and its other name ({', '.join(_BIASES)}) hold different numbers: which are the model's?")
+            raise InputError(
+                f"{name} and its other name ({', '.join(_BIASES)}) hold different numbers: which are the "
+                "model's?"
+            )
         else:
             found[renamed] = value
     if strange:
@@ -139,7 +151,9 @@ def from_huggingface(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and (a.is_meta or torch.allclose(a.float(), b.float(), rtol=0, atol=0, equal_nan=True))
+    return a.shape == b.shape and (
+        a.is_meta or torch.allclose(a.float(), b.float(), rtol=0, atol=0, equal_nan=True)
+    )
 
 
 def _to_theirs(name: str, kind: str) -> str | None:
@@ -161,14 +175,23 @@ def _to_ours(name: str, kind: str) -> str | None:
 
 def _swapped(name: str, table: dict[str, str]) -> str | None:
     """`name` with its beginning replaced as the table says; None where none fits."""
-    fits = [(old, new) for old, new in table.items() if name == old or name.startswith(old if old.endswith(".") else old + ".")]
+    fits = [
+        (old, new)
+        for old, new in table.items()
+        if name == old or name.startswith(old if old.endswith(".") else old + ".")
+    ]
     return fits[0][1] + name[len(fits[0][0]) :] if fits else None
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
+# --- settings -----------------------------------------------------------------------------------------------
 
 
-_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "decoder_hidden_size": 384, "decoder_intermediate_size": 1536}
+_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "decoder_hidden_size": 384,
+    "decoder_intermediate_size": 1536,
+}
 _ONLY = {"hidden_act": "gelu", "num_channels": 3, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
 
 
@@ -189,7 +212,11 @@ def config_to_huggingface(
     refused = [name for name in ("learned_pos", "cos_attn") if getattr(config, name)]
     refused += ["init_values"] if config.init_values else []
     refused += ["qk_scale"] if config.qk_scale is not None else []
-    refused += [f"positions of a {config.pos_grid} grid (pos_grid)"] if config.pos_grid not in (None, config.grid) else []
+    refused += (
+        [f"positions of a {config.pos_grid} grid (pos_grid)"]
+        if config.pos_grid not in (None, config.grid)
+        else []
+    )
     refused += [f"pooling {pooling!r}"] if pooling == "attentive" else []
     if refused:
         raise InputError(f"transformers' VideoMAE cannot express {', '.join(refused)}")
@@ -240,7 +267,9 @@ def config_from_huggingface(values: dict[str, Any], what: str = "config.json") -
     while int(get["hidden_size"] * ratio) < get["intermediate_size"]:  # rounding of the division
         ratio = math.nextafter(ratio, math.inf)
     if int(get["decoder_hidden_size"] * ratio) != get["decoder_intermediate_size"]:
-        raise InputError(f"{what}: the decoder's intermediate_size has another ratio to its width than the encoder's")
+        raise InputError(
+            f"{what}: the decoder's intermediate_size has another ratio to its width than the encoder's"
+        )
     size = get.get("image_size", 224)
     return ModelConfig(
         img_size=size if isinstance(size, int) else tuple(size),
@@ -260,7 +289,8 @@ def config_from_huggingface(values: dict[str, Any], what: str = "config.json") -
 
 
 def processor_settings(config: ModelConfig) -> dict[str, Any]:
-    """Their `preprocessor_config.json`: short side to the model's, middle crop, ImageNet's mean and deviation."""
+    """Their `preprocessor_config.json`: short side to the model's, middle crop, ImageNet's mean and
+    deviation."""
     height, width = config.image_hw
     return {
         "image_processor_type": "VideoMAEImageProcessor",
@@ -277,7 +307,7 @@ def processor_settings(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-# --- folders ----------------------------------------------------------------------------------------------------------
+# --- folders ------------------------------------------------------------------------------------------------
 
 
 def save_pretrained(
@@ -304,20 +334,25 @@ def save_pretrained(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"folder {folder} cannot be made: {error.strerror}") from error
-    for name, content in (("config.json", values), ("preprocessor_config.json", processor_settings(model.config))):
+    for name, content in (
+        ("config.json", values),
+        ("preprocessor_config.json", processor_settings(model.config)),
+    ):
         text = json.dumps(content, indent=2) + "\n"
         write_atomically(folder / name, lambda file, text=text: file.write(text), binary=False)
     export_weights(folder / WEIGHT_FILES[0], state)
 
 
 def load_pretrained(folder: str | Path, **options: Any) -> Pretrainer | Classifier:
-    """The model of a local folder of transformers (`config.json` beside `model.safetensors` or `pytorch_model.bin`).
+    """The model of a local folder of transformers (`config.json` beside `model.safetensors` or
+    `pytorch_model.bin`).
 
     Args:
         options: of `build_pretrainer` or `build_classifier`, such as `backend` and `attention`.
 
     Returns:
-        A `Pretrainer` or a `Classifier`, whichever the folder's `architectures` names; with its weights, all of them.
+        A `Pretrainer` or a `Classifier`, whichever the folder's `architectures` names; with its weights, all
+            of them.
 
     Raises:
         InputError: a missing or damaged file, another kind of model, or weights that do not fit.
@@ -331,7 +366,9 @@ def load_pretrained(folder: str | Path, **options: Any) -> Pretrainer | Classifi
         raise InputError(f"{folder / 'config.json'}: architectures names {kind}; {known}")
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if path is None:
-        raise InputError(f"{folder} holds none of {', '.join(WEIGHT_FILES)} (weights in several files are not read)")
+        raise InputError(
+            f"{folder} holds none of {', '.join(WEIGHT_FILES)} (weights in several files are not read)"
+        )
     state = from_huggingface(load_weights(path), kind)
     if kind == PRETRAINING:
         model = build_pretrainer(config, normalize_target=values.get("norm_pix_loss", True), **options)

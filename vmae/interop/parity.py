@@ -1,7 +1,8 @@
 """`python -m vmae parity FILE...`: this code against golden files of the published code.
 
-A file holds inputs and outputs in float32; weights are made from the parameters' names. Everything is read from the file's
-`meta`, so any architecture that the published constructors describe is checked, whatever the file is called.
+A file holds inputs and outputs in float32; weights are made from the parameters' names. Everything is read
+from the file's `meta`, so any architecture that the published constructors describe is checked, whatever the
+file is called.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def gradient_errors(model: nn.Module, arrays: dict[str, np.ndarray]) -> float:
         if kind not in ("grad", "gradnorm"):
             continue
         if name not in gradients:
-            raise InputError(f"the file has a gradient of {name}, which this model does not have or does not train")
+            raise InputError(
+                f"the file has a gradient of {name}, which this model does not have or does not train"
+            )
         gradient = gradients[name].double()
         if kind == "gradnorm":
             worst = max(worst, relative(float(gradient.norm()), float(stored)))
@@ -93,7 +96,9 @@ def gradient_errors(model: nn.Module, arrays: dict[str, np.ndarray]) -> float:
     return worst
 
 
-def train_like_published(model: nn.Module, compute_loss: Callable[[], Tensor], settings: dict[str, Any]) -> list[float]:
+def train_like_published(
+    model: nn.Module, compute_loss: Callable[[], Tensor], settings: dict[str, Any]
+) -> list[float]:
     """Losses of `steps` AdamW steps on one batch, with gradient clipping."""
     if settings["name"].lower() != "adamw":
         raise InputError(f"optimizer {settings['name']!r} of the file is not supported; only AdamW")
@@ -117,7 +122,8 @@ def train_like_published(model: nn.Module, compute_loss: Callable[[], Tensor], s
 
 
 def freeze_untrained(model: nn.Module, arrays: dict[str, np.ndarray]) -> None:
-    """The published code detaches some parameters (learned positions): those without a stored gradient do not train."""
+    """The published code detaches some parameters (learned positions): those without a stored gradient do not
+    train."""
     stored = {key.partition("/")[2] for key in arrays if key.startswith("gradnorm/")}
     if stored:
         for name, parameter in model.named_parameters():
@@ -137,11 +143,15 @@ def check_training(
     if "trajectory" in arrays and arrays["trajectory"].size:
         settings = {**meta["optimizer"], "steps": arrays["trajectory"].size}
         losses = train_like_published(model, compute_loss, settings)
-        errors["trajectory"] = max(relative(got, float(want)) for got, want in zip(losses, arrays["trajectory"]))
+        errors["trajectory"] = max(
+            relative(got, float(want)) for got, want in zip(losses, arrays["trajectory"])
+        )
     return errors
 
 
-def check_pretrain(arrays: dict[str, np.ndarray], meta: dict[str, Any], backend: str, attention: str) -> dict[str, float]:
+def check_pretrain(
+    arrays: dict[str, np.ndarray], meta: dict[str, Any], backend: str, attention: str
+) -> dict[str, float]:
     config = config_from_arch(meta["arch"])
     normalize = bool(meta.get("normalize_target", True))
     if backend == "reference":
@@ -161,12 +171,16 @@ def check_pretrain(arrays: dict[str, np.ndarray], meta: dict[str, Any], backend:
     return errors | check_training(model, lambda: model(clips, mask), arrays, meta)
 
 
-def check_classify(arrays: dict[str, np.ndarray], meta: dict[str, Any], backend: str, attention: str) -> dict[str, float]:
+def check_classify(
+    arrays: dict[str, np.ndarray], meta: dict[str, Any], backend: str, attention: str
+) -> dict[str, float]:
     arch = meta["arch"]
     config = config_from_arch(arch)
     backend = "torch" if backend == "reference" else backend
     pooling = "mean" if arch.get("use_mean_pooling", True) else "first"
-    model = build_classifier(config, arch["num_classes"], pooling=pooling, backend=backend, attention=attention)
+    model = build_classifier(
+        config, arch["num_classes"], pooling=pooling, backend=backend, attention=attention
+    )
     fill_golden(model)
     clips, labels = golden_clip(arrays, meta, config), torch.from_numpy(arrays["labels"]).long()
     errors = {}
@@ -192,7 +206,8 @@ def check_file(path: str | Path, backend: str = "torch", attention: str = "auto"
     """Largest error of each kind of output in one golden file.
 
     Raises:
-        InputError: the file is missing, no golden file, or describes what this code does not know; it is named.
+        InputError: the file is missing, no golden file, or describes what this code does not know; it is
+            named.
     """
     path = Path(path)
     try:
@@ -226,7 +241,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("torch", "triton", "auto", "reference"),
         help="fused operations to check; reference is the plain model (default: torch)",
     )
-    parser.add_argument("--attention", default="auto", help="attention backend; `doctor` lists them (default: auto)")
+    parser.add_argument(
+        "--attention", default="auto", help="attention backend; `doctor` lists them (default: auto)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

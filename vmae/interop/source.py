@@ -1,8 +1,10 @@
-"""Which model a file's weights are of, and of what clips: what the file says, what its tensors show, what the caller gives.
+"""Which model a file's weights are of, and of what clips: what the file says, what its tensors show, what the
+caller gives.
 
-Files written here say all of it. Published ones hold tensors, and sometimes the arguments of their training, which tell frames
-and size; so does a position table, by its length. Weights with fixed sine-cosine positions and nothing else fit clips of
-any size: then the caller's word counts, else 16 frames of 224 pixels, and a note says so.
+Files written here say all of it. Published ones hold tensors, and sometimes the arguments of their training,
+which tell frames and size; so does a position table, by its length. Weights with fixed sine-cosine positions
+and nothing else fit clips of any size: then the caller's word counts, else 16 frames of 224 pixels, and a
+note says so.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def source_config(
         The settings, and a line on what was taken for granted; empty where all is known.
 
     Raises:
-        InputError: an architecture that nobody names, clips that the file contradicts, or positions of none of such clips.
+        InputError: an architecture that nobody names, clips that the file contradicts, or positions of none
+            of such clips.
     """
     given = {name: value for name, value in (("num_frames", frames), ("img_size", size)) if value is not None}
     if "model" in settings:
@@ -53,7 +56,8 @@ def source_config(
         frames, height, width = (n * side for n, side in zip(config.pos_grid or config.grid, _token(config)))
         if given.items() - {"num_frames": frames, "img_size": height if height == width else None}.items():
             raise InputError(
-                f"{path} says that its weights are of {frames} frames of {height} x {width} pixels, not of {_said(given)}; "
+                f"{path} says that its weights are of {frames} frames of {height} x {width} pixels, not of "
+                f"{_said(given)}; "
                 "--init-frames and --init-size are for files that do not say"
             )
         return config, ""
@@ -61,7 +65,11 @@ def source_config(
         raise InputError(f"{path} does not say which architecture it is of; name it with --model")
     name = {**PUBLISHED_CLASSIFIERS, **PUBLISHED_MODELS}.get(preset, preset)
     weight, table = _find(tensors, "patch_embed.proj.weight"), _find(tensors, "pos_embed")
-    shown = {"tubelet_size": weight.shape[2], "patch_size": weight.shape[3]} if weight is not None and weight.ndim == 5 else {}
+    shown = (
+        {"tubelet_size": weight.shape[2], "patch_size": weight.shape[3]}
+        if weight is not None and weight.ndim == 5
+        else {}
+    )
     known, note = settings.get("published", {}) | given, ""
     clip = {"num_frames": PUBLISHED_FRAMES, "img_size": PUBLISHED_SIZE, **known}
     if table is not None:
@@ -78,7 +86,8 @@ def source_config(
 
 
 def at_size(config: ModelConfig, **changes: Any) -> ModelConfig:
-    """The same model for other clips, to test with; fixed positions stay those of the source's grid, interpolated."""
+    """The same model for other clips, to test with; fixed positions stay those of the source's grid,
+    interpolated."""
     grid = config.pos_grid or config.grid
     new = config.replace(**{"pos_grid": None, "drop_path_rate": 0.0, **changes})
     return new if new.learned_pos or grid == new.grid else new.replace(pos_grid=grid)
@@ -86,7 +95,10 @@ def at_size(config: ModelConfig, **changes: Any) -> ModelConfig:
 
 def _find(tensors: dict[str, Tensor], ending: str) -> Tensor | None:
     """Of the encoder, whatever stands before its name."""
-    return next((v for name, v in tensors.items() if f".{name}".endswith(f".{ending}") and "decoder." not in name), None)
+    return next(
+        (v for name, v in tensors.items() if f".{name}".endswith(f".{ending}") and "decoder." not in name),
+        None,
+    )
 
 
 def _token(config: ModelConfig) -> tuple[int, int, int]:
@@ -99,7 +111,8 @@ def _said(clip: dict[str, int]) -> str:
 
 
 def _clip_of(count: int, tubelet: int, patch: int, known: dict[str, int], path: str | Path) -> dict[str, int]:
-    """Frames and side of square clips with `count` tokens: with what is known of them, else with a published number.
+    """Frames and side of square clips with `count` tokens: with what is known of them, else with a published
+    number.
 
     Raises:
         InputError: there are none.
@@ -114,6 +127,7 @@ def _clip_of(count: int, tubelet: int, patch: int, known: dict[str, int], path: 
             return {"num_frames": frames, "img_size": size}
     tried = _said(known) or f"{PUBLISHED_FRAMES} frames or {PUBLISHED_SIZE} pixels"
     raise InputError(
-        f"{path} has {count} positions, which are none of square clips of {tried} (tokens of {tubelet} x {patch} x {patch} "
+        f"{path} has {count} positions, which are none of square clips of {tried} (tokens of {tubelet} x "
+        f"{patch} x {patch} "
         "pixels); name both with --init-frames and --init-size"
     )

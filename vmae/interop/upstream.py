@@ -44,7 +44,15 @@ _ARCH_FIELDS = {
     "cos_attn": "cos_attn",
 }
 # Arguments that change nothing here, or that a model must have exactly so.
-_ARCH_IGNORED = {"with_cp", "num_classes", "use_mean_pooling", "init_scale", "head_drop_rate", "norm_layer", "fc_drop_rate"}
+_ARCH_IGNORED = {
+    "with_cp",
+    "num_classes",
+    "use_mean_pooling",
+    "init_scale",
+    "head_drop_rate",
+    "norm_layer",
+    "fc_drop_rate",
+}
 _ARCH_FIXED = {
     "in_chans": (0, 3),
     "encoder_in_chans": (3,),
@@ -73,7 +81,9 @@ def config_from_arch(arch: dict[str, Any], what: str = "arch") -> ModelConfig:
     config = ModelConfig.from_dict(values)
     expected = arch.get("decoder_num_classes", config.tubelet_pixels)
     if expected != config.tubelet_pixels:
-        raise InputError(f"{what}: decoder_num_classes={expected} but a tubelet has {config.tubelet_pixels} values")
+        raise InputError(
+            f"{what}: decoder_num_classes={expected} but a tubelet has {config.tubelet_pixels} values"
+        )
     return config
 
 
@@ -91,15 +101,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()
-        hint = next((line for line in reason if "Unsupported" in line or "not an allowed" in line), reason[0] if reason else "")
-        raise InputError(f"checkpoint {path} is damaged, or holds more than weights and was not executed: {hint}") from error
+        hint = next(
+            (line for line in reason if "Unsupported" in line or "not an allowed" in line),
+            reason[0] if reason else "",
+        )
+        raise InputError(
+            f"checkpoint {path} is damaged, or holds more than weights and was not executed: {hint}"
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise InputError(f"checkpoint {path} cannot be read: {reason}") from error
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """Named tensors of a `.pth` or `.safetensors` file, without the wrappers (`model`, `module`) and prefixes (`module.`).
+    """Named tensors of a `.pth` or `.safetensors` file, without the wrappers (`model`, `module`) and prefixes
+    (`module.`).
 
     A training checkpoint's folder is read too.
 
@@ -113,7 +129,8 @@ def read_settings_and_weights(path: str | Path) -> tuple[dict[str, Any], dict[st
     """What a file says of itself, and `load_weights` of it.
 
     Returns:
-        The settings that a file written here was trained with; of a published one, `published`: `num_frames` and `img_size` as
+        The settings that a file written here was trained with; of a published one, `published`: `num_frames`
+            and `img_size` as
         far as the arguments of its training tell them; else empty.
     """
     path, settings = Path(path), None
@@ -130,7 +147,9 @@ def read_settings_and_weights(path: str | Path) -> tuple[dict[str, Any], dict[st
                 break
     tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
     if not tensors:
-        raise InputError(f"checkpoint {path} holds no weights (looked for tensors by name, under 'model' or 'module' too)")
+        raise InputError(
+            f"checkpoint {path} holds no weights (looked for tensors by name, under 'model' or 'module' too)"
+        )
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     known = isinstance(settings, dict) and not {"model", "published"}.isdisjoint(settings)
@@ -163,14 +182,17 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         raise InputError(f"checkpoint {path} cannot be read: {error}") from error
 
 
-def load_into(model: nn.Module, state: dict[str, Tensor], path: str | Path, *, allow_encoder_only: bool = False) -> str:
+def load_into(
+    model: nn.Module, state: dict[str, Tensor], path: str | Path, *, allow_encoder_only: bool = False
+) -> str:
     """Load `state` into `model`, strictly, and say in a line what was done.
 
-    With `allow_encoder_only`, a file that holds all of the encoder and nothing of the decoder is taken too, and the rest of
-    the model keeps its fresh weights.
+    With `allow_encoder_only`, a file that holds all of the encoder and nothing of the decoder is taken too,
+    and the rest of the model keeps its fresh weights.
 
     Raises:
-        InputError: keys that are missing or left over, or shapes that differ: all of them, by name (the first of each).
+        InputError: keys that are missing or left over, or shapes that differ: all of them, by name (the first
+            of each).
     """
     own = model.state_dict()
     state = _fixed_tables_dropped(state, own, path)
@@ -198,7 +220,9 @@ def check_shapes(own: dict[str, torch.Size], found: dict[str, torch.Size], path:
         raise InputError(_mismatch(path, missing, extra, differing))
 
 
-def _fixed_tables_dropped(state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+def _fixed_tables_dropped(
+    state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path
+) -> dict[str, Tensor]:
     """Without fixed position tables, which some files carry and this code recomputes."""
     tables = [name for name in state if name.rsplit(".", 1)[-1] == "pos_embed" and name not in own]
     for name in tables:
@@ -209,7 +233,9 @@ def _fixed_tables_dropped(state: dict[str, Tensor], own: dict[str, Tensor], path
 def check_fixed(table: Tensor, what: str) -> None:
     """Raises InputError where a position table that a model with fixed positions would drop was learned."""
     if not is_fixed_table(table):
-        raise InputError(f"{what} was learned, but the model has fixed positions (learned_pos is false): it would get lost")
+        raise InputError(
+            f"{what} was learned, but the model has fixed positions (learned_pos is false): it would get lost"
+        )
 
 
 def is_fixed_table(table: Tensor) -> bool:
@@ -219,9 +245,15 @@ def is_fixed_table(table: Tensor) -> bool:
     return torch.allclose(table.float(), sine_cosine_positions(*table.shape[1:]), rtol=0, atol=5e-3)
 
 
-def _mismatch(path: str | Path, missing: list[str], extra: list[str], differing: list[str], limit: int = 8) -> str:
+def _mismatch(
+    path: str | Path, missing: list[str], extra: list[str], differing: list[str], limit: int = 8
+) -> str:
     lines = [f"checkpoint {path} is of another architecture:"]
-    for title, names in (("shapes differ", differing), ("missing in the file", missing), ("not in the model", extra)):
+    for title, names in (
+        ("shapes differ", differing),
+        ("missing in the file", missing),
+        ("not in the model", extra),
+    ):
         if names:
             more = f" ... and {len(names) - limit} more" if len(names) > limit else ""
             lines.append(f"  {title} ({len(names)}): " + "; ".join(names[:limit]) + more)

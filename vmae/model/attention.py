@@ -1,4 +1,5 @@
-"""Self-attention on packed q, k, v, through one function with named backends (`attention_backends.py` lists them).
+"""Self-attention on packed q, k, v, through one function with named backends (`attention_backends.py` lists
+them).
 
 Legend: B clips, N tokens, D width, H heads, d head width.
 """
@@ -23,11 +24,13 @@ LOG_100 = 4.6052  # as the published code writes it
 
 
 def _chosen(*key) -> str:
-    """torch.compile takes the answer as a constant instead of tracing what finds it: imports, device queries, probes."""
+    """torch.compile takes the answer as a constant instead of tracing what finds it: imports, device queries,
+    probes."""
     return choose_name(*key)
 
 
-# What torch.compiler.assume_constant_result sets (torch 2.4 to 2.13); calling it would import torch._dynamo, 1.5 s, for all.
+# What torch.compiler.assume_constant_result sets (torch 2.4 to 2.13); calling it would import torch._dynamo,
+# 1.5 s, for all.
 _chosen._dynamo_marked_constant = True
 
 
@@ -36,16 +39,16 @@ def attention(qkv: Tensor, backend: str = "auto", scale: float | None = None) ->
 
     Args:
         qkv: [B, N, 3, H, d], packed, any strides.
-        backend: a name in `ATTENTION_BACKENDS`; "auto" takes the fastest that is installed and fits the device, the dtype and
-            the head dim, and logs once which.
+        backend: a name in `ATTENTION_BACKENDS`; "auto" takes the fastest that is installed and fits the
+            device, the dtype and the head dim, and logs once which.
         scale: factor on the scores; None means `d ** -0.5`.
 
     Returns:
         [B, N, H, d].
 
     Raises:
-        InputError: an unknown backend, or one that can't run here: the message says why, and what would. Nothing else is
-            taken in its place. "auto" never raises.
+        InputError: an unknown backend, or one that can't run here: the message says why, and what would.
+            Nothing else is taken in its place. "auto" never raises.
     """
     training = torch.is_grad_enabled() and qkv.requires_grad
     device, compiled = qkv.device, torch.compiler.is_compiling()
@@ -58,9 +61,9 @@ def attention(qkv: Tensor, backend: str = "auto", scale: float | None = None) ->
 class Attention(nn.Module):
     """Multi-head self-attention with the published names: `qkv.weight`, `q_bias`, `v_bias`, `proj`.
 
-    k has no bias: it would shift every score of a query alike. With `cos_attn`, q and k are normalised and a learned
-    temperature per head replaces the fixed factor (Swin V2, equation 2): the exponential of `scale` [H, 1, 1], which is held
-    below log 100.
+    k has no bias: it would shift every score of a query alike. With `cos_attn`, q and k are normalised and a
+    learned temperature per head replaces the fixed factor (Swin V2, equation 2): the exponential of `scale`
+    [H, 1, 1], which is held below log 100.
     """
 
     def __init__(
@@ -85,10 +88,13 @@ class Attention(nn.Module):
         self.scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0))) if cos_attn else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_BND: Tensor, norm: nn.LayerNorm | None = None, lengths: Lengths | None = None) -> Tensor:
+    def forward(
+        self, x_BND: Tensor, norm: nn.LayerNorm | None = None, lengths: Lengths | None = None
+    ) -> Tensor:
         """Attention of x, or of `norm(x)`, whose result is then not kept for the backward.
 
-        With `lengths`, x is [1, T, D]: sequences of those lengths one after the other, each attending to itself alone.
+        With `lengths`, x is [1, T, D]: sequences of those lengths one after the other, each attending to
+        itself alone.
         """
         qkv, scale = self._scored(x_BND, norm)
         if lengths is None:
@@ -98,7 +104,8 @@ class Attention(nn.Module):
         return self.proj(out.flatten(2))
 
     def weights(self, x_BND: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
-        """float32 [B, H, N, N]: how much each token (row) takes from each (column) in `forward`; rows sum to 1.
+        """float32 [B, H, N, N]: how much each token (row) takes from each (column) in `forward`; rows sum to
+        1.
 
         Computed with the whole matrix, to look at: the fused backends never hold it.
         """
@@ -121,10 +128,11 @@ class Attention(nn.Module):
     def _bias(self) -> Tensor | None:
         """[3 D]: q's bias, zeros, v's bias, which the matrix product adds on its way out.
 
-        Measured for 2 x 160 tokens of ViT-B in float32 on one core, where the product takes 23 ms: putting these 9 KB together
-        takes 0.01 ms. The ways around it are no faster there and slower on a GPU: adding to q and v afterwards passes over two
-        thirds of qkv once more (31 MB a layer at batch 32, in bf16 rounded twice), three products read x three times, a
-        kept copy goes stale in silence where FSDP swaps the parameters' storage.
+        Measured for 2 x 160 tokens of ViT-B in float32 on one core, where the product takes 23 ms: putting
+        these 9 KB together takes 0.01 ms. The ways around it are no faster there and slower on a GPU: adding
+        to q and v afterwards passes over two thirds of qkv once more (31 MB a layer at batch 32, in bf16
+        rounded twice), three products read x three times, a kept copy goes stale in silence where FSDP swaps
+        the parameters' storage.
         """
         if self.q_bias is None:
             return None

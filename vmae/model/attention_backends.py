@@ -1,20 +1,20 @@
 """The attention backends: what each needs, whether it runs here or why not, and which one `auto` takes.
 
-One `AttentionBackend` per name, one probe each, which answers None (it runs) or the reason why not as text: importable,
-version, device, dtype, head dim, dropout, training. How they are called stands in `attention_calls.py`.
+One `AttentionBackend` per name, one probe each, which answers None (it runs) or the reason why not as text:
+importable, version, device, dtype, head dim, dropout, training. How they are called stands in
+`attention_calls.py`.
 
-Head dims 80 (ViT-H) and 88 (ViT-g): kernels work on tiles of fixed widths and multiply the padding too. Both are multiples
-of 8, so no backend copies its inputs into wider ones (flash-attn and torch do that to other head dims): padding costs FLOPs, no
-bytes. From the kernels' sources, not measured here, as FLOPs of Q K^T and P V over the useful ones:
+Head dims 80 (ViT-H) and 88 (ViT-g): kernels work on tiles of fixed widths and multiply the padding too. Both
+are multiples of 8, so no backend copies its inputs into wider ones (flash-attn and torch do that to other
+head dims): padding costs FLOPs, no bytes. From the kernels' sources, not measured here, as FLOPs of Q K^T and
+P V over the useful ones:
 
-| backend | tile widths | 64 | 80 | 88 |
-|---|---|---|---|---|
-| flash2, sdpa_flash on a GPU, varlen | 32, 64, 96, 128, 192, 256 | 1 | 96: 1.20 | 96: 1.09 |
-| flash3 | 64, 96, 128, 192, 256 | 1 | 96: 1.20 | 96: 1.09 |
-| flash4 | multiples of 16 forward (of 32 in the backward) | 1 | 80: 1 (96: 1.20) | 96: 1.09 (96: 1.09) |
-| sdpa_efficient, xformers' CUTLASS kernel | Q K^T in steps of 32, P V in 64 or 128 | 1 | 96 and 128: 1.40 | 96 and 128: 1.27 |
-| sdpa_cudnn | not published | | | |
-| sdpa_flash on a CPU, sdpa_math, softmax | none | 1 | 1 | 1 |
+| backend | tile widths | 64 | 80 | 88 | |---|---|---|---|---| | flash2, sdpa_flash on a GPU, varlen | 32, 64,
+96, 128, 192, 256 | 1 | 96: 1.20 | 96: 1.09 | | flash3 | 64, 96, 128, 192, 256 | 1 | 96: 1.20 | 96: 1.09 | |
+flash4 | multiples of 16 forward (of 32 in the backward) | 1 | 80: 1 (96: 1.20) | 96: 1.09 (96: 1.09) | |
+sdpa_efficient, xformers' CUTLASS kernel | Q K^T in steps of 32, P V in 64 or 128 | 1 | 96 and 128: 1.40 | 96
+and 128: 1.27 | | sdpa_cudnn | not published | | | | | sdpa_flash on a CPU, sdpa_math, softmax | none | 1 | 1
+| 1 |
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class AttentionBackend:
         packed: of `attention_calls`, on packed sequences; None where it has none.
         masks: `call` takes a key mask, so that packed sequences can be padded for it.
         probe: None, or the reason why it does not run.
-        tiles: (head dim, on a GPU) -> widths in which Q K^T and P V are multiplied; None where that is not published.
+        tiles: (head dim, on a GPU) -> widths in which Q K^T and P V are multiplied; None where that is not
+            published.
         package: the distribution behind it, None where that is torch.
         install: how to get it.
         prepare: run once when it is chosen.
@@ -124,8 +125,12 @@ def _activate(number: int) -> Callable[[], None]:
     return activate
 
 
-_FLASH2 = dict(package="flash-attn", install="pip install flash-attn --no-build-isolation (2.7 or later; it compiles)")
-_FLASH3 = dict(package="flash_attn_3", install="flash-attention's wheel for Hopper, or build its hopper/ folder")
+_FLASH2 = dict(
+    package="flash-attn", install="pip install flash-attn --no-build-isolation (2.7 or later; it compiles)"
+)
+_FLASH3 = dict(
+    package="flash_attn_3", install="flash-attention's wheel for Hopper, or build its hopper/ folder"
+)
 _FLASH4 = dict(package="flash-attn-4", install="pip install flash-attn-4")
 _XFORMERS = dict(package="xformers", install="pip install xformers (the release built for your torch)")
 
@@ -137,64 +142,128 @@ def _register(name: str, text: str, probe: Callable[[Workload], str | None], **s
 
 
 _register(
-    "flash2", "FlashAttention-2, packed in and out", probes.probe_flash2,
-    call=calls.flash2, packed=calls.flash2_packed, tiles=_flash2_tiles, **_FLASH2,
-)  # fmt: skip
-_register(
-    "flash3", "FlashAttention-3 (Hopper), packed in and out", probes.probe_flash3,
-    call=calls.flash3, packed=calls.flash3_packed, tiles=_flash3_tiles, **_FLASH3,
-)  # fmt: skip
-_register(
-    "flash4", "FlashAttention-4 (Hopper, Blackwell)", probes.probe_flash4,
-    call=calls.flash4, packed=calls.flash4_packed, tiles=_flash4_tiles, **_FLASH4,
-)  # fmt: skip
-_register(
-    "xformers", "xformers' choice of kernel", probes.probe_xformers,
-    call=calls.xformers, packed=calls.xformers_packed, tiles=_cutlass_tiles, **_XFORMERS,
-)  # fmt: skip
-_register(
-    "varlen", "torch's flash kernel on packed sequences", probes.probe_varlen, packed=calls.varlen, tiles=_flash2_tiles
+    "flash2",
+    "FlashAttention-2, packed in and out",
+    probes.probe_flash2,
+    call=calls.flash2,
+    packed=calls.flash2_packed,
+    tiles=_flash2_tiles,
+    **_FLASH2,
 )
-_register("sdpa", "torch's choice of kernel", probes.probe_anywhere, call=calls.sdpa, masks=True, tiles=_torch_choice_tiles)
 _register(
-    "sdpa_flash", "torch's flash kernel", probes.probe_sdpa_flash,
-    call=calls.sdpa_flash, masks=True, tiles=_torch_flash_tiles,
-)  # fmt: skip
-_register(
-    "sdpa_flash3", "FlashAttention-3 in the place of torch's flash kernel", probes.probe_replaced_flash(3),
-    call=calls.sdpa_flash, tiles=_flash3_tiles, prepare=_activate(3), **_FLASH3,
-)  # fmt: skip
-_register(
-    "sdpa_flash4", "FlashAttention-4 in the place of torch's flash kernel", probes.probe_replaced_flash(4),
-    call=calls.sdpa_flash, tiles=_flash4_tiles, prepare=_activate(4), **_FLASH4,
-)  # fmt: skip
-_register(
-    "sdpa_cudnn", "cuDNN's kernel through torch", probes.probe_sdpa_cudnn,
-    call=calls.sdpa_cudnn, masks=True, tiles=_unknown_tiles,
-)  # fmt: skip
-_register(
-    "sdpa_efficient", "torch's CUTLASS kernel, float32 too", probes.probe_sdpa_efficient,
-    call=calls.sdpa_efficient, masks=True, tiles=_cutlass_tiles,
-)  # fmt: skip
-_register(
-    "sdpa_math", "torch's composed one, forms the softmax matrix", probes.probe_anywhere, call=calls.sdpa_math, masks=True
+    "flash3",
+    "FlashAttention-3 (Hopper), packed in and out",
+    probes.probe_flash3,
+    call=calls.flash3,
+    packed=calls.flash3_packed,
+    tiles=_flash3_tiles,
+    **_FLASH3,
 )
-_register("softmax", "the plain one, forms the softmax matrix", probes.probe_anywhere, call=calls.softmax, masks=True)
+_register(
+    "flash4",
+    "FlashAttention-4 (Hopper, Blackwell)",
+    probes.probe_flash4,
+    call=calls.flash4,
+    packed=calls.flash4_packed,
+    tiles=_flash4_tiles,
+    **_FLASH4,
+)
+_register(
+    "xformers",
+    "xformers' choice of kernel",
+    probes.probe_xformers,
+    call=calls.xformers,
+    packed=calls.xformers_packed,
+    tiles=_cutlass_tiles,
+    **_XFORMERS,
+)
+_register(
+    "varlen",
+    "torch's flash kernel on packed sequences",
+    probes.probe_varlen,
+    packed=calls.varlen,
+    tiles=_flash2_tiles,
+)
+_register(
+    "sdpa",
+    "torch's choice of kernel",
+    probes.probe_anywhere,
+    call=calls.sdpa,
+    masks=True,
+    tiles=_torch_choice_tiles,
+)
+_register(
+    "sdpa_flash",
+    "torch's flash kernel",
+    probes.probe_sdpa_flash,
+    call=calls.sdpa_flash,
+    masks=True,
+    tiles=_torch_flash_tiles,
+)
+_register(
+    "sdpa_flash3",
+    "FlashAttention-3 in the place of torch's flash kernel",
+    probes.probe_replaced_flash(3),
+    call=calls.sdpa_flash,
+    tiles=_flash3_tiles,
+    prepare=_activate(3),
+    **_FLASH3,
+)
+_register(
+    "sdpa_flash4",
+    "FlashAttention-4 in the place of torch's flash kernel",
+    probes.probe_replaced_flash(4),
+    call=calls.sdpa_flash,
+    tiles=_flash4_tiles,
+    prepare=_activate(4),
+    **_FLASH4,
+)
+_register(
+    "sdpa_cudnn",
+    "cuDNN's kernel through torch",
+    probes.probe_sdpa_cudnn,
+    call=calls.sdpa_cudnn,
+    masks=True,
+    tiles=_unknown_tiles,
+)
+_register(
+    "sdpa_efficient",
+    "torch's CUTLASS kernel, float32 too",
+    probes.probe_sdpa_efficient,
+    call=calls.sdpa_efficient,
+    masks=True,
+    tiles=_cutlass_tiles,
+)
+_register(
+    "sdpa_math",
+    "torch's composed one, forms the softmax matrix",
+    probes.probe_anywhere,
+    call=calls.sdpa_math,
+    masks=True,
+)
+_register(
+    "softmax",
+    "the plain one, forms the softmax matrix",
+    probes.probe_anywhere,
+    call=calls.softmax,
+    masks=True,
+)
 
 NAMES = ("auto", *BACKENDS)
 
 # What auto tries, fastest first, by device class; `sdpa` and `softmax` end every list.
-#
-# Measured (bench/attention.py, float32, torch 2.13, 1 and 2 shared cores of an AMD EPYC), forward and backward against the
-# plain one: sdpa, which takes the flash kernel, is 0.8 to 1.0 x as fast at 160 tokens, 1.1 to 1.2 x at 944, 1.5 to 1.7 x at
-# 1232; over a step of ViT-B level, and it keeps 0.59 x the bytes. sdpa_flash is the same kernel; sdpa_math is 0.8 to 1.0 x.
+#  Measured (bench/attention.py, float32, torch 2.13, 1 and 2 shared cores of an AMD EPYC), forward and
+# backward against the plain one: sdpa, which takes the flash kernel, is 0.8 to 1.0 x as fast at 160 tokens,
+# 1.1 to 1.2 x at 944, 1.5 to 1.7 x at 1232; over a step of ViT-B level, and it keeps 0.59 x the bytes.
+# sdpa_flash is the same kernel; sdpa_math is 0.8 to 1.0 x.
 MEASURED_ORDER = {"cpu": ("sdpa", "softmax")}
-# Expected, measured by nobody in this project: no GPU has run these. On Hopper and Blackwell the kernels written for them
-# come first (FlashAttention-3, arXiv 2407.08608; flash-attn-4's readme names both). On Blackwell torch's choice comes next,
-# since flash2 has no kernel for it. Elsewhere flash2 comes before torch's choice: it writes one packed gradient, where the
-# three that torch's kernels give are stacked, 6 B N H d elements of traffic, which counts at 160 tokens. xformers comes last:
-# it dispatches to the same kernels, and its wheel has to fit torch's version. sdpa_flash3 and sdpa_flash4 change the whole
-# process, so they have to be named.
+# Expected, measured by nobody in this project: no GPU has run these. On Hopper and Blackwell the kernels
+# written for them come first (FlashAttention-3, arXiv 2407.08608; flash-attn-4's readme names both). On
+# Blackwell torch's choice comes next, since flash2 has no kernel for it. Elsewhere flash2 comes before
+# torch's choice: it writes one packed gradient, where the three that torch's kernels give are stacked, 6 B N
+# H d elements of traffic, which counts at 160 tokens. xformers comes last: it dispatches to the same kernels,
+# and its wheel has to fit torch's version. sdpa_flash3 and sdpa_flash4 change the whole process, so they have
+# to be named.
 EXPECTED_ORDER = {
     "sm_80": ("flash2", "sdpa", "xformers"),
     "sm_90": ("flash3", "flash4", "flash2", "sdpa", "xformers"),
@@ -238,17 +307,19 @@ def runnable(workload: Workload) -> list[str]:
 
 @functools.cache
 def choose(name: str, workload: Workload) -> AttentionBackend:
-    """The backend called `name`, or for "auto" the first of `auto_order` that runs; each workload is probed once.
+    """The backend called `name`, or for "auto" the first of `auto_order` that runs; each workload is probed
+    once.
 
     Raises:
-        InputError: an unknown name, or one that does not run on `workload`: the message says why, and what would run.
-            "auto" never raises.
+        InputError: an unknown name, or one that does not run on `workload`: the message says why, and what
+            would run. "auto" never raises.
     """
     if name != "auto":
         backend = backend_of(name)
         if reason := backend.why_not(workload):
             raise InputError(
-                f"attention backend {name!r} cannot run ({workload}): {reason}. These can: {', '.join(runnable(workload))}"
+                f"attention backend {name!r} cannot run ({workload}): {reason}. These can: "
+                f"{', '.join(runnable(workload))}"
             )
     else:
         backend = _first_that_runs(workload)
@@ -259,9 +330,16 @@ def choose(name: str, workload: Workload) -> AttentionBackend:
 
 @functools.cache
 def choose_name(
-    name: str, device: str, index: int | None, dtype: torch.dtype, head_dim: int, training: bool, compiled: bool
+    name: str,
+    device: str,
+    index: int | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    training: bool,
+    compiled: bool,
 ) -> str:
-    """`choose(...).name` for equal sequences, by what a tensor says of itself: all that a step has to look up."""
+    """`choose(...).name` for equal sequences, by what a tensor says of itself: all that a step has to look
+    up."""
     where = torch.device(device) if index is None else torch.device(device, index)
     workload = Workload.on(where, dtype=dtype, head_dim=head_dim, training=training, compiled=compiled)
     return choose(name, workload).name
@@ -277,7 +355,8 @@ def _first_that_runs(workload: Workload) -> AttentionBackend:
         refused.append(f"{name}: {reason}")
     what = str(workload).replace(", training", "").replace(", inference", "")  # one line for both
     say_once(
-        f"attention: auto takes {name} ({what}; order {'measured' if measured else 'expected, not measured'} on "
+        f"attention: auto takes {name} ({what}; order {'measured' if measured else 'expected, not measured'} "
+        "on "
         f"{workload.device_class}{''.join('; not ' + text for text in refused)})"
     )
     return BACKENDS[name]

@@ -1,9 +1,11 @@
-"""How each attention backend is called: one function for equal sequences and, where the library has one, one for packed.
+"""How each attention backend is called: one function for equal sequences and, where the library has one, one
+for packed.
 
-Written from the documented signatures, each named at its function. A call on equal sequences takes `qkv [B, N, 3, H, d]` and
-gives `[B, N, H, d]`; a packed call takes `qkv [T, 3, H, d]`, the tokens of all sequences one after the other, and gives
-`[T, H, d]`. Nothing is transposed in memory: packed qkv goes on packed where the library takes it, else as three views.
-SDPA and the plain one also take `mask [B, 1, 1, N]`, bool, True where a key may be seen.
+Written from the documented signatures, each named at its function. A call on equal sequences takes `qkv [B,
+N, 3, H, d]` and gives `[B, N, H, d]`; a packed call takes `qkv [T, 3, H, d]`, the tokens of all sequences one
+after the other, and gives `[T, H, d]`. Nothing is transposed in memory: packed qkv goes on packed where the
+library takes it, else as three views. SDPA and the plain one also take `mask [B, 1, 1, N]`, bool, True where
+a key may be seen.
 
 Legend: B clips, N tokens, H heads, d head width, T tokens of all clips together.
 """
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     from vmae.model.packed import Lengths
 
 
-def softmax_attention(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+def softmax_attention(
+    q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, scale: float, mask: Tensor | None = None
+) -> Tensor:
     """The plain one: the softmax matrix [B, H, N, N] is formed and saved."""
     scores = (q_BHNd * scale) @ k_BHNd.transpose(-2, -1)
     if mask is not None:
@@ -35,15 +39,17 @@ def softmax(qkv: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
 
 
 def _sdpa(qkv: Tensor, scale: float, mask: Tensor | None, kernel: SDPBackend | None) -> Tensor:
-    # Unbound first and transposed then: the three gradients are stacked as [B, N, 3, H, d], which the linear layer before
-    # takes as it is. Permuting qkv first stacks them as [3, B, H, N, d], and a second copy of 3 B N H d elements follows.
+    # Unbound first and transposed then: the three gradients are stacked as [B, N, 3, H, d], which the linear
+    # layer before takes as it is. Permuting qkv first stacks them as [3, B, H, N, d], and a second copy of 3
+    # B N H d elements follows.
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
     with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
 def sdpa(qkv: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, ..., scale), [B, H, N, d], any strides."""
+    """torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, ..., scale), [B, H, N,
+    d], any strides."""
     return _sdpa(qkv, scale, mask, None)
 
 
@@ -64,7 +70,8 @@ def sdpa_math(qkv: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
 
 
 def varlen(qkv: Tensor, lengths: Lengths, scale: float) -> Tensor:
-    """torch.nn.attention.varlen.varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale), [T, H, d] each."""
+    """torch.nn.attention.varlen.varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale),
+    [T, H, d] each."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = qkv.unbind(1)
@@ -78,7 +85,8 @@ def _output(result: Tensor | tuple) -> Tensor:
 
 
 def flash2(qkv: Tensor, scale: float) -> Tensor:
-    """flash_attn 2.8: flash_attn_qkvpacked_func(qkv [B, N, 3, H, d], dropout_p=0.0, softmax_scale=None, causal=False, ...).
+    """flash_attn 2.8: flash_attn_qkvpacked_func(qkv [B, N, 3, H, d], dropout_p=0.0, softmax_scale=None,
+    causal=False, ...).
 
     Its backward writes one packed gradient: nothing is stacked.
     """
@@ -88,14 +96,18 @@ def flash2(qkv: Tensor, scale: float) -> Tensor:
 
 
 def flash2_packed(qkv: Tensor, lengths: Lengths, scale: float) -> Tensor:
-    """flash_attn 2.8: flash_attn_varlen_qkvpacked_func(qkv [T, 3, H, d], cu_seqlens int32 [B + 1], max_seqlen, ...)."""
+    """flash_attn 2.8: flash_attn_varlen_qkvpacked_func(qkv [T, 3, H, d], cu_seqlens int32 [B + 1],
+    max_seqlen, ...)."""
     from flash_attn import flash_attn_varlen_qkvpacked_func
 
-    return flash_attn_varlen_qkvpacked_func(qkv, lengths.starts, lengths.longest, dropout_p=0.0, softmax_scale=scale)
+    return flash_attn_varlen_qkvpacked_func(
+        qkv, lengths.starts, lengths.longest, dropout_p=0.0, softmax_scale=scale
+    )
 
 
 def flash3(qkv: Tensor, scale: float) -> Tensor:
-    """FlashAttention-3, module flash_attn_interface: flash_attn_qkvpacked_func(qkv [B, N, 3, H, d], softmax_scale=None, ...).
+    """FlashAttention-3, module flash_attn_interface: flash_attn_qkvpacked_func(qkv [B, N, 3, H, d],
+    softmax_scale=None, ...).
 
     No dropout; packed gradient as in 2. Its first releases give (out, log-sum-exp).
     """
@@ -105,7 +117,8 @@ def flash3(qkv: Tensor, scale: float) -> Tensor:
 
 
 def flash3_packed(qkv: Tensor, lengths: Lengths, scale: float) -> Tensor:
-    """FlashAttention-3: flash_attn_varlen_func(q, k, v [T, H, d], cu_seqlens_q, _k, max_seqlen_q, _k, ..., softmax_scale)."""
+    """FlashAttention-3: flash_attn_varlen_func(q, k, v [T, H, d], cu_seqlens_q, _k, max_seqlen_q, _k, ...,
+    softmax_scale)."""
     from flash_attn_interface import flash_attn_varlen_func
 
     q, k, v = qkv.unbind(1)
@@ -114,7 +127,8 @@ def flash3_packed(qkv: Tensor, lengths: Lengths, scale: float) -> Tensor:
 
 
 def flash4(qkv: Tensor, scale: float) -> Tensor:
-    """FlashAttention-4, flash_attn.cute: flash_attn_func(q, k, v [B, N, H, d], ..., softmax_scale=None) -> (out, log-sum-exp).
+    """FlashAttention-4, flash_attn.cute: flash_attn_func(q, k, v [B, N, H, d], ..., softmax_scale=None) ->
+    (out, log-sum-exp).
 
     Nothing packed: three views in, and three gradients that autograd stacks.
     """
@@ -125,7 +139,8 @@ def flash4(qkv: Tensor, scale: float) -> Tensor:
 
 
 def flash4_packed(qkv: Tensor, lengths: Lengths, scale: float) -> Tensor:
-    """FlashAttention-4: flash_attn_varlen_func(q, k, v [T, H, d], ..., cu_seqlens_q, _k, max_seqlen_q, _k, ...).
+    """FlashAttention-4: flash_attn_varlen_func(q, k, v [T, H, d], ..., cu_seqlens_q, _k, max_seqlen_q, _k,
+    ...).
 
     By keyword: what stands between v and cu_seqlens_q differs from release to release.
     """
@@ -138,7 +153,8 @@ def flash4_packed(qkv: Tensor, lengths: Lengths, scale: float) -> Tensor:
 
 
 def xformers(qkv: Tensor, scale: float) -> Tensor:
-    """xformers.ops.memory_efficient_attention(query, key, value [B, N, H, d], attn_bias=None, p=0.0, scale=None, *, op=None).
+    """xformers.ops.memory_efficient_attention(query, key, value [B, N, H, d], attn_bias=None, p=0.0,
+    scale=None, *, op=None).
 
     Any strides whose last is 1; it dispatches to the best of its kernels for the device.
     """

@@ -1,7 +1,8 @@
-"""What attention is to be computed on, and each backend's answer to it: None, or the reason why it does not run, as text.
+"""What attention is to be computed on, and each backend's answer to it: None, or the reason why it does not
+run, as text.
 
-A probe looks at what is importable, its version, the device, dtype, head dim, dropout and training, in that order. It takes a
-`Workload`, not tensors, so that it can be asked about devices that are not here.
+A probe looks at what is importable, its version, the device, dtype, head dim, dropout and training, in that
+order. It takes a `Workload`, not tensors, so that it can be asked about devices that are not here.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ class Workload:
         device = torch.device(device)
         known = {"device": device.type, "index": device.index}
         if device.type == "cuda" and torch.cuda.is_available():
-            known |= {"capability": torch.cuda.get_device_capability(device), "hip": torch.version.hip is not None}
+            known |= {
+                "capability": torch.cuda.get_device_capability(device),
+                "hip": torch.version.hip is not None,
+            }
         return cls(**known, **settings)
 
     @property
@@ -66,7 +70,11 @@ class Workload:
         return f"sm_{self.capability[0]}0"
 
     def __str__(self) -> str:
-        words = [self.device if self.capability is None else f"{self.device} sm_{self.capability[0]}{self.capability[1]}"]
+        words = [
+            self.device
+            if self.capability is None
+            else f"{self.device} sm_{self.capability[0]}{self.capability[1]}"
+        ]
         words += [str(self.dtype).removeprefix("torch."), f"head dim {self.head_dim}"]
         words += ["training" if self.training else "inference"]
         words += [name for name in ("dropout", "compiled", "packed") if getattr(self, name)]
@@ -84,7 +92,9 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(word) for word in re.findall(r"\d+", version)[:3])
 
 
-def lacks_package(module_name: str, package: str, functions: tuple[str, ...], minimum: str | None = None) -> str | None:
+def lacks_package(
+    module_name: str, package: str, functions: tuple[str, ...], minimum: str | None = None
+) -> str | None:
     """Why `functions` of a module cannot be used: not installed, broken, too old, or without them."""
     try:
         module = importlib.import_module(module_name)
@@ -93,7 +103,9 @@ def lacks_package(module_name: str, package: str, functions: tuple[str, ...], mi
         if error.name and module_name.startswith(error.name):
             return f"{package} is not installed"
         return f"{package} does not import: {error}"
-    except Exception as error:  # a shared library built for another torch raises ImportError, OSError, RuntimeError ...
+    except (
+        Exception
+    ) as error:  # a shared library built for another torch raises ImportError, OSError, RuntimeError ...
         return f"{package} does not import: {(str(error).splitlines() or [type(error).__name__])[0]}"
     version = installed_version(package, module)
     if minimum and version and _numbers(version) < _numbers(minimum):
@@ -107,7 +119,8 @@ def lacks_package(module_name: str, package: str, functions: tuple[str, ...], mi
 def lacks_gpu(
     workload: Workload, least: tuple[int, int] = (8, 0), majors: tuple[int, ...] = (), nvidia: bool = True
 ) -> str | None:
-    """Why the device is none of the GPUs: compute capability `least` or later, of one of `majors` if any are given."""
+    """Why the device is none of the GPUs: compute capability `least` or later, of one of `majors` if any are
+    given."""
     if workload.device != "cuda":
         return f"runs on a GPU, not on {workload.device}"
     if workload.hip:
@@ -118,7 +131,9 @@ def lacks_gpu(
     if workload.capability < least:
         return f"needs compute capability {least[0]}.{least[1]} or later, this GPU has {major}.{minor}"
     if majors and major not in majors:
-        return f"needs compute capability {' or '.join(f'{m}.x' for m in majors)}, this GPU has {major}.{minor}"
+        return (
+            f"needs compute capability {' or '.join(f'{m}.x' for m in majors)}, this GPU has {major}.{minor}"
+        )
     return None
 
 
@@ -160,20 +175,30 @@ def probe_flash3(workload: Workload) -> str | None:
 
 def probe_flash4(workload: Workload) -> str | None:
     functions = ("flash_attn_func", "flash_attn_varlen_func")
-    reason = lacks_package("flash_attn.cute", "flash-attn-4", functions) or lacks_gpu(workload, majors=(9, 10, 11))
+    reason = lacks_package("flash_attn.cute", "flash-attn-4", functions) or lacks_gpu(
+        workload, majors=(9, 10, 11)
+    )
     largest = 128 if workload.capability and workload.capability[0] >= 10 else 256
     reason = reason or lacks_shape(workload, largest) or _no_dropout(workload)
     if reason is None and workload.compiled:
-        return "torch.compile cannot trace it (sdpa_flash4 calls the same kernels through torch, which it can)"
+        return (
+            "torch.compile cannot trace it (sdpa_flash4 calls the same kernels through torch, which it can)"
+        )
     return reason
 
 
 def probe_xformers(workload: Workload) -> str | None:
     reason = lacks_package("xformers.ops", "xformers", ("memory_efficient_attention", "fmha"), "0.0.35")
-    reason = reason or lacks_gpu(workload, (7, 0), nvidia=False) or lacks_shape(workload, 512, (*HALF, torch.float32))
+    reason = (
+        reason
+        or lacks_gpu(workload, (7, 0), nvidia=False)
+        or lacks_shape(workload, 512, (*HALF, torch.float32))
+    )
     if reason is None:
         fmha = importlib.import_module("xformers.ops").fmha
-        kernels = [getattr(getattr(fmha, name, None), "FwOp", None) for name in ("flash", "flash3", "cutlass", "ck")]
+        kernels = [
+            getattr(getattr(fmha, name, None), "FwOp", None) for name in ("flash", "flash3", "cutlass", "ck")
+        ]
         if not any(kernel is not None and kernel.is_available() for kernel in kernels):
             return f"its compiled kernels do not load with torch {torch.__version__}"
     return reason
@@ -184,7 +209,9 @@ def _torch_refuses(question: Callable[[object, bool], bool], workload: Workload)
     with unset_fake_temporarily(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         device = torch.device(workload.device, workload.index)
-        q = torch.empty(1, 1, 8, workload.head_dim, dtype=workload.dtype, device=device, requires_grad=workload.training)
+        q = torch.empty(
+            1, 1, 8, workload.head_dim, dtype=workload.dtype, device=device, requires_grad=workload.training
+        )
         mask = torch.ones(1, 1, 1, 8, dtype=torch.bool, device=device) if workload.packed else None
         params = torch.backends.cuda.SDPAParams(q, q, q, mask, 0.1 * workload.dropout, False, False)
         if question(params, True):
@@ -194,7 +221,8 @@ def _torch_refuses(question: Callable[[object, bool], bool], workload: Workload)
 
 
 def replaced_flash() -> str | None:
-    """What this process has put in the place of torch's flash kernel (FA3, FA4), for torch versions that can."""
+    """What this process has put in the place of torch's flash kernel (FA3, FA4), for torch versions that
+    can."""
     return getattr(torch_attention, "current_flash_attention_impl", lambda: None)()
 
 
@@ -204,7 +232,9 @@ def probe_sdpa_flash(workload: Workload) -> str | None:
         return f"this process has put {other} in its place (sdpa_flash{other[-1]})"
     if workload.device == "cpu":
         return _no_dropout(workload)
-    return lacks_gpu(workload, nvidia=False) or _torch_refuses(torch.backends.cuda.can_use_flash_attention, workload)
+    return lacks_gpu(workload, nvidia=False) or _torch_refuses(
+        torch.backends.cuda.can_use_flash_attention, workload
+    )
 
 
 def probe_sdpa_cudnn(workload: Workload) -> str | None:

@@ -26,7 +26,8 @@ def init_xavier(module: nn.Module) -> None:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch for whole clips (Huang et al., 2016), scaled to keep its mean."""
+    """Stochastic depth: drops a residual branch for whole clips (Huang et al., 2016), scaled to keep its
+    mean."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -57,7 +58,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: attention and MLP, each with optional layer scale (`gamma_1`, `gamma_2`) and stochastic depth.
+    """Pre-norm block: attention and MLP, each with optional layer scale (`gamma_1`, `gamma_2`) and stochastic
+    depth.
 
     With `recompute`, LayerNorm's and GELU's results are made again in the backward instead of being kept.
     """
@@ -90,7 +92,8 @@ class Block(nn.Module):
         self.gamma_2 = nn.Parameter(torch.full((dim,), config.init_values)) if scaled else None
 
     def forward(self, x_BND: Tensor, lengths: Lengths | None = None) -> Tensor:
-        """With `lengths`, x is [1, T, D]: clips of those lengths one after the other (`vmae.model.packed`)."""
+        """With `lengths`, x is [1, T, D]: clips of those lengths one after the other
+        (`vmae.model.packed`)."""
         if self.recompute:
             x_BND = x_BND + self._branch(self.attn(x_BND, self.norm1, lengths), self.gamma_1, lengths)
             return x_BND + self._branch(self.mlp(x_BND, self.norm2), self.gamma_2, lengths)

@@ -1,4 +1,5 @@
-"""The encoder with a head, for post-pre-training, fine-tuning, probing and evaluation, with the published names.
+"""The encoder with a head, for post-pre-training, fine-tuning, probing and evaluation, with the published
+names.
 
 Legend: B clips, N tokens, D width, K classes, H heads.
 """
@@ -27,7 +28,8 @@ def init_truncated_normal(module: nn.Module) -> None:
 
 
 class AttentivePool(nn.Module):
-    """One learned query that attends to all tokens, for probes of frozen encoders (as V-JEPA's, Bardes et al., 2024)."""
+    """One learned query that attends to all tokens, for probes of frozen encoders (as V-JEPA's, Bardes et
+    al., 2024)."""
 
     def __init__(self, dim: int, num_heads: int, eps: float):
         super().__init__()
@@ -41,7 +43,9 @@ class AttentivePool(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         """[B, D]"""
         k, v = self.kv(self.norm(x_BND)).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query = self.query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).expand(x_BND.shape[0], -1, -1, -1)
+        query = (
+            self.query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).expand(x_BND.shape[0], -1, -1, -1)
+        )
         return self.proj(F.scaled_dot_product_attention(query.to(k.dtype), k, v).flatten(1))
 
 
@@ -81,12 +85,16 @@ class Classifier(nn.Module):
         self.frozen = False
         self.patch_embed = PatchEmbed(config)
         register_positions(self, config)
-        self.blocks = build_blocks(config, config.embed_dim, config.depth, config.num_heads, attention, recompute)
+        self.blocks = build_blocks(
+            config, config.embed_dim, config.depth, config.num_heads, attention, recompute
+        )
         norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.norm = norm if pooling == "first" else nn.Identity()
         self.fc_norm = None if pooling == "first" else norm
         attentive = pooling == "attentive"
-        self.pool = AttentivePool(config.embed_dim, config.num_heads, config.layer_norm_eps) if attentive else None
+        self.pool = (
+            AttentivePool(config.embed_dim, config.num_heads, config.layer_norm_eps) if attentive else None
+        )
         self.head_dropout = nn.Dropout(head_drop_rate)
         self.head = nn.Linear(config.embed_dim, num_classes) if num_classes else nn.Identity()
         every_token = torch.arange(config.num_tokens, dtype=torch.int32)
@@ -98,13 +106,15 @@ class Classifier(nn.Module):
                 self.head.bias.mul_(init_scale)
 
     def freeze_encoder(self) -> None:
-        """Train the pooling, `fc_norm` and the head only: a probe. The encoder then keeps nothing for a backward."""
+        """Train the pooling, `fc_norm` and the head only: a probe. The encoder then keeps nothing for a
+        backward."""
         self.frozen = True
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not name.startswith(("patch_embed.", "pos_embed", "blocks.", "norm.")))
 
     def tokens(self, clips: Tensor) -> Tensor:
-        """[B, N, D] after the last block, from uint8 [B, T, H, W, 3] or normalised float [B, 3, T, H, W] clips.
+        """[B, N, D] after the last block, from uint8 [B, T, H, W, 3] or normalised float [B, 3, T, H, W]
+        clips.
 
         Raises:
             InputError: clips of another size than the model's.
@@ -113,14 +123,19 @@ class Classifier(nn.Module):
         every_token = self.every_token.expand(clips.shape[0], -1)
         proj = self.patch_embed.proj
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self._encode(embed_visible(clips, every_token, proj.weight, proj.bias, self.pos_embed, backend=self.backend))
+            return self._encode(
+                embed_visible(
+                    clips, every_token, proj.weight, proj.bias, self.pos_embed, backend=self.backend
+                )
+            )
 
     def features(self, clips: Tensor) -> Tensor:
         """[B, D]"""
         return self._pooled(self.tokens(clips))
 
     def embed(self, clips: Tensor) -> Tensor:
-        """[B, N', D], tubelets embedded without positions, of clips of any number of frames that whole tubelets have."""
+        """[B, N', D], tubelets embedded without positions, of clips of any number of frames that whole
+        tubelets have."""
         frames, height, width = clips.shape[1:4] if clips.dtype == torch.uint8 else clips.shape[2:5]
         depth, side, proj = self.config.tubelet_size, self.config.patch_size, self.patch_embed.proj
         count = (frames // depth) * (height // side) * (width // side)
@@ -133,7 +148,8 @@ class Classifier(nn.Module):
         return self._pooled(self.tokens_of_embedded(x_BND))
 
     def tokens_of_embedded(self, x_BND: Tensor) -> Tensor:
-        """[B, N, D] after the last block, of clips that were embedded without positions, which are added here."""
+        """[B, N, D] after the last block, of clips that were embedded without positions, which are added
+        here."""
         return self._encode(x_BND + self.pos_embed.to(x_BND.dtype))
 
     def _encode(self, x_BND: Tensor) -> Tensor:
@@ -154,7 +170,9 @@ class Classifier(nn.Module):
         shape = (self.config.num_frames, *self.config.image_hw)
         given = tuple(clips.shape[1:4] if clips.dtype == torch.uint8 else clips.shape[2:5])
         if given != shape:
-            raise InputError(f"clips of shape {list(clips.shape)} do not fit a model of {shape} (frames, height, width)")
+            raise InputError(
+                f"clips of shape {list(clips.shape)} do not fit a model of {shape} (frames, height, width)"
+            )
 
 
 def build_classifier(config: ModelConfig, num_classes: int, **options) -> Classifier:

@@ -1,12 +1,14 @@
 """Spatio-temporal detection: what the people in given boxes do at the middle of a clip.
 
-The head that VideoMAE was tested with on AVA (Tong et al., 2022; its code, VideoMAE-Action-Detection, modeling_finetune.py):
-tokens after the encoder's `norm`, their mean over time, RoIAlign to 7 x 7, the largest of these, a linear layer with one
-logit for each action. Parameter names are the same, so its checkpoints load. RoIAlign here has the half-pixel shift of
-Detectron2 (`aligned=True`) and 2 x 2 samples a bin; the one used there (AlphAction's ROIAlign3d) has no shift, makes boxes at
-least a token wide, and takes as many samples as the box is large: outputs of its checkpoints differ a little.
+The head that VideoMAE was tested with on AVA (Tong et al., 2022; its code, VideoMAE-Action-Detection,
+modeling_finetune.py): tokens after the encoder's `norm`, their mean over time, RoIAlign to 7 x 7, the largest
+of these, a linear layer with one logit for each action. Parameter names are the same, so its checkpoints
+load. RoIAlign here has the half-pixel shift of Detectron2 (`aligned=True`) and 2 x 2 samples a bin; the one
+used there (AlphAction's ROIAlign3d) has no shift, makes boxes at least a token wide, and takes as many
+samples as the box is large: outputs of its checkpoints differ a little.
 
-Legend: B clips, M boxes of a clip (padded), N tokens, D width, h x w tokens of a frame, P bins along a side, K actions.
+Legend: B clips, M boxes of a clip (padded), N tokens, D width, h x w tokens of a frame, P bins along a side,
+K actions.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ BINS, SAMPLES = 7, 2  # published resolution; samples along each side of a bin
 
 
 def axis_weights(low: Tensor, high: Tensor, cells: int, bins: int, samples: int) -> Tensor:
-    """How much each cell of an axis counts in each bin of an interval: bilinear interpolation, averaged over samples.
+    """How much each cell of an axis counts in each bin of an interval: bilinear interpolation, averaged over
+    samples.
 
     Args:
         low, high: the interval, shares of the axis in [0, 1], of one shape [...].
@@ -42,7 +45,8 @@ def axis_weights(low: Tensor, high: Tensor, cells: int, bins: int, samples: int)
 def roi_align(features_BhwD: Tensor, boxes_BM4: Tensor, bins: int = BINS, samples: int = SAMPLES) -> Tensor:
     """RoIAlign (He et al., 2017) of boxes inside the frame, `aligned` as in Detectron2.
 
-    Samples lie on a grid, so interpolation and averaging fall into one small matrix for each axis: no gather, no atomics.
+    Samples lie on a grid, so interpolation and averaging fall into one small matrix for each axis: no gather,
+    no atomics.
 
     Args:
         boxes_BM4: x1, y1, x2, y2 in [0, 1].
@@ -51,7 +55,9 @@ def roi_align(features_BhwD: Tensor, boxes_BM4: Tensor, bins: int = BINS, sample
         [B, M, bins, bins, D], rows first.
     """
     height, width = features_BhwD.shape[1:3]
-    x1, y1, x2, y2 = boxes_BM4.float().unbind(-1) if boxes_BM4.dtype != torch.float64 else boxes_BM4.unbind(-1)
+    x1, y1, x2, y2 = (
+        boxes_BM4.float().unbind(-1) if boxes_BM4.dtype != torch.float64 else boxes_BM4.unbind(-1)
+    )
     rows = axis_weights(y1, y2, height, bins, samples).to(features_BhwD.dtype)
     columns = axis_weights(x1, x2, width, bins, samples).to(features_BhwD.dtype)
     kept_rows = torch.einsum("bmph,bhwd->bmpwd", rows, features_BhwD)

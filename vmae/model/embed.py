@@ -15,7 +15,8 @@ from vmae.config import ModelConfig
 
 
 def sine_cosine_positions(num_tokens: int, dim: int) -> Tensor:
-    """float32 [1, N, D]: the fixed table of "Attention Is All You Need" (section 3.5) over the flattened token index.
+    """float32 [1, N, D]: the fixed table of "Attention Is All You Need" (section 3.5) over the flattened
+    token index.
 
     Computed in float64, as the published code does, so that the float32 result is the same to the bit.
     """
@@ -26,8 +27,11 @@ def sine_cosine_positions(num_tokens: int, dim: int) -> Tensor:
     return table.float()[None]
 
 
-def interpolate_positions(table: Tensor, source: tuple[int, int, int], target: tuple[int, int, int]) -> Tensor:
-    """Positions of one token grid (time, height, width) for another: bicubic in space, linear in time, as published.
+def interpolate_positions(
+    table: Tensor, source: tuple[int, int, int], target: tuple[int, int, int]
+) -> Tensor:
+    """Positions of one token grid (time, height, width) for another: bicubic in space, linear in time, as
+    published.
 
     Args:
         table: [1, N, D] of the `source` grid.
@@ -48,7 +52,8 @@ def interpolate_positions(table: Tensor, source: tuple[int, int, int], target: t
 
 
 class PatchEmbed(nn.Module):
-    """Holds the Conv3d whose weight `proj.weight` [D, 3, t, p, p] embeds tubelets; `forward` embeds all of them."""
+    """Holds the Conv3d whose weight `proj.weight` [D, 3, t, p, p] embeds tubelets; `forward` embeds all of
+    them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -60,8 +65,8 @@ class PatchEmbed(nn.Module):
 
 
 def register_positions(module: nn.Module, config: ModelConfig) -> None:
-    """Give `module` the encoder's `pos_embed` [1, N, D]: a parameter, or fixed and left out of checkpoints as in the
-    published code."""
+    """Give `module` the encoder's `pos_embed` [1, N, D]: a parameter, or fixed and left out of checkpoints as
+    in the published code."""
     if config.learned_pos:
         module.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, config.embed_dim))
         nn.init.trunc_normal_(module.pos_embed, std=0.02, a=-0.02, b=0.02)

@@ -1,10 +1,13 @@
-"""Clips of different lengths, grids or visible counts in one batch: their tokens one after the other, none padded.
+"""Clips of different lengths, grids or visible counts in one batch: their tokens one after the other, none
+padded.
 
-The encoder's and the decoder's layers work on [1, T, D]; only attention has to know where a clip ends. `Lengths` tells it:
-flash-attn, torch's `varlen_attn` and xformers take it as it is, SDPA and the plain one through padding and a key mask, with
-the same numbers. Embedding, targets and loss run once per group of clips with equal counts.
+The encoder's and the decoder's layers work on [1, T, D]; only attention has to know where a clip ends.
+`Lengths` tells it: flash-attn, torch's `varlen_attn` and xformers take it as it is, SDPA and the plain one
+through padding and a key mask, with the same numbers. Embedding, targets and loss run once per group of clips
+with equal counts.
 
-Legend: B clips, T tokens of all clips together, Nv visible, Nd decoded, H heads, d head width, D width, P values of a tubelet.
+Legend: B clips, T tokens of all clips together, Nv visible, Nd decoded, H heads, d head width, D width, P
+values of a tubelet.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ class Lengths:
     """Tokens of each sequence of a packed batch.
 
     Attributes:
-        counts: tokens of each of B sequences, each at least 1; known on the host, so that nothing waits for a GPU.
+        counts: tokens of each of B sequences, each at least 1; known on the host, so that nothing waits for a
+            GPU.
         device: of the packed tokens.
     """
 
@@ -67,7 +71,9 @@ class Lengths:
     @functools.cached_property
     def padded_rows(self) -> Tensor:
         """int64 [T]: each token's row among B x longest rows."""
-        return torch.cat([torch.arange(n) + i * self.longest for i, n in enumerate(self.counts)]).to(self.device)
+        return torch.cat([torch.arange(n) + i * self.longest for i, n in enumerate(self.counts)]).to(
+            self.device
+        )
 
     @functools.cached_property
     def key_mask(self) -> Tensor:
@@ -76,14 +82,16 @@ class Lengths:
         return (torch.arange(self.longest) < counts)[:, None, None].to(self.device)
 
 
-def packed_attention(qkv: Tensor, lengths: Lengths, backend: str = "auto", scale: float | None = None) -> Tensor:
+def packed_attention(
+    qkv: Tensor, lengths: Lengths, backend: str = "auto", scale: float | None = None
+) -> Tensor:
     """`softmax(q k^T * scale) v` for every head, each sequence for itself.
 
     Args:
         qkv: [T, 3, H, d], sequences one after the other.
         lengths: of the sequences, T in total.
-        backend, scale: as for `vmae.model.attention.attention`. A backend without a function for packed sequences pads them
-            (B x longest rows) and hides the padding with a key mask.
+        backend, scale: as for `vmae.model.attention.attention`. A backend without a function for packed
+            sequences pads them (B x longest rows) and hides the padding with a key mask.
 
     Returns:
         [T, H, d].
@@ -92,9 +100,13 @@ def packed_attention(qkv: Tensor, lengths: Lengths, backend: str = "auto", scale
         InputError: an unknown backend, one that can't do this here, or `lengths` of another total.
     """
     if qkv.shape[0] != lengths.total:
-        raise InputError(f"{qkv.shape[0]} packed tokens do not fit sequences of {lengths.total} tokens in total")
+        raise InputError(
+            f"{qkv.shape[0]} packed tokens do not fit sequences of {lengths.total} tokens in total"
+        )
     training = torch.is_grad_enabled() and qkv.requires_grad
-    workload = Workload.on(qkv.device, dtype=qkv.dtype, head_dim=qkv.shape[-1], training=training, packed=True)
+    workload = Workload.on(
+        qkv.device, dtype=qkv.dtype, head_dim=qkv.shape[-1], training=training, packed=True
+    )
     chosen = choose(backend, workload)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if chosen.packed is not None:
@@ -105,7 +117,7 @@ def packed_attention(qkv: Tensor, lengths: Lengths, backend: str = "auto", scale
     return out.flatten(0, 1).index_select(0, lengths.padded_rows)
 
 
-# --- the pre-trainer on groups of clips -------------------------------------------------------------------------------
+# --- the pre-trainer on groups of clips ---------------------------------------------------------------------
 
 
 def _checked(model: Pretrainer, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> list[Tensor]:
@@ -123,9 +135,16 @@ def _checked(model: Pretrainer, clips: Sequence[Tensor] | Tensor, masks: Sequenc
         frames, height, width = group.shape[1:4] if group.dtype == torch.uint8 else group.shape[2:5]
         size = (model.config.tubelet_size, model.config.patch_size, model.config.patch_size)
         tokens = (frames // size[0]) * (height // size[1]) * (width // size[2])
-        if group.shape[0] != mask.batch or tokens != mask.num_tokens or frames % size[0] or height % size[1] or width % size[2]:
+        if (
+            group.shape[0] != mask.batch
+            or tokens != mask.num_tokens
+            or frames % size[0]
+            or height % size[1]
+            or width % size[2]
+        ):
             raise InputError(
-                f"clips of shape {list(group.shape)}, {tokens} tokens each, do not fit a mask of {mask.batch} clips of "
+                f"clips of shape {list(group.shape)}, {tokens} tokens each, do not fit a mask of "
+                f"{mask.batch} clips of "
                 f"{mask.num_tokens} tokens (tubelets of {size[0]} x {size[1]} x {size[2]})"
             )
     return list(clips)
@@ -140,9 +159,12 @@ def _positions(table: Tensor, tokens: int) -> Tensor:
         return table
     if isinstance(table, nn.Parameter):
         raise InputError(
-            f"learned positions are for clips of {table.shape[1]} tokens, not of {tokens}; clips of other sizes need fixed ones"
+            f"learned positions are for clips of {table.shape[1]} tokens, not of {tokens}; clips of other "
+            "sizes need fixed ones"
         )
-    return table[:, :tokens] if tokens < table.shape[1] else _longer_table(tokens, table.shape[2], table.device)
+    return (
+        table[:, :tokens] if tokens < table.shape[1] else _longer_table(tokens, table.shape[2], table.device)
+    )
 
 
 @functools.lru_cache(maxsize=16)
@@ -177,7 +199,9 @@ def _decoded(model: Pretrainer, clips: list[Tensor], masks: Sequence[DualMask]) 
     for part, mask in zip(_unpack(x, groups), masks):
         positions = _positions(model.pos_embed, mask.num_tokens)
         sequences.append(
-            assemble_decoder_tokens(part, model.mask_token, positions, mask.visible, mask.decode, backend=backend)
+            assemble_decoder_tokens(
+                part, model.mask_token, positions, mask.visible, mask.decode, backend=backend
+            )
         )
     x, lengths = _pack(sequences)
     for block in model.decoder.blocks:
@@ -186,11 +210,12 @@ def _decoded(model: Pretrainer, clips: list[Tensor], masks: Sequence[DualMask]) 
 
 
 def packed_loss(model: Pretrainer, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> Tensor:
-    """The loss of clips with unequal counts: the weighted mean over the counted tokens of all of them, a float32 scalar.
+    """The loss of clips with unequal counts: the weighted mean over the counted tokens of all of them, a
+    float32 scalar.
 
     Args:
-        clips: one tensor per mask, uint8 [B, T, H, W, 3] or normalised float [B, 3, T, H, W]; sizes may differ from group to
-            group. Or one tensor, whose clips are dealt out to the masks in order.
+        clips: one tensor per mask, uint8 [B, T, H, W, 3] or normalised float [B, 3, T, H, W]; sizes may
+            differ from group to group. Or one tensor, whose clips are dealt out to the masks in order.
         masks: of the clips of each group.
 
     Raises:
@@ -200,7 +225,9 @@ def packed_loss(model: Pretrainer, clips: Sequence[Tensor] | Tensor, masks: Sequ
     norm, head = model.decoder.norm, model.decoder.head
     total, counted = None, None
     for hidden, group, mask in zip(_decoded(model, clips, masks), clips, masks):
-        rows = select_decoded(hidden, norm.weight, norm.bias, mask.hidden_rows, norm.eps, backend=model.backend)
+        rows = select_decoded(
+            hidden, norm.weight, norm.bias, mask.hidden_rows, norm.eps, backend=model.backend
+        )
         loss = head_patch_loss(
             rows,
             head.weight,
@@ -218,8 +245,12 @@ def packed_loss(model: Pretrainer, clips: Sequence[Tensor] | Tensor, masks: Sequ
     return total / counted
 
 
-def packed_predict(model: Pretrainer, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> list[Tensor]:
+def packed_predict(
+    model: Pretrainer, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]
+) -> list[Tensor]:
     """Predicted tubelets [B, Nd, P] of each group; see `packed_loss`."""
     clips = _checked(model, clips, masks)
     decoded = _decoded(model, clips, masks)
-    return [model.decoder.head(model.decoder.norm(x[:, m.visible.shape[1] :])) for x, m in zip(decoded, masks)]
+    return [
+        model.decoder.head(model.decoder.norm(x[:, m.visible.shape[1] :])) for x, m in zip(decoded, masks)
+    ]

@@ -1,6 +1,8 @@
-"""The dual-masked autoencoder (VideoMAE V2, section 3): the encoder sees visible tokens, the decoder rebuilds picked ones.
+"""The dual-masked autoencoder (VideoMAE V2, section 3): the encoder sees visible tokens, the decoder rebuilds
+picked ones.
 
-Legend: B clips, Nv visible, Nd decoded, Nk counted tokens, D encoder width, Dd decoder width, P values of a tubelet.
+Legend: B clips, Nv visible, Nd decoded, Nk counted tokens, D encoder width, Dd decoder width, P values of a
+tubelet.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.patch_embed = PatchEmbed(config)
         register_positions(self, config)
-        self.blocks = build_blocks(config, config.embed_dim, config.depth, config.num_heads, attention, recompute)
+        self.blocks = build_blocks(
+            config, config.embed_dim, config.depth, config.num_heads, attention, recompute
+        )
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.apply(init_xavier)
 
@@ -48,8 +52,8 @@ class Pretrainer(nn.Module):
         backend: of the fused operations: "torch", "triton" or "auto" (triton on a GPU).
         attention: backend of attention, see `vmae.model.attention.attention`.
         normalize_target: predict tubelets normalised per channel (published default) or pixels in [0, 1].
-        recompute: make results of LayerNorm and GELU again in the backward instead of keeping them: 0.65 x the bytes that a
-            block keeps, no matrix product repeated (`vmae.model.recompute`).
+        recompute: make results of LayerNorm and GELU again in the backward instead of keeping them: 0.65 x
+            the bytes that a block keeps, no matrix product repeated (`vmae.model.recompute`).
     """
 
     def __init__(
@@ -68,7 +72,8 @@ class Pretrainer(nn.Module):
         self.recompute = recompute
         self.encoder = Encoder(config, attention, recompute)
         self.decoder = Decoder(config, attention, recompute)
-        # Left at torch's default initialisation, as in the published code, whose `apply` covers the two halves only.
+        # Left at torch's default initialisation, as in the published code, whose `apply` covers the two
+        # halves only.
         self.encoder_to_decoder = nn.Linear(config.embed_dim, config.decoder_embed_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
@@ -78,7 +83,9 @@ class Pretrainer(nn.Module):
     def encode(self, clips: Tensor, mask: DualMask) -> Tensor:
         """Encoded visible tokens [B, Nv, D], before the encoder's final norm."""
         proj = self.encoder.patch_embed.proj
-        x = embed_visible(clips, mask.visible, proj.weight, proj.bias, self.encoder.pos_embed, backend=self.backend)
+        x = embed_visible(
+            clips, mask.visible, proj.weight, proj.bias, self.encoder.pos_embed, backend=self.backend
+        )
         for block in self.encoder.blocks:
             x = block(x)
         return x
@@ -92,7 +99,9 @@ class Pretrainer(nn.Module):
     def decode(self, encoded: Tensor, mask: DualMask) -> Tensor:
         """Decoder's sequence [B, Nv + Nd, Dd] before its final norm."""
         x = self.narrow(encoded)
-        x = assemble_decoder_tokens(x, self.mask_token, self.pos_embed, mask.visible, mask.decode, backend=self.backend)
+        x = assemble_decoder_tokens(
+            x, self.mask_token, self.pos_embed, mask.visible, mask.decode, backend=self.backend
+        )
         for block in self.decoder.blocks:
             x = block(x)
         return x
@@ -102,14 +111,16 @@ class Pretrainer(nn.Module):
 
         Args:
             clips: uint8 [B, T, H, W, 3], or normalised float [B, 3, T, H, W].
-            mask: of B clips of the same grid, on the clips' device. A list of masks with unequal counts, with clips of any
-                sizes, goes through `vmae.model.packed.packed_loss`.
+            mask: of B clips of the same grid, on the clips' device. A list of masks with unequal counts, with
+                clips of any sizes, goes through `vmae.model.packed.packed_loss`.
         """
         if not isinstance(mask, DualMask):
             return packed_loss(self, clips, mask)
         hidden = self.decode(self.encode(self._checked(clips, mask), mask), mask)
         norm, head = self.decoder.norm, self.decoder.head
-        rows = select_decoded(hidden, norm.weight, norm.bias, mask.hidden_rows, norm.eps, backend=self.backend)
+        rows = select_decoded(
+            hidden, norm.weight, norm.bias, mask.hidden_rows, norm.eps, backend=self.backend
+        )
         return head_patch_loss(
             rows,
             head.weight,
@@ -125,7 +136,8 @@ class Pretrainer(nn.Module):
     def predict(
         self, clips: Tensor | Sequence[Tensor], mask: DualMask | Sequence[DualMask]
     ) -> Tensor | list[Tensor]:
-        """Predicted tubelets [B, Nd, P] of all picked tokens, pixel order (t, h, w, c), in the target's space.
+        """Predicted tubelets [B, Nd, P] of all picked tokens, pixel order (t, h, w, c), in the target's
+        space.
 
         With a list of masks, a list with one such tensor each.
         """
@@ -140,12 +152,14 @@ class Pretrainer(nn.Module):
         given = tuple(clips.shape[1:4] if clips.dtype == torch.uint8 else clips.shape[2:5])
         if given != shape:
             raise InputError(
-                f"clips of shape {list(clips.shape)} do not fit a model of {shape} (frames, height, width); clips are uint8 "
+                f"clips of shape {list(clips.shape)} do not fit a model of {shape} (frames, height, width); "
+                "clips are uint8 "
                 "[B, T, H, W, 3] or normalised float [B, 3, T, H, W]"
             )
         if mask.num_tokens != self.config.num_tokens or mask.batch != clips.shape[0]:
             raise InputError(
-                f"a mask of {mask.batch} clips of {mask.num_tokens} tokens does not fit {clips.shape[0]} clips of "
+                f"a mask of {mask.batch} clips of {mask.num_tokens} tokens does not fit {clips.shape[0]} "
+                "clips of "
                 f"{self.config.num_tokens} tokens"
             )
         return clips

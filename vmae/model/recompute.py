@@ -1,8 +1,9 @@
-"""Linear layers behind a LayerNorm or a GELU that keep the layer's input only, and make the rest again in the backward.
+"""Linear layers behind a LayerNorm or a GELU that keep the layer's input only, and make the rest again in the
+backward.
 
-Autograd keeps the normalised (or activated) tensor as the linear layer's input, next to the tensor it came from. Both
-functions here keep one of the two: of a block's 16 widths per token, 10 remain (x, q, k, v, attention's output, x, the MLP's
-4). What is made again is elementwise; no matrix product is repeated.
+Autograd keeps the normalised (or activated) tensor as the linear layer's input, next to the tensor it came
+from. Both functions here keep one of the two: of a block's 16 widths per token, 10 remain (x, q, k, v,
+attention's output, x, the MLP's 4). What is made again is elementwise; no matrix product is repeated.
 
 Legend: D width in, E width out; a leading `...` stands for clips and tokens.
 """
@@ -20,8 +21,11 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _linear_gradients(grad: Tensor, inner: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of F.linear(inner, weight, bias) for inner (in the compute dtype), weight and bias (in theirs)."""
+def _linear_gradients(
+    grad: Tensor, inner: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of F.linear(inner, weight, bias) for inner (in the compute dtype), weight and bias (in
+    theirs)."""
     rows = grad.flatten(0, -2)
     grad_weight = (rows.T @ inner.flatten(0, -2)).to(weight.dtype)
     grad_bias = None if bias is None else rows.sum(0).to(bias.dtype)
@@ -34,7 +38,9 @@ class _NormLinear(torch.autograd.Function):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias)
         ctx.eps, ctx.dtype = eps, dtype
         with torch.autocast(x.device.type, enabled=False):
-            normed = F.layer_norm(x.float(), norm_weight.shape, norm_weight.float(), norm_bias.float(), eps).to(dtype)
+            normed = F.layer_norm(
+                x.float(), norm_weight.shape, norm_weight.float(), norm_bias.float(), eps
+            ).to(dtype)
             return F.linear(normed, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod

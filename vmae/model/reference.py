@@ -1,7 +1,8 @@
-"""The same model written the plain, published way: the oracle of the tests and the baseline of the benchmarks.
+"""The same model written the plain, published way: the oracle of the tests and the baseline of the
+benchmarks.
 
-Every tubelet is embedded, tokens are gathered with booleans, the softmax matrix is formed, targets are made for the whole
-clip. It shares the parameter names of `Pretrainer` and is never made faster.
+Every tubelet is embedded, tokens are gathered with booleans, the softmax matrix is formed, targets are made
+for the whole clip. It shares the parameter names of `Pretrainer` and is never made faster.
 
 Legend: B clips, T frames, N tokens, Nv visible, Nd decoded, D width, P values of a tubelet.
 """
@@ -30,7 +31,8 @@ class ReferencePretrainer(nn.Module):
         self.register_buffer("pos_embed", parts.pos_embed, persistent=False)
 
     def forward(self, clips: Tensor, mask: DualMask | tuple[Tensor, Tensor]) -> Tensor:
-        """The loss, a float32 scalar. `mask` may also be the two booleans [B, N] (True = masked) of the published code."""
+        """The loss, a float32 scalar. `mask` may also be the two booleans [B, N] (True = masked) of the
+        published code."""
         images = self._images(clips)
         encoder_mask, decoder_mask = mask.to_bool() if isinstance(mask, DualMask) else mask
         target = self._targets(images)[~decoder_mask].reshape(images.shape[0], -1, self.config.tubelet_pixels)
@@ -68,7 +70,10 @@ class ReferencePretrainer(nn.Module):
     @torch.no_grad()
     def _targets(self, images: Tensor) -> Tensor:
         """[B, N, P] of the whole clip."""
-        mean, std = (torch.tensor(x, device=images.device)[None, :, None, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (
+            torch.tensor(x, device=images.device)[None, :, None, None, None]
+            for x in (IMAGENET_MEAN, IMAGENET_STD)
+        )
         pixels = images * std + mean
         size = dict(p0=self.config.tubelet_size, p1=self.config.patch_size, p2=self.config.patch_size)
         pixels = rearrange(pixels, "b c (t p0) (h p1) (w p2) -> b (t h w) (p0 p1 p2) c", **size)

@@ -1,7 +1,8 @@
-"""A small detector of actions in time, on features: class scores and distances to start and end at every position.
+"""A small detector of actions in time, on features: class scores and distances to start and end at every
+position.
 
-Anchor-free, as FCOS (Tian et al., 2019) and ActionFormer (Zhang et al., 2022), but of one scale: residual convolutions, each
-seeing twice as far as the one before, instead of a pyramid of transformers.
+Anchor-free, as FCOS (Tian et al., 2019) and ActionFormer (Zhang et al., 2022), but of one scale: residual
+convolutions, each seeing twice as far as the one before, instead of a pyramid of transformers.
 
 Legend: B videos, T positions, C feature width, D width, K classes.
 """
@@ -14,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_PRIOR = 0.01  # score of every class before training, so that the many empty positions don't drown the first steps
+_PRIOR = (
+    0.01  # score of every class before training, so that the many empty positions don't drown the first steps
+)
 
 
 class _DilatedBlock(nn.Module):
@@ -44,7 +47,14 @@ class TemporalHead(nn.Module):
     """
 
     def __init__(
-        self, features: int, num_classes: int, *, width: int = 64, depth: int = 5, distance: float = 1.0, drop_rate: float = 0.1
+        self,
+        features: int,
+        num_classes: int,
+        *,
+        width: int = 64,
+        depth: int = 5,
+        distance: float = 1.0,
+        drop_rate: float = 0.1,
     ):
         super().__init__()
         self.register_buffer("mean", torch.zeros(features))

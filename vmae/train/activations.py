@@ -1,12 +1,14 @@
 """What a block keeps for its backward, and whether it is compiled: choices that change speed and memory only.
 
-Both replace a block's `forward`, inside of what `fully_shard` and DDP hook onto a block's call. So parameters are gathered
-outside of the compiled or recomputed part, and their names stay.
+Both replace a block's `forward`, inside of what `fully_shard` and DDP hook onto a block's call. So parameters
+are gathered outside of the compiled or recomputed part, and their names stay.
 
 What a block of width D keeps for each token, beside attention's row sums:
 
-    none        10 D   x, q, k, v, attention's output, x, the MLP's 4 D (norms and GELU are made again: `vmae.model.recompute`)
-    selective    6 D   the MLP runs again from x: two products of the block's four, 22 % more FLOPs a step (ViT-g, counted)
+    none        10 D   x, q, k, v, attention's output, x, the MLP's 4 D (norms and GELU are made again:
+    `vmae.model.recompute`)
+    selective    6 D   the MLP runs again from x: two products of the block's four, 22 % more FLOPs a step
+    (ViT-g, counted)
     full         1 D   x alone; the whole block runs again, 33 % more FLOPs a step
 """
 
@@ -24,13 +26,17 @@ from vmae.errors import InputError
 
 
 def prepare_blocks(
-    blocks: Iterable[nn.Module], *, checkpointing: str = "none", compiled: bool = False, cuda_graphs: bool = False
+    blocks: Iterable[nn.Module],
+    *,
+    checkpointing: str = "none",
+    compiled: bool = False,
+    cuda_graphs: bool = False,
 ) -> None:
     """Set up every block (`vmae.model.blocks.Block`) for training, before it is sharded.
 
-    With `cuda_graphs` the compiled blocks are replayed as CUDA graphs (torch's "reduce-overhead" mode), where their shapes
-    stay and torch finds nothing that forbids it; whoever trains calls `torch.compiler.cudagraph_mark_step_begin` before
-    each forward.
+    With `cuda_graphs` the compiled blocks are replayed as CUDA graphs (torch's "reduce-overhead" mode), where
+    their shapes stay and torch finds nothing that forbids it; whoever trains calls
+    `torch.compiler.cudagraph_mark_step_begin` before each forward.
 
     Raises:
         InputError: an unknown kind of checkpointing.

@@ -1,8 +1,9 @@
-"""A run's folder: its checkpoints by name, the newest one, what is deleted when, and files that replace others at once.
+"""A run's folder: its checkpoints by name, the newest one, what is deleted when, and files that replace
+others at once.
 
-A training checkpoint `checkpoint-00001000/` (`vmae.train.sharded`) is complete or absent, and nothing else is needed to go
-on: samples and the model's random numbers are functions of the seed and the step. `weights.pth` at the end of a run is one
-file with published names, which the published code reads too.
+A training checkpoint `checkpoint-00001000/` (`vmae.train.sharded`) is complete or absent, and nothing else is
+needed to go on: samples and the model's random numbers are functions of the seed and the step. `weights.pth`
+at the end of a run is one file with published names, which the published code reads too.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _NAME = re.compile(r"checkpoint-(\d{8,})")
 
 @contextlib.contextmanager
 def _replacing(path: Path, mode: str) -> Iterator[IO]:
-    """A file that becomes `path` when the block ends, at once and on the disk; when it fails, `path` stays as it was."""
+    """A file that becomes `path` when the block ends, at once and on the disk; when it fails, `path` stays as
+    it was."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with open(beside, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -85,10 +87,14 @@ def why_not_written(error: BaseException, path: Path, wanted: int | None = None)
     while cause is not None and not (isinstance(cause, OSError) and cause.errno):
         cause = cause.__cause__ or cause.__context__
     free = _free_bytes(path.parent)
-    reason, number = (reason_of(error), None) if cause is None else (cause.strerror or str(cause), cause.errno)
+    reason, number = (
+        (reason_of(error), None) if cause is None else (cause.strerror or str(cause), cause.errno)
+    )
     if cause is None and "unexpected pos" in reason:  # what torch's writer makes of a write that failed
         full = wanted is not None and free is not None and free < wanted
-        reason, number = (os.strerror(errno.ENOSPC), errno.ENOSPC) if full else ("only a part could be written", None)
+        reason, number = (
+            (os.strerror(errno.ENOSPC), errno.ENOSPC) if full else ("only a part could be written", None)
+        )
     sizes = [f"{wanted / 1e6:.1f} MB wanted"] if wanted is not None else []
     if number in (errno.ENOSPC, errno.EDQUOT):
         sizes += [f"{free / 1e6:.1f} MB free in {path.parent}"] if free is not None else []
@@ -189,7 +195,8 @@ class CheckpointFolder:
 
 
 def find_weights(checkpoint: str | Path) -> Path:
-    """What to read: `checkpoint` itself (a file, or a training checkpoint's folder), or a run's newest one, or its weights.
+    """What to read: `checkpoint` itself (a file, or a training checkpoint's folder), or a run's newest one,
+    or its weights.
 
     Raises:
         InputError: there is no such file, or none in the folder.
@@ -209,10 +216,12 @@ def find_weights(checkpoint: str | Path) -> Path:
 
 
 def export_weights(path: str | Path, state: dict[str, Tensor], **about: Any) -> None:
-    """Write named tensors as one file for this and the published code; `about` (plain containers) stands beside them.
+    """Write named tensors as one file for this and the published code; `about` (plain containers) stands
+    beside them.
 
     Args:
-        path: ends in .safetensors for that format (`about` is then its metadata, as JSON); else `{"model": state}` of torch.
+        path: ends in .safetensors for that format (`about` is then its metadata, as JSON); else `{"model":
+            state}` of torch.
 
     Raises:
         InputError: it can't be written.
@@ -232,7 +241,8 @@ def export_weights(path: str | Path, state: dict[str, Tensor], **about: Any) -> 
 
 
 def set_aside(folder: str | Path, after_step: int | None = None) -> Path | None:
-    """Move an earlier run's files into `folder/previous-N`, so that another run neither mixes with nor deletes them.
+    """Move an earlier run's files into `folder/previous-N`, so that another run neither mixes with nor
+    deletes them.
 
     Args:
         after_step: move only the checkpoints of later steps: the run goes on from this one.
@@ -244,9 +254,19 @@ def set_aside(folder: str | Path, after_step: int | None = None) -> Path | None:
         InputError: the files can't be moved.
     """
     folder = Path(folder)
-    found = [path for path in CheckpointFolder(folder).named() if after_step is None or step_of(path) > after_step]
+    found = [
+        path for path in CheckpointFolder(folder).named() if after_step is None or step_of(path) > after_step
+    ]
     if after_step is None:
-        names = ("log.jsonl", "log.skipped", "run.json", "nonfinite.json", "tensorboard", WEIGHTS_NAME, AVERAGED_NAME)
+        names = (
+            "log.jsonl",
+            "log.skipped",
+            "run.json",
+            "nonfinite.json",
+            "tensorboard",
+            WEIGHTS_NAME,
+            AVERAGED_NAME,
+        )
         found += [folder / name for name in names if (folder / name).exists()]
     if not found:
         return None
@@ -257,5 +277,7 @@ def set_aside(folder: str | Path, after_step: int | None = None) -> Path | None:
         for path in found:
             path.rename(target / path.name)
     except OSError as error:
-        raise InputError(f"cannot move the earlier run in {folder} aside to {target}: {error.strerror}") from error
+        raise InputError(
+            f"cannot move the earlier run in {folder} aside to {target}: {error.strerror}"
+        ) from error
     return target

@@ -32,7 +32,8 @@ def resolve_device(name: str) -> torch.device:
         raise InputError(f"unknown device {name!r}; known: auto, cpu, cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"device {name!r} asked for, but torch {torch.__version__} finds {torch.cuda.device_count()} GPUs here"
+            f"device {name!r} asked for, but torch {torch.__version__} finds {torch.cuda.device_count()} "
+            "GPUs here"
         )
     return device
 
@@ -47,31 +48,40 @@ def check_backend(backend: str, device: torch.device) -> None:
 
 
 def check_mask(mask: MaskConfig, grid: tuple[int, int, int]) -> None:
-    """Raises InputError where a mask can't be drawn, or where some draws would leave the loss nothing to count."""
+    """Raises InputError where a mask can't be drawn, or where some draws would leave the loss nothing to
+    count."""
     one = DualMask.sample(1, grid, **mask.to_dict())
     total, visible, picked = one.num_tokens, one.visible.shape[1], one.decode.shape[1]
     if mask.encoder == mask.decoder == "frame":  # whole frames are drawn
         total, visible, picked = (count // (grid[1] * grid[2]) for count in (total, visible, picked))
-    elif mask.decoder != "random":  # every frame has hidden tokens, and every frame or hidden one is picked from
+    elif (
+        mask.decoder != "random"
+    ):  # every frame has hidden tokens, and every frame or hidden one is picked from
         return
     chance = math.comb(visible, picked) / math.comb(total, picked)
     if chance > 1e-9:
         raise InputError(
-            f"the loss would count no token in 1 of {1 / chance:.0f} clips: the encoder may see all {picked} that the decoder "
+            f"the loss would count no token in 1 of {1 / chance:.0f} clips: the encoder may see all {picked} "
+            "that the decoder "
             "rebuilds; lower the decoder's mask ratio or raise the encoder's"
         )
 
 
 def check_speed(speed: SpeedConfig, model: ModelConfig, dtype_name: str, device: torch.device) -> None:
-    """Raises InputError where the named attention does not run at the model's head dims ("auto" always does), or where CUDA
-    graphs are asked for without a GPU."""
+    """Raises InputError where the named attention does not run at the model's head dims ("auto" always does),
+    or where CUDA graphs are asked for without a GPU."""
     if speed.cuda_graphs and device.type != "cuda":
         raise InputError(f"--cuda-graphs needs a GPU, and the device is {device}")
     if speed.attention == "auto":
         return
     dtype = torch.bfloat16 if dtype_name == "bfloat16" else torch.float32
-    for dim, heads in ((model.embed_dim, model.num_heads), (model.decoder_embed_dim, model.decoder_num_heads)):
-        choose(speed.attention, Workload.on(device, dtype=dtype, head_dim=dim // heads, compiled=speed.compile))
+    for dim, heads in (
+        (model.embed_dim, model.num_heads),
+        (model.decoder_embed_dim, model.decoder_num_heads),
+    ):
+        choose(
+            speed.attention, Workload.on(device, dtype=dtype, head_dim=dim // heads, compiled=speed.compile)
+        )
 
 
 def check_output(folder: Path) -> None:

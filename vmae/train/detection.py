@@ -1,7 +1,7 @@
 """`python -m vmae finetune-detection`: train a detector of actions on annotated key frames, as on AVA.
 
-Everything that can be wrong with the input is found before the output folder gets its first file; for that every video is
-opened once.
+Everything that can be wrong with the input is found before the output folder gets its first file; for that
+every video is opened once.
 
 Legend: B clips, M boxes of a clip, K actions.
 """
@@ -46,7 +46,8 @@ __all__ = ["add_arguments", "build_trainer", "prepare_detection", "run", "settin
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; 0 also after SIGTERM or SIGUSR1 (the run goes on when it is started again), 130 after Ctrl-C."""
+    """The command; 0 also after SIGTERM or SIGUSR1 (the run goes on when it is started again), 130 after
+    Ctrl-C."""
     config, run_config, source = settings_of(args)
     speed = run_config.speed
     with open_parallel(speed.parallel, run_config.device, shard_size=speed.shard_size) as parallel:
@@ -82,24 +83,30 @@ def settings_of(args: argparse.Namespace) -> tuple[DetectionConfig, RunConfig, S
 def start_detector(model: Detector, source: Source, *, new_head: bool) -> Start:
     """Load a checkpoint's encoder, and its head unless `new_head`, into `model`.
 
-    As published, the `norm` of a pre-trained file is kept; in one fine-tuned for classification there is a norm of pooled
-    clips instead, and the detector's starts fresh.
+    As published, the `norm` of a pre-trained file is kept; in one fine-tuned for classification there is a
+    norm of pooled clips instead, and the detector's starts fresh.
 
     Raises:
         InputError: see `start_classifier`.
     """
     state = dict(source.state)
     own, note = model.state_dict(), None
-    pooled = [name for name in state if name.rsplit(".", 1)[0].endswith("fc_norm") or name.startswith("pool.")]
+    pooled = [
+        name for name in state if name.rsplit(".", 1)[0].endswith("fc_norm") or name.startswith("pool.")
+    ]
     if pooled:
         prefix = next((name.split("fc_norm")[0] for name in pooled if "fc_norm" in name), "")
         state = {name: value for name, value in state.items() if name not in pooled}
         state |= {f"{prefix}{name}": own[name] for name in ("norm.weight", "norm.bias")}
         note = f"{len(pooled)} dropped (fc_norm and pooling, of whole clips), norm starts fresh"
-    head = next((value for name, value in state.items() if name.endswith("head.weight") and "decoder." not in name), None)
+    head = next(
+        (value for name, value in state.items() if name.endswith("head.weight") and "decoder." not in name),
+        None,
+    )
     if not new_head and head is not None and head.shape[0] != model.num_classes:
         raise InputError(
-            f"checkpoint {source.path} has a head of {head.shape[0]} actions, the action list has {model.num_classes}: "
+            f"checkpoint {source.path} has a head of {head.shape[0]} actions, the action list has "
+            f"{model.num_classes}: "
             "--new-head starts a fresh one"
         )
     report = start_classifier(model, source.path, grid=source.grid, new_head=new_head, state=state)
@@ -122,9 +129,20 @@ def read_data(config: DetectionConfig) -> tuple[list[KeyFrame], list[str]]:
         rows = _left([row for row in rows if row.key not in excluded], rows, "on excluded key frames", notes)
     entries = find_videos(config.videos, [row.video for row in rows], pattern=config.frame_pattern)
     if config.skip_missing:
-        rows = _left([row for row in rows if row.video in entries], rows, f"of videos that are not in {config.videos}", notes)
+        rows = _left(
+            [row for row in rows if row.video in entries],
+            rows,
+            f"of videos that are not in {config.videos}",
+            notes,
+        )
     frames = key_frames(
-        rows, config.annotations, entries, config.clip, actions=config.action_ids, fps=config.fps, videos=config.videos
+        rows,
+        config.annotations,
+        entries,
+        config.clip,
+        actions=config.action_ids,
+        fps=config.fps,
+        videos=config.videos,
     )
     lacking = config.num_classes - len({row.action for row in rows})
     if lacking:
@@ -140,7 +158,9 @@ def _left(kept: list[AvaBox], rows: list[AvaBox], why: str, notes: list[str]) ->
     return kept
 
 
-def prepare_detection(config: DetectionConfig, run: RunConfig, parallel: Parallel, source: Source | None = None) -> Prepared:
+def prepare_detection(
+    config: DetectionConfig, run: RunConfig, parallel: Parallel, source: Source | None = None
+) -> Prepared:
     """Check everything that a run needs, and write nothing. All ranks call it.
 
     Args:
@@ -154,7 +174,9 @@ def prepare_detection(config: DetectionConfig, run: RunConfig, parallel: Paralle
     check_speed(run.speed, config.model, config.dtype, device)
     check_output(Path(run.output))
     frames, notes = read_data(config)
-    dataset = DetectionDataset(frames, config.num_classes, config.clip, config.augment, seed=config.seed, repeat=config.repeat)
+    dataset = DetectionDataset(
+        frames, config.num_classes, config.clip, config.augment, seed=config.seed, repeat=config.repeat
+    )
     config, optim, steps_per_epoch = resolve_lengths(config, run, parallel, len(dataset))
     torch.manual_seed(config.seed)
     model = build_detector(
@@ -173,7 +195,9 @@ def prepare_detection(config: DetectionConfig, run: RunConfig, parallel: Paralle
         lambda: source.describe(start_detector(model, source, new_head=config.new_head)),
         dataset,
     )
-    return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, notes=notes, **start)
+    return Prepared(
+        config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, notes=notes, **start
+    )
 
 
 # --- The run ---
@@ -182,7 +206,8 @@ def prepare_detection(config: DetectionConfig, run: RunConfig, parallel: Paralle
 def detection_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     """Binary cross entropy of each action, the mean over boxes and actions.
 
-    The published loss is this times the boxes of the batch; the loop weighs micro-batches by their boxes instead.
+    The published loss is this times the boxes of the batch; the loop weighs micro-batches by their boxes
+    instead.
 
     Args:
         logits, targets: [B, M, K].
@@ -218,11 +243,15 @@ def _banner(prepared: Prepared) -> list[str]:
     about = prepared.describe()["derived"]
     boxes, videos = sum(len(frame.boxes) for frame in frames), len({frame.video for frame in frames})
     return [
-        f"model: {about['parameters'] / 1e6:.1f} M parameters, clips {config.clip.num_frames} x {height} x {width}, "
+        f"model: {about['parameters'] / 1e6:.1f} M parameters, clips {config.clip.num_frames} x {height} x "
+        f"{width}, "
         f"{config.model.num_tokens} tokens, {config.num_classes} actions",
-        f"data: {boxes} boxes on {len(frames)} key frames of {videos} videos, {prepared.steps_per_epoch} steps an epoch",
-        f"batch: effective batch {config.effective_batch} key frames ({run.batch_size} x {run.accumulate} micro-batches x "
-        f"{prepared.parallel.world_size} ranks); learning rate {config.optim.lr:g} x {config.effective_batch} / 256 = "
+        f"data: {boxes} boxes on {len(frames)} key frames of {videos} videos, {prepared.steps_per_epoch} "
+        "steps an epoch",
+        f"batch: effective batch {config.effective_batch} key frames ({run.batch_size} x {run.accumulate} "
+        "micro-batches x "
+        f"{prepared.parallel.world_size} ranks); learning rate {config.optim.lr:g} x "
+        f"{config.effective_batch} / 256 = "
         f"{optim.lr:.3g} at its peak, {optim.min_lr:.3g} at the end, layer decay {config.layer_decay:g}",
         *describe_run(prepared),
     ]

@@ -1,10 +1,12 @@
 """`python -m vmae distil`: a small student learns from a large fine-tuned teacher (VideoMAE V2, section 4.4).
 
-The loss is `kl_weight * T^2 * KL(teacher / T || student / T) + (1 - kl_weight) * cross entropy`, with the teacher seeing the
-clip that the student sees (Hinton et al., 2015; Beyer et al., 2022). The paper says that ViT-g taught B and S, which started
-from post-pre-training; temperature and weights are not published, so the defaults here are our choice.
+The loss is `kl_weight * T^2 * KL(teacher / T || student / T) + (1 - kl_weight) * cross entropy`, with the
+teacher seeing the clip that the student sees (Hinton et al., 2015; Beyer et al., 2022). The paper says that
+ViT-g taught B and S, which started from post-pre-training; temperature and weights are not published, so the
+defaults here are our choice.
 
-The teacher runs beside the student, or once before, its logits stored in bf16 with the views' seeds (`--store`).
+The teacher runs beside the student, or once before, its logits stored in bf16 with the views' seeds
+(`--store`).
 """
 
 from __future__ import annotations
@@ -28,7 +30,15 @@ from vmae.errors import InputError
 from vmae.json_files import parse_json
 from vmae.settings import SHARE, Real, limits, ranged
 from vmae.train import finetune_settings
-from vmae.train.finetune import Extra, Source, build_dataset, finetune, prepare_finetune, read_data, settings_of
+from vmae.train.finetune import (
+    Extra,
+    Source,
+    build_dataset,
+    finetune,
+    prepare_finetune,
+    read_data,
+    settings_of,
+)
 from vmae.train.finetune_settings import FinetuneConfig
 from vmae.train.identity import list_hash, model_identity
 from vmae.train.load import LoadedClassifier, load_classifier
@@ -63,30 +73,46 @@ class DistilConfig(FinetuneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.multi_label:
-            raise InputError("distillation is for classes that exclude each other, not for several labels a video")
+            raise InputError(
+                "distillation is for classes that exclude each other, not for several labels a video"
+            )
         if self.logits is not None and (self.augment.mixup or self.augment.cutmix):
-            raise InputError("stored logits are of single clips, which mixup and cutmix would change: --mixup 0 --cutmix 0")
+            raise InputError(
+                "stored logits are of single clips, which mixup and cutmix would change: --mixup 0 --cutmix 0"
+            )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     finetune_settings.add_arguments(parser)
     group = parser.add_argument_group("teacher (changes results)")
-    group.add_argument("--teacher", required=True, metavar="CHECKPOINT", help="fine-tuned: a run's folder, or a file")
-    group.add_argument("--teacher-model", help="its preset, for files that do not say what they are")
-    group.add_argument("--teacher-map", metavar="FILE.json", help="turn its head of more classes into one of these")
-    group.add_argument("--temperature", type=limits(DistilConfig, "temperature"), default=2.0, help="of both softmaxes (2)")
     group.add_argument(
-        "--kl-weight", type=limits(DistilConfig, "kl_weight"), default=0.9, help="the teacher's share of the loss (0.9)"
+        "--teacher", required=True, metavar="CHECKPOINT", help="fine-tuned: a run's folder, or a file"
+    )
+    group.add_argument("--teacher-model", help="its preset, for files that do not say what they are")
+    group.add_argument(
+        "--teacher-map", metavar="FILE.json", help="turn its head of more classes into one of these"
+    )
+    group.add_argument(
+        "--temperature", type=limits(DistilConfig, "temperature"), default=2.0, help="of both softmaxes (2)"
+    )
+    group.add_argument(
+        "--kl-weight",
+        type=limits(DistilConfig, "kl_weight"),
+        default=0.9,
+        help="the teacher's share of the loss (0.9)",
     )
     group.add_argument("--logits", metavar="DIR", help="the teacher's stored logits")
     group.add_argument(
-        "--store", type=limits(DistilConfig, "stored_epochs"), metavar="EPOCHS",
+        "--store",
+        type=limits(DistilConfig, "stored_epochs"),
+        metavar="EPOCHS",
         help="store the teacher's logits of so many epochs, and end",
-    )  # fmt: skip
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; 0 also after SIGTERM or SIGUSR1 (the run goes on when it is started again), 130 after Ctrl-C."""
+    """The command; 0 also after SIGTERM or SIGUSR1 (the run goes on when it is started again), 130 after
+    Ctrl-C."""
     if args.store is not None and args.logits is None:
         raise InputError("--store needs the folder to store to: --logits DIR")
     base, run_config, source = settings_of(args)
@@ -118,7 +144,8 @@ def run(args: argparse.Namespace) -> int:
 def _distil_config(args: argparse.Namespace, base: FinetuneConfig, teacher: LoadedClassifier) -> DistilConfig:
     if teacher.model.num_classes != base.num_classes:
         raise InputError(
-            f"the teacher {teacher.path} has {teacher.model.num_classes} classes, the labels have {base.num_classes}; "
+            f"the teacher {teacher.path} has {teacher.model.num_classes} classes, the labels have "
+            f"{base.num_classes}; "
             "--teacher-map FILE.json says which of the teacher's they are"
         )
     if teacher.multi_label:
@@ -143,7 +170,9 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
         student, teacher: logits [B, K].
     """
     student, teacher = (logits.float() / temperature for logits in (student, teacher))
-    divergence = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean")
+    divergence = F.kl_div(
+        student.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean"
+    )
     return temperature**2 * divergence
 
 
@@ -161,12 +190,15 @@ def prepare_distillation(
         config = dataclasses.replace(config, stored_epochs=store.about["epochs"])
         missing = store.missing()
         if missing:
-            raise InputError(f"{config.logits} lacks the logits of {len(missing)} samples; finish it with --store first")
+            raise InputError(
+                f"{config.logits} lacks the logits of {len(missing)} samples; finish it with --store first"
+            )
     prepared = prepare_finetune(config, run, parallel, source, cycle=config.stored_epochs)
     samples, batch = len(prepared.dataset), prepared.config.effective_batch
     if store is not None and samples < batch:
         raise InputError(
-            f"an epoch of {samples} samples is less than a batch of {batch}; stored logits need whole batches: lower "
+            f"an epoch of {samples} samples is less than a batch of {batch}; stored logits need whole "
+            "batches: lower "
             "--batch-size, or raise --repeat"
         )
     model = None if store is not None else teacher.model.to(parallel.device).requires_grad_(False)
@@ -177,7 +209,10 @@ def prepare_distillation(
         else:
             with torch.no_grad():
                 taught = model(clips)
-        return config.kl_weight * distillation_loss(logits, taught, config.temperature) + (1 - config.kl_weight) * loss
+        return (
+            config.kl_weight * distillation_loss(logits, taught, config.temperature)
+            + (1 - config.kl_weight) * loss
+        )
 
     return prepared, extra
 
@@ -187,10 +222,25 @@ def prepare_distillation(
 
 def _about_views(config: DistilConfig, entries: Sequence[VideoEntry], epochs: int) -> dict[str, Any]:
     """What decides the views and what the teacher makes of them; labels do not."""
-    views = {"clip": config.clip.to_dict(), "augment": {**config.augment.to_dict(), "smoothing": 0.0}, "seed": config.seed}
+    views = {
+        "clip": config.clip.to_dict(),
+        "augment": {**config.augment.to_dict(), "smoothing": 0.0},
+        "seed": config.seed,
+    }
     samples = len(entries) * config.repeat
-    size = {"epochs": epochs, "samples": samples, "num_sample": config.num_sample, "classes": config.num_classes}
-    return {**views, **size, "dtype": config.dtype, "list": list_hash(entries), "teacher": config.teacher_identity}
+    size = {
+        "epochs": epochs,
+        "samples": samples,
+        "num_sample": config.num_sample,
+        "classes": config.num_classes,
+    }
+    return {
+        **views,
+        **size,
+        "dtype": config.dtype,
+        "list": list_hash(entries),
+        "teacher": config.teacher_identity,
+    }
 
 
 def _open_store(config: DistilConfig, entries: Sequence[VideoEntry]) -> LogitStore:
@@ -201,12 +251,17 @@ def _open_store(config: DistilConfig, entries: Sequence[VideoEntry]) -> LogitSto
             with open(f"{config.logits}/logits.json", encoding="utf-8") as file:
                 epochs = int(parse_json(file.read())["epochs"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{config.logits} holds no stored logits ({error}); --store EPOCHS makes them") from error
+            raise InputError(
+                f"{config.logits} holds no stored logits ({error}); --store EPOCHS makes them"
+            ) from error
     return LogitStore(config.logits, _about_views(config, entries, epochs))
 
 
-def store_logits(config: DistilConfig, teacher: LoadedClassifier, parallel: Parallel, *, batch_size: int) -> LogitStore:
-    """Run the teacher over all views of `config.stored_epochs` epochs; what a stopped pass has stored is not done again.
+def store_logits(
+    config: DistilConfig, teacher: LoadedClassifier, parallel: Parallel, *, batch_size: int
+) -> LogitStore:
+    """Run the teacher over all views of `config.stored_epochs` epochs; what a stopped pass has stored is not
+    done again.
 
     Raises:
         InputError: the folder holds logits of other views; the list or its videos cannot be read.
@@ -224,17 +279,28 @@ def store_logits(config: DistilConfig, teacher: LoadedClassifier, parallel: Para
 
     def compute(keys: list[tuple[int, int]]) -> Tensor:
         clips = torch.cat([dataset[key].clips for key in keys]).to(parallel.device)
-        with torch.no_grad(), torch.autocast(parallel.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        with (
+            torch.no_grad(),
+            torch.autocast(parallel.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"),
+        ):
             return model(clips)
 
     def progress(parts: list) -> Any:
         return tqdm(parts, unit="batch", disable=None if parallel.is_main else True)
 
     fill_store(
-        store, compute, batch_size=batch_size, rank=parallel.rank, world_size=parallel.world_size, progress=progress
+        store,
+        compute,
+        batch_size=batch_size,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+        progress=progress,
     )
     parallel.barrier()
     if parallel.is_main:
         samples, _, classes = store.shape
-        print(f"{config.logits}: bf16 logits of {store.about['epochs']} epochs x {samples} samples, {classes} classes")
+        print(
+            f"{config.logits}: bf16 logits of {store.about['epochs']} epochs x {samples} samples, {classes} "
+            "classes"
+        )
     return store

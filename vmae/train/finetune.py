@@ -1,7 +1,8 @@
-"""`python -m vmae finetune`: supervised training of an encoder on labelled videos (VideoMAE V2, sections 3.3 and 3.4).
+"""`python -m vmae finetune`: supervised training of an encoder on labelled videos (VideoMAE V2, sections 3.3
+and 3.4).
 
-The same command post-pre-trains (on merged labels), fine-tunes (on the target) and probes (a frozen encoder). Everything
-that can be wrong with the input is found before the output folder gets its first file.
+The same command post-pre-trains (on merged labels), fine-tunes (on the target) and probes (a frozen encoder).
+Everything that can be wrong with the input is found before the output folder gets its first file.
 
 Legend: B clips, K classes.
 """
@@ -63,7 +64,8 @@ Extra = Callable[[LabelledBatch, Tensor, Tensor, Tensor], Tensor]
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; 0 also after SIGTERM or SIGUSR1 (the run goes on when it is started again), 130 after Ctrl-C."""
+    """The command; 0 also after SIGTERM or SIGUSR1 (the run goes on when it is started again), 130 after
+    Ctrl-C."""
     config, run_config, source = settings_of(args)
     speed = run_config.speed
     with open_parallel(speed.parallel, run_config.device, shard_size=speed.shard_size) as parallel:
@@ -123,7 +125,11 @@ def read_start(args: argparse.Namespace) -> tuple[ModelConfig, Source | None, di
     model = model_from_args(args, found)
     init, note = source_config(settings, state, path, args.model or "vit_b", args.init_frames, args.init_size)
     grid = init.pos_grid or init.grid
-    return _with_positions(model.replace(learned_pos=init.learned_pos), grid), Source(path, state, grid, note), settings
+    return (
+        _with_positions(model.replace(learned_pos=init.learned_pos), grid),
+        Source(path, state, grid, note),
+        settings,
+    )
 
 
 def _with_positions(model: ModelConfig, grid: tuple[int, int, int]) -> ModelConfig:
@@ -135,7 +141,9 @@ def _count_classes(args: argparse.Namespace) -> int:
     if args.classes is not None:
         names = read_class_names(args.classes)
         if args.num_classes not in (None, len(names)):
-            raise InputError(f"--num-classes {args.num_classes}, but {args.classes} names {len(names)} classes")
+            raise InputError(
+                f"--num-classes {args.num_classes}, but {args.classes} names {len(names)} classes"
+            )
         return len(names)
     if args.num_classes is not None:
         return args.num_classes
@@ -152,14 +160,21 @@ def read_data(config: FinetuneConfig) -> tuple[LabelledList, list[str]]:
     notes = [f"note: skipped, cannot be decoded: {error}" for _, error in check_decodable(labelled.entries)]
     seen = {label for own in labelled.labels for label in own}
     if len(seen) < config.num_classes:
-        notes.append(f"note: {config.num_classes - len(seen)} of {config.num_classes} classes have no video in {config.data}")
+        notes.append(
+            f"note: {config.num_classes - len(seen)} of {config.num_classes} classes have no video in "
+            f"{config.data}"
+        )
     if labelled.multi and not config.multi_label:
         notes.append("note: some videos have several labels; each class has a loss of its own")
     return labelled, notes
 
 
 def prepare_finetune(
-    config: FinetuneConfig, run: RunConfig, parallel: Parallel, source: Source | None = None, cycle: int | None = None
+    config: FinetuneConfig,
+    run: RunConfig,
+    parallel: Parallel,
+    source: Source | None = None,
+    cycle: int | None = None,
 ) -> Prepared:
     """Check everything that a run needs, and write nothing. All ranks call it.
 
@@ -184,17 +199,28 @@ def prepare_finetune(
     model = build_model(config, run)
 
     def load_init() -> str:
-        label_map = read_label_map(config.label_map, num_classes=config.num_classes) if config.label_map else None
+        label_map = (
+            read_label_map(config.label_map, num_classes=config.num_classes) if config.label_map else None
+        )
         report = start_classifier(
-            model, source.path, grid=source.grid, label_map=label_map, new_head=config.new_head, state=source.state
+            model,
+            source.path,
+            grid=source.grid,
+            label_map=label_map,
+            new_head=config.new_head,
+            state=source.state,
         )
         return source.describe(report)
 
     start = find_start(model, config, run, parallel, notes, load_init, dataset)
-    return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, notes=notes, **start)
+    return Prepared(
+        config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, notes=notes, **start
+    )
 
 
-def build_dataset(config: FinetuneConfig, labelled: LabelledList, cycle: int | None = None) -> ClassifyDataset:
+def build_dataset(
+    config: FinetuneConfig, labelled: LabelledList, cycle: int | None = None
+) -> ClassifyDataset:
     """The samples of a run."""
     return ClassifyDataset(
         labelled,
@@ -249,7 +275,8 @@ def finetune(prepared: Prepared, extra: Extra | None = None) -> int | None:
 
 
 def classification_loss(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
-    """Cross entropy with soft targets [B, K], the mean over clips; with `multi_label` a loss for each class, their mean."""
+    """Cross entropy with soft targets [B, K], the mean over clips; with `multi_label` a loss for each class,
+    their mean."""
     logits = logits.float()
     if multi_label:
         return F.binary_cross_entropy_with_logits(logits, targets)
@@ -267,7 +294,9 @@ def build_trainer(prepared: Prepared, extra: Extra | None = None) -> Trainer:
         mixing = draw_mixing(len(batch.clips), batch.ids[0][:2], size, config.augment, config.seed)
         clips = batch.clips if mixing is None else mix_clips(batch.clips, mixing)
         logits = wrapped(clips)
-        loss = classification_loss(logits, mix_targets(batch.targets, mixing, config.augment.smoothing), config.multi_label)
+        loss = classification_loss(
+            logits, mix_targets(batch.targets, mixing, config.augment.smoothing), config.multi_label
+        )
         return loss if extra is None else extra(batch, clips, logits, loss)
 
     return assemble_trainer(
@@ -277,24 +306,34 @@ def build_trainer(prepared: Prepared, extra: Extra | None = None) -> Trainer:
         compute_loss=compute_loss,
         companions={} if average is None else {"ema": average},
         after_step=None if average is None else lambda step: average.update(),
-        flops_per_clip=(2.0 if config.probe != "none" else 6.0) * classifier_macs(config.model, config.num_classes),
+        flops_per_clip=(2.0 if config.probe != "none" else 6.0)
+        * classifier_macs(config.model, config.num_classes),
     )
 
 
 def _banner(prepared: Prepared) -> list[str]:
     """What was resolved, in words."""
     config, optim, run = prepared.config, prepared.optim, prepared.run
-    about, frames, (height, width) = prepared.describe()["derived"], config.clip.num_frames, image_hw(config.clip.image_size)
+    about, frames, (height, width) = (
+        prepared.describe()["derived"],
+        config.clip.num_frames,
+        image_hw(config.clip.image_size),
+    )
     trained = sum(parameter.numel() for parameter in prepared.model.parameters() if parameter.requires_grad)
     kind = {"none": "all trained"}.get(config.probe, f"{config.probe} probe: {trained / 1e6:.3g} M trained")
     return [
         f"model: {about['parameters'] / 1e6:.1f} M parameters ({kind}), clips {frames} x {height} x {width}, "
-        f"{config.model.num_tokens} tokens, {config.num_classes} classes{', several a video' if config.multi_label else ''}",
-        f"data: {config.data}, {about['videos']} videos x {config.repeat} visits an epoch, {prepared.steps_per_epoch} steps an "
+        f"{config.model.num_tokens} tokens, {config.num_classes} "
+        f"classes{', several a video' if config.multi_label else ''}",
+        f"data: {config.data}, {about['videos']} videos x {config.repeat} visits an epoch, "
+        f"{prepared.steps_per_epoch} steps an "
         f"epoch, {config.clip.sampling} sampling",
-        f"batch: effective batch {config.effective_batch} videos ({run.batch_size} x {run.accumulate} micro-batches x "
-        f"{prepared.parallel.world_size} ranks), {about['clips_per_step']} clips a step; learning rate {config.optim.lr:g} x "
-        f"{config.effective_batch} / 256 = {optim.lr:.3g} at its peak, {optim.min_lr:.3g} at the end, layer decay "
+        f"batch: effective batch {config.effective_batch} videos ({run.batch_size} x {run.accumulate} "
+        "micro-batches x "
+        f"{prepared.parallel.world_size} ranks), {about['clips_per_step']} clips a step; learning rate "
+        f"{config.optim.lr:g} x "
+        f"{config.effective_batch} / 256 = {optim.lr:.3g} at its peak, {optim.min_lr:.3g} at the end, layer "
+        "decay "
         f"{config.layer_decay:g}",
         *describe_run(prepared),
     ]

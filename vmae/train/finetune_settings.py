@@ -12,7 +12,18 @@ from vmae.data.augment_classify import AugmentConfig
 from vmae.data.classify_dataset import ClipConfig
 from vmae.data.labels import read_class_names
 from vmae.errors import InputError
-from vmae.settings import BATCH, CLASSES, COUNT, SEED, SHARE_ABOVE_0, SHARE_BELOW_1, STEPS, Real, limits, ranged
+from vmae.settings import (
+    BATCH,
+    CLASSES,
+    COUNT,
+    SEED,
+    SHARE_ABOVE_0,
+    SHARE_BELOW_1,
+    STEPS,
+    Real,
+    limits,
+    ranged,
+)
 from vmae.train.optim import OptimConfig
 from vmae.train.parallel import world_size
 from vmae.train.pretrain_settings import (
@@ -35,8 +46,8 @@ PUBLISHED_CLASSIFIERS = {
 }
 PROBES = ("none", "linear", "attentive")
 INIT_SCALE = Real(least=0, most=1000)
-# Of a folder that is given for a list. The published code trains on train.csv, and validates and tests on val.csv; that of
-# VideoMAE V1 tests on test.csv.
+# Of a folder that is given for a list. The published code trains on train.csv, and validates and tests on
+# val.csv; that of VideoMAE V1 tests on test.csv.
 TRAINING_LISTS, TEST_LISTS = ("train.csv",), ("test.csv", "val.csv")
 
 
@@ -107,13 +118,18 @@ class FinetuneConfig(_Checked):
         if self.label_map and self.new_head:
             raise InputError("--label-map keeps a checkpoint's head, --new-head leaves it out: choose one")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise InputError(f"the class list has {len(self.class_names)} names, but num_classes is {self.num_classes}")
+            raise InputError(
+                f"the class list has {len(self.class_names)} names, but num_classes is {self.num_classes}"
+            )
 
     @classmethod
     def from_dict(cls, values):
         """Of `to_dict`, also after a way through JSON."""
         nested = {"model": ModelConfig, "clip": ClipConfig, "augment": AugmentConfig, "optim": OptimConfig}
-        made = {key: nested[key].from_dict(v) if key in nested and isinstance(v, dict) else v for key, v in values.items()}
+        made = {
+            key: nested[key].from_dict(v) if key in nested and isinstance(v, dict) else v
+            for key, v in values.items()
+        }
         return super().from_dict(made)
 
 
@@ -121,17 +137,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command; the published names of the same settings work too."""
     source = parser.add_argument_group("data and output")
     source.add_argument(
-        "--data", "--data_path", required=True, metavar="LIST",
+        "--data",
+        "--data_path",
+        required=True,
+        metavar="LIST",
         help="labelled list, `path label` a line, or a folder with train.csv",
-    )  # fmt: skip
-    source.add_argument("--data-root", "--data_root", metavar="DIR", help="where the list's relative paths start")
+    )
+    source.add_argument(
+        "--data-root", "--data_root", metavar="DIR", help="where the list's relative paths start"
+    )
     source.add_argument("--classes", metavar="FILE", help="class names: a name a line, or JSON")
     source.add_argument(
-        "--num-classes", "--nb_classes", type=limits(FinetuneConfig, "num_classes"),
+        "--num-classes",
+        "--nb_classes",
+        type=limits(FinetuneConfig, "num_classes"),
         help="without --classes (default: largest label + 1)",
-    )  # fmt: skip
-    source.add_argument("--output", "--output_dir", required=True, metavar="DIR", help="folder of the run: checkpoints, logs")
-    source.add_argument("--dry-run", action="store_true", help="check everything, print the resolved settings, write nothing")
+    )
+    source.add_argument(
+        "--output", "--output_dir", required=True, metavar="DIR", help="folder of the run: checkpoints, logs"
+    )
+    source.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the resolved settings, write nothing"
+    )
     _add_start_arguments(parser.add_argument_group("what to start from"))
     _add_result_arguments(parser.add_argument_group("settings that change results"))
     _add_augment_arguments(parser.add_argument_group("augmentation (changes results)"))
@@ -140,87 +167,162 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_start_arguments(group) -> None:
-    group.add_argument("--init", "--finetune", metavar="CHECKPOINT", help="pre-trained or fine-tuned: run folder, or file")
-    group.add_argument("--label-map", metavar="FILE.json", help="turn the checkpoint's head of more classes into one of these")
+    group.add_argument(
+        "--init", "--finetune", metavar="CHECKPOINT", help="pre-trained or fine-tuned: run folder, or file"
+    )
+    group.add_argument(
+        "--label-map",
+        metavar="FILE.json",
+        help="turn the checkpoint's head of more classes into one of these",
+    )
     group.add_argument("--new-head", action="store_true", help="leave the checkpoint's head out")
     group.add_argument(
-        "--init-frames", type=limits(ModelConfig, "num_frames"),
+        "--init-frames",
+        type=limits(ModelConfig, "num_frames"),
         help="frames of the checkpoint's clips, if it does not say (16)",
-    )  # fmt: skip
-    group.add_argument(
-        "--init-size", type=limits(ModelConfig, "img_size"), help="side of the checkpoint's clips, if it does not say (224)"
     )
-    group.add_argument("--probe", default="none", help="freeze the encoder, train a linear or attentive reader (none)")
+    group.add_argument(
+        "--init-size",
+        type=limits(ModelConfig, "img_size"),
+        help="side of the checkpoint's clips, if it does not say (224)",
+    )
+    group.add_argument(
+        "--probe", default="none", help="freeze the encoder, train a linear or attentive reader (none)"
+    )
 
 
 def _add_result_arguments(group) -> None:
-    group.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny (the checkpoint's, else vit_b)")
-    group.add_argument("--image-size", "--input_size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
-    group.add_argument("--num-frames", "--num_frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip")
     group.add_argument(
-        "--patch-size", type=limits(ModelConfig, "patch_size"), help="side of a tubelet in pixels (default: the preset's)"
+        "--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny (the checkpoint's, else vit_b)"
     )
     group.add_argument(
-        "--drop-path", "--drop_path", type=limits(ModelConfig, "drop_path_rate"), default=0.1, help="stochastic depth (0.1)"
+        "--image-size", "--input_size", type=image_size, help="side in pixels, or HEIGHTxWIDTH"
     )
     group.add_argument(
-        "--head-drop", "--head_drop_rate", type=limits(FinetuneConfig, "head_drop_rate"), default=0.0,
+        "--num-frames", "--num_frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip"
+    )
+    group.add_argument(
+        "--patch-size",
+        type=limits(ModelConfig, "patch_size"),
+        help="side of a tubelet in pixels (default: the preset's)",
+    )
+    group.add_argument(
+        "--drop-path",
+        "--drop_path",
+        type=limits(ModelConfig, "drop_path_rate"),
+        default=0.1,
+        help="stochastic depth (0.1)",
+    )
+    group.add_argument(
+        "--head-drop",
+        "--head_drop_rate",
+        type=limits(FinetuneConfig, "head_drop_rate"),
+        default=0.0,
         help="dropout before the head (0)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--init-scale", "--init_scale", type=limits(FinetuneConfig, "init_scale"), default=0.001,
+        "--init-scale",
+        "--init_scale",
+        type=limits(FinetuneConfig, "init_scale"),
+        default=0.001,
         help="factor on a new head's weights (0.001)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--layer-scale", type=limits(ModelConfig, "init_values"),
+        "--layer-scale",
+        type=limits(ModelConfig, "init_values"),
         help="initial layer scale (default: the checkpoint's, else none)",
-    )  # fmt: skip
+    )
     group.add_argument("--pooling", default="mean", help="of the tokens: mean, first (mean)")
     group.add_argument("--sampling", default="dense", help="frames: dense, or sparse as for SSv2 (dense)")
-    group.add_argument("--sparse_sample", dest="sampling", action="store_const", const="sparse", help=argparse.SUPPRESS)
     group.add_argument(
-        "--stride", "--sampling_rate", type=limits(ClipConfig, "stride"), default=4,
+        "--sparse_sample", dest="sampling", action="store_const", const="sparse", help=argparse.SUPPRESS
+    )
+    group.add_argument(
+        "--stride",
+        "--sampling_rate",
+        type=limits(ClipConfig, "stride"),
+        default=4,
         help="frames from one to the next, for dense (4)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--batch-size", "--batch_size", type=limits(RunConfig, "batch_size"), default=64,
+        "--batch-size",
+        "--batch_size",
+        type=limits(RunConfig, "batch_size"),
+        default=64,
         help="videos of a micro-batch on one rank (64)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--accumulate", "--update_freq", type=limits(RunConfig, "accumulate"), default=1,
+        "--accumulate",
+        "--update_freq",
+        type=limits(RunConfig, "accumulate"),
+        default=1,
         help="micro-batches of a step; effective batch = batch size x accumulate x ranks (1)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--num-sample", "--num_sample", type=limits(FinetuneConfig, "num_sample"), default=2,
+        "--num-sample",
+        "--num_sample",
+        type=limits(FinetuneConfig, "num_sample"),
+        default=2,
         help="clips of each decoded video (2)",
-    )  # fmt: skip
-    group.add_argument(
-        "--repeat", type=limits(FinetuneConfig, "repeat"), default=1, help="visits of a video in an epoch, for short lists (1)"
     )
-    group.add_argument("--epochs", type=limits(FinetuneConfig, "epochs"), default=30, help="length of the run (30)")
-    group.add_argument("--steps", type=limits(FinetuneConfig, "steps"), help="length of the run in steps, instead of --epochs")
-    group.add_argument("--multi-label", action="store_true", help="a loss for each class (found in the list otherwise)")
     group.add_argument(
-        "--ema", "--model_ema_decay", type=limits(FinetuneConfig, "ema_decay"), metavar="DECAY",
+        "--repeat",
+        type=limits(FinetuneConfig, "repeat"),
+        default=1,
+        help="visits of a video in an epoch, for short lists (1)",
+    )
+    group.add_argument(
+        "--epochs", type=limits(FinetuneConfig, "epochs"), default=30, help="length of the run (30)"
+    )
+    group.add_argument(
+        "--steps",
+        type=limits(FinetuneConfig, "steps"),
+        help="length of the run in steps, instead of --epochs",
+    )
+    group.add_argument(
+        "--multi-label", action="store_true", help="a loss for each class (found in the list otherwise)"
+    )
+    group.add_argument(
+        "--ema",
+        "--model_ema_decay",
+        type=limits(FinetuneConfig, "ema_decay"),
+        metavar="DECAY",
         help="average the weights, 0.9999 say (no)",
-    )  # fmt: skip
-    group.add_argument(
-        "--seed", type=limits(FinetuneConfig, "seed"), default=0, help="of weights, samples and augmentation (0)"
     )
-    group.add_argument("--dtype", default="float32", help="float32, or bfloat16 with float32 weights and loss (float32)")
+    group.add_argument(
+        "--seed",
+        type=limits(FinetuneConfig, "seed"),
+        default=0,
+        help="of weights, samples and augmentation (0)",
+    )
+    group.add_argument(
+        "--dtype", default="float32", help="float32, or bfloat16 with float32 weights and loss (float32)"
+    )
 
 
 def _add_augment_arguments(group) -> None:
-    group.add_argument("--augment", default="published", choices=["published", "none"], help="what the others start from")
     group.add_argument(
-        "--operations", type=limits(AugmentConfig, "operations"),
+        "--augment", default="published", choices=["published", "none"], help="what the others start from"
+    )
+    group.add_argument(
+        "--operations",
+        type=limits(AugmentConfig, "operations"),
         help="RandAugment operations of a clip, each with probability 0.5 (4)",
-    )  # fmt: skip
-    group.add_argument("--magnitude", type=limits(AugmentConfig, "magnitude"), help="of RandAugment, 0 to 10 (7)")
+    )
+    group.add_argument(
+        "--magnitude", type=limits(AugmentConfig, "magnitude"), help="of RandAugment, 0 to 10 (7)"
+    )
     group.add_argument("--magnitude-std", type=limits(AugmentConfig, "magnitude_std"), help="(0.5)")
     group.add_argument("--crop", action=argparse.BooleanOptionalAction, help="random resized crop (yes)")
-    group.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the clips; not for SSv2 (yes)")
-    group.add_argument("--erase", "--reprob", type=limits(AugmentConfig, "erase"), help="probability of random erasing (0.25)")
+    group.add_argument(
+        "--flip", action=argparse.BooleanOptionalAction, help="mirror half of the clips; not for SSv2 (yes)"
+    )
+    group.add_argument(
+        "--erase",
+        "--reprob",
+        type=limits(AugmentConfig, "erase"),
+        help="probability of random erasing (0.25)",
+    )
     group.add_argument("--mixup", type=limits(AugmentConfig, "mixup"), help="alpha (0.8)")
     group.add_argument("--cutmix", type=limits(AugmentConfig, "cutmix"), help="alpha (1.0)")
     group.add_argument("--smoothing", type=limits(AugmentConfig, "smoothing"), help="of labels (0.1)")
@@ -229,34 +331,61 @@ def _add_augment_arguments(group) -> None:
 def add_optimizer_arguments(group, lr: float = 1e-3) -> None:
     """Flags of `OptimConfig`, of the warm-up and of the layers' decay."""
     group.add_argument(
-        "--lr", type=limits(OptimConfig, "lr"), default=lr, help=f"peak learning rate for 256 videos a step ({lr:g})"
+        "--lr",
+        type=limits(OptimConfig, "lr"),
+        default=lr,
+        help=f"peak learning rate for 256 videos a step ({lr:g})",
     )
     group.add_argument(
-        "--min-lr", "--min_lr", type=limits(OptimConfig, "min_lr"), default=1e-6,
+        "--min-lr",
+        "--min_lr",
+        type=limits(OptimConfig, "min_lr"),
+        default=1e-6,
         help="final learning rate for 256 videos (1e-6)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--warmup-epochs", "--warmup_epochs", type=limits(OptimConfig, "warmup_epochs"),
+        "--warmup-epochs",
+        "--warmup_epochs",
+        type=limits(OptimConfig, "warmup_epochs"),
         help="linear warm-up (5; at most a sixth of the run)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--warmup-steps", "--warmup_steps", type=limits(FinetuneConfig, "warmup_steps"),
+        "--warmup-steps",
+        "--warmup_steps",
+        type=limits(FinetuneConfig, "warmup_steps"),
         help="linear warm-up in steps, instead of epochs",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--layer-decay", "--layer_decay", type=limits(FinetuneConfig, "layer_decay"), default=0.75,
+        "--layer-decay",
+        "--layer_decay",
+        type=limits(FinetuneConfig, "layer_decay"),
+        default=0.75,
         help="factor from a layer to the one before",
-    )  # fmt: skip
-    group.add_argument(
-        "--weight-decay", "--weight_decay", type=limits(OptimConfig, "weight_decay"), default=0.05, help="(0.05)"
     )
     group.add_argument(
-        "--clip-grad", "--clip_grad", type=limits(OptimConfig, "clip_grad"), help="largest gradient norm (no clipping)"
+        "--weight-decay",
+        "--weight_decay",
+        type=limits(OptimConfig, "weight_decay"),
+        default=0.05,
+        help="(0.05)",
     )
     group.add_argument(
-        "--betas", "--opt_betas", type=limits(OptimConfig, "betas"), nargs=2, default=(0.9, 0.999), help="of AdamW (0.9 0.999)"
+        "--clip-grad",
+        "--clip_grad",
+        type=limits(OptimConfig, "clip_grad"),
+        help="largest gradient norm (no clipping)",
     )
-    group.add_argument("--eps", "--opt_eps", type=limits(OptimConfig, "eps"), default=1e-8, help="of AdamW (1e-8)")
+    group.add_argument(
+        "--betas",
+        "--opt_betas",
+        type=limits(OptimConfig, "betas"),
+        nargs=2,
+        default=(0.9, 0.999),
+        help="of AdamW (0.9 0.999)",
+    )
+    group.add_argument(
+        "--eps", "--opt_eps", type=limits(OptimConfig, "eps"), default=1e-8, help="of AdamW (1e-8)"
+    )
     group.add_argument("--opt", choices=["adamw"], default="adamw", help=argparse.SUPPRESS)
 
 
@@ -277,19 +406,26 @@ def list_of(path: str, names: Sequence[str] = TRAINING_LISTS) -> str:
     found = next((name for name in names if (Path(path) / name).is_file()), None)
     if found is None:
         raise InputError(
-            f"folder {path} holds no {' and no '.join(names)}; give a list, `path label` a line (docs/own_data.md has lines "
+            f"folder {path} holds no {' and no '.join(names)}; give a list, `path label` a line "
+            "(docs/own_data.md has lines "
             "that make one of a folder for each class)"
         )
     return str(Path(path) / found)
 
 
 def model_from_args(args: argparse.Namespace, found: dict | None) -> ModelConfig:
-    """The architecture: the preset named, or the checkpoint's own (`found`, its `config.model`), with what was changed.
+    """The architecture: the preset named, or the checkpoint's own (`found`, its `config.model`), with what
+    was changed.
 
     Raises:
         InputError: an unknown preset, or sizes that do not fit together.
     """
-    flags = {"img_size": "image_size", "num_frames": "num_frames", "patch_size": "patch_size", "init_values": "layer_scale"}
+    flags = {
+        "img_size": "image_size",
+        "num_frames": "num_frames",
+        "patch_size": "patch_size",
+        "init_values": "layer_scale",
+    }
     changes = {name: getattr(args, flag) for name, flag in flags.items() if getattr(args, flag) is not None}
     changes["drop_path_rate"] = 0.0 if args.probe != "none" else args.drop_path
     if args.model is None and found is not None:
@@ -297,7 +433,9 @@ def model_from_args(args: argparse.Namespace, found: dict | None) -> ModelConfig
     return ModelConfig.preset(PUBLISHED_CLASSIFIERS.get(args.model, args.model or "vit_b"), **changes)
 
 
-def configs_from_args(args: argparse.Namespace, model: ModelConfig, num_classes: int) -> tuple[FinetuneConfig, RunConfig]:
+def configs_from_args(
+    args: argparse.Namespace, model: ModelConfig, num_classes: int
+) -> tuple[FinetuneConfig, RunConfig]:
     """The checked settings of a command line.
 
     Args:
@@ -319,7 +457,9 @@ def configs_from_args(args: argparse.Namespace, model: ModelConfig, num_classes:
             num_frames=model.num_frames, image_size=model.img_size, sampling=args.sampling, stride=args.stride
         ),
         augment=augment_from_args(args),
-        optim=OptimConfig(warmup_epochs=warmup_epochs, **taken(args, "lr min_lr betas eps weight_decay clip_grad")),
+        optim=OptimConfig(
+            warmup_epochs=warmup_epochs, **taken(args, "lr min_lr betas eps weight_decay clip_grad")
+        ),
         data=list_of(args.data),
         num_classes=num_classes,
         class_names=tuple(read_class_names(args.classes)) if args.classes else None,
@@ -328,7 +468,10 @@ def configs_from_args(args: argparse.Namespace, model: ModelConfig, num_classes:
         head_drop_rate=args.head_drop,
         warmup_steps=warmup_steps,
         effective_batch=run.videos_per_step(world_size()),
-        **taken(args, "data_root multi_label probe layer_decay init_scale num_sample repeat epochs steps seed dtype"),
+        **taken(
+            args,
+            "data_root multi_label probe layer_decay init_scale num_sample repeat epochs steps seed dtype",
+        ),
         **taken(args, "init label_map new_head"),
     )
     return config, run

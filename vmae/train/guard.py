@@ -1,4 +1,5 @@
-"""Numbers that the host reads a step late, and a flag on the device that keeps a bad step from the weights meanwhile."""
+"""Numbers that the host reads a step late, and a flag on the device that keeps a bad step from the weights
+meanwhile."""
 
 from __future__ import annotations
 
@@ -33,9 +34,9 @@ def device_is_idle(device: torch.device) -> bool:
 class FiniteGuard:
     """Takes optimizer steps as long as every loss and gradient norm so far was finite.
 
-    The flag lives on the device, and stays up once it is up: until the host, which reads it late, has stopped the run, no
-    later step moves the weights or the optimizer's state. Fused optimizers look at it there (`found_inf`, which they have for
-    loss scaling); for others the host waits and looks itself, every step.
+    The flag lives on the device, and stays up once it is up: until the host, which reads it late, has stopped
+    the run, no later step moves the weights or the optimizer's state. Fused optimizers look at it there
+    (`found_inf`, which they have for loss scaling); for others the host waits and looks itself, every step.
 
     Attributes:
         failed: float32 scalar on the device, 1 once something was not finite.

@@ -1,7 +1,8 @@
 """What a result depends on: written beside it, and compared before a later start adds to it.
 
-For `evaluate`, `features`, `detect`, `detect-temporal --detector` and `distil --logits`. Here belongs what decides a number,
-and nothing else: not the count of threads, workers or ranks, not the batch size, not the device.
+For `evaluate`, `features`, `detect`, `detect-temporal --detector` and `distil --logits`. Here belongs what
+decides a number, and nothing else: not the count of threads, workers or ranks, not the batch size, not the
+device.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def fingerprint(model: nn.Module, *, without: tuple[str, ...] = ()) -> str:
 
 
 def model_identity(model: nn.Module, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What decides the numbers that a `Classifier` or `Detector` gives: its weights, and the settings that these do not show.
+    """What decides the numbers that a `Classifier` or `Detector` gives: its weights, and the settings that
+    these do not show.
 
     Args:
         without: beginnings of names of weights that do not count.
@@ -45,7 +47,11 @@ def model_identity(model: nn.Module, *, without: tuple[str, ...] = ()) -> dict[s
     config = model.config
     shown = {name: getattr(config, name) for name in ("num_heads", "cos_attn", "layer_norm_eps")}
     shown["qk_scale"] = config.qk_scale or (config.embed_dim // config.num_heads) ** -0.5
-    shown |= {"frames": config.num_frames, "size": list(config.image_hw), "pooling": getattr(model, "pooling", None)}
+    shown |= {
+        "frames": config.num_frames,
+        "size": list(config.image_hw),
+        "pooling": getattr(model, "pooling", None),
+    }
     shown["positions"] = "learned" if config.learned_pos else list(config.pos_grid or config.grid)
     return {"weights": fingerprint(model, without=without), "model": shown}
 
@@ -67,7 +73,8 @@ def list_hash(entries: Sequence[VideoEntry], labels: Sequence[tuple[int, ...]] |
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], holds: str, remedy: str) -> None:
-    """Raises InputError unless `before`, of an earlier start, has every value of `now`; names those that differ.
+    """Raises InputError unless `before`, of an earlier start, has every value of `now`; names those that
+    differ.
 
     Args:
         holds: the beginning of the message: which folder, and what is in it.
@@ -78,7 +85,8 @@ def check_same(before: dict[str, Any], now: dict[str, Any], holds: str, remedy: 
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Of each value of `now` that `before` has otherwise or not at all, its dotted name, and both where they can be read."""
+    """Of each value of `now` that `before` has otherwise or not at all, its dotted name, and both where they
+    can be read."""
     found: list[str] = []
     for name, value in now.items():
         old = before.get(name) if isinstance(before, dict) else None
@@ -86,7 +94,11 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
             found += differences(old, value, f"{prefix}{name}.")
         elif old != value:
             readable = all(len(json.dumps(one)) < 40 for one in (old, value))
-            found.append(f"{prefix}{name} {json.dumps(old)}, {json.dumps(value)}" if readable else f"{prefix}{name} differs")
+            found.append(
+                f"{prefix}{name} {json.dumps(old)}, {json.dumps(value)}"
+                if readable
+                else f"{prefix}{name} differs"
+            )
     return found
 
 

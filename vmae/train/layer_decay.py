@@ -1,7 +1,8 @@
-"""Layer-wise learning rates for fine-tuning: the nearer to the pixels, the smaller (Clark et al., 2020; as published).
+"""Layer-wise learning rates for fine-tuning: the nearer to the pixels, the smaller (Clark et al., 2020; as
+published).
 
-Layer 0 is the embedding, layer i + 1 is block i, layer `depth + 1` is all the rest (norms, pooling, head). A layer's rate is
-`decay ** (depth + 1 - layer)` times the schedule's.
+Layer 0 is the embedding, layer i + 1 is block i, layer `depth + 1` is all the rest (norms, pooling, head). A
+layer's rate is `decay ** (depth + 1 - layer)` times the schedule's.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def layer_scales(depth: int, decay: float) -> list[float]:
 
 
 def layer_groups(model: nn.Module, weight_decay: float, depth: int, decay: float) -> list[dict]:
-    """Parameter groups of an optimizer: one for each layer, with and without weight decay, in the model's order.
+    """Parameter groups of an optimizer: one for each layer, with and without weight decay, in the model's
+    order.
 
     Each has `params`, `weight_decay` and `lr_scale`, which `set_learning_rate` multiplies the rate by.
     """

@@ -1,4 +1,5 @@
-"""A classifier out of a checkpoint, with what the checkpoint knows of itself: for `evaluate`, `predict` and `distil`."""
+"""A classifier out of a checkpoint, with what the checkpoint knows of itself: for `evaluate`, `predict` and
+`distil`."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from vmae.train.checkpoint import AVERAGED_NAME, find_weights
 from vmae.train.pretrain_settings import image_size
 from vmae.train.sharded import is_checkpoint, read_group
 
-NO_NUMBERS = "the weights are damaged, or the dtype is too narrow for them: check the run's loss, try --dtype float32"
+NO_NUMBERS = (
+    "the weights are damaged, or the dtype is too narrow for them: check the run's loss, try --dtype float32"
+)
 
 
 @dataclass
@@ -52,24 +55,38 @@ class LoadedClassifier:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that `load_from_args` reads."""
-    parser.add_argument("--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights")
-    parser.add_argument("--averaged", action="store_true", help="take the averaged weights of the run (finetune --ema)")
-    parser.add_argument("--label-map", metavar="FILE.json", help="turn a head of more classes into one of these")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights"
+    )
+    parser.add_argument(
+        "--averaged", action="store_true", help="take the averaged weights of the run (finetune --ema)"
+    )
+    parser.add_argument(
+        "--label-map", metavar="FILE.json", help="turn a head of more classes into one of these"
+    )
     clip = parser.add_argument_group("how videos are seen (default: as in training)")
     clip.add_argument("--sampling", help="dense, sparse")
-    clip.add_argument("--stride", type=limits(ClipConfig, "stride"), help="frames from one to the next, for dense")
+    clip.add_argument(
+        "--stride", type=limits(ClipConfig, "stride"), help="frames from one to the next, for dense"
+    )
     clip.add_argument("--num-frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip")
     clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
     add_source_arguments(parser)
 
 
-def add_source_arguments(parser: argparse.ArgumentParser, files: str = "official files") -> argparse._ArgumentGroup:
+def add_source_arguments(
+    parser: argparse.ArgumentParser, files: str = "official files"
+) -> argparse._ArgumentGroup:
     """What official files do not say; the group of these flags. `files` says which they are."""
     model = parser.add_argument_group(f"for weights that do not say what they are ({files})")
     model.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny")
     frames, size = limits(ModelConfig, "num_frames"), limits(ModelConfig, "img_size")
-    model.add_argument("--init-frames", type=frames, help="frames that the weights are of (as the file shows, else 16)")
-    model.add_argument("--init-size", type=size, help="side of the clips that they are of (as the file shows, else 224)")
+    model.add_argument(
+        "--init-frames", type=frames, help="frames that the weights are of (as the file shows, else 16)"
+    )
+    model.add_argument(
+        "--init-size", type=size, help="side of the clips that they are of (as the file shows, else 224)"
+    )
     return model
 
 
@@ -115,25 +132,37 @@ def load_classifier(
     own, note = source_config(settings, state, path, preset, *source)
     state, assumed = plain_names(state), [note] if note else []
     if HEAD_NAMES[0] not in state:
-        raise InputError(f"{path} has no head: it is pre-trained, not fine-tuned; `python -m vmae finetune --init` comes first")
+        raise InputError(
+            f"{path} has no head: it is pre-trained, not fine-tuned; `python -m vmae finetune --init` comes "
+            "first"
+        )
     classes = state[HEAD_NAMES[0]].shape[0]
     chosen = None if label_map is None else read_label_map(label_map, source_classes=classes)
     clip, size = clip or {}, {"num_frames": own.num_frames, "image_size": own.img_size}
     seen = ClipConfig.from_dict({**size, **settings.get("clip", {}), **clip})
     if "clip" not in settings and not {"sampling", "stride"} & clip.keys():
         how = f"{seen.sampling} sampling, stride {seen.stride}"
-        assumed.append(f"{path}: it does not say how videos were seen, taken as {how} (--sampling and --stride say otherwise)")
+        assumed.append(
+            f"{path}: it does not say how videos were seen, taken as {how} (--sampling and --stride say "
+            "otherwise)"
+        )
     config = at_size(own, num_frames=seen.num_frames, img_size=seen.image_size)
     pooling = settings.get("pooling", "first" if "norm.weight" in state else "mean")
     model = build_classifier(
-        config, classes if chosen is None else len(chosen), pooling=pooling, backend=backend, attention=attention
+        config,
+        classes if chosen is None else len(chosen),
+        pooling=pooling,
+        backend=backend,
+        attention=attention,
     )
     report = start_classifier(model, path, grid=own.pos_grid or own.grid, label_map=chosen, state=state)
     names = settings.get("class_names")
     if names is not None:
         names = tuple(names if chosen is None else [names[number] for number in chosen])
     note = "\n".join([report.describe(path), *assumed])
-    return LoadedClassifier(model.eval(), path, seen, names, bool(settings.get("multi_label")), note, tuple(assumed))
+    return LoadedClassifier(
+        model.eval(), path, seen, names, bool(settings.get("multi_label")), note, tuple(assumed)
+    )
 
 
 def _read(checkpoint: str | Path, averaged: bool) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
@@ -144,7 +173,9 @@ def _read(checkpoint: str | Path, averaged: bool) -> tuple[Path, dict[str, Any],
         return path, read_settings_and_weights(path)[0], read_group(path, "ema")
     beside = path.parent / AVERAGED_NAME
     if not beside.is_file():
-        raise InputError(f"{checkpoint} has no averaged weights ({AVERAGED_NAME}); `finetune --ema 0.9999` keeps them")
+        raise InputError(
+            f"{checkpoint} has no averaged weights ({AVERAGED_NAME}); `finetune --ema 0.9999` keeps them"
+        )
     return beside, *read_settings_and_weights(beside)
 
 
@@ -152,7 +183,8 @@ def _read(checkpoint: str | Path, averaged: bool) -> tuple[Path, dict[str, Any],
 def view_probabilities(
     model: Classifier, views: Tensor, *, device: torch.device, dtype: str, multi_label: bool, batch_size: int
 ) -> Tensor:
-    """float64 [K], on the CPU: the softmax (or, for several labels, the sigmoid) of each view's logits, averaged.
+    """float64 [K], on the CPU: the softmax (or, for several labels, the sigmoid) of each view's logits,
+    averaged.
 
     Args:
         views: uint8 [V, T, H, W, 3].

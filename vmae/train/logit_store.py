@@ -1,7 +1,8 @@
 """A teacher's logits on disk, for the very views that a student will see.
 
 A view is a function of (seed, epoch, index), so its number says what the teacher saw. One file an epoch, bf16
-[samples, S, K], and one that marks the samples done; whatever is marked is complete, so a stopped pass goes on.
+[samples, S, K], and one that marks the samples done; whatever is marked is complete, so a stopped pass goes
+on.
 
 Legend: B videos, S clips of each, K classes.
 """
@@ -30,7 +31,8 @@ class LogitStore:
 
     Args:
         folder: of the store.
-        about: what decides the views and the teacher, plain containers; with `epochs`, `samples`, `num_sample`, `classes`.
+        about: what decides the views and the teacher, plain containers; with `epochs`, `samples`,
+            `num_sample`, `classes`.
 
     Raises:
         InputError: the folder holds logits of other views or of another teacher (names what differs).
@@ -64,12 +66,17 @@ class LogitStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for epoch in range(self.about["epochs"]):
-                for path, size in ((self._logits(epoch), 2 * int(np.prod(self.shape))), (self._marks(epoch), self.shape[0])):
+                for path, size in (
+                    (self._logits(epoch), 2 * int(np.prod(self.shape))),
+                    (self._marks(epoch), self.shape[0]),
+                ):
                     with open(path, "wb") as file:
                         file.truncate(size)
         except OSError as error:
             raise InputError(f"cannot make the logits' files in {self.folder}: {error.strerror}") from error
-        write_atomically(self.folder / ABOUT, lambda file: file.write(json.dumps(self.about) + "\n"), binary=False)
+        write_atomically(
+            self.folder / ABOUT, lambda file: file.write(json.dumps(self.about) + "\n"), binary=False
+        )
         self.exists = True
 
     def _logits(self, epoch: int) -> Path:
@@ -85,8 +92,14 @@ class LogitStore:
             InputError: there is no store, or a file of it is not there.
         """
         if not self.exists:
-            raise InputError(f"{self.folder} holds no stored logits; `distil --logits {self.folder} --store EPOCHS` makes them")
-        left = {epoch: np.flatnonzero(self._map(self._marks(epoch), np.uint8) == 0) for epoch in range(self.about["epochs"])}
+            raise InputError(
+                f"{self.folder} holds no stored logits; `distil --logits {self.folder} --store EPOCHS` makes "
+                "them"
+            )
+        left = {
+            epoch: np.flatnonzero(self._map(self._marks(epoch), np.uint8) == 0)
+            for epoch in range(self.about["epochs"])
+        }
         return [(epoch, int(index)) for epoch, indices in left.items() for index in indices]
 
     def _map(self, path: Path, dtype: type, mode: str = "r") -> np.ndarray:
@@ -98,7 +111,10 @@ class LogitStore:
     def write(self, keys: Sequence[tuple[int, int]], logits: Tensor) -> None:
         """Store the logits [B*S, K] of samples, then mark them."""
         rows = logits.to(torch.bfloat16).cpu().view(torch.int16).numpy().reshape(len(keys), *self.shape[1:])
-        for path_of, dtype, values in ((self._logits, np.int16, rows), (self._marks, np.uint8, [1] * len(keys))):
+        for path_of, dtype, values in (
+            (self._logits, np.int16, rows),
+            (self._marks, np.uint8, [1] * len(keys)),
+        ):
             for (epoch, index), value in zip(keys, values, strict=True):
                 file = self._map(path_of(epoch), dtype, "r+")
                 file.reshape(self.shape[0], -1)[index] = np.asarray(value).reshape(-1)

@@ -1,11 +1,11 @@
 """The training loop: named steps, the same for every kind of training, on one process or many.
 
-One step: fetch, forward and backward (of each micro-batch), clip, optimizer step, then log of the step before, and
-checkpoint. What is trained is decided by `compute_loss(batch)`; everything random in it is seeded by (seed, step), so a run
-can stop at any step and go on.
+One step: fetch, forward and backward (of each micro-batch), clip, optimizer step, then log of the step
+before, and checkpoint. What is trained is decided by `compute_loss(batch)`; everything random in it is seeded
+by (seed, step), so a run can stop at any step and go on.
 
-Nothing waits for a GPU: the loss and the gradient's norm of a step are read while the next one runs. Should one not be
-finite, a flag on the device has kept that step and the next from the weights (`vmae.train.guard`).
+Nothing waits for a GPU: the loss and the gradient's norm of a step are read while the next one runs. Should
+one not be finite, a flag on the device has kept that step and the next from the weights (`vmae.train.guard`).
 """
 
 from __future__ import annotations
@@ -82,15 +82,18 @@ class Trainer:
         model: `parallel.wrap` of the module that is trained.
         optimizer: over its parameters; fused ones keep the host from waiting.
         schedule: step (from 0) -> learning rate; a group's `lr_scale` multiplies it.
-        open_batches: first step -> iterator over this rank's micro-batches from that step on, `config.accumulate` a step.
-        compute_loss: micro-batch on the device -> float32 scalar, a mean over what the micro-batch counts. Calls `model`.
+        open_batches: first step -> iterator over this rank's micro-batches from that step on,
+            `config.accumulate` a step.
+        compute_loss: micro-batch on the device -> float32 scalar, a mean over what the micro-batch counts.
+            Calls `model`.
         config: see `LoopConfig`.
         saver: where checkpoints go.
         about: plain containers that stand as `config` in every checkpoint.
         listing: the same, as `list`: what the samples are drawn from.
         parallel: this process among the others.
-        weigh: micro-batch on the host -> how much its loss counts beside the others of the step, about 1 (what it counts,
-            over what such a micro-batch mostly counts). Then the gradient is that of one large batch.
+        weigh: micro-batch on the host -> how much its loss counts beside the others of the step, about 1
+            (what it counts, over what such a micro-batch mostly counts). Then the gradient is that of one
+            large batch.
         companions: further modules that checkpoints hold (an average of the weights, say), by name.
         after_step: called after every optimizer step with the number of steps done, with nothing waited for.
         sources, count_sources: names of the data's sources, and micro-batch -> clips of each, for the logs.
@@ -149,7 +152,9 @@ class Trainer:
         """
         manifest = self.state.load(path, self.parallel.save_group)
         self.step = self.saved_step = manifest["step"]
-        self.samples.update({name: count for name, count in manifest["samples"].items() if name in self.samples})
+        self.samples.update(
+            {name: count for name, count in manifest["samples"].items() if name in self.samples}
+        )
 
     def run(self) -> int | None:
         """Train up to `total_steps`; the last step always leaves a checkpoint.
@@ -217,7 +222,8 @@ class Trainer:
     ) -> tuple[TrainingBatch, float] | None:
         """The next micro-batch on the device, and its weight; None when any rank was asked to stop.
 
-        All ranks learn of all: a stop is taken between two steps, or at once where a rank's workers went down with it.
+        All ranks learn of all: a stop is taken between two steps, or at once where a rank's workers went down
+        with it.
 
         Raises:
             InputError: on every rank, where one has no batch because of its data.
@@ -225,12 +231,18 @@ class Trainer:
         start = time.perf_counter()
         batch = self._next_batch(batches)
         weight = self.weigh(batch) if self.weigh and batch is not None else 1.0
-        sources = self.count_sources(batch) if self.count_sources and batch is not None else [0] * len(self.sources)
+        sources = (
+            self.count_sources(batch) if self.count_sources and batch is not None else [0] * len(self.sources)
+        )
         counts = (0, 0) if batch is None else (batch.clips.shape[0], len(batch.replaced))
         own_stops = [self.stop.received == number for number in STOP_SIGNALS]
         waited = time.perf_counter() - start
         everyone = self.parallel.exchange([batch is not None, *own_stops, waited, weight, *counts, *sources])
-        present, stops, sums = everyone[:, 0], everyone[:, 1:4].amax(0).tolist(), everyone[:, 5:].sum(0).tolist()
+        present, stops, sums = (
+            everyone[:, 0],
+            everyone[:, 1:4].amax(0).tolist(),
+            everyone[:, 5:].sum(0).tolist(),
+        )
         asked = next((number for number, set_ in zip(STOP_SIGNALS, stops) if set_), None)
         if asked is not None and (part == 0 or not present.all()):
             self.stopped_by = asked
@@ -251,7 +263,9 @@ class Trainer:
         try:
             return next(batches)
         except InputError as error:  # raised once all ranks know
-            self._data_error = f"rank {self.parallel.rank}: {error}" if self.parallel.world_size > 1 else str(error)
+            self._data_error = (
+                f"rank {self.parallel.rank}: {error}" if self.parallel.world_size > 1 else str(error)
+            )
             return None
         except RuntimeError:
             time.sleep(0.2)  # a signal to the whole process group may reach a worker first
@@ -267,7 +281,8 @@ class Trainer:
         if count and not self.failed_reads:
             first = next(own[0] for own in self.parallel.gather(list(replaced[:1])) if own)
             self.log_file.say(
-                f"note: another video stands in for one that cannot be decoded: {list_failures([first])}; this and all further "
+                f"note: another video stands in for one that cannot be decoded: {list_failures([first])}; "
+                "this and all further "
                 f"ones are written to {self.saver.folder.folder / QUARANTINE_NAME}"
             )
         self.failed_reads += count
@@ -294,7 +309,8 @@ class Trainer:
         record.loss_sum = loss if record.loss_sum is None else record.loss_sum + loss
 
     def clip(self, record: StepRecord) -> Tensor:
-        """Make the gradients those of the weighted mean, at most `clip_grad` long; returns their norm before clipping."""
+        """Make the gradients those of the weighted mean, at most `clip_grad` long; returns their norm before
+        clipping."""
         # Each micro-batch counted weight / parts, and the ranks' gradients were averaged.
         scale = self.config.accumulate * self.parallel.world_size / record.weight
         return clip_gradients(self.model, self.config.clip_grad, scale=scale)
@@ -319,7 +335,9 @@ class Trainer:
         loss, norm, failed = record.numbers.read()
         if failed:
             raise self._nonfinite(record, loss, norm)
-        if self.step == record.step + 1:  # the device was waited for; else this falls into the next step's time
+        if (
+            self.step == record.step + 1
+        ):  # the device was waited for; else this falls into the next step's time
             record.step_s += time.perf_counter() - start
         self.log(record, loss, norm)
 
@@ -334,12 +352,15 @@ class Trainer:
         if self.parallel.is_main:
             try:
                 folder.check()
-                write_atomically(path, lambda file: file.write(json.dumps(report, indent=2) + "\n"), binary=False)
+                write_atomically(
+                    path, lambda file: file.write(json.dumps(report, indent=2) + "\n"), binary=False
+                )
             except InputError as error:
                 where = f"The samples of the batch are not written down: {error}"
         latest = folder.latest()
         return NonFiniteError(
-            f"step {record.step}: the loss is {loss} and the gradient's norm {norm}, so the step was not taken. {where}. "
+            f"step {record.step}: the loss is {loss} and the gradient's norm {norm}, so the step was not "
+            f"taken. {where}. "
             "A lower --lr or --clip-grad often helps; "
             + (f"the run can go on from {latest}" if latest else "there is no checkpoint yet")
         )
@@ -372,6 +393,7 @@ class Trainer:
         self.meter = StepMeter()
 
     def checkpoint(self) -> None:
-        """Save the steps done; every rank takes part. With a background save, it may be complete a little later."""
+        """Save the steps done; every rank takes part. With a background save, it may be complete a little
+        later."""
         self.saver.save(self.step, self.state.tensors(), {**self.about, "samples": self.samples})
         self.saved_step = self.step

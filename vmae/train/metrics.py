@@ -1,4 +1,5 @@
-"""What a run says about itself: JSONL and TensorBoard logs, the progress line, `run.json`, and the trivial predictors.
+"""What a run says about itself: JSONL and TensorBoard logs, the progress line, `run.json`, and the trivial
+predictors.
 
 Legend: B clips, Nk counted tokens, Nv visible tokens, P values of a tubelet.
 """
@@ -91,7 +92,8 @@ def flops_utilisation(flops: float | None, device: torch.device, dtype: str) -> 
 
 
 def read_log(path: str | Path, /, **keys: type | tuple[type, ...]) -> list[dict[str, Any]]:
-    """The lines of a JSONL log that are whole, in order; empty where there is no file. `keys`: see `read_json_lines`."""
+    """The lines of a JSONL log that are whole, in order; empty where there is no file. `keys`: see
+    `read_json_lines`."""
     return read_json_lines(path, **keys).records
 
 
@@ -107,14 +109,15 @@ def loss_of_last_tenth(records: list[dict[str, Any]], total_steps: int) -> float
 class RunLog:
     """Where the steps of a run are written: `log.jsonl`, TensorBoard and the terminal.
 
-    A run that goes on from step s drops what an earlier one logged after s, so that every step is there once. Lines that are
-    no records of a step (cut short, spoilt, someone else's) move to `log.skipped`.
+    A run that goes on from step s drops what an earlier one logged after s, so that every step is there once.
+    Lines that are no records of a step (cut short, spoilt, someone else's) move to `log.skipped`.
 
     Args:
         folder: of the run.
         start_step, total_steps: of this start.
         tensorboard: also write TensorBoard files, if the package is there.
-        stream: the terminal; None means stderr. A progress bar where it is one, else a line at most every `quiet_s` seconds.
+        stream: the terminal; None means stderr. A progress bar where it is one, else a line at most every
+            `quiet_s` seconds.
         check: raises InputError where the folder is no longer the run's, see `FolderLock.check`.
 
     Raises:
@@ -148,14 +151,19 @@ class RunLog:
         self._warned = False
 
     def _cut_back(self) -> None:
-        """Leave the records up to the start step in `log.jsonl`, and all lines that are none in `log.skipped`."""
+        """Leave the records up to the start step in `log.jsonl`, and all lines that are none in
+        `log.skipped`."""
         found = read_json_lines(self.path, step=int)
         if found.skipped:
             aside = self.folder / SKIPPED_NAME
             text = b"".join(line + b"\n" for _, line in found.skipped)
-            write_atomically(aside, lambda file: file.write((aside.read_bytes() if aside.is_file() else b"") + text))
+            write_atomically(
+                aside, lambda file: file.write((aside.read_bytes() if aside.is_file() else b"") + text)
+            )
             self.say(f"{found.note(self.path)}; they are in {aside}")
-        lines = "".join(json.dumps(record) + "\n" for record in found.records if record["step"] <= self.start_step)
+        lines = "".join(
+            json.dumps(record) + "\n" for record in found.records if record["step"] <= self.start_step
+        )
         write_atomically(self.path, lambda file: file.write(lines), binary=False)
 
     def _open_tensorboard(self):
@@ -174,7 +182,9 @@ class RunLog:
 
     def _on_thread_error(self, args: Any) -> None:
         """No trace of an error of TensorBoard's writer: the next write, or `close`, raises it."""
-        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+        if not (
+            isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")
+        ):
             self._thread_error(args)
 
     def say(self, text: str) -> None:
@@ -197,14 +207,20 @@ class RunLog:
             self._next_line = time.monotonic() + self.quiet_s
             left = (self.total_steps - done) * clips / rate
             words = ", ".join(f"{key} {value}" for key, value in texts.items())
-            self.say(f"step {done}/{self.total_steps}: {words}, {datetime.timedelta(seconds=round(left))} left")
+            self.say(
+                f"step {done}/{self.total_steps}: {words}, {datetime.timedelta(seconds=round(left))} left"
+            )
 
     def record(self, values: dict[str, Any]) -> None:
         """Write one line of the logs; `values` has `step` and numbers."""
         self._append((json.dumps(values) + "\n").encode())
         if self._writer is not None:
             for key, value in values.items():
-                named = {f"{key}/{name}": number for name, number in value.items()} if isinstance(value, dict) else {key: value}
+                named = (
+                    {f"{key}/{name}": number for name, number in value.items()}
+                    if isinstance(value, dict)
+                    else {key: value}
+                )
                 for name, number in named.items():
                     if name != "step" and number is not None:
                         with self._telling(self.folder / BOARD_NAME):
@@ -233,23 +249,31 @@ class RunLog:
             yield
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(
-                f"{path} is gone: it, or its folder, was removed, renamed or replaced during the run; nothing more is written"
+                f"{path} is gone: it, or its folder, was removed, renamed or replaced during the run; "
+                "nothing more is written"
             ) from error
         except OSError as error:
             whole = CheckpointFolder(self.folder).describe_latest()
-            raise InputError(f"cannot write {path}: {why_not_written(error, path)}; of the checkpoints, {whole}") from error
+            raise InputError(
+                f"cannot write {path}: {why_not_written(error, path)}; of the checkpoints, {whole}"
+            ) from error
 
     def _warn_about_data(self) -> None:
         run = self.whole_run
         if not self._warned and run.steps >= 20 and run.data_share > DATA_SHARE_WARNING:
             self._warned = True
             self.say(
-                f"warning: {run.data_share:.0%} of the time is spent waiting for data ({run.data_s / run.steps:.3f} of "
-                f"{run.step_s / run.steps:.3f} s a step); more --workers, more --num-sample or smaller videos help"
+                f"warning: {run.data_share:.0%} of the time is spent waiting for data "
+                f"({run.data_s / run.steps:.3f} of "
+                f"{run.step_s / run.steps:.3f} s a step); more --workers, more --num-sample or smaller "
+                "videos help"
             )
 
-    def close(self, kind: type | None = None, error: BaseException | None = None, trace: object = None) -> None:
-        """Complete the files, as the end of a `with`; nothing can be logged after it. An earlier error is not covered."""
+    def close(
+        self, kind: type | None = None, error: BaseException | None = None, trace: object = None
+    ) -> None:
+        """Complete the files, as the end of a `with`; nothing can be logged after it. An earlier error is not
+        covered."""
         self._bar.close()
         os.close(self._handle)
         if self._writer is None:
@@ -303,7 +327,9 @@ def describe_start(config: dict[str, Any], *, device: torch.device, start_step: 
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "config": config,
     }
@@ -323,7 +349,9 @@ def write_run_file(folder: Path, start: dict[str, Any]) -> str | None:
         try:
             starts = read_starts(folder)
         except InputError as error:
-            number = next(n for n in itertools.count(1) if not (folder / f"{RUN_NAME}.unreadable-{n}").exists())
+            number = next(
+                n for n in itertools.count(1) if not (folder / f"{RUN_NAME}.unreadable-{n}").exists()
+            )
             aside = folder / f"{RUN_NAME}.unreadable-{number}"
             note = f"note: {error}; kept as {aside.name}, a new one begins"
             try:
@@ -363,7 +391,9 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def trivial_losses(clips: Tensor, mask: DualMask, config: ModelConfig, normalize: bool = True) -> dict[str, float]:
+def trivial_losses(
+    clips: Tensor, mask: DualMask, config: ModelConfig, normalize: bool = True
+) -> dict[str, float]:
     """Losses of two predictors that learn nothing, on the tokens that the loss counts.
 
     Args:
@@ -372,13 +402,20 @@ def trivial_losses(clips: Tensor, mask: DualMask, config: ModelConfig, normalize
         normalize: whether targets are normalised; then the zero predictor's loss is about 1.
 
     Returns:
-        `zero`: predicts 0. `visible_mean`: predicts, for each value of a tubelet, its mean over the clip's visible tubelets.
+        `zero`: predicts 0. `visible_mean`: predicts, for each value of a tubelet, its mean over the clip's
+            visible tubelets.
     """
 
     def loss_of(prediction_B1P: Tensor) -> float:
         prediction = prediction_B1P.expand(-1, mask.target.shape[1], -1)
         return patch_loss(
-            prediction, clips, mask.target, mask.target_weight, normalize, tubelet_size=config.tubelet_size, backend="torch"
+            prediction,
+            clips,
+            mask.target,
+            mask.target_weight,
+            normalize,
+            tubelet_size=config.tubelet_size,
+            backend="torch",
         ).item()
 
     seen = patch_targets_ref(clips, mask.visible, config.patch_size, config.tubelet_size, normalize)

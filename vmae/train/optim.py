@@ -46,7 +46,8 @@ class OptimConfig(_Checked):
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: not to 1-d parameters, biases, positions, the mask token and attention's scale."""
+    """Whether weight decay applies: not to 1-d parameters, biases, positions, the mask token and attention's
+    scale."""
     return parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NO_DECAY_NAMES
 
 
@@ -67,10 +68,11 @@ def build_adamw(model: nn.Module, config: OptimConfig, *, fused: bool = True) ->
 
 @dataclass(frozen=True, kw_only=True)
 class CosineSchedule:
-    """Learning rate at every step: linear from 0 to `lr` over `warmup_steps`, then half a cosine down to `min_lr`.
+    """Learning rate at every step: linear from 0 to `lr` over `warmup_steps`, then half a cosine down to
+    `min_lr`.
 
-    The published schedule exactly, off-by-ones included: step 0 has rate 0 when there is a warm-up, its last step has `lr`,
-    and the first step after it has `lr` again.
+    The published schedule exactly, off-by-ones included: step 0 has rate 0 when there is a warm-up, its last
+    step has `lr`, and the first step after it has `lr` again.
     """
 
     lr: float
@@ -82,7 +84,9 @@ class CosineSchedule:
         if self.total_steps < 1:
             raise InputError(f"a schedule needs at least one step, not {self.total_steps}")
         if not 0 <= self.warmup_steps <= self.total_steps:
-            raise InputError(f"warm-up of {self.warmup_steps} steps does not fit into {self.total_steps} steps; shorten it")
+            raise InputError(
+                f"warm-up of {self.warmup_steps} steps does not fit into {self.total_steps} steps; shorten it"
+            )
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
@@ -101,7 +105,8 @@ def clip_gradients(model: nn.Module, max_norm: float | None, scale: float = 1.0)
     """Multiply gradients by `scale`, then shorten them to at most `max_norm`.
 
     Returns:
-        Their norm in between, over all shards, a float32 scalar on the parameters' device; nothing waits for it.
+        Their norm in between, over all shards, a float32 scalar on the parameters' device; nothing waits for
+            it.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)

@@ -1,8 +1,8 @@
 """One process or many: who this one is, how a model is split over all, and how their gradients become one.
 
-Torch's own parts: DDP, and FSDP2 (`fully_shard`, a block at a time), started by torchrun or by anything else that sets RANK,
-WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Tensors of a GPU travel by NCCL; host numbers, and all tensors of a CPU,
-by gloo, so that agreeing on a number never waits for a GPU.
+Torch's own parts: DDP, and FSDP2 (`fully_shard`, a block at a time), started by torchrun or by anything else
+that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Tensors of a GPU travel by NCCL; host
+numbers, and all tensors of a CPU, by gloo, so that agreeing on a number never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from vmae.folder_lock import FolderLock
 from vmae.train.checks import resolve_device
 
 KINDS = ("auto", "none", "ddp", "fsdp", "hybrid")
-# Groups that were left, one a run, kept until the process ends. A DDP model that outlives its group would be the last to hold
-# it, and takes it down holding Python's lock; gloo's thread may want that lock to drop a collective's tensors, while it
-# holds the group's: both wait for ever (torch 2.13, one end in some 40 on a busy machine). Python's own reference is
-# dropped without the lock.
+# Groups that were left, one a run, kept until the process ends. A DDP model that outlives its group would be
+# the last to hold it, and takes it down holding Python's lock; gloo's thread may want that lock to drop a
+# collective's tensors, while it holds the group's: both wait for ever (torch 2.13, one end in some 40 on a
+# busy machine). Python's own reference is dropped without the lock.
 _LEFT: list[Any] = []
 
 
@@ -41,8 +41,8 @@ class Parallel:
     """This process among those of a run; as it is constructed, the only one. Made by `open_parallel`.
 
     Attributes:
-        kind: "none", "ddp" (each rank holds all), "fsdp" (each holds its part of weights, gradients and optimizer state), or
-            "hybrid" (parts within a group of ranks, copies across groups).
+        kind: "none", "ddp" (each rank holds all), "fsdp" (each holds its part of weights, gradients and
+            optimizer state), or "hybrid" (parts within a group of ranks, copies across groups).
         device: of this rank.
         rank, world_size: among all processes.
         mesh: of the ranks, for "fsdp" [ranks] and "hybrid" [groups, ranks of a group].
@@ -66,14 +66,15 @@ class Parallel:
         return self.kind in ("fsdp", "hybrid")
 
     def wrap(self, model: nn.Module, blocks: Sequence[nn.Module] = (), dtype: str = "float32") -> nn.Module:
-        """What to call in training instead of `model`, which lies on `device` with the same weights on every rank.
+        """What to call in training instead of `model`, which lies on `device` with the same weights on every
+        rank.
 
         Wrap before an optimizer is made: sharding replaces the parameters. Their names stay, see `bare`.
 
         Args:
             blocks: parts of `model` that are gathered one at a time, in the order in which they run.
-            dtype: "bfloat16" gathers weights in bfloat16 and sums gradients in float32 (sharded kinds only: the others
-                have autocast alone).
+            dtype: "bfloat16" gathers weights in bfloat16 and sums gradients in float32 (sharded kinds only:
+                the others have autocast alone).
         """
         if self.kind == "none":
             return model
@@ -96,7 +97,8 @@ class Parallel:
 
     @contextlib.contextmanager
     def gradients(self, model: nn.Module, *, last: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch: only the `last` one of a step exchanges gradients."""
+        """Around forward and backward of one micro-batch: only the `last` one of a step exchanges
+        gradients."""
         if self.sharded:
             model.set_requires_gradient_sync(last)
         with model.no_sync() if self.kind == "ddp" and not last else contextlib.nullcontext():
@@ -130,7 +132,8 @@ class Parallel:
         return found
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """What `work` gives on rank 0 (small, picklable), on every rank; an `InputError` there is one on every rank."""
+        """What `work` gives on rank 0 (small, picklable), on every rank; an `InputError` there is one on
+        every rank."""
         result = failure = None
         if self.is_main:
             try:
@@ -146,7 +149,8 @@ class Parallel:
 
     @contextlib.contextmanager
     def hold(self, folder: str | Path, what: str) -> Iterator[None]:
-        """Be the only ones who write to `folder` (rank 0 has its lock); where someone else does, all ranks raise InputError."""
+        """Be the only ones who write to `folder` (rank 0 has its lock); where someone else does, all ranks
+        raise InputError."""
         with contextlib.ExitStack() as stack:
             self.on_main(lambda: (stack.enter_context(FolderLock(folder, what)), None)[1])
             yield
@@ -170,7 +174,9 @@ def resolve_kind(kind: str, ranks: int) -> str:
     if kind not in KINDS:
         raise InputError(f"unknown --parallel {kind!r}; known: {', '.join(KINDS)}")
     if kind == "none" and ranks > 1:
-        raise InputError(f"--parallel none, but {ranks} processes were started: each trains alone; use ddp, fsdp or hybrid")
+        raise InputError(
+            f"--parallel none, but {ranks} processes were started: each trains alone; use ddp, fsdp or hybrid"
+        )
     return kind if kind != "auto" else ("ddp" if ranks > 1 else "none")
 
 
@@ -184,7 +190,9 @@ def _mesh_shape(kind: str, ranks: int, shard_size: int | None) -> tuple[int, ...
         return None
     size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     if size < 1 or ranks % size:
-        raise InputError(f"--shard-size {size} does not divide {ranks} ranks; by default it is the ranks of a node")
+        raise InputError(
+            f"--shard-size {size} does not divide {ranks} ranks; by default it is the ranks of a node"
+        )
     return (ranks // size, size)
 
 
@@ -200,9 +208,10 @@ def _meeting_place() -> dict[str, Any]:
     given = os.environ
     if "RANK" not in given:
         return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    # torchrun (2.5 to 2.13) keeps its store over restarts: without a name of its own, a start may find the addresses of the
-    # one before, and fail. With --rdzv-backend c10d on several nodes the counts may differ from node to node: set
-    # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun there, and each start has a store of its own.
+    # torchrun (2.5 to 2.13) keeps its store over restarts: without a name of its own, a start may find the
+    # addresses of the one before, and fail. With --rdzv-backend c10d on several nodes the counts may differ
+    # from node to node: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun there, and each start has a
+    # store of its own.
     if given.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.TCPStore(given["MASTER_ADDR"], int(given["MASTER_PORT"]), is_master=False)
         store = dist.PrefixStore(f"start-{given['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -211,8 +220,11 @@ def _meeting_place() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def open_parallel(kind: str = "auto", device: str = "auto", *, shard_size: int | None = None) -> Iterator[Parallel]:
-    """Join the other processes of this run, as the launcher's environment describes them, and leave them at the end.
+def open_parallel(
+    kind: str = "auto", device: str = "auto", *, shard_size: int | None = None
+) -> Iterator[Parallel]:
+    """Join the other processes of this run, as the launcher's environment describes them, and leave them at
+    the end.
 
     Args:
         kind: see `Parallel`; "auto" is "ddp" with several processes, else "none".

@@ -32,7 +32,8 @@ __all__ = ["Prepared", "add_arguments", "build_trainer", "prepare", "pretrain", 
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; 0 also after SIGTERM or SIGUSR1 (the run goes on when it is started again), 130 after Ctrl-C."""
+    """The command; 0 also after SIGTERM or SIGUSR1 (the run goes on when it is started again), 130 after
+    Ctrl-C."""
     config, run_config = configs_from_args(args)
     speed = run_config.speed
     with open_parallel(speed.parallel, run_config.device, shard_size=speed.shard_size) as parallel:
@@ -81,14 +82,19 @@ def prepare(config: PretrainConfig, run: RunConfig, parallel: Parallel) -> Prepa
     torch.manual_seed(config.seed)
     speed = run.speed
     model = build_pretrainer(
-        config.model, backend=speed.backend, attention=speed.attention, normalize_target=config.normalize_target
+        config.model,
+        backend=speed.backend,
+        attention=speed.attention,
+        normalize_target=config.normalize_target,
     )
 
     def load_init() -> str:
         return load_into(model, load_weights(config.init), config.init, allow_encoder_only=True)
 
     start = find_start(model, config, run, parallel, notes, load_init, dataset)
-    return Prepared(config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, notes=notes, **start)
+    return Prepared(
+        config, run, parallel, dataset, model.to(device), optim, steps_per_epoch, notes=notes, **start
+    )
 
 
 # --- The run ---
@@ -129,7 +135,10 @@ def build_trainer(prepared: Prepared, trivial: dict[str, float]) -> Trainer:
     def show_trivial_losses(batch: Batch) -> None:
         trivial.update(trivial_losses(batch.clips, batch.mask, config.model, config.normalize_target))
         zero, mean = trivial["zero"], trivial["visible_mean"]
-        tqdm.write(f"loss of trivial predictors on the first batch: zero {zero:.4f}, mean of the visible tubelets {mean:.4f}")
+        tqdm.write(
+            f"loss of trivial predictors on the first batch: zero {zero:.4f}, mean of the visible tubelets "
+            f"{mean:.4f}"
+        )
 
     return assemble_trainer(
         prepared,

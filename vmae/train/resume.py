@@ -12,7 +12,9 @@ from vmae.train.parallel import Parallel
 from vmae.train.sharded import find_damage
 
 
-def choose_checkpoint(resume: str | None, folder: CheckpointFolder, parallel: Parallel, notes: list[str]) -> Path | None:
+def choose_checkpoint(
+    resume: str | None, folder: CheckpointFolder, parallel: Parallel, notes: list[str]
+) -> Path | None:
     """The checkpoint that `resume` means, every file of it as it was written; None for a fresh start.
 
     Rank 0 chooses, and all ranks share the reading. `notes` gets a line on what was passed over.
@@ -36,7 +38,10 @@ def choose_checkpoint(resume: str | None, folder: CheckpointFolder, parallel: Pa
             notes.extend(f"note: passed over, incomplete: {text}" for text in folder.passed_over())
         if found is None and resume and folder.folder.is_dir():
             left = ", ".join(path.name for path in folder.unfinished())
-            notes.append(f"{folder.folder} holds no complete checkpoint{f' (only {left})' if left else ''}: a fresh start")
+            notes.append(
+                f"{folder.folder} holds no complete checkpoint{f' (only {left})' if left else ''}: a fresh "
+                "start"
+            )
         return found
 
     path = parallel.on_main(choose)
@@ -47,7 +52,9 @@ def choose_checkpoint(resume: str | None, folder: CheckpointFolder, parallel: Pa
     damage = parallel.gather(find_damage(path, parallel.rank, parallel.world_size))
     if any(damage):
         text = "; ".join(problem for rank in damage for problem in rank)
-        raise InputError(f"checkpoint {path} is damaged: {text}. --resume last-good goes on from the newest that is not")
+        raise InputError(
+            f"checkpoint {path} is damaged: {text}. --resume last-good goes on from the newest that is not"
+        )
     return path
 
 

@@ -120,23 +120,30 @@ def build_schedule(config: Any, optim: OptimConfig) -> CosineSchedule:
     Raises:
         InputError: the warm-up is longer than the run.
     """
-    return CosineSchedule(lr=optim.lr, min_lr=optim.min_lr, total_steps=config.steps, warmup_steps=config.warmup_steps)
+    return CosineSchedule(
+        lr=optim.lr, min_lr=optim.min_lr, total_steps=config.steps, warmup_steps=config.warmup_steps
+    )
 
 
-def resolve_lengths(config: Any, run: RunConfig, parallel: Parallel, samples: int) -> tuple[Any, OptimConfig, int]:
+def resolve_lengths(
+    config: Any, run: RunConfig, parallel: Parallel, samples: int
+) -> tuple[Any, OptimConfig, int]:
     """What follows from the batch and an epoch of `samples`, checked.
 
     Returns:
-        `config` with `effective_batch`, `steps` and `warmup_steps` resolved; the optimizer's settings at that batch; the
+        `config` with `effective_batch`, `steps` and `warmup_steps` resolved; the optimizer's settings at that
+            batch; the
         steps of an epoch.
 
     Raises:
-        InputError: `config` was given another effective batch than the run has, or the warm-up is longer than the run.
+        InputError: `config` was given another effective batch than the run has, or the warm-up is longer than
+            the run.
     """
     batch = run.videos_per_step(parallel.world_size)
     if config.effective_batch not in (None, batch):
         raise InputError(
-            f"effective_batch is {config.effective_batch}, but batch_size {run.batch_size} x accumulate {run.accumulate} x "
+            f"effective_batch is {config.effective_batch}, but batch_size {run.batch_size} x accumulate "
+            f"{run.accumulate} x "
             f"{parallel.world_size} ranks make {batch}: leave it out, it follows from these"
         )
     config = dataclasses.replace(config, effective_batch=batch)
@@ -144,7 +151,9 @@ def resolve_lengths(config: Any, run: RunConfig, parallel: Parallel, samples: in
     config = _with_steps(config, steps_per_epoch)
     optim = config.optim.scaled_to(batch)
     build_schedule(config, optim)
-    LoopConfig(total_steps=config.steps, dtype=config.dtype, log_every=run.log_every, save_every=run.save_every)
+    LoopConfig(
+        total_steps=config.steps, dtype=config.dtype, log_every=run.log_every, save_every=run.save_every
+    )
     return config, optim, steps_per_epoch
 
 
@@ -164,15 +173,19 @@ def find_start(
     load_init: Callable[[], str],
     dataset: VideoDataset,
 ) -> dict[str, Any]:
-    """Where to begin: `checkpoint` (the one to go on from, whole and fitting, if any), `start_step`, `listing`.
+    """Where to begin: `checkpoint` (the one to go on from, whole and fitting, if any), `start_step`,
+    `listing`.
 
-    Without a checkpoint, `load_init` gives `model` the weights to start from, where the settings name some, and says so in
-    a line.
+    Without a checkpoint, `load_init` gives `model` the weights to start from, where the settings name some,
+    and says so in a line.
 
     Raises:
-        InputError: the checkpoint is damaged, of another architecture or batch, or was trained on another list.
+        InputError: the checkpoint is damaged, of another architecture or batch, or was trained on another
+            list.
     """
-    path = choose_checkpoint(run.resume, CheckpointFolder(run.output, run.keep, run.keep_every), parallel, notes)
+    path = choose_checkpoint(
+        run.resume, CheckpointFolder(run.output, run.keep, run.keep_every), parallel, notes
+    )
     listing = parallel.on_main(lambda: identify_list(dataset, root_of(config)))
     if path is None:
         if config.init is not None:
@@ -180,20 +193,26 @@ def find_start(
         return {"checkpoint": None, "start_step": 0, "listing": listing}
     manifest = read_manifest(path)
     changes = setting_changes(manifest["config"], json.loads(json.dumps(config.to_dict())))
-    architecture = [text for name, text in changes.items() if name.startswith("model.") and name not in _TRAINING_ONLY]
+    architecture = [
+        text for name, text in changes.items() if name.startswith("model.") and name not in _TRAINING_ONLY
+    ]
     advice = "choose another --output, or --no-resume for a fresh start"
     own = {name: value.shape for name, value in model.state_dict().items()}
     try:
         check_shapes(own, shapes_of(tensor_layouts(path), "model"), path)
     except InputError as error:
-        raise InputError(f"{error}\n  settings that differ: {'; '.join(architecture) or 'none'}\n  {advice}") from error
+        raise InputError(
+            f"{error}\n  settings that differ: {'; '.join(architecture) or 'none'}\n  {advice}"
+        ) from error
     if architecture:
         raise InputError(f"checkpoint {path} is of another architecture: {'; '.join(architecture)}; {advice}")
     if "effective_batch" in changes:
         wanted, now = manifest["config"].get("effective_batch"), config.effective_batch
         raise InputError(
-            f"the run of {path} takes {wanted} videos a step; --batch-size {run.batch_size} x --accumulate {run.accumulate} x "
-            f"{parallel.world_size} ranks make {now}. Choose numbers whose product is {wanted}; to go on with another batch, "
+            f"the run of {path} takes {wanted} videos a step; --batch-size {run.batch_size} x --accumulate "
+            f"{run.accumulate} x "
+            f"{parallel.world_size} ranks make {now}. Choose numbers whose product is {wanted}; to go on "
+            "with another batch, "
             f"start a new run with --init {path}"
         )
     notes.append(f"resuming from {path}, step {manifest['step']}")
@@ -210,7 +229,12 @@ def root_of(config: Any) -> str:
 
 
 def _compare_lists(
-    path: Path, manifest: dict[str, Any], config: Any, run: RunConfig, dataset: VideoDataset, listing: dict[str, Any]
+    path: Path,
+    manifest: dict[str, Any],
+    config: Any,
+    run: RunConfig,
+    dataset: VideoDataset,
+    listing: dict[str, Any],
 ) -> list[str]:
     """Notes on how the list differs from that of the checkpoint `path`, where that is allowed.
 
@@ -219,15 +243,19 @@ def _compare_lists(
     """
     before, name = manifest.get("list"), config.annotations if hasattr(config, "annotations") else config.data
     if before is None:
-        return [f"note: {path} was written before lists were kept: whether {name} is still the same is not known"]
+        return [
+            f"note: {path} was written before lists were kept: whether {name} is still the same is not known"
+        ]
     changes = list_changes(before, dataset, root_of(config), listing)
     if not changes:
         return []
     text = f"{name} is not the list that {path} was trained on: {'; '.join(changes)}"
     if not run.allow_list_change:
         raise InputError(
-            f"{text}. Bring the list back, or choose another --output; with --allow-list-change the run goes on from step "
-            f"{manifest['step']} with samples of the new list: where videos moved, came or went, some of this epoch's come "
+            f"{text}. Bring the list back, or choose another --output; with --allow-list-change the run goes "
+            "on from step "
+            f"{manifest['step']} with samples of the new list: where videos moved, came or went, some of "
+            "this epoch's come "
             "twice and others not at all"
         )
     return [f"note: {text}; allowed: from step {manifest['step']} on, samples are drawn from the new list"]
@@ -237,9 +265,12 @@ def _compare_lists(
 
 
 def wrap_model(prepared: Prepared, blocks: Sequence[nn.Module]) -> nn.Module:
-    """The model as `Trainer` takes it: blocks compiled and checkpointed as the run says, then spread over its processes."""
+    """The model as `Trainer` takes it: blocks compiled and checkpointed as the run says, then spread over its
+    processes."""
     speed = prepared.run.speed
-    prepare_blocks(blocks, checkpointing=speed.checkpointing, compiled=speed.compile, cuda_graphs=speed.cuda_graphs)
+    prepare_blocks(
+        blocks, checkpointing=speed.checkpointing, compiled=speed.compile, cuda_graphs=speed.cuda_graphs
+    )
     return prepared.parallel.wrap(prepared.model, blocks, prepared.config.dtype)
 
 
@@ -304,7 +335,10 @@ def carry_out(
     folder = Path(prepared.run.output)
     say = print if parallel.is_main else _say_nothing
     if prepared.start_step >= config.steps:
-        say(f"nothing to do: {folder} has done {prepared.start_step} of {config.steps} steps; more --steps go on from there")
+        say(
+            f"nothing to do: {folder} has done {prepared.start_step} of {config.steps} steps; more --steps "
+            "go on from there"
+        )
         if parallel.on_main((folder / WEIGHTS_NAME).exists):
             return None
     with contextlib.ExitStack() as stack:
@@ -336,7 +370,10 @@ def _train(
     end = {"step": trainer.step, "bad_videos": bad, "failed_reads": trainer.failed_reads}
     parallel.on_main(lambda: add_to_run_file(folder, end=end))
     if stopped_by is not None:
-        say(f"stopped by {signal.Signals(stopped_by).name} after step {trainer.step}; the same command goes on from there")
+        say(
+            f"stopped by {signal.Signals(stopped_by).name} after step {trainer.step}; the same command goes "
+            "on from there"
+        )
         return stopped_by
     if parallel.is_main:
         for line in summarise(trainer.step - first_step, time.monotonic() - began):
@@ -349,7 +386,9 @@ def _export_last(prepared: Prepared, folder: Path, averaged: bool) -> None:
     newest = prepared.checkpoints.latest()
     prepared.lock.check()
     if newest is None:
-        raise InputError(f"the checkpoints in {folder} are gone: removed during the run; no weights are written")
+        raise InputError(
+            f"the checkpoints in {folder} are gone: removed during the run; no weights are written"
+        )
     export_run(newest, folder, averaged)
     prepared.lock.check()
 
@@ -369,25 +408,33 @@ def export_run(checkpoint: Path, folder: Path, averaged: bool = False) -> None:
     """`weights.pth`, and `weights_ema.pth` of averaged weights, from a run's last checkpoint."""
     about = read_manifest(checkpoint)
     for name, group in ((WEIGHTS_NAME, "model"), (AVERAGED_NAME, "ema"))[: 1 + averaged]:
-        export_weights(folder / name, read_group(checkpoint, group), config=about["config"], step=about["step"])
+        export_weights(
+            folder / name, read_group(checkpoint, group), config=about["config"], step=about["step"]
+        )
 
 
 def open_folder(prepared: Prepared, folder: Path, stack: contextlib.ExitStack) -> None:
-    """Make the output folder this run's until `stack` ends, move an earlier run out of the way, and write `run.json`.
+    """Make the output folder this run's until `stack` ends, move an earlier run out of the way, and write
+    `run.json`.
 
     Raises:
         InputError: the folder is another run's, or was until now; it can't be written to.
     """
     prepared.lock = stack.enter_context(FolderLock(folder, "a training run"))
     if prepared.run.resume == "auto" and prepared.checkpoints.latest() != prepared.checkpoint:
-        raise InputError(f"another run has just written to {folder}, and ended; the same command goes on from where it stopped")
+        raise InputError(
+            f"another run has just written to {folder}, and ended; the same command goes on from where it "
+            "stopped"
+        )
     if prepared.start_step >= prepared.config.steps:
         return
     moved = set_aside(folder, prepared.start_step if prepared.checkpoint else None)
     if moved:
         prepared.notes.append(f"moved what an earlier run left in {folder} to {moved}")
     about = prepared.describe()
-    note = write_run_file(folder, describe_start(about, device=prepared.device, start_step=prepared.start_step))
+    note = write_run_file(
+        folder, describe_start(about, device=prepared.device, start_step=prepared.start_step)
+    )
     prepared.notes.extend([note] if note else [])
 
 
@@ -420,9 +467,11 @@ def describe_run(prepared: Prepared) -> list[str]:
     """For the start of a supervised run: its steps and where it runs, in words."""
     config, speed = prepared.config, prepared.run.speed
     return [
-        f"steps: {prepared.start_step} to {config.steps} ({config.steps / prepared.steps_per_epoch:g} epochs), "
+        f"steps: {prepared.start_step} to {config.steps} ({config.steps / prepared.steps_per_epoch:g} "
+        "epochs), "
         f"warm-up {config.warmup_steps}",
-        f"device: {prepared.device}, {config.dtype}, parallel {prepared.parallel.kind}, backend {speed.backend}, "
+        f"device: {prepared.device}, {config.dtype}, parallel {prepared.parallel.kind}, backend "
+        f"{speed.backend}, "
         f"{speed.num_workers} workers a rank",
     ]
 
@@ -434,6 +483,7 @@ def describe_end(prepared: Prepared, steps: int, seconds: float, averaged: bool 
     return [
         f"done: {steps} steps in {datetime.timedelta(seconds=round(seconds))}",
         f"final loss (mean of the last tenth): {'not logged' if loss is None else f'{loss:.4f}'}",
-        f"weights: {folder / WEIGHTS_NAME} (published names)" + (f", {folder / AVERAGED_NAME} (averaged)" if averaged else ""),
+        f"weights: {folder / WEIGHTS_NAME} (published names)"
+        + (f", {folder / AVERAGED_NAME} (averaged)" if averaged else ""),
         f"log: {folder / LOG_NAME}; settings: {folder / RUN_NAME}",
     ]

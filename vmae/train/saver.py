@@ -1,7 +1,8 @@
-"""Writing checkpoints, with all ranks, at once or in the background: complete or absent, whatever happens meanwhile.
+"""Writing checkpoints, with all ranks, at once or in the background: complete or absent, whatever happens
+meanwhile.
 
-A checkpoint is written to `.checkpoint-N.unfinished/`, every file forced to the disk, then the manifest; and when every rank
-is done, rank 0 renames the folder. Only then are older ones deleted.
+A checkpoint is written to `.checkpoint-N.unfinished/`, every file forced to the disk, then the manifest; and
+when every rank is done, rank 0 renames the folder. Only then are older ones deleted.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ class Saver:
     Args:
         folder: of the run.
         parallel: this rank.
-        background: copy the tensors to host memory, and write them while training goes on; the next save waits for it.
+        background: copy the tensors to host memory, and write them while training goes on; the next save
+            waits for it.
     """
 
-    def __init__(self, folder: CheckpointFolder, parallel: Parallel | None = None, *, background: bool = False) -> None:
+    def __init__(
+        self, folder: CheckpointFolder, parallel: Parallel | None = None, *, background: bool = False
+    ) -> None:
         self.folder, self.parallel, self.background = folder, parallel or Parallel(), background
         self._writing: threading.Thread | None = None
         self._error: InputError | None = None
@@ -46,7 +50,8 @@ class Saver:
             about: plain containers for the manifest; `config` among them.
 
         Raises:
-            InputError: this one, or an earlier one in the background, can't be written; the complete ones are all still there.
+            InputError: this one, or an earlier one in the background, can't be written; the complete ones are
+                all still there.
         """
         self.finish()
         path = self.folder.path_of(step)
@@ -54,7 +59,11 @@ class Saver:
         held = [value for group in tensors.values() for value in group.values() if isinstance(value, Tensor)]
         self._wanted = sum(tensor.numel() * tensor.element_size() for tensor in held)
         self._together(lambda: self._make_room(beside) if self.parallel.is_main else None, path)
-        where = dict(storage_writer=dcp.FileSystemWriter(beside), process_group=self._group, no_dist=self._group is None)
+        where = dict(
+            storage_writer=dcp.FileSystemWriter(beside),
+            process_group=self._group,
+            no_dist=self._group is None,
+        )
         if not self.background:
             self._together(lambda: dcp.save(tensors, **where), path)
             self._complete(beside, path, step, about)
@@ -84,7 +93,9 @@ class Saver:
         if error is not None:
             raise error
 
-    def close(self, kind: type | None = None, error: BaseException | None = None, trace: object = None) -> None:
+    def close(
+        self, kind: type | None = None, error: BaseException | None = None, trace: object = None
+    ) -> None:
         """`finish`, as the end of a `with`: an earlier error is not covered by one of the save."""
         try:
             self.finish()
@@ -97,7 +108,8 @@ class Saver:
         return self.parallel.save_group
 
     def _together(self, work: Callable[[], Any], path: Path) -> None:
-        """Do `work` on every rank; an error on any of them is an error on all, and the unfinished folder goes."""
+        """Do `work` on every rank; an error on any of them is an error on all, and the unfinished folder
+        goes."""
         failure: BaseException | None = None
         try:
             work()
@@ -110,10 +122,14 @@ class Saver:
             return
         if self.parallel.is_main and (beside := path.with_name(f".{path.name}.unfinished")).exists():
             shutil.rmtree(beside, ignore_errors=True)
-            if isinstance(failure, InputError):  # not the run's folder any more: torch's writer may have made it again
+            if isinstance(
+                failure, InputError
+            ):  # not the run's folder any more: torch's writer may have made it again
                 with contextlib.suppress(OSError):
                     path.parent.rmdir()
-        text = None if failure is None else self._describe(failure, path)  # now that what was free is free again
+        text = (
+            None if failure is None else self._describe(failure, path)
+        )  # now that what was free is free again
         raise InputError(next(text for text in self.parallel.gather(text, self._group) if text))
 
     def _describe(self, failure: BaseException, path: Path) -> str:
@@ -126,7 +142,9 @@ class Saver:
 
     def _make_room(self, beside: Path) -> None:
         for left_over in self.folder.unfinished():
-            shutil.rmtree(left_over, ignore_errors=True) if left_over.is_dir() else left_over.unlink(missing_ok=True)
+            shutil.rmtree(left_over, ignore_errors=True) if left_over.is_dir() else left_over.unlink(
+                missing_ok=True
+            )
         self.folder.check()
         beside.mkdir()  # without parents: where the run's folder has gone, nobody makes it again
 
@@ -136,11 +154,15 @@ class Saver:
 
         def hash_own() -> None:
             for file in beside.iterdir():
-                if file.name.startswith(f"__{self.parallel.rank}_") or (self.parallel.is_main and file.name[:2] != "__"):
+                if file.name.startswith(f"__{self.parallel.rank}_") or (
+                    self.parallel.is_main and file.name[:2] != "__"
+                ):
                     own[file.name] = file_facts(file)
 
         self._together(hash_own, path)
-        files = {name: facts for rank in self.parallel.gather(own, self._group) for name, facts in rank.items()}
+        files = {
+            name: facts for rank in self.parallel.gather(own, self._group) for name, facts in rank.items()
+        }
 
         def publish() -> None:
             if self.parallel.is_main:

@@ -1,12 +1,13 @@
-"""A checkpoint's folder: torch's distributed checkpoint (one shard a rank) beside a manifest that validates it.
+"""A checkpoint's folder: torch's distributed checkpoint (one shard a rank) beside a manifest that validates
+it.
 
     checkpoint-00001000/
       manifest.json      step, config, ranks; size and SHA-256 of every other file, and of itself
       .metadata          torch's: which tensor lies where
       __0_0.distcp ...   the shards
 
-Only tensors are in the shards, and they load with `weights_only=True`. `.metadata` is a pickle, of which only torch's own
-description classes are accepted.
+Only tensors are in the shards, and they load with `weights_only=True`. `.metadata` is a pickle, of which only
+torch's own description classes are accepted.
 """
 
 from __future__ import annotations
@@ -35,21 +36,44 @@ FORMAT = 1
 Layouts = dict[str, tuple[torch.Size, torch.dtype]]
 _DESCRIPTIONS = {
     "torch.distributed.checkpoint.metadata": {
-        "Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "TensorProperties", "StorageMeta",
+        "Metadata",
+        "MetadataIndex",
+        "ChunkStorageMetadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "StorageMeta",
         "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool", "strided"},
+    "torch": {
+        "Size",
+        "float32",
+        "float64",
+        "bfloat16",
+        "float16",
+        "int64",
+        "int32",
+        "uint8",
+        "bool",
+        "strided",
+    },
     "pathlib": {"PosixPath", "WindowsPath", "Path", "PurePosixPath"},
-    "pathlib._local": {"PosixPath", "WindowsPath", "Path", "PurePosixPath"},  # Python 3.13's name for the same
-}  # fmt: skip
+    "pathlib._local": {
+        "PosixPath",
+        "WindowsPath",
+        "Path",
+        "PurePosixPath",
+    },  # Python 3.13's name for the same
+}
 
 
 class _DescriptionUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _DESCRIPTIONS.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's metadata; it was not executed")
+            raise pickle.UnpicklingError(
+                f"{module}.{name} does not belong into a checkpoint's metadata; it was not executed"
+            )
         return super().find_class(module, name)
 
 
@@ -92,7 +116,14 @@ def file_facts(path: Path) -> dict[str, Any]:
 
 def make_manifest(files: dict[str, dict[str, Any]], step: int, ranks: int, about: dict[str, Any]) -> str:
     """The manifest's text; `about` is plain containers: `config`, and what else a resumed run has to know."""
-    content = {"format": FORMAT, "step": step, "ranks": ranks, "torch": torch.__version__, "files": files, **about}
+    content = {
+        "format": FORMAT,
+        "step": step,
+        "ranks": ranks,
+        "torch": torch.__version__,
+        "files": files,
+        **about,
+    }
     content = json.loads(json.dumps(content))  # tuples become lists, as they will when it is read
     return json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n"
 
@@ -108,11 +139,17 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         content = parse_json(file.read_text(encoding="utf-8"))
         written = isinstance(content, dict) and content.pop("sha256", None) == _digest(content)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{path} is not a training checkpoint: it has no {MANIFEST}; weights alone go to --init") from error
+        raise InputError(
+            f"{path} is not a training checkpoint: it has no {MANIFEST}; weights alone go to --init"
+        ) from error
     except OSError as error:
-        raise InputError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error.strerror})") from error
+        raise InputError(
+            f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error.strerror})"
+        ) from error
     except ValueError as error:
-        raise InputError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({why_no_json(error)})") from error
+        raise InputError(
+            f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({why_no_json(error)})"
+        ) from error
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read (it holds no object)")
     if not written:
@@ -150,8 +187,19 @@ def find_damage(path: str | Path, part: int = 0, parts: int = 1) -> list[str]:
 def _metadata(path: Path) -> Metadata:
     try:
         return SafeReader(path).read_metadata()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, IndexError, KeyError) as error:
-        raise InputError(f"checkpoint {path} is damaged, or holds more than tensors: .metadata: {error}") from error
+    except (
+        OSError,
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        ValueError,
+        TypeError,
+        IndexError,
+        KeyError,
+    ) as error:
+        raise InputError(
+            f"checkpoint {path} is damaged, or holds more than tensors: .metadata: {error}"
+        ) from error
 
 
 def tensor_layouts(path: str | Path) -> Layouts:
@@ -171,7 +219,8 @@ def shapes_of(layouts: Layouts, group: str) -> dict[str, torch.Size]:
 
 
 def load_tensors(path: str | Path, state: dict[str, dict[str, Tensor]], group: Any = None) -> None:
-    """Fill the tensors of `state` in place (sharded ones with their part), from however many shards there are.
+    """Fill the tensors of `state` in place (sharded ones with their part), from however many shards there
+    are.
 
     Args:
         group: of ranks that all read together, with gloo; None reads alone.
@@ -181,7 +230,14 @@ def load_tensors(path: str | Path, state: dict[str, dict[str, Tensor]], group: A
     """
     try:
         dcp.load(state, storage_reader=SafeReader(path), process_group=group, no_dist=group is None)
-    except (dcp.CheckpointException, RuntimeError, OSError, ValueError, pickle.UnpicklingError, EOFError) as error:
+    except (
+        dcp.CheckpointException,
+        RuntimeError,
+        OSError,
+        ValueError,
+        pickle.UnpicklingError,
+        EOFError,
+    ) as error:
         raise InputError(f"checkpoint {path} cannot be read: {reason_of(error)}") from error
 
 
@@ -189,7 +245,9 @@ def read_group(path: str | Path, group: str = "model") -> dict[str, Tensor]:
     """The named tensors of a checkpoint's group, whole, on the CPU, read by this process alone."""
     prefix = f"{group}."
     layouts = {key: layout for key, layout in tensor_layouts(path).items() if key.startswith(prefix)}
-    tensors = {key.removeprefix(prefix): torch.empty(size, dtype=dtype) for key, (size, dtype) in layouts.items()}
+    tensors = {
+        key.removeprefix(prefix): torch.empty(size, dtype=dtype) for key, (size, dtype) in layouts.items()
+    }
     if not tensors:
         raise InputError(f"checkpoint {path} holds no {group}")
     load_tensors(path, {group: tensors})

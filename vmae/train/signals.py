@@ -11,10 +11,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # a scheduler's 
 
 
 class StopSignals:
-    """While open, SIGTERM, SIGUSR1 and Ctrl-C ask for a stop between two steps; a second Ctrl-C interrupts at once.
+    """While open, SIGTERM, SIGUSR1 and Ctrl-C ask for a stop between two steps; a second Ctrl-C interrupts at
+    once.
 
-    A data worker that dies (of the same signal, most often) must not interrupt a step half done either: its error is
-    raised only while `waiting` for a batch.
+    A data worker that dies (of the same signal, most often) must not interrupt a step half done either: its
+    error is raised only while `waiting` for a batch.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
 """What a checkpoint holds of a run, as named tensors: `model` (published names), `optimizer`, companions.
 
-Optimizer state stands under the parameter's name, not its number, and every tensor is whole as a DTensor where it is sharded.
-So a checkpoint loads whatever the number of ranks and the kind of parallelism that wrote it.
+Optimizer state stands under the parameter's name, not its number, and every tensor is whole as a DTensor
+where it is sharded. So a checkpoint loads whatever the number of ranks and the kind of parallelism that wrote
+it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class TrainingState:
         companions: further modules, by a name other than "model" and "optimizer".
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, companions: dict[str, nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, companions: dict[str, nn.Module]
+    ) -> None:
         self.modules = {"model": model, **companions}
         self.optimizer = optimizer
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -37,8 +40,15 @@ class TrainingState:
     def tensors(self) -> NamedTensors:
         """Group -> name -> tensor; the tensors are the run's own, not copies."""
         state = self.optimizer.state
-        moments = {f"{name}.{key}": value for name, p in self.names.items() for key, value in state.get(p, {}).items()}
-        return {**{name: dict(module.state_dict()) for name, module in self.modules.items()}, "optimizer": moments}
+        moments = {
+            f"{name}.{key}": value
+            for name, p in self.names.items()
+            for key, value in state.get(p, {}).items()
+        }
+        return {
+            **{name: dict(module.state_dict()) for name, module in self.modules.items()},
+            "optimizer": moments,
+        }
 
     def load(self, path: Path, group: Any = None) -> dict[str, Any]:
         """Fill all of it from a checkpoint, whose manifest is returned.
@@ -64,7 +74,9 @@ class TrainingState:
             if key.startswith("optimizer."):
                 name, _, moment = key.removeprefix("optimizer.").rpartition(".")
                 if name not in self.names:
-                    raise InputError(f"checkpoint {path} holds optimizer state of {name}, which is not trained here")
+                    raise InputError(
+                        f"checkpoint {path} holds optimizer state of {name}, which is not trained here"
+                    )
                 found.setdefault(self.names[name], {})[moment] = self._empty(self.names[name], size, dtype)
         return found
 
