@@ -36,13 +36,13 @@ demo: setup
 	@PYTHON=$(BIN)/python recipes/demo.sh
 
 progressive: setup
-	@$(BIN)/python bench/progressive.py --out progressive
+	@$(BIN)/python experiments/progressive.py --out progressive
 
 detection: setup
 	@PYTHON=$(BIN)/python recipes/detection_tiny.sh
 
 temporal: setup
-	@$(BIN)/python bench/temporal.py --out temporal
+	@$(BIN)/python experiments/temporal.py --out temporal
 
 # One process a core, one thread each; says what was skipped, and why.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -rs
@@ -62,12 +62,12 @@ test-decoders: setup
 
 test-interop: setup
 	@$(PIP) -c constraints.txt -e '.[hf,onnx]'
-	@TEST_RELEASES=$(VENV)/releases $(PYTEST) tests/interop 'tests/test_docs.py::test_page[hugging_face]' \
+	@TEST_RELEASES=$(VENV)/releases $(PYTEST) tests/checkpoint tests/tools/test_export.py tests/tools/test_parity.py 'tests/test_docs.py::test_page[hugging_face]' \
 	  tests/bench/test_dual_vs_encoder.py::test_transformers_own_model_does_the_same
 
 test-browser: setup
 	@$(PIP) -c constraints.txt -e '.[browser]'
-	@$(PYTEST) tests/evaluate/test_serve.py -k browser
+	@$(PYTEST) tests/tools/test_serve.py -k browser
 
 lint: setup
 	@$(BIN)/ruff check .

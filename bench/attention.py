@@ -31,18 +31,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from common import environment, exit_code, find_device, paired_ratio, print_table, spread, write_json
-from records import compare, count_record, load_clips, make_record
-from stepping import Worker, resident_bytes
-from stepping import measure as measure_models
-from telling import at
+from harness.common import environment, exit_code, find_device, paired_ratio, print_table, spread, write_json
+from harness.records import compare, count_record, load_clips, make_record
+from harness.stepping import Worker, resident_bytes
+from harness.stepping import measure as measure_models
+from harness.telling import at
 
 from vmae import InputError, MaskConfig, ModelConfig, build_pretrainer
 from vmae.config import PRESETS
-from vmae.cost import count_saved_bytes, token_counts
 from vmae.model.attention import attention
-from vmae.model.attention_backends import BACKENDS, auto_order, runnable
-from vmae.model.attention_probes import Workload
+from vmae.model.attention.choice import BACKENDS, auto_order, runnable
+from vmae.model.attention.probes import Workload
+from vmae.model.cost import count_saved_bytes, token_counts
 
 BASELINE = "softmax"
 BOUND = 2.0

@@ -27,19 +27,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import environment, exit_code, paired_ratio, print_table, spread, write_json
+from harness.common import environment, exit_code, paired_ratio, print_table, spread, write_json
+from harness.telling import at
 from PIL import Image
-from telling import at
 
 from vmae import InputError, MaskConfig, ModelConfig
 from vmae.config import PRESETS
-from vmae.cost import forward_macs, peak_flops
 from vmae.data.augment import crop_and_resize, crop_boxes, sample_crop
 from vmae.data.decode import BACKENDS, DecodeError, find_backends, open_video
 from vmae.data.pack import PackConfig, pack_video, packed_size
-from vmae.data.samples import sample_videos
 from vmae.data.sampling import sample_frame_indices
 from vmae.data.workers import WorkerPool
+from vmae.model.cost import forward_macs, peak_flops
+from vmae.synthetic.samples import sample_videos
 
 NUM_FRAMES, STRIDE, SIZE, SHORT_SIDE, LENGTH = 16, 4, 224, 256, 300
 TOLERANCE = 2  # grey levels

@@ -20,16 +20,16 @@ import tempfile
 from typing import Any
 
 import torch
-from common import environment, exit_code, find_device, print_table, write_json
-from paper import compare_with_paper, report_paper
-from records import choose_input, compare, count_record, load_clips, make_record
-from stepping import measure, sweep_batches
-from telling import at
-from variants import MASKINGS, VARIANTS, default_variants, resolve_variant
+from harness.common import environment, exit_code, find_device, print_table, write_json
+from harness.paper import compare_with_paper, report_paper
+from harness.records import choose_input, compare, count_record, load_clips, make_record
+from harness.stepping import measure, sweep_batches
+from harness.telling import at
+from harness.variants import MASKINGS, VARIANTS, default_variants, resolve_variant
 
 from vmae import InputError, ModelConfig
 from vmae.config import PRESETS
-from vmae.cost import peak_flops
+from vmae.model.cost import peak_flops
 
 MIB = 2**20
 
@@ -241,7 +241,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def draw(args: argparse.Namespace, records: list[dict[str, Any]], device: str) -> None:
-    from plots import plot_steps
+    from harness.plots import plot_steps
 
     title = f"{args.model}, batch {args.batch}, {args.dtype}, {device}: grey is encoder-only, blue dual"
     try:

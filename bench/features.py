@@ -31,16 +31,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import environment, exit_code, paired_ratio, print_table, spread, write_json
 from data import one_core
-from telling import at
+from harness.common import environment, exit_code, paired_ratio, print_table, spread, write_json
+from harness.telling import at
 
 from vmae import InputError, ModelConfig, build_classifier
 from vmae.data.decode import BACKENDS, open_video
 from vmae.data.manifest import VideoEntry
-from vmae.data.samples import sample_videos
 from vmae.evaluate.features import WindowConfig, extract, features_of, resized, windows
 from vmae.model import Classifier
+from vmae.synthetic.samples import sample_videos
 
 FPS, TOLERANCE, TARGET = 25, 1e-4, 2.0
 DECODED = 600  # frames from the start on which our decoding is timed

@@ -19,19 +19,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from common import paired_ratio, print_table, spread, write_json
-from records import load_clips
-from stepping import Stepper
-from telling import at, telling
+from harness.common import paired_ratio, print_table, spread, write_json
+from harness.records import load_clips
+from harness.stepping import Stepper
+from harness.telling import at, telling
 
 from vmae import DualMask, InputError, ModelConfig
+from vmae.checkpoint.folder import CheckpointFolder
+from vmae.checkpoint.saver import Saver
 from vmae.config import PRESETS
-from vmae.train.checkpoint import CheckpointFolder
 from vmae.train.checks import resolve_device
 from vmae.train.loop import LoopConfig, Trainer
 from vmae.train.optim import OptimConfig, build_adamw
 from vmae.train.parallel import Parallel
-from vmae.train.saver import Saver
 
 NAMES = ("bare step", "loop")
 

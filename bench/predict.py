@@ -16,13 +16,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import exit_code, print_table, write_json
-from records import FLOPS_PER_MAC, count_record
-from telling import at
-from variants import VARIANTS
+from harness.common import exit_code, print_table, write_json
+from harness.records import FLOPS_PER_MAC, count_record
+from harness.telling import at
+from harness.variants import VARIANTS
+from operations import OPERATIONS, Shape, floor_of
+from operations import PRESETS as KERNEL_SHAPES
 
-from kernels import OPERATIONS, Shape, floor_of
-from kernels import PRESETS as KERNEL_SHAPES
 from vmae import InputError, ModelConfig
 
 GPUS = {

@@ -1,6 +1,6 @@
 """How time and memory of a training step grow: with clips a batch, frames, resolution, model size, and ranks.
 
-Measured where it fits here (one process a point, on synthetic clips); beyond, what `vmae.cost` says. The two
+Measured where it fits here (one process a point, on synthetic clips); beyond, what `vmae.model.cost` says. The two
 stand apart: every record has `predicted`, and `measured` where it ran, with the ratio of the two. Predicted
 memory: parameters, gradients and two moments in float32, and the activations that autograd keeps, counted;
 what a process needs besides (on a CPU some 100 MiB of loaded code) is left out. Predicted time: the axis's
@@ -20,15 +20,15 @@ import time
 from typing import Any
 
 import torch
-from common import environment, exit_code, find_device, print_table, spread, write_json
-from records import load_clips
-from stepping import LOSS_TOLERANCE, SEED, Worker
-from telling import at
-from variants import MASKINGS, VARIANTS, resolve_variant
+from harness.common import environment, exit_code, find_device, print_table, spread, write_json
+from harness.records import load_clips
+from harness.stepping import LOSS_TOLERANCE, SEED, Worker
+from harness.telling import at
+from harness.variants import MASKINGS, VARIANTS, resolve_variant
 
 from vmae import InputError, ModelConfig
 from vmae.config import PRESETS
-from vmae.cost import forward_macs, saved_activation_bytes_per_clip
+from vmae.model.cost import forward_macs, saved_activation_bytes_per_clip
 
 AXES = ("batch", "frames", "size", "model", "ranks")
 MASKING = "dual"

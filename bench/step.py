@@ -23,11 +23,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from common import environment, exit_code, find_device, print_table, spread, write_json
-from records import choose_input, load_clips
-from stepping import LOSS_TOLERANCE, SEED, Stepper
-from telling import at
-from variants import VARIANTS, resolve_variant
+from harness.common import environment, exit_code, find_device, print_table, spread, write_json
+from harness.records import choose_input, load_clips
+from harness.stepping import LOSS_TOLERANCE, SEED, Stepper
+from harness.telling import at
+from harness.variants import VARIANTS, resolve_variant
 
 from vmae import DualMask, InputError, MaskConfig, ModelConfig
 from vmae.config import PRESETS
@@ -97,7 +97,7 @@ class Batches:
         self._loader = None
         if self._clips is None:
             from vmae.data import PretrainDataset, build_loader, read_list
-            from vmae.data.samples import write_sample_list
+            from vmae.synthetic.samples import write_sample_list
 
             with tempfile.TemporaryDirectory() as folder:
                 entries = read_list(
@@ -276,7 +276,7 @@ def run(args: argparse.Namespace) -> int:
         write_json(args.json, [record], args.device, rejected=rejected)
         print(f"\nresults: {args.json}")
     if args.plot and not wrong:
-        from plots import plot_classes
+        from harness.plots import plot_classes
 
         try:
             plot_classes(args.plot, record)

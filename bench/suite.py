@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, SCHEMA, environment
-from report import write_report
-from telling import at, said, telling
+from harness.common import ROOT, SCHEMA, environment
+from harness.report import write_report
+from harness.telling import at, said, telling
 
 HERE = Path(__file__).resolve().parent
 # What the suite can do without, and what that costs.
@@ -62,7 +62,7 @@ def parts_for(device: str) -> list[Part]:
     words = {"cpu-quick": ["--batch", "1", "--steps", "3"], "cuda-quick": ["--steps", "10", "--warmup", "3"]}
     steps = Part("dual_vs_encoder", words | {"cuda": ["--sweep", "512"]})
     kernels = Part(
-        "kernels", {"cpu-quick": ["--check"], "cpu": ["--check"], "cuda-quick": ["--rounds", "20"]}
+        "operations", {"cpu-quick": ["--check"], "cpu": ["--check"], "cuda-quick": ["--rounds", "20"]}
     )
     attention = Part("attention", {"cpu-quick": ["--quick"]})
     step = Part("step", {"cpu-quick": ["--batch", "1", "--steps", "2"]})

@@ -17,7 +17,7 @@ PYTHON=$PYTHON OUTPUT=$OUT/run recipes/pretrain_tiny.sh
 
 echo
 echo "== 3 of 3: what it reconstructs =="
-VIDEO=$("$PYTHON" -c "from vmae.data.samples import sample_videos; print(sample_videos()[2])")
+VIDEO=$("$PYTHON" -c "from vmae.synthetic.samples import sample_videos; print(sample_videos()[2])")
 "$PYTHON" -m vmae reconstruct "$VIDEO" --checkpoint "$OUT/run" --output "$OUT/reconstruction.png"
 
 echo

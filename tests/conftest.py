@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from vmae import ModelConfig  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = (ROOT / "experiments", ROOT / "bench")
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
@@ -71,3 +75,19 @@ def labelled_world(tmp_path_factory) -> Path:
     (root / "val.txt").write_text("".join(lines[:7]))
     (root / "classes.txt").write_text("red things\ngreen things\nblue things\n")
     return root
+
+
+@pytest.fixture
+def benches(monkeypatch):
+    """`benches("name")` imports a script of bench/ or experiments/, or a part of bench/harness/."""
+    for folder in SCRIPTS:
+        monkeypatch.syspath_prepend(str(folder))
+
+    def found(name: str):
+        shared = (ROOT / "bench" / "harness" / f"{name}.py").is_file()
+        return importlib.import_module(f"harness.{name}" if shared else name)
+
+    yield found
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "") or "").startswith(tuple(map(str, SCRIPTS))) or name == "harness":
+            del sys.modules[name]

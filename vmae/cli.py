@@ -41,18 +41,18 @@ COMMANDS = {
         "train a temporal detector on features, and test it: segments, mAP",
     ),
     "export": (
-        "vmae.interop.export",
+        "vmae.tools.export",
         "write a run's weights (.pth, .safetensors) or the model itself (.pt2, .onnx) as a file",
     ),
     "convert": (
-        "vmae.interop.convert",
+        "vmae.tools.convert",
         "weights to and from a folder that transformers (Hugging Face) reads",
     ),
     "plan": (
-        "vmae.plan",
+        "vmae.planning.plan",
         "tell what a pre-training run will need: memory, largest batch, hours, clips a second",
     ),
-    "curves": ("vmae.curves", "plot the logs of several runs together"),
+    "curves": ("vmae.tools.curves", "plot the logs of several runs together"),
     "reconstruct": (
         "vmae.evaluate.reconstruct",
         "draw what a checkpoint rebuilds of a video, as a picture or an animation",
@@ -61,23 +61,23 @@ COMMANDS = {
     "attention": ("vmae.evaluate.attention_maps", "draw where the encoder's attention goes in a video"),
     "pca": ("vmae.evaluate.pca", "draw the principal components of the encoder's tokens beside a video"),
     "serve": (
-        "vmae.evaluate.serve",
+        "vmae.tools.serve",
         "a page on this machine: drop in a video, see masks, reconstruction and classes",
     ),
     "samples": (
-        "vmae.data.samples",
+        "vmae.synthetic.samples",
         "write a list file of the four real clips that come with a test dependency",
     ),
     "moving-shapes": (
-        "vmae.data.moving_shapes",
+        "vmae.synthetic.moving_shapes",
         "make videos whose class is a motion, with two label sets that overlap",
     ),
     "moving-actors": (
-        "vmae.data.moving_actors",
+        "vmae.synthetic.moving_actors",
         "make videos of two actors with boxes and actions as AVA has them",
     ),
     "moving-segments": (
-        "vmae.evaluate.moving_segments",
+        "vmae.synthetic.moving_segments",
         "make videos of several motions, and their temporal detection set",
     ),
     "merge-labels": ("vmae.data.merge_labels", "make one label set from several, as Kinetics-710 is made"),
@@ -89,8 +89,8 @@ COMMANDS = {
         "vmae.data.pack",
         "re-encode a list's videos so that clips decode fast: short side 256, a key frame every 12",
     ),
-    "parity": ("vmae.interop.parity", "check golden files of the published code"),
-    "doctor": ("vmae.doctor", "tell what is installed, what runs here, and what is missing"),
+    "parity": ("vmae.tools.parity", "check golden files of the published code"),
+    "doctor": ("vmae.tools.doctor", "tell what is installed, what runs here, and what is missing"),
 }
 
 

@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmae.errors import InputError
-from vmae.settings import FRAMES, SHARE_BELOW_1, SIDE, WORKERS, Real, Whole, check_fields, ranged
+from vmae.settings import (
+    FRAMES,
+    SHARE_BELOW_1,
+    SIDE,
+    WORKERS,
+    Real,
+    Sides,
+    Whole,
+    check_fields,
+    limits,
+    ranged,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -36,6 +47,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 
+# Names of the same models in the published code: of pre-training, and of classifiers.
+PUBLISHED_MODELS = {
+    "pretrain_videomae_small_patch16_224": "vit_s",
+    "pretrain_videomae_base_patch16_224": "vit_b",
+    "pretrain_videomae_large_patch16_224": "vit_l",
+    "pretrain_videomae_huge_patch16_224": "vit_h",
+    "pretrain_videomae_giant_patch14_224": "vit_g",
+}
+PUBLISHED_CLASSIFIERS = {
+    "vit_small_patch16_224": "vit_s",
+    "vit_base_patch16_224": "vit_b",
+    "vit_large_patch16_224": "vit_l",
+    "vit_huge_patch16_224": "vit_h",
+    "vit_giant_patch14_224": "vit_g",
+}
 
 MAX_TOKENS = 2**20  # of a clip: its fixed positions alone take 3 GiB for ViT-B
 _WIDTH, _BLOCKS, _HEADS = Whole(1, 2**16), Whole(1, 256), Whole(1, 1024)
@@ -169,6 +195,9 @@ class ModelConfig(_Checked):
     def tubelet_pixels(self) -> int:
         """Values that describe one tubelet: what the head predicts."""
         return 3 * self.tubelet_size * self.patch_size**2
+
+
+image_size = Sides(limits(ModelConfig, "img_size"))  # `type=` of flags
 
 
 @dataclass(frozen=True, kw_only=True)

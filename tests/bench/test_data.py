@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vmae.data.decode import BACKENDS, DecodeError
-from vmae.data.samples import sample_videos
+from vmae.synthetic.samples import sample_videos
 
 pytest.importorskip("av")
 pytest.importorskip("decord")

@@ -171,7 +171,7 @@ def test_bad_input_exits_with_2(bench, capsys, monkeypatch, words, message):
 
 
 def test_disagreement_is_relative_and_catches_nan(bench):
-    import stepping
+    from harness import stepping
 
     assert stepping.disagreeing(
         {"dual": {"reference": 1.0, "a": 1.00005, "b": 1.0002, "c": float("nan")}}
@@ -179,7 +179,7 @@ def test_disagreement_is_relative_and_catches_nan(bench):
 
 
 def test_ratios_are_paired_run_by_run(bench):
-    from common import paired_ratio
+    from harness.common import paired_ratio
 
     assert paired_ratio([2, 6, 3], [1, 2, 3]) == {"median": 2, "min": 1, "max": 3}
 
@@ -233,7 +233,7 @@ def test_the_papers_table_stands_beside_ours(tmp_path):
 
 
 def test_the_fastest_competitor_is_named(bench):
-    import records
+    from harness import records
 
     def record(variant, step):
         times = {"step_ms": {"median": step, "runs": [step]}, "peak_memory_bytes": 8}
@@ -285,7 +285,7 @@ def test_transformers_own_model_does_the_same(tmp_path):
 
 
 def test_without_videos_or_decoders_clips_are_synthetic(bench, monkeypatch, capsys):
-    import records
+    from harness import records
 
     import vmae.data.decode
     from vmae import InputError

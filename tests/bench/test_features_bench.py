@@ -39,13 +39,13 @@ def test_a_small_run(bench, benches, tmp_path, capsys):
     }
     assert record["met"] == (record["speedup"]["median"] >= 2)
     assert "times faster" in capsys.readouterr().out
-    (row,) = benches("tables").features_tables(content)[0].rows
+    (row,) = benches("tabulate").features_tables(content)[0].rows
     seconds = [f"{record['video_cpu_s'][who]:.0f}" for who in ("published", "ours")]
     assert row[:3] == [record["setting"], *seconds] and row[3].startswith(
         f"{record['speedup']['median']:.2f} ("
     )
     content["records"] = [record | {"same": False, "error": 1e-3}]
-    assert benches("tables").features_tables(content)[0].rows[0][1:] == [
+    assert benches("tabulate").features_tables(content)[0].rows[0][1:] == [
         *["-"] * 5,
         "NO SPEED: differs by 1e-03",
     ]

@@ -22,7 +22,7 @@ def test_counts_intervals_and_floors(benches, tmp_path, capsys):
     assert len(floors) == 10 and all(r["floor_us"]["H100"] > 0 for r in floors)
     assert content["assumptions"]["fast"]["matrix_share"] > content["assumptions"]["slow"]["matrix_share"]
     assert "not measurements" in capsys.readouterr().out
-    titles = [table.title for table in benches("tables").tables_of("predict", content)]
+    titles = [table.title for table in benches("tabulate").tables_of("predict", content)]
     assert any("PREDICTED, not measured" in title for title in titles)
 
 

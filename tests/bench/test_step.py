@@ -80,7 +80,7 @@ def test_a_wrong_variant_is_not_profiled(benches, tmp_path, monkeypatch, capsys)
     content = json.loads((tmp_path / "r.json").read_text())
     assert "classes" not in content["records"][0] and "differs" in content["rejected"]["off=others:Off"]
     assert "NO SPEED" in capsys.readouterr().err
-    assert benches("tables").tables_of("step", content)[0].head[1] == "NO SPEED"
+    assert benches("tabulate").tables_of("step", content)[0].head[1] == "NO SPEED"
 
 
 def test_bad_input(benches, capsys):

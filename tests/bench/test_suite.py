@@ -31,7 +31,7 @@ def suite(benches, tmp_path, monkeypatch):
     (tmp_path / "step.py").write_text(GOOD)
     (tmp_path / "attention.py").write_text("raise SystemExit(3)")
     (tmp_path / "data.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
-    names = ("step", "attention", "data", "kernels")
+    names = ("step", "attention", "data", "operations")
     monkeypatch.setattr(module, "HERE", tmp_path)
     monkeypatch.setattr(module, "parts_for", lambda device: [module.Part(name) for name in names])
     monkeypatch.setattr(module, "QUICK_S", {"cpu": 4, "cuda": 4})
@@ -47,7 +47,7 @@ def test_what_is_done_stays_and_the_rest_says_why(suite, tmp_path, capsys):
         "step": "ran",
         "attention": "failed",
         "data": "cut off",
-        "kernels": "skipped",
+        "operations": "skipped",
     }
     assert "code 3" in parts["attention"]["reason"] and parts["data"]["seconds"] < 30
     assert "begun" in (tmp_path / "out" / "data.log").read_text()
@@ -79,7 +79,7 @@ def test_results_have_a_folder_by_device_date_and_commit(benches):
 
 
 def test_every_part_of_every_device_is_there(benches):
-    suite, tables = benches("suite"), benches("tables")
+    suite, tables = benches("suite"), benches("tabulate")
     for device in ("cpu", "cuda"):
         assert {part.script for part in suite.parts_for(device)} == set(tables.PARTS)
 
@@ -105,7 +105,7 @@ import sys
 sys.path.insert(0, {str(ROOT / "bench")!r})
 sys.modules["matplotlib"] = None
 from pathlib import Path
-from report import write_report
+from harness.report import write_report
 write_report(Path({str(tmp_path)!r}), {suite!r})
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -139,7 +139,7 @@ def steps_result(wrong: bool) -> dict:
 
 
 def test_a_wrong_variant_has_no_speed_on_the_page_and_in_tables(benches, tmp_path):
-    report, tables = benches("report"), benches("tables")
+    report, tables = benches("report"), benches("tabulate")
     content = steps_result(wrong=True)
     (tmp_path / "dual_vs_encoder.json").write_text(json.dumps(content))
     part = {
@@ -159,7 +159,7 @@ def test_a_wrong_variant_has_no_speed_on_the_page_and_in_tables(benches, tmp_pat
 
 
 def test_tables_come_from_their_files(benches, tmp_path):
-    tables = benches("tables")
+    tables = benches("tabulate")
     (tmp_path / "r.json").write_text(json.dumps(steps_result(wrong=False)))
     text = "before\n<!-- table steps r.json -->\nold\n<!-- end of table -->\nafter\n"
     new = tables.rewritten(text, tmp_path)
@@ -177,13 +177,13 @@ def test_tables_come_from_their_files(benches, tmp_path):
 
 
 def test_the_readme_is_what_its_results_say(benches):
-    tables = benches("tables")
+    tables = benches("tabulate")
     text = (ROOT / "README.md").read_text()
     assert "<!-- table steps" in text and tables.rewritten(text) == text
 
 
 def test_a_changed_readme_is_found(benches, tmp_path, capsys):
-    tables = benches("tables")
+    tables = benches("tabulate")
     text = (
         (ROOT / "README.md")
         .read_text()

@@ -8,8 +8,8 @@ from PIL import Image
 
 from vmae.data.augment import CropBox, crop_and_resize, crop_boxes, crop_sizes, sample_crop
 from vmae.data.decode import open_video
-from vmae.data.samples import sample_videos
 from vmae.errors import InputError
+from vmae.synthetic.samples import sample_videos
 
 
 def published_boxes(image_w, image_h, size):

@@ -12,7 +12,7 @@ from vmae.data import check
 from vmae.data.check import check_entries, check_entry, explain_list
 from vmae.data.labels import read_labelled_list
 from vmae.data.manifest import VideoEntry, read_list
-from vmae.data.samples import sample_videos
+from vmae.synthetic.samples import sample_videos
 
 BIKES, CARPHONE = sample_videos()[0], sample_videos()[2]
 

@@ -15,8 +15,8 @@ from vmae.data.classify_dataset import (
     ViewDataset,
     spatial_views,
 )
-from vmae.data.dataset import build_loader
 from vmae.data.labels import LabelledList
+from vmae.data.loaders import build_loader
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure
 from vmae.data.sampling import (

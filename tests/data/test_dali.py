@@ -12,7 +12,8 @@ from PIL import Image
 from vmae.config import MaskConfig
 from vmae.data import dali
 from vmae.data.augment import CropBox
-from vmae.data.dataset import PretrainDataset, build_loader
+from vmae.data.dataset import PretrainDataset
+from vmae.data.loaders import build_loader
 from vmae.data.manifest import VideoEntry
 from vmae.data.prefetch import Prefetcher, _tensors
 from vmae.errors import InputError

@@ -15,13 +15,14 @@ from vmae.config import MaskConfig
 from vmae.data import dataset as dataset_module
 from vmae.data import video_dataset
 from vmae.data.augment import crop_and_resize, crop_boxes
-from vmae.data.dataset import Batch, EpochSampler, PretrainDataset, build_loader, check_decodable
+from vmae.data.dataset import Batch, EpochSampler, PretrainDataset, check_decodable
 from vmae.data.decode import DecodeError, open_video
+from vmae.data.loaders import build_loader
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure
-from vmae.data.samples import sample_videos
 from vmae.data.video_dataset import MAX_ATTEMPTS
 from vmae.errors import InputError
+from vmae.synthetic.samples import sample_videos
 
 SETTINGS = dict(num_frames=4, stride=2, image_size=32, grid=(2, 4, 4), mask=MaskConfig(encoder_ratio=0.75))
 

@@ -10,8 +10,8 @@ from PIL import Image
 from vmae.data import decode
 from vmae.data.decode import Backend, DecodeError, VideoReader, open_video, register_backend
 from vmae.data.manifest import VideoEntry
-from vmae.data.samples import sample_videos
 from vmae.errors import InputError
+from vmae.synthetic.samples import sample_videos
 
 CARPHONE = sample_videos()[2]
 ORDER = ("pyav", "torchcodec", "decord")  # of auto

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from vmae import ModelConfig, build_classifier, build_pretrainer
+from vmae.checkpoint.folder import export_weights
 from vmae.cli import main
 from vmae.config import MaskConfig
 from vmae.data import decode, describe_data
@@ -30,11 +31,10 @@ from vmae.data.decode import Backend, DecodeError, open_video
 from vmae.data.files import Unanswered, ask_files, check_regular
 from vmae.data.guarded import guarded, guarded_each, guarded_streams
 from vmae.data.manifest import VideoEntry, read_list, read_text
-from vmae.data.samples import sample_videos
 from vmae.data.video_reader import memory_as_decode_error
 from vmae.errors import InputError
 from vmae.evaluate.features import WindowConfig, extract_videos
-from vmae.train.checkpoint import export_weights
+from vmae.synthetic.samples import sample_videos
 
 VIDEO = str(sample_videos()[2])  # 120 frames of 176 x 144
 CONFIG = ModelConfig(

@@ -6,11 +6,12 @@ from collections import Counter
 import pytest
 
 from vmae.config import MaskConfig
-from vmae.data.dataset import PretrainDataset, build_loader, check_decodable
+from vmae.data.dataset import PretrainDataset, check_decodable
+from vmae.data.loaders import build_loader
 from vmae.data.manifest import VideoEntry
 from vmae.data.mix import Mix, Source, describe_data, read_data
-from vmae.data.samples import sample_videos, write_sample_list
 from vmae.errors import InputError
+from vmae.synthetic.samples import sample_videos, write_sample_list
 
 SETTINGS = dict(num_frames=4, stride=2, image_size=32, grid=(2, 4, 4), mask=MaskConfig(encoder_ratio=0.75))
 

@@ -17,8 +17,8 @@ from vmae.data.decode_pyav import inspect_video
 from vmae.data.labels import read_labelled_list
 from vmae.data.manifest import VideoEntry, read_list
 from vmae.data.pack import PackConfig, measure_gain, pack_list, pack_video, packed_size
-from vmae.data.samples import sample_videos
 from vmae.errors import InputError
+from vmae.synthetic.samples import sample_videos
 
 av = pytest.importorskip("av")
 

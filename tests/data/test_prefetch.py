@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from vmae.config import MaskConfig
-from vmae.data.dataset import PretrainDataset, build_loader
+from vmae.data.dataset import PretrainDataset
+from vmae.data.loaders import build_loader
 from vmae.data.manifest import VideoEntry
 from vmae.data.prefetch import Prefetcher, _tensors
-from vmae.data.samples import sample_videos
 from vmae.errors import InputError
+from vmae.synthetic.samples import sample_videos
 
 SETTINGS = dict(num_frames=4, stride=2, image_size=32, grid=(2, 4, 4), mask=MaskConfig(encoder_ratio=0.75))
 

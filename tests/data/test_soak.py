@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from vmae.config import MaskConfig
-from vmae.data.dataset import PretrainDataset, build_loader
+from vmae.data.dataset import PretrainDataset
+from vmae.data.loaders import build_loader
 from vmae.data.manifest import VideoEntry
 
 SETTINGS = dict(num_frames=8, stride=2, image_size=32, grid=(4, 4, 4), mask=MaskConfig(encoder_ratio=0.75))

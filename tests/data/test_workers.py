@@ -16,8 +16,9 @@ import torch
 
 from vmae.config import MaskConfig
 from vmae.data import video_dataset
-from vmae.data.dataset import PretrainDataset, build_loader
+from vmae.data.dataset import PretrainDataset
 from vmae.data.decode import DecodeError, VideoReader
+from vmae.data.loaders import build_loader
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure, Quarantine
 from vmae.data.workers import WorkerPool

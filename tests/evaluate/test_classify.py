@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 
 from vmae import InputError, ModelConfig, build_classifier
+from vmae.checkpoint.folder import export_weights
+from vmae.checkpoint.load import load_classifier, view_probabilities
+from vmae.checkpoint.published import load_weights
 from vmae.cli import main
 from vmae.data.classify_dataset import ClipConfig, ViewConfig, ViewDataset
 from vmae.data.labels import read_labelled_list
 from vmae.evaluate import classify
 from vmae.evaluate.classify import EvaluationConfig, evaluate, published_views
 from vmae.evaluate.scores import average_precision, class_table, confusion, mean_average_precision, score
-from vmae.interop.upstream import load_weights
-from vmae.train.checkpoint import export_weights
-from vmae.train.load import load_classifier, view_probabilities
 
 CONFIG = ModelConfig.preset("vit_tiny", img_size=32, num_frames=4)
 CLIP = ClipConfig(num_frames=4, image_size=32, stride=2)
@@ -352,8 +352,8 @@ def test_official_files(tmp_path, labelled_world, capsys):
 
 
 def test_predict_names_classes(weights, labelled_world, tmp_path, capsys):
-    from vmae.data.moving_shapes import render
     from vmae.data.write_video import write_video
+    from vmae.synthetic.moving_shapes import render
 
     write_video(tmp_path / "shape.mp4", render("right", 32, 12, 0))
     flags = ["--checkpoint", str(weights), "--device", "cpu"]

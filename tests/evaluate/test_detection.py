@@ -9,16 +9,16 @@ import torch
 from PIL import Image
 
 from vmae import ModelConfig, build_classifier
+from vmae.checkpoint.folder import export_weights
 from vmae.cli import main
 from vmae.data.ava import read_annotations, read_detections, read_excluded, read_person_boxes
 from vmae.data.detection_dataset import KeyClipConfig, KeyFrameReader, find_videos, key_frames
-from vmae.data.moving_actors import ACTIONS, ActorsConfig, write_actors
 from vmae.evaluate import detection
 from vmae.evaluate.detection import load_detector
 from vmae.evaluate.frame_map import frame_map
-from vmae.folder_lock import LOCK_NAME, FolderLock
+from vmae.files.folder_lock import LOCK_NAME, FolderLock
 from vmae.model.detector import build_detector
-from vmae.train.checkpoint import export_weights
+from vmae.synthetic.moving_actors import ACTIONS, ActorsConfig, write_actors
 
 MODEL = ModelConfig.preset("vit_tiny", img_size=32, num_frames=4)
 CLIP = KeyClipConfig(num_frames=4, image_size=32, stride=4)

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 from vmae import DualMask, InputError, ModelConfig, build_classifier, build_pretrainer
+from vmae.checkpoint.folder import CheckpointFolder, export_weights
+from vmae.checkpoint.saver import Saver
 from vmae.cli import main
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD
-from vmae.data import sample_videos
 from vmae.data.decode import open_video
 from vmae.evaluate.attention_maps import attention_maps, block_number, draw_maps, parse_query
 from vmae.evaluate.encoder import load_encoder, middle_clip
 from vmae.evaluate.pca import draw_components, principal_components
-from vmae.train.checkpoint import CheckpointFolder, export_weights
-from vmae.train.saver import Saver
+from vmae.synthetic.samples import sample_videos
 
 # 4 x 4 x 8 tokens, wider than high.
 SIZES = dict(img_size=(32, 64), patch_size=8, num_frames=8, embed_dim=48, depth=3, num_heads=4)

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from vmae import InputError, ModelConfig, build_classifier
+from vmae.checkpoint.folder import export_weights
 from vmae.cli import main
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import VideoEntry
-from vmae.data.samples import sample_videos
 from vmae.evaluate.features import (
     WindowConfig,
     extract,
@@ -19,7 +19,7 @@ from vmae.evaluate.features import (
     read_features,
     windows,
 )
-from vmae.train.checkpoint import export_weights
+from vmae.synthetic.samples import sample_videos
 
 CONFIG = ModelConfig(img_size=32, num_frames=8, embed_dim=48, depth=2, num_heads=3)
 

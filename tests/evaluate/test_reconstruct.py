@@ -6,14 +6,14 @@ import torch
 from PIL import Image
 
 from vmae import DualMask, InputError, ModelConfig, build_classifier, build_pretrainer
+from vmae.checkpoint.folder import CheckpointFolder, export_weights, find_weights
+from vmae.checkpoint.saver import Saver
 from vmae.cli import main
-from vmae.data import sample_videos
 from vmae.data.decode import open_video
 from vmae.evaluate.encoder import middle_clip
 from vmae.evaluate.pictures import GREY
 from vmae.evaluate.reconstruct import assemble_frames, load_model, reconstruct
-from vmae.train.checkpoint import CheckpointFolder, export_weights, find_weights
-from vmae.train.saver import Saver
+from vmae.synthetic.samples import sample_videos
 from vmae_kernels import gather_tubelets
 
 # 4 x 4 x 8 tokens, wider than high.

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from vmae import InputError, ModelConfig, build_pretrainer, build_reference
-from vmae.interop.parity import check_file, passed
-from vmae.model import attention_backends as backends
 from vmae.model.attention import ATTENTION_BACKENDS, Attention, attention
-from vmae.model.attention_probes import Workload
+from vmae.model.attention import choice as backends
+from vmae.model.attention.probes import Workload
 from vmae.model.blocks import Block
+from vmae.tools.parity import check_file, passed
 
 RUNS = backends.runnable(Workload())
 DTYPES = (torch.float32, torch.bfloat16)

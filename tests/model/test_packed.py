@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from vmae import DualMask, InputError, ModelConfig, build_pretrainer
-from vmae.model import attention_backends as backends
-from vmae.model.attention import attention
-from vmae.model.attention_probes import Workload
+from vmae.model.attention import attention, packed_attention
+from vmae.model.attention import choice as backends
+from vmae.model.attention.packed import Lengths
+from vmae.model.attention.probes import Workload
 from vmae.model.blocks import Block, DropPath
-from vmae.model.packed import Lengths, packed_attention
 
 CPU = torch.device("cpu")
 RUNS = backends.runnable(Workload(packed=True))

@@ -4,8 +4,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vmae import DualMask, InputError, MaskConfig, ModelConfig, build_pretrainer, build_reference
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD
-from vmae.cost import masked_macs
 from vmae.masking import DECODER_MASKS, ENCODER_MASKS
+from vmae.model.cost import masked_macs
 
 SMALL = dict(
     img_size=64,

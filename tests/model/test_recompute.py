@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vmae import MaskConfig, ModelConfig, build_pretrainer
-from vmae.cost import count_saved_bytes, saved_activation_bytes_per_clip
+from vmae.model.cost import count_saved_bytes, saved_activation_bytes_per_clip
 from vmae.model.recompute import gelu_linear, norm_linear
 
 

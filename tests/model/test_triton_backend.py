@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vmae import DualMask, MaskConfig, ModelConfig, build_pretrainer
-from vmae.cost import saved_activation_bytes_per_clip
-from vmae.interop.parity import check_file, passed
+from vmae.model.cost import saved_activation_bytes_per_clip
+from vmae.tools.parity import check_file, passed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

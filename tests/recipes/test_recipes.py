@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from vmae.budget import PUBLISHED
+from vmae.checkpoint.folder import CheckpointFolder
+from vmae.planning.budget import PUBLISHED
 from vmae.train import pretrain_settings
-from vmae.train.checkpoint import CheckpointFolder
 from vmae.train.metrics import loss_of_last_tenth, read_log
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -5,8 +5,8 @@ import torch
 
 from vmae import InputError, ModelConfig, build_pretrainer
 from vmae.config import SpeedConfig
-from vmae.cost import count_saved_bytes
 from vmae.model.blocks import build_blocks
+from vmae.model.cost import count_saved_bytes
 from vmae.train.activations import prepare_blocks
 from vmae.train.checks import check_speed
 

@@ -10,8 +10,9 @@ import pytest
 
 from vmae.cli import main
 from vmae.config import PRESETS
-from vmae.data import sample_videos, video_dataset
+from vmae.data import video_dataset
 from vmae.data.decode import open_video
+from vmae.synthetic.samples import sample_videos
 
 MICRO = dict(embed_dim=48, depth=1, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
 FLAGS = (

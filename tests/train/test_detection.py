@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from vmae import ModelConfig, build_classifier, build_pretrainer
+from vmae.checkpoint.folder import CheckpointFolder, export_weights
+from vmae.checkpoint.published import load_weights, read_settings_and_weights
 from vmae.cli import main
 from vmae.data.ava import write_actions
-from vmae.data.moving_actors import ACTIONS, ActorsConfig, write_actors
-from vmae.interop.upstream import load_weights, read_settings_and_weights
-from vmae.train.checkpoint import CheckpointFolder, export_weights
+from vmae.synthetic.moving_actors import ACTIONS, ActorsConfig, write_actors
 from vmae.train.detection import detection_loss
 from vmae.train.detection_settings import DetectionConfig
 from vmae.train.finetune_settings import model_from_args

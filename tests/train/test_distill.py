@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from vmae import InputError, ModelConfig, build_classifier
+from vmae.checkpoint.folder import export_weights
+from vmae.checkpoint.published import load_weights
 from vmae.cli import main
-from vmae.folder_lock import FolderLock
-from vmae.interop.upstream import load_weights
-from vmae.train.checkpoint import export_weights
+from vmae.files.folder_lock import FolderLock
 from vmae.train.distill import distillation_loss
 from vmae.train.logit_store import LogitStore, fill_store
 

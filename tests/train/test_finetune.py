@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from vmae import ModelConfig, build_classifier, build_pretrainer
+from vmae.checkpoint.folder import CheckpointFolder, export_weights
+from vmae.checkpoint.format import read_group
+from vmae.checkpoint.published import load_weights, read_settings_and_weights
 from vmae.cli import main
 from vmae.data.augment_classify import AugmentConfig
-from vmae.interop.upstream import load_weights, read_settings_and_weights
-from vmae.train.checkpoint import CheckpointFolder, export_weights
 from vmae.train.finetune import classification_loss
 from vmae.train.finetune_settings import FinetuneConfig
-from vmae.train.sharded import read_group
 
 TINY = dict(img_size=32, num_frames=4)
 FLAGS = [

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from vmae import DualMask, build_pretrainer
-from vmae.interop.parity import BOUNDS, fill_golden, freeze_untrained, golden_clip
-from vmae.interop.upstream import config_from_arch
-from vmae.train.checkpoint import CheckpointFolder
+from vmae.checkpoint.folder import CheckpointFolder
+from vmae.checkpoint.published import config_from_arch
+from vmae.checkpoint.saver import Saver
+from vmae.tools.parity import BOUNDS, fill_golden, freeze_untrained, golden_clip
 from vmae.train.loop import LoopConfig, Trainer
 from vmae.train.metrics import read_log
 from vmae.train.optim import OptimConfig, build_adamw
-from vmae.train.saver import Saver
 
 
 @dataclass

@@ -6,14 +6,14 @@ import json
 import pytest
 
 from vmae import InputError
+from vmae.checkpoint.folder import CheckpointFolder
+from vmae.checkpoint.format import read_manifest
+from vmae.checkpoint.saver import Saver
 from vmae.cli import main
-from vmae.curves import read_curve
 from vmae.data.quarantine import Failure, Quarantine
-from vmae.json_files import read_json, read_json_lines
-from vmae.train.checkpoint import CheckpointFolder
+from vmae.files.json_files import read_json, read_json_lines
+from vmae.tools.curves import read_curve
 from vmae.train.metrics import read_log, read_starts, write_run_file
-from vmae.train.saver import Saver
-from vmae.train.sharded import read_manifest
 
 SPOILT = {
     "bytes": b"\xff\xfe{",

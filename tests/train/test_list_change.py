@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from vmae import InputError, ModelConfig, build_classifier
+from vmae.checkpoint.folder import CheckpointFolder, export_weights
+from vmae.checkpoint.format import _digest, read_manifest
 from vmae.cli import main
 from vmae.config import MaskConfig
 from vmae.data import Mix, PretrainDataset, VideoEntry, read_data
 from vmae.data.list_identity import identify_list, list_changes
 from vmae.data.mix import Source
-from vmae.data.moving_actors import ActorsConfig, write_actors
-from vmae.train.checkpoint import CheckpointFolder, export_weights
+from vmae.synthetic.moving_actors import ActorsConfig, write_actors
 from vmae.train.metrics import read_log
-from vmae.train.sharded import _digest, read_manifest
 
 CLIP = dict(num_frames=4, stride=1, image_size=32, grid=(2, 4, 4), mask=MaskConfig(encoder_ratio=0.75))
 SIZE = "--model vit_tiny --image-size 32 --num-frames 4 --stride 2 --batch-size 4 --workers 0 --device cpu".split()

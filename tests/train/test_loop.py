@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from vmae import InputError
-from vmae.train.checkpoint import CheckpointFolder
+from vmae.checkpoint.folder import CheckpointFolder
+from vmae.checkpoint.format import read_manifest
+from vmae.checkpoint.saver import Saver
 from vmae.train.loop import LoopConfig, NonFiniteError, StepRecord, Trainer
 from vmae.train.metrics import read_log
 from vmae.train.optim import CosineSchedule
-from vmae.train.saver import Saver
-from vmae.train.sharded import read_manifest
 from vmae.train.signals import StopSignals
 
 

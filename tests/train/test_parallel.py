@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from vmae import DualMask, InputError, MaskConfig, ModelConfig, build_pretrainer
+from vmae.checkpoint.folder import CheckpointFolder
+from vmae.checkpoint.saver import Saver
 from vmae.train.activations import prepare_blocks
-from vmae.train.checkpoint import CheckpointFolder
 from vmae.train.loop import LoopConfig, NonFiniteError, Trainer
 from vmae.train.metrics import read_log
 from vmae.train.optim import CosineSchedule, OptimConfig, build_adamw
 from vmae.train.parallel import _LEFT, open_parallel, resolve_kind
-from vmae.train.saver import Saver
 
 MODEL = ModelConfig(
     img_size=32,

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from vmae import InputError, ModelConfig, build_pretrainer
+from vmae.checkpoint.folder import CheckpointFolder, export_weights
+from vmae.checkpoint.format import read_group, read_manifest
 from vmae.cli import main
 from vmae.config import PRESETS
-from vmae.data import sample_videos
 from vmae.data.dali import dali_missing
-from vmae.train.checkpoint import CheckpointFolder, export_weights
+from vmae.synthetic.samples import sample_videos
 from vmae.train.loop import Trainer
 from vmae.train.metrics import loss_of_last_tenth, read_log
 from vmae.train.pretrain import setting_changes
-from vmae.train.sharded import read_group, read_manifest
 
 ROOT = Path(__file__).parents[2]
 MICRO = dict(embed_dim=48, depth=2, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)

@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from vmae import InputError, ModelConfig, build_classifier, folder_lock
+from vmae import InputError, ModelConfig, build_classifier
+from vmae.checkpoint.folder import CheckpointFolder, export_weights, find_weights
+from vmae.checkpoint.format import find_damage
 from vmae.cli import main
-from vmae.folder_lock import LOCK_NAME, FolderLock, refuse_if_locked
-from vmae.train.checkpoint import CheckpointFolder, export_weights, find_weights
+from vmae.files import folder_lock
+from vmae.files.folder_lock import LOCK_NAME, FolderLock, refuse_if_locked
 from vmae.train.loop import Trainer
 from vmae.train.metrics import read_log
-from vmae.train.sharded import find_damage
 
 FORK = multiprocessing.get_context("fork")
 ROOT = Path(__file__).parents[2]

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from vmae.checkpoint.published import load_weights
 from vmae.cli import main
-from vmae.interop.upstream import load_weights
 
 SIZE = ["--model", "vit_tiny", "--image-size", "32", "--num-frames", "4", "--stride", "2"]
 RUN = ["--num-sample", "1", "--workers", "0", "--log-every", "1", "--no-tensorboard", "--device", "cpu"]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vmae.data import sample_videos
-from vmae.train.checkpoint import CheckpointFolder, step_of
+from vmae.checkpoint.folder import CheckpointFolder, step_of
+from vmae.synthetic.samples import sample_videos
 from vmae.train.metrics import read_log
 
 ROOT = Path(__file__).parents[2]

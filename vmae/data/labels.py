@@ -44,7 +44,7 @@ from vmae.data.manifest import (
     write_list,
 )
 from vmae.errors import InputError
-from vmae.json_files import parse_json
+from vmae.files.json_files import parse_json
 from vmae.settings import CLASSES
 
 _LABELS = re.compile(r"(.+?)(?:\s*,\s*|\s+)([+-]?\d+(?:;[+-]?\d+)*)")

@@ -27,7 +27,7 @@ from typing import Any
 from vmae.data.labels import LabelledList, read_class_names, read_labelled_list, write_labelled_list
 from vmae.data.manifest import VideoEntry, read_text
 from vmae.errors import InputError
-from vmae.json_files import parse_json
+from vmae.files.json_files import parse_json
 
 SHOWN = 20  # conflicts that the report spells out
 

@@ -46,7 +46,7 @@ from vmae.data.guarded import guarded_each
 from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry, read_list
 from vmae.data.workers import hang_limit
 from vmae.errors import InputError
-from vmae.json_files import check_depth
+from vmae.files.json_files import check_depth
 from vmae.settings import STRIDE, Real, shown
 
 MIX_SUFFIXES = (".yaml", ".yml")

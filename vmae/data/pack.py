@@ -36,8 +36,8 @@ from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine, list_fail
 from vmae.data.video_reader import memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
-from vmae.folder_lock import FolderLock
-from vmae.json_files import parse_json
+from vmae.files.folder_lock import FolderLock
+from vmae.files.json_files import parse_json
 from vmae.settings import PROCESSES, SIDE, Whole, limits, ranged
 
 SETTINGS_NAME, LIST_NAME, REPORT_NAME = "pack.json", "list.txt", "report.json"
@@ -63,7 +63,7 @@ class PackConfig(_Checked):
     preset: str = "medium"
 
     def encoder_options(self) -> dict[str, str]:
-        # Against x264's own choice of B pictures, measured on the clips of vmae.data.samples: 2 to 13 % less
+        # Against x264's own choice of B pictures, measured on the clips of vmae.synthetic.samples: 2 to 13 % less
         # time a clip, 1 % more to 6 % fewer bytes.
         pictures = "bframes=3:b-adapt=0:b-pyramid=none"
         params = f"keyint={self.gop}:min-keyint={self.gop}:scenecut=0:open-gop=0:{pictures}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmae.errors import InputError
-from vmae.json_files import read_json_lines
+from vmae.files.json_files import read_json_lines
 
 QUARANTINE_NAME = "quarantine.jsonl"
 JUDGED_FROM, DEVIATIONS = (

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vmae.checkpoint.folder import find_weights
 from vmae.config import ModelConfig
 from vmae.errors import InputError
 from vmae.evaluate.encoder import add_encoder_arguments, load_encoder_from_args, middle_clip
 from vmae.evaluate.pictures import Panel, add_output_arguments, grey_frames, outputs_of, write_pictures
 from vmae.model import Classifier
 from vmae.settings import Whole
-from vmae.train.checkpoint import find_weights
 from vmae.train.checks import resolve_device
 
 BRIGHTEST = (

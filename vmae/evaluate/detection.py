@@ -28,7 +28,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from vmae.config import ModelConfig
+from vmae.checkpoint.folder import find_weights
+from vmae.checkpoint.identity import check_same, content_hash, frames_identity, model_identity
+from vmae.checkpoint.load import NO_NUMBERS, add_source_arguments
+from vmae.checkpoint.published import load_into, read_settings_and_weights
+from vmae.checkpoint.source import at_size, source_config
+from vmae.config import ModelConfig, image_size
 from vmae.data.ava import (
     AvaBox,
     read_actions,
@@ -44,19 +49,14 @@ from vmae.data.guarded import guarded
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
 from vmae.evaluate.frame_map import FrameScores, frame_map
-from vmae.folder_lock import FolderLock
-from vmae.interop.source import at_size, source_config
-from vmae.interop.upstream import load_into, read_settings_and_weights
+from vmae.files.atomic import write_atomically
+from vmae.files.folder_lock import FolderLock
 from vmae.model.detector import Detector, build_detector
 from vmae.settings import BATCH, WORKERS, Real, Whole, limits
-from vmae.train.checkpoint import find_weights, write_atomically
 from vmae.train.checks import check_backend, check_output, resolve_device
 from vmae.train.detection_settings import add_video_arguments
-from vmae.train.identity import check_same, content_hash, frames_identity, model_identity
-from vmae.train.load import NO_NUMBERS, add_source_arguments
 from vmae.train.loop import DTYPES
 from vmae.train.metrics import code_version, read_log
-from vmae.train.pretrain_settings import image_size
 
 DETECTIONS, RESULTS, PARTS = "detections.csv", "results.json", "scores.part.jsonl"
 SHOWN = 0.5  # least score of an action that a picture names

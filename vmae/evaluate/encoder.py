@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmae.config import ModelConfig
+from vmae.checkpoint.classifier import plain_names, start_classifier
+from vmae.checkpoint.folder import find_weights
+from vmae.checkpoint.load import add_source_arguments
+from vmae.checkpoint.published import read_settings_and_weights
+from vmae.checkpoint.source import at_size, source_config
+from vmae.config import ModelConfig, image_size
 from vmae.data import CropBox, crop_and_resize, open_video
 from vmae.data.guarded import guarded
 from vmae.data.sampling import clip_starts, sample_sparse_indices, walk_frames
-from vmae.interop.classifier_weights import plain_names, start_classifier
-from vmae.interop.source import at_size, source_config
-from vmae.interop.upstream import read_settings_and_weights
 from vmae.model import Classifier, build_classifier
 from vmae.settings import STRIDE, limits
-from vmae.train.checkpoint import find_weights
-from vmae.train.load import add_source_arguments
-from vmae.train.pretrain_settings import image_size
 
 
 @dataclass

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from vmae.checkpoint.identity import frames_identity, model_identity, settle
+from vmae.checkpoint.load import NO_NUMBERS, add_model_arguments, load_from_args
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD, _Checked
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.files import path_kind
@@ -32,13 +34,11 @@ from vmae.data.guarded import guarded_streams
 from vmae.data.manifest import VideoEntry, read_list
 from vmae.data.video_files import is_video
 from vmae.errors import InputError
-from vmae.json_files import read_json
+from vmae.files.atomic import write_atomically
+from vmae.files.json_files import read_json
 from vmae.model import Classifier
 from vmae.settings import BATCH, FRAMES, SIDE, STRIDE, limits, ranged
-from vmae.train.checkpoint import write_atomically
 from vmae.train.checks import check_backend, check_output
-from vmae.train.identity import frames_identity, model_identity, settle
-from vmae.train.load import NO_NUMBERS, add_model_arguments, load_from_args
 from vmae.train.loop import DTYPES
 from vmae.train.parallel import open_parallel
 

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vmae.checkpoint.folder import find_weights
 from vmae.config import ModelConfig
 from vmae.errors import InputError
 from vmae.evaluate.encoder import add_encoder_arguments, load_encoder_from_args, middle_clip
 from vmae.evaluate.pictures import Panel, add_output_arguments, grey_frames, outputs_of, write_pictures
-from vmae.train.checkpoint import find_weights
 from vmae.train.checks import resolve_device
 
 COMPONENTS = 3

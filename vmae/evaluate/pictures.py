@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 from vmae.config import ModelConfig
 from vmae.data.write_video import find_encoder, write_video
 from vmae.errors import InputError
+from vmae.files.atomic import write_atomically
 from vmae.settings import Whole
-from vmae.train.checkpoint import write_atomically
 from vmae.train.checks import check_output
 
 GREY = 128

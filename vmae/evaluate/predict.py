@@ -7,6 +7,13 @@ import json
 import sys
 from collections.abc import Sequence
 
+from vmae.checkpoint.load import (
+    LoadedClassifier,
+    add_model_arguments,
+    load_from_args,
+    named,
+    view_probabilities,
+)
 from vmae.data.classify_dataset import ViewConfig, ViewDataset
 from vmae.data.labels import read_class_names
 from vmae.data.manifest import VideoEntry
@@ -15,7 +22,6 @@ from vmae.errors import InputError
 from vmae.evaluate.classify import published_views
 from vmae.settings import CLASSES, limits
 from vmae.train.checks import check_backend, resolve_device
-from vmae.train.load import LoadedClassifier, add_model_arguments, load_from_args, named, view_probabilities
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

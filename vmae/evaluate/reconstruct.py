@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmae.checkpoint.folder import find_weights
+from vmae.checkpoint.load import add_source_arguments
+from vmae.checkpoint.published import load_into, read_settings_and_weights
+from vmae.checkpoint.source import source_config
 from vmae.config import MaskConfig, ModelConfig
 from vmae.errors import InputError
 from vmae.evaluate.encoder import middle_clip
 from vmae.evaluate.pictures import GREY, Panel, add_output_arguments, outputs_of, write_pictures
-from vmae.interop.source import source_config
-from vmae.interop.upstream import load_into, read_settings_and_weights
 from vmae.masking import DualMask
 from vmae.model import Pretrainer, build_pretrainer
 from vmae.settings import SEED, STRIDE, limits
-from vmae.train.checkpoint import find_weights
 from vmae.train.checks import resolve_device
-from vmae.train.load import add_source_arguments
 from vmae.train.metrics import trivial_losses
 from vmae_kernels import gather_tubelets, patch_targets_ref
 

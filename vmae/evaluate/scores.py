@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from vmae.checkpoint.load import NO_NUMBERS
 from vmae.errors import InputError
-from vmae.train.checkpoint import write_atomically
-from vmae.train.load import NO_NUMBERS
+from vmae.files.atomic import write_atomically
 
 TOP = 5  # classes of a prediction that are kept
 Record = dict[str, Any]

@@ -22,8 +22,8 @@ import numpy as np
 
 from vmae.errors import InputError
 from vmae.evaluate.scores import ends_of_ties
-from vmae.json_files import parse_json
-from vmae.train.checkpoint import write_atomically
+from vmae.files.atomic import write_atomically
+from vmae.files.json_files import parse_json
 
 _T = TypeVar("_T")
 THUMOS_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)

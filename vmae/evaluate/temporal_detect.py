@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vmae.checkpoint.identity import check_same
 from vmae.config import _Checked
 from vmae.errors import InputError
 from vmae.evaluate.features import SETTINGS, read_features
@@ -37,13 +38,12 @@ from vmae.evaluate.temporal import (
     read_videos,
     write_detections,
 )
-from vmae.folder_lock import FolderLock
-from vmae.json_files import parse_json
+from vmae.files.atomic import write_atomically
+from vmae.files.folder_lock import FolderLock
+from vmae.files.json_files import parse_json
 from vmae.model.temporal_head import TemporalHead
 from vmae.settings import BATCH, COUNT, SEED, SHARE_ABOVE_0, SHARE_BELOW_1, Real, Whole, limits, ranged
-from vmae.train.checkpoint import write_atomically
 from vmae.train.checks import check_output, resolve_device
-from vmae.train.identity import check_same
 
 DETECTOR, DETECTIONS, RESULTS = "detector.pth", "detections.json", "results.json"
 

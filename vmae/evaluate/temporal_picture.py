@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vmae.errors import InputError
 from vmae.evaluate.temporal import Segment, temporal_iou
-from vmae.train.checkpoint import write_atomically
+from vmae.files.atomic import write_atomically
 
 _HEIGHT = 0.36
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vmae.config import ModelConfig
 from vmae.model.attention import Attention
-from vmae.model.packed import Lengths
+from vmae.model.attention.packed import Lengths
 from vmae.model.recompute import gelu_linear, norm_linear
 
 

@@ -14,113 +14,37 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from vmae.config import ModelConfig
 from vmae.errors import InputError
 from vmae.masking import DualMask
-from vmae.model.attention_backends import choose
-from vmae.model.attention_probes import Workload
+from vmae.model.attention.packed import Lengths
 from vmae.model.embed import sine_cosine_positions
 from vmae_kernels import assemble_decoder_tokens, embed_visible, head_patch_loss, select_decoded
 
-if TYPE_CHECKING:
-    from vmae.model.pretrainer import Pretrainer
 
+class Parts(Protocol):
+    """What packed batches need of a `vmae.model.Pretrainer`."""
 
-@dataclass(frozen=True, eq=False)
-class Lengths:
-    """Tokens of each sequence of a packed batch.
+    config: ModelConfig
+    encoder: Any
+    decoder: Any
+    mask_token: Tensor
+    pos_embed: Tensor
+    backend: str
+    normalize_target: bool
 
-    Attributes:
-        counts: tokens of each of B sequences, each at least 1; known on the host, so that nothing waits for a
-            GPU.
-        device: of the packed tokens.
-    """
-
-    counts: tuple[int, ...]
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        if not self.counts or min(self.counts) < 1:
-            raise InputError(f"packed sequences need at least one token each, not {self.counts}")
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts)
-
-    @property
-    def longest(self) -> int:
-        return max(self.counts)
-
-    @functools.cached_property
-    def starts(self) -> Tensor:
-        """int32 [B + 1]: where each sequence starts, and where the last ends (`cu_seqlens`)."""
-        ends = torch.tensor((0, *self.counts)).cumsum(0)
-        return ends.to(device=self.device, dtype=torch.int32)
-
-    @functools.cached_property
-    def owner(self) -> Tensor:
-        """int64 [T]: the sequence of each token."""
-        counts = torch.tensor(self.counts)
-        return torch.repeat_interleave(torch.arange(len(self.counts)), counts).to(self.device)
-
-    @functools.cached_property
-    def padded_rows(self) -> Tensor:
-        """int64 [T]: each token's row among B x longest rows."""
-        return torch.cat([torch.arange(n) + i * self.longest for i, n in enumerate(self.counts)]).to(
-            self.device
-        )
-
-    @functools.cached_property
-    def key_mask(self) -> Tensor:
-        """bool [B, 1, 1, longest]: True where a padded row holds a token."""
-        counts = torch.tensor(self.counts)[:, None]
-        return (torch.arange(self.longest) < counts)[:, None, None].to(self.device)
-
-
-def packed_attention(
-    qkv: Tensor, lengths: Lengths, backend: str = "auto", scale: float | None = None
-) -> Tensor:
-    """`softmax(q k^T * scale) v` for every head, each sequence for itself.
-
-    Args:
-        qkv: [T, 3, H, d], sequences one after the other.
-        lengths: of the sequences, T in total.
-        backend, scale: as for `vmae.model.attention.attention`. A backend without a function for packed
-            sequences pads them (B x longest rows) and hides the padding with a key mask.
-
-    Returns:
-        [T, H, d].
-
-    Raises:
-        InputError: an unknown backend, one that can't do this here, or `lengths` of another total.
-    """
-    if qkv.shape[0] != lengths.total:
-        raise InputError(
-            f"{qkv.shape[0]} packed tokens do not fit sequences of {lengths.total} tokens in total"
-        )
-    training = torch.is_grad_enabled() and qkv.requires_grad
-    workload = Workload.on(
-        qkv.device, dtype=qkv.dtype, head_dim=qkv.shape[-1], training=training, packed=True
-    )
-    chosen = choose(backend, workload)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    if chosen.packed is not None:
-        return chosen.packed(qkv, lengths, scale)
-    rows = len(lengths.counts) * lengths.longest
-    padded = qkv.new_zeros(rows, *qkv.shape[1:]).index_copy(0, lengths.padded_rows, qkv)
-    out = chosen.call(padded.unflatten(0, (-1, lengths.longest)), scale, lengths.key_mask)
-    return out.flatten(0, 1).index_select(0, lengths.padded_rows)
+    def narrow(self, x: Tensor) -> Tensor: ...
 
 
 # --- the pre-trainer on groups of clips ---------------------------------------------------------------------
 
 
-def _checked(model: Pretrainer, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> list[Tensor]:
+def _checked(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> list[Tensor]:
     """Clips of each mask, or InputError."""
     if not masks:
         raise InputError("a packed batch needs at least one mask")
@@ -184,7 +108,7 @@ def _unpack(x: Tensor, groups: list[Tensor]) -> list[Tensor]:
     return [part.unflatten(0, group.shape[:2]) for part, group in zip(parts, groups)]
 
 
-def _decoded(model: Pretrainer, clips: list[Tensor], masks: Sequence[DualMask]) -> list[Tensor]:
+def _decoded(model: Parts, clips: list[Tensor], masks: Sequence[DualMask]) -> list[Tensor]:
     """The decoder's output [B, Nv + Nd, Dd] of each group, before its final norm."""
     encoder, proj, backend = model.encoder, model.encoder.patch_embed.proj, model.backend
     groups = []
@@ -209,7 +133,7 @@ def _decoded(model: Pretrainer, clips: list[Tensor], masks: Sequence[DualMask]) 
     return _unpack(x, sequences)
 
 
-def packed_loss(model: Pretrainer, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> Tensor:
+def packed_loss(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> Tensor:
     """The loss of clips with unequal counts: the weighted mean over the counted tokens of all of them, a
     float32 scalar.
 
@@ -245,9 +169,7 @@ def packed_loss(model: Pretrainer, clips: Sequence[Tensor] | Tensor, masks: Sequ
     return total / counted
 
 
-def packed_predict(
-    model: Pretrainer, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]
-) -> list[Tensor]:
+def packed_predict(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> list[Tensor]:
     """Predicted tubelets [B, Nd, P] of each group; see `packed_loss`."""
     clips = _checked(model, clips, masks)
     decoded = _decoded(model, clips, masks)

@@ -11,8 +11,8 @@ import torch
 from vmae.config import MaskConfig, ModelConfig, SpeedConfig
 from vmae.errors import InputError
 from vmae.masking import DualMask
-from vmae.model.attention_backends import choose
-from vmae.model.attention_probes import Workload
+from vmae.model.attention.choice import choose
+from vmae.model.attention.probes import Workload
 from vmae_kernels import resolve_backend
 
 

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmae.cost import classifier_macs
+from vmae.checkpoint.classifier import Start, start_classifier
 from vmae.data.augment import image_hw
 from vmae.data.ava import AvaBox, read_actions, read_annotations, read_excluded
 from vmae.data.detection_dataset import DetectionBatch, DetectionDataset, KeyFrame, find_videos, key_frames
 from vmae.errors import InputError
-from vmae.interop.classifier_weights import Start, start_classifier
+from vmae.model.cost import classifier_macs
 from vmae.model.detector import Detector, build_detector
 from vmae.train.checks import check_backend, check_output, check_speed
 from vmae.train.detection_settings import DetectionConfig, add_arguments, configs_from_args

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from vmae.config import ModelConfig, _Checked
+from vmae.config import ModelConfig, _Checked, image_size
 from vmae.data.detection_dataset import KeyAugmentConfig, KeyClipConfig
 from vmae.data.manifest import DEFAULT_PATTERN
 from vmae.errors import InputError
@@ -26,7 +26,6 @@ from vmae.train.pretrain_settings import (
     WARMUP_STEPS,
     RunConfig,
     add_run_arguments,
-    image_size,
     run_from_args,
     taken,
 )

@@ -24,10 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from vmae.checkpoint.identity import list_hash, model_identity
+from vmae.checkpoint.load import LoadedClassifier, load_classifier
 from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
 from vmae.data.manifest import VideoEntry
 from vmae.errors import InputError
-from vmae.json_files import parse_json
+from vmae.files.json_files import parse_json
 from vmae.settings import SHARE, Real, limits, ranged
 from vmae.train import finetune_settings
 from vmae.train.finetune import (
@@ -40,8 +42,6 @@ from vmae.train.finetune import (
     settings_of,
 )
 from vmae.train.finetune_settings import FinetuneConfig
-from vmae.train.identity import list_hash, model_identity
-from vmae.train.load import LoadedClassifier, load_classifier
 from vmae.train.logit_store import LogitStore, fill_store
 from vmae.train.parallel import Parallel, open_parallel
 from vmae.train.pretrain_settings import EPOCHS, RunConfig

@@ -20,19 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vmae.checkpoint.classifier import Start, start_classifier
+from vmae.checkpoint.folder import find_weights
+from vmae.checkpoint.published import read_settings_and_weights
+from vmae.checkpoint.source import source_config
 from vmae.config import ModelConfig
-from vmae.cost import classifier_macs
 from vmae.data.augment import image_hw
 from vmae.data.augment_classify import draw_mixing, mix_clips, mix_targets
 from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
 from vmae.data.dataset import check_decodable
 from vmae.data.labels import LabelledList, read_class_names, read_label_map, read_labelled_list
 from vmae.errors import InputError
-from vmae.interop.classifier_weights import Start, start_classifier
-from vmae.interop.source import source_config
-from vmae.interop.upstream import read_settings_and_weights
 from vmae.model import Classifier, build_classifier
-from vmae.train.checkpoint import find_weights
+from vmae.model.cost import classifier_macs
 from vmae.train.checks import check_backend, check_output, check_speed
 from vmae.train.ema import WeightAverage
 from vmae.train.finetune_settings import (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmae.config import ModelConfig, _Checked
+from vmae.config import PUBLISHED_CLASSIFIERS, ModelConfig, _Checked, image_size
 from vmae.data.augment_classify import AugmentConfig
 from vmae.data.classify_dataset import ClipConfig
 from vmae.data.labels import read_class_names
@@ -32,18 +32,10 @@ from vmae.train.pretrain_settings import (
     WARMUP_STEPS,
     RunConfig,
     add_run_arguments,
-    image_size,
     run_from_args,
     taken,
 )
 
-PUBLISHED_CLASSIFIERS = {
-    "vit_small_patch16_224": "vit_s",
-    "vit_base_patch16_224": "vit_b",
-    "vit_large_patch16_224": "vit_l",
-    "vit_huge_patch16_224": "vit_h",
-    "vit_giant_patch14_224": "vit_g",
-}
 PROBES = ("none", "linear", "attentive")
 INIT_SCALE = Real(least=0, most=1000)
 # Of a folder that is given for a list. The published code trains on train.csv, and validates and tests on

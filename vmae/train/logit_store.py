@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vmae.checkpoint.identity import check_same
 from vmae.errors import InputError
-from vmae.json_files import parse_json
-from vmae.train.checkpoint import write_atomically
-from vmae.train.identity import check_same
+from vmae.files.atomic import write_atomically
+from vmae.files.json_files import parse_json
 
 ABOUT = "logits.json"
 

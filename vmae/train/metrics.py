@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vmae.checkpoint.folder import CheckpointFolder
 from vmae.config import ModelConfig
-from vmae.cost import peak_flops
 from vmae.errors import InputError
-from vmae.json_files import read_json, read_json_lines
+from vmae.files.atomic import why_not_written, write_atomically
+from vmae.files.json_files import read_json, read_json_lines
 from vmae.masking import DualMask
-from vmae.train.checkpoint import CheckpointFolder, why_not_written, write_atomically
+from vmae.model.cost import peak_flops
 from vmae_kernels import patch_loss, patch_targets_ref
 
 DATA_SHARE_WARNING = 0.10

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from vmae.errors import InputError
-from vmae.folder_lock import FolderLock
+from vmae.files.folder_lock import FolderLock
 from vmae.train.checks import resolve_device
 
 KINDS = ("auto", "none", "ddp", "fsdp", "hybrid")

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vmae.cost import masked_macs, token_counts
+from vmae.checkpoint.published import load_into, load_weights
 from vmae.data import Batch, PretrainDataset, Quarantine, check_decodable, read_data
-from vmae.data.dataset import check_loader
-from vmae.interop.upstream import load_into, load_weights
+from vmae.data.loaders import check_loader
 from vmae.model import build_pretrainer
+from vmae.model.cost import masked_macs, token_counts
 from vmae.train.checks import check_backend, check_mask, check_output, check_speed
 from vmae.train.loop import Trainer
 from vmae.train.metrics import trivial_losses

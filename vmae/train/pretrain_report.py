@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vmae.checkpoint.folder import WEIGHTS_NAME, CheckpointFolder
 from vmae.data import describe_data
 from vmae.masking import DualMask
-from vmae.train.checkpoint import WEIGHTS_NAME, CheckpointFolder
 from vmae.train.metrics import LOG_NAME, RUN_NAME, loss_of_last_tenth, read_log
 from vmae.train.pretrain_settings import PretrainConfig
 

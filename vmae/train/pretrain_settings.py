@@ -8,21 +8,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from vmae.config import MaskConfig, ModelConfig, SpeedConfig, _Checked
-from vmae.settings import BATCH, COUNT, FPS, SEED, SHARE, STEPS, STRIDE, Sides, Whole, limits, ranged
+from vmae.config import PUBLISHED_MODELS, MaskConfig, ModelConfig, SpeedConfig, _Checked, image_size
+from vmae.settings import BATCH, COUNT, FPS, SEED, SHARE, STEPS, STRIDE, Whole, limits, ranged
 from vmae.train.optim import OptimConfig
 from vmae.train.parallel import world_size
 
-PUBLISHED_MODELS = {
-    "pretrain_videomae_small_patch16_224": "vit_s",
-    "pretrain_videomae_base_patch16_224": "vit_b",
-    "pretrain_videomae_large_patch16_224": "vit_l",
-    "pretrain_videomae_huge_patch16_224": "vit_h",
-    "pretrain_videomae_giant_patch14_224": "vit_g",
-}
 PUBLISHED_MASKS = {"run_cell": "running_cell"}
 EPOCHS, WARMUP_STEPS, EFFECTIVE_BATCH = Whole(1, 10**9), Whole(0, STEPS.most), Whole(1, 2**40)
-image_size = Sides(limits(ModelConfig, "img_size"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vmae.checkpoint.folder import CheckpointFolder
+from vmae.checkpoint.format import find_damage
 from vmae.errors import InputError
-from vmae.folder_lock import refuse_if_locked
-from vmae.train.checkpoint import CheckpointFolder
+from vmae.files.folder_lock import refuse_if_locked
 from vmae.train.parallel import Parallel
-from vmae.train.sharded import find_damage
 
 
 def choose_checkpoint(

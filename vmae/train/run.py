@@ -21,16 +21,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from vmae.checkpoint.folder import AVERAGED_NAME, WEIGHTS_NAME, CheckpointFolder, export_weights, set_aside
+from vmae.checkpoint.format import read_group, read_manifest, shapes_of, tensor_layouts
+from vmae.checkpoint.published import check_shapes
+from vmae.checkpoint.saver import Saver
 from vmae.data import Prefetcher, build_loader
 from vmae.data.dataset import EpochSampler
 from vmae.data.list_identity import identify_list, list_changes
 from vmae.data.quarantine import QUARANTINE_NAME
 from vmae.data.video_dataset import VideoDataset
 from vmae.errors import InputError
-from vmae.folder_lock import FolderLock
-from vmae.interop.upstream import check_shapes
+from vmae.files.folder_lock import FolderLock
 from vmae.train.activations import prepare_blocks
-from vmae.train.checkpoint import AVERAGED_NAME, WEIGHTS_NAME, CheckpointFolder, export_weights, set_aside
 from vmae.train.loop import LoopConfig, Trainer
 from vmae.train.metrics import (
     LOG_NAME,
@@ -45,8 +47,6 @@ from vmae.train.optim import CosineSchedule, OptimConfig
 from vmae.train.parallel import Parallel
 from vmae.train.pretrain_settings import RunConfig
 from vmae.train.resume import choose_checkpoint, setting_changes
-from vmae.train.saver import Saver
-from vmae.train.sharded import read_group, read_manifest, shapes_of, tensor_layouts
 
 # Settings under `model` that a resumed run may change: they concern training only.
 _TRAINING_ONLY = ("model.drop_path_rate",)

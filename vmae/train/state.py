@@ -13,11 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vmae.checkpoint.format import (
+    Layouts,
+    NamedTensors,
+    load_tensors,
+    read_manifest,
+    shapes_of,
+    tensor_layouts,
+)
+from vmae.checkpoint.published import check_shapes
 from vmae.errors import InputError
-from vmae.interop.upstream import check_shapes
-from vmae.train.sharded import Layouts, load_tensors, read_manifest, shapes_of, tensor_layouts
-
-NamedTensors = dict[str, dict[str, Tensor]]
 
 
 class TrainingState:

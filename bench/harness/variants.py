@@ -1,0 +1,166 @@
+"""The ways to do one and the same training step that the benchmarks compare."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vmae import DualMask, InputError, MaskConfig, ModelConfig, build_pretrainer, build_reference
+from vmae.config import IMAGENET_MEAN, IMAGENET_STD
+from vmae.model.attention import Attention
+
+MASKINGS = {
+    "encoder_only": MaskConfig(decoder="none"),
+    "dual_25": MaskConfig(decoder_ratio=0.25),
+    "dual": MaskConfig(),
+    "dual_75": MaskConfig(decoder_ratio=0.75),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way.
+
+    Attributes:
+        build: makes the model, from its configuration.
+        text: what it is, in words.
+        ours: whether it embeds visible and predicts counted tokens only, as this code does; else it is a
+            competitor.
+        needs_gpu: it does not run on a CPU in sensible time.
+        countable: what it keeps can be counted on fake tensors; not where torch.compile decides it.
+        maskings: those that it can do.
+        check: raises ImportError or InputError where it can't run.
+    """
+
+    build: Callable[[ModelConfig], nn.Module]
+    text: str
+    ours: bool = True
+    needs_gpu: bool = False
+    countable: bool = True
+    maskings: tuple[str, ...] = tuple(MASKINGS)
+    check: Callable[[], object] = lambda: None
+
+    def why_not(self, device: str) -> str | None:
+        """The reason why it does not run on `device`; None if it does."""
+        if self.needs_gpu and not device.startswith("cuda"):
+            return "needs a GPU; here Triton could only be interpreted"
+        try:
+            self.check()
+        except (ImportError, InputError) as error:
+            return str(error)
+        return None
+
+
+def build_reference_sdpa(config: ModelConfig) -> nn.Module:
+    """The published algorithm with the one change that most people make first: fused attention."""
+    model = build_reference(config)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.backend = "sdpa"
+    return model
+
+
+def compile_blocks(model: nn.Module) -> nn.Module:
+    for block in (*model.encoder.blocks, *model.decoder.blocks):
+        block.compile()
+    return model
+
+
+class HuggingFace(nn.Module):
+    """transformers' VideoMAEForPreTraining with the weights that `build_pretrainer` would begin with."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        from transformers import VideoMAEForPreTraining
+        from transformers.utils import logging
+
+        from vmae.checkpoint.huggingface import save_pretrained
+
+        logging.disable_progress_bar()  # "Loading weights" would stand between our lines
+        with tempfile.TemporaryDirectory() as folder:
+            save_pretrained(build_pretrainer(config), folder)
+            self.model = VideoMAEForPreTraining.from_pretrained(folder, attn_implementation="sdpa").train()
+
+    def forward(self, clips: Tensor, mask: DualMask) -> Tensor:
+        """The loss of uint8 [B, T, H, W, 3] clips."""
+        mean, std = (torch.tensor(values, device=clips.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        pixels = ((clips.float() / 255 - mean) / std).permute(0, 1, 4, 2, 3)
+        return self.model(pixels, mask.to_bool()[0]).loss
+
+
+def check_transformers() -> None:
+    import transformers  # noqa: F401
+
+
+def build_torch(config: ModelConfig) -> nn.Module:
+    return build_pretrainer(config, backend="torch")
+
+
+def build_triton(config: ModelConfig) -> nn.Module:
+    return build_pretrainer(config, backend="triton")
+
+
+VARIANTS: dict[str, Variant] = {
+    "reference": Variant(build_reference, "the published algorithm, written plainly", ours=False),
+    "reference+sdpa": Variant(build_reference_sdpa, "the same with torch's fused attention", ours=False),
+    "reference+compile": Variant(
+        lambda config: compile_blocks(build_reference_sdpa(config)),
+        "the same, blocks compiled too",
+        ours=False,
+        countable=False,
+    ),
+    "huggingface": Variant(
+        HuggingFace,
+        "transformers' VideoMAEForPreTraining",
+        ours=False,
+        countable=False,
+        maskings=("encoder_only",),
+        check=check_transformers,
+    ),
+    "torch": Variant(build_torch, "this code, PyTorch operations"),
+    "triton": Variant(build_triton, "this code, Triton kernels", needs_gpu=True),
+    "triton+compile": Variant(
+        lambda config: compile_blocks(build_triton(config)),
+        "the same, blocks compiled",
+        needs_gpu=True,
+        countable=False,
+    ),
+}
+
+
+def resolve_variant(name: str) -> Variant:
+    """A variant by name, or one's own as NAME=MODULE:FUNCTION, where FUNCTION(config) returns the model.
+
+    Raises:
+        InputError: no such variant, module or function.
+    """
+    if name in VARIANTS:
+        return VARIANTS[name]
+    module, _, function = name.partition("=")[2].partition(":")
+    if not function:
+        raise InputError(f"unknown variant {name!r}; known: {', '.join(VARIANTS)}, or NAME=MODULE:FUNCTION")
+    try:
+        return Variant(getattr(importlib.import_module(module), function), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"variant {name!r}: {error}") from error
+
+
+def default_variants(device: str) -> list[str]:
+    """All that run on `device`; on a CPU, where minutes count, two, and transformers' model where it is
+    installed."""
+    names = list(VARIANTS) if device.startswith("cuda") else ["reference", "huggingface", "torch"]
+    return [name for name in names if VARIANTS[name].why_not(device) is None]
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.numel() * value.element_size() for value in states if isinstance(value, torch.Tensor))

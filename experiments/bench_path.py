@@ -1,0 +1,6 @@
+"""Puts `bench/` on the path: experiments share its harness. Import it first."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))

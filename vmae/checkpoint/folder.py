@@ -1,0 +1,204 @@
+"""A run's folder: its checkpoints by name, the newest one, what is deleted when, and files that replace
+others at once.
+
+A training checkpoint `checkpoint-00001000/` (`vmae.checkpoint.format`) is complete or absent, and nothing else is
+needed to go on: samples and the model's random numbers are functions of the seed and the step. `weights.pth`
+at the end of a run is one file with published names, which the published code reads too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmae.checkpoint.format import MANIFEST, find_damage, is_checkpoint
+from vmae.errors import InputError
+from vmae.files.atomic import write_atomically
+
+WEIGHTS_NAME, AVERAGED_NAME = "weights.pth", "weights_ema.pth"
+_LOG = logging.getLogger(__name__)
+_NAME = re.compile(r"checkpoint-(\d{8,})")
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+class CheckpointFolder:
+    """The training checkpoints of one run.
+
+    Args:
+        folder: of the run; it need not exist yet.
+        keep: newest checkpoints to keep; older ones are deleted once a newer one is complete.
+        keep_every: checkpoints of steps that this divides stay for ever.
+        check: raises InputError where the folder is no longer the run's, see `FolderLock.check`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int = 3,
+        keep_every: int | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        if keep < 1:
+            raise InputError(f"a run must keep at least 1 checkpoint, not {keep}")
+        if keep_every is not None and keep_every < 1:
+            raise InputError(f"keep_every must be at least 1, not {keep_every}")
+        self.folder, self.keep, self.keep_every, self.check = Path(folder), keep, keep_every, check
+
+    def path_of(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step:08d}"
+
+    def named(self) -> list[Path]:
+        """All that has a checkpoint's name, oldest first."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of)
+
+    def paths(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return [path for path in self.named() if is_checkpoint(path)]
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return paths[-1] if (paths := self.paths()) else None
+
+    def passed_over(self) -> list[str]:
+        """What has a checkpoint's name, is newer than `latest`, and is none: name and why."""
+        newest = self.latest()
+        newer = [path for path in self.named() if newest is None or step_of(path) > step_of(newest)]
+        why = f"it has no {MANIFEST} that can be read"
+        return [f"{path.name}: {why if path.is_dir() else 'it is no folder'}" for path in newer]
+
+    def describe_latest(self) -> str:
+        """For errors: which checkpoint is whole."""
+        newest = self.latest()
+        return f"the newest whole one is {newest}" if newest is not None else "there is no whole one yet"
+
+    def last_good(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint whose every file is as it was written, and what is wrong with newer ones."""
+        problems: list[str] = []
+        for path in reversed(self.paths()):
+            try:
+                damage = find_damage(path)
+            except InputError as error:
+                damage = [str(error)]
+            if not damage:
+                return path, problems
+            problems.append(f"{path.name}: {'; '.join(damage)}")
+        return None, problems
+
+    def unfinished(self) -> list[Path]:
+        """What killed runs left beside; never read, deleted by the next save."""
+        return sorted(self.folder.glob(".*.unfinished")) if self.folder.is_dir() else []
+
+    def remove(self, path: Path) -> None:
+        """Delete a checkpoint; should that be cut short, it no longer has a checkpoint's name."""
+        stale = path.with_name(f".{path.name}.old.unfinished")
+        os.replace(path, stale)
+        shutil.rmtree(stale, ignore_errors=True)
+
+    def prune(self) -> None:
+        """Delete what is older than the newest `keep`, but for every `keep_every` steps."""
+        for path in self.paths()[: -self.keep]:
+            if self.keep_every is None or step_of(path) % self.keep_every:
+                self.remove(path)
+
+
+def find_weights(checkpoint: str | Path) -> Path:
+    """What to read: `checkpoint` itself (a file, or a training checkpoint's folder), or a run's newest one,
+    or its weights.
+
+    Raises:
+        InputError: there is no such file, or none in the folder.
+    """
+    path = Path(checkpoint)
+    if path.is_dir() and not is_checkpoint(path):
+        run = CheckpointFolder(path)
+        found = run.latest() or path / WEIGHTS_NAME
+        if not found.exists():
+            raise InputError(f"{path} holds no complete checkpoint and no {WEIGHTS_NAME}")
+        for text in run.passed_over():
+            _LOG.warning("note: passed over, newer than %s: %s", found.name, text)
+        return found
+    if not path.exists():
+        raise InputError(f"checkpoint {path} does not exist")
+    return path
+
+
+def export_weights(path: str | Path, state: dict[str, Tensor], **about: Any) -> None:
+    """Write named tensors as one file for this and the published code; `about` (plain containers) stands
+    beside them.
+
+    Args:
+        path: ends in .safetensors for that format (`about` is then its metadata, as JSON); else `{"model":
+            state}` of torch.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    path = Path(path)
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    wanted = sum(value.nbytes for value in state.values())
+    if path.suffix != ".safetensors":
+        write_atomically(path, lambda file: torch.save({"model": state, **about}, file), wanted=wanted)
+        return
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise InputError(f"writing {path} needs the safetensors package: pip install safetensors") from error
+    metadata = {key: json.dumps(value) for key, value in about.items()}
+    write_atomically(path, lambda file: file.write(save(state, {"format": "pt", **metadata})), wanted=wanted)
+
+
+def set_aside(folder: str | Path, after_step: int | None = None) -> Path | None:
+    """Move an earlier run's files into `folder/previous-N`, so that another run neither mixes with nor
+    deletes them.
+
+    Args:
+        after_step: move only the checkpoints of later steps: the run goes on from this one.
+
+    Returns:
+        That folder, or None when there was nothing to move.
+
+    Raises:
+        InputError: the files can't be moved.
+    """
+    folder = Path(folder)
+    found = [
+        path for path in CheckpointFolder(folder).named() if after_step is None or step_of(path) > after_step
+    ]
+    if after_step is None:
+        names = (
+            "log.jsonl",
+            "log.skipped",
+            "run.json",
+            "nonfinite.json",
+            "tensorboard",
+            WEIGHTS_NAME,
+            AVERAGED_NAME,
+        )
+        found += [folder / name for name in names if (folder / name).exists()]
+    if not found:
+        return None
+    number = next(n for n in range(1, len(os.listdir(folder)) + 2) if not (folder / f"previous-{n}").exists())
+    target = folder / f"previous-{number}"
+    try:
+        target.mkdir()
+        for path in found:
+            path.rename(target / path.name)
+    except OSError as error:
+        raise InputError(
+            f"cannot move the earlier run in {folder} aside to {target}: {error.strerror}"
+        ) from error
+    return target

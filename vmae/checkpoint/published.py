@@ -1,0 +1,260 @@
+"""Weights and architectures of the published code: reading its files, explaining every key.
+
+The released checkpoints are `torch.save`d dictionaries whose weights sit under `model` or `module`, beside an
+`argparse.Namespace`. Only that class is allowed to unpickle; anything else in a file is refused unexecuted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmae.checkpoint.format import read_group, read_manifest
+from vmae.config import ModelConfig
+from vmae.errors import InputError
+from vmae.files.json_files import parse_json
+from vmae.model.embed import sine_cosine_positions
+
+# Published constructor argument -> ours, of both models; encoder names lose their prefix.
+_ARCH_FIELDS = {
+    "img_size": "img_size",
+    "patch_size": "patch_size",
+    "embed_dim": "embed_dim",
+    "depth": "depth",
+    "num_heads": "num_heads",
+    "encoder_embed_dim": "embed_dim",
+    "encoder_depth": "depth",
+    "encoder_num_heads": "num_heads",
+    "decoder_embed_dim": "decoder_embed_dim",
+    "decoder_depth": "decoder_depth",
+    "decoder_num_heads": "decoder_num_heads",
+    "mlp_ratio": "mlp_ratio",
+    "qkv_bias": "qkv_bias",
+    "qk_scale": "qk_scale",
+    "drop_path_rate": "drop_path_rate",
+    "init_values": "init_values",
+    "use_learnable_pos_emb": "learned_pos",
+    "tubelet_size": "tubelet_size",
+    "all_frames": "num_frames",
+    "cos_attn": "cos_attn",
+}
+# Arguments that change nothing here, or that a model must have exactly so.
+_ARCH_IGNORED = {
+    "with_cp",
+    "num_classes",
+    "use_mean_pooling",
+    "init_scale",
+    "head_drop_rate",
+    "norm_layer",
+    "fc_drop_rate",
+}
+_ARCH_FIXED = {
+    "in_chans": (0, 3),
+    "encoder_in_chans": (3,),
+    "encoder_num_classes": (0,),
+    "drop_rate": (0.0,),
+    "attn_drop_rate": (0.0,),
+}
+
+
+def config_from_arch(arch: dict[str, Any], what: str = "arch") -> ModelConfig:
+    """The `ModelConfig` of the published constructors' arguments, with their defaults where one is missing.
+
+    Raises:
+        InputError: an argument that is not known, or whose value is not supported, by name.
+    """
+    # Defaults of the published constructors; depth and heads of the decoder differ from our presets'.
+    values: dict[str, Any] = dict(qkv_bias=False, decoder_depth=8, decoder_num_heads=8, decoder_embed_dim=512)
+    for key, value in arch.items():
+        if key in _ARCH_FIELDS:
+            values[_ARCH_FIELDS[key]] = value
+        elif key in _ARCH_FIXED:
+            if value not in _ARCH_FIXED[key]:
+                raise InputError(f"{what}: {key}={value!r} is not supported; only {_ARCH_FIXED[key]}")
+        elif key not in _ARCH_IGNORED and key != "decoder_num_classes":
+            raise InputError(f"{what}: unknown argument {key}={value!r}")
+    config = ModelConfig.from_dict(values)
+    expected = arch.get("decoder_num_classes", config.tubelet_pixels)
+    if expected != config.tubelet_pixels:
+        raise InputError(
+            f"{what}: decoder_num_classes={expected} but a tubelet has {config.tubelet_pixels} values"
+        )
+    return config
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a `.pth` holds: tensors, plain containers and `argparse.Namespace` only.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist or is not a file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()
+        hint = next(
+            (line for line in reason if "Unsupported" in line or "not an allowed" in line),
+            reason[0] if reason else "",
+        )
+        raise InputError(
+            f"checkpoint {path} is damaged, or holds more than weights and was not executed: {hint}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise InputError(f"checkpoint {path} cannot be read: {reason}") from error
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """Named tensors of a `.pth` or `.safetensors` file, without the wrappers (`model`, `module`) and prefixes
+    (`module.`).
+
+    A training checkpoint's folder is read too.
+
+    Raises:
+        InputError: the file can't be read or holds no tensors.
+    """
+    return read_settings_and_weights(path)[1]
+
+
+def read_settings_and_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file says of itself, and `load_weights` of it.
+
+    Returns:
+        The settings that a file written here was trained with; of a published one, `published`: `num_frames`
+            and `img_size` as
+        far as the arguments of its training tell them; else empty.
+    """
+    path, settings = Path(path), None
+    if path.is_dir():
+        settings, state = read_manifest(path).get("config"), read_group(path)
+    elif path.suffix == ".safetensors":
+        state, settings = _load_safetensors(path)
+    else:
+        state = read_checkpoint(path)
+        settings = (state.get("config") or _published(state.get("args"))) if isinstance(state, dict) else None
+        for wrapper in ("model", "module"):
+            if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+                state = state[wrapper]
+                break
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        raise InputError(
+            f"checkpoint {path} holds no weights (looked for tensors by name, under 'model' or 'module' too)"
+        )
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    known = isinstance(settings, dict) and not {"model", "published"}.isdisjoint(settings)
+    return (settings if known else {}), tensors
+
+
+def _published(args: Any) -> dict[str, Any]:
+    """Frames and side of the clips of a published training, from its arguments."""
+    own = vars(args) if isinstance(args, argparse.Namespace) else {}
+    found = {"num_frames": own.get("num_frames"), "img_size": own.get("input_size")}
+    if isinstance(found["num_frames"], int) and isinstance(own.get("num_segments", 1), int):
+        found["num_frames"] *= own.get("num_segments", 1)
+    found = {name: value for name, value in found.items() if isinstance(value, int) and value > 0}
+    return {"published": found} if found else {}
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Tensors, and `config` of the metadata."""
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise InputError(f"reading {path} needs the safetensors package: pip install safetensors") from error
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist or is not a file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = (file.metadata() or {}).get("config", "null")
+            return {name: file.get_tensor(name) for name in file.keys()}, parse_json(config)
+    except Exception as error:
+        raise InputError(f"checkpoint {path} cannot be read: {error}") from error
+
+
+def load_into(
+    model: nn.Module, state: dict[str, Tensor], path: str | Path, *, allow_encoder_only: bool = False
+) -> str:
+    """Load `state` into `model`, strictly, and say in a line what was done.
+
+    With `allow_encoder_only`, a file that holds all of the encoder and nothing of the decoder is taken too,
+    and the rest of the model keeps its fresh weights.
+
+    Raises:
+        InputError: keys that are missing or left over, or shapes that differ: all of them, by name (the first
+            of each).
+    """
+    own = model.state_dict()
+    state = _fixed_tables_dropped(state, own, path)
+    fresh: list[str] = []
+    if allow_encoder_only and not any(name.startswith("decoder.") for name in state):
+        fresh = [name for name in own if name not in state and not name.startswith("encoder.")]
+    wanted = {name: value.shape for name, value in own.items() if name not in fresh}
+    check_shapes(wanted, {name: value.shape for name, value in state.items()}, path)
+    model.load_state_dict(state, strict=not fresh)
+    if fresh:
+        return f"{path}: encoder loaded; the file has no decoder, so {len(fresh)} other tensors start fresh"
+    return f"{path}: all {len(state)} tensors loaded"
+
+
+def check_shapes(own: dict[str, torch.Size], found: dict[str, torch.Size], path: str | Path) -> None:
+    """Raises InputError unless the tensors `found` in a file are those of the model, by name and shape."""
+    missing = [name for name in own if name not in found]
+    extra = [name for name in found if name not in own]
+    differing = [
+        f"{name}: {list(found[name])} in the file, {list(shape)} in the model"
+        for name, shape in own.items()
+        if name in found and found[name] != shape
+    ]
+    if missing or extra or differing:
+        raise InputError(_mismatch(path, missing, extra, differing))
+
+
+def _fixed_tables_dropped(
+    state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path
+) -> dict[str, Tensor]:
+    """Without fixed position tables, which some files carry and this code recomputes."""
+    tables = [name for name in state if name.rsplit(".", 1)[-1] == "pos_embed" and name not in own]
+    for name in tables:
+        check_fixed(state[name], f"{name} of checkpoint {path}")
+    return {name: value for name, value in state.items() if name not in tables}
+
+
+def check_fixed(table: Tensor, what: str) -> None:
+    """Raises InputError where a position table that a model with fixed positions would drop was learned."""
+    if not is_fixed_table(table):
+        raise InputError(
+            f"{what} was learned, but the model has fixed positions (learned_pos is false): it would get lost"
+        )
+
+
+def is_fixed_table(table: Tensor) -> bool:
+    """Whether positions [1, N, D] are the sine-cosine table, as far as a half-precision file can tell."""
+    if table.ndim != 3 or table.shape[0] != 1:
+        return False
+    return torch.allclose(table.float(), sine_cosine_positions(*table.shape[1:]), rtol=0, atol=5e-3)
+
+
+def _mismatch(
+    path: str | Path, missing: list[str], extra: list[str], differing: list[str], limit: int = 8
+) -> str:
+    lines = [f"checkpoint {path} is of another architecture:"]
+    for title, names in (
+        ("shapes differ", differing),
+        ("missing in the file", missing),
+        ("not in the model", extra),
+    ):
+        if names:
+            more = f" ... and {len(names) - limit} more" if len(names) > limit else ""
+            lines.append(f"  {title} ({len(names)}): " + "; ".join(names[:limit]) + more)
+    return "\n".join(lines)

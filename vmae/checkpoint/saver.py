@@ -1,0 +1,203 @@
+"""Writing checkpoints, with all ranks, at once or in the background: complete or absent, whatever happens
+meanwhile.
+
+A checkpoint is written to `.checkpoint-N.unfinished/`, every file forced to the disk, then the manifest; and
+when every rank is done, rank 0 renames the folder. Only then are older ones deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+
+from vmae.checkpoint.folder import CheckpointFolder
+from vmae.checkpoint.format import MANIFEST, NamedTensors, file_facts, make_manifest
+from vmae.errors import InputError
+from vmae.files.atomic import sync_folder, why_not_written
+
+
+class Ranks(Protocol):
+    """What saving asks of the run's processes; `vmae.train.parallel.Parallel` is one."""
+
+    rank: int
+    world_size: int
+    save_group: Any
+
+    @property
+    def is_main(self) -> bool: ...
+
+    def gather(self, value: Any, group: Any = None) -> list[Any]: ...
+
+
+class OneProcess:
+    """The only process of a run."""
+
+    rank, world_size, is_main, save_group = 0, 1, True, None
+
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        return [value]
+
+
+class Saver:
+    """Saves the checkpoints of a run. Every rank has one, and they are called together.
+
+    Args:
+        folder: of the run.
+        parallel: this rank.
+        background: copy the tensors to host memory, and write them while training goes on; the next save
+            waits for it.
+    """
+
+    def __init__(
+        self, folder: CheckpointFolder, parallel: Ranks | None = None, *, background: bool = False
+    ) -> None:
+        self.folder, self.parallel, self.background = folder, parallel or OneProcess(), background
+        self._writing: threading.Thread | None = None
+        self._error: InputError | None = None
+        self._wanted = 0  # bytes of the tensors that are being written
+
+    def save(self, step: int, tensors: NamedTensors, about: dict[str, Any]) -> None:
+        """Write the checkpoint of `step`, then delete those that are too old.
+
+        Args:
+            about: plain containers for the manifest; `config` among them.
+
+        Raises:
+            InputError: this one, or an earlier one in the background, can't be written; the complete ones are
+                all still there.
+        """
+        self.finish()
+        path = self.folder.path_of(step)
+        beside = path.with_name(f".{path.name}.unfinished")
+        held = [value for group in tensors.values() for value in group.values() if isinstance(value, Tensor)]
+        self._wanted = sum(tensor.numel() * tensor.element_size() for tensor in held)
+        self._together(lambda: self._make_room(beside) if self.parallel.is_main else None, path)
+        where = dict(
+            storage_writer=dcp.FileSystemWriter(beside),
+            process_group=self._group,
+            no_dist=self._group is None,
+        )
+        if not self.background:
+            self._together(lambda: dcp.save(tensors, **where), path)
+            self._complete(beside, path, step, about)
+            return
+        done = dcp.async_save(tensors, **where)
+
+        def complete() -> None:
+            try:
+                self._together(done.result, path)
+                self._complete(beside, path, step, about)
+            except InputError as error:
+                self._error = error
+
+        self._writing = threading.Thread(target=complete, name="checkpoint")
+        self._writing.start()
+
+    def finish(self) -> None:
+        """Wait for the save in the background, if there is one.
+
+        Raises:
+            InputError: it could not be written.
+        """
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(
+        self, kind: type | None = None, error: BaseException | None = None, trace: object = None
+    ) -> None:
+        """`finish`, as the end of a `with`: an earlier error is not covered by one of the save."""
+        try:
+            self.finish()
+        except InputError:
+            if error is None:
+                raise
+
+    @property
+    def _group(self) -> Any:
+        return self.parallel.save_group
+
+    def _together(self, work: Callable[[], Any], path: Path) -> None:
+        """Do `work` on every rank; an error on any of them is an error on all, and the unfinished folder
+        goes."""
+        failure: BaseException | None = None
+        try:
+            work()
+        except dcp.CheckpointException as error:
+            failure = next(iter(error.failures.values()))[0]
+        except (OSError, RuntimeError, InputError) as error:  # torch reports a full disk as either
+            failure = error
+        failures = self.parallel.gather(failure is not None, self._group)
+        if not any(failures):
+            return
+        if self.parallel.is_main and (beside := path.with_name(f".{path.name}.unfinished")).exists():
+            shutil.rmtree(beside, ignore_errors=True)
+            if isinstance(
+                failure, InputError
+            ):  # not the run's folder any more: torch's writer may have made it again
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
+        text = (
+            None if failure is None else self._describe(failure, path)
+        )  # now that what was free is free again
+        raise InputError(next(text for text in self.parallel.gather(text, self._group) if text))
+
+    def _describe(self, failure: BaseException, path: Path) -> str:
+        if isinstance(failure, InputError):
+            return str(failure)
+        if not path.parent.is_dir():
+            return f"cannot write {path}: output folder {path.parent} is gone, removed, renamed or unmounted during the run"
+        reason = why_not_written(failure, path, self._wanted)
+        return f"cannot write {path}: {reason}; the earlier checkpoints are untouched: {self.folder.describe_latest()}"
+
+    def _make_room(self, beside: Path) -> None:
+        for left_over in self.folder.unfinished():
+            shutil.rmtree(left_over, ignore_errors=True) if left_over.is_dir() else left_over.unlink(
+                missing_ok=True
+            )
+        self.folder.check()
+        beside.mkdir()  # without parents: where the run's folder has gone, nobody makes it again
+
+    def _complete(self, beside: Path, path: Path, step: int, about: dict[str, Any]) -> None:
+        """Write down what the files hold, give the folder its name, and delete what is too old."""
+        own: dict[str, dict[str, Any]] = {}
+
+        def hash_own() -> None:
+            for file in beside.iterdir():
+                if file.name.startswith(f"__{self.parallel.rank}_") or (
+                    self.parallel.is_main and file.name[:2] != "__"
+                ):
+                    own[file.name] = file_facts(file)
+
+        self._together(hash_own, path)
+        files = {
+            name: facts for rank in self.parallel.gather(own, self._group) for name, facts in rank.items()
+        }
+
+        def publish() -> None:
+            if self.parallel.is_main:
+                text = make_manifest(files, step, self.parallel.world_size, about)
+                with open(beside / MANIFEST, "w", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                sync_folder(beside)
+                self.folder.check()
+                if path.exists():  # of the same step, which a resumed run writes again
+                    self.folder.remove(path)
+                os.replace(beside, path)
+                sync_folder(path.parent)
+                self.folder.prune()
+
+        self._together(publish, path)

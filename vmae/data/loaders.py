@@ -1,0 +1,208 @@
+"""Micro-batches of a data set: made by worker processes, or by DALI."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from vmae.data.dali import DaliLoader, dali_missing
+from vmae.data.dataset import Batch, EpochSampler
+from vmae.data.quarantine import Quarantine
+from vmae.data.video_dataset import SampleKey, VideoDataset
+from vmae.data.workers import WorkerPool, hang_limit
+from vmae.errors import InputError
+
+LOADERS = ("cpu", "dali")
+
+
+class _BatchSource:
+    """Makes whole batches in a worker, and hands an `InputError` over as a value: a raised one would reach
+    the main process as a traceback of the worker, and the user would not find the message."""
+
+    def __init__(self, dataset: VideoDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, keys: list[SampleKey]) -> Batch | InputError:
+        try:
+            samples = [self.dataset[key] for key in keys]
+            return type(samples[0]).cat(samples)
+        except InputError as error:
+            return InputError(str(error))
+
+    def block(self, video: int, reason: str) -> None:
+        self.dataset.block(video, reason)
+
+    def set_watch(self, watch: Callable[[int], None]) -> None:
+        self.dataset.watch = watch
+
+
+class PretrainLoader:
+    """Iterator over `Batch`, one for each step from `start_step` on. Made by `build_loader`.
+
+    Attributes:
+        sampler: which samples each step reads.
+        quarantine: what failed so far.
+    """
+
+    def __init__(
+        self,
+        dataset: VideoDataset,
+        sampler: EpochSampler,
+        quarantine: Quarantine,
+        *,
+        num_workers: int,
+        pin_memory: bool,
+        prefetch: int,
+        hang_s: float,
+    ) -> None:
+        self.dataset, self.sampler, self.quarantine = dataset, sampler, quarantine
+        self._pin = pin_memory and torch.cuda.is_available()
+        source = _BatchSource(dataset)
+        if num_workers:  # they live as long as the run: the iterator spans all epochs
+            self._iterator = WorkerPool(
+                source, iter(sampler), count=num_workers, prefetch=prefetch, hang_s=hang_s
+            )
+        else:
+            self._iterator = (source[keys] for keys in sampler)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.sampler.steps_per_epoch
+
+    def __iter__(self) -> PretrainLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            raise StopIteration
+        batch = next(self._iterator)
+        try:
+            if isinstance(batch, InputError):
+                raise batch
+            self.quarantine.add(len(batch.ids), batch.replaced)
+        except InputError:
+            self.close()
+            raise
+        return batch.pin_memory() if self._pin else batch
+
+    def interrupt(self) -> None:
+        """End iteration soon, also where another thread waits for a batch."""
+        if isinstance(self._iterator, WorkerPool):
+            self._iterator.interrupt()
+
+    def close(self) -> None:
+        """End the workers; iteration is over."""
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
+
+    def __enter__(self) -> PretrainLoader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def check_loader(name: str) -> None:
+    """See that a loader can be had.
+
+    Raises:
+        InputError: an unknown name, or DALI is not installed.
+    """
+    if name not in LOADERS:
+        raise InputError(f"unknown loader {name!r}; known: {', '.join(LOADERS)}")
+    if name == "dali":
+        if lack := dali_missing():
+            raise InputError(lack)
+
+
+def build_loader(
+    dataset: VideoDataset,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    start_step: int = 0,
+    total_steps: int | None = None,
+    epochs: int | None = None,
+    pin_memory: bool = False,
+    prefetch: int = 2,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulate: int = 1,
+    quarantine: str | Path | None = None,
+    max_bad_share: float = 0.05,
+    hang_s: float | None = None,
+    loader: str = "cpu",
+    device: torch.device | str = "cpu",
+) -> PretrainLoader | DaliLoader:
+    """Micro-batches from step `start_step` up to `total_steps` (or `epochs`; without both, for ever).
+
+    Step k's batch is the same whatever the number of workers and wherever iteration started. A list of fewer
+    samples than a batch is repeated with other frames and crops, with one warning.
+
+    Args:
+        batch_size: B, videos of a micro-batch on this rank; it has B * num_sample clips.
+        num_workers: processes that decode; 0 decodes in this one, where a video that hangs or crashes takes
+            it along.
+        pin_memory: page-locked batches, for copies to a GPU beside its work; ignored where there is none.
+        prefetch: batches that each worker makes ahead.
+        rank, world_size, accumulate: see `EpochSampler`.
+        quarantine: file for the bad videos, one JSON line each; with many ranks, rank 3 writes NAME-3.jsonl.
+        max_bad_share: share of the list's videos that may be bad, see `Quarantine`; each rank judges what it
+            read itself.
+        hang_s: seconds that a video may take in a worker, before the worker is replaced and the video counts
+            as bad; None means `vmae.data.workers.hang_limit()`.
+        loader: "cpu", or "dali" (see `vmae.data.dali`; `num_workers` are its threads).
+        device: where DALI decodes; the CPU's loader has no use for it.
+
+    Raises:
+        InputError: a number out of range, both `total_steps` and `epochs`, a loader that is unknown or not
+            installed. While iterating: no video decodes, or too many do not.
+    """
+    if num_workers < 0 or prefetch < 1:
+        raise InputError(
+            f"num_workers ({num_workers}) must be at least 0 and prefetch ({prefetch}) at least 1"
+        )
+    check_loader(loader)
+    hang_s = hang_limit() if hang_s is None else hang_s
+    if hang_s <= 0:
+        raise InputError(f"hang_s must be above 0, not {hang_s}")
+    if quarantine is not None and rank:
+        quarantine = Path(quarantine).with_stem(f"{Path(quarantine).stem}-{rank}")
+    if total_steps is not None and epochs is not None:
+        raise InputError("give total_steps or epochs, not both")
+    sampler = EpochSampler(
+        len(dataset),
+        batch_size,
+        seed=dataset.seed,
+        rank=rank,
+        world_size=world_size,
+        accumulate=accumulate,
+        start_step=start_step,
+        total_steps=total_steps,
+    )
+    if epochs is not None:
+        sampler.total_steps = epochs * sampler.steps_per_epoch
+    if sampler.fills_up:
+        times = -(-sampler.global_batch_size // len(dataset.entries))
+        warnings.warn(
+            f"{len(dataset)} samples an epoch are fewer than a batch of {sampler.global_batch_size}: a video "
+            "comes up "
+            f"to {times} times in a batch, with other frames and crops",
+            stacklevel=2,
+        )
+    bad = Quarantine(quarantine, max_bad_share, len({entry.path for entry in dataset.entries}))
+    if loader == "dali":
+        return DaliLoader(dataset, sampler, bad, device=device, num_threads=max(num_workers, 1))
+    return PretrainLoader(
+        dataset,
+        sampler,
+        bad,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch=prefetch,
+        hang_s=hang_s,
+    )

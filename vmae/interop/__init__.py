@@ -1,1 +1,0 @@
-"""Meeting other code: published checkpoints and golden files."""

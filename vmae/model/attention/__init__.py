@@ -1,0 +1,183 @@
+"""Self-attention on packed q, k, v, through one function with named backends (`choice.py` lists
+them).
+
+Legend: B clips, N tokens, D width, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmae.errors import InputError
+from vmae.model.attention.calls import softmax_attention
+from vmae.model.attention.choice import BACKENDS, NAMES, backend_of, choose, choose_name
+from vmae.model.attention.packed import Lengths
+from vmae.model.attention.probes import Workload
+from vmae.model.recompute import norm_linear
+
+__all__ = ["ATTENTION_BACKENDS", "Attention", "Lengths", "attention", "packed_attention", "softmax_attention"]
+
+ATTENTION_BACKENDS = NAMES
+LOG_100 = 4.6052  # as the published code writes it
+
+
+def _chosen(*key) -> str:
+    """torch.compile takes the answer as a constant instead of tracing what finds it: imports, device queries,
+    probes."""
+    return choose_name(*key)
+
+
+# What torch.compiler.assume_constant_result sets (torch 2.4 to 2.13); calling it would import torch._dynamo,
+# 1.5 s, for all.
+_chosen._dynamo_marked_constant = True
+
+
+def attention(qkv: Tensor, backend: str = "auto", scale: float | None = None) -> Tensor:
+    """`softmax(q k^T * scale) v` for every head.
+
+    Args:
+        qkv: [B, N, 3, H, d], packed, any strides.
+        backend: a name in `ATTENTION_BACKENDS`; "auto" takes the fastest that is installed and fits the
+            device, the dtype and the head dim, and logs once which.
+        scale: factor on the scores; None means `d ** -0.5`.
+
+    Returns:
+        [B, N, H, d].
+
+    Raises:
+        InputError: an unknown backend, or one that can't run here: the message says why, and what would.
+            Nothing else is taken in its place. "auto" never raises.
+    """
+    training = torch.is_grad_enabled() and qkv.requires_grad
+    device, compiled = qkv.device, torch.compiler.is_compiling()
+    if qkv.stride(-1) != 1:
+        qkv = qkv.contiguous()  # what every fused kernel asks for; qkv out of a linear layer has it
+    name = _chosen(backend, device.type, device.index, qkv.dtype, qkv.shape[-1], training, compiled)
+    return BACKENDS[name].call(qkv, qkv.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def packed_attention(
+    qkv: Tensor, lengths: Lengths, backend: str = "auto", scale: float | None = None
+) -> Tensor:
+    """`softmax(q k^T * scale) v` for every head, each sequence for itself.
+
+    Args:
+        qkv: [T, 3, H, d], sequences one after the other.
+        lengths: of the sequences, T in total.
+        backend, scale: as for `vmae.model.attention.attention`. A backend without a function for packed
+            sequences pads them (B x longest rows) and hides the padding with a key mask.
+
+    Returns:
+        [T, H, d].
+
+    Raises:
+        InputError: an unknown backend, one that can't do this here, or `lengths` of another total.
+    """
+    if qkv.shape[0] != lengths.total:
+        raise InputError(
+            f"{qkv.shape[0]} packed tokens do not fit sequences of {lengths.total} tokens in total"
+        )
+    training = torch.is_grad_enabled() and qkv.requires_grad
+    workload = Workload.on(
+        qkv.device, dtype=qkv.dtype, head_dim=qkv.shape[-1], training=training, packed=True
+    )
+    chosen = choose(backend, workload)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    if chosen.packed is not None:
+        return chosen.packed(qkv, lengths, scale)
+    rows = len(lengths.counts) * lengths.longest
+    padded = qkv.new_zeros(rows, *qkv.shape[1:]).index_copy(0, lengths.padded_rows, qkv)
+    out = chosen.call(padded.unflatten(0, (-1, lengths.longest)), scale, lengths.key_mask)
+    return out.flatten(0, 1).index_select(0, lengths.padded_rows)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with the published names: `qkv.weight`, `q_bias`, `v_bias`, `proj`.
+
+    k has no bias: it would shift every score of a query alike. With `cos_attn`, q and k are normalised and a
+    learned temperature per head replaces the fixed factor (Swin V2, equation 2): the exponential of `scale`
+    [H, 1, 1], which is held below log 100.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        cos_attn: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if backend != "auto":
+            backend_of(backend)  # a misspelt name is an error now, not at the first step
+        self.num_heads = num_heads
+        self.qk_scale = qk_scale
+        self.backend = backend
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0))) if cos_attn else None
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self, x_BND: Tensor, norm: nn.LayerNorm | None = None, lengths: Lengths | None = None
+    ) -> Tensor:
+        """Attention of x, or of `norm(x)`, whose result is then not kept for the backward.
+
+        With `lengths`, x is [1, T, D]: sequences of those lengths one after the other, each attending to
+        itself alone.
+        """
+        qkv, scale = self._scored(x_BND, norm)
+        if lengths is None:
+            out = attention(qkv, self.backend, scale)
+        else:
+            out = packed_attention(qkv[0], lengths, self.backend, scale)[None]
+        return self.proj(out.flatten(2))
+
+    def weights(self, x_BND: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """float32 [B, H, N, N]: how much each token (row) takes from each (column) in `forward`; rows sum to
+        1.
+
+        Computed with the whole matrix, to look at: the fused backends never hold it.
+        """
+        qkv, scale = self._scored(x_BND, norm)
+        q, k, _ = qkv.float().permute(2, 0, 3, 1, 4)
+        return (q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1)
+
+    def _scored(self, x_BND: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, float | None]:
+        """qkv [B, N, 3, H, d] of x, or of `norm(x)`, and the factor on its scores."""
+        bias = self._bias()
+        if norm is None:
+            qkv = F.linear(x_BND, self.qkv.weight, bias)
+        else:
+            qkv = norm_linear(x_BND, norm, self.qkv.weight, bias)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
+        if self.scale is not None:
+            return self._cosine(qkv), 1.0
+        return qkv, self.qk_scale
+
+    def _bias(self) -> Tensor | None:
+        """[3 D]: q's bias, zeros, v's bias, which the matrix product adds on its way out.
+
+        Measured for 2 x 160 tokens of ViT-B in float32 on one core, where the product takes 23 ms: putting
+        these 9 KB together takes 0.01 ms. The ways around it are no faster there and slower on a GPU: adding
+        to q and v afterwards passes over two thirds of qkv once more (31 MB a layer at batch 32, in bf16
+        rounded twice), three products read x three times, a kept copy goes stale in silence where FSDP swaps
+        the parameters' storage.
+        """
+        if self.q_bias is None:
+            return None
+        return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+
+    def _cosine(self, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unbind(2)
+        temperature = self.scale.clamp(max=LOG_100).exp().transpose(0, 1)  # [1, H, 1]
+        q = F.normalize(q, dim=-1) * temperature
+        # Autocast may have made norms float32: attention gets one dtype, that of the linear layer.
+        return torch.stack([q.to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), v], dim=2)

@@ -1,0 +1,265 @@
+"""What a pre-training run needs of given machines: memory of one GPU, the largest batch, FLOPs, hours, clips
+a second.
+
+Bytes are counted (`vmae.planning.memory`); hours follow from FLOPs and an assumed utilisation. Nothing here is
+measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from vmae.config import CHECKPOINTING, MaskConfig, ModelConfig, _Checked
+from vmae.errors import InputError
+from vmae.model import build_pretrainer
+from vmae.model.cost import masked_macs
+from vmae.planning.memory import Activations, Memory, count_activations, state_bytes
+from vmae.settings import BATCH, SHARE_ABOVE_0, SHARE_BELOW_1, STEPS, Real, Whole, ranged
+from vmae.train.loop import DTYPES
+
+UNLABELED_HYBRID = 1_350_000  # videos, VideoMAE V2, section 4.1
+# The fewest clips on a GPU at once that a recommendation avoids recomputation for: below, its matrix products
+# are small.
+ENOUGH_CLIPS = 16
+_GPUS = Whole(1, 10**6)
+
+
+@dataclass(frozen=True)
+class Published:
+    """GPUs of the published run, with 32 videos each, its passes over the videos, and its learning rate for
+    256 of them.
+
+    `recipes/pretrain_vit*.sh` tell where each number comes from.
+    """
+
+    gpus: int
+    epochs: int
+    lr: float
+
+    @property
+    def effective_batch(self) -> int:
+        return 32 * self.gpus
+
+
+PUBLISHED = {
+    "vit_b": Published(32, 200, 1e-3),
+    "vit_l": Published(48, 300, 1e-3),
+    "vit_h": Published(64, 300, 6e-4),
+    "vit_g": Published(64, 300, 6e-4),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster(_Checked):
+    """The machines of a run.
+
+    Attributes:
+        gpus: all of them.
+        gpus_per_node: of one machine.
+        shard_size: GPUs that share one copy of the state in hybrid sharding; None means those of a node.
+        memory: bytes of one GPU.
+        reserve: share of it left to CUDA, NCCL and what the allocator can't use.
+        peak_flops: of one GPU in the run's dtype, FLOP/s; None where it is not known: then no time is told.
+        mfu: share of it that is reached.
+    """
+
+    gpus: int = ranged(8, _GPUS)
+    gpus_per_node: int = ranged(8, _GPUS)
+    shard_size: int | None = ranged(None, _GPUS)
+    memory: float = ranged(80 * 2**30, Real(above=0, most=2**50))
+    reserve: float = ranged(0.08, SHARE_BELOW_1)
+    peak_flops: float | None = ranged(989e12, Real(above=0, most=1e18))
+    mfu: float = ranged(0.5, SHARE_ABOVE_0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            raise InputError(
+                f"{self.gpus} GPUs do not fill nodes of {self.gpus_per_node}; give --gpus-per-node"
+            )
+
+    @property
+    def nodes(self) -> int:
+        return max(1, self.gpus // self.gpus_per_node)
+
+    def shardings(self, parallel: str = "auto") -> dict[str, int]:
+        """Name of every way to spread the state, least communication first: number of GPUs that share one
+        copy of it.
+
+        Raises:
+            InputError: `parallel` names one that these machines don't have.
+        """
+        part = self.shard_size or self.gpus_per_node
+        if self.gpus % part:
+            raise InputError(f"--shard-size {part} does not divide {self.gpus} GPUs")
+        known = {"none": 1} if self.gpus == 1 else {"ddp": 1, "hybrid": part, "fsdp": self.gpus}
+        if parallel == "auto":
+            return {
+                name: sharers for name, sharers in known.items() if name != "hybrid" or 1 < part < self.gpus
+            }
+        if parallel not in known:
+            raise InputError(
+                f"--parallel {parallel} does not fit {self.gpus} GPUs; known there: {', '.join(known)}"
+            )
+        return {parallel: known[parallel]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload(_Checked):
+    """One optimizer step, and how many of them.
+
+    Attributes:
+        batch_size: videos on a GPU at once.
+        num_sample: clips of a video.
+        effective_batch: videos of an optimizer step, over all GPUs and accumulated batches.
+        videos, epochs: of the run; `steps` instead of epochs where it is given.
+        dtype: "bfloat16" (autocast or FSDP's mixed precision) or "float32".
+    """
+
+    batch_size: int = ranged(32, BATCH)
+    num_sample: int = ranged(4, BATCH)
+    effective_batch: int = ranged(2048, Whole(1, 2**40))
+    videos: int = ranged(UNLABELED_HYBRID, Whole(1, 10**15))
+    epochs: int = ranged(300, Whole(1, 10**9))
+    steps: int | None = ranged(None, STEPS)
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dtype not in DTYPES:
+            raise InputError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        if self.videos < self.effective_batch:
+            raise InputError(f"{self.videos} videos do not fill one step of {self.effective_batch}")
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps or self.epochs * (self.videos // self.effective_batch)
+
+    @property
+    def clips_per_step(self) -> int:
+        return self.effective_batch * self.num_sample
+
+    def accumulate(self, gpus: int) -> int:
+        """Batches of an optimizer step on each GPU."""
+        return max(1, round(self.effective_batch / (gpus * self.batch_size)))
+
+    def batch_within(self, largest: int, gpus: int) -> int:
+        """The largest batch up to `largest` that gives the effective batch by accumulation, if any does."""
+        share = self.effective_batch // gpus
+        return next((b for b in range(min(largest, share), 0, -1) if share % b == 0), 0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run: a checkpointing and a sharding, at the requested batch.
+
+    Attributes:
+        memory: at `batch_size` videos.
+        fits: into the GPU's memory, less the reserve.
+        largest_batch: videos that fit; 0 where the state alone is too large.
+        executed_flops: of an optimizer step on all GPUs, recomputation included.
+        mfu: what is left of the assumed utilisation when recomputed FLOPs don't count.
+        step_s, hours, clips_per_s: at the assumed utilisation of what is executed; None without a known peak.
+    """
+
+    checkpointing: str
+    sharding: str
+    batch_size: int
+    memory: Memory
+    fits: bool
+    largest_batch: int
+    executed_flops: float
+    mfu: float
+    step_s: float | None
+    hours: float | None
+    clips_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All rows, and what they share: `model_flops` of a step (3 forward passes), the parameters' number."""
+
+    config: ModelConfig
+    mask: MaskConfig
+    cluster: Cluster
+    workload: Workload
+    parameters: int
+    model_flops: float
+    rows: list[Row]
+
+    @property
+    def best(self) -> Row | None:
+        """Least recomputation, then least communication, of what fits: at the batch asked for, else at the
+        largest."""
+        fitting = [row for row in self.rows if row.fits]
+        if fitting:
+            return min(fitting, key=lambda row: row.executed_flops)  # rows come in the order of communication
+        enough = math.ceil(ENOUGH_CLIPS / self.workload.num_sample)
+        smaller = [row for row in self.rows if row.largest_batch >= enough]
+        if smaller:
+            return min(smaller, key=lambda row: row.executed_flops)
+        largest = max(self.rows, key=lambda row: row.largest_batch)
+        return largest if largest.largest_batch else None
+
+
+def make_plan(
+    config: ModelConfig,
+    mask: MaskConfig,
+    cluster: Cluster,
+    workload: Workload,
+    *,
+    checkpointing: str | None = None,
+    parallel: str = "auto",
+) -> Plan:
+    """Every checkpointing with every sharding, or the named ones. Seconds for any model; nothing of its size
+    is allocated."""
+    shardings = cluster.shardings(parallel)
+    with torch.device("meta"):
+        model = build_pretrainer(config, backend="torch")
+    model_flops = 6.0 * masked_macs(config, mask) * workload.clips_per_step
+    plain = count_activations(config, mask, workload.dtype, "none")
+    rows = []
+    for name in [checkpointing] if checkpointing else CHECKPOINTING:
+        activations = plain if name == "none" else count_activations(config, mask, workload.dtype, name)
+        recomputed = (activations.flops - plain.flops) * workload.clips_per_step
+        for sharding, sharers in shardings.items():
+            state = state_bytes(model, sharers, workload.dtype, workload.accumulate(cluster.gpus))
+            rows.append(_row(name, sharding, state, activations, model_flops, recomputed, cluster, workload))
+    parameters = sum(p.numel() for p in model.parameters())
+    return Plan(config, mask, cluster, workload, parameters, model_flops, rows)
+
+
+def _row(
+    checkpointing: str,
+    sharding: str,
+    state: tuple,
+    activations: Activations,
+    model_flops: float,
+    recomputed: float,
+    cluster: Cluster,
+    workload: Workload,
+) -> Row:
+    clips = workload.batch_size * workload.num_sample
+    memory = Memory(*state, activations.saved(clips), activations.working(clips))
+    usable = cluster.memory * (1 - cluster.reserve)
+    left = usable - sum(state) - activations.fixed - activations.working_fixed
+    a_video = workload.num_sample * (activations.per_clip + activations.working_per_clip)
+    executed = model_flops + recomputed
+    rate = cluster.gpus * (cluster.peak_flops or 0) * cluster.mfu
+    step_s = executed / rate if rate else None
+    return Row(
+        checkpointing,
+        sharding,
+        workload.batch_size,
+        memory,
+        memory.total <= usable,
+        max(0, int(left // a_video)),
+        executed,
+        cluster.mfu * model_flops / executed,
+        step_s,
+        workload.total_steps * step_s / 3600 if step_s else None,
+        workload.clips_per_step / step_s if step_s else None,
+    )

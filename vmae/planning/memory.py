@@ -1,0 +1,127 @@
+"""Memory of a training step on paper: state from real parameter shapes, activations from steps on fake
+tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from vmae.config import MaskConfig, ModelConfig
+from vmae.model import Pretrainer, build_pretrainer
+from vmae.model.cost import StepCount, count_step, on_paper
+from vmae.train.activations import prepare_blocks
+from vmae.train.loop import DTYPES
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one GPU's step as straight lines in its number of clips: `fixed + per_clip * clips`.
+
+    Attributes:
+        fixed, per_clip: kept between forward and backward.
+        working_fixed, working_per_clip: on top of that, at the worst moment; the first may be below 0.
+        flops: of a clip's forward and backward, recomputation included, as far as PyTorch runs them.
+    """
+
+    fixed: float
+    per_clip: float
+    working_fixed: float
+    working_per_clip: float
+    flops: float
+
+    def saved(self, clips: float) -> float:
+        return self.fixed + self.per_clip * clips
+
+    def working(self, clips: float) -> float:
+        return max(0.0, self.working_fixed + self.working_per_clip * clips)
+
+
+def count_activations(
+    config: ModelConfig, mask: MaskConfig, dtype: str, checkpointing: str, backend: str = "triton"
+) -> Activations:
+    """Counted on fake tensors at two batches and two depths; everything else is a straight line.
+
+    All blocks of the encoder are alike, and the worst moment comes while all of them hold what they keep.
+
+    Args:
+        backend: of the fused operations; "triton" is what runs on a GPU.
+    """
+
+    def step(depth: int, clips: int) -> StepCount:
+        def build(smaller: ModelConfig) -> Pretrainer:
+            model = build_pretrainer(smaller, backend=backend, attention="sdpa")
+            prepare_blocks((*model.encoder.blocks, *model.decoder.blocks), checkpointing=checkpointing)
+            return model
+
+        smaller = config.replace(depth=depth, drop_path_rate=0.0)
+        with on_paper(build, smaller, mask, DTYPES[dtype]) as (model, loss_of):
+            return count_step(lambda: loss_of(clips), model)
+
+    few, many = 8, 16
+    shallow, deep = ({clips: step(depth, clips) for clips in (few, many)} for depth in (1, 2))
+    saved, working, flops = {}, {}, {}
+    for clips in (few, many):
+        one, two = shallow[clips], deep[clips]
+        saved[clips] = two.saved + (config.depth - 2) * (two.saved - one.saved)
+        working[clips] = two.peak - two.saved
+        flops[clips] = two.flops + (config.depth - 2) * (two.flops - one.flops)
+    slope, working_slope = ((line[many] - line[few]) / (many - few) for line in (saved, working))
+    return Activations(
+        fixed=saved[few] - few * slope,
+        per_clip=slope,
+        working_fixed=working[few] - few * working_slope,
+        working_per_clip=working_slope,
+        flops=flops[few] / few,
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU (the one that holds most of what does not divide).
+
+    Attributes:
+        parameters: float32 master weights, and buffers.
+        gradients: float32; there throughout, as they are from the second accumulated batch on. FSDP keeps
+            them whole while it accumulates, and sums them over the GPUs at the step's last batch.
+        optimizer: AdamW's two float32 moments, and a step counter a tensor.
+        gathered: FSDP's whole parameters of the root and two blocks, and a block's gradient on its way.
+        activations: kept between forward and backward, clips included.
+        working: on top of that, at the worst moment of the step.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+
+def state_bytes(model: nn.Module, sharers: int, dtype: str, accumulate: int = 1) -> tuple[int, int, int, int]:
+    """Bytes of parameters, gradients, optimizer state and gathered parameters, where `sharers` GPUs hold one
+    copy of `model`.
+
+    FSDP2 cuts every parameter along its first dimension; the first GPU has the largest part. While a block
+    runs, its whole parameters and the next one's are there in `dtype`; in the backward its gradient too, and
+    that in float32 to be reduced.
+    """
+    parameters = list(model.parameters())
+    elements = sum(p.numel() for p in parameters)
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    if sharers == 1:
+        return 4 * elements + buffers, 4 * elements, 8 * elements + 4 * len(parameters), 0
+    part = sum(math.ceil(p.shape[0] / sharers) * p[0].numel() for p in parameters)
+    blocks = [
+        sum(p.numel() for p in block.parameters()) for block in (*model.encoder.blocks, *model.decoder.blocks)
+    ]
+    size = DTYPES[dtype].itemsize
+    gathered = size * (elements - sum(blocks)) + max(blocks) * (2 * size + size + 4)
+    gradients = 4 * part + (4 * elements if accumulate > 1 else 0)
+    return 4 * part + buffers, gradients, 8 * part + 4 * len(parameters), gathered

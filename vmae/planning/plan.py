@@ -1,0 +1,310 @@
+"""`python -m vmae plan`: what a pre-training run will need, told before it is started.
+
+It takes the flags of `pretrain`, whose batch, masks, samples and length it plans, and the machines. A table
+for people, JSON for machines, and one line of recommendation. Nothing is measured; what is assumed is
+printed. With --checkpointing or --parallel only that choice is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vmae.data import VideoEntry, read_data
+from vmae.errors import InputError
+from vmae.model.cost import peak_flops, token_counts
+from vmae.planning.budget import PUBLISHED, UNLABELED_HYBRID, Cluster, Plan, Row, Workload, make_plan
+from vmae.settings import Limits, Real, limits
+from vmae.train import pretrain_settings
+from vmae.train.optim import OptimConfig
+from vmae.train.pretrain_settings import PretrainConfig
+
+SCHEMA = "vmae-plan/1"
+_UNITS = {"": 2**30, "G": 2**30, "GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6}
+_MEMORY = ("parameters", "gradients", "optimizer", "gathered", "activations", "working")
+
+
+class MemorySize(Limits):
+    """Bytes of "80GiB", "80GB", "80" (GiB)."""
+
+    def allows(self, value: float) -> bool:
+        return limits(Cluster, "memory").allows(value)
+
+    def read(self, text: str) -> float:
+        match = re.fullmatch(r"([\d.]+)\s*([a-zA-Z]*)", text.strip())
+        if not match or match[2].upper() not in _UNITS:
+            raise ValueError(text)
+        return float(match[1]) * _UNITS[match[2].upper()]
+
+    def __str__(self) -> str:
+        return "a memory size above 0 and at most 1 PiB, such as 80GiB or 80GB"
+
+
+memory_size = MemorySize()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    about = "The flags of `pretrain` say what is planned; here --device may name a GPU (h100, a100, ...; by default h100)."
+    group = parser.add_argument_group("machines and assumptions", about)
+    group.add_argument("--gpus", type=limits(Cluster, "gpus"), default=8, help="all GPUs of the run (8)")
+    group.add_argument(
+        "--gpus-per-node", type=limits(Cluster, "gpus_per_node"), default=8, help="GPUs of one machine (8)"
+    )
+    group.add_argument(
+        "--memory", type=memory_size, default=memory_size("80GiB"), help="of one GPU: 80GiB, 40GB (80GiB)"
+    )
+    group.add_argument(
+        "--reserve",
+        type=limits(Cluster, "reserve"),
+        default=0.08,
+        help="share left to CUDA, NCCL and the allocator (0.08)",
+    )
+    group.add_argument(
+        "--mfu",
+        type=limits(Cluster, "mfu"),
+        default=0.5,
+        help="share of the peak FLOP/s that is reached (0.5)",
+    )
+    group.add_argument(
+        "--peak",
+        type=Real(above=0, most=1e6),
+        metavar="TFLOPS",
+        help="of one GPU (default: the device's in bf16)",
+    )
+    group.add_argument(
+        "--effective-batch",
+        type=limits(Workload, "effective_batch"),
+        help="videos of an optimizer step (default: the published run's)",
+    )
+    group.add_argument(
+        "--videos",
+        type=limits(Workload, "videos"),
+        help=f"in the list (default: those of --data, else {UNLABELED_HYBRID})",
+    )
+    group.add_argument(
+        "--json", metavar="FILE", help="write everything there too; - for the terminal, and nothing else"
+    )
+    pretrain_settings.add_arguments(parser, required=False)
+    parser.set_defaults(model="vit_g", dtype="bfloat16", num_sample=4, data="", output="")
+    parser.set_defaults(epochs=None, lr=None, accumulate=None, checkpointing=None)  # see plan_from_args
+
+
+def run(args: argparse.Namespace) -> int:
+    config, plan, entries = plan_from_args(args)
+    content = describe(plan, config)
+    if args.json == "-":
+        print(json.dumps(content, indent=1))
+        return 0
+    for line in report(plan, config, args):
+        print(line)
+    for line in list_lines(args.data, entries):
+        print(line)
+    if args.json:
+        _write(Path(args.json), content)
+    return 0
+
+
+def plan_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, Plan, Sequence[VideoEntry]]:
+    """The plan of a command line, with the settings of `pretrain` it is for, and the list's videos (none
+    without --data)."""
+    name = pretrain_settings.PUBLISHED_MODELS.get(args.model, args.model)
+    published = PUBLISHED.get(name)
+    args.epochs = args.epochs or (published.epochs if published else 300)
+    args.lr = args.lr or (published.lr if published else OptimConfig.lr)
+    effective, accumulate = args.effective_batch, args.accumulate
+    if accumulate is not None:
+        effective = args.gpus * args.batch_size * accumulate
+    elif effective is None:
+        effective = published.effective_batch if published else args.gpus * args.batch_size
+    checkpointing, args.checkpointing = args.checkpointing, args.checkpointing or "none"
+    args.accumulate = accumulate or 1
+    config, settings = pretrain_settings.configs_from_args(args)
+    cluster = Cluster(
+        gpus=args.gpus,
+        gpus_per_node=min(args.gpus_per_node, args.gpus),
+        shard_size=args.shard_size,
+        memory=args.memory,
+        reserve=args.reserve,
+        peak_flops=_peak_flops(args),
+        mfu=args.mfu,
+    )
+    entries = read_data(args.data, args.data_root) if args.data else []
+    workload = Workload(
+        batch_size=settings.batch_size,
+        num_sample=config.num_sample,
+        effective_batch=effective,
+        videos=config.repeat * (args.videos or len(entries) or UNLABELED_HYBRID),
+        epochs=config.epochs,
+        steps=config.steps,
+        dtype=config.dtype,
+    )
+    plan = make_plan(
+        config.model, config.mask, cluster, workload, checkpointing=checkpointing, parallel=args.parallel
+    )
+    return config, plan, entries
+
+
+def _peak_flops(args: argparse.Namespace) -> float | None:
+    if args.peak is not None or args.device == "cpu":
+        return args.peak and args.peak * 1e12
+    found = peak_flops("h100" if args.device in ("auto", "cuda") else args.device, args.dtype)
+    if found is None:
+        raise InputError(f"the peak FLOP/s of --device {args.device!r} are not known; give --peak TFLOPS")
+    return found
+
+
+# --- For people ---
+
+
+def report(plan: Plan, config: PretrainConfig, args: argparse.Namespace) -> list[str]:
+    """The plan in lines."""
+    cluster, work, model = plan.cluster, plan.workload, plan.config
+    tokens, (height, width) = token_counts(model, plan.mask), model.image_hw
+    optim = config.optim.scaled_to(work.effective_batch)
+    nodes = f"{cluster.nodes} node{'s' * (cluster.nodes > 1)}"
+    return [
+        f"model: {args.model}, {plan.parameters / 1e6:.1f} M parameters, {work.dtype}; {cluster.gpus} GPU"
+        f"{'s' * (cluster.gpus > 1)} of {gib(cluster.memory)} GiB on {nodes}",
+        f"clip: {model.num_frames} x {height} x {width}, {tokens.total} tokens ({tokens.visible} visible, "
+        f"{tokens.decoded} "
+        f"picked, {tokens.counted} counted by the loss); {work.num_sample} clips a video",
+        f"step: effective batch {work.effective_batch} videos = {cluster.gpus} x {work.batch_size} x "
+        f"{work.accumulate(cluster.gpus)} accumulated, {work.clips_per_step} clips; learning rate "
+        f"{config.optim.lr:g} x "
+        f"{work.effective_batch} / 256 = {optim.lr:.4g} at its peak; {_number(plan.model_flops / 1e12)} "
+        "TFLOP (3 x forward)",
+        f"run: {work.total_steps} steps, {work.total_steps * work.clips_per_step / 1e6:.4g} M clips"
+        + (f" ({work.videos} videos x {work.epochs} epochs)" if work.steps is None else ""),
+        *_mismatch(work, cluster),
+        "",
+        f"memory of one GPU in GiB at {work.batch_size} videos ({work.batch_size * work.num_sample} clips), "
+        "and a step's cost:",
+        *table(plan),
+        "",
+        assumptions(cluster),
+        recommendation(plan),
+    ]
+
+
+def assumptions(cluster: Cluster) -> str:
+    """What the figures rest on, in a line."""
+    rate = "no peak FLOP/s known, so no time (--peak tells it)"
+    if cluster.peak_flops:
+        rate = f"{cluster.mfu:.0%} of {cluster.peak_flops / 1e12:g} TFLOP/s a GPU for all that is executed, made again or not"
+    return f"assumed: {rate}; {cluster.reserve:.0%} of the memory left to CUDA, NCCL and the allocator; not measured"
+
+
+def _mismatch(work: Workload, cluster: Cluster) -> list[str]:
+    reached = cluster.gpus * work.batch_size * work.accumulate(cluster.gpus)
+    if reached == work.effective_batch:
+        return []
+    return [
+        f"note: {cluster.gpus} x {work.batch_size} videos do not divide {work.effective_batch}; "
+        f"{work.accumulate(cluster.gpus)} accumulated make {reached}"
+    ]
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"
+
+
+def table(plan: Plan) -> list[str]:
+    """One line a row, columns aligned."""
+    cost = ["TFLOP", "MFU %", "s/step", "hours", "clips/s"]
+    lines = [["checkpointing", "sharding", *_MEMORY, "total", "fits", "largest batch", *cost]]
+    for row in plan.rows:
+        memory = [gib(getattr(row.memory, name)) for name in _MEMORY]
+        cost = [row.executed_flops / 1e12, 100 * row.mfu, row.step_s, row.hours, row.clips_per_s]
+        fits = [gib(row.memory.total), "yes" if row.fits else "no", str(row.largest_batch)]
+        lines.append([row.checkpointing, row.sharding, *memory, *fits, *map(_number, cost)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    aligned = [
+        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths)))
+        for line in lines
+    ]
+    return [aligned[0], "-" * len(aligned[0]), *aligned[1:]]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def recommendation(plan: Plan) -> str:
+    """One line: the flags to start with, and what they cost."""
+    row, work, cluster = plan.best, plan.workload, plan.cluster
+    if row is None:
+        return f"recommendation: none: not one video fits {gib(cluster.memory)} GiB; more GPUs (--gpus) share the state"
+    flags = " ".join(recommended_flags(plan, row))
+    if row.hours is None:
+        return f"recommendation: {flags}"
+    clips, videos = row.clips_per_s, row.clips_per_s / work.num_sample
+    return (
+        f"recommendation: {flags}: {_number(row.hours)} hours ({_number(row.hours / 24)} days); data must "
+        "supply "
+        f"{clips:.0f} clips/s, from {videos:.0f} videos/s ({videos / cluster.gpus:.1f} a GPU)"
+    )
+
+
+def recommended_flags(plan: Plan, row: Row) -> list[str]:
+    """Flags of `pretrain` for a row, with a batch that fits and makes up the effective batch."""
+    work, gpus = plan.workload, plan.cluster.gpus
+    batch = work.batch_size if row.fits else work.batch_within(row.largest_batch, gpus)
+    accumulate = dataclasses.replace(work, batch_size=batch).accumulate(gpus)
+    flags = dict(
+        parallel=row.sharding, checkpointing=row.checkpointing, batch_size=batch, accumulate=accumulate
+    )
+    return [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def list_lines(data: str, entries: Sequence[VideoEntry], count: int = 3) -> list[str]:
+    """The first videos of the list, if there is one."""
+    if not data:
+        return []
+    shown = [entries[i] for i in range(min(count, len(entries)))]
+    lines = [f"  {e.path}" + (f" ({e.total} frames)" if e.kind == "frames" else "") for e in shown]
+    return [f"data: {data}, {len(entries)} entries, the first:", *lines]
+
+
+# --- For machines ---
+
+
+def describe(plan: Plan, config: PretrainConfig) -> dict[str, Any]:
+    """Everything in plain containers; bytes, FLOPs, seconds."""
+    work, cluster, best = plan.workload, plan.cluster, plan.best
+    rows = [dataclasses.asdict(row) for row in plan.rows]
+    for content, row in zip(rows, plan.rows):
+        content["memory"]["total"] = row.memory.total
+    return {
+        "schema": SCHEMA,
+        "model": plan.config.to_dict(),
+        "mask": plan.mask.to_dict(),
+        "parameters": plan.parameters,
+        "cluster": cluster.to_dict(),
+        "workload": {
+            **work.to_dict(),
+            "total_steps": work.total_steps,
+            "clips_per_step": work.clips_per_step,
+            "accumulate": work.accumulate(cluster.gpus),
+            "peak_lr": config.optim.scaled_to(work.effective_batch).lr,
+        },
+        "model_flops_per_step": plan.model_flops,
+        "rows": rows,
+        "recommended": None
+        if best is None
+        else {"row": plan.rows.index(best), "flags": recommended_flags(plan, best)},
+    }
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    print(f"json: {path}")

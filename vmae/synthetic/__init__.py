@@ -1,0 +1,1 @@
+"""Made videos with known labels, boxes and segments, and the sample clips."""

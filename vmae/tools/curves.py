@@ -1,0 +1,269 @@
+"""`python -m vmae curves RUN...`: loss, learning rate, gradient norm and clips a second of several runs,
+drawn together.
+
+Reads what a run logs as it goes (`log.jsonl`), so a run need not be finished. `--reference NAME` adds a curve
+that is kept in `docs/curves`: "is my loss right?" has an answer there. `--export` writes such a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vmae.errors import InputError
+from vmae.files.atomic import write_atomically
+from vmae.files.json_files import read_json_lines
+from vmae.train.metrics import LOG_NAME, loss_of_last_tenth, read_starts
+
+REFERENCES = Path(__file__).parent.parent.parent / "docs" / "curves"
+PANELS = {"loss_mean": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "clips_per_s": "clips/s"}
+AXES = {"step": "step", "epoch": "epoch"}
+# Told apart without colour: by line style, and by shades that differ in lightness.
+_STYLES = ("-", "--", "-.", ":")
+_SHADES = ("#000000", "#7a1fa2", "#2c7fb8", "#e08214", "#777777")
+_POINTS = 200  # lines of an exported curve, at most
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's log.
+
+    Attributes:
+        name: for people.
+        records: lines of the log that have a step, in order; at least one.
+        about: what is known of the run: commit, versions, device, command.
+        reference: drawn wide and pale, below the others.
+        note: on lines of the log that are none.
+    """
+
+    name: str
+    records: list[dict[str, Any]]
+    about: dict[str, Any] = field(default_factory=dict)
+    reference: bool = False
+    note: str | None = None
+
+    def values(self, key: str, by: str = "step") -> tuple[list[float], list[float]]:
+        """Places and values of one logged quantity, where both are numbers."""
+        pairs = [(record.get(by), record.get(key)) for record in self.records]
+        pairs = [(x, y) for x, y in pairs if isinstance(x, (int, float)) and isinstance(y, (int, float))]
+        return [x for x, _ in pairs], [y for _, y in pairs]
+
+    def summary(self) -> dict[str, Any]:
+        """Last step, loss of the last tenth so far, lowest loss, median clips a second."""
+        losses, rates = (self.values(key)[1] for key in ("loss_mean", "clips_per_s"))
+        last = self.records[-1]["step"]
+        return {
+            "name": self.name,
+            "steps": last,
+            "loss_of_last_tenth": loss_of_last_tenth(self.records, last),
+            "lowest_loss": min(losses, default=None),
+            "clips_per_s": statistics.median(rates) if rates else None,
+        }
+
+
+def read_curve(path: str | Path, name: str | None = None, *, reference: bool = False) -> Curve:
+    """The curve of a run's folder, or of one JSONL file.
+
+    Raises:
+        InputError: there is no log, or it has no line yet.
+    """
+    path = Path(path)
+    log = path / LOG_NAME if path.is_dir() else path
+    if not log.is_file():
+        what = f"folder {path} has no {LOG_NAME}" if path.is_dir() else f"{path} does not exist"
+        raise InputError(f"{what}; give the --output folder of a run, or a JSONL log")
+    found = read_json_lines(log)
+    lines = [line for line in found.records if type(line.get("step")) is int or "about" in line]
+    found.skipped += [(n, b"") for n, line in zip(found.numbers, found.records) if line not in lines]
+    records = [line for line in lines if "step" in line and "loss_mean" in line]
+    if not records:
+        raise InputError(f"log {log} has no line of a step yet; runs write one every --log-every steps")
+    about = next(
+        (line["about"] for line in lines if isinstance(line.get("about"), dict)), None
+    ) or _last_start(log.parent)
+    return Curve(
+        name or (path.name if path.is_dir() else path.stem), records, about, reference, found.note(log)
+    )
+
+
+def _last_start(folder: Path) -> dict[str, Any]:
+    """Commit, versions and device of a run's last start, as far as they are known."""
+    try:
+        start = read_starts(folder)[-1]
+    except (InputError, IndexError):
+        return {}
+    return {
+        key: start[key] for key in ("date", "commit", "clean", "torch", "device", "threads") if key in start
+    }
+
+
+def read_curves(runs: Sequence[str], references: Sequence[str]) -> list[Curve]:
+    """All curves, references first, with names that differ.
+
+    Raises:
+        InputError: see `read_curve`; an unknown reference; nothing to draw.
+    """
+    known = sorted(path.stem for path in REFERENCES.glob("*.jsonl"))
+    for name in references:
+        if name not in known:
+            raise InputError(
+                f"no reference curve {name!r} in {REFERENCES}; known: {', '.join(known) or 'none'}"
+            )
+    if not runs and not references:
+        raise InputError("nothing to draw: give the --output folders of runs, or --reference NAME")
+    names = [Path(run).absolute().name for run in runs]
+    names = [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
+    curves = [
+        read_curve(REFERENCES / f"{name}.jsonl", f"reference {name}", reference=True) for name in references
+    ]
+    return curves + [read_curve(run, name) for run, name in zip(runs, names, strict=True)]
+
+
+# --- Out ---
+
+
+def draw(curves: Sequence[Curve], path: Path, by: str = "step") -> None:
+    """Write the picture: a panel each for the quantities in `PANELS`.
+
+    Raises:
+        InputError: matplotlib is missing, or the file can't be written.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise InputError(
+            f"no picture without matplotlib ({error}); `pip install matplotlib`, or use --json"
+        ) from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+    for axis, (key, label) in zip(axes.flat, PANELS.items()):
+        own = 0
+        for curve in curves:
+            style = _style(own, curve)
+            own += not curve.reference
+            axis.plot(*curve.values(key, by), label=curve.name, **style)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[1, 1].set_ylim(bottom=0)
+    axes[0, 0].legend()
+    for axis in axes[1]:
+        axis.set_xlabel(AXES[by])
+    suffix = path.suffix.lstrip(".") or "png"
+    if suffix not in figure.canvas.get_supported_filetypes():
+        raise InputError(f"cannot draw {path}: {suffix} is no picture format; use .png, .pdf or .svg")
+    write_atomically(path, lambda file: figure.savefig(file, format=suffix, dpi=120))
+    plt.close(figure)
+
+
+def _style(number: int, curve: Curve) -> dict[str, Any]:
+    marker = "o" if len(curve.records) == 1 else None
+    if curve.reference:
+        return dict(color="#bbbbbb", linewidth=4, marker=marker)
+    shade, style = _SHADES[number % len(_SHADES)], _STYLES[number % len(_STYLES)]
+    return dict(color=shade, linestyle=style, linewidth=1.4, marker=marker)
+
+
+def table(curves: Sequence[Curve]) -> list[str]:
+    """A line a curve: name, steps, losses, clips a second."""
+    rows = [["run", "steps", "loss of the last tenth", "lowest", "clips/s"]]
+    for curve in curves:
+        s = curve.summary()
+        numbers = [
+            ("-" if s[k] is None else f"{s[k]:.{d}f}")
+            for k, d in (("loss_of_last_tenth", 4), ("lowest_loss", 4))
+        ]
+        rate = "-" if s["clips_per_s"] is None else f"{s['clips_per_s']:.1f}"
+        rows.append([curve.name, str(s["steps"]), *numbers, rate])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+
+
+def export(curve: Curve, path: Path, note: str) -> None:
+    """Write a curve to keep: a line `about` it (note, commit, versions, device), then at most 200 lines of
+    its log.
+
+    Raises:
+        InputError: the file can't be written.
+    """
+    count = min(len(curve.records), _POINTS)
+    kept = [curve.records[(i + 1) * len(curve.records) // count - 1] for i in range(count)]
+    keys = ("step", "epoch", *PANELS)
+    lines = [
+        {"about": {"note": note, **curve.about}},
+        *({key: _short(r[key]) for key in keys if key in r} for r in kept),
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_atomically(path, lambda file: file.write(text), binary=False)
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="output folder of a run, or a JSONL log")
+    parser.add_argument(
+        "--reference",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="also draw these curves of docs/curves, such as tiny",
+    )
+    parser.add_argument(
+        "--output", default="curves.png", metavar="FILE", help="picture: .png, .pdf, .svg (curves.png)"
+    )
+    parser.add_argument(
+        "--by", choices=sorted(AXES), default="step", help="what runs along the x axis (step)"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the values there, no picture; - for the terminal"
+    )
+    parser.add_argument(
+        "--export", metavar="FILE", help="write the one RUN as a curve to keep, instead of a picture"
+    )
+    parser.add_argument("--note", default="", help="with --export: the command that made the run")
+
+
+def run(args: argparse.Namespace) -> int:
+    curves = read_curves(args.runs, args.reference)
+    for note in [curve.note for curve in curves if curve.note]:
+        print(note, file=sys.stderr)
+    if args.export:
+        if len(args.runs) != 1 or args.reference:
+            raise InputError("--export takes one RUN, and no --reference")
+        export(curves[0], Path(args.export), args.note)
+        print(f"curve: {args.export}")
+        return 0
+    if args.json == "-":
+        print(json.dumps(describe(curves, args.by), indent=1))
+        return 0
+    print("\n".join(table(curves)))
+    if args.json:
+        text = json.dumps(describe(curves, args.by), indent=1) + "\n"
+        write_atomically(Path(args.json), lambda file: file.write(text), binary=False)
+    else:
+        draw(curves, Path(args.output), args.by)
+    print(f"{'json' if args.json else 'picture'}: {args.json or args.output}")
+    return 0
+
+
+def describe(curves: Sequence[Curve], by: str = "step") -> dict[str, Any]:
+    """All curves in plain containers."""
+    described = []
+    for curve in curves:
+        values = {key: dict(zip((by, "value"), curve.values(key, by))) for key in PANELS}
+        described.append(
+            {**curve.summary(), "reference": curve.reference, "about": curve.about, "values": values}
+        )
+    return {"schema": "vmae-curves/1", "curves": described}

@@ -1,0 +1,109 @@
+"""`python -m vmae export RUN_OR_CHECKPOINT OUT`: one file of weights with published names, or of the model
+itself.
+
+`.pth` and `.safetensors` hold weights for this and the published code; `.pt2` (torch.export) and `.onnx` run
+without either.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vmae.checkpoint.folder import AVERAGED_NAME, export_weights, find_weights
+from vmae.checkpoint.load import add_source_arguments, load_classifier
+from vmae.checkpoint.published import read_settings_and_weights
+from vmae.config import ModelConfig, image_size
+from vmae.errors import InputError
+from vmae.evaluate.encoder import load_encoder
+from vmae.settings import limits
+from vmae.tools import graphs
+from vmae.train.checks import check_output
+
+SUFFIXES = (".pth", ".pt", ".safetensors")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    parser.add_argument(
+        "source", metavar="RUN|CHECKPOINT", help="a run's folder (its newest checkpoint), or one checkpoint"
+    )
+    parser.add_argument("output", metavar="OUT", help="the file to write: .pth, .safetensors; .pt2, .onnx")
+    graph = parser.add_argument_group("for .pt2 and .onnx")
+    graph.add_argument("--what", choices=graphs.OUTPUTS, help="of a clip; tokens of any encoder (logits)")
+    graph.add_argument(
+        "--averaged", action="store_true", help="take the averaged weights of the run (finetune --ema)"
+    )
+    graph.add_argument(
+        "--num-frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip (as in training)"
+    )
+    graph.add_argument(
+        "--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH (as in training)"
+    )
+    add_source_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command: read, write, say what."""
+    output = Path(args.output)
+    if output.suffix not in (*SUFFIXES, *graphs.SUFFIXES):
+        raise InputError(
+            f"output {output}: its name must end with {', '.join((*SUFFIXES, *graphs.SUFFIXES))}"
+        )
+    check_output(output.parent)
+    if output.suffix in graphs.SUFFIXES:
+        export_model(args, args.what or "logits", output)
+        return
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("what", "averaged", "num_frames", "image_size")
+        if getattr(args, name)
+    ]
+    if given:
+        raise InputError(
+            f"{', '.join(given)}: for {' and '.join(graphs.SUFFIXES)} only; {output.suffix} takes the "
+            "weights as they are"
+            f" (a run's averaged ones are in its {AVERAGED_NAME})"
+        )
+    export_file(args, output)
+
+
+def export_file(args: argparse.Namespace, output: Path) -> None:
+    """Weights, under their published names."""
+    source = find_weights(args.source)
+    settings, weights = read_settings_and_weights(source)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    export_weights(output, weights, **({"config": settings} if "model" in settings else {}))
+    numbers = sum(value.numel() for value in weights.values())
+    print(f"{source}: {len(weights)} tensors, {numbers / 1e6:.1f} M numbers, to {output}")
+
+
+def export_model(args: argparse.Namespace, what: str, output: Path) -> None:
+    """The model as a graph."""
+    graphs.check_packages(output)
+    source, about = (args.init_frames, args.init_size), {}
+    if what == "tokens":
+        if args.averaged:
+            raise InputError(f"--averaged with --what tokens: name the run's {AVERAGED_NAME} as the source")
+        changes = {"num_frames": args.num_frames, "img_size": args.image_size}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        loaded = load_encoder(args.source, preset=args.model, source=source, changes=changes)
+    else:
+        clip = {"num_frames": args.num_frames, "image_size": args.image_size}
+        clip = {name: value for name, value in clip.items() if value is not None}
+        given = {"preset": args.model, "averaged": args.averaged, "source": source, "clip": clip}
+        loaded = load_classifier(args.source, **given, attention="sdpa")
+        about = {
+            "classes": loaded.class_names,
+            "stride": loaded.clip.stride,
+            "sampling": loaded.clip.sampling,
+        }
+    model = loaded.model
+    if loaded.note:
+        print(loaded.note, flush=True)
+    off = graphs.export_graph(graphs.ClipModel(model, what), output, about)
+    size = " x ".join(map(str, (model.config.num_frames, *model.config.image_hw)))
+    print(
+        f"{output}: {what} of clips 3 x {size}, any batch; loaded again, {off:.1e} off the model (of the "
+        "largest value)"
+    )
