@@ -18,6 +18,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from vmae import ModelConfig  # noqa: E402
 
+# Test modules are imported by path (importlib mode): what they share must be found by name.
+sys.path.insert(0, str(Path(__file__).parent))
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (ROOT / "experiments", ROOT / "bench")
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -89,5 +91,16 @@ def benches(monkeypatch):
 
     yield found
     for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", "") or "").startswith(tuple(map(str, SCRIPTS))) or name == "harness":
+        if (
+            str(getattr(module, "__file__", "") or "").startswith(tuple(map(str, SCRIPTS)))
+            or name == "harness"
+        ):
             del sys.modules[name]
+
+
+@pytest.fixture
+def run_ranks():
+    """`run_ranks(count, function, *arguments)`: its results on `count` ranks; an error on one is an error here."""
+    from ranks import run_on_ranks
+
+    return run_on_ranks
