@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from vmae.data.augment import crop_and_resize, sample_crop
 from vmae.data.containers import container_kind
-from vmae.data.decode import DecodeError, find_backends, open_video
-from vmae.data.decode_pyav import UPRIGHT, Orientation, inspect_video
+from vmae.data.decode import DecodeError, find_backends, open_video, video_backends
 from vmae.data.files import Unanswered, ask_files
+from vmae.data.inspection import inspect_video
 from vmae.data.labels import LABELLED, AnyList, add_labelled_argument, read_any_list
 from vmae.data.manifest import (
     VideoEntry,
@@ -39,6 +39,7 @@ from vmae.data.manifest import (
     unquote,
     write_list,
 )
+from vmae.data.orientation import UPRIGHT, Orientation
 from vmae.data.sampling import sample_frame_indices
 from vmae.data.video_reader import memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool
@@ -349,7 +350,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", help="where the report goes (default: LIST-check beside the list)"
     )
-    parser.add_argument("--backend", default="auto", help="decoder: auto, pyav, torchcodec, decord (auto)")
+    names = ", ".join(("auto", *video_backends()))
+    parser.add_argument("--backend", default="auto", help=f"decoder: {names} (auto)")
     parser.add_argument(
         "--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)"
     )

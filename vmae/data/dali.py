@@ -29,10 +29,11 @@ from torch import Tensor
 
 from vmae.data.augment import CropBox
 from vmae.data.dataset import Batch, EpochSampler, PretrainDataset, SampleKey
-from vmae.data.decode import DecodeError, find_hazard
-from vmae.data.decode_pyav import UPRIGHT
+from vmae.data.inspection import find_hazard
 from vmae.data.manifest import VideoEntry
+from vmae.data.orientation import UPRIGHT
 from vmae.data.quarantine import Quarantine
+from vmae.data.video_reader import DecodeError
 from vmae.errors import InputError
 
 CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})

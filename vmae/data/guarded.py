@@ -25,9 +25,7 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def _open_pool(maker: VideoTask, tasks: Iterator[Any], prefetch: int, hang_s: float | None) -> WorkerPool:
-    for (
-        backend
-    ) in BACKENDS.values():  # imported once here, not in every worker: that takes longer than a clip
+    for backend in BACKENDS.values():  # imports it here once, not in every worker: longer than a clip takes
         backend.missing()
     return WorkerPool(
         maker, tasks, count=1, prefetch=prefetch, hang_s=hang_limit() if hang_s is None else hang_s

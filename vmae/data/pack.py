@@ -29,10 +29,11 @@ from tqdm import tqdm
 from vmae.config import _Checked
 from vmae.data.check import decode_clip
 from vmae.data.decode import DecodeError, open_video
-from vmae.data.decode_pyav import UPRIGHT, Orientation, PyavReader, read_orientation
 from vmae.data.labels import LABELLED, add_labelled_argument, read_any_list
 from vmae.data.manifest import VideoEntry, raise_problems, write_list
+from vmae.data.orientation import UPRIGHT, Orientation, read_orientation
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine, list_failures
+from vmae.data.readers.pyav import PyavReader
 from vmae.data.video_reader import memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
@@ -103,6 +104,7 @@ def pack_video(source: str | Path, target: str | Path, config: PackConfig) -> in
     part = Path(target).with_suffix(".part.mp4")
     try:
         with open_video(source, "pyav") as reader, av.open(str(part), "w") as out:
+            assert isinstance(reader, PyavReader)
             frames, expected = _encode(reader, out, config), len(reader)
         if frames != expected:
             raise DecodeError(f"{source}: cannot be decoded: {frames} of {expected} frames came out")
