@@ -248,7 +248,9 @@ def test_cut_file(broken, capfd, backend):
         with open_video(broken / "cut.mp4", backend) as reader:
             assert len(reader) < 100 and len(reader.frames([0, len(reader) - 1])) == 2
     except DecodeError as error:
-        assert "cut.mp4: cannot be" in str(error) and ".cc" not in str(error)
+        assert ".cc" not in str(error)
+        # Of a library that counts by the index, and PyAV by what is there: refused.
+        assert "cut.mp4: cannot be" in str(error) or "cut.mp4: refused" in str(error)
     assert capfd.readouterr().err == ""
 
 
@@ -301,7 +303,8 @@ def test_broken_frame_folders(frames_entry):
 def test_decoders_are_not_installed(monkeypatch, uninstall):
     monkeypatch.setitem(sys.modules, "decord", None)
     monkeypatch.setitem(sys.modules, "av", None)
-    uninstall("torchcodec")
+    for name in set(ORDER) - {"pyav", "decord"}:
+        uninstall(name)
     for backend in ("auto", "decord"):
         with pytest.raises(InputError, match="pip install decord`.*decord2") as error:
             open_video(CARPHONE, backend)
@@ -386,8 +389,8 @@ def test_another_backend_joins(monkeypatch, uninstall):
         def close(self):
             pass
 
-    uninstall("torchcodec")
-    uninstall("pyav")
+    for name in set(ORDER) - {"decord"}:
+        uninstall(name)
     register_backend(Backend("grey", ("video",), lambda entry: Grey(), lambda: None))
     register_backend(Backend("absent", ("video",), lambda entry: Grey(), lambda: "`pip install absent`"))
     with open_video(CARPHONE, "grey") as reader:
