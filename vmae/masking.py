@@ -300,8 +300,13 @@ class DualMask:
         return masked(self.visible), masked(self.decode)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> DualMask:
-        tensors = {key: function(getattr(self, key)) for key in ("visible", "decode", "weight", "keep")}
-        return dataclasses.replace(self, **tensors)
+        return DualMask(
+            visible=function(self.visible),
+            decode=function(self.decode),
+            weight=function(self.weight),
+            keep=function(self.keep),
+            num_tokens=self.num_tokens,
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DualMask:
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))

@@ -410,7 +410,7 @@ def _read_with_advice(source: Path, data_root: str | None, labelled: bool | None
     if found.problems and not found.entries:
         line, problem = found.problems[0]
         failure = f"no entry of list file {str(source)!r} can be used; the first, line {line}: {problem}"
-    hints = []
+    hints: list[str] = []
     if found.problems or failure:
         with contextlib.suppress(Unanswered):  # it looks where the list's paths may start from, too
             (hints,) = ask_files(lambda source: explain_list(source, data_root), [source])

@@ -28,7 +28,8 @@ _KINDS = (
     (stat.S_ISDIR, "a folder"),
 )
 _POLL_S = 0.2
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def special_kind(mode: int) -> str | None:

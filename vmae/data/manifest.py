@@ -184,7 +184,7 @@ def read_list_with_problems(
     except Unanswered as error:
         raise InputError(f"list file {name!r}, line {lines[error.item].number}: {error}") from None
     problems = [(line.number, problem) for line, (_, problem) in zip(lines, resolved, strict=True) if problem]
-    return [entry for entry, problem in resolved if not problem], problems
+    return [entry for entry, _ in resolved if entry is not None], problems
 
 
 def read_text(path: str | Path) -> str:
@@ -325,14 +325,13 @@ def _check_pattern(pattern: str, what: str) -> None:
 
 
 def _parse_line(content: str, where: str, number: int, stride: int | None, pattern: str | None) -> Line:
-    readings = [read_columns(content, count) for count in (3, 2)]
-    readings = [reading for reading in readings if reading is not None]
+    read = (read_columns(content, count) for count in (3, 2))
+    readings = [reading for reading in read if reading is not None]
     if not readings:
         if _ENDS_WITH[1].fullmatch(content):
             raise InputError(
                 f"{where}: malformed: one number after the path in {content!r}; {_FORMATS} (lists for "
-                "pre-training "
-                "hold no labels, so `path label` needs its label removed)"
+                "pre-training hold no labels, so `path label` needs its label removed)"
             )
         readings = [(content, 0, -1)]
     if all(_complaint(reading) for reading in readings):
@@ -371,7 +370,7 @@ def _resolve(line: Line, roots: list[str], frame_pattern: str) -> tuple[VideoEnt
     for path, start, total in line.readings:
         found, there, problem = _locate(path, roots)
         complaint = _complaint((path, start, total))
-        if found is None:
+        if found is None or there is None:
             problems.append((0 if complaint else 1, problem))
         elif complaint:
             problems.append((3, f"{complaint} for {found!r}; {_FORMATS}"))
@@ -381,9 +380,8 @@ def _resolve(line: Line, roots: list[str], frame_pattern: str) -> tuple[VideoEnt
             if problem is None:
                 return entry, None
             problems.append((2, problem))
-    return None, max(problems, key=lambda ranked: ranked[0])[
-        1
-    ]  # what is wrong with a path that is there says most
+    _, worst = max(problems, key=lambda ranked: ranked[0])  # a fault of a path that is there says most
+    return None, worst
 
 
 def _locate(path: str, roots: list[str]) -> tuple[str | None, os.stat_result | None, str | None]:

@@ -310,7 +310,8 @@ def _length(entries: Sequence[VideoEntry], backend: str, probes: int) -> str:
     videos = [entry for entry in entries if entry.kind == "video"]
     count = min(probes, len(videos))
     probed = [videos[place * len(videos) // count] for place in range(count)]
-    seconds, began = [], time.monotonic()
+    seconds: list[float] = []
+    began = time.monotonic()
     for found in guarded_each(functools.partial(_seconds, backend=backend), probed):
         if not isinstance(found, DecodeError):
             seconds.append(found)

@@ -80,7 +80,11 @@ class PackConfig(_Checked):
 def packed_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     """(width, height) after scaling the short side down to `short_side`; even, as 4:2:0 colour needs."""
     scale = min(short_side / min(width, height), 1.0)
-    return tuple(max(min(2 * round(side * scale / 2), side // 2 * 2), 2) for side in (width, height))
+
+    def scaled(side: int) -> int:
+        return max(min(2 * round(side * scale / 2), side // 2 * 2), 2)
+
+    return scaled(width), scaled(height)
 
 
 def pack_video(source: str | Path, target: str | Path, config: PackConfig) -> int:
@@ -128,6 +132,7 @@ def _encode(reader: PyavReader, out, config: PackConfig) -> int:
 
     source, to_yuv = reader.stream, VideoReformatter()
     rate, time_base = source.average_rate or 25, source.time_base
+    assert time_base is not None  # every stream of a file has one
     frames, last, first = 0, None, None
     for frame in reader.decoded():
         if first is None or frame.key_frame:  # asking every frame for its matrix costs a tenth of decoding

@@ -79,8 +79,9 @@ class Quarantine:
         if self.path is None:
             return set()
         found = read_json_lines(self.path, path=str)
-        if found.skipped:
-            warnings.warn(found.note(self.path).removeprefix("note: "), stacklevel=3)
+        note = found.note(self.path)
+        if note is not None:
+            warnings.warn(note.removeprefix("note: "), stacklevel=3)
         return {record["path"] for record in found.records}
 
     def add(self, read: int, failed: Sequence[Failure]) -> None:

@@ -86,7 +86,9 @@ def find_videos(folder: str | Path) -> list[str]:
     videos: list[str] = []
     skipped: Counter[str] = Counter()
     start = str(Path(folder))
-    pending, links, seen = [start], [], set()
+    pending: list[str] = [start]
+    links: list[str] = []
+    seen: set[tuple[int, int]] = set()
     while pending or links:
         current = pending.pop() if pending else links.pop()
         for entry in _scan(current, seen):
@@ -102,11 +104,10 @@ def find_videos(folder: str | Path) -> list[str]:
             else:
                 skipped[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
     kinds = ", ".join(f"{kind} {count}" for kind, count in skipped.most_common(6))
-    rest = (
-        f"; {skipped.total()} other files skipped ({kinds}{', ...' if len(skipped) > 6 else ''})"
-        if skipped
-        else ""
-    )
+    rest = ""
+    if skipped:
+        more = ", ..." if len(skipped) > 6 else ""
+        rest = f"; {skipped.total()} other files skipped ({kinds}{more})"
     if not videos:
         lists = [
             name for name in ("train.csv", "val.csv", "test.csv") if os.path.isfile(os.path.join(start, name))
