@@ -205,9 +205,9 @@ class DualMask:
             InputError: shapes that differ, clips with different counts, or a side with no token.
         """
         encoder_mask = encoder_mask.detach().cpu().bool().flatten(1)
-        decoder_mask = (
-            ~encoder_mask if decoder_mask is None else decoder_mask.detach().cpu().bool().flatten(1)
-        )
+        if decoder_mask is None:
+            decoder_mask = ~encoder_mask
+        decoder_mask = decoder_mask.detach().cpu().bool().flatten(1)
         if encoder_mask.shape != decoder_mask.shape:
             raise InputError(
                 f"encoder mask {tuple(encoder_mask.shape)} and decoder mask {tuple(decoder_mask.shape)} "

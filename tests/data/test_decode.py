@@ -352,8 +352,8 @@ def test_backend_names():
 READER = """
 from vmae.data.readers import Backend, Library
 
-LIBRARY = Library(name="Grey", module="no_such", packages=("grey",), install="pip install grey", without="grey")
-BACKEND = Backend("grey", ("video",), None, lambda: "`pip install grey`", order=15, library=LIBRARY)
+GREY = Library(name="Grey", module="no_such", packages=("grey",), install="pip install grey", without="grey")
+BACKEND = Backend("grey", ("video",), None, lambda: "`pip install grey`", order=15, library=GREY)
 """
 
 

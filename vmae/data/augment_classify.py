@@ -86,8 +86,8 @@ def _rotate(share: float, rng: np.random.Generator) -> Operation:
 
 def _shear(share: float, rng: np.random.Generator, *, along_x: bool) -> Operation:
     slope = _signed(share * 0.3, rng)
-    matrix = (1, slope, 0, 0, 1, 0) if along_x else (1, 0, 0, slope, 1, 0)
-    return lambda image: _affine(image, matrix)
+    across, down = (slope, 0) if along_x else (0, slope)
+    return lambda image: _affine(image, (1, across, 0, down, 1, 0))
 
 
 def _translate(share: float, rng: np.random.Generator, *, along_x: bool) -> Operation:

@@ -373,12 +373,7 @@ def run(args: argparse.Namespace) -> int:
     missing = {"path": None, "kind": None, "library": None}
     records += [{**missing, "line": line, "error": problem} for line, problem in found.problems]
     records.sort(key=lambda record: record["line"])
-    place = source.resolve() if source.is_dir() else source
-    folder = (
-        Path(args.output)
-        if args.output
-        else place.with_name(f"{place.name if source.is_dir() else place.stem}-check")
-    )
+    folder = Path(args.output) if args.output else _report_folder(source)
     bad = [record for record in records if record["error"]]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -398,6 +393,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"bad: {len(bad) - 10} more")
     print(f"report.json, histogram.png and clean.txt ({len(records) - len(bad)} videos) are in {folder}")
     return 1 if bad else 0
+
+
+def _report_folder(source: Path) -> Path:
+    """`NAME-check` beside the list or folder NAME."""
+    if source.is_dir():
+        source = source.resolve()
+        return source.with_name(f"{source.name}-check")
+    return source.with_name(f"{source.stem}-check")
 
 
 def _read_with_advice(source: Path, data_root: str | None, labelled: bool | None) -> AnyList:

@@ -123,7 +123,7 @@ class LabelledBatch:
 
 class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
     """Labelled clips of a list: `dataset[epoch, index]` is a `LabelledBatch` of one video (B = 1, S clips of
-    one decode, each augmented on its own). Mixup and cutmix are a batch's business (`draw_mixing`).
+    one decode, each augmented on its own). Mixup and cutmix change whole batches (`draw_mixing`).
 
     Args:
         labelled: the list.
@@ -182,7 +182,9 @@ class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
             clip = spatial_views(frames, size, 1, resize=self.resize)[0]
         if config.flip and rngs[Purpose.FLIPS].integers(2):
             clip = np.ascontiguousarray(clip[:, :, ::-1])
-        return erase_box(clip, config.erase, rngs[Purpose.ERASE]) if config.erase else clip
+        if config.erase:
+            clip = erase_box(clip, config.erase, rngs[Purpose.ERASE])
+        return clip
 
 
 def spatial_views(

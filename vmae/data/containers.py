@@ -112,8 +112,9 @@ def _find_lie(path: str) -> str | None:
             count = second * max(first, 1)
         else:  # number of entries; each begins with a number of samples
             entries = index[match.end() + 8 : match.end() + 8 + 8 * first]
-            whole = len(entries) == 8 * first
-            count = int(np.frombuffer(entries, ">u4")[::2].sum(dtype=np.int64)) if whole else first << 32
+            count = first << 32  # where not all of them are there
+            if len(entries) == 8 * first:
+                count = int(np.frombuffer(entries, ">u4")[::2].sum(dtype=np.int64))
         # Sound may count its samples one by one: a byte of MP3 holds 22 of them at 16 kbit/s.
         if count > 64 * length:
             return f"its index counts more samples than its {length} bytes can hold"
@@ -318,7 +319,9 @@ def read_packets(container: InputContainer, stream: VideoStream) -> PacketTable:
 def _length_bytes(extradata: bytes | None) -> int:
     """Bytes of the length before each unit of H.264 in MP4 and Matroska; 0 where start codes separate
     them."""
-    return (extradata[4] & 3) + 1 if extradata and len(extradata) > 6 and extradata[0] == 1 else 0
+    if extradata and len(extradata) > 6 and extradata[0] == 1:
+        return (extradata[4] & 3) + 1
+    return 0
 
 
 def is_intra(data: bytes | memoryview, length_bytes: int) -> bool:

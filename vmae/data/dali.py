@@ -185,7 +185,7 @@ class DaliLoader:
             known = found.codec in self._codecs and hazard is None and plain
             return (found.frames, found.fps, found.size) if known else None
         except (DecodeError, OSError):
-            return None  # the CPU path finds the reason, and whom to put in its place
+            return None  # the CPU path finds the reason, and another video
 
     @staticmethod
     def _feed(pipeline: Pipeline, plans: Sequence[_Plan]) -> None:
@@ -216,7 +216,7 @@ class DaliLoader:
         with pipeline:
             encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
             frames = fn.external_source(name="frames", dtype=types.DALIDataType.INT32, ndim=1)
-            # Without `pad_mode`, frames that it does not find would be black, in silence.
+            # Without `pad_mode`, frames that it does not find would be black, without an error.
             video = fn.decoders.video(
                 encoded, device="mixed" if gpu else "cpu", frames=frames, pad_mode="none"
             )
@@ -242,7 +242,9 @@ class DaliLoader:
         failed."""
         if self._pipeline is None or not any(step.plans):
             return None
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        stream = None
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
         try:
             clips = torch.from_dlpack(self._pipeline.share_outputs(cuda_stream=stream)[0].as_tensor())
             self._pipeline.release_outputs()

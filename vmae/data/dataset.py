@@ -237,11 +237,9 @@ def check_decodable(
         if time.monotonic() - began > 3 * hang_limit():
             break
     count = len(failures)
-    which = (
-        f"all {count} videos"
-        if count == len(entries)
-        else f"all of the {count} videos tried, of {len(entries)},"
-    )
+    which = f"all {count} videos"
+    if count < len(entries):
+        which = f"all of the {count} videos tried, of {len(entries)},"
     raise InputError(f"{which} are undecodable; the first: {list_failures(failures)}")
 
 
@@ -301,7 +299,7 @@ class EpochSampler:
 
     @property
     def fills_up(self) -> bool:
-        """Whether a batch holds the same video more than once, for want of samples."""
+        """Whether a batch holds the same video more than once, because there are too few samples."""
         return self.size < self.global_batch_size
 
     def __getitem__(self, step: int) -> list[SampleKey]:

@@ -189,9 +189,11 @@ def key_frames(
         if not 0 <= frame < total:
             raise InputError(
                 f"{where}: key frame at {timestamp} s is outside of {entries[video].path}, which has "
-                f"{clip.origin:g} to {clip.origin + total / rate:.2f} s ({total} frames, {rate:g} a second); is --origin right?"
+                f"{clip.origin:g} to {clip.origin + total / rate:.2f} s ({total} frames, {rate:g} a second); "
+                "is --origin right?"
             )
         kept = list(boxes.values())
+        numbers = tuple(tuple(labels) for _, labels in kept)
         made.append(
             KeyFrame(
                 **vars(entries[video]),
@@ -199,7 +201,7 @@ def key_frames(
                 timestamp=timestamp,
                 frame=frame,
                 boxes=tuple(row.box for row, _ in kept),
-                labels=tuple(tuple(labels) for _, labels in kept) if actions else (),
+                labels=numbers if actions else (),
                 scores=tuple(row.score for row, _ in kept),
             )
         )

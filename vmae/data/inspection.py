@@ -1,4 +1,4 @@
-"""What PyAV finds in a file that another library is to decode, and whether that one may be trusted with it."""
+"""What PyAV finds in a file that another library is to decode, and whether that library is safe for it."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ def _find_hazard(table: PacketTable) -> str | None:
         return "a stream that begins in the middle of a group of pictures"
     if table.crowded:
         return "key frames closer together than its frames are reordered"
-    return "frames without times of their own" if table.times is None else None
+    if table.times is None:
+        return "frames without times of their own"
+    return None
 
 
 def find_hazard(entry: VideoEntry) -> tuple[str | None, Inspection]:

@@ -38,6 +38,7 @@ from vmae.data.manifest import (
     read_columns,
     read_list_with_problems,
     read_text,
+    roots_of,
     split_lines,
     unquote,
     whole,
@@ -125,11 +126,9 @@ def _read_labelled(
         labels = tuple(dict.fromkeys(whole(label) for label in match[2].split(";")))
         wrong = next((label for label in labels if not 0 <= label < (num_classes or CLASSES.most)), None)
         if wrong is not None:
-            known = (
-                f"0 to {CLASSES.most - 1}"
-                if num_classes is None
-                else f"0 to {num_classes - 1} ({num_classes} classes)"
-            )
+            known = f"0 to {CLASSES.most - 1}"
+            if num_classes is not None:
+                known = f"0 to {num_classes - 1} ({num_classes} classes)"
             raise InputError(f"{where}: label {wrong} is out of range; labels are {known}")
         found[number] = labels
         return Line(number, _readings(match[1]), stride, pattern)
@@ -187,7 +186,9 @@ def read_any_list(
     if path_kind(path) == "a folder":
         entries, problems = read_list_with_problems(path, data_root)
         return AnyList(entries, [None] * len(entries), False, problems)
-    if _looks_labelled(path, data_root) if labelled is None else labelled:
+    if labelled is None:
+        labelled = _looks_labelled(path, data_root)
+    if labelled:
         entries, problems, labels = _read_labelled(path, data_root, None)
         return AnyList(entries, list(labels), True, problems)
     entries, problems = read_list_with_problems(path, data_root)
@@ -237,7 +238,7 @@ def _looks_labelled(path: str | Path, data_root: str | Path | None) -> bool:
 
     parse_lines(read_text(path), str(path), look)
     if not votes:
-        roots = [str(data_root)] if data_root is not None else ["", os.path.dirname(str(path))]
+        roots = roots_of(path, data_root)
         for content, line in either[:: max(len(either) // 64, 1)]:
             plain = filter(None, (read_columns(content, count) for count in (3, 2)))
             votes["plain"] += _fits(plain, line, roots)
@@ -278,7 +279,8 @@ def read_class_names(path: str | Path) -> list[str]:
         InputError: the file cannot be read, a name comes twice, or numbers are missing.
     """
     text = read_text(path)
-    names = _names_from_json(path, text) if Path(path).suffix == ".json" else _names_from_text(path, text)
+    read = _names_from_json if Path(path).suffix == ".json" else _names_from_text
+    names = read(path, text)
     if not names:
         raise InputError(f"class list {str(path)!r} names no classes")
     if len(set(names)) < len(names):
@@ -342,7 +344,9 @@ def read_label_map(
         raise InputError(
             f"label map {str(path)!r} {fault}: it maps {len(found)} classes, the target has {num_classes}"
         )
-    top = source_classes if source_classes is not None else min(max(found) + 1, CLASSES.most)
+    top = source_classes
+    if top is None:
+        top = min(max(found) + 1, CLASSES.most)
     wrong = next((number for number in found if not 0 <= number < top), None)
     if wrong is not None:
         raise InputError(

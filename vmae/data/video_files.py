@@ -112,11 +112,9 @@ def find_videos(folder: str | Path) -> list[str]:
         lists = [
             name for name in ("train.csv", "val.csv", "test.csv") if os.path.isfile(os.path.join(start, name))
         ]
-        advice = (
-            f"give the list {os.path.join(start, lists[0])}"
-            if lists
-            else "images need a list with `folder start total`"
-        )
+        advice = "images need a list with `folder start total`"
+        if lists:
+            advice = f"give the list {os.path.join(start, lists[0])}"
         raise InputError(f"folder {start!r} holds no videos ({', '.join(VIDEO_SUFFIXES)}){rest}; {advice}")
     if os.environ.get("RANK", "0") == "0":
         _LOG.info("folder %s: %d videos%s", start, len(videos), rest)

@@ -181,7 +181,9 @@ def library_stderr() -> Iterator[list[str]]:
 def first_reason(message: str, captured: list[str]) -> str:
     """One line without source files and addresses, from a library's exception and what it wrote to stderr."""
     opening = next((line for line in captured if "ERROR opening" in line), None)
-    text = opening.rsplit(", ", 1)[-1] if opening else (message.strip().splitlines() or ["unknown reason"])[0]
+    text = (message.strip().splitlines() or ["unknown reason"])[0]
+    if opening:
+        text = opening.rsplit(", ", 1)[-1]
     text = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", text)
     text = re.sub(r"^(\w+, )?/\S+\.(cpp|cc|h):\d+, ", "", text)
     text = text.replace("failed with 1094995529", "failed: invalid data")  # FFmpeg's AVERROR_INVALIDDATA

@@ -2,9 +2,9 @@
 
 Why not torch's `DataLoader`: a worker of it that hangs stops the run, one that a decoder crashes raises an
 error at any moment in the main process, and neither can be replaced. Here each worker has a pipe of its own
-and writes down which video it is at, so the main process knows whom to blame: the video is blocked (another
-one stands in for it) and what the worker still owed is made again by a new one. A worker that is killed from
-outside, for want of memory most often, blames its video only when the same video does it twice.
+and writes down which video it is at, so the main process knows the cause: that video is blocked (another one
+replaces it) and the tasks that the worker had left are done again by a new one. A worker that is killed from
+outside, most often because memory runs out, counts against its video only when the same video does it twice.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class _Worker:
     def tell(self, *message: Any) -> None:
         try:
             self.pipe.send(message)
-        except OSError:  # it has died; whoever waits for it finds out
+        except OSError:  # it has died; `_wait` finds out
             pass
 
     @property
@@ -211,7 +211,7 @@ class WorkerPool:
         hang_s: seconds that one video may take.
 
     Attributes:
-        lost: (video number, reason) of each video that hung or crashed a worker; whoever reads it empties it.
+        lost: (video number, reason) of each video that hung or crashed a worker; its reader empties it.
 
     Raises:
         RuntimeError: on iteration: `maker` raised, a worker was stopped by somebody else, or workers keep
@@ -312,7 +312,8 @@ class WorkerPool:
             if self._idle_restarts > max(MAX_IDLE_RESTARTS, len(self._workers)):
                 self.close()
                 raise InputError(
-                    "data workers keep dying, for want of memory most likely; try fewer, or a smaller batch"
+                    "data workers keep dying, most likely because memory runs out; try fewer, or a smaller "
+                    "batch"
                 )
         fresh = _Worker(self._context, self._maker)
         self._workers[self._workers.index(worker)] = fresh
@@ -328,7 +329,7 @@ class WorkerPool:
             raise RuntimeError(f"a data worker was stopped (exit code {code})")
         if code != -signal.SIGKILL:
             return f"crashed its worker ({signal.Signals(-code).name})"
-        # For want of memory, most likely, and once that may be any video's fault. A video that does it again,
+        # Out of memory, most likely, and once that may be any video's fault. A video that does it again,
         # before it was decoded, would do it for ever.
         if video in self._killed:
             return "its worker was killed twice at this video (SIGKILL; out of memory?)"

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """The command: draw each mask, tell its counts, write."""
     outputs = outputs_of(args, Path("masks.png"))
-    grid = ModelConfig.preset(args.model).grid if args.grid is None else parse_grid(args.grid)
+    grid = parse_grid(args.grid) if args.grid is not None else ModelConfig.preset(args.model).grid
     config = MaskConfig(
         encoder=args.encoder_mask, encoder_ratio=args.encoder_ratio, decoder_ratio=args.decoder_ratio
     )

@@ -256,9 +256,8 @@ def write_actors(folder: str | Path, config: ActorsConfig, *, workers: int = 1) 
         "val_excluded": folder / "val_excluded.csv",
     }
     write_actions(paths["actions"], ACTIONS)
-    write_excluded(
-        paths["val_excluded"], {rows["val"][-1].key} if len({row.key for row in rows["val"]}) > 1 else set()
-    )
+    several = len({row.key for row in rows["val"]}) > 1
+    write_excluded(paths["val_excluded"], {rows["val"][-1].key} if several else set())
     for split, own in rows.items():
         paths[split], paths[f"{split}_persons"] = folder / f"{split}.csv", folder / f"{split}_persons.csv"
         write_annotations(paths[split], own)
@@ -287,10 +286,10 @@ def _claim(folder: Path, config: ActorsConfig) -> None:
         about.write_text(json.dumps(asdict(config)) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {str(folder)!r}: {error.strerror}") from None
+    except InputError:
+        raise
     except ValueError as error:
-        raise (
-            error if isinstance(error, InputError) else InputError(f"{about} is damaged ({error}); remove it")
-        ) from None
+        raise InputError(f"{about} is damaged ({error}); remove it") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -112,7 +112,10 @@ def timeline(config: SegmentsConfig, seed: int) -> list[Part]:
 
 def clip_part(config: SegmentsConfig, motion: str, seed: int) -> Part:
     """The one part of a short clip."""
-    return Part(motion, 0, config.clip_frames, 0.0 if motion == REST else _rng(seed, _CLIP).uniform(*_SPEEDS))
+    speed = 0.0
+    if motion != REST:
+        speed = _rng(seed, _CLIP).uniform(*_SPEEDS)
+    return Part(motion, 0, config.clip_frames, speed)
 
 
 def states_of(parts: Sequence[Part], seed: int) -> np.ndarray:
