@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmae.errors import InputError
+from vmae.masking import find_mask
 from vmae.settings import (
     FRAMES,
     SHARE_BELOW_1,
@@ -170,8 +171,7 @@ class ModelConfig(_Checked):
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ModelConfig:
-        """The published model `name` (vit_s, vit_b, vit_l, vit_h, vit_g; vit_tiny is ours), with `overrides`
-        on top."""
+        """The model `name` of `PRESETS`, with `overrides` on top; raises InputError where there is none."""
         if name not in PRESETS:
             raise InputError(f"unknown model preset {name!r}; known: {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **overrides})
@@ -205,9 +205,9 @@ class MaskConfig(_Checked):
     """Which tokens the encoder sees and which the decoder rebuilds (VideoMAE V2, section 3.2).
 
     Attributes:
-        encoder: "tube", "random" or "frame".
+        encoder: a name in `vmae.masking.ENCODER_MASKS`.
         encoder_ratio: share of tokens hidden from the encoder.
-        decoder: "running_cell", "random", "frame", or "none" (encoder-only masking, VideoMAE V1).
+        decoder: a name in `vmae.masking.DECODER_MASKS`; "none" is encoder-only masking, VideoMAE V1.
         decoder_ratio: share of tokens dropped from the decoder's targets; 0 is the same as "none".
     """
 
@@ -218,12 +218,8 @@ class MaskConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value, known in (
-            ("encoder", self.encoder, ("tube", "random", "frame")),
-            ("decoder", self.decoder, ("running_cell", "random", "frame", "none")),
-        ):
-            if value not in known:
-                raise InputError(f"unknown {name} mask {value!r}; known: {', '.join(known)}")
+        find_mask("encoder", self.encoder)
+        find_mask("decoder", self.decoder)
 
 
 CHECKPOINTING = ("none", "selective", "full")

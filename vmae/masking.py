@@ -3,13 +3,19 @@
 Legend: B clips, N tokens of a clip in (frame, row, column) order, Nv visible, Nd decoded, Nk counted by the
 loss. Masks are made from the two small grids (a frame, a 2 x 2 cell), never from booleans over all tokens,
 and moved as int32.
+
+The registries are `ENCODER_MASKS` and `DECODER_MASKS`: settings, help texts, pictures, the server and the
+tests take the names from there. A new mask is one function under `encoder_mask` or `decoder_mask`, at the end
+of this file.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +24,116 @@ from vmae.errors import InputError
 
 Grid = tuple[int, int, int]
 
-ENCODER_MASKS = ("tube", "random", "frame")
-DECODER_MASKS = ("running_cell", "random", "frame", "none")
 RUNNING_CELL_RATIOS = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a mask function is asked for: masks of `batch` clips.
+
+    Attributes:
+        batch: B.
+        grid: tokens along time, height and width.
+        ratio: share of the tokens to leave out, in [0, 1).
+        generator: where the random numbers come from; None means torch's own.
+        visible: int32 [B, Nv], tokens that the encoder sees; [B, 0] while the encoder's mask is drawn.
+    """
+
+    batch: int
+    grid: Grid
+    ratio: float
+    generator: torch.Generator | None
+    visible: Tensor
+
+    @property
+    def frames(self) -> int:
+        return self.grid[0]
+
+    @property
+    def per_frame(self) -> int:
+        """Tokens of a frame."""
+        return self.grid[1] * self.grid[2]
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.frames * self.per_frame
+
+    def subset(self, total: int, what: str) -> Tensor:
+        """Random subsets of range(total), sorted, with `int(ratio * total)` left out: int32 [B, kept].
+
+        Raises:
+            InputError: nothing would be kept of the `total` things, which `what` names.
+        """
+        left_out = int(self.ratio * total)
+        if left_out >= total:
+            raise InputError(f"ratio {self.ratio} leaves none of {total} {what}")
+        order = torch.rand(self.batch, total, generator=self.generator).argsort(1)
+        return order[:, : total - left_out].sort(1).values.int()
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """A way to choose tokens.
+
+    Attributes:
+        name: what settings call it: the name of its function.
+        text: what it leaves out, half a line.
+        draw: gives the sorted tokens that are kept, int32 [B, kept]; equally many in each clip.
+        published: its name in the published code where that differs.
+        even_frames: length of a run of frames in which every spot (row, column) is kept equally often; 1
+            where all frames keep the same spots; None where neither holds. It decides which pairs of masks
+            count equally many tokens in every clip.
+    """
+
+    name: str
+    text: str
+    draw: Callable[[Draw], Tensor]
+    published: str | None = None
+    even_frames: int | None = None
+
+
+ENCODER_MASKS: dict[str, MaskKind] = {}  # by name, filled below
+DECODER_MASKS: dict[str, MaskKind] = {}
+PUBLISHED_MASKS: dict[str, str] = {}  # name in the published code -> name here
+_DrawFunction = Callable[[Draw], Tensor]
+
+
+def encoder_mask(text: str, **facts: Any) -> Callable[[_DrawFunction], _DrawFunction]:
+    """Register the function below as a mask of the encoder; `facts` are fields of `MaskKind`."""
+    return _register(ENCODER_MASKS, text, facts)
+
+
+def decoder_mask(text: str, **facts: Any) -> Callable[[_DrawFunction], _DrawFunction]:
+    """Register the function below as a mask of the decoder; `facts` are fields of `MaskKind`."""
+    return _register(DECODER_MASKS, text, facts)
+
+
+def _register(
+    kinds: dict[str, MaskKind], text: str, facts: dict[str, Any]
+) -> Callable[[_DrawFunction], _DrawFunction]:
+    def register(draw: _DrawFunction) -> _DrawFunction:
+        kind = MaskKind(draw.__name__, text, draw, **facts)
+        kinds[kind.name] = kind
+        if kind.published is not None:
+            PUBLISHED_MASKS[kind.published] = kind.name
+        return draw
+
+    return register
+
+
+def find_mask(side: str, name: str) -> MaskKind:
+    """The mask `name` of a side, "encoder" or "decoder"; raises InputError with the known names."""
+    kinds = ENCODER_MASKS if side == "encoder" else DECODER_MASKS
+    if name not in kinds:
+        raise InputError(f"unknown {side} mask {name!r}; known: {', '.join(kinds)}")
+    return kinds[name]
+
+
+def mask_help(side: str) -> str:
+    """The names of a side's masks and what each leaves out, for help texts."""
+    kinds = ENCODER_MASKS if side == "encoder" else DECODER_MASKS
+    return ", ".join(f"{kind.name} ({kind.text})" for kind in kinds.values())
 
 
 @dataclass(frozen=True)
@@ -58,11 +171,9 @@ class DualMask:
         """Draw masks for `batch` clips of `grid` = (frames, rows, columns) tokens, on the CPU.
 
         Args:
-            encoder: "tube" (one spatial mask for all frames), "random", or "frame" (whole frames hidden).
+            encoder: a name in `ENCODER_MASKS`.
             encoder_ratio: share hidden, rounded down to whole tokens (of a frame for tube, frames for frame).
-            decoder: "running_cell" (ratio 0.25, 0.5 or 0.75), "random", "frame", or "none" (all that the
-                encoder did not see: VideoMAE V1). A `decoder_ratio` of 0 is "none" too, as in the published
-                code.
+            decoder: a name in `DECODER_MASKS`. A `decoder_ratio` of 0 means "none", as in the published code.
             decoder_ratio: share of all tokens that the decoder leaves out.
 
         Raises:
@@ -74,20 +185,15 @@ class DualMask:
         for name, ratio in (("encoder_ratio", encoder_ratio), ("decoder_ratio", decoder_ratio)):
             if not 0 <= ratio < 1:
                 raise InputError(f"{name} must be in [0, 1), not {ratio}")
-        visible = _sample_encoder(batch, grid, encoder, encoder_ratio, generator)
-        num_tokens = grid[0] * grid[1] * grid[2]
-        if decoder == "none" or decoder_ratio == 0:
-            if decoder not in DECODER_MASKS:
-                raise InputError(f"unknown decoder mask {decoder!r}; known: {', '.join(DECODER_MASKS)}")
-            decode = _complement(visible, num_tokens)
-        else:
-            decode = _sample_decoder(batch, grid, decoder, decoder_ratio, generator)
-        steady = (
-            decoder == "none"
-            or decoder_ratio == 0
-            or (encoder == "tube" and decoder == "running_cell" and grid[0] % 4 == 0)
-        )
-        return cls._from_indices(visible, decode, num_tokens, steady=steady)
+        hiding, leaving = find_mask("encoder", encoder), find_mask("decoder", decoder)
+        if decoder_ratio == 0:
+            leaving = DECODER_MASKS["none"]
+        nothing = torch.empty(batch, 0, dtype=torch.int32)
+        draw = Draw(batch, grid, encoder_ratio, generator, nothing)
+        visible = hiding.draw(draw)
+        decode = leaving.draw(dataclasses.replace(draw, ratio=decoder_ratio, visible=visible))
+        equal = _counts_equally(hiding, leaving, grid[0])
+        return cls._from_indices(visible, decode, draw.num_tokens, equal=equal)
 
     @classmethod
     def from_bool(cls, encoder_mask: Tensor, decoder_mask: Tensor | None = None) -> DualMask:
@@ -99,9 +205,9 @@ class DualMask:
             InputError: shapes that differ, clips with different counts, or a side with no token.
         """
         encoder_mask = encoder_mask.detach().cpu().bool().flatten(1)
-        decoder_mask = (
-            ~encoder_mask if decoder_mask is None else decoder_mask.detach().cpu().bool().flatten(1)
-        )
+        if decoder_mask is None:
+            decoder_mask = ~encoder_mask
+        decoder_mask = decoder_mask.detach().cpu().bool().flatten(1)
         if encoder_mask.shape != decoder_mask.shape:
             raise InputError(
                 f"encoder mask {tuple(encoder_mask.shape)} and decoder mask {tuple(decoder_mask.shape)} "
@@ -109,7 +215,7 @@ class DualMask:
             )
         visible = _indices_of(~encoder_mask, "visible")
         decode = _indices_of(~decoder_mask, "decoded")
-        return cls._from_indices(visible, decode, encoder_mask.shape[1], steady=None)
+        return cls._from_indices(visible, decode, encoder_mask.shape[1], equal=None)
 
     @classmethod
     def cat(cls, masks: list[DualMask]) -> DualMask:
@@ -138,19 +244,19 @@ class DualMask:
 
     @classmethod
     def _from_indices(
-        cls, visible: Tensor, decode: Tensor, num_tokens: int, *, steady: bool | None
+        cls, visible: Tensor, decode: Tensor, num_tokens: int, *, equal: bool | None
     ) -> DualMask:
-        """`steady`: whether every draw of this kind counts equally many tokens; None looks at this batch."""
+        """`equal`: whether every draw of this kind counts equally many tokens; None looks at this batch."""
         if visible.shape[1] == 0 or decode.shape[1] == 0:
             side = "the encoder" if visible.shape[1] == 0 else "the decoder"
             raise InputError(f"the mask leaves no token to {side} out of {num_tokens}; lower the mask ratio")
         seen = torch.zeros(visible.shape[0], num_tokens, dtype=torch.bool)
         seen.scatter_(1, visible.long(), True)
         counted = ~seen.gather(1, decode.long())
-        if steady is None:
+        if equal is None:
             counts = counted.sum(1)
-            steady = bool((counts == counts[:1]).all())
-        if decode.shape[0] and steady:
+            equal = bool((counts == counts[:1]).all())
+        if decode.shape[0] and equal:
             keep = counted.nonzero()[:, 1].view(decode.shape[0], -1).int()
         else:
             keep = _all_rows(decode)
@@ -193,15 +299,56 @@ class DualMask:
 
         return masked(self.visible), masked(self.decode)
 
-    def _map(self, function) -> DualMask:
-        tensors = {key: function(getattr(self, key)) for key in ("visible", "decode", "weight", "keep")}
-        return dataclasses.replace(self, **tensors)
+    def _map(self, function: Callable[[Tensor], Tensor]) -> DualMask:
+        return DualMask(
+            visible=function(self.visible),
+            decode=function(self.decode),
+            weight=function(self.weight),
+            keep=function(self.keep),
+            num_tokens=self.num_tokens,
+        )
 
-    def to(self, device, non_blocking: bool = False) -> DualMask:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> DualMask:
         return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> DualMask:
         return self._map(Tensor.pin_memory)
+
+
+def _counts_equally(hiding: MaskKind, leaving: MaskKind, frames: int) -> bool:
+    """Whether every draw of this pair counts equally many tokens.
+
+    The decoder rebuilds every spot equally often (in whole runs of `even_frames`), and the encoder hides the
+    same spots of all frames; or the decoder rebuilds all that the encoder hid.
+    """
+    if leaving.name == "none":
+        return True
+    even = leaving.even_frames
+    return hiding.even_frames == 1 and even is not None and frames % even == 0
+
+
+def _indices_of(chosen: Tensor, what: str) -> Tensor:
+    counts = chosen.sum(1)
+    if chosen.shape[0] and not bool((counts == counts[0]).all()):
+        low, high = int(counts.min()), int(counts.max())
+        raise InputError(
+            f"the clips of a batch must have equally many {what} tokens; these have {low} to {high}"
+        )
+    return chosen.nonzero()[:, 1].view(chosen.shape[0], -1).int()
+
+
+def _complement(indices: Tensor, num_tokens: int) -> Tensor:
+    rest = torch.ones(indices.shape[0], num_tokens, dtype=torch.bool).scatter_(1, indices.long(), False)
+    return rest.nonzero()[:, 1].view(indices.shape[0], -1).int()
+
+
+def _all_rows(decode: Tensor) -> Tensor:
+    return torch.arange(decode.shape[1], dtype=torch.int32).expand(decode.shape[0], -1).contiguous()
+
+
+def _tokens_of_frames(frames: Tensor, per_frame: int) -> Tensor:
+    """All tokens of the given frames [B, F] -> int32 [B, F * per_frame]."""
+    return (frames[:, :, None] * per_frame + torch.arange(per_frame, dtype=torch.int32)).flatten(1)
 
 
 def running_cell_states(grid: Grid, ratio: float) -> Tensor:
@@ -222,8 +369,7 @@ def running_cell_states(grid: Grid, ratio: float) -> Tensor:
     if rows % 2 or columns % 2:
         raise InputError(
             f"a running cell of 2 x 2 cannot tile a frame of {rows} x {columns} tokens; choose an image size "
-            "whose sides are "
-            "an even number of patches, or the random decoder mask"
+            "whose sides are an even number of patches, or the random decoder mask"
         )
     queue = torch.arange(4) < round(4 * ratio)
     start = torch.arange(4)[:, None] + torch.arange(frames)[None, :] + 1
@@ -233,79 +379,43 @@ def running_cell_states(grid: Grid, ratio: float) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _running_cell_indices(grid: Grid, ratio: float) -> Tensor:
-    """int32 [4, Nd]: the tokens that each phase picks."""
+    """int32 [4, Nd]: the tokens that each phase decodes."""
     states = running_cell_states(grid, ratio)
     counts = (~states).sum(1)
-    assert (counts == counts[0]).all()  # every frame of every phase picks the same share of each cell
+    assert (counts == counts[0]).all()  # every frame of every phase decodes the same share of each cell
     return (~states).nonzero()[:, 1].view(4, -1).int()
 
 
-def _hidden_count(total: int, ratio: float, what: str) -> int:
-    hidden = int(ratio * total)
-    if hidden >= total:
-        raise InputError(f"ratio {ratio} leaves none of {total} {what}")
-    return hidden
+# --- The masks, in the order of help texts ------------------------------------------------------------------
 
 
-def _random_subset(batch: int, total: int, count: int, generator: torch.Generator | None) -> Tensor:
-    """int32 [batch, count]: sorted random subsets of range(total)."""
-    order = torch.rand(batch, total, generator=generator).argsort(1)
-    return order[:, :count].sort(1).values.int()
+@encoder_mask("the same spots of all frames", even_frames=1)
+def tube(draw: Draw) -> Tensor:
+    spots = draw.subset(draw.per_frame, "tokens of a frame")
+    offsets = torch.arange(draw.frames, dtype=torch.int32)[:, None] * draw.per_frame
+    return (spots[:, None, :] + offsets).flatten(1)
 
 
-def _tokens_of_frames(frames: Tensor, per_frame: int) -> Tensor:
-    """All tokens of the given frames [B, F] -> int32 [B, F * per_frame]."""
-    return (frames[:, :, None] * per_frame + torch.arange(per_frame, dtype=torch.int32)).flatten(1)
+@decoder_mask(
+    "of each 2 x 2 cell, a pattern that steps on by one a frame", published="run_cell", even_frames=4
+)
+def running_cell(draw: Draw) -> Tensor:
+    phase = torch.randint(0, 4, (draw.batch,), generator=draw.generator)
+    return _running_cell_indices(tuple(draw.grid), draw.ratio)[phase]
 
 
-def _sample_encoder(
-    batch: int, grid: Grid, kind: str, ratio: float, generator: torch.Generator | None
-) -> Tensor:
-    frames, per_frame = grid[0], grid[1] * grid[2]
-    if kind == "tube":
-        count = per_frame - _hidden_count(per_frame, ratio, "tokens of a frame")
-        spots = _random_subset(batch, per_frame, count, generator)
-        offsets = torch.arange(frames, dtype=torch.int32)[:, None] * per_frame
-        return (spots[:, None, :] + offsets).flatten(1)
-    if kind == "random":
-        total = frames * per_frame
-        return _random_subset(batch, total, total - _hidden_count(total, ratio, "tokens"), generator)
-    if kind == "frame":
-        shown = _random_subset(batch, frames, frames - _hidden_count(frames, ratio, "frames"), generator)
-        return _tokens_of_frames(shown, per_frame)
-    raise InputError(f"unknown encoder mask {kind!r}; known: {', '.join(ENCODER_MASKS)}")
+@encoder_mask("single tokens")
+@decoder_mask("single tokens")
+def random(draw: Draw) -> Tensor:
+    return draw.subset(draw.num_tokens, "tokens")
 
 
-def _sample_decoder(
-    batch: int, grid: Grid, kind: str, ratio: float, generator: torch.Generator | None
-) -> Tensor:
-    frames, per_frame = grid[0], grid[1] * grid[2]
-    if kind == "running_cell":
-        phase = torch.randint(0, 4, (batch,), generator=generator)
-        return _running_cell_indices(tuple(grid), ratio)[phase]
-    if kind == "random":
-        total = frames * per_frame
-        return _random_subset(batch, total, total - _hidden_count(total, ratio, "tokens"), generator)
-    if kind == "frame":
-        picked = _random_subset(batch, frames, frames - _hidden_count(frames, ratio, "frames"), generator)
-        return _tokens_of_frames(picked, per_frame)
-    raise InputError(f"unknown decoder mask {kind!r}; known: {', '.join(DECODER_MASKS)}")
+@encoder_mask("whole frames")
+@decoder_mask("whole frames")
+def frame(draw: Draw) -> Tensor:
+    return _tokens_of_frames(draw.subset(draw.frames, "frames"), draw.per_frame)
 
 
-def _indices_of(chosen: Tensor, what: str) -> Tensor:
-    counts = chosen.sum(1)
-    if chosen.shape[0] and not bool((counts == counts[0]).all()):
-        low, high = int(counts.min()), int(counts.max())
-        raise InputError(
-            f"the clips of a batch must have equally many {what} tokens; these have {low} to {high}"
-        )
-    return chosen.nonzero()[:, 1].view(chosen.shape[0], -1).int()
-
-
-def _complement(indices: Tensor, num_tokens: int) -> Tensor:
-    rest = torch.ones(indices.shape[0], num_tokens, dtype=torch.bool).scatter_(1, indices.long(), False)
-    return rest.nonzero()[:, 1].view(indices.shape[0], -1).int()
-
-
-def _all_rows(decode: Tensor) -> Tensor:
-    return torch.arange(decode.shape[1], dtype=torch.int32).expand(decode.shape[0], -1).contiguous()
+@decoder_mask("what the encoder sees, whatever the ratio: encoder-only masking, VideoMAE V1")
+def none(draw: Draw) -> Tensor:
+    return _complement(draw.visible, draw.num_tokens)

@@ -170,16 +170,20 @@ def inputs(preset: str, dtype: torch.dtype, float_clips: bool) -> dict[str, Tens
     }  # fmt: skip
 
 
+# Names of `inputs` that each operation is called with; the slowest builds first.
+ARGUMENTS = {
+    "embed_visible": ("clips", "visible", "weight", "bias", "pos"),
+    "head_patch_loss": ("rows", "head_weight", "head_bias", "clips", "counted", "token_weight"),
+    "patch_loss": ("pixels", "clips", "counted", "token_weight"),
+    "select_decoded": ("hidden", "norm_weight", "norm_bias", "counted"),
+    "assemble_decoder_tokens": ("encoded", "mask_token", "decoder_pos", "visible", "decode"),
+}
+
+
 def call_operation(operation: str, x: dict[str, Tensor]) -> None:
     """Forward and backward of one public function."""
-    arguments = {
-        "embed_visible": ("clips", "visible", "weight", "bias", "pos"),
-        "assemble_decoder_tokens": ("encoded", "mask_token", "decoder_pos", "visible", "decode"),
-        "select_decoded": ("hidden", "norm_weight", "norm_bias", "counted"),
-        "patch_loss": ("pixels", "clips", "counted", "token_weight"),
-        "head_patch_loss": ("rows", "head_weight", "head_bias", "clips", "counted", "token_weight"),
-    }[operation]
-    result = getattr(vmae_kernels, operation)(*(x[name] for name in arguments), backend="triton")
+    arguments = [x[name] for name in ARGUMENTS[operation]]
+    result = getattr(vmae_kernels, operation)(*arguments, backend="triton")
     result.backward(torch.ones_like(result))
 
 
@@ -213,15 +217,8 @@ def build_one(job: tuple[str, str, str, str, bool, int]) -> list[dict]:
 
 def jobs(targets: list[str], presets: list[str], full: bool) -> list[tuple]:
     """Slow ones first."""
-    operations = (
-        "embed_visible",
-        "head_patch_loss",
-        "patch_loss",
-        "select_decoded",
-        "assemble_decoder_tokens",
-    )
     found = []
-    for operation in operations:
+    for operation in ARGUMENTS:
         for target in targets:
             for preset in presets:
                 found.append((operation, target, preset, "bfloat16", False, 0))

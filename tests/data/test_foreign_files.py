@@ -12,10 +12,10 @@ from PIL import Image
 
 from vmae.data import containers
 from vmae.data.containers import container_kind, names_other_files, open_container
-from vmae.data.decode import BACKENDS, DecodeError, open_video
-from vmae.data.decode_pyav import PyavReader
+from vmae.data.decode import BACKENDS, DecodeError, open_video, video_backends
 from vmae.data.manifest import VideoEntry
 from vmae.data.pack import PackConfig, pack_video
+from vmae.data.readers.pyav import PyavReader
 
 av = pytest.importorskip("av")
 
@@ -24,7 +24,7 @@ BACKEND_NAMES = [
         name,
         marks=pytest.mark.skipif(BACKENDS[name].missing() is not None, reason=str(BACKENDS[name].missing())),
     )
-    for name in ("pyav", "torchcodec", "decord")
+    for name in video_backends()
 ]
 TABLES = "moov.trak.mdia.minf.stbl."
 MOST = b"\xff\xff\xff\xff"
@@ -82,7 +82,7 @@ def test_nothing_that_a_file_names_is_opened(odd_videos, server, tmp_path, kind,
         assert container_kind(str(path)) == "unknown"
         for name in (
             "auto",
-            *(name for name in ("pyav", "torchcodec", "decord") if BACKENDS[name].missing() is None),
+            *(name for name in video_backends() if BACKENDS[name].missing() is None),
         ):
             with pytest.raises(
                 DecodeError, match=f"x{suffix}: cannot be opened: (not a video file|Invalid data)"
@@ -110,7 +110,7 @@ def test_a_video_that_is_a_manifest_too(odd_videos, tmp_path):
         file.seek(size)  # a hole: takes no room
         file.write(odd_videos["base"].read_bytes())
     assert container_kind(str(path)) == "MP4" and names_other_files(str(path))
-    for name in ("torchcodec", "decord"):
+    for name in set(video_backends()) - {"pyav"}:
         if BACKENDS[name].missing() is None:
             with pytest.raises(DecodeError, match="cannot be opened|may be taken for a manifest"):
                 open_video(path, name)
@@ -156,7 +156,7 @@ def test_samples_in_another_file_are_not_read(odd_videos, tmp_path, conftest):
     path.write_bytes(external(base, conftest, tmp_path / "other.mp4"))
     with av.open(str(path), options={"enable_drefs": "1", "use_absolute_path": "1"}) as container:
         assert len(list(container.decode(video=0))) == 120  # FFmpeg can
-    for name in ("pyav", "torchcodec", "decord"):
+    for name in video_backends():
         if BACKENDS[name].missing() is None:
             with pytest.raises(DecodeError, match="x.mp4"):
                 open_video(path, name)
@@ -223,7 +223,7 @@ def test_pictures_and_sound_are_no_videos(tmp_path, conftest, kind):
             + struct.pack("<IHHIIHH", 16, 1, 1, 8000, 8000, 1, 8)
         )
         path.write_bytes(path.read_bytes() + b"data" + struct.pack("<I", 800) + bytes(800))
-    for name in ("pyav", "torchcodec", "decord"):
+    for name in video_backends():
         if BACKENDS[name].missing() is None:
             with pytest.raises(DecodeError, match="not a video|no video stream"):
                 open_video(path, name)
@@ -259,7 +259,7 @@ def test_counts_that_the_file_cannot_hold(odd_videos, tmp_path, conftest, lie):
     path = tmp_path / "x.mp4"
     path.write_bytes(conftest.replace_box(odd_videos["base"].read_bytes(), TABLES + table, make))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for name in ("pyav", "torchcodec", "decord"):
+    for name in video_backends():
         if BACKENDS[name].missing() is None:
             with pytest.raises(
                 DecodeError, match="x.mp4: cannot be opened: (its index counts more samples|Invalid data)"
@@ -276,7 +276,7 @@ def test_no_memory_is_an_error_of_the_video(odd_videos, monkeypatch):
         monkeypatch.setattr(PyavReader, "_decode_timed", none)
         with pytest.raises(DecodeError, match="base.mp4: cannot be decoded"):
             reader.frames([1])
-    monkeypatch.setattr("vmae.data.decode_pyav.read_packets", none)
+    monkeypatch.setattr("vmae.data.readers.pyav.read_packets", none)
     with pytest.raises(DecodeError, match="base.mp4: cannot be opened") as error:
         open_video(odd_videos["base"], "pyav")
     assert error.value.library == "pyav"

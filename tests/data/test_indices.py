@@ -8,16 +8,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vmae.data import dali, decode_pyav
+from vmae.data import dali, inspection
 from vmae.data.containers import FORMATS, container_kind, is_intra
-from vmae.data.decode import BACKENDS, DecodeError, open_video
-from vmae.data.decode_pyav import PyavReader, inspect_video
+from vmae.data.decode import BACKENDS, DecodeError, open_video, video_backends
+from vmae.data.inspection import inspect_video
 from vmae.data.manifest import VideoEntry
+from vmae.data.readers.pyav import PyavReader
 
 pytest.importorskip("av")
 
-OTHERS = frozenset({"torchcodec", "decord", "dali"})
-NOT_TORCHCODEC = OTHERS - {"torchcodec"}
+# Who refuses what PyAV finds in a file: every other backend, or decord (and DALI, by the same rule) only.
+OTHERS = frozenset({*video_backends(), "dali"} - {"pyav"})
+DECORD = frozenset({"decord", "dali"})
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,19 @@ CASES = {
     "one_key": Case("H.264, one key frame"),
     "vfr": Case("H.264, variable frame rate"),
     "interlaced": Case("H.264, interlaced (both fields in a frame)"),
-    "ten_bit": Case("H.264, 10 bits", NOT_TORCHCODEC, "yuv420p10le pixels"),
-    "h264_open": Case("H.264, open groups, MP4", NOT_TORCHCODEC, "open GOP"),
-    "h264_open_mkv": Case("H.264, open groups, Matroska", NOT_TORCHCODEC, "open GOP"),
+    "ten_bit": Case("H.264, 10 bits", DECORD, "yuv420p10le pixels"),
+    "h264_open": Case("H.264, open groups, MP4", DECORD, "open GOP"),
+    "h264_open_mkv": Case("H.264, open groups, Matroska", DECORD, "open GOP"),
     "short_gop": Case("H.264, open groups of 2 frames", OTHERS, "key frames closer together"),
     "hevc_closed": Case("HEVC, closed groups"),
-    "hevc_open": Case("HEVC, open groups", NOT_TORCHCODEC, "open GOP"),
+    "hevc_open": Case("HEVC, open groups", DECORD, "open GOP"),
     "vp9": Case("VP9, WebM"),
     "vp9_mp4": Case("VP9, MP4"),
     "vp9_vfr": Case("VP9, variable frame rate"),
     "odd_size": Case("VP9, odd width and height", frozenset({"decord"}), "yuv420p pixels of 129 x 65"),
     "mpeg4": Case("MPEG-4 part 2, MP4"),
-    "mpeg4_b": Case("MPEG-4 part 2 with B-frames, MP4", NOT_TORCHCODEC, "open GOP"),
-    "mpeg2_b_mkv": Case("MPEG-2 with B-frames, Matroska", NOT_TORCHCODEC, "open GOP"),
+    "mpeg4_b": Case("MPEG-4 part 2 with B-frames, MP4", DECORD, "open GOP"),
+    "mpeg2_b_mkv": Case("MPEG-2 with B-frames, Matroska", DECORD, "open GOP"),
     "refresh": Case("H.264 with intra refresh, MP4", OTHERS, "intra refresh"),
     "refresh_b": Case("H.264 with intra refresh and B-frames, MP4", OTHERS, "intra refresh"),
     "refresh_mkv": Case("H.264 with intra refresh, Matroska", OTHERS, "intra refresh"),
@@ -86,7 +88,7 @@ CASES = {
     "turned_30": Case("turned by 30 degrees", OTHERS | {"pyav"}, "no multiple of 90 degrees"),
     "scaled": Case("display matrix that scales (left out)"),
     "wide_pixels": Case("pixels that are not square (as stored)"),
-    "two_streams": Case("two video streams (FFmpeg's best)", NOT_TORCHCODEC, "2 video streams"),
+    "two_streams": Case("two video streams (FFmpeg's best)", DECORD, "2 video streams"),
     "avi": Case("H.264, AVI", OTHERS, "AVI"),
     "mpeg4_b_avi": Case("MPEG-4 part 2 with B-frames, AVI", OTHERS, "AVI"),
     "ts": Case("H.264, MPEG-TS", OTHERS, "MPEG-TS"),
@@ -128,7 +130,7 @@ def wrong_reads(reader, read, expected):
     return [indices for indices in reads if read(reader.frames(indices)) != [expected[i] for i in indices]]
 
 
-@pytest.mark.parametrize("backend", ["torchcodec", "decord", "pyav", "auto"])
+@pytest.mark.parametrize("backend", [*video_backends(), "auto"])
 @pytest.mark.parametrize("name", CASES)
 def test_indices(videos, read, name, backend):
     if backend != "auto" and (lack := BACKENDS[backend].missing()):
@@ -163,11 +165,11 @@ def test_what_dali_is_given(videos, name):
 
 
 def test_the_table_in_the_documentation():
-    rows = ["| video | PyAV | torchcodec | decord | given to DALI |", "|---|---|---|---|---|"]
+    names = video_backends()
+    heads = ["video", *(BACKENDS[name].library.name for name in names), "given to DALI"]
+    rows = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for case in CASES.values():
-        cells = [
-            "refused" if backend in case.refused else "right" for backend in ("pyav", "torchcodec", "decord")
-        ]
+        cells = ["refused" if name in case.refused else "right" for name in names]
         rows.append(f"| {case.about} | {' | '.join(cells)} | {'no' if 'dali' in case.refused else 'yes'} |")
     text = (Path(__file__).parents[2] / "docs" / "decoders.md").read_text()
     assert [line for line in text.splitlines() if line.startswith("|")] == rows
@@ -277,8 +279,8 @@ def test_what_the_container_shows(videos, tmp_path):
 def test_an_inspection_is_kept_until_the_file_changes(videos, tmp_path):
     path = tmp_path / "x.mp4"
     path.write_bytes(videos["h264_closed"].read_bytes())
-    first, before = inspect_video(path), decode_pyav._inspect.cache_info()
-    assert inspect_video(path) is first and decode_pyav._inspect.cache_info().hits == before.hits + 1
+    first, before = inspect_video(path), inspection._inspect.cache_info()
+    assert inspect_video(path) is first and inspection._inspect.cache_info().hits == before.hits + 1
     path.write_bytes(videos["h264_open"].read_bytes())
     assert not first.open_gop and inspect_video(path).open_gop
 

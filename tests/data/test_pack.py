@@ -13,7 +13,7 @@ from tests.data.small_videos import LOSSLESS, make_video, picture, with_matrix, 
 from vmae.cli import main
 from vmae.data import pack
 from vmae.data.decode import DecodeError, open_video
-from vmae.data.decode_pyav import inspect_video
+from vmae.data.inspection import inspect_video
 from vmae.data.labels import read_labelled_list
 from vmae.data.manifest import VideoEntry, read_list
 from vmae.data.pack import PackConfig, measure_gain, pack_list, pack_video, packed_size

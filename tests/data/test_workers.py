@@ -96,7 +96,7 @@ def test_a_worker_that_hangs_or_crashes_is_replaced(make, tmp_path, name, error)
 
 
 def test_workers_that_keep_dying(make):
-    with pytest.raises(InputError, match="data workers keep dying, for want of memory"):
+    with pytest.raises(InputError, match="data workers keep dying, most likely because memory runs out"):
         list(build_loader(make(["memory"] * 12), batch_size=2, epochs=1, num_workers=1))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from vmae import DualMask, ModelConfig
 from vmae_kernels import build
 from vmae_kernels.backend import TRITON_OPERATIONS
 
@@ -54,6 +55,20 @@ def test_every_target(tmp_path):
     for record in records:
         if record["kernel"] == "embed_visible_fwd_kernel" and record["shape"] == "vit_b":
             assert record["widest_load_bits"] == 128
+
+
+def test_every_operation_is_built():
+    assert build.ARGUMENTS.keys() == TRITON_OPERATIONS
+    assert {job[0] for job in build.jobs(["sm_90"], ["vit_b"], False)} == TRITON_OPERATIONS
+
+
+@pytest.mark.parametrize("name", build.PRESETS)
+def test_shapes_are_those_of_the_presets(name):
+    """The kernels know nothing of `vmae`, so the builds have the presets' shapes in a table of their own."""
+    model = ModelConfig.preset(name)
+    mask = DualMask.sample(1, model.grid)
+    tokens = (mask.visible.shape[1], mask.decode.shape[1], mask.keep.shape[1])
+    assert build.PRESETS[name] == (model.patch_size, model.embed_dim, model.decoder_embed_dim, *tokens)
 
 
 def test_failures_are_found():

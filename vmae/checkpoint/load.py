@@ -17,7 +17,7 @@ from vmae.checkpoint.folder import AVERAGED_NAME, find_weights
 from vmae.checkpoint.format import is_checkpoint, read_group
 from vmae.checkpoint.published import read_settings_and_weights
 from vmae.checkpoint.source import at_size, source_config
-from vmae.config import ModelConfig, image_size
+from vmae.config import PRESETS, ModelConfig, image_size
 from vmae.data.classify_dataset import ClipConfig
 from vmae.data.labels import HEAD_NAMES, read_label_map
 from vmae.errors import InputError
@@ -78,7 +78,7 @@ def add_source_arguments(
 ) -> argparse._ArgumentGroup:
     """What official files do not say; the group of these flags. `files` says which they are."""
     model = parser.add_argument_group(f"for weights that do not say what they are ({files})")
-    model.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny")
+    model.add_argument("--model", help=f"preset: {', '.join(PRESETS)}")
     frames, size = limits(ModelConfig, "num_frames"), limits(ModelConfig, "img_size")
     model.add_argument(
         "--init-frames", type=frames, help="frames that the weights are of (as the file shows, else 16)"

@@ -86,8 +86,8 @@ def _rotate(share: float, rng: np.random.Generator) -> Operation:
 
 def _shear(share: float, rng: np.random.Generator, *, along_x: bool) -> Operation:
     slope = _signed(share * 0.3, rng)
-    matrix = (1, slope, 0, 0, 1, 0) if along_x else (1, 0, 0, slope, 1, 0)
-    return lambda image: _affine(image, matrix)
+    across, down = (slope, 0) if along_x else (0, slope)
+    return lambda image: _affine(image, (1, across, 0, down, 1, 0))
 
 
 def _translate(share: float, rng: np.random.Generator, *, along_x: bool) -> Operation:
@@ -180,7 +180,8 @@ def sample_resized_crop(
     """A box of random area and width to height ratio (Szegedy et al., 2015); in the middle if ten draws do
     not fit."""
     for _ in range(_TRIES):
-        size, aspect = rng.uniform(*area) * width * height, math.exp(rng.uniform(*map(math.log, ratio)))
+        size = rng.uniform(area[0], area[1]) * width * height
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         box_width, box_height = round(math.sqrt(size * aspect)), round(math.sqrt(size / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
             left, top = int(rng.integers(width - box_width + 1)), int(rng.integers(height - box_height + 1))
@@ -206,16 +207,15 @@ def erase_box(clip: np.ndarray, probability: float, rng: np.random.Generator) ->
     _, height, width, _ = clip.shape
     for _ in range(_TRIES):
         size = rng.uniform(*_ERASED_AREA) * width * height
-        aspect = math.exp(rng.uniform(*map(math.log, _ERASED_RATIO)))
+        aspect = math.exp(rng.uniform(math.log(_ERASED_RATIO[0]), math.log(_ERASED_RATIO[1])))
         box_height, box_width = round(math.sqrt(size * aspect)), round(math.sqrt(size / aspect))
         if 0 < box_width < width and 0 < box_height < height:
             top, left = int(rng.integers(height - box_height + 1)), int(rng.integers(width - box_width + 1))
             noise = rng.standard_normal((len(clip), box_height, box_width, 3), dtype=np.float32)
-            pixels = 255 * (noise * np.float32(IMAGENET_STD) + np.float32(IMAGENET_MEAN))
+            std, mean = np.array(IMAGENET_STD, np.float32), np.array(IMAGENET_MEAN, np.float32)
+            pixels = np.clip(255 * (noise * std + mean), 0, 255).astype(np.uint8)
             clip = clip.copy()
-            clip[:, top : top + box_height, left : left + box_width] = np.clip(pixels, 0, 255).astype(
-                np.uint8
-            )
+            clip[:, top : top + box_height, left : left + box_width] = pixels
             break
     return clip
 

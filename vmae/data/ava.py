@@ -84,7 +84,9 @@ def read_annotations(
             if skip_unlisted:
                 continue
             raise InputError(f"{where}: action {action} is not in the action list, which has {_ids(known)}")
-        person = _whole(where, "person_id", cells[7]) if len(cells) == 8 and cells[7] else None
+        person = None
+        if len(cells) == 8 and cells[7]:
+            person = _whole(where, "person_id", cells[7])
         row = AvaBox(video, timestamp, box, action, person=person, line=number)
         same = seen.setdefault((video, timestamp, box, action, person), number)
         if same != number:
@@ -282,8 +284,6 @@ def _number(where: str, name: str, cell: str) -> float:
 
 def _ids(known: set[int]) -> str:
     listed = sorted(known)
-    return (
-        ", ".join(map(str, listed))
-        if len(listed) <= 8
-        else f"{len(listed)} ids from {listed[0]} to {listed[-1]}"
-    )
+    if len(listed) <= 8:
+        return ", ".join(map(str, listed))
+    return f"{len(listed)} ids from {listed[0]} to {listed[-1]}"

@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from vmae.data.augment import crop_and_resize, sample_crop
 from vmae.data.containers import container_kind
-from vmae.data.decode import DecodeError, find_backends, open_video
-from vmae.data.decode_pyav import UPRIGHT, Orientation, inspect_video
+from vmae.data.decode import DecodeError, find_backends, open_video, video_backends
 from vmae.data.files import Unanswered, ask_files
+from vmae.data.inspection import inspect_video
 from vmae.data.labels import LABELLED, AnyList, add_labelled_argument, read_any_list
 from vmae.data.manifest import (
     VideoEntry,
@@ -39,6 +39,7 @@ from vmae.data.manifest import (
     unquote,
     write_list,
 )
+from vmae.data.orientation import UPRIGHT, Orientation
 from vmae.data.sampling import sample_frame_indices
 from vmae.data.video_reader import memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool
@@ -349,7 +350,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", help="where the report goes (default: LIST-check beside the list)"
     )
-    parser.add_argument("--backend", default="auto", help="decoder: auto, pyav, torchcodec, decord (auto)")
+    names = ", ".join(("auto", *video_backends()))
+    parser.add_argument("--backend", default="auto", help=f"decoder: {names} (auto)")
     parser.add_argument(
         "--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)"
     )
@@ -371,12 +373,7 @@ def run(args: argparse.Namespace) -> int:
     missing = {"path": None, "kind": None, "library": None}
     records += [{**missing, "line": line, "error": problem} for line, problem in found.problems]
     records.sort(key=lambda record: record["line"])
-    place = source.resolve() if source.is_dir() else source
-    folder = (
-        Path(args.output)
-        if args.output
-        else place.with_name(f"{place.name if source.is_dir() else place.stem}-check")
-    )
+    folder = Path(args.output) if args.output else _report_folder(source)
     bad = [record for record in records if record["error"]]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -398,6 +395,14 @@ def run(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
+def _report_folder(source: Path) -> Path:
+    """`NAME-check` beside the list or folder NAME."""
+    if source.is_dir():
+        source = source.resolve()
+        return source.with_name(f"{source.name}-check")
+    return source.with_name(f"{source.stem}-check")
+
+
 def _read_with_advice(source: Path, data_root: str | None, labelled: bool | None) -> AnyList:
     """The list; prints, or raises with, what is likely wrong with it."""
     try:
@@ -408,7 +413,7 @@ def _read_with_advice(source: Path, data_root: str | None, labelled: bool | None
     if found.problems and not found.entries:
         line, problem = found.problems[0]
         failure = f"no entry of list file {str(source)!r} can be used; the first, line {line}: {problem}"
-    hints = []
+    hints: list[str] = []
     if found.problems or failure:
         with contextlib.suppress(Unanswered):  # it looks where the list's paths may start from, too
             (hints,) = ask_files(lambda source: explain_list(source, data_root), [source])

@@ -121,9 +121,9 @@ class LabelledBatch:
         return LabelledBatch(self.clips.pin_memory(), self.targets.pin_memory(), self.ids, self.replaced)
 
 
-class ClassifyDataset(VideoDataset):
+class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
     """Labelled clips of a list: `dataset[epoch, index]` is a `LabelledBatch` of one video (B = 1, S clips of
-    one decode, each augmented on its own). Mixup and cutmix are a batch's business (`draw_mixing`).
+    one decode, each augmented on its own). Mixup and cutmix change whole batches (`draw_mixing`).
 
     Args:
         labelled: the list.
@@ -182,7 +182,9 @@ class ClassifyDataset(VideoDataset):
             clip = spatial_views(frames, size, 1, resize=self.resize)[0]
         if config.flip and rngs[Purpose.FLIPS].integers(2):
             clip = np.ascontiguousarray(clip[:, :, ::-1])
-        return erase_box(clip, config.erase, rngs[Purpose.ERASE]) if config.erase else clip
+        if config.erase:
+            clip = erase_box(clip, config.erase, rngs[Purpose.ERASE])
+        return clip
 
 
 def spatial_views(
@@ -207,7 +209,7 @@ def spatial_views(
     return np.stack([whole[:, top : top + height, left : left + width] for top, left in corners])
 
 
-class ViewDataset(VideoDataset):
+class ViewDataset(VideoDataset[VideoEntry, Tensor]):
     """The views of each video of a list: `dataset[video]` is uint8 [V, T, H, W, 3], or the `Failure` of a
     broken video, which nothing stands in for. The views of a segment stand together.
 

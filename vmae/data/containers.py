@@ -16,11 +16,15 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
 from vmae.data.video_reader import DecodeError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 # Kind: FFmpeg's names of the formats. All of them hold pictures themselves.
 FORMATS = {
@@ -67,15 +71,11 @@ def container_kind(path: str) -> str:
     with open(path, "rb") as file:
         head = file.read(400)
     if head[4:8] in _MP4_STARTS:
-        brand = (
-            head[8:12]
-            if head[4:8] == b"ftyp" and 8 < int.from_bytes(head[:4], "big") <= os.path.getsize(path)
-            else None
-        )
-        cut_off = (
-            brand is not None and brand not in _PICTURE_BRANDS
-        )  # the index may have stood where the file ends
-        return "MP4" if cut_off or _has_index(path) else "unknown"
+        first_box = int.from_bytes(head[:4], "big")
+        branded = head[4:8] == b"ftyp" and 8 < first_box <= os.path.getsize(path)
+        # Where the file is cut off, the index may have stood behind its end.
+        video_brand = branded and head[8:12] not in _PICTURE_BRANDS
+        return "MP4" if video_brand or _has_index(path) else "unknown"
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return "Matroska"
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
@@ -112,8 +112,9 @@ def _find_lie(path: str) -> str | None:
             count = second * max(first, 1)
         else:  # number of entries; each begins with a number of samples
             entries = index[match.end() + 8 : match.end() + 8 + 8 * first]
-            whole = len(entries) == 8 * first
-            count = int(np.frombuffer(entries, ">u4")[::2].sum(dtype=np.int64)) if whole else first << 32
+            count = first << 32  # where not all of them are there
+            if len(entries) == 8 * first:
+                count = int(np.frombuffer(entries, ">u4")[::2].sum(dtype=np.int64))
         # Sound may count its samples one by one: a byte of MP3 holds 22 of them at 16 kbit/s.
         if count > 64 * length:
             return f"its index counts more samples than its {length} bytes can hold"
@@ -148,9 +149,8 @@ def _top_boxes(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
         place += size
 
 
-def open_container(path: str | os.PathLike):
-    """An open `av.container.InputContainer` of a video file; a context manager. Never of a file or server
-    that it names.
+def open_container(path: str | os.PathLike) -> InputContainer:
+    """PyAV's container of a video file, open; a context manager. Never of a file or server that it names.
 
     Raises:
         DecodeError: the file cannot be opened, or is no video: a picture, sound, a playlist, a manifest.
@@ -175,7 +175,7 @@ def open_container(path: str | os.PathLike):
     return container
 
 
-def pick_stream(container, path: str | os.PathLike | None = None):
+def pick_stream(container: InputContainer, path: str | os.PathLike | None = None) -> VideoStream:
     """FFmpeg's best video stream, with one thread to decode it; never a cover picture.
 
     Args:
@@ -186,16 +186,15 @@ def pick_stream(container, path: str | os.PathLike | None = None):
         DecodeError: there is none, or no decoder for it.
     """
     videos = [stream for stream in container.streams.video if not is_picture(stream)]
-    stream = container.streams.best("video")
-    if stream not in videos:
-        stream = videos[0] if videos else None
+    best = container.streams.best("video")
+    stream = next((video for video in videos if video == best), videos[0] if videos else None)
     if stream is None or stream.codec_context is None:
         raise DecodeError(f"{path or container.name}: cannot be opened: no video stream that can be decoded")
     stream.thread_type, stream.codec_context.thread_count = "NONE", 1
     return stream
 
 
-def is_picture(stream) -> bool:
+def is_picture(stream: VideoStream) -> bool:
     """Whether a video stream is a cover or a still."""
     kinds = type(stream.disposition)
     return bool(stream.disposition & (kinds.attached_pic | kinds.still_image | kinds.timed_thumbnails))
@@ -206,25 +205,39 @@ def av_text(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
+class PacketRow(NamedTuple):
+    """A packet of a video stream.
+
+    Attributes:
+        time: of its presentation, in the stream's units; None where the file has none.
+        key: whether decoding can start here.
+        hidden: whether an edit list hides it.
+    """
+
+    time: int | None
+    key: bool
+    hidden: bool
+
+
 @dataclass(frozen=True)
 class PacketTable:
     """What the packets of a video stream show, undecoded.
 
     Attributes:
-        rows: (presentation time, whether decoding can start here, whether an edit list hides it) of each.
+        rows: one for each packet, as they come in the file.
         crowded: whether a key frame's time is not before the decoding of the next one, so that a seek to the
             first may find the second.
         refreshed: whether packets that are marked as key frames are none (H.264 with intra refresh).
     """
 
-    rows: list[tuple[int | None, bool, bool]]
+    rows: list[PacketRow]
     crowded: bool
     refreshed: bool
 
     @cached_property
     def shown(self) -> list[int | None]:
         """Times of the packets that are shown, as they come in the file."""
-        return [time for time, _, hidden in self.rows if not hidden]
+        return [row.time for row in self.rows if not row.hidden]
 
     @cached_property
     def times(self) -> np.ndarray | None:
@@ -237,13 +250,18 @@ class PacketTable:
     def keys(self) -> np.ndarray:
         """int64 [K], presentation times of the packets that decoding can start at, in order; hidden ones
         too."""
-        return np.sort(np.array([time for time, key, _ in self.rows if key and time is not None], np.int64))
+        times = [row.time for row in self.rows if row.key and row.time is not None]
+        return np.sort(np.array(times, np.int64))
 
     @property
     def complete(self) -> bool:
         """Whether decoding can start at the first packet, and none is shown before it."""
-        first, key, _ = self.rows[0]
-        return key and (self.times is None or first is None or not len(self.times) or self.times[0] >= first)
+        first = self.rows[0]
+        if not first.key:
+            return False
+        if self.times is None or first.time is None or not len(self.times):
+            return True
+        return bool(self.times[0] >= first.time)
 
     @property
     def edited(self) -> bool:
@@ -253,33 +271,38 @@ class PacketTable:
     @property
     def spliced(self) -> bool:
         """Whether it hides some between shown ones."""
-        return [hidden for hidden, _ in itertools.groupby(self.rows, lambda row: row[2])].count(False) > 1
+        runs = [hidden for hidden, _ in itertools.groupby(row.hidden for row in self.rows)]
+        return runs.count(False) > 1
 
     @property
     def open_gop(self) -> bool:
         """Whether a packet stands after a key frame in the file and before it in time; False where times are
         not known."""
-        newest = None
-        for time, key, _ in self.rows if self.times is not None else ():
-            if key:
-                newest = time
-            elif time is not None and newest is not None and time < newest:
+        if self.times is None:
+            return False
+        newest = None  # time of the last key frame
+        for row in self.rows:
+            if row.key:
+                newest = row.time
+            elif row.time is not None and newest is not None and row.time < newest:
                 return True
         return False
 
     @property
     def gop(self) -> float | None:
         """Median of the packets from one key frame to the next; None where there is none."""
-        places = [*(place for place, (_, key, _) in enumerate(self.rows) if key), len(self.rows)]
+        places = [*(place for place, row in enumerate(self.rows) if row.key), len(self.rows)]
         return float(np.median(np.diff(places))) if len(places) > 1 else None
 
 
-def read_packets(container, stream) -> PacketTable:
+def read_packets(container: InputContainer, stream: VideoStream) -> PacketTable:
     """Read all packets of `stream`."""
     context = stream.codec_context
     h264 = context.name == "h264"
     prefix = _length_bytes(context.extradata) if h264 else 0
-    rows, crowded, refreshed, newest = [], False, False, None
+    rows: list[PacketRow] = []
+    crowded, refreshed = False, False
+    newest: int | None = None  # time of the last key frame
     for packet in container.demux(stream):
         if packet.size:
             key = packet.is_keyframe
@@ -289,14 +312,16 @@ def read_packets(container, stream) -> PacketTable:
                 elif packet.dts is not None:
                     crowded |= newest is not None and packet.dts <= newest
                     newest = packet.pts
-            rows.append((packet.pts, key, packet.is_discard))
+            rows.append(PacketRow(packet.pts, key, packet.is_discard))
     return PacketTable(rows, crowded, refreshed)
 
 
 def _length_bytes(extradata: bytes | None) -> int:
     """Bytes of the length before each unit of H.264 in MP4 and Matroska; 0 where start codes separate
     them."""
-    return (extradata[4] & 3) + 1 if extradata and len(extradata) > 6 and extradata[0] == 1 else 0
+    if extradata and len(extradata) > 6 and extradata[0] == 1:
+        return (extradata[4] & 3) + 1
+    return 0
 
 
 def is_intra(data: bytes | memoryview, length_bytes: int) -> bool:
@@ -332,9 +357,9 @@ def _units(data: bytes | memoryview, length_bytes: int) -> Iterator[bytes]:
             yield bytes(data[place : place + 16])
             place += int.from_bytes(data[place - length_bytes : place], "big") + length_bytes
     else:
-        data, place = bytes(data), 0
-        while (place := data.find(b"\0\0\1", place) + 3) > 2:
-            yield data[place : place + 16]
+        whole, place = bytes(data), 0
+        while (place := whole.find(b"\0\0\1", place) + 3) > 2:
+            yield whole[place : place + 16]
 
 
 def _slice_header(unit: bytes) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -29,11 +29,16 @@ from torch import Tensor
 
 from vmae.data.augment import CropBox
 from vmae.data.dataset import Batch, EpochSampler, PretrainDataset, SampleKey
-from vmae.data.decode import DecodeError, find_hazard
-from vmae.data.decode_pyav import UPRIGHT
+from vmae.data.inspection import find_hazard
 from vmae.data.manifest import VideoEntry
+from vmae.data.orientation import UPRIGHT
 from vmae.data.quarantine import Quarantine
+from vmae.data.video_reader import DecodeError
 from vmae.errors import InputError
+
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
+    from nvidia.dali.data_node import DataNode
 
 CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})
 GPU_CODECS = CPU_CODECS | {"h264", "hevc", "av1", "mpeg4"}
@@ -108,7 +113,8 @@ class DaliLoader:
         self._steps = iter(sampler)
         self._pool = ThreadPoolExecutor(num_threads, "dali")
         self._look = functools.lru_cache(1 << 20)(self._look_into)
-        self._pipeline, self._avoided = None, set()
+        self._pipeline: Pipeline | None = None
+        self._avoided: set[str] = set()
         self._failures: int | None = 0  # None once a batch came out
         self._next = self._begin()
 
@@ -144,14 +150,16 @@ class DaliLoader:
         if plans:
             if self._pipeline is None:
                 self._pipeline = self._build_pipeline()
-            self._feed(plans)
+            self._feed(self._pipeline, plans)
             self._pipeline.schedule_run()
         return step
 
     def _plan(self, key: SampleKey) -> _Plan | None:
         """None for what the CPU path has to decode."""
         entry = self.dataset.entries[self.dataset.pick_video(*key)[0]]
-        found = self._look(entry.path) if entry.kind == "video" and entry.path not in self._avoided else None
+        if entry.kind != "video" or entry.path in self._avoided:
+            return None
+        found = self._look(entry.path)
         if found is None or found[0] < self.dataset.min_frames:
             return None
         total, fps, (width, height) = found
@@ -177,10 +185,11 @@ class DaliLoader:
             known = found.codec in self._codecs and hazard is None and plain
             return (found.frames, found.fps, found.size) if known else None
         except (DecodeError, OSError):
-            return None  # the CPU path finds the reason, and whom to put in its place
+            return None  # the CPU path finds the reason, and another video
 
-    def _feed(self, plans: Sequence[_Plan]) -> None:
-        feed = self._pipeline.feed_input
+    @staticmethod
+    def _feed(pipeline: Pipeline, plans: Sequence[_Plan]) -> None:
+        feed = pipeline.feed_input
         feed("encoded", [plan.data for plan in plans])
         feed("frames", [plan.frames for plan in plans])
         for number, crops in enumerate(zip(*(plan.crops for plan in plans), strict=True)):
@@ -188,16 +197,14 @@ class DaliLoader:
             feed(f"shape{number}", [np.array([box.height, box.width], np.int32) for box, _ in crops])
             feed(f"flip{number}", [np.array(flip, np.int32) for _, flip in crops])
 
-    def _build_pipeline(self) -> Any:
+    def _build_pipeline(self) -> Pipeline:
         """Encoded videos, frames and boxes in; uint8 [S, T, height, width, 3] for each video out."""
         from nvidia.dali import Pipeline, fn, types
 
         gpu = self.device.type == "cuda"
-        index = (
-            (self.device.index if self.device.index is not None else torch.cuda.current_device())
-            if gpu
-            else None
-        )
+        index = self.device.index if gpu else None
+        if gpu and index is None:
+            index = torch.cuda.current_device()
         height, width = self.dataset.image_size
         pipeline = Pipeline(
             batch_size=self.sampler.batch_size,
@@ -207,24 +214,23 @@ class DaliLoader:
             exec_dynamic=True,  # what it gives lives as long as its reader needs it
         )
         with pipeline:
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-            frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
-            # Without `pad_mode`, frames that it does not find would be black, in silence.
+            encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
+            frames = fn.external_source(name="frames", dtype=types.DALIDataType.INT32, ndim=1)
+            # Without `pad_mode`, frames that it does not find would be black, without an error.
             video = fn.decoders.video(
                 encoded, device="mixed" if gpu else "cpu", frames=frames, pad_mode="none"
             )
             clips = []
             for number in range(self.dataset.num_sample):
                 start, shape = (
-                    fn.external_source(name=f"{part}{number}", dtype=types.INT32, ndim=1)
+                    fn.external_source(name=f"{part}{number}", dtype=types.DALIDataType.INT32, ndim=1)
                     for part in ("start", "shape")
                 )
-                flip = fn.external_source(name=f"flip{number}", dtype=types.INT32, ndim=0)
+                flip = fn.external_source(name=f"flip{number}", dtype=types.DALIDataType.INT32, ndim=0)
                 cut = fn.slice(video, start=start, shape=shape, axis_names="HW")
-                clip = fn.resize(
-                    cut, resize_x=width, resize_y=height, interp_type=types.INTERP_LINEAR, antialias=True
-                )
-                clips.append(fn.flip(clip, horizontal=flip))
+                linear = types.DALIInterpType.INTERP_LINEAR
+                clip = fn.resize(cut, resize_x=width, resize_y=height, interp_type=linear, antialias=True)
+                clips.append(fn.flip(cast("DataNode", clip), horizontal=flip))
             pipeline.set_outputs(fn.stack(*clips))
         pipeline.build()
         return pipeline
@@ -234,9 +240,11 @@ class DaliLoader:
     def _take(self, step: _Step) -> Tensor | None:
         """uint8 [n, S, T, H, W, 3] of the n samples that DALI had, without a copy; None where it had none, or
         failed."""
-        if not any(step.plans):
+        if self._pipeline is None or not any(step.plans):
             return None
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        stream = None
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
         try:
             clips = torch.from_dlpack(self._pipeline.share_outputs(cuda_stream=stream)[0].as_tensor())
             self._pipeline.release_outputs()

@@ -74,7 +74,7 @@ class Batch:
         return dataclasses.replace(self, clips=self.clips.pin_memory(), mask=self.mask.pin_memory())
 
 
-class PretrainDataset(VideoDataset):
+class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
     """Samples of a list of videos: `dataset[epoch, index]` is a `Batch` of one video (B = 1, S clips).
 
     One decode gives `num_sample` clips of the same frames, each with its own crop and its own mask, as
@@ -178,7 +178,7 @@ class PretrainDataset(VideoDataset):
         rng, stride = numpy_rng(self.seed, epoch, index, attempt, Purpose.FRAMES), entry.stride or self.stride
         if self.sampling == "published":
             return sample_frame_indices(total, self.num_frames, stride, rng)
-        if self.sampling == "fps" and fps:
+        if self.sampling == "fps" and fps and self.fps:
             return sample_exact_indices(total, self.num_frames, fps / self.fps, rng)
         return sample_exact_indices(total, self.num_frames, stride, rng)
 
@@ -237,11 +237,9 @@ def check_decodable(
         if time.monotonic() - began > 3 * hang_limit():
             break
     count = len(failures)
-    which = (
-        f"all {count} videos"
-        if count == len(entries)
-        else f"all of the {count} videos tried, of {len(entries)},"
-    )
+    which = f"all {count} videos"
+    if count < len(entries):
+        which = f"all of the {count} videos tried, of {len(entries)},"
     raise InputError(f"{which} are undecodable; the first: {list_failures(failures)}")
 
 
@@ -301,7 +299,7 @@ class EpochSampler:
 
     @property
     def fills_up(self) -> bool:
-        """Whether a batch holds the same video more than once, for want of samples."""
+        """Whether a batch holds the same video more than once, because there are too few samples."""
         return self.size < self.global_batch_size
 
     def __getitem__(self, step: int) -> list[SampleKey]:

@@ -8,9 +8,10 @@ actions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -121,7 +122,8 @@ def find_videos(
     folder = Path(folder)
     if path_kind(folder) != "a folder":
         raise InputError(f"folder of videos {str(folder)!r} does not exist")
-    files, wanted = {}, set(names)
+    files: dict[str, Path] = {}
+    wanted = set(names)
     for path in sorted(path for path in folder.iterdir() if is_video(path)):
         if path.stem in files and path.stem in wanted:
             raise InputError(
@@ -187,10 +189,11 @@ def key_frames(
         if not 0 <= frame < total:
             raise InputError(
                 f"{where}: key frame at {timestamp} s is outside of {entries[video].path}, which has "
-                f"{clip.origin:g} to "
-                f"{clip.origin + total / rate:.2f} s ({total} frames, {rate:g} a second); is --origin right?"
+                f"{clip.origin:g} to {clip.origin + total / rate:.2f} s ({total} frames, {rate:g} a second); "
+                "is --origin right?"
             )
         kept = list(boxes.values())
+        numbers = tuple(tuple(labels) for _, labels in kept)
         made.append(
             KeyFrame(
                 **vars(entries[video]),
@@ -198,7 +201,7 @@ def key_frames(
                 timestamp=timestamp,
                 frame=frame,
                 boxes=tuple(row.box for row, _ in kept),
-                labels=tuple(tuple(labels) for _, labels in kept) if actions else (),
+                labels=numbers if actions else (),
                 scores=tuple(row.score for row, _ in kept),
             )
         )
@@ -289,18 +292,21 @@ class DetectionBatch:
         """Join samples or batches, in order."""
         most = max(batch.boxes.shape[1] for batch in batches)
         return cls(
-            torch.cat([batch.clips for batch in batches]),
-            *(
-                torch.cat([_padded(getattr(batch, name), most) for batch in batches])
-                for name in ("boxes", "targets", "valid")
-            ),
-            [key for batch in batches for key in batch.ids],
-            [failure for batch in batches for failure in batch.replaced],
+            clips=torch.cat([batch.clips for batch in batches]),
+            boxes=torch.cat([_padded(batch.boxes, most) for batch in batches]),
+            targets=torch.cat([_padded(batch.targets, most) for batch in batches]),
+            valid=torch.cat([_padded(batch.valid, most) for batch in batches]),
+            ids=[key for batch in batches for key in batch.ids],
+            replaced=[failure for batch in batches for failure in batch.replaced],
         )
 
-    def _each(self, change) -> DetectionBatch:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> DetectionBatch:
         return dataclasses.replace(
-            self, **{name: change(getattr(self, name)) for name in ("clips", "boxes", "targets", "valid")}
+            self,
+            clips=change(self.clips),
+            boxes=change(self.boxes),
+            targets=change(self.targets),
+            valid=change(self.valid),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DetectionBatch:
@@ -312,12 +318,25 @@ class DetectionBatch:
 
 def _padded(tensor: Tensor, most: int) -> Tensor:
     """[B, M, ...] -> [B, most, ...], with zeros."""
-    return torch.cat(
-        [tensor, tensor.new_zeros(tensor.shape[0], most - tensor.shape[1], *tensor.shape[2:])], 1
-    )
+    batch, rows, *rest = tensor.shape
+    return torch.cat([tensor, tensor.new_zeros(batch, most - rows, *rest)], 1)
 
 
-class DetectionDataset(VideoDataset):
+class BoxedClip(NamedTuple):
+    """A clip and the boxes of its key frame.
+
+    Attributes:
+        clip: uint8 [T, H, W, 3], RGB.
+        boxes: float32 [M, 4], x1, y1, x2, y2 in [0, 1].
+        numbers: of these boxes among the key frame's.
+    """
+
+    clip: Tensor
+    boxes: Tensor
+    numbers: list[int]
+
+
+class DetectionDataset(VideoDataset[KeyFrame, BoxedClip]):
     """Key frames to train on: `dataset[epoch, index]` is a `DetectionBatch` of one clip.
 
     A key frame whose video cannot be decoded is replaced by another one, with that one's boxes.
@@ -336,7 +355,7 @@ class DetectionDataset(VideoDataset):
         num_classes: int,
         clip: KeyClipConfig,
         augment: KeyAugmentConfig,
-        **options,
+        **options: Any,
     ) -> None:
         super().__init__(frames, **options)
         self.num_classes, self.clip, self.augment = num_classes, clip, augment
@@ -347,17 +366,22 @@ class DetectionDataset(VideoDataset):
 
     def __getitem__(self, key: SampleKey | int) -> DetectionBatch:
         epoch, index = self._checked_key(key)
-        (clip, boxes, kept), video, replaced = self._decode_with_replacement(epoch, index)
-        targets = torch.zeros(1, len(boxes), self.num_classes)
-        for row, number in enumerate(kept):
-            targets[0, row, list(self.entries[video].labels[number])] = 1
-        ids = [(epoch, index, self.entries[video].path)]
-        return DetectionBatch(clip[None], boxes[None], targets, torch.ones(1, len(boxes)), ids, replaced)
+        seen, video, replaced = self._decode_with_replacement(epoch, index)
+        entry, count = self.entries[video], len(seen.boxes)
+        targets = torch.zeros(1, count, self.num_classes)
+        for row, number in enumerate(seen.numbers):
+            targets[0, row, list(entry.labels[number])] = 1
+        return DetectionBatch(
+            clips=seen.clip[None],
+            boxes=seen.boxes[None],
+            targets=targets,
+            valid=torch.ones(1, count),
+            ids=[(epoch, index, entry.path)],
+            replaced=replaced,
+        )
 
-    def _decode_crops(
-        self, entry: KeyFrame, epoch: int, index: int, attempt: int
-    ) -> tuple[Tensor, Tensor, list[int]]:
-        """(uint8 [T, H, W, 3], float32 [M, 4], the numbers of the boxes that are left)."""
+    def _decode_crops(self, entry: KeyFrame, epoch: int, index: int, attempt: int) -> BoxedClip:
+        """The clip, and the boxes that are left in it."""
         rngs = {
             use: numpy_rng(self.seed, epoch, index, attempt, use)
             for use in (Purpose.CROPS, Purpose.FLIPS, Purpose.AUGMENT)
@@ -372,7 +396,7 @@ class DetectionDataset(VideoDataset):
             cut = jitter_boxes(cut, rngs[Purpose.AUGMENT])
         if self.augment.flip and rngs[Purpose.FLIPS].integers(2):
             clip, cut = np.ascontiguousarray(clip[:, :, ::-1]), flip_boxes(cut)
-        return torch.from_numpy(clip), torch.from_numpy(cut).float(), kept
+        return BoxedClip(torch.from_numpy(clip), torch.from_numpy(cut).float(), kept)
 
     def _crop(
         self, boxes: np.ndarray, width: int, height: int, rng: np.random.Generator
@@ -392,15 +416,15 @@ class DetectionDataset(VideoDataset):
 # --- Testing ---
 
 
-class KeyFrameReader(VideoDataset):
+class KeyFrameReader(VideoDataset[KeyFrame, tuple[Tensor, Tensor]]):
     """Key frames to test on: `reader[number]` is (uint8 [T, H, W, 3], float32 [M, 4] of the boxes, extended),
     or the `Failure` of a broken video."""
 
-    def __init__(self, frames: Sequence[KeyFrame], clip: KeyClipConfig, **options) -> None:
+    def __init__(self, frames: Sequence[KeyFrame], clip: KeyClipConfig, **options: Any) -> None:
         super().__init__(frames, **options)
         self.clip = clip
 
-    def set_watch(self, watch) -> None:
+    def set_watch(self, watch: Callable[[int], None]) -> None:
         self.watch = watch
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | Failure:
@@ -416,7 +440,9 @@ class KeyFrameReader(VideoDataset):
         boxes = extend_boxes(np.array(entry.boxes), self.clip.extend)
         return torch.from_numpy(clip), torch.from_numpy(boxes).float()
 
-    def read(self, numbers: Sequence[int], num_workers: int = 0, *, hang_s: float | None = None) -> Iterator:
+    def read(
+        self, numbers: Sequence[int], num_workers: int = 0, *, hang_s: float | None = None
+    ) -> Iterator[tuple[int, tuple[Tensor, Tensor] | Failure]]:
         """(number, what it holds) in the order of `numbers`, decoded ahead by `num_workers` processes."""
         if not num_workers:
             yield from ((number, self[number]) for number in numbers)

@@ -1,7 +1,7 @@
 """What may be opened, and how long a file system may take.
 
-A pipe without a writer, a device and a dead mount hang whoever opens them. Only regular files are opened
-(`check_regular`), and what the main process asks of a file system, it asks in a thread that it can leave
+A pipe without a writer, a device and a dead mount hang the process that opens them. Only regular files are
+opened (`check_regular`), and what the main process asks of a file system, it asks in a thread that it can leave
 behind (`ask_files`). Whatever decodes belongs into a worker, see `vmae.data.guarded`.
 """
 
@@ -28,11 +28,12 @@ _KINDS = (
     (stat.S_ISDIR, "a folder"),
 )
 _POLL_S = 0.2
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def special_kind(mode: int) -> str | None:
-    """What a file is by its `st_mode`, in words; None for a regular one."""
+    """Name of a file's kind by its `st_mode`; None for a regular file."""
     if stat.S_ISREG(mode):
         return None
     return next((name for is_kind, name in _KINDS if is_kind(mode)), "no file")

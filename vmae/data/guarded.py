@@ -21,13 +21,12 @@ from vmae.data.video_reader import DecodeError, memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool, hang_limit
 from vmae.errors import InputError
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def _open_pool(maker: VideoTask, tasks: Iterator[Any], prefetch: int, hang_s: float | None) -> WorkerPool:
-    for (
-        backend
-    ) in BACKENDS.values():  # imported once here, not in every worker: that takes longer than a clip
+    for backend in BACKENDS.values():  # imports it here once, not in every worker: longer than a clip takes
         backend.missing()
     return WorkerPool(
         maker, tasks, count=1, prefetch=prefetch, hang_s=hang_limit() if hang_s is None else hang_s
@@ -110,7 +109,8 @@ class _Streams(VideoTask):
     def __init__(self, read: Callable[[Any], Iterator[Tensor]], entries: Sequence[Any], chunk: int) -> None:
         super().__init__()
         self.read, self.entries, self.chunk = read, entries, chunk
-        self._at, self._left = (-1, 0), iter(())
+        self._at = (-1, 0)
+        self._left: Iterator[Tensor] = iter(())
 
     def __getitem__(self, task: tuple[int, int]) -> tuple[int, Tensor | InputError | None]:
         video, part = task

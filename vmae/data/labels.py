@@ -38,6 +38,7 @@ from vmae.data.manifest import (
     read_columns,
     read_list_with_problems,
     read_text,
+    roots_of,
     split_lines,
     unquote,
     whole,
@@ -125,11 +126,9 @@ def _read_labelled(
         labels = tuple(dict.fromkeys(whole(label) for label in match[2].split(";")))
         wrong = next((label for label in labels if not 0 <= label < (num_classes or CLASSES.most)), None)
         if wrong is not None:
-            known = (
-                f"0 to {CLASSES.most - 1}"
-                if num_classes is None
-                else f"0 to {num_classes - 1} ({num_classes} classes)"
-            )
+            known = f"0 to {CLASSES.most - 1}"
+            if num_classes is not None:
+                known = f"0 to {num_classes - 1} ({num_classes} classes)"
             raise InputError(f"{where}: label {wrong} is out of range; labels are {known}")
         found[number] = labels
         return Line(number, _readings(match[1]), stride, pattern)
@@ -187,7 +186,9 @@ def read_any_list(
     if path_kind(path) == "a folder":
         entries, problems = read_list_with_problems(path, data_root)
         return AnyList(entries, [None] * len(entries), False, problems)
-    if _looks_labelled(path, data_root) if labelled is None else labelled:
+    if labelled is None:
+        labelled = _looks_labelled(path, data_root)
+    if labelled:
         entries, problems, labels = _read_labelled(path, data_root, None)
         return AnyList(entries, list(labels), True, problems)
     entries, problems = read_list_with_problems(path, data_root)
@@ -212,14 +213,16 @@ def add_labelled_argument(parser: argparse.ArgumentParser) -> None:
 def _fourth_column(content: str, entry: VideoEntry) -> tuple[int, ...] | None:
     """The label of a line `path start total label`, unless it was read as a path that ends with a number."""
     match = _FOURTH.fullmatch(unquote(content))
-    is_label = match is not None and int(match[2]) == entry.total and entry.path.endswith(match[1])
-    return tuple(map(int, match[3].split(";"))) if is_label else None
+    if match is None or int(match[2]) != entry.total or not entry.path.endswith(match[1]):
+        return None
+    return tuple(map(int, match[3].split(";")))
 
 
 def _looks_labelled(path: str | Path, data_root: str | Path | None) -> bool:
     """Whether more lines can only be those of a labelled list than can only be those of one for
     pre-training."""
-    votes, either = Counter(), []
+    votes: Counter[str] = Counter()
+    either: list[tuple[str, Line]] = []
 
     def look(content: str, where: str, number: int, stride: int | None, pattern: str | None) -> Line:
         *_, total, last = ("", "", *re.split(r"[\s,]+", content)[1:])
@@ -235,12 +238,13 @@ def _looks_labelled(path: str | Path, data_root: str | Path | None) -> bool:
 
     parse_lines(read_text(path), str(path), look)
     if not votes:
-        roots = [str(data_root)] if data_root is not None else ["", os.path.dirname(str(path))]
+        roots = roots_of(path, data_root)
         for content, line in either[:: max(len(either) // 64, 1)]:
-            votes["plain"] += _fits(
-                filter(None, (read_columns(content, count) for count in (3, 2))), line, roots
-            )
-            votes["labelled"] += _fits(_readings(_LABELS.fullmatch(content)[1]), line, roots)
+            plain = filter(None, (read_columns(content, count) for count in (3, 2)))
+            votes["plain"] += _fits(plain, line, roots)
+            match = _LABELS.fullmatch(content)
+            assert match is not None  # its last column is a label
+            votes["labelled"] += _fits(_readings(match[1]), line, roots)
     return votes["labelled"] > votes["plain"]
 
 
@@ -251,12 +255,10 @@ def _fits(readings: Iterable[tuple[str, int, int]], line: Line, roots: Sequence[
             entry = make_entry(os.path.join(root, path), start, total, line)
             if total < 0 and os.path.isfile(entry.path):
                 return True
-            if total > 0 and [os.path.isfile(entry.frame_path(i)) for i in (0, total - 1, total)] == [
-                True,
-                True,
-                False,
-            ]:
-                return True
+            if total > 0:
+                first, last, behind = (os.path.isfile(entry.frame_path(i)) for i in (0, total - 1, total))
+                if first and last and not behind:
+                    return True
     return False
 
 
@@ -277,15 +279,12 @@ def read_class_names(path: str | Path) -> list[str]:
         InputError: the file cannot be read, a name comes twice, or numbers are missing.
     """
     text = read_text(path)
-    names = _names_from_json(path, text) if Path(path).suffix == ".json" else _names_from_text(path, text)
+    read = _names_from_json if Path(path).suffix == ".json" else _names_from_text
+    names = read(path, text)
     if not names:
         raise InputError(f"class list {str(path)!r} names no classes")
-    twice = (
-        next((name for name in names if names.count(name) > 1), None)
-        if len(set(names)) < len(names)
-        else None
-    )
-    if twice is not None:
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"class list {str(path)!r}: {twice!r} comes twice")
     return names
 
@@ -294,8 +293,9 @@ def _names_from_text(path: str | Path, text: str) -> list[str]:
     lines = [line for line in split_lines(text) if line and not is_comment(line)]
     if lines and lines[0].lower().replace(" ", "") in ("id,name", "label,name", "class,name"):
         del lines[0]
-    numbered = [re.fullmatch(r"(\d+)[,\s]\s*(.+)", line) for line in lines]
-    if not lines or None in numbered:
+    found = (re.fullmatch(r"(\d+)[,\s]\s*(.+)", line) for line in lines)
+    numbered = [match for match in found if match is not None]
+    if not lines or len(numbered) < len(lines):
         return lines
     return _by_number(path, {re.sub(r'^"(.*)"$', r"\1", match[2]): whole(match[1]) for match in numbered})
 
@@ -344,7 +344,9 @@ def read_label_map(
         raise InputError(
             f"label map {str(path)!r} {fault}: it maps {len(found)} classes, the target has {num_classes}"
         )
-    top = source_classes if source_classes is not None else min(max(found) + 1, CLASSES.most)
+    top = source_classes
+    if top is None:
+        top = min(max(found) + 1, CLASSES.most)
     wrong = next((number for number in found if not 0 <= number < top), None)
     if wrong is not None:
         raise InputError(

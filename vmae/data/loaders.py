@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import torch
 
 from vmae.data.dali import DaliLoader, dali_missing
-from vmae.data.dataset import Batch, EpochSampler
+from vmae.data.dataset import Batch, EpochSampler, PretrainDataset
 from vmae.data.quarantine import Quarantine
 from vmae.data.video_dataset import SampleKey, VideoDataset
 from vmae.data.workers import WorkerPool, hang_limit
@@ -61,6 +61,7 @@ class PretrainLoader:
         self.dataset, self.sampler, self.quarantine = dataset, sampler, quarantine
         self._pin = pin_memory and torch.cuda.is_available()
         source = _BatchSource(dataset)
+        self._iterator: WorkerPool | Generator[Batch | InputError, None, None] | None
         if num_workers:  # they live as long as the run: the iterator spans all epochs
             self._iterator = WorkerPool(
                 source, iter(sampler), count=num_workers, prefetch=prefetch, hang_s=hang_s
@@ -190,12 +191,13 @@ def build_loader(
         times = -(-sampler.global_batch_size // len(dataset.entries))
         warnings.warn(
             f"{len(dataset)} samples an epoch are fewer than a batch of {sampler.global_batch_size}: a video "
-            "comes up "
-            f"to {times} times in a batch, with other frames and crops",
+            f"comes up to {times} times in a batch, with other frames and crops",
             stacklevel=2,
         )
     bad = Quarantine(quarantine, max_bad_share, len({entry.path for entry in dataset.entries}))
     if loader == "dali":
+        if not isinstance(dataset, PretrainDataset):
+            raise TypeError("DALI decodes for a PretrainDataset only")
         return DaliLoader(dataset, sampler, bad, device=device, num_threads=max(num_workers, 1))
     return PretrainLoader(
         dataset,

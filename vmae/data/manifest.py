@@ -138,11 +138,12 @@ def raise_problems(
     one."""
     if problems:
         line, problem = problems[0]
-        tried = f"--data-root {str(data_root)!r}" if data_root is not None else "no --data-root given"
+        tried = "no --data-root given"
+        if data_root is not None:
+            tried = f"--data-root {str(data_root)!r}"
         raise InputError(
             f"list file {str(path)!r}, line {line}: {problem}; {len(problems)} of {good + len(problems)} "
-            "entries "
-            f"cannot be used ({tried}). Correct the paths, or the --data-root that they start from"
+            f"entries cannot be used ({tried}). Correct the paths, or the --data-root that they start from"
         )
 
 
@@ -178,13 +179,20 @@ def read_list_with_problems(
     lines = parse_lines(read_text(path), name, parse_line or _parse_line)
     if not lines:
         raise InputError(f"list file {name!r} has no entries; {_FORMATS}")
-    roots = [str(data_root)] if data_root is not None else ["", os.path.dirname(name)]
+    roots = roots_of(path, data_root)
     try:  # by threads: a network file system takes long for one question, not for many side by side
         resolved = ask_files(lambda line: _resolve(line, roots, frame_pattern), lines, threads=8)
     except Unanswered as error:
         raise InputError(f"list file {name!r}, line {lines[error.item].number}: {error}") from None
     problems = [(line.number, problem) for line, (_, problem) in zip(lines, resolved, strict=True) if problem]
-    return [entry for entry, problem in resolved if not problem], problems
+    return [entry for entry, _ in resolved if entry is not None], problems
+
+
+def roots_of(path: str | Path, data_root: str | Path | None) -> list[str]:
+    """Folders that the relative paths of the list file `path` may start from, the first one first."""
+    if data_root is not None:
+        return [str(data_root)]
+    return ["", os.path.dirname(str(path))]
 
 
 def read_text(path: str | Path) -> str:
@@ -280,11 +288,9 @@ def foreign_table(content: str) -> str | None:
             "being the class's number from 0 (docs/own_data.md has the lines for it); pre-training needs the "
             "paths alone"
         )
-    return (
-        f"this looks like JSON; a list is text, one video a line: {_FORMATS}"
-        if _JSON.match(content)
-        else None
-    )
+    if _JSON.match(content):
+        return f"this looks like JSON; a list is text, one video a line: {_FORMATS}"
+    return None
 
 
 def _parse_directive(
@@ -325,14 +331,13 @@ def _check_pattern(pattern: str, what: str) -> None:
 
 
 def _parse_line(content: str, where: str, number: int, stride: int | None, pattern: str | None) -> Line:
-    readings = [read_columns(content, count) for count in (3, 2)]
-    readings = [reading for reading in readings if reading is not None]
+    read = (read_columns(content, count) for count in (3, 2))
+    readings = [reading for reading in read if reading is not None]
     if not readings:
         if _ENDS_WITH[1].fullmatch(content):
             raise InputError(
                 f"{where}: malformed: one number after the path in {content!r}; {_FORMATS} (lists for "
-                "pre-training "
-                "hold no labels, so `path label` needs its label removed)"
+                "pre-training hold no labels, so `path label` needs its label removed)"
             )
         readings = [(content, 0, -1)]
     if all(_complaint(reading) for reading in readings):
@@ -371,7 +376,7 @@ def _resolve(line: Line, roots: list[str], frame_pattern: str) -> tuple[VideoEnt
     for path, start, total in line.readings:
         found, there, problem = _locate(path, roots)
         complaint = _complaint((path, start, total))
-        if found is None:
+        if found is None or there is None:
             problems.append((0 if complaint else 1, problem))
         elif complaint:
             problems.append((3, f"{complaint} for {found!r}; {_FORMATS}"))
@@ -381,9 +386,8 @@ def _resolve(line: Line, roots: list[str], frame_pattern: str) -> tuple[VideoEnt
             if problem is None:
                 return entry, None
             problems.append((2, problem))
-    return None, max(problems, key=lambda ranked: ranked[0])[
-        1
-    ]  # what is wrong with a path that is there says most
+    _, worst = max(problems, key=lambda ranked: ranked[0])  # a fault of a path that is there says most
+    return None, worst
 
 
 def _locate(path: str, roots: list[str]) -> tuple[str | None, os.stat_result | None, str | None]:
@@ -477,8 +481,11 @@ def write_list(
         if (entry.stride, entry.pattern) != (stride, pattern):
             stride, pattern = entry.stride, entry.pattern
             lines.append(f"#! stride={stride or 'default'} pattern={pattern}\n")
-        columns = [] if labelled and entry.kind == "video" else [str(entry.start), str(entry.total)]
-        columns += [] if own is None else [";".join(map(str, own))]
+        columns = []
+        if not labelled or entry.kind != "video":
+            columns += [str(entry.start), str(entry.total)]
+        if own is not None:
+            columns.append(";".join(map(str, own)))
         lines.append(" ".join([_listed(entry, root), *columns]) + "\n")
     part = path.with_name(path.name + ".part")
     try:

@@ -276,7 +276,9 @@ def run(args: argparse.Namespace) -> None:
     if unknown is not None:
         raise InputError(f"--data-root {unknown}: no such source; the sources are {', '.join(names)}")
     pattern = _compile(args.video_id)
-    sources = [_read_source(*source, roots.get(source[0])) for source in args.source]
+    sources = [
+        _read_source(name, classes, train, val, roots.get(name)) for name, classes, train, val in args.source
+    ]
     same = _read_same(args.same) if args.same else {}
     merged = merge_sources(sources, same, id_pattern=pattern)
     paths = write_merged(args.output, merged)
@@ -301,13 +303,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _read_source(name: str, classes: str, train: str, val: str, root: str | None) -> LabelSource:
     names = read_class_names(classes)
-    lists = [
-        None if path == "-" else read_labelled_list(path, root, num_classes=len(names))
-        for path in (train, val)
-    ]
-    if lists[0] is None:
+    if train == "-":
         raise InputError(f"source {name!r} has no list to train on")
-    return LabelSource(name=name, classes=names, train=lists[0], val=lists[1])
+    to_train = read_labelled_list(train, root, num_classes=len(names))
+    to_test = None if val == "-" else read_labelled_list(val, root, num_classes=len(names))
+    return LabelSource(name=name, classes=names, train=to_train, val=to_test)
 
 
 def _read_same(path: str) -> dict[str, str]:

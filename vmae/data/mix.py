@@ -141,10 +141,10 @@ class Mix(Sequence):
         counts = [0] * len(self.sources)
         starts = [source.first for source in self.sources]
         for index in indices:
-            natural = self.mixing == "natural"
-            number = (
-                bisect_right(starts, index % len(self)) - 1 if natural else self._find_turn(index, size)[1]
-            )
+            if self.mixing == "natural":
+                number = bisect_right(starts, index % len(self)) - 1
+            else:
+                number = self._find_turn(index, size)[1]
             counts[number] += 1
         return counts
 
@@ -174,7 +174,9 @@ def read_data(path: str | Path, data_root: str | Path | None = None) -> Mix:
     if Path(path).suffix.lower() in MIX_SUFFIXES and not Path(path).is_dir():
         return _read_mix(Path(path), data_root)
     entries = read_list(path, data_root)
-    root = _root_of(path) if data_root is None or os.path.isdir(path) else str(data_root)
+    root = str(data_root)
+    if data_root is None or os.path.isdir(path):
+        root = _root_of(path)
     return Mix(entries, [Source(_name_of(path), 0, len(entries), 1.0, root)])
 
 
@@ -193,7 +195,9 @@ def _read_mix(path: Path, data_root: str | Path | None) -> Mix:
     content = _load_yaml(path)
     unknown = set(content) - {"mixing", "sources"}
     if unknown or not isinstance(content.get("sources"), list) or not content["sources"]:
-        wrong = f"unknown {', '.join(sorted(map(str, unknown)))}" if unknown else "no list of sources"
+        wrong = "no list of sources"
+        if unknown:
+            wrong = f"unknown {', '.join(sorted(map(str, unknown)))}"
         raise InputError(f"mix {str(path)!r}: {wrong}; a mix has `sources`, a list, and maybe `mixing`")
     start = Path(data_root) if data_root is not None else path.parent
     entries: list[VideoEntry] = []
@@ -255,7 +259,9 @@ def _check_source(given: Any, where: str) -> None:
 
 
 def _read_source(given: dict[str, Any], start: Path, where: str) -> list[VideoEntry]:
-    root = None if given.get("root") is None else os.path.join(start, str(given["root"]))
+    root = None
+    if given.get("root") is not None:
+        root = os.path.join(start, str(given["root"]))
     try:
         entries = read_list(
             os.path.join(start, str(given["list"])),
@@ -273,9 +279,11 @@ def _read_source(given: dict[str, Any], start: Path, where: str) -> list[VideoEn
             f"{len(entries)}; a video is `path 0 -1`, frames are `folder start total`"
         )
     stride = given.get("stride")
-    return [
-        entry if entry.stride is not None else dataclasses.replace(entry, stride=stride) for entry in entries
-    ]
+
+    def with_stride(entry: VideoEntry) -> VideoEntry:
+        return dataclasses.replace(entry, stride=stride) if entry.stride is None else entry
+
+    return [with_stride(entry) for entry in entries]
 
 
 def describe_data(data: Sequence[VideoEntry], *, backend: str = "auto", probes: int = 24) -> list[str]:
@@ -310,7 +318,8 @@ def _length(entries: Sequence[VideoEntry], backend: str, probes: int) -> str:
     videos = [entry for entry in entries if entry.kind == "video"]
     count = min(probes, len(videos))
     probed = [videos[place * len(videos) // count] for place in range(count)]
-    seconds, began = [], time.monotonic()
+    seconds: list[float] = []
+    began = time.monotonic()
     for found in guarded_each(functools.partial(_seconds, backend=backend), probed):
         if not isinstance(found, DecodeError):
             seconds.append(found)

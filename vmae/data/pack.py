@@ -29,10 +29,11 @@ from tqdm import tqdm
 from vmae.config import _Checked
 from vmae.data.check import decode_clip
 from vmae.data.decode import DecodeError, open_video
-from vmae.data.decode_pyav import UPRIGHT, Orientation, PyavReader, read_orientation
 from vmae.data.labels import LABELLED, add_labelled_argument, read_any_list
 from vmae.data.manifest import VideoEntry, raise_problems, write_list
+from vmae.data.orientation import UPRIGHT, Orientation, read_orientation
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine, list_failures
+from vmae.data.readers.pyav import PyavReader
 from vmae.data.video_reader import memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
@@ -79,7 +80,11 @@ class PackConfig(_Checked):
 def packed_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     """(width, height) after scaling the short side down to `short_side`; even, as 4:2:0 colour needs."""
     scale = min(short_side / min(width, height), 1.0)
-    return tuple(max(min(2 * round(side * scale / 2), side // 2 * 2), 2) for side in (width, height))
+
+    def scaled(side: int) -> int:
+        return max(min(2 * round(side * scale / 2), side // 2 * 2), 2)
+
+    return scaled(width), scaled(height)
 
 
 def pack_video(source: str | Path, target: str | Path, config: PackConfig) -> int:
@@ -94,23 +99,21 @@ def pack_video(source: str | Path, target: str | Path, config: PackConfig) -> in
         import av
     except ImportError as error:
         raise InputError(f"packing needs PyAV ({error}): `pip install av`") from None
-    if (
-        int(av.__version__.split(".")[0]) < 17
-    ):  # 14 to 16 squeeze full range into limited, whatever they are told
+    if int(av.__version__.split(".")[0]) < 17:  # 14 to 16 squeeze full range into limited, whatever is asked
         raise InputError(
             f"packing needs PyAV 17 or newer, to keep colours as they are; {av.__version__} is installed"
         )
     part = Path(target).with_suffix(".part.mp4")
     try:
         with open_video(source, "pyav") as reader, av.open(str(part), "w") as out:
+            assert isinstance(reader, PyavReader)
             frames, expected = _encode(reader, out, config), len(reader)
         if frames != expected:
             raise DecodeError(f"{source}: cannot be decoded: {frames} of {expected} frames came out")
     except av.FFmpegError as error:
         part.unlink(missing_ok=True)
-        if error.errno in _TARGET_FAULTS and error.filename == str(
-            part
-        ):  # a full disk is no fault of the video
+        # A full disk is no fault of the video.
+        if error.errno in _TARGET_FAULTS and error.filename == str(part):
             raise OSError(error.errno, error.strerror, str(part)) from None
         raise DecodeError(f"{source}: cannot be packed: {error.strerror}") from None
     except DecodeError:
@@ -126,6 +129,7 @@ def _encode(reader: PyavReader, out, config: PackConfig) -> int:
 
     source, to_yuv = reader.stream, VideoReformatter()
     rate, time_base = source.average_rate or 25, source.time_base
+    assert time_base is not None  # every stream of a file has one
     frames, last, first = 0, None, None
     for frame in reader.decoded():
         if first is None or frame.key_frame:  # asking every frame for its matrix costs a tenth of decoding
@@ -158,10 +162,10 @@ def _add_stream(out, frame, source, orientation: Orientation, config: PackConfig
     stream.pix_fmt = "yuv420p"
     context, aspect = stream.codec_context, source.sample_aspect_ratio
     context.time_base = source.time_base
-    is_rgb = frame.format.is_rgb
-    context.color_range, context.colorspace = (
-        (_LIMITED, _BT601) if is_rgb else (_range(frame), frame.colorspace)
-    )
+    if frame.format.is_rgb:
+        context.color_range, context.colorspace = _LIMITED, _BT601
+    else:
+        context.color_range, context.colorspace = _range(frame), frame.colorspace
     context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
     if aspect:  # pixels that are not square stay so
         context.sample_aspect_ratio = 1 / aspect if orientation.transpose else aspect
@@ -170,12 +174,8 @@ def _add_stream(out, frame, source, orientation: Orientation, config: PackConfig
 
 # --- Frames as a player shows them, in the numbers of the original ---
 
-_LIMITED, _FULL, _BT601, _SWS_BT601 = (
-    1,
-    2,
-    6,
-    5,
-)  # FFmpeg's numbers: color ranges, a matrix in tags and in swscale
+# FFmpeg's numbers: colour ranges, and a matrix in tags and in its scaler.
+_LIMITED, _FULL, _BT601, _SWS_BT601 = 1, 2, 6, 5
 
 
 def _range(frame) -> int:
@@ -232,11 +232,9 @@ class _Packer(VideoTask):
         except DecodeError as error:
             return Failure(entry.path, str(error), error.library or "pyav")
         except (InputError, OSError) as error:
-            return InputError(
-                f"cannot write {str(target)!r}: {error.strerror}"
-                if isinstance(error, OSError)
-                else str(error)
-            )
+            if isinstance(error, OSError):
+                return InputError(f"cannot write {str(target)!r}: {error.strerror}")
+            return InputError(str(error))
         return None
 
 
@@ -451,7 +449,9 @@ def run(args: argparse.Namespace) -> int:
         if pairs:
             _write_report(folder, report | {"decoding": _measure(pairs)})
     left_out = len(videos) - len(pairs)
-    bad = f"; {left_out} could not be packed, see {folder / QUARANTINE_NAME}" if left_out else ""
+    bad = ""
+    if left_out:
+        bad = f"; {left_out} could not be packed, see {folder / QUARANTINE_NAME}"
     print(f"{len(pairs)} of {len(videos)} videos packed: {folder / LIST_NAME}{bad}")
     return 1 if left_out else 0
 

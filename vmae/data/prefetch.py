@@ -56,7 +56,7 @@ class Prefetcher:
         while not self._closing and item[1] is None:
             try:
                 item = (self._copy(next(self.source)), None)
-            except BaseException as error:  # StopIteration too: raised again by whoever reads
+            except BaseException as error:  # StopIteration too: raised again in the reading thread
                 item = (None, error)
             while not self._closing:
                 try:

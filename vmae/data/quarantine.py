@@ -79,8 +79,9 @@ class Quarantine:
         if self.path is None:
             return set()
         found = read_json_lines(self.path, path=str)
-        if found.skipped:
-            warnings.warn(found.note(self.path).removeprefix("note: "), stacklevel=3)
+        note = found.note(self.path)
+        if note is not None:
+            warnings.warn(note.removeprefix("note: "), stacklevel=3)
         return {record["path"] for record in found.records}
 
     def add(self, read: int, failed: Sequence[Failure]) -> None:
@@ -95,12 +96,13 @@ class Quarantine:
             self.bad.setdefault(failure.path, failure)
         self._write([failure for failure in dict.fromkeys(failed) if failure.path not in self._written])
         if failed and self._too_many():
-            allowed = f"{self.max_share:.1%}" if self.allowed is None else f"{self.allowed} of {self.videos}"
+            allowed = f"{self.max_share:.1%}"
+            if self.allowed is not None:
+                allowed = f"{self.allowed} of {self.videos}"
             raise InputError(
                 f"{self.summary()}. No more than {allowed} videos may be bad (--max-bad-share "
-                f"{self.max_share:g}); "
-                "`python -m vmae check-data LIST` tells what is wrong with them and writes a list without "
-                "them"
+                f"{self.max_share:g}); `python -m vmae check-data LIST` tells what is wrong with them and "
+                "writes a list without them"
             )
 
     @property

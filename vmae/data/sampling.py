@@ -156,7 +156,9 @@ def dense_view_indices(total: int, num_frames: int, stride: int, segments: int) 
     _check_segments(segments)
     frames = np.arange(0, total, stride, dtype=np.int64)
     room = max(len(frames) - num_frames, 0)
-    starts = [room // 2] if segments == 1 else [int(i * (room / (segments - 1))) for i in range(segments)]
+    starts = [room // 2]
+    if segments > 1:
+        starts = [int(i * (room / (segments - 1))) for i in range(segments)]
     places = np.asarray(starts)[:, None] + np.arange(num_frames)
     return frames[np.minimum(places, len(frames) - 1)]
 

@@ -6,10 +6,9 @@ from __future__ import annotations
 import enum
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from vmae.data.augment import RESIZERS
@@ -48,8 +47,13 @@ def numpy_rng(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng(seed_sequence(seed, *key))
 
 
-class VideoDataset(Dataset):
-    """Reads a list of videos; a subclass says what a sample is made of (`_decode_crops`, `__getitem__`).
+EntryT = TypeVar("EntryT", bound=VideoEntry)
+Decoded = TypeVar("Decoded")
+
+
+class VideoDataset(Dataset, Generic[EntryT, Decoded]):
+    """Reads a list of videos; a subclass says what is decoded (`_decode_crops`, which gives a `Decoded`) and
+    what a sample is made of (`__getitem__`).
 
     Args:
         entries: of `read_list` or `read_data`, at least one.
@@ -70,7 +74,7 @@ class VideoDataset(Dataset):
 
     def __init__(
         self,
-        entries: Sequence[VideoEntry],
+        entries: Sequence[EntryT],
         *,
         num_sample: int = 1,
         seed: int = 0,
@@ -89,15 +93,16 @@ class VideoDataset(Dataset):
             raise InputError(f"unknown resize {resize!r}; known: {', '.join(RESIZERS)}")
         if min_frames < 1:
             raise InputError(f"min_frames must be at least 1, not {min_frames}")
-        self.data, self.entries = entries, list(entries)
+        self.data = entries
+        self.entries: list[EntryT] = list(entries)
         self.num_sample, self.seed, self.repeat = num_sample, seed, repeat
         self.backend, self.resize, self.min_frames = backend, resize, min_frames
         self.watch: Callable[[int], None] | None = None
         self._blocked: dict[int, str] = {}
 
     @abstractmethod
-    def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
-        """The clips of an entry, uint8 [S, T, H, W, 3]; raises DecodeError where it cannot be decoded."""
+    def _decode_crops(self, entry: EntryT, epoch: int, index: int, attempt: int) -> Decoded:
+        """What is decoded of an entry; raises DecodeError where it cannot be."""
 
     def block(self, video: int, reason: str) -> None:
         """Treat the entry number `video` as undecodable from now on; its error is `reason`."""
@@ -135,12 +140,13 @@ class VideoDataset(Dataset):
     @property
     def sources(self) -> list[str]:
         """Names of the mix's sources; empty where there is one only."""
-        several = isinstance(self.data, Mix) and len(self.data.sources) > 1
-        return [source.name for source in self.data.sources] if several else []
+        if not isinstance(self.data, Mix) or len(self.data.sources) < 2:
+            return []
+        return [source.name for source in self.data.sources]
 
     def count_sources(self, batch: Any) -> list[int]:
         """Clips of each of the `sources` in a batch (`batch.ids`: (epoch, index, path) of each sample)."""
-        if not self.sources:
+        if not self.sources or not isinstance(self.data, Mix):
             return []
         counts = self.data.count_sources([index for _, index, _ in batch.ids], len(self))
         return [count * self.num_sample for count in counts]
@@ -151,12 +157,13 @@ class VideoDataset(Dataset):
             return self.data.pick(self.seed, epoch, index, len(self))
         return index % len(self.entries), range(len(self.entries))
 
-    def _decode_with_replacement(self, epoch: int, index: int) -> tuple[Tensor, int, list[Failure]]:
-        """(clips, number of the entry they come from, the failures before it)."""
+    def _decode_with_replacement(self, epoch: int, index: int) -> tuple[Decoded, int, list[Failure]]:
+        """(what is decoded, number of the entry that it comes from, the failures before it)."""
         failures: list[Failure] = []
         rng = numpy_rng(self.seed, epoch, index, 0, Purpose.REPLACEMENT)
         video, others = self.pick_video(epoch, index)
-        total, tried = len(others), set()
+        total = len(others)
+        tried: set[int] = set()
         for attempt in range(min(total, MAX_ATTEMPTS)):
             while video in tried:
                 video = others[int(rng.integers(total))]
@@ -164,17 +171,15 @@ class VideoDataset(Dataset):
             clips = self._try_twice(video, epoch, index, attempt, failures)
             if clips is not None:
                 return clips, video, failures
-        which = (
-            f"all {total} videos"
-            if total <= MAX_ATTEMPTS
-            else f"{len(tried)} of {total} videos, drawn in a row,"
-        )
+        which = f"all {total} videos"
+        if total > MAX_ATTEMPTS:
+            which = f"{len(tried)} of {total} videos, drawn in a row,"
         raise InputError(f"{which} are undecodable; the first: {list_failures(failures)}")
 
     def _try_twice(
         self, video: int, epoch: int, index: int, attempt: int, failures: list[Failure]
-    ) -> Tensor | None:
-        """Clips of entry number `video`; None, and one more failure, where it cannot be decoded."""
+    ) -> Decoded | None:
+        """What is decoded of entry number `video`; None, and one more failure, where it cannot be decoded."""
         entry = self.entries[video]
         if video in self._blocked:
             failures.append(Failure(entry.path, self._blocked[video], "worker"))

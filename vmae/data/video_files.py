@@ -86,7 +86,9 @@ def find_videos(folder: str | Path) -> list[str]:
     videos: list[str] = []
     skipped: Counter[str] = Counter()
     start = str(Path(folder))
-    pending, links, seen = [start], [], set()
+    pending: list[str] = [start]
+    links: list[str] = []
+    seen: set[tuple[int, int]] = set()
     while pending or links:
         current = pending.pop() if pending else links.pop()
         for entry in _scan(current, seen):
@@ -102,20 +104,17 @@ def find_videos(folder: str | Path) -> list[str]:
             else:
                 skipped[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
     kinds = ", ".join(f"{kind} {count}" for kind, count in skipped.most_common(6))
-    rest = (
-        f"; {skipped.total()} other files skipped ({kinds}{', ...' if len(skipped) > 6 else ''})"
-        if skipped
-        else ""
-    )
+    rest = ""
+    if skipped:
+        more = ", ..." if len(skipped) > 6 else ""
+        rest = f"; {skipped.total()} other files skipped ({kinds}{more})"
     if not videos:
         lists = [
             name for name in ("train.csv", "val.csv", "test.csv") if os.path.isfile(os.path.join(start, name))
         ]
-        advice = (
-            f"give the list {os.path.join(start, lists[0])}"
-            if lists
-            else "images need a list with `folder start total`"
-        )
+        advice = "images need a list with `folder start total`"
+        if lists:
+            advice = f"give the list {os.path.join(start, lists[0])}"
         raise InputError(f"folder {start!r} holds no videos ({', '.join(VIDEO_SUFFIXES)}){rest}; {advice}")
     if os.environ.get("RANK", "0") == "0":
         _LOG.info("folder %s: %d videos%s", start, len(videos), rest)

@@ -10,14 +10,18 @@ import sys
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from vmae.errors import InputError
 
 _FRAMES_AT_ONCE = 64
+
+Result = TypeVar("Result")
+Reader = TypeVar("Reader", bound="VideoReader")
 
 
 class DecodeError(InputError):
@@ -45,22 +49,40 @@ def memory_as_decode_error(path: str | Path) -> Iterator[None]:
     raise DecodeError(f"{path}: cannot be decoded: it needs more memory than there is")
 
 
+def call_library(path: str, done: str, function: Callable[[], Result]) -> Result:
+    """What `function` gives, which calls a C library: what that writes to stderr is captured, and its
+    exceptions become a `DecodeError` of one line.
+
+    Args:
+        done: "opened" or "decoded", for the message.
+    """
+    with library_stderr() as captured:
+        try:
+            return function()
+        except Exception as error:  # RuntimeError, ValueError, and what FFmpeg makes of a damaged file
+            failure = error
+    raise DecodeError(f"{path}: cannot be {done}: {first_reason(str(failure), captured)}")
+
+
 class VideoReader(ABC):
     """An open video; a context manager that closes it.
 
     Attributes:
         path: of the file or folder.
         fps: frames a second, None where it is not known.
-        size: width and height, None where they are known only once a frame is decoded.
         codec: FFmpeg's name of it, None where it is not known.
         backend: name of the backend that opened it.
     """
 
     path: str
     fps: float | None = None
-    size: tuple[int, int] | None = None
     codec: str | None = None
     backend: str = "?"
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height as displayed; None where they are known only once a frame is decoded."""
+        return None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -112,7 +134,7 @@ class VideoReader(ABC):
     def close(self) -> None:
         """Let go of the file; the reader is of no further use."""
 
-    def __enter__(self) -> VideoReader:
+    def __enter__(self: Reader) -> Reader:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -159,10 +181,11 @@ def library_stderr() -> Iterator[list[str]]:
 def first_reason(message: str, captured: list[str]) -> str:
     """One line without source files and addresses, from a library's exception and what it wrote to stderr."""
     opening = next((line for line in captured if "ERROR opening" in line), None)
-    text = opening.rsplit(", ", 1)[-1] if opening else (message.strip().splitlines() or ["unknown reason"])[0]
+    text = (message.strip().splitlines() or ["unknown reason"])[0]
+    if opening:
+        text = opening.rsplit(", ", 1)[-1]
     text = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", text)
     text = re.sub(r"^(\w+, )?/\S+\.(cpp|cc|h):\d+, ", "", text)
     text = text.replace("failed with 1094995529", "failed: invalid data")  # FFmpeg's AVERROR_INVALIDDATA
-    # "Check failed: CODE >= 0 (-1094995529 vs. 0) Thread worker: Error sending packet." -> the words at its
-    # end
+    # "Check failed: CODE >= 0 (-1094995529 vs. 0) Thread worker: Error sending packet." -> what its end says
     return re.sub(r"^Check failed: .*?\(\S+ vs\. \S+\)\s*(?=\S)", "", text).strip() or "unknown reason"

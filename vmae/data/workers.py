@@ -2,9 +2,9 @@
 
 Why not torch's `DataLoader`: a worker of it that hangs stops the run, one that a decoder crashes raises an
 error at any moment in the main process, and neither can be replaced. Here each worker has a pipe of its own
-and writes down which video it is at, so the main process knows whom to blame: the video is blocked (another
-one stands in for it) and what the worker still owed is made again by a new one. A worker that is killed from
-outside, for want of memory most often, blames its video only when the same video does it twice.
+and writes down which video it is at, so the main process knows the cause: that video is blocked (another one
+replaces it) and the tasks that the worker had left are done again by a new one. A worker that is killed from
+outside, most often because memory runs out, counts against its video only when the same video does it twice.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -43,9 +44,8 @@ CRASHES = {
         signal.SIGKILL,
     )
 }
-MAX_IDLE_RESTARTS = (
-    5  # of workers that no video is to blame for, in a row without a batch; one each where they are more
-)
+# Restarts of workers for which no video is to blame, in a row without a batch; one each where they are more.
+MAX_IDLE_RESTARTS = 5
 _POLL_S, _GRACE_S = 1.0, 5.0
 # Forked also where Python's default is another (3.14): workers share the list's memory, and start in
 # milliseconds.
@@ -81,9 +81,9 @@ class Maker(Protocol):
         """Treat a video as undecodable from now on."""
 
 
-class VideoTask:
-    """A `Maker` that does something to one video at a time; a subclass says what, and calls `watch` before it
-    opens one.
+class VideoTask(ABC):
+    """A `Maker` that does something to one video at a time; a subclass says what in `__getitem__`, and calls
+    `watch` before it opens one.
 
     Attributes:
         blocked: number of a video -> why it is not to be opened any more.
@@ -93,6 +93,9 @@ class VideoTask:
     def __init__(self) -> None:
         self.blocked: dict[int, str] = {}
         self.watch: Callable[[int], None] = lambda video: None
+
+    @abstractmethod
+    def __getitem__(self, task: Any) -> Any: ...
 
     def set_watch(self, watch: Callable[[int], None]) -> None:
         self.watch = watch
@@ -119,9 +122,8 @@ class _Worker:
 
     def __init__(self, context, maker: Maker) -> None:
         self.tasks: deque[tuple[int, Any]] = deque()
-        self.suspected: tuple[float, float] | None = (
-            None  # (when its video began, when that was found too long)
-        )
+        # (when its video began, when that was found too long)
+        self.suspected: tuple[float, float] | None = None
         self.slot = multiprocessing.sharedctypes.RawArray("d", [-1.0, 0.0])
         self.pipe, theirs = context.Pipe()
         # A worker that is killed cannot remove the folder of the socket by which its tensors are handed over.
@@ -140,7 +142,7 @@ class _Worker:
     def tell(self, *message: Any) -> None:
         try:
             self.pipe.send(message)
-        except OSError:  # it has died; whoever waits for it finds out
+        except OSError:  # it has died; `_wait` finds out
             pass
 
     @property
@@ -168,9 +170,8 @@ def _work(maker: Maker, pipe, slot, parent: int, folder: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)  # the workers share the cores; more threads in each only get in each other's way
     threading.Thread(target=_end_with, args=(parent, folder), daemon=True).start()
-    multiprocessing.current_process()._config["tempdir"] = (
-        folder  # what multiprocessing.util.get_temp_dir() gives
-    )
+    process = multiprocessing.current_process()
+    process._config["tempdir"] = folder  # type: ignore[attr-defined]  # private: where get_temp_dir() looks
 
     def watch(video: int) -> None:
         slot[1] = time.monotonic()
@@ -210,7 +211,7 @@ class WorkerPool:
         hang_s: seconds that one video may take.
 
     Attributes:
-        lost: (video number, reason) of each video that hung or crashed a worker; whoever reads it empties it.
+        lost: (video number, reason) of each video that hung or crashed a worker; its reader empties it.
 
     Raises:
         RuntimeError: on iteration: `maker` raised, a worker was stopped by somebody else, or workers keep
@@ -221,13 +222,13 @@ class WorkerPool:
         self, maker: Maker, tasks: Iterator[Any], *, count: int, prefetch: int, hang_s: float
     ) -> None:
         self.lost: list[tuple[int, str]] = []
-        self._maker, self._tasks = maker, enumerate(tasks)
+        self._maker = maker
+        self._tasks: Iterator[tuple[int, Any]] = enumerate(tasks)
         self._prefetch, self._hang_s = prefetch, hang_s
         self._context = torch.multiprocessing.get_context(_START_METHOD)
         self._ready: dict[int, Any] = {}
-        self._killed: dict[
-            int, int
-        ] = {}  # video -> the task at which it was there when its worker was killed
+        # Video -> the task at which it was there when its worker was killed.
+        self._killed: dict[int, int] = {}
         self._next = self._idle_restarts = 0
         self._interrupted = False
         self._workers = [_Worker(self._context, maker) for _ in range(count)]
@@ -261,11 +262,12 @@ class WorkerPool:
 
     def _wait(self) -> None:
         """Take what has arrived, within a second, and replace who hangs or has died."""
-        owing = {worker.pipe: worker for worker in self._workers if worker.tasks}
-        for pipe in multiprocessing.connection.wait(list(owing), min(_POLL_S, self._hang_s / 4)):
+        owing: dict[object, _Worker] = {worker.pipe: worker for worker in self._workers if worker.tasks}
+        pipes = [worker.pipe for worker in owing.values()]
+        for pipe in multiprocessing.connection.wait(pipes, min(_POLL_S, self._hang_s / 4)):
             worker = owing[pipe]
             try:
-                number, good, result = pipe.recv()
+                number, good, result = worker.pipe.recv()
             except (EOFError, OSError):  # also when it dies while its tensors are handed over
                 self._replace(worker, None)
                 continue
@@ -310,7 +312,8 @@ class WorkerPool:
             if self._idle_restarts > max(MAX_IDLE_RESTARTS, len(self._workers)):
                 self.close()
                 raise InputError(
-                    "data workers keep dying, for want of memory most likely; try fewer, or a smaller batch"
+                    "data workers keep dying, most likely because memory runs out; try fewer, or a smaller "
+                    "batch"
                 )
         fresh = _Worker(self._context, self._maker)
         self._workers[self._workers.index(worker)] = fresh
@@ -326,7 +329,7 @@ class WorkerPool:
             raise RuntimeError(f"a data worker was stopped (exit code {code})")
         if code != -signal.SIGKILL:
             return f"crashed its worker ({signal.Signals(-code).name})"
-        # For want of memory, most likely, and once that may be any video's fault. A video that does it again,
+        # Out of memory, most likely, and once that may be any video's fault. A video that does it again,
         # before it was decoded, would do it for ever.
         if video in self._killed:
             return "its worker was killed twice at this video (SIGKILL; out of memory?)"

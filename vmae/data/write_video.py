@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from vmae.data.pack import PackConfig
 from vmae.errors import InputError
 
 
-def find_encoder():
+def find_encoder() -> ModuleType:
     """PyAV, which has the encoder.
 
     Raises:
@@ -43,7 +44,8 @@ def write_video(path: Path, pictures: np.ndarray | Sequence[np.ndarray], fps: in
     try:
         with av.open(str(part), "w") as out:
             stream = out.add_stream("libx264", rate=fps, options=options)
-            stream.height, stream.width, stream.pix_fmt = *pictures[0].shape[:2], "yuv420p"
+            stream.height, stream.width = pictures[0].shape[:2]
+            stream.pix_fmt = "yuv420p"
             for picture in pictures:
                 out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             out.mux(stream.encode(None))

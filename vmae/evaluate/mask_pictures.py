@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vmae.config import MAX_TOKENS, MaskConfig, ModelConfig
+from vmae.config import MAX_TOKENS, PRESETS, MaskConfig, ModelConfig
 from vmae.errors import InputError
 from vmae.evaluate.pictures import GREY, Panel, add_output_arguments, outputs_of, write_pictures
 from vmae.masking import DECODER_MASKS, ENCODER_MASKS, DualMask, Grid
@@ -22,12 +22,16 @@ DARK = 40
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     add_output_arguments(parser, "masks.png")
-    parser.add_argument("--model", default="vit_b", help="preset whose grid to take (vit_b)")
+    parser.add_argument(
+        "--model", default="vit_b", help=f"preset whose grid to take: {', '.join(PRESETS)} (vit_b)"
+    )
     parser.add_argument(
         "--grid", metavar="T,Y,X", help="tokens along time, height and width, instead of a preset's"
     )
     parser.add_argument(
-        "--encoder-mask", default="tube", help="that the decoder's masks are drawn with (tube)"
+        "--encoder-mask",
+        default="tube",
+        help="mask of the encoder that the decoder's masks are drawn with (tube)",
     )
     parser.add_argument(
         "--encoder-ratio",
@@ -47,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """The command: draw each mask, tell its counts, write."""
     outputs = outputs_of(args, Path("masks.png"))
-    grid = ModelConfig.preset(args.model).grid if args.grid is None else parse_grid(args.grid)
+    grid = parse_grid(args.grid) if args.grid is not None else ModelConfig.preset(args.model).grid
     config = MaskConfig(
         encoder=args.encoder_mask, encoder_ratio=args.encoder_ratio, decoder_ratio=args.decoder_ratio
     )
@@ -67,7 +71,7 @@ def parse_grid(text: str) -> Grid:
         InputError: not three positive whole numbers.
     """
     try:
-        frames, rows, columns = (int(word) for word in text.split(","))
+        frames, rows, columns = (int(number) for number in text.split(","))
     except ValueError:
         raise InputError(
             f"--grid {text}: give three whole numbers, time,rows,columns, such as 8,14,14"
@@ -84,17 +88,17 @@ def draw_masks(grid: Grid, config: MaskConfig, seed: int) -> list[Panel]:
 
     A mask that this grid or ratio does not allow gets a grey panel, whose caption says why.
     """
-    kinds = [(kind, _encoder_cells) for kind in ENCODER_MASKS] + [
-        (kind, _decoder_cells) for kind in DECODER_MASKS
-    ]
     panels = []
-    for kind, draw in kinds:
-        side = "encoder" if draw is _encoder_cells else "decoder"
-        try:
-            words, frames = draw(grid, config, kind, seed)
-        except InputError as error:
-            words, frames = f"not possible here: {error}", np.full_like(_blank(grid), GREY)
-        panels.append(Panel(caption=f"{side} {kind}: {words}", frames=frames))
+    for side, kinds, draw in (
+        ("encoder", ENCODER_MASKS, _encoder_cells),
+        ("decoder", DECODER_MASKS, _decoder_cells),
+    ):
+        for kind in kinds:
+            try:
+                counts, frames = draw(grid, config, kind, seed)
+            except InputError as error:
+                counts, frames = f"not possible here: {error}", np.full_like(_blank(grid), GREY)
+            panels.append(Panel(caption=f"{side} {kind}: {counts}", frames=frames))
     return panels
 
 
@@ -111,23 +115,25 @@ def _encoder_cells(grid: Grid, config: MaskConfig, kind: str, seed: int) -> tupl
     mask = _sample(grid, config.replace(encoder=kind, decoder="none"), seed)
     seen = ~mask.to_bool()[0][0].numpy()
     total, count = mask.num_tokens, int(seen.sum())
-    words = f"ratio {config.encoder_ratio:g}; {count} of {total} tokens seen (white), {total - count} hidden (dark)"
-    return words, cell_frames(seen, np.zeros_like(seen), grid)
+    counts = (
+        f"ratio {config.encoder_ratio:g}; {count} of {total} tokens seen (white), "
+        f"{total - count} hidden (dark)"
+    )
+    return counts, cell_frames(seen, np.zeros_like(seen), grid)
 
 
 def _decoder_cells(grid: Grid, config: MaskConfig, kind: str, seed: int) -> tuple[str, np.ndarray]:
     mask = _sample(grid, config.replace(decoder=kind), seed)
     hidden, left_out = (masked[0].numpy() for masked in mask.to_bool())
-    counted, picked = int(mask.weight.sum()), int((~left_out).sum())
-    ratio = (
-        "no ratio (all that the encoder did not see)" if kind == "none" else f"ratio {config.decoder_ratio:g}"
+    counted, decoded = int(mask.weight.sum()), int((~left_out).sum())
+    ratio = f"ratio {config.decoder_ratio:g}"
+    if kind == "none":
+        ratio = "no ratio (all that the encoder did not see)"
+    counts = (
+        f"{ratio}; {decoded} of {mask.num_tokens} tokens decoded (white), others left out (dark); with the "
+        f"encoder's {config.encoder} mask, whose tokens are dotted, {counted} are counted by the loss"
     )
-    words = (
-        f"{ratio}; {picked} of {mask.num_tokens} tokens picked (white), others left out (dark); with the "
-        "encoder's "
-        f"{config.encoder} mask, whose tokens are dotted, {counted} are counted by the loss"
-    )
-    return words, cell_frames(~left_out, ~hidden, grid)
+    return counts, cell_frames(~left_out, ~hidden, grid)
 
 
 def cell_frames(white: np.ndarray, dotted: np.ndarray, grid: Grid) -> np.ndarray:

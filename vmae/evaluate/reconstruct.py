@@ -22,7 +22,7 @@ from vmae.config import MaskConfig, ModelConfig
 from vmae.errors import InputError
 from vmae.evaluate.encoder import middle_clip
 from vmae.evaluate.pictures import GREY, Panel, add_output_arguments, outputs_of, write_pictures
-from vmae.masking import DualMask
+from vmae.masking import DualMask, mask_help
 from vmae.model import Pretrainer, build_pretrainer
 from vmae.settings import SEED, STRIDE, limits
 from vmae.train.checks import resolve_device
@@ -62,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)"
     )
     mask = parser.add_argument_group("mask and sampling (default: as in training)")
-    mask.add_argument("--encoder-mask", help="tube, random, frame")
+    mask.add_argument("--encoder-mask", help=mask_help("encoder"))
     mask.add_argument("--encoder-ratio", type=limits(MaskConfig, "encoder_ratio"))
-    mask.add_argument("--decoder-mask", help="running_cell, random, frame, none")
+    mask.add_argument("--decoder-mask", help=mask_help("decoder"))
     mask.add_argument("--decoder-ratio", type=limits(MaskConfig, "decoder_ratio"))
     mask.add_argument("--stride", type=STRIDE, help="frames from one sampled frame to the next")
     model = add_source_arguments(parser)

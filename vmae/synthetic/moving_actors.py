@@ -99,11 +99,10 @@ def cast(seed: int, size: int) -> tuple[Actor, Actor]:
     upright = bool(rng.integers(2))  # one above the other, else side by side
     actors = []
     for half in (0.25, 0.75):
-        slide, turn = (None if number == len(kind) else list(kind)[number] for kind, number in _choose(rng))
+        slide, turn = _choose(rng)
         radius = rng.uniform(*_RADII)
-        room = (
-            0.25 - _REACH * radius - _BLUR / size - _WAY
-        )  # in the half's short side; the same along both axes, whatever the motion
+        # In the half's short side; the same along both axes, whatever the motion.
+        room = 0.25 - _REACH * radius - _BLUR / size - _WAY
         middle = np.array([0.5, half] if upright else [half, 0.5]) + rng.uniform(-room, room, 2)
         if upright:
             middle[0] += rng.uniform(-0.25, 0.25)
@@ -117,14 +116,13 @@ def cast(seed: int, size: int) -> tuple[Actor, Actor]:
     return actors[0], actors[1]
 
 
-def _choose(rng: np.random.Generator) -> list[tuple[dict, int]]:
-    """(kind, number) of a slide and of a turn; the number after the last means none, and one of the two is
-    something."""
+def _choose(rng: np.random.Generator) -> tuple[str, str]:
+    """Names of a slide and of a turn; "" means none, and at least one of the two is something."""
+    slides, turns = [*SLIDES, "", ""], [*TURNS, ""]
     while True:
-        numbers = int(rng.integers(len(SLIDES) + 2)), int(rng.integers(len(TURNS) + 1))
-        numbers = min(numbers[0], len(SLIDES)), numbers[1]
-        if numbers != (len(SLIDES), len(TURNS)):
-            return [(SLIDES, numbers[0]), (TURNS, numbers[1])]
+        slide, turn = slides[int(rng.integers(len(slides)))], turns[int(rng.integers(len(turns)))]
+        if slide or turn:
+            return slide, turn
 
 
 def draw_actor(picture: np.ndarray, sprite: Image.Image, actor: Actor, frame: int) -> tuple[np.ndarray, Box]:
@@ -258,9 +256,8 @@ def write_actors(folder: str | Path, config: ActorsConfig, *, workers: int = 1) 
         "val_excluded": folder / "val_excluded.csv",
     }
     write_actions(paths["actions"], ACTIONS)
-    write_excluded(
-        paths["val_excluded"], {rows["val"][-1].key} if len({row.key for row in rows["val"]}) > 1 else set()
-    )
+    several = len({row.key for row in rows["val"]}) > 1
+    write_excluded(paths["val_excluded"], {rows["val"][-1].key} if several else set())
     for split, own in rows.items():
         paths[split], paths[f"{split}_persons"] = folder / f"{split}.csv", folder / f"{split}_persons.csv"
         write_annotations(paths[split], own)
@@ -289,10 +286,10 @@ def _claim(folder: Path, config: ActorsConfig) -> None:
         about.write_text(json.dumps(asdict(config)) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {str(folder)!r}: {error.strerror}") from None
+    except InputError:
+        raise
     except ValueError as error:
-        raise (
-            error if isinstance(error, InputError) else InputError(f"{about} is damaged ({error}); remove it")
-        ) from None
+        raise InputError(f"{about} is damaged ({error}); remove it") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

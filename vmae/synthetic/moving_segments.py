@@ -14,6 +14,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import methodcaller
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,9 @@ def _rng(seed: int, purpose: int) -> np.random.Generator:
 
 def timeline(config: SegmentsConfig, seed: int) -> list[Part]:
     """The parts of a video, in order, rest first and last; they cover every frame once."""
-    rng, parts, at = _rng(seed, _PARTS), [], 0
+    rng = _rng(seed, _PARTS)
+    parts: list[Part] = []
+    at = 0  # frame that the next part begins with
     last = config.seconds * FPS - round(FPS * _REST_S[0])  # frame by which the last motion has ended
     while True:
         rest, moving = (round(FPS * rng.uniform(*span)) for span in (_REST_S, _MOTION_S))
@@ -109,7 +112,10 @@ def timeline(config: SegmentsConfig, seed: int) -> list[Part]:
 
 def clip_part(config: SegmentsConfig, motion: str, seed: int) -> Part:
     """The one part of a short clip."""
-    return Part(motion, 0, config.clip_frames, 0.0 if motion == REST else _rng(seed, _CLIP).uniform(*_SPEEDS))
+    speed = 0.0
+    if motion != REST:
+        speed = _rng(seed, _CLIP).uniform(*_SPEEDS)
+    return Part(motion, 0, config.clip_frames, speed)
 
 
 def states_of(parts: Sequence[Part], seed: int) -> np.ndarray:
@@ -166,7 +172,7 @@ def write_segments_world(folder: str | Path, config: SegmentsConfig) -> dict[str
     texts = {"clips": [f"clips/{name}.mp4 {label}" for name, label in clips.items()], "classes": names}
     for name, lines in texts.items():
         text = "\n".join(lines) + "\n"
-        write_atomically(folder / f"{name}.txt", lambda file, text=text: file.write(text), binary=False)
+        write_atomically(folder / f"{name}.txt", methodcaller("write", text), binary=False)
     return {
         "videos": folder / "videos",
         "dataset": folder / "dataset.json",

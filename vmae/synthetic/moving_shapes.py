@@ -320,10 +320,10 @@ def _claim(folder: Path, config: WorldConfig) -> None:
         about.write_text(json.dumps(asdict(config)) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {str(folder)!r}: {error.strerror}") from None
+    except InputError:
+        raise
     except ValueError as error:
-        raise (
-            error if isinstance(error, InputError) else InputError(f"{about} is damaged ({error}); remove it")
-        ) from None
+        raise InputError(f"{about} is damaged ({error}); remove it") from None
 
 
 def _write_lists(folder: Path, plan: dict[str, list[Video]]) -> dict[str, Path]:

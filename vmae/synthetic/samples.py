@@ -83,7 +83,7 @@ def write_sample_frames(folder: str | Path, path: str | Path, short_side: int = 
                     for number, frame in zip(numbers, reader.frames(list(numbers))):
                         image = Image.fromarray(frame)
                         factor = short_side / min(image.size)
-                        size = tuple(round(side * factor) for side in image.size)
+                        size = (round(image.width * factor), round(image.height * factor))
                         image.resize(size, Image.Resampling.BILINEAR).save(
                             target / f"img_{number + 1:05}.jpg", quality=92
                         )

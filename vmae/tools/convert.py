@@ -11,7 +11,7 @@ from vmae.checkpoint.folder import export_weights, find_weights
 from vmae.checkpoint.huggingface import load_pretrained, read_class_names, read_multi_label, save_pretrained
 from vmae.checkpoint.published import load_into, read_settings_and_weights
 from vmae.checkpoint.source import source_config
-from vmae.config import ModelConfig
+from vmae.config import PRESETS, ModelConfig
 from vmae.errors import InputError
 from vmae.model import Classifier, Pretrainer, build_classifier, build_pretrainer
 from vmae.settings import limits
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "output", metavar="OUT", help="the other one: a file (.pth, .safetensors), or a folder to make"
     )
     parser.add_argument(
-        "--model", help="preset of weights that do not say what they are: vit_s, vit_b, vit_l, vit_h, vit_g"
+        "--model", help=f"preset of weights that do not say what they are: {', '.join(PRESETS)}"
     )
     parser.add_argument("--num-frames", type=limits(ModelConfig, "num_frames"), help="of such weights (16)")
     parser.add_argument("--image-size", type=limits(ModelConfig, "img_size"), help="of such weights (224)")

@@ -21,6 +21,7 @@ import torch
 
 from vmae.data.dali import dali_missing
 from vmae.data.decode import BACKENDS as VIDEO_BACKENDS
+from vmae.data.decode import video_backends
 from vmae.errors import InputError
 from vmae.model.attention.choice import BACKENDS, auto_order, runnable
 from vmae.model.attention.probes import Workload
@@ -57,9 +58,14 @@ class Part:
     probe: Callable[[], str | None] = lambda: None
 
 
-def video_lack(name: str) -> Callable[[], str | None]:
-    """The probe of a decoding backend."""
-    return lambda: VIDEO_BACKENDS[name].missing()
+def video_parts() -> list[Part]:
+    """The libraries of the decoding backends."""
+    parts = []
+    for name in video_backends():
+        backend = VIDEO_BACKENDS[name]
+        if backend.library is not None:
+            parts.append(Part(**vars(backend.library), group="video", probe=backend.missing))
+    return parts
 
 
 PARTS = (
@@ -72,33 +78,7 @@ PARTS = (
         install="pip install triton (the version that torch requires)",
         without="the fused operations run in PyTorch: more kernel launches and more memory traffic",
     ),
-    Part(
-        name="decord",
-        group="video",
-        module="decord",
-        packages=("decord", "decord2"),
-        install="pip install decord, or decord2 (newer Pythons, AV1); never both",
-        without="nothing: PyAV reads all that it reads; only bench/data.py's baseline is gone",
-    ),
-    Part(
-        name="torchcodec",
-        group="video",
-        module="torchcodec",
-        packages=("torchcodec",),
-        install="pip install 'torchcodec>=0.13,<0.14', and FFmpeg's libraries (apt-get install ffmpeg); 0.13 loads with torch "
-        "2.13 on a CPU, 0.14 to 0.17 link CUDA libraries",
-        without="nothing: PyAV reads the same files, H.264 faster",
-        probe=video_lack("torchcodec"),
-    ),
-    Part(
-        name="PyAV",
-        group="video",
-        module="av",
-        packages=("av",),
-        install="pip install av",
-        probe=video_lack("pyav"),
-        without="AVI, MPEG-TS and many open GOPs are refused, H.264 is slower, `vmae pack` and DALI's loader do not run",
-    ),
+    *video_parts(),
     Part(
         name="DALI",
         group="video",
@@ -266,14 +246,16 @@ def look_at_auto(device: torch.device, dtype: torch.dtype, head_dims: tuple[int,
 def look_at_video() -> dict[str, Any]:
     """Which decoders `auto` tries, the first first, and what is wrong with those that are installed, if
     anything."""
-    order = [
-        name
-        for name, backend in VIDEO_BACKENDS.items()
-        if "video" in backend.kinds and backend.missing() is None
-    ]
-    clash = _version(("decord",)) is not None and _version(("decord2",)) is not None
-    note = "decord and decord2 are both installed and share an import name: pip uninstall one, reinstall the other"
-    return {"order": order, "note": note if clash else None}
+    order = [name for name in video_backends() if VIDEO_BACKENDS[name].missing() is None]
+    note = None
+    for part in video_parts():
+        several = [package for package in part.packages if _version((package,)) is not None]
+        if len(several) > 1:
+            note = (
+                f"{' and '.join(several)} are both installed and share an import name: pip uninstall one, "
+                "reinstall the other"
+            )
+    return {"order": order, "note": note}
 
 
 def look_at_machine(device: torch.device) -> dict[str, Any]:

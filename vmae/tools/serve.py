@@ -176,8 +176,8 @@ class Studio:
         chosen = {**self.mask.to_dict(), "seed": 0}
         about = {
             "chosen": chosen,
-            "encoders": ENCODER_MASKS,
-            "decoders": DECODER_MASKS,
+            "encoders": list(ENCODER_MASKS),
+            "decoders": list(DECODER_MASKS),
             "megabytes": self.limits.megabytes,
             "seconds": self.limits.seconds,
             "classifier": self.classifier is not None,

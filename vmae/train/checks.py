@@ -14,6 +14,7 @@ from vmae.masking import DualMask
 from vmae.model.attention.choice import choose
 from vmae.model.attention.probes import Workload
 from vmae_kernels import resolve_backend
+from vmae_kernels.backend import OPERATIONS
 
 
 def resolve_device(name: str) -> torch.device:
@@ -40,7 +41,7 @@ def resolve_device(name: str) -> torch.device:
 
 def check_backend(backend: str, device: torch.device) -> None:
     """Raises InputError where an operation has no such implementation."""
-    for operation in ("embed_visible", "assemble_decoder_tokens", "select_decoded", "head_patch_loss"):
+    for operation in OPERATIONS:
         try:
             resolve_backend(backend, operation, torch.empty(0, device=device))
         except (ValueError, NotImplementedError) as error:

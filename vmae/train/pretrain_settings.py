@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmae.config import PUBLISHED_MODELS, MaskConfig, ModelConfig, SpeedConfig, _Checked, image_size
+from vmae.masking import PUBLISHED_MASKS, mask_help
 from vmae.settings import BATCH, COUNT, FPS, SEED, SHARE, STEPS, STRIDE, Whole, limits, ranged
 from vmae.train.optim import OptimConfig
 from vmae.train.parallel import world_size
 
-PUBLISHED_MASKS = {"run_cell": "running_cell"}
 EPOCHS, WARMUP_STEPS, EFFECTIVE_BATCH = Whole(1, 10**9), Whole(0, STEPS.most), Whole(1, 2**40)
 
 
@@ -218,7 +218,7 @@ def _add_result_arguments(group) -> None:
         default=1,
         help="visits of a video in an epoch, for short lists (1)",
     )
-    group.add_argument("--encoder-mask", "--mask_type", default="tube", help="tube, random, frame (tube)")
+    group.add_argument("--encoder-mask", "--mask_type", default="tube", help=f"{mask_help('encoder')} (tube)")
     group.add_argument(
         "--encoder-ratio",
         "--mask_ratio",
@@ -230,7 +230,7 @@ def _add_result_arguments(group) -> None:
         "--decoder-mask",
         "--decoder_mask_type",
         default="running_cell",
-        help="running_cell, random, frame, none (encoder-only masking) (running_cell)",
+        help=f"{mask_help('decoder')} (running_cell)",
     )
     group.add_argument(
         "--decoder-ratio",

@@ -1,19 +1,26 @@
-"""The decoder of choice: PyAV, which is right about every container met so far and decodes least."""
+"""PyAV, the default: it is right about every container met so far and decodes least."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from vmae.data.containers import FORMATS, av_text, is_picture, open_container, pick_stream, read_packets
+from vmae.data.containers import FORMATS, av_text, open_container, pick_stream, read_packets
 from vmae.data.manifest import VideoEntry
+from vmae.data.orientation import Orientation, read_orientation
+from vmae.data.readers import Backend, Library
 from vmae.data.video_reader import DecodeError, VideoReader, first_reason
+
+if TYPE_CHECKING:
+    import av
+    from av.container import InputContainer
+    from av.filter.context import FilterContext
+    from av.video.stream import VideoStream
 
 _SEEKABLE = {FORMATS["MP4"], FORMATS["Matroska"]}
 _INTRA = 1  # FFmpeg's number of I pictures
@@ -38,16 +45,17 @@ class PyavReader(VideoReader):
 
     def __init__(self, entry: VideoEntry) -> None:
         self.path = entry.path
-        self._container = None
+        self._container: InputContainer | None = None
+        self._stream: VideoStream | None = None
         self._orientation: Orientation | None = None  # since the last key frame
         try:
-            self._container = open_container(entry.path)
-            self._stream = pick_stream(self._container, entry.path)
-            self.fps = float(self._stream.average_rate) if self._stream.average_rate else None
-            self.codec = self._stream.codec_context.name
-            self.table = read_packets(self._container, self._stream)
+            self._container = container = open_container(entry.path)
+            self._stream = stream = pick_stream(container, entry.path)
+            self.fps = float(stream.average_rate) if stream.average_rate else None
+            self.codec = stream.codec_context.name
+            self.table = read_packets(container, stream)
             self._length = len(self.table.shown)
-            seekable = self._container.format.name in _SEEKABLE
+            seekable = container.format.name in _SEEKABLE
             if not self._length:
                 raise DecodeError(f"{self.path}: has no frames")
             if self.table.refreshed and (self.table.spliced or not self.table.complete):
@@ -77,26 +85,24 @@ class PyavReader(VideoReader):
                 self._length = sum(1 for _ in frames)
             else:
                 first = next(frames, None)
-                self._times = self._times[self._times >= first.pts] if first is not None else self._times[:0]
+                found = slice(0) if first is None else self._times >= first.pts
+                self._times = self._times[found]
                 self._length = len(self._times)
 
-    def _whole_frames(self, container) -> Iterator:
+    def _whole_frames(self, container: InputContainer) -> Iterator[av.VideoFrame]:
         """All frames, from the first whole picture on."""
         self._orientation = None
         frames = container.decode(pick_stream(container, self.path))
-        return (
-            frames
-            if self.table.complete
-            else itertools.dropwhile(lambda frame: frame.pict_type != _INTRA, frames)
-        )
+        if self.table.complete:
+            return frames
+        return itertools.dropwhile(lambda frame: frame.pict_type != _INTRA, frames)
 
     def __len__(self) -> int:
         return self._length
 
     @functools.cached_property
-    def first_frame(self):
-        """The first frame as decoded, `av.VideoFrame`: it has the display matrix, the pixel format and the
-        size."""
+    def first_frame(self) -> av.VideoFrame:
+        """The first frame as decoded: it has the display matrix, the pixel format and the size."""
         try:
             with open_container(self.path) as container:
                 return next(self._whole_frames(container))
@@ -133,11 +139,20 @@ class PyavReader(VideoReader):
         return np.stack(pictures)
 
     @property
-    def stream(self):
-        """PyAV's stream that the frames come from."""
+    def container(self) -> InputContainer:
+        """PyAV's container; raises DecodeError once the reader is closed."""
+        if self._container is None:
+            raise DecodeError(f"{self.path}: is closed")
+        return self._container
+
+    @property
+    def stream(self) -> VideoStream:
+        """PyAV's stream that the frames come from; raises DecodeError once the reader is closed."""
+        if self._stream is None:
+            raise DecodeError(f"{self.path}: is closed")
         return self._stream
 
-    def decoded(self) -> Iterator:
+    def decoded(self) -> Iterator[av.VideoFrame]:
         """Every frame once, in order, as PyAV's `VideoFrame`: stored pixels, not turned.
 
         Raises:
@@ -162,7 +177,8 @@ class PyavReader(VideoReader):
 
     def _decode_from_start(self, wanted: list[int], *, by_time: bool) -> list[np.ndarray]:
         """Frames by number, or by presentation time, ascending; each frame before them is decoded."""
-        missing, pictures = set(wanted), []
+        missing = set(wanted)
+        pictures: list[np.ndarray] = []
         with open_container(self.path) as container:  # afresh: not every container can be rewound
             for number, frame in enumerate(self._whole_frames(container)):
                 if frame.key_frame:
@@ -178,7 +194,8 @@ class PyavReader(VideoReader):
     def _decode_timed(self, times: np.ndarray) -> list[np.ndarray]:
         keys = np.searchsorted(self.table.keys, times, side="right") - 1
         runs = np.split(np.arange(len(times)), np.flatnonzero(np.diff(keys)) + 1)
-        pictures, failure = [], None
+        pictures: list[np.ndarray] = []
+        failure: Exception | None = None
         try:
             for run in runs:
                 pictures += self._decode_run(int(keys[run[0]]), times[run].tolist())
@@ -196,10 +213,10 @@ class PyavReader(VideoReader):
     def _decode_run(self, key: int, times: list[int]) -> list[np.ndarray]:
         """Pictures at `times`, decoded from key frame number `key` on, without those that they do not
         need."""
-        context, wanted, unfed = self._stream.codec_context, set(times), set(times)
+        context, wanted, unfed = self.stream.codec_context, set(times), set(times)
         pictures: dict[int, np.ndarray] = {}
 
-        def keep(frames: Sequence) -> None:
+        def keep(frames: Sequence[av.VideoFrame]) -> None:
             for frame in frames:
                 if frame.key_frame:
                     self._orientation = None
@@ -219,24 +236,25 @@ class PyavReader(VideoReader):
                 break
         return [pictures[time] for time in times if time in pictures]
 
-    def _packets_from(self, key: int, wanted: int) -> Iterator:
+    def _packets_from(self, key: int, wanted: int) -> Iterator[av.Packet]:
         """Packets from key frame number `key` on, or from an earlier one if the container seeks past it; none
-        if it does so with all of them."""
-        for number in sorted({max(key - back, 0) for back in (0, 1, 2, 4)}, reverse=True) if key >= 0 else ():
-            self._container.seek(int(self.table.keys[number]), stream=self._stream, backward=True)
-            packets = self._container.demux(self._stream)
+        if it does so with all of them, or where `key` is -1."""
+        if key < 0:
+            return
+        for number in sorted({max(key - back, 0) for back in (0, 1, 2, 4)}, reverse=True):
+            self.container.seek(int(self.table.keys[number]), stream=self.stream, backward=True)
+            packets = self.container.demux(self.stream)
             first = next(packets, None)
             if first is not None and first.pts is not None and first.pts <= wanted:
                 yield first
                 yield from packets
                 return
 
-    def _pixels(self, frame) -> np.ndarray:
+    def _pixels(self, frame: av.VideoFrame) -> np.ndarray:
         if frame.is_corrupt:
             raise DecodeError(f"{self.path}: cannot be decoded: a frame is corrupt")
-        if (
-            frame.key_frame or self._orientation is None
-        ):  # it changes at key frames only, and takes a tenth of a conversion
+        # It changes at key frames only, and reading it takes a tenth of a conversion.
+        if frame.key_frame or self._orientation is None:
             self._orientation = read_orientation(frame, self.path)
         return self._orientation.apply(self._to_rgb(frame))
 
@@ -255,163 +273,56 @@ class _ToRgb:
     """
 
     def __init__(self) -> None:
-        self._layout = self._graph = self._source = self._sink = None
+        self._layout: tuple | None = None
+        self._graph: av.filter.Graph | None = None  # its filters do not live without it
 
-    def __call__(self, frame) -> np.ndarray:
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         layout = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
         if layout != self._layout:
-            self._build(frame)
+            self._source, self._sink = self._build(frame)
             self._layout = layout
         self._source.push(frame)
-        return self._sink.pull().to_ndarray()
+        return cast("av.VideoFrame", self._sink.pull()).to_ndarray()
 
-    def _build(self, frame) -> None:
+    def _build(self, frame: av.VideoFrame) -> tuple[FilterContext, FilterContext]:
         import av
 
-        self._graph = graph = av.filter.Graph()  # its filters do not live without it
+        self._graph = graph = av.filter.Graph()
         if hasattr(type(graph), "threads"):
             graph.threads = 1
-        self._source = graph.add_buffer(
-            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or 1
+        time_base = frame.time_base or Fraction(1)
+        source = graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=time_base
         )
-        rgb, self._sink = graph.add("format", "rgb24"), graph.add("buffersink")
-        self._source.link_to(rgb)
-        rgb.link_to(self._sink)
+        rgb, sink = graph.add("format", "rgb24"), graph.add("buffersink")
+        source.link_to(rgb)
+        rgb.link_to(sink)
         graph.configure()
+        return source, sink
 
 
-@dataclass(frozen=True)
-class Orientation:
-    """How a stored picture is displayed: first transposed, then mirrored."""
-
-    transpose: bool = False
-    mirror_x: bool = False
-    mirror_y: bool = False
-
-    @property
-    def mirrored(self) -> bool:
-        """Whether no rotation does the same."""
-        return (self.transpose + self.mirror_x + self.mirror_y) % 2 == 1
-
-    def apply(self, picture: np.ndarray) -> np.ndarray:
-        """[H, W, 3] or [W, H, 3] of a stored [H, W, 3]."""
-        if self == UPRIGHT:
-            return picture
-        picture = picture.swapaxes(0, 1) if self.transpose else picture
-        return np.ascontiguousarray(picture[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1])
-
-
-UPRIGHT = Orientation()
-
-
-def read_orientation(frame, path: str) -> Orientation:
-    """By a frame's display matrix (ISO/IEC 14496-12, 8.3.2): x' = a x + c y, y' = b x + d y. Sizes are not
-    scaled by it.
-
-    Raises:
-        DecodeError: it turns by an angle that is no multiple of 90 degrees (by more than one degree).
-    """
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return UPRIGHT
-    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
-    straight, turned = max(abs(a), abs(d)), max(abs(b), abs(c))
-    if min(straight, turned) > 0.0175 * max(straight, turned):
-        raise DecodeError(
-            f"{path}: cannot be decoded: it is displayed at an angle that is no multiple of 90 degrees"
-        )
-    return Orientation(turned > straight, *((c < 0, b < 0) if turned > straight else (a < 0, d < 0)))
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What PyAV finds in a file that another library is to decode.
-
-    Attributes:
-        kind: FFmpeg's name of its format.
-        codec: FFmpeg's name.
-        frames, fps: see `VideoReader`.
-        hazard: why other libraries may take one frame for another; None where times tell the frames apart,
-            none is hidden by an edit list or lost at the start, and every packet that is marked as a key
-            frame is one.
-        open_gop, gop: see `PacketTable`.
-        streams: videos in the file.
-        stream: index of the best one among all streams.
-        orientation: of the first frame.
-        aspect: width of a pixel over its height, where they differ; else None.
-        pixels: FFmpeg's name of the pixel format.
-        full_range: whether black is 0, not 16.
-        size: width and height as displayed.
-    """
-
-    kind: str
-    codec: str
-    frames: int
-    fps: float | None
-    hazard: str | None
-    open_gop: bool
-    gop: float | None
-    streams: int
-    stream: int
-    orientation: Orientation
-    aspect: Fraction | None
-    pixels: str
-    full_range: bool
-    size: tuple[int, int]
-
-
-def inspect_video(path: str | os.PathLike) -> Inspection:
-    """What `path` is, by its packets and its first frame. Kept for files that have not changed since.
-
-    Raises:
-        DecodeError: it cannot be opened, or its first frame cannot be decoded.
-    """
-    try:
-        about = os.stat(path)
-    except OSError as error:
-        raise DecodeError(f"{path}: cannot be read: {error.strerror}") from None
-    return _inspect(os.path.abspath(path), about.st_size, about.st_mtime_ns, os.fspath(path))
-
-
-@functools.lru_cache(1 << 14)
-def _inspect(place: str, size: int, changed: int, name: str) -> Inspection:
-    with PyavReader(VideoEntry(name)) as reader:
-        table, container, frame = reader.table, reader._container, reader.first_frame
-        return Inspection(
-            kind=container.format.name,
-            codec=reader.codec,
-            frames=len(reader),
-            fps=reader.fps,
-            hazard=_find_hazard(table),
-            open_gop=table.open_gop,
-            gop=table.gop,
-            streams=sum(not is_picture(stream) for stream in container.streams.video),
-            stream=reader.stream.index,
-            orientation=read_orientation(frame, name),
-            aspect=reader.stream.sample_aspect_ratio
-            if reader.stream.sample_aspect_ratio not in (None, 0, 1)
-            else None,
-            pixels=frame.format.name,
-            full_range=frame.color_range == 2,
-            size=reader.size,
-        )
-
-
-def _find_hazard(table) -> str | None:
-    if table.edited:
-        return "an edit list that hides frames"
-    if table.refreshed:
-        return "intra refresh, where no picture but the first is whole"
-    if not table.complete:
-        return "a stream that begins in the middle of a group of pictures"
-    if table.crowded:
-        return "key frames closer together than its frames are reordered"
-    return "frames without times of their own" if table.times is None else None
-
-
-def pyav_missing() -> str | None:
+def _missing() -> str | None:
     try:
         import av  # noqa: F401
     except Exception as error:
         return f"PyAV, which reads every container, is not installed ({error}): `pip install av`"
     return None
+
+
+# The first of `auto`: it leaves out pictures that H.264 does not need, so it beats torchcodec there (clips of
+# 16 frames, stride 4, short side 256, one core: bench/data.py), and it refuses least.
+BACKEND = Backend(
+    "pyav",
+    ("video",),
+    PyavReader,
+    _missing,
+    order=10,
+    library=Library(
+        name="PyAV",
+        module="av",
+        packages=("av",),
+        install="pip install av",
+        without="AVI, MPEG-TS and many open GOPs are refused, H.264 is slower, `vmae pack` and DALI's loader "
+        "do not run",
+    ),
+)
