@@ -268,12 +268,12 @@ def test_average_precision_with_equal_scores_is_scikit_learns():
 
 def test_scores_that_are_no_numbers_are_refused(weights, labelled_world, tmp_path, capsys):
     scores, truth = np.array([[0.5, 0.1], [np.nan, 0.2]]), np.eye(2, dtype=bool)
-    with pytest.raises(InputError, match="score of video 1 is no number"):
+    with pytest.raises(InputError, match="score of video 1 is not a number"):
         mean_average_precision(scores, truth)
     with pytest.raises(InputError, match="no class has a positive"):
         mean_average_precision(np.ones((2, 2)), ~np.ones((2, 2), bool))
     for record in ({"top": [[0, np.nan]]}, {"top": [[0, 1.0]], "scores": [1.0, np.nan]}):
-        with pytest.raises(InputError, match="prediction of a.mp4 is no number"):
+        with pytest.raises(InputError, match="prediction of a.mp4 is not a number"):
             score([{"video": 0, "path": "a.mp4", **record}], [(0,)], 2)
     state = load_weights(weights)
     state["head.bias"][1] = np.nan

@@ -176,7 +176,7 @@ def test_attention_command(weights, tmp_path, capsys):
     assert main([*command, *flags]) == 0
     text = capsys.readouterr().out
     # 120 frames, 8 of every third: from the middle of 97 starts, and tubelets of two.
-    assert "block 1; attention of the outlined token (time 1, from frame 54; row 0, column 7)" in text
+    assert "block 1; attention of the outlined query token (time 1, from frame 54; row 0, column 7)" in text
     with Image.open(gif) as picture:
         assert picture.n_frames == 8 and picture.width > 4 * 192  # five panels: the input, and four heads
 

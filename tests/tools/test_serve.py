@@ -105,9 +105,7 @@ VIDEO = Path(sample_videos()[2])
 
 def test_a_video_is_shown_and_leaves_nothing_behind(server, temporary):
     status, answer = ask(server, VIDEO.read_bytes(), "encoder_ratio=0.5&seed=3")
-    assert status == 200 and answer["masks"].startswith(
-        "64 tubelets: the encoder sees 32, the decoder rebuilds 32"
-    )
+    assert status == 200 and answer["masks"].startswith("64 tokens: 32 visible, 32 decoded")
     picture = Image.open(io.BytesIO(base64.b64decode(answer["picture"].split(",")[1])))
     assert picture.format == "PNG" and np.asarray(picture).std() > 20
     assert {one["name"] for one in answer["classes"]} == {"<b>waving</b>", "jumping"}
@@ -162,14 +160,17 @@ def test_too_large_too_long_too_wide(server, temporary, tmp_path):
             f"POST /show HTTP/1.1\r\nHost: {host}\r\nX-Vmae: 1\r\nContent-Length: {3 << 20}\r\n\r\n".encode()
         )
         reply = raw.makefile("rb").read().decode()
-    assert " 413 " in reply and "the file has 3 MB, more than the 2 allowed here" in reply
+    assert " 413 " in reply and "the file has 3 MB; at most 2 are allowed" in reply
     write_video(tmp_path / "long.mp4", np.zeros((42, 32, 32, 3), np.uint8), fps=2)
     assert (
-        "has 21 seconds, more than the 20 allowed"
+        "has 21 seconds; at most 20 are allowed"
         in ask(server, (tmp_path / "long.mp4").read_bytes())[1]["error"]
     )
     server.studio.limits = Limits(pixels=100)
-    assert "has 176 x 144 pixels, more than the 100 allowed" in ask(server, VIDEO.read_bytes())[1]["error"]
+    assert (
+        "has 176 x 144 pixels; a side of at most 100 is allowed"
+        in ask(server, VIDEO.read_bytes())[1]["error"]
+    )
     write_video(tmp_path / "one.mp4", np.zeros((1, 32, 32, 3), np.uint8))
     assert "one picture, not a video" in ask(server, (tmp_path / "one.mp4").read_bytes())[1]["error"]
     assert not left(temporary)
@@ -213,7 +214,7 @@ def test_one_at_a_time(server):
     server.studio.limits = Limits(wait=0.1)
     with server.studio.busy:
         status, answer = ask(server, VIDEO.read_bytes())
-    assert status == 503 and answer["error"] == "another video is being worked on; try again in 10 seconds"
+    assert status == 503 and answer["error"] == "another video is being processed; try again in 10 seconds"
     server.studio.limits = Limits()
     answers = []
     threads = [
@@ -428,7 +429,7 @@ def test_half_uploads_are_few_and_are_removed(small, temporary, capfd):
     states = [connection.makefile("rb").read() for connection in halves[2:]]
     assert len(left(temporary)) == 2
     assert all(b" 503 " in state and b"\r\nRetry-After: 10\r\n" in state for state in states)
-    assert all(b"2 videos are waiting here already; try again in 10 seconds" in state for state in states)
+    assert all(b"2 videos are waiting already; try again in 10 seconds" in state for state in states)
     for connection in halves:
         connection.close()
     wait_until(lambda: not left(temporary) and not list(temporary.glob("vmae-serve-*")))
@@ -502,7 +503,7 @@ def test_no_place_to_store_a_video(small, temporary, capfd):
     running = small()
     temporary.rmdir()
     status, answer = ask(running, VIDEO.read_bytes())
-    assert status == 507 and answer["error"] == "the video cannot be stored here: No such file or directory"
+    assert status == 507 and answer["error"] == "the video cannot be stored: No such file or directory"
     temporary.mkdir()
     assert ask(running, b"text")[0] == 422 and is_clean(capfd.readouterr().err)
 
@@ -598,7 +599,7 @@ def test_in_a_browser(server, browser, tmp_path):
     (tmp_path / "huge.mp4").write_bytes(bytes(3 << 20))
     element("file").send_keys(str(tmp_path / "huge.mp4"))
     element("go").click()
-    wait("Not shown: the file has 3 MB, more than the 2 allowed here.")
+    wait("Not shown: the file has 3 MB; at most 2 are allowed.")
     assert [
         entry
         for entry in browser.get_log("browser")
