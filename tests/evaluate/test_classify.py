@@ -149,7 +149,7 @@ def test_broken_videos_do_not_count_and_are_named(weights, labelled_world, tmp_p
 
 
 @pytest.mark.parametrize(
-    "lists, taken",
+    "lists, chosen",
     [
         (("train.csv", "val.csv", "test.csv"), "test.csv"),
         (("train.csv", "val.csv"), "val.csv"),
@@ -158,14 +158,14 @@ def test_broken_videos_do_not_count_and_are_named(weights, labelled_world, tmp_p
         ((), None),
     ],
 )
-def test_a_folder_is_tested_on_its_test_list(weights, labelled_world, tmp_path, capsys, lists, taken):
+def test_a_folder_is_tested_on_its_test_list(weights, labelled_world, tmp_path, capsys, lists, chosen):
     """test.csv, else val.csv, never train.csv; the list is named, for a folder and for a list."""
     folder, lines = tmp_path / "data", (labelled_world / "val.txt").read_text().splitlines(keepends=True)
     folder.mkdir()
     for count, name in enumerate(("train.csv", "val.csv", "test.csv"), 1):
         if name in lists:
             (folder / name).write_text("".join(lines[:count]))
-    words = [
+    flags = [
         "--checkpoint",
         str(weights),
         "--device",
@@ -177,23 +177,23 @@ def test_a_folder_is_tested_on_its_test_list(weights, labelled_world, tmp_path, 
         "--workers",
         "0",
     ]
-    code = main(["evaluate", str(folder), *words, "--output", str(tmp_path / "out")])
-    said = capsys.readouterr()
-    if taken is None:
-        assert code == 2 and f"folder {folder} holds no test.csv and no val.csv; give a list" in said.err
+    code = main(["evaluate", str(folder), *flags, "--output", str(tmp_path / "out")])
+    output = capsys.readouterr()
+    if chosen is None:
+        assert code == 2 and f"folder {folder} holds no test.csv and no val.csv; give a list" in output.err
         assert not (tmp_path / "out").exists()
         return
-    count = {"val.csv": 2, "test.csv": 3}[taken]
+    count = {"val.csv": 2, "test.csv": 3}[chosen]
     assert (
         code == 0
-        and f"list: {folder / taken}, {count} videos\n" in said.out
+        and f"list: {folder / chosen}, {count} videos\n" in output.out
         and len(predictions(tmp_path / "out")) == count
     )
     assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["data"] == str(
-        folder / taken
+        folder / chosen
     )
-    assert main(["evaluate", str(folder / taken), *words, "--output", str(tmp_path / "out")]) == 0
-    assert f"list: {folder / taken}, {count} videos\n" in capsys.readouterr().out
+    assert main(["evaluate", str(folder / chosen), *flags, "--output", str(tmp_path / "out")]) == 0
+    assert f"list: {folder / chosen}, {count} videos\n" in capsys.readouterr().out
 
 
 def test_views():

@@ -126,13 +126,13 @@ def test_a_test_that_is_started_again_goes_on(detect, tmp_path, monkeypatch):
     stray = '17\n{"a": 1}\n'
     parts.write_text("".join(lines[:4]) + stray + lines[4][:10])  # killed within the fourth key frame's line
     (tmp_path / "test" / "detections.csv").unlink()
-    asked = []
+    requested = []
     read = detection.KeyFrameReader.read
     monkeypatch.setattr(
-        detection.KeyFrameReader, "read", lambda self, todo, n: asked.extend(todo) or read(self, todo, n)
+        detection.KeyFrameReader, "read", lambda self, todo, n: requested.extend(todo) or read(self, todo, n)
     )
     assert detect("--pictures", 0) == 0
-    assert asked == [3, 4, 5] and (tmp_path / "test" / "detections.csv").read_bytes() == whole
+    assert requested == [3, 4, 5] and (tmp_path / "test" / "detections.csv").read_bytes() == whole
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,8 @@ def test_another_test_in_the_folder_is_refused(detect, actors, tmp_path, capsys,
 
 def test_scores_of_an_earlier_version_are_refused(detect, tmp_path, capsys):
     (tmp_path / "test").mkdir()
-    old = '{"weights": "0123456789abcdef", "clip": {}, "dtype": "float32", "boxes": "0"}\n{"frame": 0, "scores": []}\n'
+    about = '{"weights": "0123456789abcdef", "clip": {}, "dtype": "float32", "boxes": "0"}'
+    old = about + '\n{"frame": 0, "scores": []}\n'
     (tmp_path / "test" / "scores.part.jsonl").write_text(old)
     assert detect("--pictures", 0) == 2
     assert "weights differs" in capsys.readouterr().err

@@ -138,15 +138,16 @@ def _normalised(clip):
 def test_maps_are_those_of_the_block(clip, cosine, recompute):
     model = build_classifier(CONFIG.replace(cos_attn=cosine), 0, recompute=recompute).eval()
     for name, value in model.named_parameters():
-        value.copy_(0.3 * torch.randn_like(value) if "attn" in name and "scale" not in name else value)
+        if "attn" in name and "scale" not in name:
+            value.copy_(0.3 * torch.randn_like(value))
     weights, _ = attention_by_hand(model, clip, 1)
     received = attention_maps(model, clip, 1)
     assert torch.allclose(received.double(), weights.mean(1) * CONFIG.num_tokens, rtol=1e-3, atol=1e-4)
     assert torch.allclose(received.mean(1), torch.ones(4), atol=1e-5) and received.std() > 0.01
-    asked = attention_maps(model, clip, 1, (2, 1, 5))
+    of_query = attention_maps(model, clip, 1, (2, 1, 5))
     row = 2 * 32 + 1 * 8 + 5
-    assert torch.allclose(asked.double(), weights[:, row] * CONFIG.num_tokens, rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(asked, attention_maps(model, clip, 2, (2, 1, 5)), atol=0.1)
+    assert torch.allclose(of_query.double(), weights[:, row] * CONFIG.num_tokens, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(of_query, attention_maps(model, clip, 2, (2, 1, 5)), atol=0.1)
     assert not model.blocks[1].attn._forward_pre_hooks
 
 
@@ -271,7 +272,7 @@ def test_queries_are_tokens_of_the_grid():
 
 
 @pytest.mark.parametrize(
-    ("command", "changes", "words"),
+    ("command", "changes", "message"),
     [
         ("attention", {"video": "gone.mp4"}, "gone.mp4"),
         ("pca", {"video": __file__}, "test_encoder_pictures.py"),
@@ -286,7 +287,7 @@ def test_queries_are_tokens_of_the_grid():
         ("pca", {"--device": "tpu"}, "unknown device"),
     ],
 )
-def test_wrong_input_is_named_and_nothing_is_written(weights, tmp_path, capsys, command, changes, words):
+def test_wrong_input_is_named_and_nothing_is_written(weights, tmp_path, capsys, command, changes, message):
     flags = {"--checkpoint": str(weights), "--output": str(tmp_path / "x.gif"), **changes}
     video = flags.pop("video", VIDEO)
     assert (
@@ -295,6 +296,6 @@ def test_wrong_input_is_named_and_nothing_is_written(weights, tmp_path, capsys, 
     error = capsys.readouterr().err
     assert (
         error.startswith("error: ")
-        and words in error
+        and message in error
         and [path.name for path in tmp_path.iterdir()] == ["weights.pth"]
     )

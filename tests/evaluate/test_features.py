@@ -96,16 +96,16 @@ def test_every_reader_iterates_over_its_frames(video):
                 continue
             raise
         with reader:
-            seen = list(reader.iterate())
-            assert len(seen) == 120 and np.array_equal(
-                np.stack(seen[100:104]), reader.frames(range(100, 104))
+            frames = list(reader.iterate())
+            assert len(frames) == 120 and np.array_equal(
+                np.stack(frames[100:104]), reader.frames(range(100, 104))
             )
 
 
 def test_the_command_goes_on_where_it_stopped(checkpoint, video, tmp_path, capsys):
     (tmp_path / "list.txt").write_text(f"{video}\n{sample_videos()[3]}\n{tmp_path / 'bad.mp4'}\n")
     (tmp_path / "bad.mp4").write_text("no video")
-    words = [
+    command = [
         "features",
         str(tmp_path / "list.txt"),
         "--checkpoint",
@@ -113,8 +113,8 @@ def test_the_command_goes_on_where_it_stopped(checkpoint, video, tmp_path, capsy
         "--output",
         str(tmp_path / "out"),
     ]
-    words += ["--step", "32"]
-    assert main(words) == 1
+    command += ["--step", "32"]
+    assert main(command) == 1
     assert "bad.mp4" in capsys.readouterr().out
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["carphone_distorted.npy", "carphone_pristine.npy", "features.json", "videos.json"]
@@ -122,22 +122,22 @@ def test_the_command_goes_on_where_it_stopped(checkpoint, video, tmp_path, capsy
     assert first.shape == (4, 48)
     (tmp_path / "out" / "carphone_distorted.npy").unlink()
     before = (tmp_path / "out" / "carphone_pristine.npy").stat().st_mtime_ns
-    assert main(words) == 1 and (tmp_path / "out" / "carphone_distorted.npy").exists()
+    assert main(command) == 1 and (tmp_path / "out" / "carphone_distorted.npy").exists()
     assert (tmp_path / "out" / "carphone_pristine.npy").stat().st_mtime_ns == before
-    assert main([*words[:-1], "16"]) == 2
+    assert main([*command[:-1], "16"]) == 2
     assert "other weights or windows" in capsys.readouterr().err
 
 
 def test_bad_input(checkpoint, tmp_path, capsys):
     end = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
     (tmp_path / "empty").mkdir()
-    for words, message in (
+    for command, message in (
         ([str(tmp_path / "empty")], "holds no videos"),
         ([str(tmp_path / "none.mp4")], "does not exist"),
         ([str(sample_videos()[2]), "--step", "0"], "--step: must be a whole number from 1"),
         ([str(sample_videos()[2]), "--batch-size", "0"], "--batch-size: must be a whole number from 1"),
     ):
-        assert main(["features", *words, *end]) == 2
+        assert main(["features", *command, *end]) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(InputError, match="would both become a.npy"):
         name_targets([VideoEntry("x/a.mp4"), VideoEntry("y/a.mkv")], tmp_path)

@@ -162,14 +162,14 @@ def test_other_ranks_say_nothing(fresh, caplog, monkeypatch):
 
 
 def test_probes_are_asked_once(fresh, monkeypatch):
-    asked = []
+    requests = []
     monkeypatch.setattr(
-        backends.AttentionBackend, "why_not", lambda self, workload: asked.append((self.name, workload))
+        backends.AttentionBackend, "why_not", lambda self, workload: requests.append((self.name, workload))
     )
     for tokens in (3, 4, 5):
         for head_dim in (32, 64):
             attention(torch.randn(1, tokens, 3, 1, head_dim, requires_grad=True), "sdpa_math")
-    assert len(asked) == 2 and {workload.head_dim for _, workload in asked} == {32, 64}
+    assert len(requests) == 2 and {workload.head_dim for _, workload in requests} == {32, 64}
 
 
 def test_the_reference_forms_its_softmax_matrix():

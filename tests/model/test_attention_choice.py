@@ -45,13 +45,12 @@ def _fresh():
 
 @pytest.fixture(autouse=True)
 def _torch_kernels_unasked(monkeypatch):
-    """No GPU is here to put torch's question to: its kernels are taken to run on every GPU but for
-    float32."""
-    monkeypatch.setattr(
-        probes,
-        "_torch_refuses",
-        lambda question, w: "torch says: no float32" if w.dtype == torch.float32 else None,
-    )
+    """Without a GPU to ask torch about, assume that its kernels run on every GPU, except for float32."""
+
+    def refuse_float32(question, workload):
+        return "torch says: no float32" if workload.dtype == torch.float32 else None
+
+    monkeypatch.setattr(probes, "_torch_refuses", refuse_float32)
 
 
 # --- fakes --------------------------------------------------------------------------------------------------

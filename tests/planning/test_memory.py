@@ -122,7 +122,8 @@ with open_parallel("fsdp", "cpu") as parallel:
         return sum(t.numel() * t.element_size() for t in own)
 
     states = [value for state in optimizer.state.values() for value in state.values()]
-    held = size([*model.parameters(), *model.buffers()]), size(p.grad for p in model.parameters()), size(states)
+    weights, gradients = [*model.parameters(), *model.buffers()], [p.grad for p in model.parameters()]
+    held = size(weights), size(gradients), size(states)
     if parallel.is_main:
         open(sys.argv[1], "w").write(json.dumps(held))
 """

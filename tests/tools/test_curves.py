@@ -121,7 +121,7 @@ def test_neighbouring_lines_differ_without_colour():
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "arguments, message",
     [
         ([], "nothing to draw"),
         (["nowhere"], "nowhere does not exist"),
@@ -133,14 +133,14 @@ def test_neighbouring_lines_differ_without_colour():
         (["run", "--json", "no/where.json"], "cannot write no/where.json"),
     ],
 )
-def test_wrong_input_is_named(words, told, tmp_path, monkeypatch, capsys):
+def test_wrong_input_is_named(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "started").mkdir()
     (tmp_path / "started" / "log.jsonl").write_text("")
     write_run(tmp_path / "run")
-    assert main(["curves", *words]) == 2
-    assert told in capsys.readouterr().err
+    assert main(["curves", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def test_dtype_and_head_dims_are_asked_for(capsys):
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "flags, message",
     [
         (["--device", "toaster"], "--device toaster: torch knows no such device"),
         (["--device", "cuda"], "torch sees no GPU here"),
@@ -92,9 +92,9 @@ def test_dtype_and_head_dims_are_asked_for(capsys):
         (["--json", "/no/such/folder/d.json"], "--json /no/such/folder/d.json: No such file or directory"),
     ],
 )
-def test_bad_input_is_one_line(words, message, capsys, monkeypatch):
+def test_bad_input_is_one_line(flags, message, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["doctor", *words]) == 2
+    assert main(["doctor", *flags]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -60,7 +60,7 @@ def temporary(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(checkpoints, temporary):
-    words = [
+    flags = [
         "--checkpoint",
         str(checkpoints / "pre.pth"),
         "--classifier",
@@ -71,7 +71,7 @@ def server(checkpoints, temporary):
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     running = Server(
-        build_studio(parser.parse_args([*words, "--max-megabytes", "2", "--max-seconds", "20"])), 0
+        build_studio(parser.parse_args([*flags, "--max-megabytes", "2", "--max-seconds", "20"])), 0
     )
     threading.Thread(target=running.serve_forever, daemon=True).start()
     yield running
@@ -85,9 +85,9 @@ def ask(server, body=b"", query="", method="POST", path="/show", headers=()):
     connection.request(method, f"{path}?{query}", body, {"X-Vmae": "1", **dict(headers)})
     reply = connection.getresponse()
     text = reply.read()
-    return reply.status, json.loads(text) if reply.headers[
-        "Content-Type"
-    ] == "application/json" else text.decode()
+    if reply.headers["Content-Type"] == "application/json":
+        return reply.status, json.loads(text)
+    return reply.status, text.decode()
 
 
 def left(temporary):
@@ -129,7 +129,7 @@ def one_picture() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "words"),
+    ("body", "status", "message"),
     [
         (b"just some text\n" * 30, 422, "this is not a video file"),
         (
@@ -144,9 +144,9 @@ def one_picture() -> bytes:
     ],
     ids=["text", "playlist", "picture", "empty", "cut off", "MP4 of nothing"],
 )
-def test_other_files_get_a_line(server, temporary, capfd, body, status, words):
+def test_other_files_get_a_line(server, temporary, capfd, body, status, message):
     found, answer = ask(server, body)
-    assert found == status and words in answer["error"] and "\n" not in answer["error"]
+    assert found == status and message in answer["error"] and "\n" not in answer["error"]
     assert str(temporary) not in answer["error"] and "Traceback" not in capfd.readouterr().err
     assert not left(temporary)
 
@@ -177,7 +177,7 @@ def test_too_large_too_long_too_wide(server, temporary, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("query", "words"),
+    ("query", "message"),
     [
         ("encoder_ratio=lots", "encoder ratio must be a number at least 0 and below 1, not lots"),
         ("encoder_ratio=nan", "encoder ratio must be a number at least 0 and below 1, not nan"),
@@ -191,9 +191,9 @@ def test_too_large_too_long_too_wide(server, temporary, tmp_path):
         ("decoder=running_cell&decoder_ratio=0.3", "0.3"),
     ],
 )
-def test_other_masks_get_a_line(server, query, words):
+def test_other_masks_get_a_line(server, query, message):
     status, answer = ask(server, VIDEO.read_bytes(), query)
-    assert status in (400, 422) and words in answer["error"]
+    assert status in (400, 422) and message in answer["error"]
 
 
 def test_other_sites_are_refused(server):
@@ -405,8 +405,8 @@ def test_what_a_request_says_is_no_command_to_the_terminal(server, capfd):
     status, answer = ask(server, VIDEO.read_bytes()[:100], "encoder=%1b%5d0;owned%07%9b")
     assert status == 400 and "\x1b" not in json.dumps(answer)
     assert raw(server, b"GET /\x1b[31mred\x07\x9b HTTP/1.1\r\n\r\n")[0] == 403
-    said = capfd.readouterr().err
-    assert is_clean(said) and "\\x1b[31mred\\x07\\x9b" in said and said.count("\n") == 2
+    output = capfd.readouterr().err
+    assert is_clean(output) and "\\x1b[31mred\\x07\\x9b" in output and output.count("\n") == 2
     assert serve.printable("a\u202eb\nc") == "a\\u202eb\\nc" and len(serve.printable("x" * 10_000)) < 400
 
 
@@ -573,8 +573,8 @@ def test_in_a_browser(server, browser, tmp_path):
         if "VMAE_SCREENSHOTS" in os.environ:
             browser.save_screenshot(str(Path(os.environ["VMAE_SCREENSHOTS"]) / f"{name}.png"))
 
-    def wait(words):
-        WebDriverWait(browser, 30).until(lambda _: words in element("message").text)
+    def wait(message):
+        WebDriverWait(browser, 30).until(lambda _: message in element("message").text)
 
     browser.get(f"http://127.0.0.1:{server.server_port}/")
     assert element("encoder_ratio").get_attribute("value") == "0.75" and not element("result").is_displayed()
@@ -586,7 +586,7 @@ def test_in_a_browser(server, browser, tmp_path):
     element("encoder_ratio").send_keys("0.5")
     element("seed").send_keys(Keys.ENTER)  # by keyboard alone
     wait("Done in")
-    assert "the encoder sees 32" in element("words").text
+    assert "32 visible, 32 decoded" in element("summary").text
     assert browser.execute_script("return document.getElementById('picture').naturalWidth") > 300
     assert "<b>waving</b>" in element("classes").text  # as text
     keep("result")
@@ -613,7 +613,7 @@ def test_weights_that_do_not_say_what_they_are(tmp_path, capsys):
     export_weights(tmp_path / "classes.pth", build_classifier(config, 2).state_dict())
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
-    words = [
+    flags = [
         "--checkpoint",
         str(tmp_path / "pre.pth"),
         "--classifier",
@@ -621,11 +621,11 @@ def test_weights_that_do_not_say_what_they_are(tmp_path, capsys):
         "--device",
         "cpu",
     ]
-    words += ["--model", "vit_tiny", "--classifier-model", "vit_tiny"]
-    studio = build_studio(parser.parse_args([*words, "--init-frames", "8", "--init-size", "64"]))
+    flags += ["--model", "vit_tiny", "--classifier-model", "vit_tiny"]
+    studio = build_studio(parser.parse_args([*flags, "--init-frames", "8", "--init-size", "64"]))
     assert studio.model.config.grid == studio.classifier.model.config.grid == config.grid
-    said = capsys.readouterr().out
-    assert "classes.pth: it does not say how videos were seen" in said and "pre.pth" not in said
-    build_studio(parser.parse_args(words))  # what is taken for granted then is said, of both
-    said = capsys.readouterr().out
-    assert all(f"{name}.pth" in said and "16" in said for name in ("pre", "classes"))
+    output = capsys.readouterr().out
+    assert "classes.pth: it does not say how videos were seen" in output and "pre.pth" not in output
+    build_studio(parser.parse_args(flags))  # then it prints what it assumes, for both
+    output = capsys.readouterr().out
+    assert all(f"{name}.pth" in output and "16" in output for name in ("pre", "classes"))
