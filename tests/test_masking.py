@@ -156,7 +156,7 @@ def test_decoder_ratio_zero_is_encoder_only_masking():
 
 
 def test_counts_that_differ_keep_every_row():
-    """5 frames: how many picked tokens a tube hides depends on the draw, so all of them reach the head, with
+    """5 frames: how many decoded tokens a tube hides depends on the draw, so all of them reach the head, with
     weights."""
     mask = DualMask.sample(8, (5, 4, 4), encoder_ratio=0.75, generator=generator())
     assert mask.keep.shape[1] == mask.decode.shape[1] > mask.weight.sum(1).max()

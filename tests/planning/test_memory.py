@@ -16,7 +16,7 @@ from vmae.planning.memory import count_activations, state_bytes
 from vmae.train.activations import prepare_blocks
 from vmae.train.optim import OptimConfig, build_adamw
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MASK = MaskConfig()
 # Deeper than the two depths that are counted, and another number of clips than the two batches.
 DEEP = ModelConfig(
@@ -107,7 +107,7 @@ import json, sys, torch
 from vmae import DualMask, build_pretrainer
 from vmae.train.optim import OptimConfig, build_adamw
 from vmae.train.parallel import open_parallel
-from tests.test_memory import DEEP, MASK
+from tests.planning.test_memory import DEEP, MASK
 
 with open_parallel("fsdp", "cpu") as parallel:
     model = build_pretrainer(DEEP, backend="torch")
