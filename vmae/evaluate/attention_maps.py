@@ -40,10 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--block", type=Whole(-1000, 1000), help="block of the encoder, from 1; -1 is the last (the last)"
     )
     parser.add_argument(
-        "--heads", choices=("mean", "each"), default="mean", help="their mean, or a map for each (mean)"
+        "--heads",
+        choices=("mean", "each"),
+        default="mean",
+        help="mean of all heads, or a map for each head (mean)",
     )
     parser.add_argument(
-        "--query", metavar="T,Y,X", help="the token that asks, each from 0 (default: the mean of all)"
+        "--query",
+        metavar="T,Y,X",
+        help="place of the query token, from 0,0,0 (default: mean over all query tokens)",
     )
 
 

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     text = "labelled list, `path label` a line, or a folder: its test.csv, else its val.csv"
     parser.add_argument("data", metavar="LIST", help=text)
-    parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
+    parser.add_argument("--data-root", metavar="DIR", help="folder at which the list's relative paths start")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for predictions, scores, table and picture"
     )
@@ -86,9 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--segments",
         "--test_num_segment",
         type=limits(ViewConfig, "segments"),
-        help="clips of a video in time (5; 2 for sparse sampling)",
+        help="clips of each video, spread over time (5; 2 for sparse sampling)",
     )
-    test.add_argument("--crops", "--test_num_crop", type=limits(ViewConfig, "crops"), help="of each clip (3)")
+    test.add_argument(
+        "--crops", "--test_num_crop", type=limits(ViewConfig, "crops"), help="crops of each clip (3)"
+    )
     test.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
     test.add_argument("--scores", action="store_true", help="write the probabilities of all classes")
     speed = parser.add_argument_group("settings that change speed only")

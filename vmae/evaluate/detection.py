@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--videos",
         required=True,
         metavar="DIR",
-        help="holds ID.mp4 (or another ending), or a folder ID of images",
+        help="folder of the videos: ID.mp4 (or another suffix), or a folder ID of images",
     )
     parser.add_argument(
         "--persons", metavar="CSV", help="person boxes with scores (default: the annotated boxes)"
@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.8,
         help="least score of a person box (0.8, as published)",
     )
-    parser.add_argument("--annotations", metavar="CSV", help="what is true: scores the detections")
+    parser.add_argument("--annotations", metavar="CSV", help="ground truth, to score the detections")
     parser.add_argument("--actions", metavar="PBTXT", help="actions that count (default: the checkpoint's)")
     parser.add_argument("--excluded", metavar="CSV", help="key frames that do not count")
     parser.add_argument(
@@ -111,8 +111,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pictures", type=Whole(0, 10_000), default=4, help="key frames to draw (4)")
     add_video_arguments(parser)
-    clip = parser.add_argument_group("how key frames are seen (default: as in training)")
-    clip.add_argument("--stride", type=limits(KeyClipConfig, "stride"), help="frames from one to the next")
+    clip = parser.add_argument_group("clips of key frames (default: as in training)")
+    clip.add_argument(
+        "--stride", type=limits(KeyClipConfig, "stride"), help="frames from one sampled frame to the next"
+    )
     clip.add_argument(
         "--origin", type=limits(KeyClipConfig, "origin"), help="second of the movie that files begin at"
     )

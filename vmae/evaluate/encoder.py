@@ -59,7 +59,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
-    clip = parser.add_argument_group("how the video is seen (default: as in training)")
+    clip = parser.add_argument_group("clip of the video (default: as in training)")
     clip.add_argument("--stride", type=STRIDE, help="frames from one sampled frame to the next")
     clip.add_argument("--num-frames", type=limits(ModelConfig, "num_frames"), help="frames of the clip")
     clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")

@@ -274,7 +274,7 @@ def _features(model: Classifier, clips: Tensor, config: WindowConfig, embedded: 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     parser.add_argument("data", metavar="LIST|DIR|VIDEO", help="a list of videos, a folder of them, or one")
-    parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
+    parser.add_argument("--data-root", metavar="DIR", help="folder at which the list's relative paths start")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the features, NAME.npy for each video"
     )
@@ -289,7 +289,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="frames from one window to the next, instead of --like",
     )
     result.add_argument(
-        "--normalize", action="store_true", help="ImageNet's mean and deviation; published: none"
+        "--normalize",
+        action="store_true",
+        help="normalise with ImageNet's mean and standard deviation (published: not)",
     )
     result.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
     speed = parser.add_argument_group("settings that change speed only")

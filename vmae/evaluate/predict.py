@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--segments",
         type=limits(ViewConfig, "segments"),
-        help="clips of the video in time (5; 2 for sparse sampling)",
+        help="clips of the video, spread over time (5; 2 for sparse sampling)",
     )
-    parser.add_argument("--crops", type=limits(ViewConfig, "crops"), help="of each clip (3)")
+    parser.add_argument("--crops", type=limits(ViewConfig, "crops"), help="crops of each clip (3)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     parser.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")

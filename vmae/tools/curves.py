@@ -233,14 +233,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", default="curves.png", metavar="FILE", help="picture: .png, .pdf, .svg (curves.png)"
     )
+    parser.add_argument("--by", choices=sorted(AXES), default="step", help="x axis (step)")
     parser.add_argument(
-        "--by", choices=sorted(AXES), default="step", help="what runs along the x axis (step)"
+        "--json", metavar="FILE", help="file for the values, instead of a picture; - prints them"
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="write the values there, no picture; - for the terminal"
-    )
-    parser.add_argument(
-        "--export", metavar="FILE", help="write the one RUN as a curve to keep, instead of a picture"
+        "--export", metavar="FILE", help="file for a reference curve of the one RUN, instead of a picture"
     )
     parser.add_argument("--note", default="", help="with --export: the command that made the run")
 

@@ -433,7 +433,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="auto", help="auto, cpu, or a GPU such as cuda:1 (default: a GPU if there is one)"
     )
     parser.add_argument(
-        "--dtype", choices=list(DTYPES), help="of attention (default: bfloat16 on a GPU, float32 on a CPU)"
+        "--dtype",
+        choices=list(DTYPES),
+        help="dtype of attention (default: bfloat16 on a GPU, float32 on a CPU)",
     )
     parser.add_argument(
         "--head-dim",
@@ -441,9 +443,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=list(HEAD_DIMS),
         metavar="N",
-        help="of attention (default: the presets')",
+        help="head dims of attention (default: those of the presets)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write everything there")
+    parser.add_argument("--json", metavar="FILE", help="file for all results")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -487,23 +487,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR|FILE", help=f"pre-trained: {known}")
     parser.add_argument("--classifier", metavar="DIR|FILE", help=f"fine-tuned, to name classes: {known}")
     parser.add_argument(
-        "--port", type=Whole(0, 65535), default=8008, help="of http://127.0.0.1 (8008); 0: a free one"
+        "--port", type=Whole(0, 65535), default=8008, help="port on 127.0.0.1 (8008); 0: any free port"
     )
     parser.add_argument(
         "--max-megabytes",
         type=limits(Limits, "megabytes"),
         default=Limits.megabytes,
-        help=f"of a file ({Limits.megabytes})",
+        help=f"largest file, in MB ({Limits.megabytes})",
     )
     parser.add_argument(
         "--max-seconds",
         type=limits(Limits, "seconds"),
         default=Limits.seconds,
-        help=f"of a video ({Limits.seconds})",
+        help=f"longest video, in seconds ({Limits.seconds})",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     add_source_arguments(parser).add_argument(
-        "--classifier-model", help="preset of --classifier, if it does not say either"
+        "--classifier-model", help="preset of --classifier, if its file does not hold its settings"
     )
 
 
