@@ -1,5 +1,4 @@
-"""The multi-view test: exact whatever the batch, the number of ranks and the stops; and what it writes and
-refuses."""
+"""Multi-view test: its scores do not depend on batch size, ranks or stops; its files and its errors."""
 
 import argparse
 import csv
@@ -89,7 +88,7 @@ def test_any_number_of_ranks_and_uneven_batches(weights, labelled_world, tmp_pat
         assert predictions(folder) == predictions(tmp_path / "whole")
 
 
-def test_a_stopped_test_goes_on(weights, labelled_world, tmp_path, monkeypatch):
+def test_a_stopped_test_continues(weights, labelled_world, tmp_path, monkeypatch):
     loaded = load_classifier(weights)
     evaluate(loaded, config(labelled_world), tmp_path / "whole")
     count, original = [0], classify.view_probabilities
@@ -246,7 +245,7 @@ def test_several_labels_have_average_precision():
     assert mean_average_precision(scores, truth) == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
 
 
-def test_average_precision_with_equal_scores_is_scikit_learns():
+def test_average_precision_with_equal_scores_equals_scikit_learn():
     """Fixed numbers, computed with scikit-learn 1.9.1's `average_precision_score`."""
     scores = np.array([0.9, 0.8, 0.8, 0.8, 0.5, 0.5, 0.3, 0.1, 0.1, 0.0])
     for truth, expected in (
@@ -266,7 +265,7 @@ def test_average_precision_with_equal_scores_is_scikit_learns():
     }
 
 
-def test_scores_that_are_no_numbers_are_refused(weights, labelled_world, tmp_path, capsys):
+def test_nan_scores_are_refused(weights, labelled_world, tmp_path, capsys):
     scores, truth = np.array([[0.5, 0.1], [np.nan, 0.2]]), np.eye(2, dtype=bool)
     with pytest.raises(InputError, match="score of video 1 is not a number"):
         mean_average_precision(scores, truth)
@@ -311,8 +310,7 @@ def test_scores_that_are_no_numbers_are_refused(weights, labelled_world, tmp_pat
 
 
 def test_official_files(tmp_path, labelled_world, capsys):
-    """Weights alone, wrapped as the published ones are, need the architecture's name; a K710-like head its
-    map."""
+    """Published files hold weights only: they need --model, and a head of other classes needs a label map."""
     torch.manual_seed(2)
     model = build_classifier(CONFIG, 5)
     path = tmp_path / "official.pth"

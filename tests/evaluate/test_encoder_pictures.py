@@ -110,8 +110,8 @@ def test_published_files_need_a_preset(tmp_path, clip):
 
 
 def attention_by_hand(model, clip, block):
-    """float64 [H, N, N] and the values [H, N, d]: from the weights, without the model's own code for
-    attention."""
+    """Attention, float64 [H, N, N], and values [H, N, d], from the weights, without the model's attention
+    code."""
     x = model.patch_embed(_normalised(clip)) + model.pos_embed
     for one in model.blocks[:block]:
         x = one(x)
@@ -186,7 +186,7 @@ def test_attention_command(weights, tmp_path, capsys):
 
 
 def test_components_of_a_hand_made_cloud():
-    """Three directions of known variance, rotated: they come back, in order, whatever the offset."""
+    """Three directions of known variance, rotated and shifted, are found in order."""
     rng = np.random.default_rng(0)
     latent = rng.standard_normal((500, 5)) - 0.0
     latent = np.linalg.qr(latent - latent.mean(0))[0] * [
@@ -216,7 +216,7 @@ def test_components_are_drawn_as_colours_and_the_first_in_grey(clip):
     assert "component 1 (50 % of the variance), green: 2 (25 %)" in colours.caption
 
 
-def test_components_that_cannot_be_taken_are_named():
+def test_impossible_components_are_refused():
     with pytest.raises(InputError, match="three tokens"):
         principal_components(torch.zeros(2, 8))
     with pytest.raises(InputError, match="not finite"):

@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @pytest.fixture
 def fresh():
-    """Answers of earlier tests forgotten, before and after."""
+    """Clear the probes' cached results before and after each test."""
     known = (backends.choose, backends.choose_name, backends.say_once)
     for function in known:
         function.cache_clear()
@@ -142,7 +142,7 @@ def test_a_named_backend_that_cannot_run_is_an_error_with_reason_and_alternative
         assert text.endswith(f"These can: {', '.join(RUNS)}")
 
 
-def test_auto_says_once_what_it_takes_and_a_named_one_says_nothing(fresh, caplog):
+def test_auto_logs_its_choice_once_and_a_named_backend_logs_nothing(fresh, caplog):
     caplog.set_level(logging.INFO)
     qkv = torch.randn(1, 4, 3, 1, 64)
     for _ in range(3):
@@ -154,14 +154,14 @@ def test_auto_says_once_what_it_takes_and_a_named_one_says_nothing(fresh, caplog
     ]
 
 
-def test_other_ranks_say_nothing(fresh, caplog, monkeypatch):
+def test_other_ranks_log_nothing(fresh, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("RANK", "1")
     attention(torch.randn(1, 4, 3, 1, 64))
     assert not caplog.records
 
 
-def test_probes_are_asked_once(fresh, monkeypatch):
+def test_probes_run_once(fresh, monkeypatch):
     requests = []
     monkeypatch.setattr(
         backends.AttentionBackend, "why_not", lambda self, workload: requests.append((self.name, workload))

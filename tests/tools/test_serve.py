@@ -1,4 +1,4 @@
-"""The page and its one question, over HTTP; and in a real browser, where there is one."""
+"""The page and its request, over HTTP, and in a real browser where there is one."""
 
 import argparse
 import base64
@@ -51,7 +51,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """Where uploads go."""
+    """Folder of uploads."""
     folder = tmp_path / "uploads"
     folder.mkdir()
     monkeypatch.setattr(serve.tempfile, "tempdir", str(folder))
@@ -144,7 +144,7 @@ def one_picture() -> bytes:
     ],
     ids=["text", "playlist", "picture", "empty", "cut off", "MP4 of nothing"],
 )
-def test_other_files_get_a_line(server, temporary, capfd, body, status, message):
+def test_other_files_get_one_line(server, temporary, capfd, body, status, message):
     found, answer = ask(server, body)
     assert found == status and message in answer["error"] and "\n" not in answer["error"]
     assert str(temporary) not in answer["error"] and "Traceback" not in capfd.readouterr().err
@@ -191,7 +191,7 @@ def test_too_large_too_long_too_wide(server, temporary, tmp_path):
         ("decoder=running_cell&decoder_ratio=0.3", "0.3"),
     ],
 )
-def test_other_masks_get_a_line(server, query, message):
+def test_other_masks_get_one_line(server, query, message):
     status, answer = ask(server, VIDEO.read_bytes(), query)
     assert status in (400, 422) and message in answer["error"]
 
@@ -225,7 +225,7 @@ def test_one_at_a_time(server):
     assert answers == [200] * 3
 
 
-def test_a_fault_of_ours_is_a_line_too_and_a_trace_in_the_terminal(server, temporary, monkeypatch, capfd):
+def test_an_internal_error_is_one_line_and_a_trace_in_the_terminal(server, temporary, monkeypatch, capfd):
     monkeypatch.setattr(server.studio, "show", lambda *args: 1 / 0)
     status, answer = ask(server, VIDEO.read_bytes())
     assert status == 500 and "ZeroDivisionError" in answer["error"] and not left(temporary)
@@ -279,13 +279,13 @@ def wait_until(true, seconds=5.0):
 
 
 def is_clean(text: str) -> bool:
-    """No trace, and nothing that a terminal would obey."""
+    """No trace, and no control characters."""
     return "Traceback" not in text and all(c == "\n" or c.isprintable() for c in text)
 
 
 @pytest.fixture
 def small(checkpoints, temporary):
-    """A server with limits that a test reaches soon."""
+    """Server with small limits."""
     started = []
 
     def start(**limits):
@@ -401,7 +401,7 @@ def test_headers_of_every_kind(server, capfd, headers):
     assert is_clean(capfd.readouterr().err)
 
 
-def test_what_a_request_says_is_no_command_to_the_terminal(server, capfd):
+def test_control_characters_of_a_request_do_not_reach_the_terminal(server, capfd):
     status, answer = ask(server, VIDEO.read_bytes()[:100], "encoder=%1b%5d0;owned%07%9b")
     assert status == 400 and "\x1b" not in json.dumps(answer)
     assert raw(server, b"GET /\x1b[31mred\x07\x9b HTTP/1.1\r\n\r\n")[0] == 403
@@ -418,7 +418,7 @@ def test_names_of_files_do_not_matter(server, temporary):
     assert not left(temporary) and {path.name for path in temporary.parent.iterdir()} == {"uploads"}
 
 
-def test_half_uploads_are_few_and_are_removed(small, temporary, capfd):
+def test_incomplete_uploads_are_limited_and_removed(small, temporary, capfd):
     running = small(uploads=2)
     halves = [connect(running) for _ in range(12)]
     for connection in halves[:2]:
@@ -438,7 +438,7 @@ def test_half_uploads_are_few_and_are_removed(small, temporary, capfd):
 
 
 def drip(connection, seconds=5.0) -> float:
-    """Send a byte now and then until the other side ends it; the seconds that took."""
+    """Send a byte now and then until the server closes the connection; seconds that it took."""
     began = time.monotonic()
     connection.settimeout(0.02)
     with contextlib.suppress(ConnectionError):
@@ -472,7 +472,7 @@ def test_slow_headers_end(small, capfd):
     assert is_clean(capfd.readouterr().err)
 
 
-def test_connections_are_few(small, capfd):
+def test_connections_are_limited(small, capfd):
     running = small(connections=3)
     idle = [connect(running) for _ in range(3)]
     wait_until(lambda: running.free_connections._value == 0)
@@ -485,7 +485,7 @@ def test_connections_are_few(small, capfd):
     assert is_clean(capfd.readouterr().err)
 
 
-def test_someone_who_does_not_wait_for_the_answer(small, temporary, capfd):
+def test_a_client_that_leaves_early(small, temporary, capfd):
     running = small()
     for sent in (VIDEO.read_bytes(), VIDEO.read_bytes()[:5000]):
         with connect(running) as connection:
@@ -510,7 +510,7 @@ def test_no_place_to_store_a_video(small, temporary, capfd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_leaves_no_half_upload(checkpoints, temporary, number):
+def test_the_command_leaves_no_incomplete_upload(checkpoints, temporary, number):
     command = [
         sys.executable,
         "-m",
@@ -561,7 +561,7 @@ def browser():
 
 
 def test_in_a_browser(server, browser, tmp_path):
-    """A person's way: choose, press, look; then a text file, and one that is too large."""
+    """Choose a video, press the button, read the result; then a text file, and a file that is too large."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
@@ -607,7 +607,7 @@ def test_in_a_browser(server, browser, tmp_path):
     ] == []
 
 
-def test_weights_that_do_not_say_what_they_are(tmp_path, capsys):
+def test_weights_without_settings(tmp_path, capsys):
     config = ModelConfig.preset("vit_tiny", img_size=64, num_frames=8)
     export_weights(tmp_path / "pre.pth", build_pretrainer(config).state_dict())
     export_weights(tmp_path / "classes.pth", build_classifier(config, 2).state_dict())
