@@ -159,18 +159,7 @@ def evaluate(
     if class_names is not None and len(class_names) != model.num_classes:
         raise InputError(f"{len(class_names)} class names for a head of {model.num_classes} classes")
     views = config.views or published_views(loaded.clip.sampling)
-    multi_label = loaded.multi_label or labelled.multi
-    clip = {**loaded.clip.to_dict(), "image_size": model.config.image_hw}
-    settings = {
-        **model_identity(model),
-        "clip": clip,
-        "views": views.to_dict(),
-        "dtype": config.dtype,
-        "videos": len(labelled.entries),
-        "list": list_hash(labelled.entries, labelled.labels),
-        "multi_label": multi_label,
-        "scores": config.keep_scores or multi_label,
-    }
+    settings = _identity(loaded, config, views, labelled)
     parallel.on_main(lambda: settle(folder / SETTINGS, settings, "another test", data=data))
     if parallel.is_main:
         print(f"list: {data}, {len(labelled.entries)} videos", flush=True)
@@ -187,7 +176,7 @@ def evaluate(
             clips,
             device=parallel.device,
             dtype=config.dtype,
-            multi_label=multi_label,
+            multi_label=settings["multi_label"],
             batch_size=batch_size,
         )
         return describe_prediction(probabilities, settings["scores"])
@@ -208,6 +197,23 @@ def evaluate(
     if parallel.is_main:
         results = finish(folder, labelled, {**settings, "data": data}, class_names)
     return parallel.from_main(results)
+
+
+def _identity(
+    loaded: LoadedClassifier, config: EvaluationConfig, views: ViewConfig, labelled: LabelledList
+) -> dict[str, Any]:
+    """Everything that decides the scores of a test."""
+    multi_label = loaded.multi_label or labelled.multi
+    return {
+        **model_identity(loaded.model),
+        "clip": {**loaded.clip.to_dict(), "image_size": loaded.model.config.image_hw},
+        "views": views.to_dict(),
+        "dtype": config.dtype,
+        "videos": len(labelled.entries),
+        "list": list_hash(labelled.entries, labelled.labels),
+        "multi_label": multi_label,
+        "scores": config.keep_scores or multi_label,
+    }
 
 
 def write_share(

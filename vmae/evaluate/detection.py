@@ -275,14 +275,12 @@ def score_frames(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = read_log(folder / PARTS)
+        done: dict[int, dict[str, Any]] = {}
         if before:
-            check_same(
-                before[0],
-                about,
-                f"{folder} holds another test",
-                f"choose another --output, or remove {folder / PARTS}",
-            )
-        done = {record["frame"]: record for record in before[1:] if type(record.get("frame")) is int}
+            header, *records = before
+            remedy = f"choose another --output, or remove {folder / PARTS}"
+            check_same(header, about, f"{folder} holds another test", remedy)
+            done = {record["frame"]: record for record in records if type(record.get("frame")) is int}
         with open(folder / PARTS, "a" if before else "w", encoding="utf-8") as part:
             # A line break first: the last line of a test that was stopped may be incomplete.
             part.write("\n" if before else json.dumps(about) + "\n")
