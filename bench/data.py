@@ -1,7 +1,7 @@
 """How fast videos become clips, with each decoder, codec and group of pictures, against the published path;
 and whether that feeds a GPU.
 
-Real clips as they come, packed by `vmae pack`, and re-encoded at short side 256 (played to and fro up to 300
+Real clips as they come, packed by `vmae pack`, and re-encoded at short side 256 (played ping-pong up to 300
 frames, ten seconds, so that a group of 250 is one). All variants take turns, clip by clip, on one core, with
 the same frames and crops; counted are CPU seconds of all threads, which others on the machine disturb less
 than seconds on the wall. First their clips are compared with the truth: frames decoded one after the other,
@@ -119,11 +119,11 @@ def encode(source: Path, target: Path, codec: str, gop: int) -> None:
         stream.pix_fmt, stream.codec_context.time_base = "yuv420p", 1 / Fraction(video.average_rate)
         size = {"width": stream.width, "height": stream.height, "format": "yuv420p", "interpolation": "AREA"}
         frames = [frame.reformat(**size) for frame in container.decode(video)]
-        to_and_fro = [*range(len(frames)), *range(len(frames) - 2, 0, -1)]
+        ping_pong = [*range(len(frames)), *range(len(frames) - 2, 0, -1)]
         for number in range(LENGTH):
             # A copy: an encoder may hold on to a frame that comes again.
             frame = av.VideoFrame.from_ndarray(
-                frames[to_and_fro[number % len(to_and_fro)]].to_ndarray(), format="yuv420p"
+                frames[ping_pong[number % len(ping_pong)]].to_ndarray(), format="yuv420p"
             )
             frame.pts, frame.time_base = number, stream.codec_context.time_base
             out.mux(stream.encode(frame))

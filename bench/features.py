@@ -80,7 +80,7 @@ QUICK = (Setting("vit_tiny", 112, 4),)
 
 
 def make_video(target: Path, size: tuple[int, int], seconds: int) -> None:
-    """A real clip to and fro, H.264 with x264's own key frames (up to 250 apart), 25 frames a second."""
+    """A real clip in ping-pong, H.264 with x264's own key frames (up to 250 apart), 25 frames a second."""
     import av
 
     with av.open(str(sample_videos()[0])) as container:

@@ -91,10 +91,8 @@ def benches(monkeypatch):
 
     yield found
     for name, module in list(sys.modules.items()):
-        if (
-            str(getattr(module, "__file__", "") or "").startswith(tuple(map(str, SCRIPTS)))
-            or name == "harness"
-        ):
+        file = str(getattr(module, "__file__", "") or "")
+        if name == "harness" or file.startswith(tuple(map(str, SCRIPTS))):
             del sys.modules[name]
 
 

@@ -26,7 +26,7 @@ _BLOCK = re.compile(
 
 @dataclass(frozen=True)
 class Block:
-    """Commands of a page, at a line; `needs` are the packages they want."""
+    """Block of commands of a page: its line, its code, and the packages that it needs."""
 
     line: int
     code: str
@@ -42,37 +42,35 @@ def read_blocks(page: Path) -> list[Block]:
     """The blocks to run.
 
     Raises:
-        ValueError: a block of commands says neither that it is run nor why not.
+        ValueError: a block is marked neither as run nor with the reason why it is not.
     """
     text, blocks = page.read_text(encoding="utf-8"), []
     for found in _BLOCK.finditer(text):
         if found["language"] not in ("bash", "python"):
             continue
         line, mark = text.count("\n", 0, found.start()) + 1, found["mark"] or ""
-        code = (
-            found["code"]
-            if found["language"] == "bash"
-            else f"python - <<'END_OF_BLOCK'\n{found['code']}END_OF_BLOCK\n"
-        )
+        code = found["code"]
+        if found["language"] == "python":
+            code = f"python - <<'END_OF_BLOCK'\n{code}END_OF_BLOCK\n"
         if run := re.fullmatch(r"run(?:: (?P<needs>[\w ]+))?", mark):
             blocks.append(Block(line, code, tuple((run["needs"] or "").split())))
         elif not re.fullmatch(r"not run: .+", mark):
             raise ValueError(
-                f"{page.name}:{line}: the line above the block must be <!-- run --> or <!-- not run: REASON "
-                "-->"
+                f"{page.name}:{line}: the line above the block must be <!-- run --> or "
+                "<!-- not run: REASON -->"
             )
     return blocks
 
 
 def missing_packages(blocks: list[Block]) -> list[str]:
-    """What the blocks want and is not installed."""
+    """Packages that the blocks need and that are not installed."""
     return sorted(
         {name for block in blocks for name in block.needs if importlib.util.find_spec(name) is None}
     )
 
 
 def copy_tree(folder: Path) -> None:
-    """The files git knows or would add, as a fresh clone has them."""
+    """Copy the files that git tracks or would add, as in a fresh clone."""
     listed = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split("\0"):
         if name and (ROOT / name).is_file() and not name.startswith("bench/results/"):
@@ -84,7 +82,7 @@ def run_page(page: Path, folder: Path) -> None:
     """Run a page's blocks in `folder`.
 
     Raises:
-        AssertionError: a block failed; the message has its line, its commands and the end of what it said.
+        AssertionError: a block failed; the message has its line, its commands and the end of its output.
     """
     copy_tree(folder)
     (folder / ".bin").mkdir()
@@ -103,9 +101,9 @@ def run_page(page: Path, folder: Path) -> None:
         done = subprocess.run(
             command, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True, timeout=600
         )
-        said = (done.stdout + done.stderr)[-3000:]
+        output = (done.stdout + done.stderr)[-3000:]
         assert done.returncode == 0, (
-            f"{page.name}:{block.line} ended with {done.returncode}\n{block.code}\n{said}"
+            f"{page.name}:{block.line} ended with {done.returncode}\n{block.code}\n{output}"
         )
 
 

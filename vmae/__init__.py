@@ -1,4 +1,5 @@
-"""Dual-masked pre-training of video transformers: VideoMAE V2's method, with fused kernels and proof."""
+"""Pre-training, fine-tuning and testing of video transformers with VideoMAE V2's dual masking, with fused
+kernels."""
 
 from vmae.config import MaskConfig, ModelConfig, SpeedConfig
 from vmae.errors import InputError

@@ -1,9 +1,9 @@
-"""The one exception for input that a person can mend."""
+"""Exception for wrong input."""
 
 
 class InputError(ValueError):
-    """A file, key, shape or setting given by the user is wrong.
+    """A file, key, shape or setting that the user gave is wrong.
 
-    The message names the thing and says what to do. The command line prints it without a traceback and exits
-    with 2.
+    The message names it and says what to do. The command line prints the message without a traceback and
+    exits with code 2.
     """

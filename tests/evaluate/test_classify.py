@@ -1,5 +1,4 @@
-"""The multi-view test: exact whatever the batch, the number of ranks and the stops; and what it writes and
-refuses."""
+"""Multi-view test: its scores do not depend on batch size, ranks or stops; its files and its errors."""
 
 import argparse
 import csv
@@ -89,7 +88,7 @@ def test_any_number_of_ranks_and_uneven_batches(weights, labelled_world, tmp_pat
         assert predictions(folder) == predictions(tmp_path / "whole")
 
 
-def test_a_stopped_test_goes_on(weights, labelled_world, tmp_path, monkeypatch):
+def test_a_stopped_test_continues(weights, labelled_world, tmp_path, monkeypatch):
     loaded = load_classifier(weights)
     evaluate(loaded, config(labelled_world), tmp_path / "whole")
     count, original = [0], classify.view_probabilities
@@ -149,7 +148,7 @@ def test_broken_videos_do_not_count_and_are_named(weights, labelled_world, tmp_p
 
 
 @pytest.mark.parametrize(
-    "lists, taken",
+    "lists, chosen",
     [
         (("train.csv", "val.csv", "test.csv"), "test.csv"),
         (("train.csv", "val.csv"), "val.csv"),
@@ -158,14 +157,14 @@ def test_broken_videos_do_not_count_and_are_named(weights, labelled_world, tmp_p
         ((), None),
     ],
 )
-def test_a_folder_is_tested_on_its_test_list(weights, labelled_world, tmp_path, capsys, lists, taken):
+def test_a_folder_is_tested_on_its_test_list(weights, labelled_world, tmp_path, capsys, lists, chosen):
     """test.csv, else val.csv, never train.csv; the list is named, for a folder and for a list."""
     folder, lines = tmp_path / "data", (labelled_world / "val.txt").read_text().splitlines(keepends=True)
     folder.mkdir()
     for count, name in enumerate(("train.csv", "val.csv", "test.csv"), 1):
         if name in lists:
             (folder / name).write_text("".join(lines[:count]))
-    words = [
+    flags = [
         "--checkpoint",
         str(weights),
         "--device",
@@ -177,23 +176,23 @@ def test_a_folder_is_tested_on_its_test_list(weights, labelled_world, tmp_path, 
         "--workers",
         "0",
     ]
-    code = main(["evaluate", str(folder), *words, "--output", str(tmp_path / "out")])
-    said = capsys.readouterr()
-    if taken is None:
-        assert code == 2 and f"folder {folder} holds no test.csv and no val.csv; give a list" in said.err
+    code = main(["evaluate", str(folder), *flags, "--output", str(tmp_path / "out")])
+    output = capsys.readouterr()
+    if chosen is None:
+        assert code == 2 and f"folder {folder} holds no test.csv and no val.csv; give a list" in output.err
         assert not (tmp_path / "out").exists()
         return
-    count = {"val.csv": 2, "test.csv": 3}[taken]
+    count = {"val.csv": 2, "test.csv": 3}[chosen]
     assert (
         code == 0
-        and f"list: {folder / taken}, {count} videos\n" in said.out
+        and f"list: {folder / chosen}, {count} videos\n" in output.out
         and len(predictions(tmp_path / "out")) == count
     )
     assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["data"] == str(
-        folder / taken
+        folder / chosen
     )
-    assert main(["evaluate", str(folder / taken), *words, "--output", str(tmp_path / "out")]) == 0
-    assert f"list: {folder / taken}, {count} videos\n" in capsys.readouterr().out
+    assert main(["evaluate", str(folder / chosen), *flags, "--output", str(tmp_path / "out")]) == 0
+    assert f"list: {folder / chosen}, {count} videos\n" in capsys.readouterr().out
 
 
 def test_views():
@@ -246,7 +245,7 @@ def test_several_labels_have_average_precision():
     assert mean_average_precision(scores, truth) == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
 
 
-def test_average_precision_with_equal_scores_is_scikit_learns():
+def test_average_precision_with_equal_scores_equals_scikit_learn():
     """Fixed numbers, computed with scikit-learn 1.9.1's `average_precision_score`."""
     scores = np.array([0.9, 0.8, 0.8, 0.8, 0.5, 0.5, 0.3, 0.1, 0.1, 0.0])
     for truth, expected in (
@@ -266,14 +265,14 @@ def test_average_precision_with_equal_scores_is_scikit_learns():
     }
 
 
-def test_scores_that_are_no_numbers_are_refused(weights, labelled_world, tmp_path, capsys):
+def test_nan_scores_are_refused(weights, labelled_world, tmp_path, capsys):
     scores, truth = np.array([[0.5, 0.1], [np.nan, 0.2]]), np.eye(2, dtype=bool)
-    with pytest.raises(InputError, match="score of video 1 is no number"):
+    with pytest.raises(InputError, match="score of video 1 is not a number"):
         mean_average_precision(scores, truth)
     with pytest.raises(InputError, match="no class has a positive"):
         mean_average_precision(np.ones((2, 2)), ~np.ones((2, 2), bool))
     for record in ({"top": [[0, np.nan]]}, {"top": [[0, 1.0]], "scores": [1.0, np.nan]}):
-        with pytest.raises(InputError, match="prediction of a.mp4 is no number"):
+        with pytest.raises(InputError, match="prediction of a.mp4 is not a number"):
             score([{"video": 0, "path": "a.mp4", **record}], [(0,)], 2)
     state = load_weights(weights)
     state["head.bias"][1] = np.nan
@@ -311,8 +310,7 @@ def test_scores_that_are_no_numbers_are_refused(weights, labelled_world, tmp_pat
 
 
 def test_official_files(tmp_path, labelled_world, capsys):
-    """Weights alone, wrapped as the published ones are, need the architecture's name; a K710-like head its
-    map."""
+    """Published files hold weights only: they need --model, and a head of other classes needs a label map."""
     torch.manual_seed(2)
     model = build_classifier(CONFIG, 5)
     path = tmp_path / "official.pth"

@@ -1,5 +1,4 @@
-"""`detect`: files in AVA's format that anyone can score, numbers that agree with the model's, pictures,
-restarts."""
+"""`detect`: files in AVA's format, scores equal to the model's, pictures, restarts."""
 
 import json
 
@@ -100,14 +99,14 @@ def test_a_picture(detect, tmp_path):
     assert (picture[:384] == 255).sum() > 300 and (picture[384:] < 50).sum() > 200  # boxes; text
 
 
-def test_annotated_boxes_where_no_others_are_given(detect, actors, tmp_path):
+def test_annotated_boxes_are_the_default(detect, actors, tmp_path):
     assert detect("--pictures", 0) == 0
     truth = read_annotations(actors["val"], ACTIONS)
     found = read_detections(tmp_path / "test" / "detections.csv")
     assert {(row.key, row.box) for row in found} == {(row.key, row.box) for row in truth}
 
 
-def test_without_truth(detect, actors, tmp_path, capsys):
+def test_without_ground_truth(detect, actors, tmp_path, capsys):
     assert detect("--persons", actors["val_persons"], truth=False) == 0
     assert (tmp_path / "test" / "detections.csv").exists() and not (
         tmp_path / "test" / "results.json"
@@ -116,7 +115,7 @@ def test_without_truth(detect, actors, tmp_path, capsys):
     assert "which boxes?" in capsys.readouterr().err
 
 
-def test_a_test_that_is_started_again_goes_on(detect, tmp_path, monkeypatch):
+def test_a_restarted_test_continues(detect, tmp_path, monkeypatch):
     assert detect("--pictures", 0) == 0
     parts, whole = (
         tmp_path / "test" / "scores.part.jsonl",
@@ -126,13 +125,13 @@ def test_a_test_that_is_started_again_goes_on(detect, tmp_path, monkeypatch):
     stray = '17\n{"a": 1}\n'
     parts.write_text("".join(lines[:4]) + stray + lines[4][:10])  # killed within the fourth key frame's line
     (tmp_path / "test" / "detections.csv").unlink()
-    asked = []
+    requested = []
     read = detection.KeyFrameReader.read
     monkeypatch.setattr(
-        detection.KeyFrameReader, "read", lambda self, todo, n: asked.extend(todo) or read(self, todo, n)
+        detection.KeyFrameReader, "read", lambda self, todo, n: requested.extend(todo) or read(self, todo, n)
     )
     assert detect("--pictures", 0) == 0
-    assert asked == [3, 4, 5] and (tmp_path / "test" / "detections.csv").read_bytes() == whole
+    assert requested == [3, 4, 5] and (tmp_path / "test" / "detections.csv").read_bytes() == whole
 
 
 @pytest.mark.parametrize(
@@ -161,14 +160,15 @@ def test_another_test_in_the_folder_is_refused(detect, actors, tmp_path, capsys,
 
 def test_scores_of_an_earlier_version_are_refused(detect, tmp_path, capsys):
     (tmp_path / "test").mkdir()
-    old = '{"weights": "0123456789abcdef", "clip": {}, "dtype": "float32", "boxes": "0"}\n{"frame": 0, "scores": []}\n'
+    about = '{"weights": "0123456789abcdef", "clip": {}, "dtype": "float32", "boxes": "0"}'
+    old = about + '\n{"frame": 0, "scores": []}\n'
     (tmp_path / "test" / "scores.part.jsonl").write_text(old)
     assert detect("--pictures", 0) == 2
     assert "weights differs" in capsys.readouterr().err
     assert (tmp_path / "test" / "scores.part.jsonl").read_text() == old
 
 
-def test_a_broken_video_is_told(detect, actors, tmp_path, monkeypatch, capsys):
+def test_a_broken_video_is_reported(detect, actors, tmp_path, monkeypatch, capsys):
     opened = detection.KeyFrameReader._try_twice
 
     def fail(self, video, epoch, index, attempt, failures):

@@ -110,8 +110,8 @@ def test_published_files_need_a_preset(tmp_path, clip):
 
 
 def attention_by_hand(model, clip, block):
-    """float64 [H, N, N] and the values [H, N, d]: from the weights, without the model's own code for
-    attention."""
+    """Attention, float64 [H, N, N], and values [H, N, d], from the weights, without the model's attention
+    code."""
     x = model.patch_embed(_normalised(clip)) + model.pos_embed
     for one in model.blocks[:block]:
         x = one(x)
@@ -138,15 +138,16 @@ def _normalised(clip):
 def test_maps_are_those_of_the_block(clip, cosine, recompute):
     model = build_classifier(CONFIG.replace(cos_attn=cosine), 0, recompute=recompute).eval()
     for name, value in model.named_parameters():
-        value.copy_(0.3 * torch.randn_like(value) if "attn" in name and "scale" not in name else value)
+        if "attn" in name and "scale" not in name:
+            value.copy_(0.3 * torch.randn_like(value))
     weights, _ = attention_by_hand(model, clip, 1)
     received = attention_maps(model, clip, 1)
     assert torch.allclose(received.double(), weights.mean(1) * CONFIG.num_tokens, rtol=1e-3, atol=1e-4)
     assert torch.allclose(received.mean(1), torch.ones(4), atol=1e-5) and received.std() > 0.01
-    asked = attention_maps(model, clip, 1, (2, 1, 5))
+    of_query = attention_maps(model, clip, 1, (2, 1, 5))
     row = 2 * 32 + 1 * 8 + 5
-    assert torch.allclose(asked.double(), weights[:, row] * CONFIG.num_tokens, rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(asked, attention_maps(model, clip, 2, (2, 1, 5)), atol=0.1)
+    assert torch.allclose(of_query.double(), weights[:, row] * CONFIG.num_tokens, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(of_query, attention_maps(model, clip, 2, (2, 1, 5)), atol=0.1)
     assert not model.blocks[1].attn._forward_pre_hooks
 
 
@@ -176,7 +177,7 @@ def test_attention_command(weights, tmp_path, capsys):
     assert main([*command, *flags]) == 0
     text = capsys.readouterr().out
     # 120 frames, 8 of every third: from the middle of 97 starts, and tubelets of two.
-    assert "block 1; attention of the outlined token (time 1, from frame 54; row 0, column 7)" in text
+    assert "block 1; attention of the outlined query token (time 1, from frame 54; row 0, column 7)" in text
     with Image.open(gif) as picture:
         assert picture.n_frames == 8 and picture.width > 4 * 192  # five panels: the input, and four heads
 
@@ -185,7 +186,7 @@ def test_attention_command(weights, tmp_path, capsys):
 
 
 def test_components_of_a_hand_made_cloud():
-    """Three directions of known variance, rotated: they come back, in order, whatever the offset."""
+    """Three directions of known variance, rotated and shifted, are found in order."""
     rng = np.random.default_rng(0)
     latent = rng.standard_normal((500, 5)) - 0.0
     latent = np.linalg.qr(latent - latent.mean(0))[0] * [
@@ -215,7 +216,7 @@ def test_components_are_drawn_as_colours_and_the_first_in_grey(clip):
     assert "component 1 (50 % of the variance), green: 2 (25 %)" in colours.caption
 
 
-def test_components_that_cannot_be_taken_are_named():
+def test_impossible_components_are_refused():
     with pytest.raises(InputError, match="three tokens"):
         principal_components(torch.zeros(2, 8))
     with pytest.raises(InputError, match="not finite"):
@@ -271,7 +272,7 @@ def test_queries_are_tokens_of_the_grid():
 
 
 @pytest.mark.parametrize(
-    ("command", "changes", "words"),
+    ("command", "changes", "message"),
     [
         ("attention", {"video": "gone.mp4"}, "gone.mp4"),
         ("pca", {"video": __file__}, "test_encoder_pictures.py"),
@@ -286,7 +287,7 @@ def test_queries_are_tokens_of_the_grid():
         ("pca", {"--device": "tpu"}, "unknown device"),
     ],
 )
-def test_wrong_input_is_named_and_nothing_is_written(weights, tmp_path, capsys, command, changes, words):
+def test_wrong_input_is_named_and_nothing_is_written(weights, tmp_path, capsys, command, changes, message):
     flags = {"--checkpoint": str(weights), "--output": str(tmp_path / "x.gif"), **changes}
     video = flags.pop("video", VIDEO)
     assert (
@@ -295,6 +296,6 @@ def test_wrong_input_is_named_and_nothing_is_written(weights, tmp_path, capsys, 
     error = capsys.readouterr().err
     assert (
         error.startswith("error: ")
-        and words in error
+        and message in error
         and [path.name for path in tmp_path.iterdir()] == ["weights.pth"]
     )

@@ -1,4 +1,4 @@
-"""Features of windows: the same numbers as a loop that decodes every window by itself."""
+"""Features of windows equal those of a loop that decodes each window separately."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def checkpoint(model, tmp_path):
 
 
 def published_loop(model, path, step):
-    """One window after the other, each decoded and resized by itself."""
+    """One window after the other, each decoded and resized separately."""
     found = []
     with open_video(VideoEntry(path)) as reader, torch.no_grad():
         for start in range(0, len(reader) - 7, step):
@@ -80,7 +80,7 @@ def test_normalising_changes_them(model, video):
 
 
 @pytest.mark.parametrize("step", [1, 3, 8, 13])
-def test_windows_hold_the_frames_that_follow_each_other(step):
+def test_windows_hold_consecutive_frames(step):
     frames = (np.full((4, 4, 3), number, np.uint8) for number in range(40))
     config = WindowConfig(frames=8, step=step, size=(4, 4))
     first = [[round(float(frame[0, 0, 0]) * 255) for frame in window] for window in windows(frames, config)]
@@ -96,16 +96,16 @@ def test_every_reader_iterates_over_its_frames(video):
                 continue
             raise
         with reader:
-            seen = list(reader.iterate())
-            assert len(seen) == 120 and np.array_equal(
-                np.stack(seen[100:104]), reader.frames(range(100, 104))
+            frames = list(reader.iterate())
+            assert len(frames) == 120 and np.array_equal(
+                np.stack(frames[100:104]), reader.frames(range(100, 104))
             )
 
 
-def test_the_command_goes_on_where_it_stopped(checkpoint, video, tmp_path, capsys):
+def test_the_command_continues_after_a_stop(checkpoint, video, tmp_path, capsys):
     (tmp_path / "list.txt").write_text(f"{video}\n{sample_videos()[3]}\n{tmp_path / 'bad.mp4'}\n")
     (tmp_path / "bad.mp4").write_text("no video")
-    words = [
+    command = [
         "features",
         str(tmp_path / "list.txt"),
         "--checkpoint",
@@ -113,8 +113,8 @@ def test_the_command_goes_on_where_it_stopped(checkpoint, video, tmp_path, capsy
         "--output",
         str(tmp_path / "out"),
     ]
-    words += ["--step", "32"]
-    assert main(words) == 1
+    command += ["--step", "32"]
+    assert main(command) == 1
     assert "bad.mp4" in capsys.readouterr().out
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["carphone_distorted.npy", "carphone_pristine.npy", "features.json", "videos.json"]
@@ -122,22 +122,22 @@ def test_the_command_goes_on_where_it_stopped(checkpoint, video, tmp_path, capsy
     assert first.shape == (4, 48)
     (tmp_path / "out" / "carphone_distorted.npy").unlink()
     before = (tmp_path / "out" / "carphone_pristine.npy").stat().st_mtime_ns
-    assert main(words) == 1 and (tmp_path / "out" / "carphone_distorted.npy").exists()
+    assert main(command) == 1 and (tmp_path / "out" / "carphone_distorted.npy").exists()
     assert (tmp_path / "out" / "carphone_pristine.npy").stat().st_mtime_ns == before
-    assert main([*words[:-1], "16"]) == 2
+    assert main([*command[:-1], "16"]) == 2
     assert "other weights or windows" in capsys.readouterr().err
 
 
 def test_bad_input(checkpoint, tmp_path, capsys):
     end = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
     (tmp_path / "empty").mkdir()
-    for words, message in (
+    for command, message in (
         ([str(tmp_path / "empty")], "holds no videos"),
         ([str(tmp_path / "none.mp4")], "does not exist"),
         ([str(sample_videos()[2]), "--step", "0"], "--step: must be a whole number from 1"),
         ([str(sample_videos()[2]), "--batch-size", "0"], "--batch-size: must be a whole number from 1"),
     ):
-        assert main(["features", *words, *end]) == 2
+        assert main(["features", *command, *end]) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(InputError, match="would both become a.npy"):
         name_targets([VideoEntry("x/a.mp4"), VideoEntry("y/a.mkv")], tmp_path)
@@ -152,8 +152,8 @@ def test_a_video_shorter_than_a_window(model, video):
         extract(model, VideoEntry(video), config, batch_size=5, device=torch.device("cpu"))
 
 
-def test_batches_reach_across_videos_and_past_a_bad_one(model, video, tmp_path, monkeypatch):
-    """29, 0 (bad, after some windows) and 29 windows, 8 at once."""
+def test_batches_span_videos_and_skip_a_bad_one(model, video, tmp_path, monkeypatch):
+    """Videos of 29, 0 (bad after some windows) and 29 windows, in batches of 8."""
     config, device = WindowConfig(frames=8, step=4, size=(32, 32)), torch.device("cpu")
     alone = extract(model, VideoEntry(video), config, batch_size=1, device=device)
     (tmp_path / "bad.mp4").write_text("no video")

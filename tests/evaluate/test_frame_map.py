@@ -52,7 +52,7 @@ def test_a_case_by_hand():
     assert (scores.key_frames, scores.detections, scores.truth) == (3, 6, {1: 4, 2: 1})
 
 
-def test_order_of_the_rows_is_of_no_matter():
+def test_result_does_not_depend_on_the_order_of_rows():
     assert frame_map(TRUTH[::-1], FOUND[::-1], [1, 2]) == frame_map(TRUTH, FOUND, [1, 2])
 
 
@@ -107,8 +107,8 @@ def test_equal_scores_at_the_limit_of_a_key_frame_go_by_action_and_box():
         assert frame_map(truth, order, [1, 2]).actions == {1: 0.5, 2: 1.0}
 
 
-def test_equal_overlaps_take_the_same_box_in_any_order():
-    """The detection lies between two boxes; the second one finds the first of them taken."""
+def test_equal_overlaps_match_the_same_box_in_any_order():
+    """A detection lies between two boxes; a second detection finds the first box already matched."""
     left, right, middle = (0.0, 0.0, 0.5, 1.0), (0.25, 0.0, 0.75, 1.0), (0.125, 0.0, 0.625, 1.0)
     truth = [AvaBox("v", 1, left, 1), AvaBox("v", 1, right, 1)]
     found = [AvaBox("v", 1, middle, 1, 0.9), AvaBox("v", 1, right, 1, 0.8)]
@@ -116,6 +116,6 @@ def test_equal_overlaps_take_the_same_box_in_any_order():
     assert average_precision(truth, found) == average_precision(truth[::-1], found) == 1.0
 
 
-def test_scores_that_are_no_numbers_are_refused():
+def test_nan_scores_are_refused():
     with pytest.raises(InputError, match="action 1 on v, 902 s has no score"):
         frame_map(TRUTH, [AvaBox("v", 902, A, 1, math.nan)], [1])

@@ -32,10 +32,10 @@ def panel(shade: int = 90, times: int = 4, **more) -> Panel:
     return Panel(caption="what it is", frames=frames, **more)
 
 
-def parse(*words: str) -> argparse.Namespace:
+def parse(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_output_arguments(parser, "x.png")
-    return parser.parse_args(words)
+    return parser.parse_args(flags)
 
 
 @pytest.mark.parametrize("shade", [0, 128, 255])
@@ -59,8 +59,8 @@ def test_token_values_stand_in_their_places():
     frames = grey_frames(values, CONFIG)
     assert frames.shape == (4, 32, 48, 3) and frames.dtype == np.uint8
     for token, (time, row, column) in enumerate(np.ndindex(2, 2, 3)):
-        seen = frames[2 * time : 2 * time + 2, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
-        assert (seen == round(255 * token / 11)).all()
+        shown = frames[2 * time : 2 * time + 2, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+        assert (shown == round(255 * token / 11)).all()
     colours = grey_frames(np.stack([values, 1 - values, 0 * values - 5], 1), CONFIG)
     assert tuple(colours[0, 0, 0]) == (0, 255, 0) and tuple(colours[-1, -1, -1]) == (255, 0, 0)
 
@@ -110,8 +110,8 @@ def test_png_shows_the_first_frame_of_tubelets(tmp_path):
 def test_outputs_are_checked_before_any_work(tmp_path, monkeypatch):
     default = tmp_path / "x.png"
     assert outputs_of(parse(), default) == [default]
-    words = ["--output", str(tmp_path / "a.gif"), "--output", str(tmp_path / "b.mp4")]
-    assert outputs_of(parse(*words), default) == [tmp_path / "a.gif", tmp_path / "b.mp4"]
+    flags = ["--output", str(tmp_path / "a.gif"), "--output", str(tmp_path / "b.mp4")]
+    assert outputs_of(parse(*flags), default) == [tmp_path / "a.gif", tmp_path / "b.mp4"]
     (tmp_path / "f.png").mkdir()
     (tmp_path / "file").write_text("")
     for output, message in (
@@ -124,7 +124,7 @@ def test_outputs_are_checked_before_any_work(tmp_path, monkeypatch):
             outputs_of(parse("--output", str(default), "--output", str(tmp_path / output)), default)
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(InputError, match="pip install av"):
-        outputs_of(parse(*words), default)
+        outputs_of(parse(*flags), default)
     assert outputs_of(parse("--output", "a.gif"), default)
 
 

@@ -61,7 +61,7 @@ def test_precision_is_interpolated_from_the_right():
 
 
 def test_equal_scores_count_as_one_in_any_order():
-    """All but the first, which is wrong, are equal: two of five are right at their end."""
+    """All scores but the first (a wrong detection) are equal: two of five are correct at their end."""
     truth = [Segment("a", 0, 10, "x"), Segment("a", 20, 30, "x")]
     equal = [
         Segment(video, start, start + 9, "x", 0.5)
@@ -72,7 +72,7 @@ def test_equal_scores_count_as_one_in_any_order():
     assert value == pytest.approx(2 / 5)
 
 
-def test_equal_overlaps_take_the_earliest_truth():
+def test_equal_overlaps_match_the_earliest_truth():
     truth = [Segment("a", 0, 10, "x"), Segment("a", 10, 20, "x")]
     found = [
         Segment("a", 5, 15, "x", 0.9),
@@ -81,9 +81,9 @@ def test_equal_overlaps_take_the_earliest_truth():
     assert average_precision(truth, found, 0.3) == average_precision(truth[::-1], found, 0.3) == 1.0
 
 
-def test_equal_scores_are_taken_by_start_then_end():
-    """Of two equal detections that overlap one truth most, the earlier takes it; the other gets the best that
-    is left."""
+def test_equal_scores_are_matched_by_start_then_end():
+    """Of two equal detections with the largest IoU with one segment, the earlier one is matched to it, the
+    other to the best segment that is left."""
     truth = [Segment("a", 0, 10, "x"), Segment("a", 6, 16, "x")]
     wide, late = (
         Segment("a", 1, 14, "x", 0.5),

@@ -88,8 +88,10 @@ def test_the_registry_is_complete():
 
 
 def garbage(x):
-    """Of the same kind, in the gaps between a tensor's values: NaN, or integers that are legal but others."""
-    return torch.full_like(x, float("nan")) if x.is_floating_point() else x.flip(-1).roll(1, 0)
+    """Wrong values for the gaps between a tensor's values: NaN, or other valid integers."""
+    if x.is_floating_point():
+        return torch.full_like(x, float("nan"))
+    return x.flip(-1).roll(1, 0)
 
 
 def layouts(x):

@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @pytest.fixture
 def fresh():
-    """Answers of earlier tests forgotten, before and after."""
+    """Clear the probes' cached results before and after each test."""
     known = (backends.choose, backends.choose_name, backends.say_once)
     for function in known:
         function.cache_clear()
@@ -142,7 +142,7 @@ def test_a_named_backend_that_cannot_run_is_an_error_with_reason_and_alternative
         assert text.endswith(f"These can: {', '.join(RUNS)}")
 
 
-def test_auto_says_once_what_it_takes_and_a_named_one_says_nothing(fresh, caplog):
+def test_auto_logs_its_choice_once_and_a_named_backend_logs_nothing(fresh, caplog):
     caplog.set_level(logging.INFO)
     qkv = torch.randn(1, 4, 3, 1, 64)
     for _ in range(3):
@@ -154,22 +154,22 @@ def test_auto_says_once_what_it_takes_and_a_named_one_says_nothing(fresh, caplog
     ]
 
 
-def test_other_ranks_say_nothing(fresh, caplog, monkeypatch):
+def test_other_ranks_log_nothing(fresh, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("RANK", "1")
     attention(torch.randn(1, 4, 3, 1, 64))
     assert not caplog.records
 
 
-def test_probes_are_asked_once(fresh, monkeypatch):
-    asked = []
+def test_probes_run_once(fresh, monkeypatch):
+    requests = []
     monkeypatch.setattr(
-        backends.AttentionBackend, "why_not", lambda self, workload: asked.append((self.name, workload))
+        backends.AttentionBackend, "why_not", lambda self, workload: requests.append((self.name, workload))
     )
     for tokens in (3, 4, 5):
         for head_dim in (32, 64):
             attention(torch.randn(1, tokens, 3, 1, head_dim, requires_grad=True), "sdpa_math")
-    assert len(asked) == 2 and {workload.head_dim for _, workload in asked} == {32, 64}
+    assert len(requests) == 2 and {workload.head_dim for _, workload in requests} == {32, 64}
 
 
 def test_the_reference_forms_its_softmax_matrix():

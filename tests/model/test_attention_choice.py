@@ -45,13 +45,12 @@ def _fresh():
 
 @pytest.fixture(autouse=True)
 def _torch_kernels_unasked(monkeypatch):
-    """No GPU is here to put torch's question to: its kernels are taken to run on every GPU but for
-    float32."""
-    monkeypatch.setattr(
-        probes,
-        "_torch_refuses",
-        lambda question, w: "torch says: no float32" if w.dtype == torch.float32 else None,
-    )
+    """Without a GPU to ask torch about, assume that its kernels run on every GPU, except for float32."""
+
+    def refuse_float32(question, workload):
+        return "torch says: no float32" if workload.dtype == torch.float32 else None
+
+    monkeypatch.setattr(probes, "_torch_refuses", refuse_float32)
 
 
 # --- fakes --------------------------------------------------------------------------------------------------
@@ -83,7 +82,7 @@ def each(parts, starts, scale):
 
 
 class Calls(list):
-    """What fake functions were given."""
+    """Arguments that the fake functions got."""
 
     def note(self, *tensors):
         self.append([(x.data_ptr(), tuple(x.stride())) for x in tensors])
@@ -317,7 +316,7 @@ FAKES = {
 
 @pytest.fixture
 def on_hopper(monkeypatch):
-    """Every tensor is taken to lie on a Hopper GPU."""
+    """Pretend that every tensor is on a Hopper GPU."""
 
     def on(device, **settings):
         return Workload(device="cuda", capability=(9, 0), **settings)
@@ -349,7 +348,7 @@ def test_called_as_documented_without_a_copy(name, head_dim, on_hopper, monkeypa
 
 
 @pytest.mark.parametrize("name", FAKES)
-def test_scale_is_handed_on(name, on_hopper, monkeypatch):
+def test_scale_is_passed_on(name, on_hopper, monkeypatch):
     FAKES[name](monkeypatch)
     qkv = torch.randn(1, 5, 3, 1, 64).bfloat16()
     torch.testing.assert_close(
@@ -534,7 +533,7 @@ def test_flash3_registered_with_torch_compiles(monkeypatch):
     assert why_not("flash3", replace(HOPPER, compiled=True)) is None
 
 
-def test_torch_own_reasons_are_handed_on(monkeypatch):
+def test_torch_own_reasons_are_passed_on(monkeypatch):
     monkeypatch.undo()  # of the fixture that answers for torch
 
     def question(params, debug):
@@ -556,8 +555,8 @@ def test_torch_own_reasons_are_handed_on(monkeypatch):
 
 
 def test_another_implementation_in_the_place_of_torchs(monkeypatch):
-    """`activate_flash_attention_impl` holds for the process: once, said, and sdpa_flash no longer claims to
-    be torch's own."""
+    """`activate_flash_attention_impl` changes the whole process: it is logged once, and sdpa_flash no longer
+    claims to be torch's own kernel."""
     fake_flash3(monkeypatch)
     fake_flash4(monkeypatch)
     active = []
@@ -621,7 +620,7 @@ def test_auto_never_raises(monkeypatch):
 
 
 def test_tiles_of_the_head_dims():
-    """The table at the top of attention_backends.py."""
+    """The table at the top of vmae/model/attention/choice.py."""
     expected = {
         "flash2": {64: (64, 64), 80: (96, 96), 88: (96, 96)},
         "flash3": {32: (64, 64), 80: (96, 96), 88: (96, 96)},

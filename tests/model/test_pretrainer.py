@@ -173,7 +173,9 @@ def test_initialisation_is_the_published_one():
         if isinstance(module, torch.nn.Linear):
             fan_out, fan_in = module.weight.shape
             # encoder_to_decoder alone keeps torch's default, uniform in 1 / sqrt(fan in).
-            bound = fan_in**-0.5 if name == "encoder_to_decoder" else (6 / (fan_in + fan_out)) ** 0.5
+            bound = (6 / (fan_in + fan_out)) ** 0.5
+            if name == "encoder_to_decoder":
+                bound = fan_in**-0.5
             assert 0.98 * bound < module.weight.abs().max() <= bound, name
             assert module.bias is None or not module.bias.any(), name
         elif isinstance(module, torch.nn.LayerNorm):

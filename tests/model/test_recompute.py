@@ -20,11 +20,9 @@ def plain(kind, x, norm, linear):
 
 
 def ours(kind, x, norm, linear):
-    return (
-        norm_linear(x, norm, linear.weight, linear.bias)
-        if kind == "norm"
-        else gelu_linear(x, linear.weight, linear.bias)
-    )
+    if kind == "norm":
+        return norm_linear(x, norm, linear.weight, linear.bias)
+    return gelu_linear(x, linear.weight, linear.bias)
 
 
 def outcome(function, kind, x, norm, linear, upstream):

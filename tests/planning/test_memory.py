@@ -16,7 +16,7 @@ from vmae.planning.memory import count_activations, state_bytes
 from vmae.train.activations import prepare_blocks
 from vmae.train.optim import OptimConfig, build_adamw
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MASK = MaskConfig()
 # Deeper than the two depths that are counted, and another number of clips than the two batches.
 DEEP = ModelConfig(
@@ -107,7 +107,7 @@ import json, sys, torch
 from vmae import DualMask, build_pretrainer
 from vmae.train.optim import OptimConfig, build_adamw
 from vmae.train.parallel import open_parallel
-from tests.test_memory import DEEP, MASK
+from tests.planning.test_memory import DEEP, MASK
 
 with open_parallel("fsdp", "cpu") as parallel:
     model = build_pretrainer(DEEP, backend="torch")
@@ -122,7 +122,8 @@ with open_parallel("fsdp", "cpu") as parallel:
         return sum(t.numel() * t.element_size() for t in own)
 
     states = [value for state in optimizer.state.values() for value in state.values()]
-    held = size([*model.parameters(), *model.buffers()]), size(p.grad for p in model.parameters()), size(states)
+    weights, gradients = [*model.parameters(), *model.buffers()], [p.grad for p in model.parameters()]
+    held = size(weights), size(gradients), size(states)
     if parallel.is_main:
         open(sys.argv[1], "w").write(json.dumps(held))
 """

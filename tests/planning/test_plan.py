@@ -99,8 +99,10 @@ def test_recommended_batch_makes_up_the_effective_batch(capsys):
 
 def test_table_and_json_say_the_same(tmp_path, capsys):
     out = tmp_path / "plan.json"
-    flags = "--gpus 2 --batch-size 4 --accumulate 2 --num-sample 2 --videos 1000 --epochs 2 --mfu 0.25 --lr 1e-3".split()
-    assert main(["plan", *SMALL, *flags, "--device", "a100", "--json", str(out)]) == 0
+    flags = (
+        "--gpus 2 --batch-size 4 --accumulate 2 --num-sample 2 --videos 1000 --epochs 2 --mfu 0.25".split()
+    )
+    assert main(["plan", *SMALL, *flags, "--lr", "1e-3", "--device", "a100", "--json", str(out)]) == 0
     text, content = capsys.readouterr().out, json.loads(out.read_text())
     assert (
         "effective batch 16 videos = 2 x 4 x 2 accumulated, 32 clips; learning rate 0.001 x 16 / 256 = "

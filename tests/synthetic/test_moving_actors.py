@@ -64,7 +64,7 @@ def test_boxes_move_as_the_actions_say():
     assert set(seen) == set(ACTIONS.values())
 
 
-def test_the_key_frame_does_not_tell():
+def test_the_key_frame_alone_does_not_show_the_action():
     places = {name: [] for name in SLIDES}
     for seed in range(0, 3000 * 16, 16):
         for actor in cast(seed, SIZE):

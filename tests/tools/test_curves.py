@@ -67,7 +67,7 @@ def test_values_that_were_not_logged_leave_gaps(tmp_path):
     }
 
 
-def test_json_for_machines(tmp_path, capsys):
+def test_json(tmp_path, capsys):
     run = write_run(tmp_path / "a", 30, commit="c0ffee", torch="2.13.0", argv=["/private/path"])
     assert main(["curves", str(run), "--by", "epoch", "--json", "-"]) == 0
     content = json.loads(capsys.readouterr().out)
@@ -78,7 +78,7 @@ def test_json_for_machines(tmp_path, capsys):
     assert json.loads((tmp_path / "out.json").read_text())["curves"][0]["steps"] == 30
 
 
-def test_exported_curves_are_thin_and_say_where_they_come_from(tmp_path, capsys):
+def test_exported_curves_are_short_and_name_their_run(tmp_path, capsys):
     run = write_run(tmp_path / "long", 5000, commit="c0ffee", clean=True, argv=["/private/path"])
     kept = tmp_path / "long.jsonl"
     assert main(["curves", str(run), "--export", str(kept), "--note", "recipes/pretrain_tiny.sh"]) == 0
@@ -100,14 +100,14 @@ def test_reference_curves_lie_below_the_runs(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(REFERENCES.glob("*.jsonl")), ids=lambda path: path.stem)
-def test_committed_references_learn_and_tell_their_conditions(path):
+def test_committed_references_learn_and_name_their_conditions(path):
     curve = read_curve(path)
     assert {"note", "commit", "torch", "device"} <= set(curve.about) and path.stat().st_size < 60_000
     losses = curve.values("loss_mean")[1]
     assert curve.summary()["loss_of_last_tenth"] < 0.97 < losses[0]
 
 
-def test_runs_of_the_same_name_are_told_apart(tmp_path):
+def test_runs_of_the_same_name_get_distinct_names(tmp_path):
     runs = [str(write_run(tmp_path / parent / "run")) for parent in ("x", "y")]
     assert [curve.name for curve in read_curves(runs, [])] == runs
 
@@ -121,7 +121,7 @@ def test_neighbouring_lines_differ_without_colour():
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "arguments, message",
     [
         ([], "nothing to draw"),
         (["nowhere"], "nowhere does not exist"),
@@ -133,14 +133,14 @@ def test_neighbouring_lines_differ_without_colour():
         (["run", "--json", "no/where.json"], "cannot write no/where.json"),
     ],
 )
-def test_wrong_input_is_named(words, told, tmp_path, monkeypatch, capsys):
+def test_wrong_input_is_named(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "started").mkdir()
     (tmp_path / "started" / "log.jsonl").write_text("")
     write_run(tmp_path / "run")
-    assert main(["curves", *words]) == 2
-    assert told in capsys.readouterr().err
+    assert main(["curves", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):

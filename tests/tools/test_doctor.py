@@ -47,7 +47,7 @@ def test_prints_backends_packages_and_what_is_missing(capsys, tmp_path):
     assert f"auto decodes with the first of {', '.join(found['video']['order'])}" in shown
 
 
-def test_two_decords_are_one_too_many(capsys, monkeypatch):
+def test_two_decord_packages_get_a_note(capsys, monkeypatch):
     version = doctor.importlib.metadata.version
     monkeypatch.setattr(
         doctor.importlib.metadata, "version", lambda name: "3.4.0" if name == "decord2" else version(name)
@@ -77,14 +77,14 @@ def test_every_backend_that_needs_a_package_has_a_reason_and_a_remedy():
     assert packages <= {package for part in doctor.PARTS for package in part.packages}
 
 
-def test_dtype_and_head_dims_are_asked_for(capsys):
+def test_dtype_and_head_dims_are_settings(capsys):
     assert main(["doctor", "--dtype", "float16", "--head-dim", "20", "264"]) == 0
     shown = capsys.readouterr().out
     assert "training on cpu in float16, head dims 20, 264" in shown and "20 to 32" in shown
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "flags, message",
     [
         (["--device", "toaster"], "--device toaster: torch knows no such device"),
         (["--device", "cuda"], "torch sees no GPU here"),
@@ -92,9 +92,9 @@ def test_dtype_and_head_dims_are_asked_for(capsys):
         (["--json", "/no/such/folder/d.json"], "--json /no/such/folder/d.json: No such file or directory"),
     ],
 )
-def test_bad_input_is_one_line(words, message, capsys, monkeypatch):
+def test_bad_input_is_one_line(flags, message, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["doctor", *words]) == 2
+    assert main(["doctor", *flags]) == 2
     assert message in capsys.readouterr().err
 
 

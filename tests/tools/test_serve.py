@@ -1,4 +1,4 @@
-"""The page and its one question, over HTTP; and in a real browser, where there is one."""
+"""The page and its request, over HTTP, and in a real browser where there is one."""
 
 import argparse
 import base64
@@ -51,7 +51,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """Where uploads go."""
+    """Folder of uploads."""
     folder = tmp_path / "uploads"
     folder.mkdir()
     monkeypatch.setattr(serve.tempfile, "tempdir", str(folder))
@@ -60,7 +60,7 @@ def temporary(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(checkpoints, temporary):
-    words = [
+    flags = [
         "--checkpoint",
         str(checkpoints / "pre.pth"),
         "--classifier",
@@ -71,7 +71,7 @@ def server(checkpoints, temporary):
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     running = Server(
-        build_studio(parser.parse_args([*words, "--max-megabytes", "2", "--max-seconds", "20"])), 0
+        build_studio(parser.parse_args([*flags, "--max-megabytes", "2", "--max-seconds", "20"])), 0
     )
     threading.Thread(target=running.serve_forever, daemon=True).start()
     yield running
@@ -85,9 +85,9 @@ def ask(server, body=b"", query="", method="POST", path="/show", headers=()):
     connection.request(method, f"{path}?{query}", body, {"X-Vmae": "1", **dict(headers)})
     reply = connection.getresponse()
     text = reply.read()
-    return reply.status, json.loads(text) if reply.headers[
-        "Content-Type"
-    ] == "application/json" else text.decode()
+    if reply.headers["Content-Type"] == "application/json":
+        return reply.status, json.loads(text)
+    return reply.status, text.decode()
 
 
 def left(temporary):
@@ -105,9 +105,7 @@ VIDEO = Path(sample_videos()[2])
 
 def test_a_video_is_shown_and_leaves_nothing_behind(server, temporary):
     status, answer = ask(server, VIDEO.read_bytes(), "encoder_ratio=0.5&seed=3")
-    assert status == 200 and answer["masks"].startswith(
-        "64 tubelets: the encoder sees 32, the decoder rebuilds 32"
-    )
+    assert status == 200 and answer["masks"].startswith("64 tokens: 32 visible, 32 decoded")
     picture = Image.open(io.BytesIO(base64.b64decode(answer["picture"].split(",")[1])))
     assert picture.format == "PNG" and np.asarray(picture).std() > 20
     assert {one["name"] for one in answer["classes"]} == {"<b>waving</b>", "jumping"}
@@ -131,7 +129,7 @@ def one_picture() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "words"),
+    ("body", "status", "message"),
     [
         (b"just some text\n" * 30, 422, "this is not a video file"),
         (
@@ -146,9 +144,9 @@ def one_picture() -> bytes:
     ],
     ids=["text", "playlist", "picture", "empty", "cut off", "MP4 of nothing"],
 )
-def test_other_files_get_a_line(server, temporary, capfd, body, status, words):
+def test_other_files_get_one_line(server, temporary, capfd, body, status, message):
     found, answer = ask(server, body)
-    assert found == status and words in answer["error"] and "\n" not in answer["error"]
+    assert found == status and message in answer["error"] and "\n" not in answer["error"]
     assert str(temporary) not in answer["error"] and "Traceback" not in capfd.readouterr().err
     assert not left(temporary)
 
@@ -162,21 +160,24 @@ def test_too_large_too_long_too_wide(server, temporary, tmp_path):
             f"POST /show HTTP/1.1\r\nHost: {host}\r\nX-Vmae: 1\r\nContent-Length: {3 << 20}\r\n\r\n".encode()
         )
         reply = raw.makefile("rb").read().decode()
-    assert " 413 " in reply and "the file has 3 MB, more than the 2 allowed here" in reply
+    assert " 413 " in reply and "the file has 3 MB; at most 2 are allowed" in reply
     write_video(tmp_path / "long.mp4", np.zeros((42, 32, 32, 3), np.uint8), fps=2)
     assert (
-        "has 21 seconds, more than the 20 allowed"
+        "has 21 seconds; at most 20 are allowed"
         in ask(server, (tmp_path / "long.mp4").read_bytes())[1]["error"]
     )
     server.studio.limits = Limits(pixels=100)
-    assert "has 176 x 144 pixels, more than the 100 allowed" in ask(server, VIDEO.read_bytes())[1]["error"]
+    assert (
+        "has 176 x 144 pixels; a side of at most 100 is allowed"
+        in ask(server, VIDEO.read_bytes())[1]["error"]
+    )
     write_video(tmp_path / "one.mp4", np.zeros((1, 32, 32, 3), np.uint8))
     assert "one picture, not a video" in ask(server, (tmp_path / "one.mp4").read_bytes())[1]["error"]
     assert not left(temporary)
 
 
 @pytest.mark.parametrize(
-    ("query", "words"),
+    ("query", "message"),
     [
         ("encoder_ratio=lots", "encoder ratio must be a number at least 0 and below 1, not lots"),
         ("encoder_ratio=nan", "encoder ratio must be a number at least 0 and below 1, not nan"),
@@ -190,9 +191,9 @@ def test_too_large_too_long_too_wide(server, temporary, tmp_path):
         ("decoder=running_cell&decoder_ratio=0.3", "0.3"),
     ],
 )
-def test_other_masks_get_a_line(server, query, words):
+def test_other_masks_get_one_line(server, query, message):
     status, answer = ask(server, VIDEO.read_bytes(), query)
-    assert status in (400, 422) and words in answer["error"]
+    assert status in (400, 422) and message in answer["error"]
 
 
 def test_other_sites_are_refused(server):
@@ -213,7 +214,7 @@ def test_one_at_a_time(server):
     server.studio.limits = Limits(wait=0.1)
     with server.studio.busy:
         status, answer = ask(server, VIDEO.read_bytes())
-    assert status == 503 and answer["error"] == "another video is being worked on; try again in 10 seconds"
+    assert status == 503 and answer["error"] == "another video is being processed; try again in 10 seconds"
     server.studio.limits = Limits()
     answers = []
     threads = [
@@ -224,7 +225,7 @@ def test_one_at_a_time(server):
     assert answers == [200] * 3
 
 
-def test_a_fault_of_ours_is_a_line_too_and_a_trace_in_the_terminal(server, temporary, monkeypatch, capfd):
+def test_an_internal_error_is_one_line_and_a_trace_in_the_terminal(server, temporary, monkeypatch, capfd):
     monkeypatch.setattr(server.studio, "show", lambda *args: 1 / 0)
     status, answer = ask(server, VIDEO.read_bytes())
     assert status == 500 and "ZeroDivisionError" in answer["error"] and not left(temporary)
@@ -278,13 +279,13 @@ def wait_until(true, seconds=5.0):
 
 
 def is_clean(text: str) -> bool:
-    """No trace, and nothing that a terminal would obey."""
+    """No trace, and no control characters."""
     return "Traceback" not in text and all(c == "\n" or c.isprintable() for c in text)
 
 
 @pytest.fixture
 def small(checkpoints, temporary):
-    """A server with limits that a test reaches soon."""
+    """Server with small limits."""
     started = []
 
     def start(**limits):
@@ -400,12 +401,12 @@ def test_headers_of_every_kind(server, capfd, headers):
     assert is_clean(capfd.readouterr().err)
 
 
-def test_what_a_request_says_is_no_command_to_the_terminal(server, capfd):
+def test_control_characters_of_a_request_do_not_reach_the_terminal(server, capfd):
     status, answer = ask(server, VIDEO.read_bytes()[:100], "encoder=%1b%5d0;owned%07%9b")
     assert status == 400 and "\x1b" not in json.dumps(answer)
     assert raw(server, b"GET /\x1b[31mred\x07\x9b HTTP/1.1\r\n\r\n")[0] == 403
-    said = capfd.readouterr().err
-    assert is_clean(said) and "\\x1b[31mred\\x07\\x9b" in said and said.count("\n") == 2
+    output = capfd.readouterr().err
+    assert is_clean(output) and "\\x1b[31mred\\x07\\x9b" in output and output.count("\n") == 2
     assert serve.printable("a\u202eb\nc") == "a\\u202eb\\nc" and len(serve.printable("x" * 10_000)) < 400
 
 
@@ -417,7 +418,7 @@ def test_names_of_files_do_not_matter(server, temporary):
     assert not left(temporary) and {path.name for path in temporary.parent.iterdir()} == {"uploads"}
 
 
-def test_half_uploads_are_few_and_are_removed(small, temporary, capfd):
+def test_incomplete_uploads_are_limited_and_removed(small, temporary, capfd):
     running = small(uploads=2)
     halves = [connect(running) for _ in range(12)]
     for connection in halves[:2]:
@@ -428,7 +429,7 @@ def test_half_uploads_are_few_and_are_removed(small, temporary, capfd):
     states = [connection.makefile("rb").read() for connection in halves[2:]]
     assert len(left(temporary)) == 2
     assert all(b" 503 " in state and b"\r\nRetry-After: 10\r\n" in state for state in states)
-    assert all(b"2 videos are waiting here already; try again in 10 seconds" in state for state in states)
+    assert all(b"2 videos are waiting already; try again in 10 seconds" in state for state in states)
     for connection in halves:
         connection.close()
     wait_until(lambda: not left(temporary) and not list(temporary.glob("vmae-serve-*")))
@@ -437,7 +438,7 @@ def test_half_uploads_are_few_and_are_removed(small, temporary, capfd):
 
 
 def drip(connection, seconds=5.0) -> float:
-    """Send a byte now and then until the other side ends it; the seconds that took."""
+    """Send a byte now and then until the server closes the connection; seconds that it took."""
     began = time.monotonic()
     connection.settimeout(0.02)
     with contextlib.suppress(ConnectionError):
@@ -471,7 +472,7 @@ def test_slow_headers_end(small, capfd):
     assert is_clean(capfd.readouterr().err)
 
 
-def test_connections_are_few(small, capfd):
+def test_connections_are_limited(small, capfd):
     running = small(connections=3)
     idle = [connect(running) for _ in range(3)]
     wait_until(lambda: running.free_connections._value == 0)
@@ -484,7 +485,7 @@ def test_connections_are_few(small, capfd):
     assert is_clean(capfd.readouterr().err)
 
 
-def test_someone_who_does_not_wait_for_the_answer(small, temporary, capfd):
+def test_a_client_that_leaves_early(small, temporary, capfd):
     running = small()
     for sent in (VIDEO.read_bytes(), VIDEO.read_bytes()[:5000]):
         with connect(running) as connection:
@@ -502,14 +503,14 @@ def test_no_place_to_store_a_video(small, temporary, capfd):
     running = small()
     temporary.rmdir()
     status, answer = ask(running, VIDEO.read_bytes())
-    assert status == 507 and answer["error"] == "the video cannot be stored here: No such file or directory"
+    assert status == 507 and answer["error"] == "the video cannot be stored: No such file or directory"
     temporary.mkdir()
     assert ask(running, b"text")[0] == 422 and is_clean(capfd.readouterr().err)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_leaves_no_half_upload(checkpoints, temporary, number):
+def test_the_command_leaves_no_incomplete_upload(checkpoints, temporary, number):
     command = [
         sys.executable,
         "-m",
@@ -560,7 +561,7 @@ def browser():
 
 
 def test_in_a_browser(server, browser, tmp_path):
-    """A person's way: choose, press, look; then a text file, and one that is too large."""
+    """Choose a video, press the button, read the result; then a text file, and a file that is too large."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
@@ -572,8 +573,8 @@ def test_in_a_browser(server, browser, tmp_path):
         if "VMAE_SCREENSHOTS" in os.environ:
             browser.save_screenshot(str(Path(os.environ["VMAE_SCREENSHOTS"]) / f"{name}.png"))
 
-    def wait(words):
-        WebDriverWait(browser, 30).until(lambda _: words in element("message").text)
+    def wait(message):
+        WebDriverWait(browser, 30).until(lambda _: message in element("message").text)
 
     browser.get(f"http://127.0.0.1:{server.server_port}/")
     assert element("encoder_ratio").get_attribute("value") == "0.75" and not element("result").is_displayed()
@@ -585,7 +586,7 @@ def test_in_a_browser(server, browser, tmp_path):
     element("encoder_ratio").send_keys("0.5")
     element("seed").send_keys(Keys.ENTER)  # by keyboard alone
     wait("Done in")
-    assert "the encoder sees 32" in element("words").text
+    assert "32 visible, 32 decoded" in element("summary").text
     assert browser.execute_script("return document.getElementById('picture').naturalWidth") > 300
     assert "<b>waving</b>" in element("classes").text  # as text
     keep("result")
@@ -598,7 +599,7 @@ def test_in_a_browser(server, browser, tmp_path):
     (tmp_path / "huge.mp4").write_bytes(bytes(3 << 20))
     element("file").send_keys(str(tmp_path / "huge.mp4"))
     element("go").click()
-    wait("Not shown: the file has 3 MB, more than the 2 allowed here.")
+    wait("Not shown: the file has 3 MB; at most 2 are allowed.")
     assert [
         entry
         for entry in browser.get_log("browser")
@@ -606,13 +607,13 @@ def test_in_a_browser(server, browser, tmp_path):
     ] == []
 
 
-def test_weights_that_do_not_say_what_they_are(tmp_path, capsys):
+def test_weights_without_settings(tmp_path, capsys):
     config = ModelConfig.preset("vit_tiny", img_size=64, num_frames=8)
     export_weights(tmp_path / "pre.pth", build_pretrainer(config).state_dict())
     export_weights(tmp_path / "classes.pth", build_classifier(config, 2).state_dict())
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
-    words = [
+    flags = [
         "--checkpoint",
         str(tmp_path / "pre.pth"),
         "--classifier",
@@ -620,11 +621,11 @@ def test_weights_that_do_not_say_what_they_are(tmp_path, capsys):
         "--device",
         "cpu",
     ]
-    words += ["--model", "vit_tiny", "--classifier-model", "vit_tiny"]
-    studio = build_studio(parser.parse_args([*words, "--init-frames", "8", "--init-size", "64"]))
+    flags += ["--model", "vit_tiny", "--classifier-model", "vit_tiny"]
+    studio = build_studio(parser.parse_args([*flags, "--init-frames", "8", "--init-size", "64"]))
     assert studio.model.config.grid == studio.classifier.model.config.grid == config.grid
-    said = capsys.readouterr().out
-    assert "classes.pth: it does not say how videos were seen" in said and "pre.pth" not in said
-    build_studio(parser.parse_args(words))  # what is taken for granted then is said, of both
-    said = capsys.readouterr().out
-    assert all(f"{name}.pth" in said and "16" in said for name in ("pre", "classes"))
+    output = capsys.readouterr().out
+    assert "classes.pth: it does not say how videos were seen" in output and "pre.pth" not in output
+    build_studio(parser.parse_args(flags))  # then it prints what it assumes, for both
+    output = capsys.readouterr().out
+    assert all(f"{name}.pth" in output and "16" in output for name in ("pre", "classes"))

@@ -8,8 +8,7 @@ Merged classes come in the order of the sources, each source's new ones after th
 
     train.txt, val.txt          labelled lists with absolute paths
     classes.txt                 a name a line
-    label_NtoSOURCE.json        for each source, the published form: entry i is the merged number of its class
-    i
+    label_NtoSOURCE.json        for each source, as published: entry i is the merged number of its class i
     report.json                 what was merged, dropped, and in conflict
 """
 

@@ -3,8 +3,7 @@ appendix).
 
 A YAML file names them (relative paths start from its own folder):
 
-    mixing: weighted             # or natural (every video as often as every other), the default without
-    weights
+    mixing: weighted             # or natural (each video equally often): the default without weights
     sources:
       - name: kinetics
         list: k710_train.txt     # see vmae.data.manifest; a folder of videos too

@@ -1,1 +1,1 @@
-"""Looking at what a model learned."""
+"""Evaluation of trained models: tests, features, detection, and pictures of what a model does."""

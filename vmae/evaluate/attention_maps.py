@@ -1,8 +1,8 @@
-"""`python -m vmae attention VIDEO`: where the encoder's attention goes, as pictures.
+"""`python -m vmae attention VIDEO`: maps of the encoder's attention, as pictures.
 
-These models have no class token, so the map is the attention that each token receives, the mean over all
-tokens that ask; or what one chosen token takes from each (`--query`). Values are times 1 / N, what uniform
-attention would give.
+These models have no class token. So a map shows the attention that each token receives, averaged over all
+query tokens; or, with `--query`, the attention that one query token pays to each token. Values are multiples
+of 1 / N, the value of uniform attention.
 
 Legend: N tokens, H heads.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +23,12 @@ from vmae.errors import InputError
 from vmae.evaluate.encoder import add_encoder_arguments, load_encoder_from_args, middle_clip
 from vmae.evaluate.pictures import Panel, add_output_arguments, grey_frames, outputs_of, write_pictures
 from vmae.model import Classifier
+from vmae.model.attention import Attention
 from vmae.settings import Whole
 from vmae.train.checks import resolve_device
 
-BRIGHTEST = (
-    0.99  # share of the tokens that a map does not cut off: a few take many times more than all others
-)
+# Quantile of the map that is drawn white: a few tokens receive many times more attention than all others.
+BRIGHTEST = 0.99
 DIMMED = 0.15  # brightness of the input where there is no attention
 
 
@@ -39,32 +40,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--block", type=Whole(-1000, 1000), help="block of the encoder, from 1; -1 is the last (the last)"
     )
     parser.add_argument(
-        "--heads", choices=("mean", "each"), default="mean", help="their mean, or a map for each (mean)"
+        "--heads",
+        choices=("mean", "each"),
+        default="mean",
+        help="mean of all heads, or a map for each head (mean)",
     )
     parser.add_argument(
-        "--query", metavar="T,Y,X", help="the token that asks, each from 0 (default: the mean of all)"
+        "--query",
+        metavar="T,Y,X",
+        help="place of the query token, from 0,0,0 (default: mean over all query tokens)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command: load, look, draw."""
+    """Run the command: load the encoder, compute its attention, draw it."""
     device = resolve_device(args.device)
-    outputs = outputs_of(
-        args, find_weights(args.checkpoint).parent / f"attention-{Path(args.video).stem}.png"
-    )
+    default = find_weights(args.checkpoint).parent / f"attention-{Path(args.video).stem}.png"
+    outputs = outputs_of(args, default)
     loaded = load_encoder_from_args(args)
     model, config = loaded.model, loaded.model.config
     block = block_number(args.block, config.depth)
-    query = None if args.query is None else parse_query(args.query, config.grid)
+    query = None
+    if args.query is not None:
+        query = parse_query(args.query, config.grid)
     clip, indices = middle_clip(args.video, config, loaded.stride, loaded.sampling)
     maps_HN = attention_maps(model.to(device), clip.to(device), block, query).cpu()
     if args.heads == "mean":
         maps_HN = maps_HN.mean(0, keepdim=True)
-    title = f"{loaded.describe()}; block {block + 1}; " + (
-        "attention that each token receives, the mean over all that ask (there is no class token)"
-        if query is None
-        else f"attention of the outlined token ({place_of(query, indices, config)}) to each"
-    )
+    shown = "attention that each token receives, mean over all query tokens (there is no class token)"
+    if query is not None:
+        shown = f"attention of the outlined query token ({place_of(query, indices, config)}) to each token"
+    title = f"{loaded.describe()}; block {block + 1}; {shown}"
     write_pictures(
         draw_maps(maps_HN, clip[0].numpy(), config, query),
         outputs,
@@ -80,30 +86,42 @@ def run(args: argparse.Namespace) -> None:
 
 
 def place_of(query: tuple[int, int, int], frames: list[int], config: ModelConfig) -> str:
-    """In words; `frames` are the clip's frame numbers."""
-    return f"time {query[0]}, from frame {frames[query[0] * config.tubelet_size]}; row {query[1]}, column {query[2]}"
+    """Description of a token's place.
+
+    Args:
+        query: (time, row, column).
+        frames: frame numbers of the clip.
+    """
+    time, row, column = query
+    return f"time {time}, from frame {frames[time * config.tubelet_size]}; row {row}, column {column}"
 
 
 def block_number(block: int | None, depth: int) -> int:
-    """From 0, of `--block`, which counts from 1, or from the end with -1.
+    """Index of a block, from 0.
+
+    Args:
+        block: `--block`: from 1, or from the end with -1; None is the last block.
+        depth: blocks of the encoder.
 
     Raises:
-        InputError: the encoder does not have it.
+        InputError: the encoder has no such block.
     """
-    number = depth if block is None else block + depth + 1 if block < 0 else block
+    number = depth if block is None else block
+    if number < 0:
+        number += depth + 1
     if not 1 <= number <= depth:
         raise InputError(f"--block {block}: the encoder has blocks 1 to {depth} (-1 is the last)")
     return number - 1
 
 
 def parse_query(text: str, grid: tuple[int, int, int]) -> tuple[int, int, int]:
-    """`t,y,x` of a token.
+    """(time, row, column) of a token, from `--query T,Y,X`.
 
     Raises:
         InputError: not three whole numbers, or outside of the grid.
     """
     try:
-        t, y, x = (int(word) for word in text.split(","))
+        t, y, x = (int(number) for number in text.split(","))
     except ValueError:
         raise InputError(
             f"--query {text}: give three whole numbers, time,row,column, such as 0,3,4"
@@ -119,48 +137,55 @@ def parse_query(text: str, grid: tuple[int, int, int]) -> tuple[int, int, int]:
 def attention_maps(
     model: Classifier, clip: Tensor, block: int, query: tuple[int, int, int] | None = None
 ) -> Tensor:
-    """float32 [H, N]: attention to each token, as a multiple of uniform attention; the mean of each row is 1.
+    """Attention to each token, float32 [H, N], as a multiple of uniform attention; the mean of each row is 1.
 
     Args:
         model: in eval mode.
         clip: uint8 [1, T, H, W, 3], on the model's device.
-        block: from 0.
-        query: (time, row, column) of the token that asks; None takes the mean over all.
+        block: index, from 0.
+        query: (time, row, column) of the query token; None averages over all query tokens.
     """
-    found = []
+    attention = model.blocks[block].attn
+    assert isinstance(attention, Attention)
+    maps_HN: list[Tensor] = []
 
-    def listen(layer, given) -> None:
-        weights_HNN = layer.weights(*given[:2])[0]
+    def capture(layer: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        x_BND, norm, *_ = inputs
+        weights_HNN = attention.weights(x_BND, norm)[0]
         if query is None:
-            found.append(weights_HNN.mean(1))
+            maps_HN.append(weights_HNN.mean(1))
         else:
-            found.append(weights_HNN[:, np.ravel_multi_index(query, model.config.grid)])
+            maps_HN.append(weights_HNN[:, int(np.ravel_multi_index(query, model.config.grid))])
 
-    # What the block itself hands to its attention, whatever the model keeps or makes again.
-    handle = model.blocks[block].attn.register_forward_pre_hook(listen)
+    # A hook captures the attention layer's own inputs, also where the model recomputes activations.
+    handle = attention.register_forward_pre_hook(capture)
     try:
         model.tokens(clip)
     finally:
         handle.remove()
-    return found[0] * model.config.num_tokens
+    return maps_HN[0] * model.config.num_tokens
 
 
 def draw_maps(
     maps_HN: Tensor, frames: np.ndarray, config: ModelConfig, query: tuple[int, int, int] | None = None
 ) -> list[Panel]:
-    """The input, then a map in grey and over the input for the mean of the heads (one row), or a map for each
-    head."""
+    """Panels: the input, then each head's map in grey; a single map is also drawn over the input.
+
+    Args:
+        maps_HN: one row for the mean of the heads, or a row for each head.
+        frames: uint8 [T, H, W, 3], the clip.
+        query: (time, row, column) of the token to outline, or None.
+    """
     outlined = None
     if query is not None:
         outlined = np.zeros(config.grid, bool)
         outlined[query] = True
     panels = [Panel(caption="input", frames=frames, outlined=outlined)]
     for head, map_N in enumerate(maps_HN.numpy()):
-        white = max(
-            float(np.quantile(map_N, BRIGHTEST)), 1.0
-        )  # where one token takes all, the others stay dark
+        # At least 1 x uniform, so that the others stay dark where one token receives all attention.
+        white = max(float(np.quantile(map_N, BRIGHTEST)), 1.0)
         shown = map_N / white
-        name = "mean of the heads" if len(maps_HN) == 1 else f"head {head + 1}"
+        name = f"head {head + 1}" if len(maps_HN) > 1 else "mean of the heads"
         scale = f"black: none, white: {white:.2f} x uniform or more"
         panels.append(
             Panel(caption=f"{name} ({scale})", frames=grey_frames(shown, config), outlined=outlined)

@@ -1,13 +1,13 @@
 """`python -m vmae evaluate LIST`: the published multi-view test of a fine-tuned classifier.
 
-Every video is cut into segments x crops views; their softmax is averaged. Each video is tested once, by one
-rank, whatever the number of ranks and whenever the test was stopped: predictions are written as they come,
-and a test that is started again takes the videos that are left.
+Each video gives segments x crops views; the softmax of their logits is averaged. Each video is tested once,
+by one rank, with any number of ranks. Predictions are written at once, so a test that was stopped continues
+with the videos that are left.
 
-    predictions.jsonl   a line for each video: number, path, labels, the five best classes
+    predictions.jsonl   a line for each video: index, path, labels, the five best classes
     results.json        scores and settings
     classes.csv         a row for each class
-    confusion.png       what is taken for what
+    confusion.png       confusion matrix
 """
 
 from __future__ import annotations
@@ -50,14 +50,13 @@ PREDICTIONS, RESULTS, SETTINGS = "predictions.jsonl", "results.json", "evaluatio
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(_Checked):
-    """What a test measures.
+    """Settings of a test.
 
     Attributes:
-        data, data_root: the labelled list, or a folder with test.csv or val.csv (the first of them that is
-            there is taken).
-        views: of each video; None takes the published 5 x 3, or 2 x 3 where frames are sampled sparsely.
+        data, data_root: labelled list, or a folder with test.csv or val.csv (the first one that exists).
+        views: views of each video; None means the published 5 x 3, or 2 x 3 with sparse sampling.
         dtype: "float32" or "bfloat16".
-        keep_scores: write the probabilities of all classes (always done for videos of several labels).
+        keep_scores: write the probabilities of all classes (always done for videos with several labels).
     """
 
     data: str
@@ -73,9 +72,10 @@ class EvaluationConfig(_Checked):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
     text = "labelled list, `path label` a line, or a folder: its test.csv, else its val.csv"
     parser.add_argument("data", metavar="LIST", help=text)
-    parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
+    parser.add_argument("--data-root", metavar="DIR", help="folder at which the list's relative paths start")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for predictions, scores, table and picture"
     )
@@ -86,9 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--segments",
         "--test_num_segment",
         type=limits(ViewConfig, "segments"),
-        help="clips of a video in time (5; 2 for sparse sampling)",
+        help="clips of each video, spread over time (5; 2 for sparse sampling)",
     )
-    test.add_argument("--crops", "--test_num_crop", type=limits(ViewConfig, "crops"), help="of each clip (3)")
+    test.add_argument(
+        "--crops", "--test_num_crop", type=limits(ViewConfig, "crops"), help="crops of each clip (3)"
+    )
     test.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
     test.add_argument("--scores", action="store_true", help="write the probabilities of all classes")
     speed = parser.add_argument_group("settings that change speed only")
@@ -102,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; 1 where a video could not be decoded."""
+    """Run the command; the exit code is 1 where a video could not be decoded."""
     with open_parallel("auto", args.device) as parallel:
         check_backend(args.backend, parallel.device)
         check_output(Path(args.output))
@@ -111,7 +113,9 @@ def run(args: argparse.Namespace) -> int:
         config = EvaluationConfig(
             data=args.data, data_root=args.data_root, views=views, dtype=args.dtype, keep_scores=args.scores
         )
-        names = tuple(read_class_names(args.classes)) if args.classes else loaded.class_names
+        names = loaded.class_names
+        if args.classes:
+            names = tuple(read_class_names(args.classes))
         speed = {"batch_size": args.batch_size, "workers": args.workers}
         with parallel.hold(args.output, "a test"):
             results = evaluate(loaded, config, args.output, parallel=parallel, class_names=names, **speed)
@@ -119,8 +123,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def published_views(sampling: str, segments: int | None = None, crops: int | None = None) -> ViewConfig:
-    """The published number of views, with what was chosen otherwise."""
-    return ViewConfig(segments=segments or (2 if sampling == "sparse" else 5), crops=crops or 3)
+    """Published number of views: 5 x 3, or 2 x 3 with sparse sampling; `segments` and `crops` override it."""
+    published_segments = 2 if sampling == "sparse" else 5
+    return ViewConfig(segments=segments or published_segments, crops=crops or 3)
 
 
 def evaluate(
@@ -133,13 +138,20 @@ def evaluate(
     batch_size: int = 16,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """Test a classifier on a list, or finish a test that was stopped; all ranks call it.
+    """Test a classifier on a list, or continue a test that was stopped. All ranks must call it.
+
+    Args:
+        output: folder of the test.
+        class_names: names of all classes, for the table and the picture; None uses class numbers.
+        batch_size: views per forward pass.
+        workers: processes of each rank that decode videos; 0 decodes in this process.
 
     Returns:
-        The scores, see `vmae.evaluate.scores.score`; the same on every rank.
+        Scores, see `vmae.evaluate.scores.score`; the same on every rank.
 
     Raises:
-        InputError: the list cannot be read or has labels that the head has not; `output` holds another test.
+        InputError: the list cannot be read, it has labels that the head does not have, or `output` holds
+            another test.
     """
     parallel, folder, model = parallel or Parallel(), Path(output), loaded.model
     data = list_of(config.data, TEST_LISTS)
@@ -147,18 +159,7 @@ def evaluate(
     if class_names is not None and len(class_names) != model.num_classes:
         raise InputError(f"{len(class_names)} class names for a head of {model.num_classes} classes")
     views = config.views or published_views(loaded.clip.sampling)
-    multi_label = loaded.multi_label or labelled.multi
-    clip = {**loaded.clip.to_dict(), "image_size": model.config.image_hw}
-    settings = {
-        **model_identity(model),
-        "clip": clip,
-        "views": views.to_dict(),
-        "dtype": config.dtype,
-        "videos": len(labelled.entries),
-        "list": list_hash(labelled.entries, labelled.labels),
-        "multi_label": multi_label,
-        "scores": config.keep_scores or multi_label,
-    }
+    settings = _identity(loaded, config, views, labelled)
     parallel.on_main(lambda: settle(folder / SETTINGS, settings, "another test", data=data))
     if parallel.is_main:
         print(f"list: {data}, {len(labelled.entries)} videos", flush=True)
@@ -169,18 +170,18 @@ def evaluate(
     dataset = ViewDataset(labelled.entries, loaded.clip, views)
     model.to(parallel.device)
 
-    def predict(seen: Tensor) -> Record:
+    def predict(clips: Tensor) -> Record:
         probabilities = view_probabilities(
             model,
-            seen,
+            clips,
             device=parallel.device,
             dtype=config.dtype,
-            multi_label=multi_label,
+            multi_label=settings["multi_label"],
             batch_size=batch_size,
         )
         return describe_prediction(probabilities, settings["scores"])
 
-    parallel.barrier()  # rank 0 has taken older parts in
+    parallel.barrier()  # rank 0 has merged the files of an earlier start
     write_share(
         folder,
         labelled,
@@ -192,8 +193,27 @@ def evaluate(
         workers=workers,
     )
     parallel.barrier()
-    results = finish(folder, labelled, {**settings, "data": data}, class_names) if parallel.is_main else None
+    results = None
+    if parallel.is_main:
+        results = finish(folder, labelled, {**settings, "data": data}, class_names)
     return parallel.from_main(results)
+
+
+def _identity(
+    loaded: LoadedClassifier, config: EvaluationConfig, views: ViewConfig, labelled: LabelledList
+) -> dict[str, Any]:
+    """Everything that decides the scores of a test."""
+    multi_label = loaded.multi_label or labelled.multi
+    return {
+        **model_identity(loaded.model),
+        "clip": {**loaded.clip.to_dict(), "image_size": loaded.model.config.image_hw},
+        "views": views.to_dict(),
+        "dtype": config.dtype,
+        "videos": len(labelled.entries),
+        "list": list_hash(labelled.entries, labelled.labels),
+        "multi_label": multi_label,
+        "scores": config.keep_scores or multi_label,
+    }
 
 
 def write_share(
@@ -207,22 +227,27 @@ def write_share(
     world_size: int = 1,
     workers: int = 0,
 ) -> None:
-    """Test this rank's share of the videos `todo`, and write a line for each as it is done."""
+    """Test this rank's share of the videos, and write a line for each video at once.
+
+    Args:
+        todo: indices of the videos that all ranks together have to test.
+        predict: record of a video, from its views, uint8 [V, T, H, W, 3].
+    """
     own = todo[rank::world_size]
+    hide_bar = True if rank else None  # None: tqdm hides it where there is no terminal
     try:
         with open(folder / f"predictions-{rank}.part.jsonl", "w", encoding="utf-8") as part:
-            for video, seen in tqdm(
-                dataset.read(own, workers), total=len(own), unit="video", disable=True if rank else None
-            ):
-                record = {
-                    "video": video,
-                    "path": labelled.entries[video].path,
-                    "labels": labelled.labels[video],
-                }
+            videos = dataset.read(own, workers)
+            for video, clips in tqdm(videos, total=len(own), unit="video", disable=hide_bar):
+                path = labelled.entries[video].path
+                record: Record = {"video": video, "path": path, "labels": labelled.labels[video]}
                 try:
-                    record |= {"error": seen.error} if isinstance(seen, Failure) else predict(seen)
+                    if isinstance(clips, Failure):
+                        record["error"] = clips.error
+                    else:
+                        record |= predict(clips)
                 except InputError as error:
-                    raise InputError(f"{record['path']}: {error}") from error
+                    raise InputError(f"{path}: {error}") from error
                 part.write(json.dumps(record) + "\n")
                 part.flush()
     except OSError as error:
@@ -230,13 +255,17 @@ def write_share(
 
 
 def describe_prediction(probabilities: Tensor, keep_scores: bool) -> Record:
+    """Record of a prediction: the `TOP` best classes (`top`), and with `keep_scores` all probabilities
+    (`scores`)."""
     best = probabilities.topk(min(TOP, len(probabilities)))
-    record: Record = {"top": [[int(k), float(p)] for p, k in zip(*best)]}
-    return {**record, "scores": probabilities.tolist()} if keep_scores else record
+    record: Record = {"top": [[int(k), float(p)] for p, k in zip(best.values, best.indices)]}
+    if keep_scores:
+        record["scores"] = probabilities.tolist()
+    return record
 
 
 def _collect(folder: Path) -> list[Record]:
-    """All predictions so far, sorted; parts that ranks have left become one file."""
+    """All predictions so far, sorted by video; merges the files of the ranks into one."""
     parts = sorted(folder.glob("predictions-*.part.jsonl"))
     records = {
         record["video"]: record
@@ -255,7 +284,10 @@ def _collect(folder: Path) -> list[Record]:
 def finish(
     folder: Path, labelled: LabelledList, settings: dict[str, Any], class_names: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Scores, table and picture of all predictions in the folder.
+    """Write scores, table and picture of all predictions in the folder, and print a report.
+
+    Returns:
+        Scores, see `vmae.evaluate.scores.score`.
 
     Raises:
         InputError: no video could be decoded, or a file can't be written.
@@ -271,10 +303,8 @@ def finish(
             print(f"could not be decoded, and does not count: {record['error']}")
     if not results["videos"]:
         raise InputError(f"no video of {settings['data']} could be decoded")
-    matrix, names = (
-        confusion(records, labelled.labels, labelled.num_classes),
-        named(range(labelled.num_classes), class_names),
-    )
+    matrix = confusion(records, labelled.labels, labelled.num_classes)
+    names = named(range(labelled.num_classes), class_names)
     rows = class_table(matrix, names)
     write_table(folder / "classes.csv", rows)
     draw_confusion(folder / "confusion.png", matrix, names)
@@ -288,9 +318,8 @@ def _report(
 ) -> list[str]:
     views = settings["views"]
     lines = [
-        f"{results['videos']} videos, {settings['clip']['num_frames']} frames x {views['segments']} segments "
-        "x "
-        f"{views['crops']} crops",
+        f"{results['videos']} videos, {settings['clip']['num_frames']} frames x "
+        f"{views['segments']} segments x {views['crops']} crops",
         f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %, mean class accuracy "
         f"{results['mean_class_accuracy']:.2f} %",
     ]
@@ -298,9 +327,8 @@ def _report(
         lines.append(f"mean average precision {results['mean_average_precision']:.2f} %")
     worst = sorted(rows, key=lambda row: row["accuracy"])[:10]
     width = max(len(row["name"]) for row in worst)
-    lines += [
-        f"{'class':{width}}  videos  accuracy  taken for" + (" (the ten worst)" if len(rows) > 10 else "")
-    ]
+    which = " (the ten worst)" if len(rows) > 10 else ""
+    lines.append(f"{'class':{width}}  videos  accuracy  mistaken for{which}")
     lines += [
         f"{row['name']:{width}}  {row['videos']:6}  {row['accuracy']:7.1f}%  {row['taken_for']}"
         for row in worst

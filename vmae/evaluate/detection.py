@@ -1,14 +1,14 @@
-"""`python -m vmae detect`: what the people in given boxes do at key frames.
+"""`python -m vmae detect`: actions of the persons in given boxes at key frames.
 
-    detections.csv    a line for each box and action: the person box's score times the sigmoid of the logit
-    (published)
+    detections.csv    a line for each box and action; score: the person box's score times the sigmoid of the
+                      action's logit, as published
     results.json      frame mAP by the rules of AVA, average precision of each action, settings (with
-    --annotations)
-    actions.csv       a row for each action
+                      --annotations)
+    actions.csv       a row for each action (with --annotations)
     key_frame_*.png   some key frames with their boxes and actions
 
-Boxes are those of --persons, or without them the annotated ones. Scores are written as they come, and a test
-that is started again takes the key frames that are left.
+Boxes are those of --persons; without it, the annotated ones. Scores are written at once, so a test that was
+stopped continues with the key frames that are left.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from vmae.checkpoint.source import at_size, source_config
 from vmae.config import ModelConfig, image_size
 from vmae.data.ava import (
     AvaBox,
+    Box,
     read_actions,
     read_annotations,
     read_detections,
@@ -67,11 +68,12 @@ class LoadedDetector:
     """A detector in eval mode on the CPU.
 
     Attributes:
-        model: with the weights.
-        path: where they come from.
-        clip: how it was trained to see key frames, with what the caller changed.
-        actions: names by id, in the order of its outputs.
-        note: what was loaded, and what was taken for granted of a file that does not say it, a line each.
+        model: detector with its weights.
+        path: file of the weights.
+        clip: clip settings of the training, with the caller's changes.
+        actions: action names by id, in the order of the outputs.
+        note: one line on the weights that were loaded, and one on settings that the file does not hold and
+            that were assumed.
     """
 
     model: Detector
@@ -90,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--videos",
         required=True,
         metavar="DIR",
-        help="holds ID.mp4 (or another ending), or a folder ID of images",
+        help="folder of the videos: ID.mp4 (or another suffix), or a folder ID of images",
     )
     parser.add_argument(
         "--persons", metavar="CSV", help="person boxes with scores (default: the annotated boxes)"
@@ -99,9 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-score",
         type=Real(least=0, most=1000),
         default=0.8,
-        help="of person boxes that are taken (0.8, as published)",
+        help="least score of a person box (0.8, as published)",
     )
-    parser.add_argument("--annotations", metavar="CSV", help="what is true: scores the detections")
+    parser.add_argument("--annotations", metavar="CSV", help="ground truth, to score the detections")
     parser.add_argument("--actions", metavar="PBTXT", help="actions that count (default: the checkpoint's)")
     parser.add_argument("--excluded", metavar="CSV", help="key frames that do not count")
     parser.add_argument(
@@ -109,8 +111,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pictures", type=Whole(0, 10_000), default=4, help="key frames to draw (4)")
     add_video_arguments(parser)
-    clip = parser.add_argument_group("how key frames are seen (default: as in training)")
-    clip.add_argument("--stride", type=limits(KeyClipConfig, "stride"), help="frames from one to the next")
+    clip = parser.add_argument_group("clips of key frames (default: as in training)")
+    clip.add_argument(
+        "--stride", type=limits(KeyClipConfig, "stride"), help="frames from one sampled frame to the next"
+    )
     clip.add_argument(
         "--origin", type=limits(KeyClipConfig, "origin"), help="second of the movie that files begin at"
     )
@@ -129,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; 1 where a video could not be decoded."""
+    """Run the command; the exit code is 1 where a video could not be decoded."""
     if args.persons is None and args.annotations is None:
         raise InputError("which boxes? Give --persons, or --annotations for the annotated ones")
     if args.dtype not in DTYPES:
@@ -137,17 +141,20 @@ def run(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     check_backend(args.backend, device)
     check_output(Path(args.output))
+    listed = read_actions(args.actions) if args.actions else None
     loaded = load_detector(
         args.checkpoint,
         preset=args.model,
         source=(args.init_frames, args.init_size),
-        actions=read_actions(args.actions) if args.actions else None,
+        actions=listed,
         clip={name: getattr(args, name) for name in ("stride", "origin", "num_frames", "image_size")},
         backend=args.backend,
         attention=args.attention,
     )
-    counted = read_actions(args.actions) if args.actions else loaded.actions
-    truth = read_annotations(args.annotations, counted, skip_unlisted=True) if args.annotations else None
+    counted = loaded.actions if listed is None else listed
+    truth = None
+    if args.annotations:
+        truth = read_annotations(args.annotations, counted, skip_unlisted=True)
     excluded = read_excluded(args.excluded) if args.excluded else set()
     frames = _frames_to_test(args, loaded, truth, excluded)
     print(loaded.note, flush=True)
@@ -169,14 +176,10 @@ def run(args: argparse.Namespace) -> int:
             print(f"could not be decoded, and has no detections: {error}")
         print(f"{len(rows)} detections on {len(frames) - len(failed)} key frames: {folder / DETECTIONS}")
         if truth is not None:
-            # As they were written: what anyone finds who scores the file.
+            # Scored from the file, whose numbers are rounded: scoring it again gives the same result.
             found = read_detections(folder / DETECTIONS, loaded.actions)
-            report(
-                folder,
-                frame_map(truth, found, counted, excluded=excluded),
-                counted,
-                {"checkpoint": str(loaded.path)},
-            )
+            scores = frame_map(truth, found, counted, excluded=excluded)
+            report(folder, scores, counted, {"checkpoint": str(loaded.path)})
         for path in draw_frames(folder, frames, records, truth, loaded.actions, args.pictures):
             print(f"picture: {path}")
     return 1 if failed else 0
@@ -185,9 +188,12 @@ def run(args: argparse.Namespace) -> int:
 def _frames_to_test(
     args: argparse.Namespace, loaded: LoadedDetector, truth: Sequence[AvaBox] | None, excluded: set
 ) -> list[KeyFrame]:
+    """Key frames with the boxes of --persons, or else of the annotations, without the excluded ones."""
     source = args.persons or args.annotations
-    rows = read_person_boxes(args.persons, args.min_score) if args.persons else truth
-    rows = [row for row in rows if row.key not in excluded]
+    boxes = truth or []
+    if args.persons:
+        boxes = read_person_boxes(args.persons, args.min_score)
+    rows = [row for row in boxes if row.key not in excluded]
     if not rows:
         raise InputError(f"{source}: all boxes are on excluded key frames")
     entries = find_videos(args.videos, [row.video for row in rows], pattern=args.frame_pattern)
@@ -255,9 +261,9 @@ def score_frames(
     batch_size: int = 8,
     workers: int = 0,
 ) -> list[dict[str, Any]]:
-    """A record for each key frame, in order: `frame` (its number) and `scores` [M][K], or `error`.
+    """Record of each key frame, in order: `frame` (its index) and `scores` [boxes][actions], or `error`.
 
-    What an earlier start of the same test has written in `output` is kept.
+    Records that an earlier start of the same test has written to `output` are kept.
 
     Raises:
         InputError: `output` holds another test, or can't be written.
@@ -269,18 +275,15 @@ def score_frames(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = read_log(folder / PARTS)
+        done: dict[int, dict[str, Any]] = {}
         if before:
-            check_same(
-                before[0],
-                about,
-                f"{folder} holds another test",
-                f"choose another --output, or remove {folder / PARTS}",
-            )
-        done = {record["frame"]: record for record in before[1:] if type(record.get("frame")) is int}
+            header, *records = before
+            remedy = f"choose another --output, or remove {folder / PARTS}"
+            check_same(header, about, f"{folder} holds another test", remedy)
+            done = {record["frame"]: record for record in records if type(record.get("frame")) is int}
         with open(folder / PARTS, "a" if before else "w", encoding="utf-8") as part:
-            part.write(
-                "\n" if before else json.dumps(about) + "\n"
-            )  # the last line may be torn: it ends here
+            # A line break first: the last line of a test that was stopped may be incomplete.
+            part.write("\n" if before else json.dumps(about) + "\n")
             todo = [number for number in range(len(frames)) if number not in done]
             for record in _score(model, frames, todo, loaded.clip, device, dtype, batch_size, workers):
                 part.write(json.dumps(record) + "\n")
@@ -302,35 +305,49 @@ def _score(
     batch_size: int,
     workers: int,
 ) -> Iterator[dict[str, Any]]:
+    """Record of each key frame of `todo`: of a failure at once, of others as soon as their batch is done."""
     reader = KeyFrameReader(frames, clip)
-    held: list[tuple[int, tuple[Tensor, Tensor]]] = []
-    for count, (number, seen) in enumerate(
-        tqdm(reader.read(todo, workers), total=len(todo), unit="clip", disable=None), 1
-    ):
-        if isinstance(seen, Failure):
-            yield {"frame": number, "error": seen.error}
+    waiting: list[_Sample] = []
+    bar = tqdm(reader.read(todo, workers), total=len(todo), unit="clip", disable=None)
+    for count, (number, sample) in enumerate(bar, 1):
+        if isinstance(sample, Failure):
+            yield {"frame": number, "error": sample.error}
         else:
-            held.append((number, seen))
-        if held and (len(held) == batch_size or count == len(todo)):
-            boxes = torch.nn.utils.rnn.pad_sequence([boxes for _, (_, boxes) in held], batch_first=True)
-            clips = torch.stack([clip for _, (clip, _) in held])
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-                logits = model(clips.to(device), boxes.to(device))
-            if logits.isnan().any():
-                some = ", ".join(sorted({frames[own].path for own, _ in held}))
-                raise InputError(f"the model's output on {some} is no number (NaN); {NO_NUMBERS}")
-            for (own, (_, given)), scores in zip(held, logits.float().sigmoid().cpu()):
-                yield {"frame": own, "scores": scores[: len(given)].tolist()}
-            held = []
+            waiting.append(_Sample(number, *sample))
+        if waiting and (len(waiting) == batch_size or count == len(todo)):
+            yield from _score_batch(model, frames, waiting, device, dtype)
+            waiting = []
+
+
+class _Sample(NamedTuple):
+    """Clip and boxes of the key frame `frame`: uint8 [T, H, W, 3], float32 [M, 4]."""
+
+    frame: int
+    clip: Tensor
+    boxes: Tensor
+
+
+def _score_batch(
+    model: Detector, frames: Sequence[KeyFrame], batch: Sequence[_Sample], device: torch.device, dtype: str
+) -> Iterator[dict[str, Any]]:
+    boxes = torch.nn.utils.rnn.pad_sequence([sample.boxes for sample in batch], batch_first=True)
+    clips = torch.stack([sample.clip for sample in batch])
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        logits = model(clips.to(device), boxes.to(device))
+    if logits.isnan().any():
+        some = ", ".join(sorted({frames[sample.frame].path for sample in batch}))
+        raise InputError(f"the model's output on {some} is not a number (NaN); {NO_NUMBERS}")
+    for sample, scores in zip(batch, logits.float().sigmoid().cpu()):
+        yield {"frame": sample.frame, "scores": scores[: len(sample.boxes)].tolist()}
 
 
 def detections_of(
     frames: Sequence[KeyFrame], records: Sequence[dict[str, Any]], actions: Sequence[int]
 ) -> list[AvaBox]:
-    """A row for each box and action; the score is the action's times the person's.
+    """Detections: a row for each box and action; its score is the action's times the person's.
 
     Args:
-        actions: ids of the outputs, in order.
+        actions: action ids of the outputs, in order.
     """
     return [
         AvaBox(frame.video, frame.timestamp, box, action, person * score)
@@ -359,21 +376,20 @@ def report(folder: Path, scores: FrameScores, actions: dict[int, str], about: di
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["action", "name", "boxes", "average_precision"])
-    rows = [
-        [number, actions[number], scores.truth[number], f"{100 * value:.2f}"]
-        for number, value in scores.actions.items()
-    ]
+    rows = []
+    for number, precision in scores.actions.items():
+        rows.append((number, actions[number], scores.truth[number], f"{100 * precision:.2f}"))
     writer.writerows(rows)
     write_atomically(folder / "actions.csv", lambda file: file.write(text.getvalue()), binary=False)
     print(
         f"frame mAP at IoU 0.5: {100 * scores.mean:.2f} % over {len(scores.actions)} actions, "
-        f"{sum(scores.truth.values())} "
-        f"annotations on {scores.key_frames} key frames, {scores.detections} detections counted"
+        f"{sum(scores.truth.values())} annotations on {scores.key_frames} key frames, "
+        f"{scores.detections} detections counted"
     )
     width = max(len(name) for name in (*actions.values(), "action"))
     print(f"{'action':{width}}  boxes  average precision")
-    for _, name, boxes, value in sorted(rows, key=lambda row: float(row[3])):
-        print(f"{name:{width}}  {boxes:5}  {value:>6} %")
+    for number, precision in sorted(scores.actions.items(), key=lambda item: round(100 * item[1], 2)):
+        print(f"{actions[number]:{width}}  {scores.truth[number]:5}  {100 * precision:6.2f} %")
 
 
 # --- Pictures ---
@@ -387,15 +403,17 @@ def draw_frames(
     actions: dict[int, str],
     count: int,
 ) -> list[Path]:
-    """PNG files of `count` key frames, spread over the test: person boxes with numbers, and below, in words,
-    what was found (score at least 0.5, or the best) and what is annotated.
+    """Write PNG files of `count` key frames, evenly spread over the test: numbered person boxes, and below
+    them, as text, the detected actions (score of at least 0.5, or else the best one) and the annotated ones.
 
     Raises:
         InputError: a file can't be written.
     """
     good = [number for number, record in enumerate(records) if "scores" in record]
+    if not good:
+        return []
     paths = []
-    for place in sorted({good[i * len(good) // count] for i in range(count)} if good and count else ()):
+    for place in sorted({good[i * len(good) // count] for i in range(count)}):
         frame = frames[place]
         try:
             picture = guarded(_decode_key_frame, frame)
@@ -412,7 +430,7 @@ def draw_frames(
 
 
 def _decode_key_frame(frame: KeyFrame) -> np.ndarray:
-    """uint8 [H, W, 3]"""
+    """Picture of a key frame, uint8 [H, W, 3]."""
     with open_video(frame) as reader:
         return reader.frames([frame.frame])[0]
 
@@ -423,31 +441,31 @@ def _captions(
     truth: Sequence[AvaBox] | None,
     actions: dict[int, str],
 ) -> list[str]:
+    """Lines of text below a key frame: detected actions of each box, then annotated ones."""
     names, lines = list(actions.values()), []
     for number, own in enumerate(scores, 1):
         ranked = sorted(zip(own, names), reverse=True)
-        shown = [pair for pair in ranked if pair[0] >= SHOWN] or ranked[:1]
+        shown = [(score, name) for score, name in ranked if score >= SHOWN] or ranked[:1]
         lines.append(f"box {number}, found: " + ", ".join(f"{name} {score:.2f}" for score, name in shown))
-    annotated: dict[tuple, list[str]] = {}
+    annotated: dict[Box, list[str]] = {}
     for row in truth or ():
-        if row.key == frame.key:
+        if row.key == frame.key and row.action is not None:
             annotated.setdefault(row.box, []).append(actions.get(row.action, str(row.action)))
-    order = sorted(
-        annotated, key=lambda box: min(range(len(frame.boxes)), key=lambda i: _distance(box, frame.boxes[i]))
-    )
-    for box in order:
-        nearest = min(range(len(frame.boxes)), key=lambda i: _distance(box, frame.boxes[i])) + 1
-        lines.append(f"nearest to box {nearest}, annotated: {', '.join(annotated[box])}")
+    nearest = {box: _nearest(box, frame.boxes) for box in annotated}
+    for box in sorted(annotated, key=lambda box: nearest[box]):
+        lines.append(f"nearest to box {nearest[box] + 1}, annotated: {', '.join(annotated[box])}")
     return lines
 
 
-def _distance(a: Sequence[float], b: Sequence[float]) -> float:
-    return float(np.abs(np.subtract(a, b)).sum())
+def _nearest(box: Box, boxes: Sequence[Box]) -> int:
+    """Index of the box whose coordinates differ least from those of `box` (sum of absolute differences)."""
+    distances = [np.abs(np.subtract(box, other)).sum() for other in boxes]
+    return int(np.argmin(distances))
 
 
 def _draw(picture: np.ndarray, frame: KeyFrame, lines: Sequence[str]) -> Image.Image:
-    """The picture at least 384 pixels wide, white boxes with black edges (readable in greyscale), and lines
-    below."""
+    """Picture enlarged to at least 384 pixels of width, with white boxes edged in black (readable in
+    greyscale), and the lines of text below it."""
     scale = max(1, -(-384 // picture.shape[1]))
     image = Image.fromarray(picture).resize(
         (picture.shape[1] * scale, picture.shape[0] * scale), Image.Resampling.NEAREST
@@ -457,13 +475,12 @@ def _draw(picture: np.ndarray, frame: KeyFrame, lines: Sequence[str]) -> Image.I
     sheet.paste(image)
     draw = ImageDraw.Draw(sheet)
     for number, box in enumerate(frame.boxes, 1):
-        corners = [round(share * side) for share, side in zip(box, (image.width, image.height) * 2)]
-        draw.rectangle(
-            [corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1], outline="black", width=4
-        )
-        draw.rectangle(corners, outline="white", width=2)
-        draw.rectangle([corners[0], corners[1], corners[0] + 12, corners[1] + 13], fill="white")
-        draw.text((corners[0] + 3, corners[1] + 1), str(number), fill="black")
+        sides = (image.width, image.height, image.width, image.height)
+        left, top, right, bottom = (round(share * side) for share, side in zip(box, sides))
+        draw.rectangle([left - 1, top - 1, right + 1, bottom + 1], outline="black", width=4)
+        draw.rectangle([left, top, right, bottom], outline="white", width=2)
+        draw.rectangle([left, top, left + 12, top + 13], fill="white")
+        draw.text((left + 3, top + 1), str(number), fill="black")
     for place, line in enumerate([title, *lines]):
         draw.text((4, image.height + 4 + 16 * place), line, fill="black")
     return sheet

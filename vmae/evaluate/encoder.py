@@ -1,5 +1,5 @@
-"""The encoder of any checkpoint, pre-trained or fine-tuned, and the clip to show it: for `attention` and
-`pca`."""
+"""Encoder of any checkpoint, pre-trained or fine-tuned, and the middle clip of a video, for the commands
+`attention` and `pca`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class LoadedEncoder:
     """An encoder in eval mode on the CPU.
 
     Attributes:
-        model: without a head; `tokens` gives what the encoder makes of a clip.
-        path: where the weights come from.
-        pretrained: whether they were pre-trained only, so that the encoder never saw a whole clip.
-        sampling, stride: how it was trained to see videos, see `middle_clip`.
-        note: what was taken for granted of a file that does not say it, in a line.
+        model: encoder without a head; `model.tokens(clip)` gives its output tokens.
+        path: file of the weights.
+        pretrained: whether the weights are pre-trained only, so that the encoder never saw a whole clip.
+        sampling, stride: how clips were sampled in training, see `middle_clip`.
+        note: settings that the file does not hold and that were assumed, in one line; or empty.
     """
 
     model: Classifier
@@ -45,7 +45,10 @@ class LoadedEncoder:
     note: str = ""
 
     def describe(self) -> str:
-        kind = "pre-trained encoder, shown all tubelets" if self.pretrained else "encoder of a classifier"
+        """Kind and size of the encoder, for titles."""
+        kind = "encoder of a classifier"
+        if self.pretrained:
+            kind = "pre-trained encoder, shown all tubelets"
         return f"{kind}, {self.model.config.depth} blocks of {self.model.config.num_heads} heads"
 
 
@@ -56,7 +59,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
-    clip = parser.add_argument_group("how the video is seen (default: as in training)")
+    clip = parser.add_argument_group("clip of the video (default: as in training)")
     clip.add_argument("--stride", type=STRIDE, help="frames from one sampled frame to the next")
     clip.add_argument("--num-frames", type=limits(ModelConfig, "num_frames"), help="frames of the clip")
     clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
@@ -118,18 +121,19 @@ def load_encoder(
 def middle_clip(
     video: str | Path, config: ModelConfig, stride: int, sampling: str = "dense"
 ) -> tuple[Tensor, list[int]]:
-    """The clip from the middle of a video, the largest centred crop of the model's shape; decoded in a
-    worker, see `guarded`.
+    """Middle clip of a video, cropped to the largest centred box of the model's aspect ratio.
+
+    The video is decoded in a worker process, see `guarded`.
 
     Args:
-        sampling: "dense", the published sampling with `stride`; or "sparse", frames spread over the whole
-            video.
+        sampling: "dense" (the published sampling with `stride`), or "sparse" (frames spread over the whole
+            video).
 
     Returns:
-        uint8 [1, T, H, W, 3], and the T frame numbers.
+        Clip, uint8 [1, T, H, W, 3], and its T frame numbers.
 
     Raises:
-        InputError: the video can't be decoded, or not in time, or the stride is below 1.
+        InputError: the video can't be decoded, decoding takes too long, or the stride is below 1.
     """
     return guarded(functools.partial(_decode_middle, config=config, stride=stride, sampling=sampling), video)
 

@@ -1,10 +1,10 @@
-"""`python -m vmae features`: what a fine-tuned encoder sees in each window of a video, for temporal
+"""`python -m vmae features`: features of each window of a video from a fine-tuned encoder, for temporal
 detection.
 
 As published for THUMOS14 and FineAction (VideoMAE V2, section 4.4, and its released script): windows of 16
-frames that follow each other, frames stretched to a square, values in [0, 1] and not normalised, the pooled
-features before the head. `DIR/VIDEO.npy` is float32 [windows, D]; ActionFormer reads it as it is. Each frame
-is decoded and resized once, each tubelet embedded once where windows share tubelets, and windows go through
+consecutive frames, frames stretched to a square, values in [0, 1] and not normalised, the pooled features
+before the head. `DIR/VIDEO.npy` is float32 [windows, D]; ActionFormer reads it unchanged. Each frame is
+decoded and resized once, each tubelet is embedded once where windows share tubelets, and windows go through
 the model in batches.
 """
 
@@ -42,20 +42,23 @@ from vmae.train.checks import check_backend, check_output
 from vmae.train.loop import DTYPES
 from vmae.train.parallel import open_parallel
 
+Frame = np.ndarray | Tensor  # uint8 [H, W, 3]; or resized, float32 [3, H, W]
 SETTINGS, SOURCES = "features.json", "videos.json"
 PUBLISHED_STEPS = {"thumos14": 4, "fineaction": 16}
-_STREAM_BYTES = 8 << 20  # of frames that travel at once from the worker: shared memory may be 64 MiB in all
+# Bytes of frames that the worker sends at once: shared memory may be as small as 64 MiB in all.
+_STREAM_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowConfig(_Checked):
-    """Which windows, and how they are seen; all of it changes results.
+    """Settings of the windows and of their frames; all of them change results.
 
     Attributes:
-        frames: of a window, one after the other: the model's.
-        step: frames from one window's start to the next.
-        size: (height, width) that frames are stretched to: the model's.
-        normalize: subtract ImageNet's mean and divide by its deviation; the published features do not.
+        frames: consecutive frames of a window: those of the model.
+        step: frames from the start of one window to the start of the next.
+        size: (height, width) in pixels that frames are stretched to: that of the model.
+        normalize: subtract ImageNet's mean and divide by its standard deviation; the published features do
+            not.
         dtype: "float32" or "bfloat16" (autocast).
     """
 
@@ -71,26 +74,27 @@ class WindowConfig(_Checked):
             raise InputError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
 
     def starts(self, total: int) -> range:
-        """First frames of the windows of a video of `total` frames: all that fit, as published."""
+        """First frames of all windows that fit into a video of `total` frames, as published."""
         return range(0, total - self.frames + 1, self.step)
 
 
-def resized(frames: Sequence[np.ndarray | Tensor], config: WindowConfig) -> Tensor:
-    """float32 [T, 3, H, W] in [0, 1] (or normalised), from uint8 frames: bilinear without antialiasing, as
-    published. Tensors [3, H, W] are frames that were resized before.
+def resized(frames: Sequence[Frame], config: WindowConfig) -> Tensor:
+    """Resized frames, float32 [T, 3, H, W] in [0, 1] or normalised; bilinear without antialiasing, as
+    published.
 
-    Frame by frame, and divided when small: 4 frames of 1280 x 720 to 224 x 224 take 3 ms of a core instead of
-    38.
+    Frames are resized one by one and divided by 255 afterwards: 4 frames of 1280 x 720 to 224 x 224 take 3 ms
+    of a core instead of 38.
+
+    Args:
+        frames: uint8 arrays [H, W, 3]; or tensors [3, H, W], which are frames that were resized before.
     """
     if isinstance(frames[0], Tensor):
-        return torch.stack(frames)
-    whole = (torch.from_numpy(frame).permute(2, 0, 1)[None].float() for frame in frames)
-    pixels = (
-        torch.cat(
-            [F.interpolate(one, size=config.size, mode="bilinear", align_corners=False) for one in whole]
-        )
-        / 255
-    )
+        return torch.stack([torch.as_tensor(frame) for frame in frames])
+    small = []
+    for frame in frames:
+        whole = torch.as_tensor(frame).permute(2, 0, 1)[None].float()
+        small.append(F.interpolate(whole, size=config.size, mode="bilinear", align_corners=False))
+    pixels = torch.cat(small) / 255
     if config.normalize:
         mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         pixels = (pixels - mean) / std
@@ -98,27 +102,28 @@ def resized(frames: Sequence[np.ndarray | Tensor], config: WindowConfig) -> Tens
 
 
 def windows(
-    frames: Iterable[np.ndarray],
+    frames: Iterable[Frame],
     config: WindowConfig,
-    prepare: Callable[[list[np.ndarray]], Iterable[Tensor]] | None = None,
+    prepare: Callable[[list[Frame]], Iterable[Tensor]] | None = None,
     unit: int = 1,
 ) -> Iterator[list[Tensor]]:
-    """The windows of a video, in order; every frame is prepared once, and no more than a window's frames are
+    """Windows of a video, in order. Each frame is prepared once, and at most the frames of one window are
     kept.
 
     Args:
-        prepare: gets some frames that follow each other and gives a tensor for every `unit` of them, which
-            divides window and step; `resized`, if None: [3, H, W] of each frame.
+        prepare: function of some consecutive frames that gives a tensor for each `unit` of them; None means
+            `resized`, a tensor [3, H, W] for each frame.
+        unit: frames of a tensor; divides the frames of a window and the step.
 
     Yields:
-        The tensors of a window.
+        Tensors of a window.
     """
     prepare = prepare or (lambda some: resized(some, config))
     held: list[Tensor] = []
-    waiting: list[np.ndarray] = []
-    first = 0  # number of the first frame in `held`
+    waiting: list[Frame] = []
+    first = 0  # index of the first frame in `held`
     for number, frame in enumerate(frames):
-        if number >= first:  # steps over a window's length leave frames out
+        if number >= first:  # a step longer than a window skips frames
             waiting.append(frame)
         if waiting and unit * len(held) + len(waiting) == config.frames:
             held += prepare(waiting)
@@ -131,10 +136,10 @@ def windows(
 def extract(
     model: Classifier, entry: VideoEntry, config: WindowConfig, *, batch_size: int, device: torch.device
 ) -> np.ndarray:
-    """float32 [windows, D] of a video.
+    """Features of a video, float32 [windows, D].
 
     Raises:
-        DecodeError: it cannot be decoded, or is shorter than a window.
+        DecodeError: the video cannot be decoded, or is shorter than a window.
     """
     (found,) = extract_videos(model, [entry], config, batch_size=batch_size, device=device)
     if isinstance(found, DecodeError):
@@ -150,8 +155,8 @@ def extract_videos(
     batch_size: int,
     device: torch.device,
 ) -> Iterator[np.ndarray | DecodeError]:
-    """float32 [windows, D] of each video in order, or what is wrong with it; see `features_of`. A worker
-    decodes ahead."""
+    """Features of each video, float32 [windows, D], in order; or its error. A worker process decodes ahead;
+    see `features_of`."""
     chunk = max(_STREAM_BYTES // (12 * math.prod(config.size)), 1)
     videos = guarded_streams(functools.partial(_read_frames, config=config), entries, chunk=chunk)
     for found in features_of(model, videos, config, batch_size=batch_size, device=device):
@@ -159,7 +164,7 @@ def extract_videos(
 
 
 def _read_frames(entry: VideoEntry, config: WindowConfig) -> Iterator[Tensor]:
-    """float32 [3, H, W] of every frame; see `resized`."""
+    """Resized frames of a video, float32 [3, H, W] each; see `resized`."""
     with open_video(entry) as reader:
         if not config.starts(len(reader)):
             raise DecodeError(
@@ -171,76 +176,79 @@ def _read_frames(entry: VideoEntry, config: WindowConfig) -> Iterator[Tensor]:
 
 def features_of(
     model: Classifier,
-    videos: Iterable[Iterable[np.ndarray | Tensor]],
+    videos: Iterable[Iterable[Frame]],
     config: WindowConfig,
     *,
     batch_size: int,
     device: torch.device,
 ) -> Iterator[Tensor | DecodeError]:
-    """float32 [windows, D], on the CPU, of each video's frames (see `resized`); or the error met while
-    reading them.
+    """Features of each video, float32 [windows, D] on the CPU, in order; or the error met while reading its
+    frames.
 
-    Windows go through the model `batch_size` at once, those of a video's end with those of the next one's
-    start. A tubelet is embedded once for all windows that it is in, where the step lets windows share
-    tubelets: patch embedding is the same everywhere, positions come later. What follows sees positions, and
-    can't be shared.
+    A batch holds `batch_size` windows: the last windows of a video and the first of the next one share a
+    batch. Where the step lets windows share tubelets, each tubelet is embedded once: the patch embedding does
+    not depend on the tubelet's position in the window. The blocks do, so their work is not shared.
+
+    Args:
+        videos: frames of each video, see `resized`.
     """
     shares = config.step < config.frames and config.step % model.config.tubelet_size == 0
+    windows_of = _embedded if shares else _clips
     waiting: list[tuple[int, Tensor]] = []
-    found: dict[int, list[Tensor] | DecodeError] = {}  # of videos that were begun, in order
+    done: dict[int, list[Tensor]] = {}  # features of each window, by video; videos in order
+    errors: dict[int, DecodeError] = {}
 
     def flush() -> None:
         clips = torch.stack([clip for _, clip in waiting])
-        for (number, _), features in zip(waiting, _features(model, clips, config, shares)):
-            found[number].append(features)
+        for (video, _), features in zip(waiting, _features(model, clips, config, shares)):
+            done[video].append(features)
         waiting.clear()
 
-    def ready(before: int) -> Iterator[Tensor | DecodeError]:
-        """What is complete of the videos before this one."""
-        while found and (number := next(iter(found))) < before:
-            own = found.pop(number)
-            yield (
-                own
-                if isinstance(own, DecodeError)
-                else torch.stack(own)
-                if own
-                else torch.empty(0, model.config.embed_dim)
-            )
+    def complete(before: int) -> Iterator[Tensor | DecodeError]:
+        """Results of the videos before this one; they have no window left in `waiting`."""
+        while done and (video := next(iter(done))) < before:
+            features = done.pop(video)
+            if video in errors:
+                yield errors.pop(video)
+            elif features:
+                yield torch.stack(features)
+            else:
+                yield torch.empty(0, model.config.embed_dim)
 
     number = -1
     for number, frames in enumerate(videos):
-        found[number] = []
+        done[number] = []
         try:
-            for clip in (_embedded if shares else _clips)(model, frames, config, device):
+            for clip in windows_of(model, frames, config, device):
                 waiting.append((number, clip))
                 if len(waiting) == batch_size:
                     flush()
-                    yield from ready(number)
+                    yield from complete(number)
         except DecodeError as error:
-            found[number] = error
+            errors[number] = error
             waiting = [(video, clip) for video, clip in waiting if video != number]
         if not waiting:
-            yield from ready(number + 1)
+            yield from complete(number + 1)
     if waiting:
         flush()
-    yield from ready(number + 1)
+    yield from complete(number + 1)
 
 
 def _clips(
-    model: Classifier, frames: Iterable[np.ndarray], config: WindowConfig, device: torch.device
+    model: Classifier, frames: Iterable[Frame], config: WindowConfig, device: torch.device
 ) -> Iterator[Tensor]:
-    """[3, T, H, W] of each window."""
+    """Clip of each window, float32 [3, T, H, W]."""
     for window in windows(frames, config):
         yield torch.stack(window, dim=1).to(device)
 
 
 def _embedded(
-    model: Classifier, frames: Iterable[np.ndarray], config: WindowConfig, device: torch.device
+    model: Classifier, frames: Iterable[Frame], config: WindowConfig, device: torch.device
 ) -> Iterator[Tensor]:
-    """[N, D] of each window, before positions."""
+    """Embedded tubelets of each window, [N, D], before positions are added."""
 
     @torch.inference_mode()
-    def embed(some: list[np.ndarray]) -> Iterable[Tensor]:
+    def embed(some: list[Frame]) -> Iterable[Tensor]:
         clip = resized(some, config).to(device).transpose(0, 1)[None]
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             return model.embed(clip)[0].chunk(len(some) // model.config.tubelet_size)
@@ -251,10 +259,12 @@ def _embedded(
 
 @torch.inference_mode()
 def _features(model: Classifier, clips: Tensor, config: WindowConfig, embedded: bool) -> Tensor:
+    """Features of a batch of windows, float32 [B, D] on the CPU."""
+    features_of_batch = model.features_of_embedded if embedded else model.features
     with torch.autocast(clips.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        found = (model.features_of_embedded(clips) if embedded else model.features(clips)).float().cpu()
+        found = features_of_batch(clips).float().cpu()
     if found.isnan().any():
-        raise InputError(f"features are no numbers (NaN); {NO_NUMBERS}")
+        raise InputError(f"features are not numbers (NaN); {NO_NUMBERS}")
     return found
 
 
@@ -264,7 +274,7 @@ def _features(model: Classifier, clips: Tensor, config: WindowConfig, embedded: 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     parser.add_argument("data", metavar="LIST|DIR|VIDEO", help="a list of videos, a folder of them, or one")
-    parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
+    parser.add_argument("--data-root", metavar="DIR", help="folder at which the list's relative paths start")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the features, NAME.npy for each video"
     )
@@ -279,7 +289,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="frames from one window to the next, instead of --like",
     )
     result.add_argument(
-        "--normalize", action="store_true", help="ImageNet's mean and deviation; published: none"
+        "--normalize",
+        action="store_true",
+        help="normalise with ImageNet's mean and standard deviation (published: not)",
     )
     result.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
     speed = parser.add_argument_group("settings that change speed only")
@@ -292,7 +304,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; 1 where a video could not be decoded."""
+    """Run the command; the exit code is 1 where a video could not be decoded."""
     with open_parallel("auto", args.device) as parallel:
         check_backend(args.backend, parallel.device)
         folder = Path(args.output)
@@ -301,7 +313,9 @@ def run(args: argparse.Namespace) -> int:
         targets = name_targets(entries, folder)
         loaded = load_from_args(args, backend=args.backend, attention=args.attention)
         model = loaded.model.to(parallel.device)
-        step = PUBLISHED_STEPS[args.like] if args.step is None else args.step
+        step = args.step
+        if step is None:
+            step = PUBLISHED_STEPS[args.like]
         size = model.config.image_hw
         config = WindowConfig(
             frames=model.config.num_frames, step=step, size=size, normalize=args.normalize, dtype=args.dtype
@@ -332,8 +346,14 @@ def extract_all(
     device: torch.device,
     show: bool = True,
 ) -> list[str]:
-    """Write the features of every video that has none yet, whole files only; the errors of those that cannot
-    be decoded."""
+    """Write the features of each video that has none yet, each file at once and whole.
+
+    Args:
+        pairs: each video, and the file of its features.
+
+    Returns:
+        Errors of the videos that cannot be decoded.
+    """
     left = [(entry, path) for entry, path in pairs if not path.exists()]
     videos = extract_videos(model, [entry for entry, _ in left], config, batch_size=batch_size, device=device)
     failed = []
@@ -342,16 +362,16 @@ def extract_all(
             if isinstance(found, DecodeError):
                 failed.append(str(found))
                 continue
-            write_atomically(path, lambda file, found=found: np.save(file, found))
+            write_atomically(path, functools.partial(np.save, arr=found))
             bar.set_postfix(windows=len(found))
     return failed
 
 
 def find_videos(data: str, data_root: str | None) -> list[VideoEntry]:
-    """Of a folder (by suffix, see `vmae.data.video_files`), one video, or a list.
+    """Entries of a list, of a folder of videos (by suffix, see `vmae.data.video_files`), or of one video.
 
     Raises:
-        InputError: none there, or see `read_list`.
+        InputError: there is no video; see also `read_list`.
     """
     path = Path(data)
     kind = path_kind(path)
@@ -363,14 +383,16 @@ def find_videos(data: str, data_root: str | None) -> list[VideoEntry]:
 
 
 def name_targets(entries: Sequence[VideoEntry], folder: Path) -> list[Path]:
-    """`folder/NAME.npy` of each, NAME as published: the file's, up to its last dot (a frame folder's own).
+    """`folder/NAME.npy` for each video. NAME is the file name up to its last dot, as published; for a frame
+    folder, the folder's whole name.
 
     Raises:
-        InputError: two videos of the same name.
+        InputError: two videos have the same name.
     """
     names: dict[str, str] = {}
     for entry in entries:
-        name = Path(entry.path).stem if entry.kind == "video" else Path(entry.path).name
+        path = Path(entry.path)
+        name = path.stem if entry.kind == "video" else path.name
         if name in names:
             raise InputError(
                 f"{names[name]} and {entry.path} would both become {name}.npy; give them names of their own"
@@ -382,41 +404,39 @@ def name_targets(entries: Sequence[VideoEntry], folder: Path) -> list[Path]:
 def settle_folder(
     folder: Path, config: WindowConfig, model: Classifier, videos: dict[Path, VideoEntry], checkpoint: str
 ) -> None:
-    """Write what the features are of, or see that those that are there already are of the same.
+    """Write the source of the features (model, windows, videos), or check that existing features have the
+    same.
 
     Args:
-        videos: by the file of their features; others than those of an earlier start are added.
+        videos: video by the file of its features; new ones are added to those of earlier starts.
 
     Raises:
-        InputError: the folder holds features of another model or of other windows, or of another video under
-            a name.
+        InputError: the folder holds features of another model or of other windows, or a file holds those of
+            another video of the same name.
     """
-    # The head is behind the features.
+    # Features do not depend on the head.
     about = {
         "windows": {**config.__dict__, "size": list(config.size)},
         **model_identity(model, without=("head.",)),
     }
     settle(folder / SETTINGS, about, "features of other weights or windows", checkpoint=checkpoint)
-    before, sources = (
-        _read_sources(folder),
-        {path.name: frames_identity(entry) for path, entry in videos.items()},
-    )
+    before = _read_sources(folder)
+    sources = {path.name: frames_identity(entry) for path, entry in videos.items()}
     for path in videos:
         if path.exists() and before.get(path.name) != sources[path.name]:
-            known = (
-                f"is of {before[path.name][0]}"
-                if path.name in before
-                else f"is of a video that {SOURCES} does not name"
-            )
+            known = f"a video that {SOURCES} does not name"
+            if path.name in before:
+                known, *_ = before[path.name]
+            own, *_ = sources[path.name]
             raise InputError(
-                f"{path} {known}, not of {sources[path.name][0]}; choose another --output, or remove it"
+                f"{path} is of {known}, not of {own}; choose another --output, or remove the file"
             )
     text = json.dumps({**before, **sources}) + "\n"
     write_atomically(folder / SOURCES, lambda file: file.write(text), binary=False)
 
 
 def _read_sources(folder: Path) -> dict[str, list]:
-    """Which frames each file of features is of."""
+    """Identity of the frames behind each file of features (`frames_identity`), by file name."""
     path = folder / SOURCES
     found = read_json(path, "table of videos") if path.exists() else {}
     if not isinstance(found, dict) or not all(isinstance(own, list) and own for own in found.values()):
@@ -425,10 +445,10 @@ def _read_sources(folder: Path) -> dict[str, list]:
 
 
 def read_features(path: str | Path) -> np.ndarray:
-    """float32 [windows, D] of a file.
+    """Features of a file, float32 [windows, D].
 
     Raises:
-        InputError: it can't be read, or holds something else.
+        InputError: the file can't be read, or holds something else.
     """
     try:
         found = np.load(path, allow_pickle=False)

@@ -1,16 +1,18 @@
 """Frame mAP of detections by the rules of AVA (the ActivityNet challenge's get_ava_performance.py, PASCAL VOC
 at IoU 0.5).
 
-Of each key frame the 50 best detections count, over all its boxes and listed actions. For each action,
-detections are taken by falling score; one is right if the ground truth that it overlaps most has an IoU of at
-least 0.5 and was not found before. Average precision is the area under precision, interpolated from the
-right, over recall; its mean is over the listed actions that have ground truth. Excluded key frames count
-nowhere; a detection on any other key frame that has no ground truth is wrong.
+- Each key frame counts its 50 detections of highest score, over all its boxes and listed actions.
+- For each action, detections are matched in order of falling score. A detection is correct if the ground
+  truth box of the largest IoU with it has an IoU of at least 0.5 and is not matched yet.
+- Average precision is the area under the precision-recall curve, with precision interpolated from the right.
+  mAP is its mean over the listed actions that have ground truth.
+- Excluded key frames do not count. A detection on any other key frame without ground truth is wrong.
 
-The published code leaves ties open (they come as its sort leaves them). Here the order of the rows does not
-count: equal scores of an action count as one, precision being that at the end of their group; of equal scores
-at the limit of 50, smaller action ids come first, then boxes by their coordinates, and of ground truth boxes
-that a detection overlaps equally the first by coordinates is taken.
+The result of the published code depends on the order of the rows where scores are equal. Here it does not:
+
+- Detections of an action with equal scores form one point of the curve, at the end of their group.
+- Of equal scores at the limit of 50, smaller action ids come first, then boxes by their coordinates.
+- Of ground truth boxes with equal IoU, the first one by coordinates is matched.
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ THRESHOLD, PER_FRAME = 0.5, 50
 
 @dataclass(frozen=True, kw_only=True)
 class FrameScores:
-    """What `frame_map` finds.
+    """Result of `frame_map`.
 
     Attributes:
         mean: mean average precision, 0 to 1.
-        actions: average precision by action id, of those with ground truth.
-        truth: ground truth boxes by action id.
-        key_frames: with ground truth.
-        detections: that were counted.
+        actions: average precision by action id, for actions with ground truth.
+        truth: number of ground truth boxes by action id.
+        key_frames: number of key frames with ground truth.
+        detections: number of detections that count.
     """
 
     mean: float
@@ -47,31 +49,36 @@ class FrameScores:
 
 
 def box_iou(a: Box, b: Box) -> float:
-    """Overlap over union, of the area."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    """Intersection over union of two boxes."""
+    (a_left, a_top, a_right, a_bottom), (b_left, b_top, b_right, b_bottom) = a, b
+    width = min(a_right, b_right) - max(a_left, b_left)
+    height = min(a_bottom, b_bottom) - max(a_top, b_top)
     overlap = max(width, 0.0) * max(height, 0.0)
-    return overlap / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - overlap)
+    area_a, area_b = (a_right - a_left) * (a_bottom - a_top), (b_right - b_left) * (b_bottom - b_top)
+    return overlap / (area_a + area_b - overlap)
 
 
 def average_precision(
     truth: Sequence[AvaBox], found: Sequence[AvaBox], threshold: float = THRESHOLD
 ) -> float:
-    """Of one action; 0 where nothing was found.
+    """Average precision of one action; 0 without detections.
 
     Args:
-        truth: at least one.
+        truth: ground truth boxes, at least one.
         found: detections, in any order.
+        threshold: least IoU of a correct detection.
     """
-    own: dict[Key, list[AvaBox]] = defaultdict(list)
-    for row in sorted(truth, key=lambda row: row.box):  # `max` takes the first of equal ones
-        own[row.key].append(row)
-    taken: set[int] = set()
+    of_frame: dict[Key, list[AvaBox]] = defaultdict(list)
+    for row in sorted(truth, key=lambda row: row.box):  # of equal IoUs, `max` returns the first
+        of_frame[row.key].append(row)
+    matched: set[int] = set()
     found, hits = sorted(found, key=lambda row: -row.score), []
     for detection in found:
-        best = max(own.get(detection.key, ()), key=lambda row: box_iou(detection.box, row.box), default=None)
-        hit = best is not None and id(best) not in taken and box_iou(detection.box, best.box) >= threshold
+        truth_here = of_frame.get(detection.key, ())
+        best = max(truth_here, key=lambda row: box_iou(detection.box, row.box), default=None)
+        hit = best is not None and id(best) not in matched and box_iou(detection.box, best.box) >= threshold
         if hit:
-            taken.add(id(best))
+            matched.add(id(best))
         hits.append(hit)
     return interpolated_area([row.score for row in found], hits, len(truth))
 
@@ -85,12 +92,15 @@ def frame_map(
     threshold: float = THRESHOLD,
     per_frame: int | None = PER_FRAME,
 ) -> FrameScores:
-    """Frame mAP; see the module for the rules.
+    """Frame mAP; the module's docstring has the rules.
 
     Args:
-        actions: ids that count (60 of AVA's 80); rows of others are passed over.
-        excluded: key frames that are passed over.
-        per_frame: detections of a key frame that count; None counts all.
+        truth: ground truth boxes, a row for each box and action.
+        found: detections, a row for each box and action.
+        actions: ids of the listed actions (60 of AVA's 80); rows of other actions are ignored.
+        excluded: key frames to ignore.
+        threshold: least IoU of a correct detection.
+        per_frame: detections that each key frame counts; None counts all.
 
     Raises:
         InputError: no ground truth is left, or a score is NaN.
@@ -121,6 +131,7 @@ def frame_map(
 
 
 def _best(found: Sequence[AvaBox], per_frame: int | None) -> list[AvaBox]:
+    """The `per_frame` detections of highest score of each key frame."""
     frames: dict[Key, list[AvaBox]] = defaultdict(list)
     for row in found:
         frames[row.key].append(row)
@@ -133,5 +144,6 @@ def _best(found: Sequence[AvaBox], per_frame: int | None) -> list[AvaBox]:
 def _by_action(rows: Sequence[AvaBox]) -> dict[int, list[AvaBox]]:
     groups: dict[int, list[AvaBox]] = defaultdict(list)
     for row in rows:
-        groups[row.action].append(row)
+        if row.action is not None:
+            groups[row.action].append(row)
     return groups

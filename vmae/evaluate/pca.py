@@ -1,8 +1,8 @@
 """`python -m vmae pca VIDEO`: the first three principal components of the encoder's tokens, as colours beside
 the video.
 
-One analysis over all tokens of the clip, so that a colour means the same in every frame; what moves keeps its
-colour where the encoder tells things apart.
+One analysis covers all tokens of the clip, so a colour means the same in every frame. A moving object keeps
+its colour where the encoder separates it from the rest.
 
 Legend: N tokens, D width.
 """
@@ -24,7 +24,7 @@ from vmae.evaluate.pictures import Panel, add_output_arguments, grey_frames, out
 from vmae.train.checks import resolve_device
 
 COMPONENTS = 3
-TAILS = 0.01  # share of the tokens at each end that are cut off at black and at full
+TAILS = 0.01  # share of the tokens at each end of the range that is clipped: to black, and to full brightness
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command: load, look, draw."""
+    """Run the command: load the encoder, analyse its tokens, draw the components."""
     device = resolve_device(args.device)
     outputs = outputs_of(args, find_weights(args.checkpoint).parent / f"pca-{Path(args.video).stem}.png")
     loaded = load_encoder_from_args(args)
@@ -61,12 +61,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def principal_components(tokens_ND: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The first three components of tokens, which are centred first.
+    """First three principal components of the centred tokens.
 
-    A component's sign is free; it is chosen such that the largest weight is positive, so that results repeat.
+    The sign of a component is arbitrary. It is chosen such that the largest weight is positive, so that
+    results are reproducible.
 
     Returns:
-        float64 [N, 3], and the share of the variance that each explains [3].
+        float64 [N, 3], and the share of the variance that each component explains, float64 [3].
 
     Raises:
         InputError: fewer than three tokens or values, or a value that is not finite.
@@ -89,11 +90,17 @@ def principal_components(tokens_ND: Tensor) -> tuple[np.ndarray, np.ndarray]:
 def draw_components(
     scores: np.ndarray, shares: np.ndarray, frames: np.ndarray, config: ModelConfig
 ) -> list[Panel]:
-    """The input, the components as red, green and blue, and the first alone in grey."""
+    """Panels: the input, the three components as red, green and blue, and the first component in grey.
+
+    Args:
+        scores: float64 [N, 3].
+        shares: float64 [3], of the variance.
+        frames: uint8 [T, H, W, 3], the clip.
+    """
     low, high = np.quantile(scores, (TAILS, 1 - TAILS), axis=0)
     unit = (scores - low) / np.maximum(high - low, 1e-12)
-    first, *others = (f"{100 * share:.0f} %" for share in shares)
-    colours = f"red: component 1 ({first} of the variance), green: 2 ({others[0]}), blue: 3 ({others[1]})"
+    first, second, third = (f"{100 * share:.0f} %" for share in shares)
+    colours = f"red: component 1 ({first} of the variance), green: 2 ({second}), blue: 3 ({third})"
     return [
         Panel(caption="input", frames=frames),
         Panel(caption=colours, frames=grey_frames(unit, config)),

@@ -9,6 +9,7 @@ Legend: T frames, H x W pixels, N tokens.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,17 +115,16 @@ def write_pictures(
             steps = len(labels) // step
             shown = step * np.unique(np.linspace(0, steps - 1, min(columns, steps)).round().astype(int))
             picture = draw_grid(panels, [(int(time), labels[time]) for time in shown], title)
-            write_atomically(path, lambda file, picture=picture: picture.save(file, format="PNG"))
+            write_atomically(path, functools.partial(picture.save, format="PNG"))
             continue
         numbered = [f"{label} ({time + 1} of {len(labels)})" for time, label in enumerate(labels)]
         pictures = [draw_moment(panels, time, label, title) for time, label in enumerate(numbered)]
         if path.suffix.lower() == ".mp4":
             write_video(path, [_even(picture) for picture in pictures], fps)
         else:
-            about = dict(
-                format="GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
-            )
-            write_atomically(path, lambda file, first=pictures[0], about=about: first.save(file, **about))
+            first, *others = pictures
+            save = functools.partial(first.save, format="GIF", save_all=True, append_images=others)
+            write_atomically(path, functools.partial(save, duration=round(1000 / fps), loop=0))
 
 
 def _even(picture: Image.Image) -> np.ndarray:

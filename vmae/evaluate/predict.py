@@ -1,4 +1,4 @@
-"""`python -m vmae predict VIDEO`: what a fine-tuned classifier makes of one file."""
+"""`python -m vmae predict VIDEO`: most likely classes of one video, by a fine-tuned classifier."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from vmae.train.checks import check_backend, resolve_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
     parser.add_argument("video", metavar="VIDEO", help="a video file")
     add_model_arguments(parser)
     parser.add_argument("--classes", metavar="FILE", help="class names, where the checkpoint has none")
@@ -32,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--segments",
         type=limits(ViewConfig, "segments"),
-        help="clips of the video in time (5; 2 for sparse sampling)",
+        help="clips of the video, spread over time (5; 2 for sparse sampling)",
     )
-    parser.add_argument("--crops", type=limits(ViewConfig, "crops"), help="of each clip (3)")
+    parser.add_argument("--crops", type=limits(ViewConfig, "crops"), help="crops of each clip (3)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     parser.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
@@ -44,23 +45,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run the command: load the classifier, classify the video, print the classes."""
     device = resolve_device(args.device)
     check_backend(args.backend, device)
     loaded = load_from_args(args, backend=args.backend, attention=args.attention)
     for line in loaded.assumed:
         print(line, file=sys.stderr)
-    names = read_class_names(args.classes) if args.classes else loaded.class_names
+    names: Sequence[str] | None = loaded.class_names
+    if args.classes:
+        names = read_class_names(args.classes)
     if names is not None and len(names) != loaded.model.num_classes:
         raise InputError(f"{len(names)} class names for a head of {loaded.model.num_classes} classes")
     views = published_views(loaded.clip.sampling, args.segments, args.crops)
     loaded.model.to(device)
     found = top_classes(loaded, args.video, views, names, args.top)
     if args.json:
-        print(
-            json.dumps(
-                {"video": args.video, "classes": [{"name": name, "probability": p} for name, p in found]}
-            )
-        )
+        classes = [{"name": name, "probability": probability} for name, probability in found]
+        print(json.dumps({"video": args.video, "classes": classes}))
         return
     for name, probability in found:
         print(f"{100 * probability:6.2f} %  {name}")
@@ -69,16 +70,25 @@ def run(args: argparse.Namespace) -> None:
 def top_classes(
     loaded: LoadedClassifier, video: str, views: ViewConfig, names: Sequence[str] | None, count: int
 ) -> list[tuple[str, float]]:
-    """(class, probability) of the `count` most likely ones, the likeliest first; the mean over the views.
+    """(class name, probability) of the `count` most likely classes, most likely first; mean over the views.
+
+    Args:
+        video: path of the file.
+        names: names of all classes; None gives class numbers instead.
 
     Raises:
-        InputError: the video cannot be decoded, or not in time.
+        InputError: the video cannot be decoded, or decoding takes too long.
     """
-    ((_, seen),) = ViewDataset([VideoEntry(video)], loaded.clip, views).read([0], num_workers=1)
-    if isinstance(seen, Failure):
-        raise InputError(list_failures([seen]))
-    device = next(loaded.model.parameters()).device
-    options = {"dtype": "float32", "multi_label": loaded.multi_label, "batch_size": views.crops}
-    probabilities = view_probabilities(loaded.model, seen, device=device, **options)
+    ((_, clips),) = ViewDataset([VideoEntry(video)], loaded.clip, views).read([0], num_workers=1)
+    if isinstance(clips, Failure):
+        raise InputError(list_failures([clips]))
+    probabilities = view_probabilities(
+        loaded.model,
+        clips,
+        device=next(loaded.model.parameters()).device,
+        dtype="float32",
+        multi_label=loaded.multi_label,
+        batch_size=views.crops,
+    )
     best = probabilities.topk(min(count, len(probabilities)))
     return list(zip(named(best.indices.tolist(), names), best.values.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""From predictions to scores, a table for each class, and a picture of what is taken for what."""
+"""Scores of predictions: accuracy, mean average precision, a table by class, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from vmae.checkpoint.load import NO_NUMBERS
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 
-TOP = 5  # classes of a prediction that are kept
+TOP = 5  # best classes stored with each prediction
 Record = dict[str, Any]
 
 
 def score(records: Sequence[Record], labels: Sequence[tuple[int, ...]], num_classes: int) -> dict[str, Any]:
-    """Scores in percent, of the videos that could be decoded.
+    """Scores in percent, over the videos that could be decoded.
 
     Args:
-        records: `video`, `top` ([class, probability] pairs, best first), and `scores` [K] for videos of
-            several labels; or `error` for a video that could not be decoded.
-        labels: by video.
+        records: one for each video: `video` (its index), `top` ([class, probability] pairs, best first), and
+            `scores` [K] for videos with several labels; or `error` for a video that could not be decoded.
+        labels: labels of each video.
 
     Returns:
-        `videos`, `undecodable`, `top1`, `top5`, `mean_class_accuracy` (mean over the classes that have
-            videos); with several
-        labels, `top1` counts any of them, and `mean_average_precision` is over the classes that have videos.
+        `videos`, `undecodable` (counts), `top1`, `top5`, `mean_class_accuracy` (mean over the classes that
+        have videos). With several labels, a prediction is correct if it is one of them, and
+        `mean_average_precision` is the mean over the classes that have videos.
 
     Raises:
-        InputError: a probability is NaN; the video is named.
+        InputError: a probability is NaN; the message names the video.
     """
     good = [record for record in records if "error" not in record]
     for record in good:
         if np.isnan([p for _, p in record["top"]] + record.get("scores", [])).any():
             raise InputError(
-                f"the prediction of {record.get('path', record['video'])} is no number (NaN); {NO_NUMBERS}"
+                f"the prediction of {record.get('path', record['video'])} is not a number (NaN); {NO_NUMBERS}"
             )
     found: dict[str, Any] = {"videos": len(good), "undecodable": len(records) - len(good)}
     if not good:
@@ -59,19 +59,24 @@ def score(records: Sequence[Record], labels: Sequence[tuple[int, ...]], num_clas
 
 
 def confusion(records: Sequence[Record], labels: Sequence[tuple[int, ...]], num_classes: int) -> np.ndarray:
-    """int64 [K, K]: videos by (label, best prediction); a video of several labels counts at the predicted one
-    if that is right, else at its first."""
+    """Confusion matrix, int64 [K, K]: number of videos by (label, predicted class).
+
+    A video with several labels counts in the row of the predicted class if that is one of its labels, else in
+    the row of its first label.
+    """
     matrix = np.zeros((num_classes, num_classes), np.int64)
     for record in records:
         if "error" not in record:
-            best, own = record["top"][0][0], labels[record["video"]]
-            matrix[best if best in own else own[0], best] += 1
+            (predicted, _), *_ = record["top"]
+            own = labels[record["video"]]
+            label = predicted if predicted in own else own[0]
+            matrix[label, predicted] += 1
     return matrix
 
 
 def mean_average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Mean over the classes that have positives of `average_precision`: scikit-learn's
-    `average_precision_score`, macro.
+    """Mean of `average_precision` over the classes that have positives; equals scikit-learn's
+    `average_precision_score` with `average="macro"`.
 
     Args:
         scores: float [videos, K].
@@ -87,10 +92,10 @@ def mean_average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Of one class: precision at the end of each group of equal scores, times the share of positives in the
-    group, summed.
+    """Average precision of one class: over all groups of equal scores, the sum of the precision at the end of
+    the group times the group's share of the positives.
 
-    The order of the videos does not count. A constant score gives the share of positives.
+    The result does not depend on the order of the videos. A constant score gives the share of positives.
 
     Args:
         scores: float [videos].
@@ -100,7 +105,7 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
         InputError: a score is NaN.
     """
     if np.isnan(scores).any():
-        raise InputError(f"the score of video {int(np.isnan(scores).argmax())} is no number (NaN)")
+        raise InputError(f"the score of video {int(np.isnan(scores).argmax())} is not a number (NaN)")
     order = np.argsort(-scores, kind="stable")
     ends = ends_of_ties(scores[order])
     found = np.cumsum(truth[order])[ends]
@@ -108,34 +113,32 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
 
 
 def ends_of_ties(ordered: np.ndarray) -> np.ndarray:
-    """int64: place of the last of each group of equal numbers, of an ordered array."""
-    return (
-        np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
-        if len(ordered)
-        else np.empty(0, np.int64)
-    )
+    """Index of the last element of each group of equal numbers in a sorted array, int64 [groups]."""
+    if not len(ordered):
+        return np.empty(0, np.int64)
+    return np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
 
 
 def class_table(matrix: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each class that has videos: number, name, videos, accuracy in percent, and what it is taken
-    for most."""
+    """A row for each class that has videos: number, name, videos, accuracy in percent, and the class that it
+    is most often mistaken for (`taken_for`)."""
     rows = []
-    for number in np.flatnonzero(matrix.sum(1)):
+    for number in np.flatnonzero(matrix.sum(1)).tolist():
         row = matrix[number].copy()
         videos, right = int(row.sum()), int(row[number])
         row[number] = 0
         other = int(row.argmax())
-        taken = f"{names[other]} ({row[other]})" if row[other] else ""
-        about = {"class": int(number), "name": names[number], "videos": videos}
-        rows.append({**about, "accuracy": 100 * right / videos, "taken_for": taken})
+        mistaken = f"{names[other]} ({row[other]})" if row[other] else ""
+        about = {"class": number, "name": names[number], "videos": videos}
+        rows.append({**about, "accuracy": 100 * right / videos, "taken_for": mistaken})
     return rows
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A CSV file.
+    """Write the rows as a CSV file.
 
     Raises:
-        InputError: it can't be written.
+        InputError: the file can't be written.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
@@ -145,10 +148,11 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_confusion(path: Path, matrix: np.ndarray, names: Sequence[str]) -> None:
-    """A PNG of the matrix, each label's row in shares; names where there is room for them.
+    """Write a PNG of the confusion matrix, each row as shares of its label's videos; with class names up to
+    60 classes.
 
     Raises:
-        InputError: it can't be written.
+        InputError: the file can't be written.
     """
     import matplotlib
 

@@ -1,11 +1,13 @@
 """Temporal action detection: segments, their mean average precision, and the dataset file that ActionFormer
 reads.
 
-Average precision as the ActivityNet evaluation defines it (Heilbron et al., 2015), which THUMOS14 and
-FineAction results use: by class, detections by falling score, each taken to the ground truth of its video
-with the largest overlap that is still free; precision interpolated from the right. That leaves equal scores
-open. Here they are taken by start, then end, and count as one: precision is that at the end of their group.
-Of equal overlaps the earliest ground truth is taken. So the order of the input does not count.
+Average precision is that of the ActivityNet evaluation (Heilbron et al., 2015), which THUMOS14 and FineAction
+results use. For each class, detections are matched in order of falling score: each to the unmatched ground
+truth segment of its video with the largest temporal IoU. Precision is interpolated from the right.
+
+That definition leaves equal scores open. Here detections with equal scores are matched by start, then end,
+and form one point of the curve, at the end of their group. Of equal IoUs the earliest ground truth segment is
+matched. So the result does not depend on the order of the input.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ FINEACTION_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 
 @dataclass(frozen=True)
 class Segment:
-    """An action in a video.
+    """Segment of a video in which an action happens.
 
     Attributes:
-        video: its name.
+        video: name of the video.
         start, end: seconds.
-        label: class.
-        score: of a detection; ground truth has none.
+        label: class name.
+        score: score of a detection; 1 for ground truth.
     """
 
     video: str
@@ -55,7 +57,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the dataset file says of a video: its subset, seconds, and frames a second."""
+    """A video's entry in the dataset file: its subset, duration in seconds, and frames per second."""
 
     subset: str
     duration: float
@@ -63,41 +65,45 @@ class VideoInfo:
 
 
 def temporal_iou(a: Segment, b: Segment) -> float:
-    """Overlap over union, in time."""
+    """Intersection over union of two segments, in time."""
     overlap = max(min(a.end, b.end) - max(a.start, b.start), 0.0)
     return overlap / (a.end - a.start + b.end - b.start - overlap)
 
 
 def average_precision(truth: Sequence[Segment], found: Sequence[Segment], threshold: float) -> float:
-    """Of one class; 0 where nothing was found.
+    """Average precision of one class; 0 without detections.
 
     Args:
-        truth: at least one.
+        truth: ground truth segments, at least one.
         found: detections, in any order.
-        threshold: least temporal IoU of a hit.
+        threshold: least temporal IoU of a correct detection.
     """
-    free: dict[str, list[Segment]] = defaultdict(list)
-    for segment in sorted(truth, key=lambda one: (one.start, one.end)):  # `max` takes the first of equal ones
-        free[segment.video].append(segment)
+    unmatched: dict[str, list[Segment]] = defaultdict(list)
+    for segment in sorted(
+        truth, key=lambda one: (one.start, one.end)
+    ):  # of equal IoUs, `max` returns the first
+        unmatched[segment.video].append(segment)
     found, hits = sorted(found, key=lambda one: (-one.score, one.start, one.end)), []
     for detection in found:
-        own = free[detection.video]
-        best = max(own, key=lambda segment: temporal_iou(detection, segment), default=None)
-        hit = best is not None and temporal_iou(detection, best) >= threshold
-        if hit:
-            own.remove(best)
-        hits.append(hit)
+        candidates = unmatched[detection.video]
+        best = max(candidates, key=lambda segment: temporal_iou(detection, segment), default=None)
+        if best is not None and temporal_iou(detection, best) >= threshold:
+            candidates.remove(best)
+            hits.append(True)
+        else:
+            hits.append(False)
     return interpolated_area([one.score for one in found], hits, len(truth))
 
 
 def interpolated_area(scores: Sequence[float], hits: Sequence[bool], positives: int) -> float:
-    """Under precision over recall, both at the end of each group of equal scores; precision is interpolated:
-    at each recall the best of this or any larger one.
+    """Area under the precision-recall curve, with a point at the end of each group of equal scores. Precision
+    is
+    interpolated: at each recall it is the largest precision at this or any higher recall.
 
     Args:
-        scores: falling.
-        hits: of the same detections.
-        positives: to be found.
+        scores: scores of the detections, falling.
+        hits: whether each detection is correct.
+        positives: number of ground truth boxes or segments.
     """
     ends = ends_of_ties(np.array(scores))
     right = np.cumsum(np.array(hits, dtype=np.int64))[ends]
@@ -108,7 +114,7 @@ def interpolated_area(scores: Sequence[float], hits: Sequence[bool], positives: 
 def mean_average_precision(
     truth: Sequence[Segment], found: Sequence[Segment], thresholds: Sequence[float] = THUMOS_THRESHOLDS
 ) -> dict[str, Any]:
-    """Mean over the classes of the ground truth, at every threshold and over all thresholds.
+    """Mean average precision over the classes of the ground truth, at each threshold and averaged over all.
 
     Returns:
         `map` {threshold: value}, `average`, and `classes` {label: {threshold: value}}.
@@ -154,7 +160,8 @@ def write_actionformer(
     """Write the JSON that ActionFormer's datasets read.
 
     Args:
-        videos: name -> (seconds, frames a second); those without a segment are written too.
+        truth: ground truth segments of all subsets.
+        videos: name -> (seconds, frames per second); videos without a segment are written too.
         subsets: name -> "training", "validation" or "test".
 
     Raises:
@@ -188,10 +195,10 @@ def write_actionformer(
 
 
 def read_actionformer(path: str | Path, subset: str | None = None) -> list[Segment]:
-    """The segments of such a file, of one subset or of all.
+    """Segments of ActionFormer's dataset file, of one subset or of all.
 
     Raises:
-        InputError: it can't be read, or is another kind of file.
+        InputError: the file can't be read, or is of another kind.
     """
     return [
         segment
@@ -202,7 +209,7 @@ def read_actionformer(path: str | Path, subset: str | None = None) -> list[Segme
 
 
 def read_videos(path: str | Path) -> dict[str, VideoInfo]:
-    """The videos of such a file by name, those without segments too; raises as `read_actionformer`."""
+    """All videos of ActionFormer's dataset file by name; raises like `read_actionformer`."""
     return {name: _of_video(path, _video_info, name, video) for name, video in _read_database(path).items()}
 
 
@@ -248,7 +255,8 @@ def _segments(name: str, video: dict[str, Any]) -> list[Segment]:
 
 
 def write_detections(path: str | Path, found: Sequence[Segment]) -> None:
-    """Write ActivityNet's JSON of results: `results` {video: [{label, score, segment}]}, the best first."""
+    """Write ActivityNet's JSON of results: `results` {video: [{label, score, segment}]}, highest score
+    first."""
     results: dict[str, list[dict[str, Any]]] = {}
     for one in sorted(found, key=lambda segment: -segment.score):
         line = {"label": one.label, "score": one.score, "segment": [one.start, one.end]}

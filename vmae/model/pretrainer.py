@@ -1,5 +1,5 @@
-"""The dual-masked autoencoder (VideoMAE V2, section 3): the encoder sees visible tokens, the decoder rebuilds
-picked ones.
+"""The dual-masked autoencoder (VideoMAE V2, section 3): the encoder sees visible tokens, the decoder predicts
+decoded ones.
 
 Legend: B clips, Nv visible, Nd decoded, Nk counted tokens, D encoder width, Dd decoder width, P values of a
 tubelet.
@@ -107,7 +107,7 @@ class Pretrainer(nn.Module):
         return x
 
     def forward(self, clips: Tensor | Sequence[Tensor], mask: DualMask | Sequence[DualMask]) -> Tensor:
-        """The loss, a float32 scalar, over the picked tokens that the encoder did not see (equation 5).
+        """The loss, a float32 scalar, over the counted tokens: decoded and not visible (equation 5).
 
         Args:
             clips: uint8 [B, T, H, W, 3], or normalised float [B, 3, T, H, W].
@@ -136,7 +136,7 @@ class Pretrainer(nn.Module):
     def predict(
         self, clips: Tensor | Sequence[Tensor], mask: DualMask | Sequence[DualMask]
     ) -> Tensor | list[Tensor]:
-        """Predicted tubelets [B, Nd, P] of all picked tokens, pixel order (t, h, w, c), in the target's
+        """Predicted tubelets [B, Nd, P] of all decoded tokens, pixel order (t, h, w, c), in the target's
         space.
 
         With a list of masks, a list with one such tensor each.

@@ -1,1 +1,1 @@
-"""Commands beside training and testing: doctor, curves, serve, parity, export, convert."""
+"""Commands other than training and testing: doctor, curves, serve, parity, export, convert."""

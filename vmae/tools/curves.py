@@ -1,8 +1,8 @@
-"""`python -m vmae curves RUN...`: loss, learning rate, gradient norm and clips a second of several runs,
-drawn together.
+"""`python -m vmae curves RUN...`: one picture of the loss, learning rate, gradient norm and clips per second
+of several runs.
 
-Reads what a run logs as it goes (`log.jsonl`), so a run need not be finished. `--reference NAME` adds a curve
-that is kept in `docs/curves`: "is my loss right?" has an answer there. `--export` writes such a file.
+It reads the log that a run writes while it trains (`log.jsonl`), so a run need not be finished. `--reference
+NAME` adds a curve of `docs/curves`, to compare a loss with. `--export` writes such a file.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from vmae.train.metrics import LOG_NAME, loss_of_last_tenth, read_starts
 REFERENCES = Path(__file__).parent.parent.parent / "docs" / "curves"
 PANELS = {"loss_mean": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "clips_per_s": "clips/s"}
 AXES = {"step": "step", "epoch": "epoch"}
-# Told apart without colour: by line style, and by shades that differ in lightness.
+# Distinct without colour: line styles, and shades of different lightness.
 _STYLES = ("-", "--", "-.", ":")
 _SHADES = ("#000000", "#7a1fa2", "#2c7fb8", "#e08214", "#777777")
-_POINTS = 200  # lines of an exported curve, at most
+_POINTS = 200  # most lines of an exported curve
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's log.
+    """Log of one run.
 
     Attributes:
-        name: for people.
+        name: name in the legend and the table.
         records: lines of the log that have a step, in order; at least one.
-        about: what is known of the run: commit, versions, device, command.
-        reference: drawn wide and pale, below the others.
-        note: on lines of the log that are none.
+        about: known facts about the run: commit, versions, device, command.
+        reference: whether it is a reference curve: drawn wide and pale, below the others.
+        note: one line on damaged lines of the log; None without any.
     """
 
     name: str
@@ -49,14 +49,19 @@ class Curve:
     note: str | None = None
 
     def values(self, key: str, by: str = "step") -> tuple[list[float], list[float]]:
-        """Places and values of one logged quantity, where both are numbers."""
-        pairs = [(record.get(by), record.get(key)) for record in self.records]
-        pairs = [(x, y) for x, y in pairs if isinstance(x, (int, float)) and isinstance(y, (int, float))]
-        return [x for x, _ in pairs], [y for _, y in pairs]
+        """(x values, y values) of one logged quantity, from the records where both are numbers."""
+        xs, ys = [], []
+        for record in self.records:
+            x, y = record.get(by), record.get(key)
+            if isinstance(x, (int, float)) and isinstance(y, (int, float)):
+                xs.append(x)
+                ys.append(y)
+        return xs, ys
 
     def summary(self) -> dict[str, Any]:
-        """Last step, loss of the last tenth so far, lowest loss, median clips a second."""
-        losses, rates = (self.values(key)[1] for key in ("loss_mean", "clips_per_s"))
+        """Last step, loss of the last tenth so far, lowest loss, median clips per second."""
+        _, losses = self.values("loss_mean")
+        _, rates = self.values("clips_per_s")
         last = self.records[-1]["step"]
         return {
             "name": self.name,
@@ -68,32 +73,36 @@ class Curve:
 
 
 def read_curve(path: str | Path, name: str | None = None, *, reference: bool = False) -> Curve:
-    """The curve of a run's folder, or of one JSONL file.
+    """Curve of a run's folder, or of one JSONL file.
+
+    Args:
+        name: name of the curve; without one, that of the folder or file.
 
     Raises:
-        InputError: there is no log, or it has no line yet.
+        InputError: there is no log, or the log has no line of a step yet.
     """
     path = Path(path)
     log = path / LOG_NAME if path.is_dir() else path
     if not log.is_file():
-        what = f"folder {path} has no {LOG_NAME}" if path.is_dir() else f"{path} does not exist"
-        raise InputError(f"{what}; give the --output folder of a run, or a JSONL log")
+        problem = f"{path} does not exist"
+        if path.is_dir():
+            problem = f"folder {path} has no {LOG_NAME}"
+        raise InputError(f"{problem}; give the --output folder of a run, or a JSONL log")
     found = read_json_lines(log)
     lines = [line for line in found.records if type(line.get("step")) is int or "about" in line]
     found.skipped += [(n, b"") for n, line in zip(found.numbers, found.records) if line not in lines]
     records = [line for line in lines if "step" in line and "loss_mean" in line]
     if not records:
         raise InputError(f"log {log} has no line of a step yet; runs write one every --log-every steps")
-    about = next(
-        (line["about"] for line in lines if isinstance(line.get("about"), dict)), None
-    ) or _last_start(log.parent)
-    return Curve(
-        name or (path.name if path.is_dir() else path.stem), records, about, reference, found.note(log)
-    )
+    written = [line["about"] for line in lines if isinstance(line.get("about"), dict)]
+    about = (written[0] if written else {}) or _last_start(log.parent)
+    if not name:
+        name = path.name if path.is_dir() else path.stem
+    return Curve(name, records, about, reference, found.note(log))
 
 
 def _last_start(folder: Path) -> dict[str, Any]:
-    """Commit, versions and device of a run's last start, as far as they are known."""
+    """Commit, versions and device of a run's last start, where they are known."""
     try:
         start = read_starts(folder)[-1]
     except (InputError, IndexError):
@@ -104,10 +113,10 @@ def _last_start(folder: Path) -> dict[str, Any]:
 
 
 def read_curves(runs: Sequence[str], references: Sequence[str]) -> list[Curve]:
-    """All curves, references first, with names that differ.
+    """All curves, reference curves first, with distinct names.
 
     Raises:
-        InputError: see `read_curve`; an unknown reference; nothing to draw.
+        InputError: a reference is unknown, or there is nothing to draw; see also `read_curve`.
     """
     known = sorted(path.stem for path in REFERENCES.glob("*.jsonl"))
     for name in references:
@@ -125,11 +134,11 @@ def read_curves(runs: Sequence[str], references: Sequence[str]) -> list[Curve]:
     return curves + [read_curve(run, name) for run, name in zip(runs, names, strict=True)]
 
 
-# --- Out ---
+# --- Output ---
 
 
 def draw(curves: Sequence[Curve], path: Path, by: str = "step") -> None:
-    """Write the picture: a panel each for the quantities in `PANELS`.
+    """Write the picture, with a panel for each quantity of `PANELS`.
 
     Raises:
         InputError: matplotlib is missing, or the file can't be written.
@@ -145,10 +154,10 @@ def draw(curves: Sequence[Curve], path: Path, by: str = "step") -> None:
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
     for axis, (key, label) in zip(axes.flat, PANELS.items()):
-        own = 0
+        number = 0  # of the curve, reference curves not counted
         for curve in curves:
-            style = _style(own, curve)
-            own += not curve.reference
+            style = _style(number, curve)
+            number += not curve.reference
             axis.plot(*curve.values(key, by), label=curve.name, **style)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
@@ -172,25 +181,25 @@ def _style(number: int, curve: Curve) -> dict[str, Any]:
 
 
 def table(curves: Sequence[Curve]) -> list[str]:
-    """A line a curve: name, steps, losses, clips a second."""
+    """Lines of a table, one for each curve: name, steps, losses, clips per second."""
     rows = [["run", "steps", "loss of the last tenth", "lowest", "clips/s"]]
     for curve in curves:
         s = curve.summary()
-        numbers = [
-            ("-" if s[k] is None else f"{s[k]:.{d}f}")
-            for k, d in (("loss_of_last_tenth", 4), ("lowest_loss", 4))
-        ]
-        rate = "-" if s["clips_per_s"] is None else f"{s['clips_per_s']:.1f}"
-        rows.append([curve.name, str(s["steps"]), *numbers, rate])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
+        losses = [_number(s["loss_of_last_tenth"], 4), _number(s["lowest_loss"], 4)]
+        rows.append([curve.name, str(s["steps"]), *losses, _number(s["clips_per_s"], 1)])
+    first_width, *widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for name, *cells in rows:
+        lines.append("  ".join([name.ljust(first_width), *(c.rjust(w) for c, w in zip(cells, widths))]))
+    return lines
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def export(curve: Curve, path: Path, note: str) -> None:
-    """Write a curve to keep: a line `about` it (note, commit, versions, device), then at most 200 lines of
+    """Write a reference curve: a line `about` it (note, commit, versions, device), then at most 200 lines of
     its log.
 
     Raises:
@@ -212,6 +221,7 @@ def _short(value: Any) -> Any:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
     parser.add_argument("runs", nargs="*", metavar="RUN", help="output folder of a run, or a JSONL log")
     parser.add_argument(
         "--reference",
@@ -223,19 +233,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", default="curves.png", metavar="FILE", help="picture: .png, .pdf, .svg (curves.png)"
     )
+    parser.add_argument("--by", choices=sorted(AXES), default="step", help="x axis (step)")
     parser.add_argument(
-        "--by", choices=sorted(AXES), default="step", help="what runs along the x axis (step)"
+        "--json", metavar="FILE", help="file for the values, instead of a picture; - prints them"
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="write the values there, no picture; - for the terminal"
-    )
-    parser.add_argument(
-        "--export", metavar="FILE", help="write the one RUN as a curve to keep, instead of a picture"
+        "--export", metavar="FILE", help="file for a reference curve of the one RUN, instead of a picture"
     )
     parser.add_argument("--note", default="", help="with --export: the command that made the run")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the command: read the logs, print the table, write the picture or the file asked for."""
     curves = read_curves(args.runs, args.reference)
     for note in [curve.note for curve in curves if curve.note]:
         print(note, file=sys.stderr)
@@ -259,7 +268,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(curves: Sequence[Curve], by: str = "step") -> dict[str, Any]:
-    """All curves in plain containers."""
+    """All curves, in containers that JSON can hold."""
     described = []
     for curve in curves:
         values = {key: dict(zip((by, "value"), curve.values(key, by))) for key in PANELS}

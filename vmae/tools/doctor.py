@@ -1,6 +1,7 @@
-"""`python -m vmae doctor`: what is installed here, what runs, and what each missing thing costs.
+"""`python -m vmae doctor`: installed packages, what runs on this machine, and the cost of each missing
+package.
 
-Nothing is assumed from version numbers alone: a package is found by importing it, in this process.
+A package counts as found only if it imports in this process; version numbers alone prove nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib.util
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,17 +36,17 @@ HEAD_DIMS = (64, 80, 88)  # ViT-S, B, L; ViT-H; ViT-g
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """An optional package.
+    """Optional package.
 
     Attributes:
-        name: shown to the user.
-        group: what it is for.
+        name: name shown to the user.
+        group: purpose: kernels, video, attention or files.
         module: import name.
-        packages: distributions that may provide it.
-        install: what to type.
-        without: what it costs not to have it.
-        gpu: of no use without a GPU.
-        probe: what else keeps it from working once it imports; None where nothing does.
+        packages: distributions that may provide the module.
+        install: command that installs it.
+        without: cost of not having it.
+        gpu: whether it is useful with a GPU only.
+        probe: function that gives the reason why the package does not work although it imports, or None.
     """
 
     name: str
@@ -66,6 +67,11 @@ def video_parts() -> list[Part]:
         if backend.library is not None:
             parts.append(Part(**vars(backend.library), group="video", probe=backend.missing))
     return parts
+
+
+def _attention_install(name: str) -> str:
+    """Command that installs an optional attention backend."""
+    return BACKENDS[name].install or ""
 
 
 PARTS = (
@@ -95,7 +101,7 @@ PARTS = (
         module="flash_attn",
         packages=("flash-attn",),
         gpu=True,
-        install=BACKENDS["flash2"].install,
+        install=_attention_install("flash2"),
         without="attention falls to torch's kernels, which stack three gradients a layer",
     ),
     Part(
@@ -104,7 +110,7 @@ PARTS = (
         module="flash_attn_interface",
         packages=("flash_attn_3", "flash-attn-3"),
         gpu=True,
-        install=BACKENDS["flash3"].install,
+        install=_attention_install("flash3"),
         without="Hopper's own attention kernels are not used",
     ),
     Part(
@@ -113,7 +119,7 @@ PARTS = (
         module="flash_attn.cute",
         packages=("flash-attn-4",),
         gpu=True,
-        install=BACKENDS["flash4"].install,
+        install=_attention_install("flash4"),
         without="Blackwell's own attention kernels are not used",
     ),
     Part(
@@ -122,7 +128,7 @@ PARTS = (
         module="xformers.ops",
         packages=("xformers",),
         gpu=True,
-        install=BACKENDS["xformers"].install,
+        install=_attention_install("xformers"),
         without="nothing where another attention backend runs",
     ),
     Part(
@@ -161,6 +167,7 @@ PARTS = (
 
 
 def _version(packages: tuple[str, ...]) -> tuple[str, str] | None:
+    """(name, version) of the first of these distributions that is installed."""
     for package in packages:
         try:
             return package, importlib.metadata.version(package)
@@ -170,14 +177,14 @@ def _version(packages: tuple[str, ...]) -> tuple[str, str] | None:
 
 
 def look_for(part: Part) -> dict[str, Any]:
-    """Whether it imports, its version, and the reason if it does not."""
-    known = _version(part.packages)
-    record = {
+    """Record of an optional package: whether it works, its version, and the reason if it does not."""
+    package, version = _version(part.packages) or (None, None)
+    record: dict[str, Any] = {
         "name": part.name,
         "group": part.group,
         "found": False,
-        "package": known and known[0],
-        "version": known and known[1],
+        "package": package,
+        "version": version,
         "reason": None,
         "install": part.install,
         "without": part.without,
@@ -192,31 +199,33 @@ def look_for(part: Part) -> dict[str, Any]:
         record["found"] = record["reason"] is None
         record["version"] = record["version"] or getattr(module, "__version__", None)
     except ModuleNotFoundError as error:
-        here = error.name and part.module.startswith(error.name)
-        record["reason"] = "not installed" if here else f"does not import: {error}"
+        itself = error.name and part.module.startswith(error.name)
+        record["reason"] = "not installed" if itself else f"does not import: {error}"
     except Exception as error:  # shared libraries of another torch or CUDA: OSError, RuntimeError and more
-        record["reason"] = f"does not import: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        first_line, *_ = str(error).splitlines() or [type(error).__name__]
+        record["reason"] = f"does not import: {first_line}"
     return record
 
 
 def look_at_attention(
     device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...]
 ) -> list[dict[str, Any]]:
-    """One record per backend: head dims it runs with, and the reason why not, for training on equal and
-    packed sequences."""
+    """Record of each attention backend: the head dims that it runs with, for training on batches and on
+    packed sequences, and the reason why it does not run with the others."""
     workloads = [Workload.on(device, dtype=dtype, head_dim=head_dim) for head_dim in head_dims]
     packed = [Workload.on(device, dtype=dtype, head_dim=head_dim, packed=True) for head_dim in head_dims]
     records = []
     for name, backend in BACKENDS.items():
         dense_reasons = {w.head_dim: backend.why_not(w) for w in workloads}
         packed_reasons = {w.head_dim: backend.why_not(w) for w in packed}
-        reasons = dense_reasons if backend.call is not None else packed_reasons
+        reasons = packed_reasons if backend.call is None else dense_reasons
         runs = [head_dim for head_dim, reason in reasons.items() if reason is None]
-        failed = {head_dim: reason for head_dim, reason in reasons.items() if reason is not None}
+        failed = [(head_dim, reason) for head_dim, reason in reasons.items() if reason is not None]
         reason = None
         if failed:
-            first = next(iter(failed))
-            reason = failed[first] if not runs else f"head dim {first}: {failed[first]}"
+            head_dim, reason = failed[0]
+            if runs:
+                reason = f"head dim {head_dim}: {reason}"
         records.append(
             {
                 "name": name,
@@ -233,14 +242,14 @@ def look_at_attention(
 
 
 def look_at_auto(device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...]) -> dict[str, Any]:
-    """What `auto` takes, by head dim, and whether the order behind it was measured."""
-    workloads = [Workload.on(device, dtype=dtype, head_dim=head_dim) for head_dim in head_dims]
-    taken = {w.head_dim: next(name for name in auto_order(w)[0] if name in runnable(w)) for w in workloads}
-    return {
-        "takes": taken,
-        "order": list(auto_order(workloads[0])[0]),
-        "measured": auto_order(workloads[0])[1],
-    }
+    """Attention backend that `auto` chooses, by head dim; its order, and whether that order was measured."""
+    chosen = {}
+    for head_dim in head_dims:
+        workload = Workload.on(device, dtype=dtype, head_dim=head_dim)
+        order, _ = auto_order(workload)
+        chosen[head_dim] = next(name for name in order if name in runnable(workload))
+    order, measured = auto_order(Workload.on(device, dtype=dtype, head_dim=head_dims[0]))
+    return {"takes": chosen, "order": list(order), "measured": measured}
 
 
 def look_at_video() -> dict[str, Any]:
@@ -259,7 +268,11 @@ def look_at_video() -> dict[str, Any]:
 
 
 def look_at_machine(device: torch.device) -> dict[str, Any]:
+    """Record of the machine: Python, torch, GPUs, and what the fused operations run with."""
     gpus = []
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     for index in range(torch.cuda.device_count()):
         known = torch.cuda.get_device_properties(index)
         capability = f"{known.major}.{known.minor}"
@@ -267,7 +280,7 @@ def look_at_machine(device: torch.device) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
@@ -281,7 +294,7 @@ def look_at_machine(device: torch.device) -> dict[str, Any]:
 def examine(
     device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...] = HEAD_DIMS
 ) -> dict[str, Any]:
-    """Everything that `doctor` prints, as JSON can hold it."""
+    """Everything that `doctor` prints, in containers that JSON can hold."""
     return {
         "schema": SCHEMA,
         "machine": look_at_machine(device),
@@ -300,82 +313,93 @@ def examine(
 # --- print --------------------------------------------------------------------------------------------------
 
 
-def _table(rows: list[tuple[str, ...]], say: Callable[[str], None]) -> None:
-    """The last column is not padded."""
+def _table(rows: Sequence[tuple[str, ...]], say: Callable[[str], None]) -> None:
+    """Print aligned columns; the last one is not padded."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     for row in rows:
         say("  " + "  ".join([cell.ljust(width) for cell, width in zip(row, widths)] + [row[-1]]).rstrip())
 
 
 def _attention_row(record: dict[str, Any], head_dims: list[int]) -> tuple[str, ...]:
-    runs = "yes" if record["runs"] == head_dims else ", ".join(map(str, record["runs"])) or "no"
+    runs = ", ".join(map(str, record["runs"])) or "no"
+    if record["runs"] == head_dims:
+        runs = "yes"
     padded = []
     for head_dim, tiles in record["tiles"].items():
         if tiles is None:
             padded.append("?")
         elif tiles != (head_dim, head_dim):
             padded.append(f"{head_dim} to {' and '.join(str(w) for w in dict.fromkeys(tiles))}")
-    text = record["text"] if record["reason"] is None else record["reason"]
-    return (
-        record["name"],
-        runs,
-        record["version"] or "-",
-        "?" if "?" in padded else ", ".join(padded) or "none",
-        text,
-    )
+    pads = ", ".join(padded) or "none"
+    if "?" in padded:
+        pads = "?"
+    return record["name"], runs, record["version"] or "-", pads, record["reason"] or record["text"]
 
 
 def report(found: dict[str, Any], say: Callable[[str], None] = print) -> None:
-    machine, workload = found["machine"], found["workload"]
+    """Print what `examine` found."""
+    _report_machine(found["machine"], say)
+    _report_attention(found, say)
+    _report_video(found["video"], say)
+    _report_packages(found["parts"], bool(found["machine"]["gpus"]), say)
+
+
+def _report_machine(machine: dict[str, Any], say: Callable[[str], None]) -> None:
     say(f"python {machine['python']}, {machine['system']}, {machine['cores']} cores")
-    cuda = f"CUDA {machine['cuda']}, cuDNN {machine['cudnn']}" if machine["cuda"] else None
-    hip = f"ROCm {machine['hip']}" if machine["hip"] else None
-    say(f"torch {machine['torch']}: {cuda or hip or 'built without CUDA'}")
+    built = "built without CUDA"
+    if machine["cuda"]:
+        built = f"CUDA {machine['cuda']}, cuDNN {machine['cudnn']}"
+    elif machine["hip"]:
+        built = f"ROCm {machine['hip']}"
+    say(f"torch {machine['torch']}: {built}")
     for gpu in machine["gpus"]:
         say(f"GPU: {gpu['name']}, compute capability {gpu['capability']}, {gpu['gib']} GiB")
     if not machine["gpus"]:
         say("no GPU: everything runs on the CPU")
-    say(
-        f"fused operations: {machine['kernels']}"
-        + (f" ({machine['kernels_note']})" if machine["kernels_note"] else "")
-    )
+    runs_with = machine["kernels"]
+    if machine["kernels_note"]:
+        runs_with += f" ({machine['kernels_note']})"
+    say(f"fused operations: {runs_with}")
 
+
+def _report_attention(found: dict[str, Any], say: Callable[[str], None]) -> None:
+    workload, auto = found["workload"], found["auto"]
     head_dims = workload["head_dims"]
     shapes = ", ".join(map(str, head_dims))
     say(f"\nattention backends, training on {workload['device']} in {workload['dtype']}, head dims {shapes}")
-    rows = [("backend", "runs", "version", "pads to", "what it is, or why not")]
-    _table(rows + [_attention_row(record, head_dims) for record in found["attention"]], say)
-    auto = found["auto"]
-    taken = ", ".join(dict.fromkeys(auto["takes"].values()))
-    order = (
-        "measured on this class of device"
-        if auto["measured"]
-        else "expected, not measured on this class of device"
-    )
-    say(f"  auto takes {taken}; its order, {order}: {', '.join(auto['order'])}")
+    header = ("backend", "runs", "version", "pads to", "what it is, or why not")
+    _table([header, *(_attention_row(record, head_dims) for record in found["attention"])], say)
+    chosen = ", ".join(dict.fromkeys(auto["takes"].values()))
+    evidence = "expected, not measured on this class of device"
+    if auto["measured"]:
+        evidence = "measured on this class of device"
+    say(f"  auto takes {chosen}; its order, {evidence}: {', '.join(auto['order'])}")
 
-    order = ", ".join(found["video"]["order"])
-    say(
-        f"\nvideo files: auto decodes with the first of {order}"
-        if order
-        else "\nvideo files: none can be decoded"
-    )
-    if found["video"]["note"]:
-        say(f"  {found['video']['note']}")
 
+def _report_video(video: dict[str, Any], say: Callable[[str], None]) -> None:
+    if video["order"]:
+        say(f"\nvideo files: auto decodes with the first of {', '.join(video['order'])}")
+    else:
+        say("\nvideo files: none can be decoded")
+    if video["note"]:
+        say(f"  {video['note']}")
+
+
+def _report_packages(parts: Sequence[dict[str, Any]], has_gpu: bool, say: Callable[[str], None]) -> None:
     say("\npackages")
     rows = [("package", "for", "version", "")]
-    for part in found["parts"]:
-        rows.append(
-            (part["name"], part["group"], part["version"] or "-", "" if part["found"] else part["reason"])
-        )
+    for part in parts:
+        state = "" if part["found"] else part["reason"]
+        rows.append((part["name"], part["group"], part["version"] or "-", state))
     _table(rows, say)
-    missing = [part for part in found["parts"] if not part["found"]]
+    missing = [part for part in parts if not part["found"]]
     if missing:
-        say("\nmissing, and what that costs")
+        say("\nmissing packages, and their cost")
     for part in missing:
-        use = " (of no use here: there is no GPU)" if part["gpu"] and not machine["gpus"] else ""
-        say(f"  {part['name']}: {part['without']}{use}\n    {part['install']}")
+        cost = part["without"]
+        if part["gpu"] and not has_gpu:
+            cost += " (no use on this machine: it has no GPU)"
+        say(f"  {part['name']}: {cost}\n    {part['install']}")
 
 
 # --- command line -------------------------------------------------------------------------------------------
@@ -384,11 +408,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, or a GPU such as cuda:1 (default: a GPU if there is one)"
     )
     parser.add_argument(
-        "--dtype", choices=list(DTYPES), help="of attention (default: bfloat16 on a GPU, float32 on a CPU)"
+        "--dtype",
+        choices=list(DTYPES),
+        help="dtype of attention (default: bfloat16 on a GPU, float32 on a CPU)",
     )
     parser.add_argument(
         "--head-dim",
@@ -396,21 +423,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=list(HEAD_DIMS),
         metavar="N",
-        help="of attention (default: the presets')",
+        help="head dims of attention (default: those of the presets)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write everything there")
+    parser.add_argument("--json", metavar="FILE", help="file for all results")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the command: examine the machine, and print what was found."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        )
+        device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"--device {args.device}: torch knows no such device") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {args.device}: torch sees no GPU here; use --device cpu")
-    dtype = DTYPES[args.dtype] if args.dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if args.dtype:
+        dtype = DTYPES[args.dtype]
     found = examine(device, dtype, tuple(dict.fromkeys(args.head_dim)))
     report(found)
     if args.json:

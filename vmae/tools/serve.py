@@ -1,11 +1,11 @@
-"""`python -m vmae serve`: a page on this machine; drop in a video, see masks, what the model rebuilds, and
-classes.
+"""`python -m vmae serve`: local web page that shows masks, reconstruction and classes of a video that is
+dropped on it.
 
-The standard library's server, bound to 127.0.0.1. A request's video is one file in a folder of its own,
-removed with its folder when the answer is made, whatever it is; few are taken at once, each within a size and
-a time, so what all of them take of disk, threads and time is bounded. Requests of other sites' pages are
-refused: by Host (no other name leads here), by Origin, and by a header that a page of another site may not
-send.
+The server is that of the standard library, bound to 127.0.0.1. A request's video is one file in its own
+temporary folder, which is removed when the request ends, with or without an error. The number of uploads and
+of connections, the size of a file and the time of an upload are limited, so the use of disk, threads and time
+is bounded. Requests from pages of other sites are refused by their Host, by their Origin, and by a header
+that such a page may not send.
 """
 
 from __future__ import annotations
@@ -53,28 +53,29 @@ from vmae.settings import SEED, SIDE, Real, Whole, limits, ranged, shown
 from vmae.train.checks import resolve_device
 
 _SECONDS = Real(above=0, most=86400)
-HEADER = "X-Vmae"  # a page of another site cannot send it without being asked first, and is told nothing
+# Browsers let a page of another site send this header only after a preflight request, which is refused here.
+HEADER = "X-Vmae"
 COLUMNS, TOP = 4, 5
 _POLICY = "default-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
 _RATIOS = {name: limits(MaskConfig, name) for name in ("encoder_ratio", "decoder_ratio")}
-_FIELDS = {"encoder": str, "decoder": str, "seed": SEED, **_RATIOS}
-RETRY = 10  # seconds, told to those who have to wait
+_FIELDS: dict[str, Callable[[str], Any]] = {"encoder": str, "decoder": str, "seed": SEED, **_RATIOS}
+RETRY = 10  # seconds, sent as Retry-After
 _AGAIN = f"try again in {RETRY} seconds"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits(_Checked):
-    """What a video may be, and what all requests together may take.
+    """Limits of a video, and of all requests together.
 
     Attributes:
-        megabytes: of its file.
-        seconds: of its length.
-        pixels: of its longer side.
-        wait: seconds that a request waits for the one before it.
-        headers: seconds until a request must have said what it wants, and in which an answer must be taken.
-        upload: seconds that the video's way here may take.
-        uploads: videos on the disk at once; one is worked on, the others wait or are on their way.
-        connections: at once.
+        megabytes: size of the file.
+        seconds: duration of the video.
+        pixels: longer side of a frame.
+        wait: seconds that a request waits for the request before it.
+        headers: seconds in which a client must send its request's headers.
+        upload: seconds that an upload may take, and sending an answer.
+        uploads: videos on the disk at once: one is processed, the others wait or are being uploaded.
+        connections: connections at once.
     """
 
     megabytes: int = ranged(100, Whole(1, 100_000))
@@ -88,18 +89,25 @@ class Limits(_Checked):
 
 
 def _measure(path: Path) -> tuple[int, float, tuple[int, int]]:
-    """Frames, frames a second, (width, height)."""
+    """Number of frames, frames per second, (width, height)."""
     with open_video(path) as reader:
-        return len(reader), reader.fps or 25.0, reader.size or reader.frames([0]).shape[2:0:-1]
+        size = reader.size
+        if not size:
+            height, width = reader.frames([0]).shape[1:3]
+            size = (width, height)
+        return len(reader), reader.fps or 25.0, size
 
 
 @dataclass
 class Studio:
-    """The models, and one video at a time.
+    """Models, applied to one video at a time.
 
     Attributes:
-        model, stride, mask: pre-trained, and how it was trained to see.
-        classifier: a fine-tuned one, or None.
+        model: pre-trained model.
+        stride, mask: clip stride and mask of its training.
+        classifier: fine-tuned classifier, or None.
+        limits: limits of videos and requests.
+        busy: held while a video is processed.
     """
 
     model: Pretrainer
@@ -110,33 +118,33 @@ class Studio:
     busy: threading.Lock = field(default_factory=threading.Lock)
 
     def check(self, path: Path) -> None:
-        """Whether the file is a video within the limits.
+        """Check that the file is a video within the limits.
 
         Raises:
-            InputError: it is not; the message says why.
+            InputError: it is not; the message gives the reason.
         """
-        if (
-            container_kind(str(path)) == "unknown"
-        ):  # playlists and the like, which name other files, are no videos either
+        # Playlists and other files that name further files are of unknown kind too.
+        if container_kind(str(path)) == "unknown":
             raise InputError("this is not a video file (MP4, MOV, MKV, WebM, AVI, MPEG)")
-        count, fps, (width, height) = guarded(_measure, path)
-        if count / fps > self.limits.seconds:
+        measured: tuple[int, float, tuple[int, int]] = guarded(_measure, path)
+        count, fps, (width, height) = measured
+        seconds = count / fps
+        if seconds > self.limits.seconds:
             raise InputError(
-                f"the video has {count / fps:.0f} seconds, more than the {self.limits.seconds} allowed here"
+                f"the video has {seconds:.0f} seconds; at most {self.limits.seconds} are allowed"
             )
         if max(width, height) > self.limits.pixels:
             raise InputError(
-                f"the video has {width} x {height} pixels, more than the {self.limits.pixels} allowed on a "
-                "side"
+                f"the video has {width} x {height} pixels; a side of at most {self.limits.pixels} is allowed"
             )
         if count < 2:
             raise InputError("this is one picture, not a video")
 
     def show(self, path: Path, mask: MaskConfig, seed: int) -> dict[str, Any]:
-        """Picture, losses, words and classes of a video.
+        """Answer for a video: picture, mask counts, losses and classes.
 
         Raises:
-            InputError: the video or the mask is not good.
+            InputError: the video is not a video within the limits, or the mask cannot be drawn.
         """
         config, device = self.model.config, next(self.model.parameters()).device
         drawn = DualMask.sample(
@@ -145,34 +153,35 @@ class Studio:
         self.check(path)
         clip, indices = middle_clip(path, config, self.stride)
         found = reconstruct(self.model, clip.to(device), drawn.to(device))
-        steps = np.unique(
-            np.linspace(0, config.grid[0] - 1, min(COLUMNS, config.grid[0])).round().astype(int)
-        )
-        moments = [
-            (int(step) * config.tubelet_size, f"frame {indices[step * config.tubelet_size]}")
-            for step in steps
-        ]
+        times, _, _ = config.grid
+        shown = np.unique(np.linspace(0, times - 1, min(COLUMNS, times)).round().astype(int))
+        moments = []
+        for time_of_grid in shown.tolist():
+            frame = time_of_grid * config.tubelet_size
+            moments.append((frame, f"frame {indices[frame]}"))
         png = io.BytesIO()
         draw_grid(found.panels, moments).save(png, format="PNG")
-        visible, picked, counted = drawn.visible.shape[1], drawn.decode.shape[1], int(drawn.weight.sum())
+        visible, decoded, counted = drawn.visible.shape[1], drawn.decode.shape[1], int(drawn.weight.sum())
         trivial = f"predicting zero {found.zero_loss:.3f}, the visible mean {found.visible_mean_loss:.3f}"
         return {
             "picture": "data:image/png;base64," + base64.b64encode(png.getvalue()).decode(),
-            "masks": f"{config.num_tokens} tubelets: the encoder sees {visible}, the decoder rebuilds {picked}, "
-            f"the loss counts {counted}",
+            "masks": f"{config.num_tokens} tokens: {visible} visible, {decoded} decoded, "
+            f"{counted} counted by the loss",
             "loss": f"loss {found.loss:.3f}; {trivial}",
-            "classes": None if self.classifier is None else self.classes(path),
+            "classes": self.classes(path),
         }
 
-    def classes(self, path: Path) -> list[dict[str, Any]]:
-        """The likeliest, the mean over two clips of the video."""
+    def classes(self, path: Path) -> list[dict[str, Any]] | None:
+        """Most likely classes, mean over two clips of the video; None without a classifier."""
         loaded = self.classifier
+        if loaded is None:
+            return None
         views = published_views(loaded.clip.sampling, 2, 1)
         found = top_classes(loaded, str(path), views, loaded.class_names, TOP)
         return [{"name": name, "percent": round(100 * probability, 1)} for name, probability in found]
 
     def page(self) -> str:
-        """The page, with this model's own mask chosen."""
+        """HTML of the page, with the mask of the model's training selected."""
         chosen = {**self.mask.to_dict(), "seed": 0}
         about = {
             "chosen": chosen,
@@ -183,15 +192,12 @@ class Studio:
             "classifier": self.classifier is not None,
         }
         text = json.dumps(about).replace("<", "\\u003c")
-        return (
-            (Path(__file__).parent / "serve.html")
-            .read_text(encoding="utf-8")
-            .replace("/* ABOUT */ null", text)
-        )
+        html = (Path(__file__).parent / "serve.html").read_text(encoding="utf-8")
+        return html.replace("/* ABOUT */ null", text)
 
 
 class Refused(Exception):
-    """A request that gets a status and a line; `retry` in seconds where it may come again."""
+    """Request that is refused with a status and a line; `retry`: seconds after which it may be sent again."""
 
     def __init__(self, status: HTTPStatus, message: str, retry: int | None = None):
         super().__init__(message)
@@ -199,10 +205,10 @@ class Refused(Exception):
 
 
 class Deadline(io.RawIOBase):
-    """What a socket sends, up to a moment: however slowly it comes, no read waits longer.
+    """Input stream of a socket with a deadline for all reads together, however slowly the data arrives.
 
     Raises:
-        TimeoutError: the moment has come.
+        TimeoutError: the deadline has passed.
     """
 
     def __init__(self, connection: socket.socket, seconds: float):
@@ -212,6 +218,7 @@ class Deadline(io.RawIOBase):
         return True
 
     def extend(self, seconds: float) -> None:
+        """Move the deadline to `seconds` from now."""
         self.end = time.monotonic() + seconds
 
     def readinto(self, buffer) -> int:
@@ -223,10 +230,9 @@ class Deadline(io.RawIOBase):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a `Studio` on 127.0.0.1; port 0 takes a free one.
+    """HTTP server of a `Studio` on 127.0.0.1; port 0 means a free port.
 
-    Connections and uploads are counted: `Limits.connections` threads at most, and `Limits.uploads` videos on
-    the disk.
+    At most `Limits.connections` threads run, and at most `Limits.uploads` videos are on the disk.
     """
 
     daemon_threads = True
@@ -239,10 +245,12 @@ class Server(ThreadingHTTPServer):
 
     @property
     def names(self) -> tuple[str, ...]:
-        names = ("127.0.0.1", "localhost")
-        return tuple(f"{name}:{self.server_port}" for name in names) + (
-            names if self.server_port == 80 else ()
-        )
+        """Values of the Host header that lead to this server."""
+        hosts = ("127.0.0.1", "localhost")
+        names = tuple(f"{host}:{self.server_port}" for host in hosts)
+        if self.server_port == 80:
+            return names + hosts
+        return names
 
     def process_request(self, request, client_address) -> None:
         if not self.free_connections.acquire(blocking=False):
@@ -264,12 +272,14 @@ class Server(ThreadingHTTPServer):
             self.free_connections.release()
 
     def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # else the other side is gone
-            tell_trace()
+        _, error, _ = sys.exc_info()
+        if not isinstance(error, OSError):  # an OSError: the client is gone
+            print_trace()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / is the page; POST /show, with a video as body and the mask in the query, gives JSON."""
+    """GET / returns the page; POST /show, with a video as its body and the mask in its query, returns
+    JSON."""
 
     server: Server
     server_version, sys_version = "vmae", ""
@@ -288,23 +298,23 @@ class Handler(BaseHTTPRequestHandler):
 
     def _get(self) -> tuple[str, bytes]:
         if self.path.partition("?")[0] != "/":
-            raise Refused(HTTPStatus.NOT_FOUND, "there is nothing here; the page is at /")
+            raise Refused(HTTPStatus.NOT_FOUND, "not found; the page is at /")
         return "text/html; charset=utf-8", self.server.studio.page().encode()
 
     def _show(self) -> tuple[str, bytes]:
         studio, (place, _, query) = self.server.studio, self.path.partition("?")
         if place != "/show" or self.headers.get(HEADER) != "1":
-            raise Refused(HTTPStatus.FORBIDDEN, "videos are taken from the page only")
+            raise Refused(HTTPStatus.FORBIDDEN, "videos are accepted from the page only")
         mask, seed = _read_fields(studio.mask, query)
         self._check_length(studio.limits.megabytes)
         if not self.server.free_uploads.acquire(blocking=False):
-            text = f"{studio.limits.uploads} videos are waiting here already; {_AGAIN}"
+            text = f"{studio.limits.uploads} videos are waiting already; {_AGAIN}"
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, text, RETRY)
         try:
             with _storing():
                 folder = tempfile.TemporaryDirectory(prefix="vmae-serve-")
             with folder:
-                path = Path(folder.name) / "video.mp4"  # whatever the request calls it
+                path = Path(folder.name) / "video.mp4"  # not a name from the request
                 with _storing():
                     self._receive(path)
                 return "application/json", json.dumps(self._work(path, mask, seed)).encode()
@@ -312,12 +322,11 @@ class Handler(BaseHTTPRequestHandler):
             self.server.free_uploads.release()
 
     def _work(self, path: Path, mask: MaskConfig, seed: int) -> dict[str, Any]:
-        """The answer, when the videos before this one are done."""
+        """Answer for the video, once the videos before it are done."""
         studio = self.server.studio
         if not studio.busy.acquire(timeout=studio.limits.wait):
-            raise Refused(
-                HTTPStatus.SERVICE_UNAVAILABLE, f"another video is being worked on; {_AGAIN}", RETRY
-            )
+            text = f"another video is being processed; {_AGAIN}"
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, text, RETRY)
         try:
             return studio.show(path, mask, seed)
         except InputError as error:
@@ -329,9 +338,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _check_length(self, megabytes: int) -> None:
         if self.length is None:
-            raise Refused(HTTPStatus.LENGTH_REQUIRED, "the request does not say how long the video is")
+            raise Refused(HTTPStatus.LENGTH_REQUIRED, "the request has no Content-Length")
         if self.length > megabytes << 20:
-            text = f"the file has {self.length >> 20} MB, more than the {megabytes} allowed here"
+            text = f"the file has {self.length >> 20} MB; at most {megabytes} are allowed"
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
         if not self.length:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "the file is empty")
@@ -341,10 +350,10 @@ class Handler(BaseHTTPRequestHandler):
             for part in self._body():
                 file.write(part)
         if self.unread:
-            raise Refused(HTTPStatus.BAD_REQUEST, "the upload broke off")
+            raise Refused(HTTPStatus.BAD_REQUEST, "the upload is incomplete")
 
     def _body(self) -> Iterator[bytes]:
-        """What is left of it, in parts."""
+        """Rest of the request's body, in parts."""
         while self.unread and (part := self.rfile.read1(min(self.unread, 1 << 20))):
             self.unread -= len(part)
             yield part
@@ -352,7 +361,9 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, work: Callable[[], tuple[str, bytes]]) -> None:
         self.close_connection = True
         self.input.extend(self.server.studio.limits.upload)
-        self.length, self.unread, retry = None, 0, None
+        self.length: int | None = None  # bytes of the body
+        self.unread = 0  # bytes of the body that are not read yet
+        retry = None
         try:
             self.length = self._read_length()
             self.unread = self.length or 0
@@ -363,22 +374,20 @@ class Handler(BaseHTTPRequestHandler):
             kind, body = "application/json", json.dumps({"error": str(refusal)}).encode()
         except TimeoutError:
             status, kind = HTTPStatus.REQUEST_TIMEOUT, "application/json"
-            body = json.dumps(
-                {"error": f"the upload took more than {self.server.studio.limits.upload:g} seconds"}
-            ).encode()
-        except ConnectionError:  # the other side is gone
+            text = f"the upload took more than {self.server.studio.limits.upload:g} seconds"
+            body = json.dumps({"error": text}).encode()
+        except ConnectionError:  # the client is gone
             return
-        except Exception as error:  # a page gets a line; the trace goes to the terminal
-            tell_trace()
+        except Exception as error:  # the page shows one line; the trace goes to the terminal
+            print_trace()
             status, kind = HTTPStatus.INTERNAL_SERVER_ERROR, "application/json"
-            body = json.dumps(
-                {"error": f"something went wrong here ({type(error).__name__}); the terminal says more"}
-            ).encode()
+            text = f"internal error ({type(error).__name__}); the terminal shows the trace"
+            body = json.dumps({"error": text}).encode()
         self._send(status, kind, body, retry)
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes, retry: int | None) -> None:
         if self.unread <= self.server.studio.limits.megabytes << 20 and status != HTTPStatus.REQUEST_TIMEOUT:
-            deque(self._body(), maxlen=0)  # a browser takes an answer only when all is sent
+            deque(self._body(), maxlen=0)  # a browser reads an answer only after it has sent the whole body
         self.connection.settimeout(self.server.studio.limits.upload)
         self.send_response(status)
         self.send_header("Content-Type", kind)
@@ -392,19 +401,19 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _read_length(self) -> int | None:
-        """Bytes of the body; None where the request does not say."""
+        """Bytes of the body; None without a Content-Length."""
         given = self.headers.get_all("Content-Length", [])
         if self.headers.get("Transfer-Encoding") is not None:
-            raise Refused(
-                HTTPStatus.LENGTH_REQUIRED,
-                "the request must say how long the video is, with no Transfer-Encoding",
-            )
+            text = "the request must have a Content-Length, and no Transfer-Encoding"
+            raise Refused(HTTPStatus.LENGTH_REQUIRED, text)
         if not given:
             return None
         if len(given) > 1 or not re.fullmatch(r"[0-9]+", given[0].strip(" \t")):
-            raise Refused(HTTPStatus.BAD_REQUEST, "the Content-Length is no whole number")
+            raise Refused(HTTPStatus.BAD_REQUEST, "the Content-Length is not a whole number")
         digits = given[0].strip(" \t").lstrip("0")
-        return int(digits or "0") if len(digits) < 16 else 10**15  # Python itself reads 4,300 of them
+        if len(digits) >= 16:  # more than any limit; Python refuses to convert more than 4,300 digits
+            return 10**15
+        return int(digits or "0")
 
     def _check_sender(self) -> None:
         names, origin, hosts = self.server.names, self.headers.get("Origin"), self.headers.get_all("Host", [])
@@ -418,31 +427,35 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def _storing() -> Iterator[None]:
-    """A disk that is full, or may not be written to, is said to the page."""
+    """Turn an error of the disk (full, or no permission) into an answer for the page."""
     try:
         yield
     except (ConnectionError, TimeoutError):
         raise
     except OSError as error:
-        raise Refused(
-            HTTPStatus.INSUFFICIENT_STORAGE, f"the video cannot be stored here: {error.strerror}"
-        ) from None
+        text = f"the video cannot be stored: {error.strerror}"
+        raise Refused(HTTPStatus.INSUFFICIENT_STORAGE, text) from None
 
 
 def printable(text: str, most: int = 300) -> str:
-    """`text` as a terminal can show it: control characters, which could move its cursor or retitle it, as
-    `\\x1b`."""
-    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
-    return safe + "..." * (len(text) > most)
+    """`text` for a terminal: control characters, which could move its cursor or change its title, are escaped
+    (`\\x1b`)."""
+    safe = []
+    for character in text[:most]:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        safe.append(character)
+    return "".join(safe) + "..." * (len(text) > most)
 
 
-def tell_trace() -> None:
-    """The trace of the exception at hand, to the terminal."""
+def print_trace() -> None:
+    """Print the trace of the current exception to the terminal."""
     lines = traceback.format_exc().splitlines()
     sys.stderr.write("".join(f"{printable(line)}\n" for line in lines))
 
 
 def _read_fields(mask: MaskConfig, query: str) -> tuple[MaskConfig, int]:
+    """Mask and seed of a request; fields that its query does not have are those of `mask`, and seed 0."""
     try:
         given = dict(parse_qsl(query, max_num_fields=len(_FIELDS)))
     except ValueError:
@@ -474,35 +487,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR|FILE", help=f"pre-trained: {known}")
     parser.add_argument("--classifier", metavar="DIR|FILE", help=f"fine-tuned, to name classes: {known}")
     parser.add_argument(
-        "--port", type=Whole(0, 65535), default=8008, help="of http://127.0.0.1 (8008); 0: a free one"
+        "--port", type=Whole(0, 65535), default=8008, help="port on 127.0.0.1 (8008); 0: any free port"
     )
     parser.add_argument(
         "--max-megabytes",
         type=limits(Limits, "megabytes"),
         default=Limits.megabytes,
-        help=f"of a file ({Limits.megabytes})",
+        help=f"largest file, in MB ({Limits.megabytes})",
     )
     parser.add_argument(
         "--max-seconds",
         type=limits(Limits, "seconds"),
         default=Limits.seconds,
-        help=f"of a video ({Limits.seconds})",
+        help=f"longest video, in seconds ({Limits.seconds})",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     add_source_arguments(parser).add_argument(
-        "--classifier-model", help="preset of --classifier, if it does not say either"
+        "--classifier-model", help="preset of --classifier, if its file does not hold its settings"
     )
 
 
 def build_studio(args: argparse.Namespace) -> Studio:
-    """Models loaded, settings checked."""
+    """Studio of the command line's models and limits."""
     device = resolve_device(args.device)
-    source = (args.init_frames, args.init_size)  # of those that do not say
-    given = {"preset": args.model, "source": source} if args.model else {}
+    source = (args.init_frames, args.init_size)  # for files that do not hold their settings
+    given: dict[str, Any] = {}
+    if args.model:
+        given = {"preset": args.model, "source": source}
     model, settings = load_model(find_weights(args.checkpoint), **given)
     classifier = None
     if args.classifier is not None:
-        given = {"preset": args.classifier_model, "source": source} if args.classifier_model else {}
+        given = {}
+        if args.classifier_model:
+            given = {"preset": args.classifier_model, "source": source}
         classifier = load_classifier(args.classifier, **given)
         classifier.model.to(device)
         for line in classifier.assumed:
@@ -517,7 +534,7 @@ def build_studio(args: argparse.Namespace) -> Studio:
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command; ends with Ctrl-C or SIGTERM, and removes what is left of uploads."""
+    """Run the command until Ctrl-C or SIGTERM; temporary files of uploads are removed."""
     studio = build_studio(args)
     try:
         server = Server(studio, args.port)
@@ -525,9 +542,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(
             f"port {args.port} cannot be used ({error.strerror}); choose another --port"
         ) from None
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # the temporary folders are removed as Python ends
+    # sys.exit, so that Python removes the temporary folders.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with server:
         print(f"http://{server.names[0]} (this machine only; Ctrl-C ends it)", flush=True)
         try:

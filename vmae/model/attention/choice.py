@@ -1,20 +1,23 @@
 """The attention backends: what each needs, whether it runs here or why not, and which one `auto` takes.
 
 One `AttentionBackend` per name, one probe each, which answers None (it runs) or the reason why not as text:
-importable, version, device, dtype, head dim, dropout, training. How they are called stands in
-`attention_calls.py`.
+importable, version, device, dtype, head dim, dropout, training. `calls.py` has the calls of each.
 
 Head dims 80 (ViT-H) and 88 (ViT-g): kernels work on tiles of fixed widths and multiply the padding too. Both
 are multiples of 8, so no backend copies its inputs into wider ones (flash-attn and torch do that to other
 head dims): padding costs FLOPs, no bytes. From the kernels' sources, not measured here, as FLOPs of Q K^T and
 P V over the useful ones:
 
-| backend | tile widths | 64 | 80 | 88 | |---|---|---|---|---| | flash2, sdpa_flash on a GPU, varlen | 32, 64,
-96, 128, 192, 256 | 1 | 96: 1.20 | 96: 1.09 | | flash3 | 64, 96, 128, 192, 256 | 1 | 96: 1.20 | 96: 1.09 | |
-flash4 | multiples of 16 forward (of 32 in the backward) | 1 | 80: 1 (96: 1.20) | 96: 1.09 (96: 1.09) | |
-sdpa_efficient, xformers' CUTLASS kernel | Q K^T in steps of 32, P V in 64 or 128 | 1 | 96 and 128: 1.40 | 96
-and 128: 1.27 | | sdpa_cudnn | not published | | | | | sdpa_flash on a CPU, sdpa_math, softmax | none | 1 | 1
-| 1 |
+| backend | tile widths | 64 | 80 | 88 |
+|---|---|---|---|---|
+| flash2, sdpa_flash on a GPU, varlen | 32, 64, 96, 128, 192, 256 | 1 | 96: 1.20 | 96: 1.09 |
+| flash3 | 64, 96, 128, 192, 256 | 1 | 96: 1.20 | 96: 1.09 |
+| flash4 (widths of the backward in brackets) | 16 n (32 n) | 1 | 80: 1 (96: 1.20) | 96: 1.09 (96: 1.09) |
+| sdpa_efficient, xformers' CUTLASS kernel | (1) | 1 | 96 and 128: 1.40 | 96 and 128: 1.27 |
+| sdpa_cudnn | not published | | | |
+| sdpa_flash on a CPU, sdpa_math, softmax | none | 1 | 1 | 1 |
+
+(1) Q K^T in steps of 32, P V in 64 or 128.
 """
 
 from __future__ import annotations
