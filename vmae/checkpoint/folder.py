@@ -1,9 +1,8 @@
-"""A run's folder: its checkpoints by name, the newest one, what is deleted when, and files that replace
-others at once.
+"""A run's folder: its checkpoints by name, the newest one, what is deleted when, and files of weights.
 
-A training checkpoint `checkpoint-00001000/` (`vmae.checkpoint.format`) is complete or absent, and nothing else is
-needed to go on: samples and the model's random numbers are functions of the seed and the step. `weights.pth`
-at the end of a run is one file with published names, which the published code reads too.
+A training checkpoint `checkpoint-00001000/` (`vmae.checkpoint.format`) is complete or absent, and a run needs
+nothing else to go on: samples and the model's random numbers are functions of the seed and the step.
+`weights.pth` at the end of a run is one file with published names, which the published code reads too.
 """
 
 from __future__ import annotations
@@ -25,13 +24,14 @@ from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 
 WEIGHTS_NAME, AVERAGED_NAME = "weights.pth", "weights_ema.pth"
+CONFIG_NAME = "config.json"  # of a folder of transformers
 _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d{8,})")
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(_NAME.fullmatch(path.name)[1])
+    """The step in the name of a checkpoint's folder."""
+    return int(path.name.rpartition("-")[2])
 
 
 class CheckpointFolder:
@@ -116,8 +116,8 @@ class CheckpointFolder:
 
 
 def find_weights(checkpoint: str | Path) -> Path:
-    """What to read: `checkpoint` itself (a file, or a training checkpoint's folder), or a run's newest one,
-    or its weights.
+    """The path to read: `checkpoint` itself (a file, a training checkpoint's folder, or a folder of
+    transformers), or a run's newest checkpoint, else its weights.
 
     Raises:
         InputError: there is no such file, or none in the folder.
@@ -126,6 +126,8 @@ def find_weights(checkpoint: str | Path) -> Path:
     if path.is_dir() and not is_checkpoint(path):
         run = CheckpointFolder(path)
         found = run.latest() or path / WEIGHTS_NAME
+        if not found.exists() and (path / CONFIG_NAME).is_file():
+            return path
         if not found.exists():
             raise InputError(f"{path} holds no complete checkpoint and no {WEIGHTS_NAME}")
         for text in run.passed_over():

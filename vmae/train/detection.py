@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmae.checkpoint.classifier import Start, start_classifier
+from vmae.checkpoint.start import Start, start_classifier
 from vmae.data.augment import image_hw
 from vmae.data.ava import AvaBox, read_actions, read_annotations, read_excluded
 from vmae.data.detection_dataset import DetectionBatch, DetectionDataset, KeyFrame, find_videos, key_frames

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from vmae.checkpoint.classifier import LoadedClassifier, load_classifier
 from vmae.checkpoint.identity import list_hash, model_identity
-from vmae.checkpoint.load import LoadedClassifier, load_classifier
 from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
 from vmae.data.manifest import VideoEntry
 from vmae.errors import InputError

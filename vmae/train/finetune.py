@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmae.checkpoint.classifier import Start, start_classifier
 from vmae.checkpoint.folder import find_weights
 from vmae.checkpoint.published import read_settings_and_weights
 from vmae.checkpoint.source import source_config
+from vmae.checkpoint.start import Start, start_classifier
 from vmae.config import ModelConfig
 from vmae.data.augment import image_hw
 from vmae.data.augment_classify import draw_mixing, mix_clips, mix_targets
