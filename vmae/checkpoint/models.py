@@ -43,20 +43,33 @@ Changes = Mapping[str, Any] | None
 
 @overload
 def to_model(
-    source: Source, kind: Literal["pretrainer"], changes: Changes = ..., **options: Any
+    source: Source,
+    kind: Literal["pretrainer"],
+    changes: Changes = ...,
+    *,
+    backend: str = ...,
+    attention: str = ...,
 ) -> tuple[Pretrainer, str]: ...
 @overload
 def to_model(
-    source: Source, kind: Literal["encoder", "classifier"], changes: Changes = ..., **options: Any
+    source: Source,
+    kind: Literal["encoder", "classifier"],
+    changes: Changes = ...,
+    *,
+    label_map: Sequence[int] | None = ...,
+    backend: str = ...,
+    attention: str = ...,
 ) -> tuple[Classifier, str]: ...
 @overload
 def to_model(
-    source: Source, kind: Literal["detector"], changes: Changes = ..., **options: Any
+    source: Source,
+    kind: Literal["detector"],
+    changes: Changes = ...,
+    *,
+    num_classes: int | None = ...,
+    backend: str = ...,
+    attention: str = ...,
 ) -> tuple[Detector, str]: ...
-@overload
-def to_model(
-    source: Source, kind: Kind, changes: Changes = ..., **options: Any
-) -> tuple[Pretrainer | Classifier, str]: ...
 def to_model(
     source: Source,
     kind: Kind,

@@ -1,5 +1,4 @@
-"""Writing checkpoints, with all ranks, at once or in the background: complete or absent, whatever happens
-meanwhile.
+"""Writing of checkpoints by all ranks, at once or in the background: complete or absent, whatever happens.
 
 A checkpoint is written to `.checkpoint-N.unfinished/`, every file forced to the disk, then the manifest; and
 when every rank is done, rank 0 renames the folder. Only then are older ones deleted.
@@ -12,6 +11,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,6 +90,7 @@ class Saver:
             self._complete(beside, path, step, about)
             return
         done = dcp.async_save(tensors, **where)
+        assert isinstance(done, Future)  # another class comes with an asynchronous stager only
 
         def complete() -> None:
             try:

@@ -1,5 +1,5 @@
-"""Starting a classifier from a pre-trained, post-pre-trained or fine-tuned checkpoint, this code's or the
-published one's.
+"""Loading of a classifier's weights from a pre-trained, post-pre-trained or fine-tuned checkpoint, of this code
+or of the published one.
 
 Every key of the file is loaded, or dropped for a reason that is named, or an error.
 """
@@ -27,7 +27,7 @@ class Start:
     """What became of a checkpoint's tensors.
 
     Attributes:
-        loaded: how many were taken as they are, or converted.
+        loaded: count of those that were loaded, as they are or converted.
         dropped: reason -> names that were left out.
         fresh: names of the model that the file does not have; they start anew.
         notes: what was converted.

@@ -92,7 +92,9 @@ class FolderLock:
             InputError: it was removed, renamed, unmounted or replaced, or someone else took it.
         """
         try:
-            same = os.path.samestat(os.fstat(self._handle), os.stat(self.folder))
+            same = self._handle is not None and os.path.samestat(
+                os.fstat(self._handle), os.stat(self.folder)
+            )
         except OSError:
             same = False
         if not same:
@@ -164,8 +166,7 @@ def refuse_if_locked(folder: str | Path) -> dict[str, Any] | None:
         raise InputError(
             f"output folder {folder} is in use: {path} cannot be read: {error.strerror}"
         ) from error
-    reason = None if holder is None else _why_alive(holder, _this_process())
-    if reason is not None:
+    if holder is not None and (reason := _why_alive(holder, _this_process())):
         raise InputError(
             f"output folder {folder} is in use by {_describe(holder)}. {reason.format(path=path)}"
         )

@@ -96,9 +96,8 @@ def export_graph(model: ClipModel, path: Path, about: dict[str, Any] | None = No
             write(model, torch.zeros(2, *shape), part, json.dumps({**known, **(about or {})}))
             loaded = load(part)
         off = _compare(model, loaded, shape, path)
-        for file in sorted(
-            Path(folder).iterdir(), key=lambda file: file == part
-        ):  # large ONNX files have their weights beside
+        # Large ONNX files have their weights beside; the named file comes last.
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file == part):
             os.replace(file, path.parent / file.name)
     return off
 
@@ -122,9 +121,8 @@ def read_about(path: str | Path) -> dict[str, Any]:
         torch.export.load(path, extra_files=extra)
         return parse_json(extra[_ABOUT])
     onnx = _import("onnx")
-    return parse_json(
-        {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}[_ABOUT]
-    )
+    entries = onnx.load(path, load_external_data=False).metadata_props
+    return parse_json({entry.key: entry.value for entry in entries}[_ABOUT])
 
 
 def _compare(
@@ -143,12 +141,13 @@ def _compare(
     return worst
 
 
-def _dynamic(clips: Tensor) -> dict[str, Any]:
-    return {"args": (clips,), "dynamic_shapes": ({0: torch.export.Dim("batch", min=1)},)}
+def _any_batch() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch", min=1)},)
 
 
 def _write_pt2(model: ClipModel, clips: Tensor, path: Path, about: str) -> None:
-    torch.export.save(torch.export.export(model, **_dynamic(clips)), path, extra_files={_ABOUT: about})
+    program = torch.export.export(model, (clips,), dynamic_shapes=_any_batch())
+    torch.export.save(program, path, extra_files={_ABOUT: about})
 
 
 def _load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
@@ -156,8 +155,16 @@ def _load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _write_onnx(model: ClipModel, clips: Tensor, path: Path, about: str) -> None:
-    names = {"input_names": ["clips"], "output_names": [model.output]}
-    program = torch.onnx.export(model, dynamo=True, verbose=False, **names, **_dynamic(clips))
+    program = torch.onnx.export(
+        model,
+        (clips,),
+        dynamo=True,
+        verbose=False,
+        input_names=["clips"],
+        output_names=[model.output],
+        dynamic_shapes=_any_batch(),
+    )
+    assert program is not None  # with dynamo
     program.model.metadata_props[_ABOUT] = about
     program.save(path)
 
