@@ -1,5 +1,5 @@
-"""Loading of a classifier's weights from a pre-trained, post-pre-trained or fine-tuned checkpoint, of this code
-or of the published one.
+"""Weights of any checkpoint (pre-trained, post-pre-trained or fine-tuned; of this code or the published one)
+loaded into a classifier.
 
 Every key of the file is loaded, or dropped for a reason that is named, or an error.
 """

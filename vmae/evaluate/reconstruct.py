@@ -129,7 +129,7 @@ def load_model(
     Raises:
         InputError: the file can't be read, does not tell its architecture, or does not fit it.
     """
-    overrides = {} if decoder_depth is None else {"decoder_depth": decoder_depth}
+    overrides: dict[str, Any] = {} if decoder_depth is None else {"decoder_depth": decoder_depth}
     read = read_checkpoint(path, preset=preset, frames=source[0], size=source[1], **overrides)
     model, _ = to_model(read, "pretrainer", attention=attention)
     if read.note:

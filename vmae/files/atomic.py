@@ -1,4 +1,5 @@
-"""Files that are complete or absent: written beside, forced to the disk, then renamed; and why a write failed."""
+"""Files that are complete or absent (written beside, forced to the disk, then renamed), and the reason why a
+write failed."""
 
 from __future__ import annotations
 

@@ -92,9 +92,7 @@ class FolderLock:
             InputError: it was removed, renamed, unmounted or replaced, or someone else took it.
         """
         try:
-            same = self._handle is not None and os.path.samestat(
-                os.fstat(self._handle), os.stat(self.folder)
-            )
+            same = self._handle is not None and os.path.samestat(os.fstat(self._handle), os.stat(self.folder))
         except OSError:
             same = False
         if not same:

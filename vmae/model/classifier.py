@@ -61,6 +61,9 @@ class Classifier(nn.Module):
         recompute: see `Pretrainer`.
     """
 
+    pos_embed: Tensor
+    every_token: Tensor
+
     def __init__(
         self,
         config: ModelConfig,
@@ -96,11 +99,11 @@ class Classifier(nn.Module):
             AttentivePool(config.embed_dim, config.num_heads, config.layer_norm_eps) if attentive else None
         )
         self.head_dropout = nn.Dropout(head_drop_rate)
-        self.head = nn.Linear(config.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head: nn.Module = nn.Linear(config.embed_dim, num_classes) if num_classes else nn.Identity()
         every_token = torch.arange(config.num_tokens, dtype=torch.int32)
         self.register_buffer("every_token", every_token, persistent=False)
         self.apply(init_truncated_normal)
-        if num_classes:
+        if isinstance(self.head, nn.Linear):
             with torch.no_grad():
                 self.head.weight.mul_(init_scale)
                 self.head.bias.mul_(init_scale)
@@ -158,7 +161,7 @@ class Classifier(nn.Module):
         return self.norm(x_BND)
 
     def _pooled(self, x_BND: Tensor) -> Tensor:
-        if self.pooling == "first":
+        if self.fc_norm is None:
             return x_BND[:, 0]
         return self.fc_norm(x_BND.mean(1) if self.pool is None else self.pool(x_BND))
 

@@ -1,7 +1,7 @@
 """What a step costs, counted rather than timed: multiply-accumulates on paper, bytes that autograd keeps,
 bytes at the peak.
 
-Legend: N tokens of a clip, Nv visible to the encoder, Nd picked for the decoder, P values of a tubelet.
+Legend: N tokens of a clip, Nv visible to the encoder, Nd decoded, P values of a tubelet.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of one clip: all, visible to the encoder, picked for the decoder, counted by the loss."""
+    """Tokens of one clip: all, visible to the encoder, predicted by the decoder, counted by the loss."""
 
     total: int
     visible: int
@@ -73,7 +73,7 @@ def forward_macs(
         encoder_ratio: of the tube mask.
         decoder_ratio: of the running-cell mask; 0 is encoder-only masking.
         fused: count what this code's model does (visible tokens embedded, counted tokens reach the head)
-            instead of the published algorithm (every token embedded, every picked token predicted; the
+            instead of the published algorithm (every token embedded, every decoded token predicted; the
             paper's table 1 counts that one).
     """
     decoder = "running_cell" if decoder_ratio else "none"
@@ -257,7 +257,7 @@ def count_step(forward: Callable[[], Tensor], model: nn.Module) -> StepCount:
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in model.parameters()]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     with _StepCounter([*model.parameters(), *model.buffers(), *gradients]) as counter:
         loss = forward()
         saved = counter.now

@@ -87,7 +87,7 @@ class Detector(Classifier):
         tokens = self.tokens(clips).unflatten(1, self.config.grid)
         return roi_align(tokens.mean(1), boxes_BM4).amax((2, 3))
 
-    def forward(self, clips: Tensor, boxes_BM4: Tensor) -> Tensor:
+    def forward(self, clips: Tensor, boxes_BM4: Tensor) -> Tensor:  # type: ignore[override]  # modules differ in that
         """Logits [B, M, K].
 
         Args:

@@ -21,6 +21,8 @@ from vmae.model.pretrainer import Pretrainer
 class ReferencePretrainer(nn.Module):
     """Same arguments (but no backends), parameters and results as `Pretrainer`."""
 
+    pos_embed: Tensor
+
     def __init__(self, config: ModelConfig, *, normalize_target: bool = True):
         super().__init__()
         parts = Pretrainer(config, attention="softmax", normalize_target=normalize_target, recompute=False)

@@ -206,7 +206,11 @@ def check_running_cell(arrays: dict[str, np.ndarray], meta: dict[str, Any], *_: 
     return {"masks": float((states != stored).mean()) if states.shape == stored.shape else 1.0}
 
 
-CHECKS: dict[str, Callable[..., dict[str, float]]] = {"pretrain": check_pretrain, "classify": check_classify, "running_cell": check_running_cell}
+CHECKS: dict[str, Callable[..., dict[str, float]]] = {
+    "pretrain": check_pretrain,
+    "classify": check_classify,
+    "running_cell": check_running_cell,
+}
 
 
 def check_file(path: str | Path, backend: str = "torch", attention: str = "auto") -> dict[str, float]:

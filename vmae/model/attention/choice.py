@@ -2,7 +2,7 @@
 
 One `AttentionBackend` per name, one probe each, which answers None (it runs) or the reason why not as text:
 importable, version, device, dtype, head dim, dropout, training. How they are called stands in
-`attention_calls.py`.
+`calls.py`.
 
 Head dims 80 (ViT-H) and 88 (ViT-g): kernels work on tiles of fixed widths and multiply the padding too. Both
 are multiples of 8, so no backend copies its inputs into wider ones (flash-attn and torch do that to other
@@ -42,13 +42,13 @@ class AttentionBackend:
     Attributes:
         name: what the user calls it.
         text: what it is.
-        call: of `attention_calls`, on equal sequences; None for packed sequences only.
-        packed: of `attention_calls`, on packed sequences; None where it has none.
+        call: of `calls`, on equal sequences; None for packed sequences only.
+        packed: of `calls`, on packed sequences; None where it has none.
         masks: `call` takes a key mask, so that packed sequences can be padded for it.
         probe: None, or the reason why it does not run.
         tiles: (head dim, on a GPU) -> widths in which Q K^T and P V are multiplied; None where that is not
             published.
-        package: the distribution behind it, None where that is torch.
+        package: distribution that provides it, None where that is torch.
         install: how to get it.
         prepare: run once when it is chosen.
     """
@@ -76,7 +76,7 @@ class AttentionBackend:
             return f"its probe failed: {type(error).__name__}: {error}"
 
     def version(self) -> str | None:
-        """Of the package behind it, torch's for those that come with torch."""
+        """Version of the providing package (torch's own for built-in kernels)."""
         return torch.__version__ if self.package is None else probes.installed_version(self.package)
 
 
@@ -353,11 +353,9 @@ def _first_that_runs(workload: Workload) -> AttentionBackend:
             break
         refused.append(f"{name}: {reason}")
     what = str(workload).replace(", training", "").replace(", inference", "")  # one line for both
-    say_once(
-        f"attention: auto takes {name} ({what}; order {'measured' if measured else 'expected, not measured'} "
-        "on "
-        f"{workload.device_class}{''.join('; not ' + text for text in refused)})"
-    )
+    known = "measured" if measured else "expected, not measured"
+    others = "".join(f"; not {text}" for text in refused)
+    say_once(f"attention: auto takes {name} ({what}; order {known} on {workload.device_class}{others})")
     return BACKENDS[name]
 
 

@@ -1,5 +1,4 @@
-"""What attention is to be computed on, and each backend's answer to it: None, or the reason why it does not
-run, as text.
+"""Workloads of attention, and each backend's probe: None where it runs, else the reason why not, as text.
 
 A probe looks at what is importable, its version, the device, dtype, head dim, dropout and training, in that
 order. It takes a `Workload`, not tensors, so that it can be asked about devices that are not here.
@@ -12,9 +11,10 @@ import importlib.metadata
 import importlib.util
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -54,7 +54,7 @@ class Workload:
     def on(cls, device: torch.device | str, **settings) -> Workload:
         """The workload with what torch knows of `device` filled in."""
         device = torch.device(device)
-        known = {"device": device.type, "index": device.index}
+        known: dict[str, Any] = {"device": device.type, "index": device.index}
         if device.type == "cuda" and torch.cuda.is_available():
             known |= {
                 "capability": torch.cuda.get_device_capability(device),
@@ -70,15 +70,13 @@ class Workload:
         return f"sm_{self.capability[0]}0"
 
     def __str__(self) -> str:
-        words = [
-            self.device
-            if self.capability is None
-            else f"{self.device} sm_{self.capability[0]}{self.capability[1]}"
-        ]
-        words += [str(self.dtype).removeprefix("torch."), f"head dim {self.head_dim}"]
-        words += ["training" if self.training else "inference"]
-        words += [name for name in ("dropout", "compiled", "packed") if getattr(self, name)]
-        return ", ".join(words)
+        device = self.device
+        if self.capability is not None:
+            device += f" sm_{self.capability[0]}{self.capability[1]}"
+        parts = [device, str(self.dtype).removeprefix("torch."), f"head dim {self.head_dim}"]
+        parts += ["training" if self.training else "inference"]
+        parts += [name for name in ("dropout", "compiled", "packed") if getattr(self, name)]
+        return ", ".join(parts)
 
 
 def installed_version(package: str, module: ModuleType | None = None) -> str | None:
@@ -204,11 +202,12 @@ def probe_xformers(workload: Workload) -> str | None:
     return reason
 
 
-def _torch_refuses(question: Callable[[object, bool], bool], workload: Workload) -> str | None:
+def _torch_refuses(question: Callable[[Any, bool], bool], workload: Workload) -> str | None:
     """torch's own answer for a tiny tensor of the workload on its GPU; its reasons come as warnings."""
     with unset_fake_temporarily(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        device = torch.device(workload.device, workload.index)
+        index = "" if workload.index is None else f":{workload.index}"
+        device = torch.device(f"{workload.device}{index}")
         q = torch.empty(
             1, 1, 8, workload.head_dim, dtype=workload.dtype, device=device, requires_grad=workload.training
         )
@@ -251,7 +250,7 @@ def probe_replaced_flash(number: int) -> Callable[[Workload], str | None]:
     impl = f"FA{number}"
 
     def probe(workload: Workload) -> str | None:
-        known = getattr(torch_attention, "list_flash_attention_impls", tuple)()
+        known: Collection[str] = getattr(torch_attention, "list_flash_attention_impls", tuple)()
         if impl not in known:
             return f"torch {torch.__version__} knows no {impl}"
         active = replaced_flash()
