@@ -72,6 +72,14 @@ class Source:
         """Whether it is of pre-training: its encoder has never seen a whole clip."""
         return any(name.startswith("encoder.") for name in self.state)
 
+    def fit(self, model: ModelConfig) -> ModelConfig:
+        """`model` with positions of this checkpoint's kind; fixed ones are made for its grid and interpolated
+        to the model's."""
+        model = model.replace(learned_pos=self.config.learned_pos)
+        if model.learned_pos or self.grid == model.grid:
+            return model
+        return model.replace(pos_grid=self.grid)
+
     def describe(self, report: str) -> str:
         """`report` of a load, and the note, a line each."""
         return "\n".join(filter(None, (report, self.note)))
