@@ -61,7 +61,7 @@ class CheckpointFolder:
         return self.folder / f"checkpoint-{step:08d}"
 
     def named(self) -> list[Path]:
-        """All that has a checkpoint's name, oldest first."""
+        """Everything with a checkpoint's name, oldest first."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of)
 
@@ -74,16 +74,17 @@ class CheckpointFolder:
         return paths[-1] if (paths := self.paths()) else None
 
     def passed_over(self) -> list[str]:
-        """What has a checkpoint's name, is newer than `latest`, and is none: name and why."""
+        """Names newer than `latest` that are no complete checkpoints, each with the reason."""
         newest = self.latest()
         newer = [path for path in self.named() if newest is None or step_of(path) > step_of(newest)]
         why = f"it has no {MANIFEST} that can be read"
         return [f"{path.name}: {why if path.is_dir() else 'it is no folder'}" for path in newer]
 
     def describe_latest(self) -> str:
-        """For errors: which checkpoint is whole."""
-        newest = self.latest()
-        return f"the newest whole one is {newest}" if newest is not None else "there is no whole one yet"
+        """Text for errors: the newest complete checkpoint."""
+        if (newest := self.latest()) is None:
+            return "there is no whole one yet"
+        return f"the newest whole one is {newest}"
 
     def last_good(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose every file is as it was written, and what is wrong with newer ones."""
@@ -99,7 +100,7 @@ class CheckpointFolder:
         return None, problems
 
     def unfinished(self) -> list[Path]:
-        """What killed runs left beside; never read, deleted by the next save."""
+        """Unfinished folders of killed runs; never read, deleted by the next save."""
         return sorted(self.folder.glob(".*.unfinished")) if self.folder.is_dir() else []
 
     def remove(self, path: Path) -> None:
@@ -109,7 +110,7 @@ class CheckpointFolder:
         shutil.rmtree(stale, ignore_errors=True)
 
     def prune(self) -> None:
-        """Delete what is older than the newest `keep`, but for every `keep_every` steps."""
+        """Delete checkpoints older than the newest `keep`, except those of every `keep_every` steps."""
         for path in self.paths()[: -self.keep]:
             if self.keep_every is None or step_of(path) % self.keep_every:
                 self.remove(path)

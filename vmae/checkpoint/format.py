@@ -134,7 +134,7 @@ def make_manifest(files: dict[str, dict[str, Any]], step: int, ranks: int, about
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: `step`, `config`, `ranks`, `files`, `samples`.
+    """Manifest of a checkpoint: `step`, `config`, `ranks`, `files`, `samples`.
 
     Raises:
         InputError: there is none, it was changed, or it is of a later form than this code knows.
@@ -165,7 +165,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def find_damage(path: str | Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with the files of a checkpoint, each by name; nothing if all are as they were written.
+    """Problems of a checkpoint's files, each by name; none if all are as they were written.
 
     Args:
         part, parts: look at this share of the files only.

@@ -1,8 +1,8 @@
-"""What a result depends on: written beside it, and compared before a later start adds to it.
+"""Identity of a result: what its numbers depend on, written beside it and compared before a later start adds
+to it.
 
-For `evaluate`, `features`, `detect`, `detect-temporal --detector` and `distil --logits`. Here belongs what
-decides a number, and nothing else: not the count of threads, workers or ranks, not the batch size, not the
-device.
+For `evaluate`, `features`, `detect`, `detect-temporal --detector` and `distil --logits`. It holds what
+decides a number and nothing else: not the count of threads, workers or ranks, nor batch size or device.
 """
 
 from __future__ import annotations

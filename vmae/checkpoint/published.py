@@ -1,4 +1,4 @@
-"""Weights and architectures of the published code: reading its files, explaining every key.
+"""Files of weights, architectures of the published code, and strict loading that explains every key.
 
 The released checkpoints are `torch.save`d dictionaries whose weights sit under `model` or `module`, beside an
 `argparse.Namespace`. Only that class is allowed to unpickle; anything else in a file is refused unexecuted.
@@ -162,7 +162,7 @@ def known_settings(settings: Any) -> dict[str, Any]:
 
 
 def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that torch.compile and mmaction put before names."""
+    """`state` without the prefixes that torch.compile and mmaction put before names."""
     for prefix in _PREFIXES:
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
@@ -235,7 +235,7 @@ def check_shapes(own: dict[str, torch.Size], found: dict[str, torch.Size], path:
 def _fixed_tables_dropped(
     state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path
 ) -> dict[str, Tensor]:
-    """Without fixed position tables, which some files carry and this code recomputes."""
+    """`state` without fixed position tables, which some files carry and this code recomputes."""
     tables = [name for name in state if name.rsplit(".", 1)[-1] == "pos_embed" and name not in own]
     for name in tables:
         check_fixed(state[name], f"{name} of checkpoint {path}")

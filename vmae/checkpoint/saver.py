@@ -25,7 +25,7 @@ from vmae.files.atomic import sync_folder, why_not_written
 
 
 class Ranks(Protocol):
-    """What saving asks of the run's processes; `vmae.train.parallel.Parallel` is one."""
+    """Interface to the processes of a run, as saving uses it; `vmae.train.parallel.Parallel` has it."""
 
     rank: int
     world_size: int

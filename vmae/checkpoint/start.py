@@ -24,7 +24,7 @@ _PRETRAINING = ("decoder.", "encoder_to_decoder.", "mask_token")
 
 @dataclass
 class Start:
-    """What became of a checkpoint's tensors.
+    """Report of a load: what became of each of a checkpoint's tensors.
 
     Attributes:
         loaded: count of those that were loaded, as they are or converted.
@@ -43,7 +43,7 @@ class Start:
             self.dropped.setdefault(reason, []).extend(names)
 
     def describe(self, path: str | Path) -> str:
-        """In a line."""
+        """One line: counts, reasons, and what starts fresh."""
         parts = [f"{self.loaded} tensors loaded", *self.notes]
         parts += [f"{len(names)} dropped ({reason})" for reason, names in self.dropped.items()]
         if self.fresh:

@@ -28,7 +28,7 @@ from vmae_kernels import assemble_decoder_tokens, embed_visible, head_patch_loss
 
 
 class Parts(Protocol):
-    """What packed batches need of a `vmae.model.Pretrainer`."""
+    """The parts of a `vmae.model.Pretrainer` that packed batches use."""
 
     config: ModelConfig
     encoder: Any  # Encoder and Decoder of vmae.model.pretrainer, which imports this module

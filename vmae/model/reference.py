@@ -71,7 +71,7 @@ class ReferencePretrainer(nn.Module):
 
     @torch.no_grad()
     def _targets(self, images: Tensor) -> Tensor:
-        """[B, N, P] of the whole clip."""
+        """Targets [B, N, P] of the whole clip."""
         mean, std = (
             torch.tensor(x, device=images.device)[None, :, None, None, None]
             for x in (IMAGENET_MEAN, IMAGENET_STD)

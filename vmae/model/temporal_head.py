@@ -20,7 +20,7 @@ _PRIOR = 0.01
 
 
 class _DilatedBlock(nn.Module):
-    """Adds what a convolution over `2 * dilation + 1` positions sees."""
+    """Residual convolution over `2 * dilation + 1` positions."""
 
     def __init__(self, width: int, dilation: int, drop_rate: float):
         super().__init__()

@@ -2,8 +2,7 @@
 it is kept.
 
 Input: float32 [B, 3, T, H, W], any B, values in [0, 1] minus ImageNet's mean over its deviation. The file
-says so itself: `read_about` gives its JSON, with frames, size, what comes out, and class names where they are
-known.
+holds a description of this (`read_about`): frames, size, output, and class names where they are known.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def export_graph(model: ClipModel, path: Path, about: dict[str, Any] | None = No
     """Write `path` (.pt2 or .onnx), load it again and compare it with the model on batches of 1 and 3.
 
     Args:
-        about: what the file shall say of itself, beside what is known here.
+        about: additions to the description inside the file.
 
     Returns:
         The largest difference, as a share of the largest value.
@@ -103,7 +102,7 @@ def export_graph(model: ClipModel, path: Path, about: dict[str, Any] | None = No
 
 
 def check_packages(path: Path) -> None:
-    """Say what a file of this ending needs, before any work.
+    """Check that the packages for a file of this ending are installed.
 
     Raises:
         InputError: another ending than .pt2 and .onnx, or a package is missing.
@@ -115,7 +114,7 @@ def check_packages(path: Path) -> None:
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
-    """What an exported file says of itself."""
+    """Description inside an exported file, see the module."""
     if Path(path).suffix == ".pt2":
         extra = {_ABOUT: ""}
         torch.export.load(path, extra_files=extra)
@@ -182,8 +181,8 @@ def _import(name: str) -> Any:
 
 
 @contextmanager
-def _told(path: Path):
-    """What the exporters raise, as one line."""
+def _told(path: Path) -> Iterator[None]:
+    """Turns what the exporters raise into one line."""
     try:
         yield
     except Exception as error:  # theirs have no common class; a full disk is an OSError
@@ -192,8 +191,8 @@ def _told(path: Path):
 
 
 @contextmanager
-def _quiet():
-    """Without what torch's exporter says of packages that are not needed here."""
+def _quiet() -> Iterator[None]:
+    """Silences notes of torch's exporter on packages that are not needed here."""
     log = logging.getLogger("torch.onnx")
     before = log.level
     log.setLevel(logging.ERROR)
