@@ -117,11 +117,13 @@ def test_folders(tiny, tmp_path, clips_of):
     [
         (
             "config.json",
-            '{"model_type": "videomae", "architectures": ["VideoMAEForVideoClassification"], "id2label": {"7": "a"}}',
+            '{"model_type": "videomae", "architectures": ["VideoMAEForVideoClassification"], '
+            '"id2label": {"7": "a"}}',
             "does not name the classes from 0 on",
         ),
         ("config.json", None, "cannot be read"),
         ("config.json", "{", "is no JSON"),
+        ("config.json", "[]", "holds no JSON object"),
         (
             "config.json",
             '{"model_type": "videomae", "architectures": ["VideoMAEModel"]}',

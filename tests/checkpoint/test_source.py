@@ -147,7 +147,10 @@ def test_fixed_positions_cannot_tell_and_that_is_said(tmp_path, clips_of, capsys
     path = official(tmp_path / "w.pth", original)
     loaded = load_classifier(path, preset="vit_tiny")
     assert size_of(loaded.model) == (16, 224, None)
-    said = "it does not say the frames and size of its clips, taken as 16 frames of 224 pixels (--init-frames and --init-size"
+    said = (
+        "it does not say the frames and size of its clips, taken as 16 frames of 224 pixels (--init-frames "
+        "and --init-size"
+    )
     assert said in loaded.note
     own = load_classifier(path, preset="vit_tiny", source=OWN)
     assert size_of(own.model) == (8, 64, None) and torch.equal(
