@@ -25,8 +25,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 import bench_path  # noqa: F401
+import torch
 from harness.common import print_table, write_json
 from harness.telling import at, telling
 

@@ -19,9 +19,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import bench_path  # noqa: F401
 import numpy as np
 import torch
-import bench_path  # noqa: F401
 from harness.common import exit_code, print_table, write_json
 from tiny_world import Stages, run
 

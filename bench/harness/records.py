@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from harness.common import paired_ratio, spread
 from harness.stepping import SEED
 from harness.variants import MASKINGS, VARIANTS, resolve_variant
-
 from vmae import MaskConfig, ModelConfig
 from vmae.model.cost import forward_macs, saved_activation_bytes_per_clip
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from harness.telling import at
 from harness.variants import MASKINGS, optimizer_bytes, parameter_bytes, resolve_variant
-
 from vmae import DualMask
 from vmae.train.optim import OptimConfig, build_adamw
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +87,7 @@ def resolve_backend(backend: str, operation: str, tensor: Tensor, dtype: torch.d
 
 
 def choose_backend(
-    operation: str, backend: str, dtype: torch.dtype, tensors: dict[str, Tensor | None]
+    operation: str, backend: str, dtype: torch.dtype, tensors: Mapping[str, Tensor | None]
 ) -> str:
     """`resolve_backend` for a call with these arguments, the first of them a tensor, all on one device and of
     the right kind.
@@ -96,20 +97,21 @@ def choose_backend(
             where a gradient is wanted that the kernels do not form ("auto" takes PyTorch then).
     """
     known = OPERATIONS[operation]
-    first = next(iter(tensors))
-    place = tensors[first].device
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != place:
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first = next(iter(given))
+    place = given[first].device
+    for name, tensor in given.items():
+        if tensor.device != place:
             raise ValueError(
                 f"{operation}: {name} is on {tensor.device}, but {first} on {place}; all must be on one "
                 "device"
             )
     for name in known.indices:
-        if tensors[name].dtype not in _INTEGERS:
-            raise ValueError(f"{operation}: {name} must hold integers, not {tensors[name].dtype}")
+        if given[name].dtype not in _INTEGERS:
+            raise ValueError(f"{operation}: {name} must hold integers, not {given[name].dtype}")
     if backend != "torch" and torch.is_grad_enabled():
         for name in known.constant:
-            if tensors[name].requires_grad:
+            if given[name].requires_grad:
                 if backend == "triton":
                     raise ValueError(
                         f"{operation}: {name} requires a gradient, which the Triton kernels do not form; "
@@ -117,4 +119,4 @@ def choose_backend(
                         "backend='torch' or 'auto'"
                     )
                 backend = "torch" if backend == "auto" else backend
-    return resolve_backend(backend, operation, tensors[first], dtype)
+    return resolve_backend(backend, operation, given[first], dtype)

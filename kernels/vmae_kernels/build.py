@@ -103,7 +103,7 @@ def read_nvidia(binary: bytes) -> dict:
         code = subprocess.run(
             [tool, "--dump-sass", file.name], capture_output=True, text=True, check=True
         ).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
     return {
         "registers": int(registers),
         "stack_bytes": int(stack),
@@ -113,7 +113,7 @@ def read_nvidia(binary: bytes) -> dict:
 
 def read_amd(assembly: str) -> dict:
     def field(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s*(\d+)", assembly).group(1))
+        return int(re.findall(rf"\.{name}:\s*(\d+)", assembly)[0])
 
     counts = Counter(re.findall(AMD_OPS, assembly))
     instructions = {name: count for name, count in counts.items() if not name.startswith("v_mfma")}
@@ -277,10 +277,8 @@ def table(records: list[dict]) -> str:
         )
         rows.setdefault(key, {})[record["target"]] = " / ".join(str(cell) for cell in cells)
     lines = ["| kernel | shape | " + " | ".join(targets) + " |", "|" + "---|" * (2 + len(targets))]
-    for (name, shape), cells in rows.items():
-        lines.append(
-            f"| {name} | {shape} | " + " | ".join(cells.get(target, "") for target in targets) + " |"
-        )
+    for (name, shape), row in rows.items():
+        lines.append(f"| {name} | {shape} | " + " | ".join(row.get(target, "") for target in targets) + " |")
     return "\n".join(lines)
 
 

@@ -267,6 +267,7 @@ class HeadPass:
 
     def products(self, first: int, count: int) -> None:
         """The two products that need the chunk's errors."""
+        assert self.error is not None and self.hidden_grad is not None
         torch.mm(self.error[:count], self.head, out=self.hidden_grad[first : first + count])
         head_weight_grad_kernel[(self.weight_tiles, self.splits)](
             self.error, self.hidden, self.weight_partial, first, count, self.values, self.width,
@@ -284,11 +285,11 @@ class HeadPass:
         loss, total = weighted_mean_of(self.loss_partial, self.weight, self.values)
         if not self.with_grad:
             return loss, total, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0)
-        weight_grad = (
-            self.weight_partial
-            if self.splits == 1
-            else dev.reduce_partials(self.weight_partial, torch.float32)
-        )
+        assert self.hidden_grad is not None
+        assert self.weight_partial is not None and self.bias_partial is not None
+        weight_grad = self.weight_partial
+        if self.splits > 1:
+            weight_grad = dev.reduce_partials(weight_grad, torch.float32)
         bias_grad = dev.reduce_partials(self.bias_partial, torch.float32)
         return loss, total, self.hidden_grad, weight_grad.view(self.values, self.width), bias_grad
 

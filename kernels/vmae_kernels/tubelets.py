@@ -32,7 +32,8 @@ def clip_grid(clips: Tensor, patch_size: int, tubelet_size: int) -> tuple[int, i
         raise ValueError(
             f"tubelets of {steps} pixels do not divide a clip of {tuple(sides)} (frames, height, width)"
         )
-    return tuple(side // step for side, step in zip(sides, steps))
+    frames, height, width = (side // step for side, step in zip(sides, steps))
+    return frames, height, width
 
 
 def clip_strides(clips: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vmae import InputError, build_classifier, build_pretrainer
-from vmae.checkpoint.classifier import start_classifier
+from vmae.checkpoint.start import start_classifier
 from vmae.model.embed import interpolate_positions, sine_cosine_positions
 
 

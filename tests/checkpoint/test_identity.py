@@ -127,7 +127,10 @@ def test_differences_are_named_in_one_line(tmp_path):
     }
     with pytest.raises(InputError) as raised:
         check_same(before, now, "DIR holds another test", "remove it")
-    expected = "DIR holds another test (there and now: clip.stride 2, 4; weights differs; size null, [2, 3]); remove it"
+    expected = (
+        "DIR holds another test (there and now: clip.stride 2, 4; weights differs; size null, [2, 3]); "
+        "remove it"
+    )
     assert str(raised.value) == expected
     settle(tmp_path / "out" / "about.json", {"a": (1, 2)}, "another test", noted=1)
     settle(tmp_path / "out" / "about.json", {"a": (1, 2)}, "another test", noted=2)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from vmae import InputError, ModelConfig, build_classifier, build_pretrainer
+from vmae.checkpoint.classifier import load_classifier
 from vmae.checkpoint.folder import export_weights
-from vmae.checkpoint.load import load_classifier
 from vmae.checkpoint.published import read_settings_and_weights
-from vmae.checkpoint.source import at_size, source_config
+from vmae.checkpoint.source import at_size, read_checkpoint, source_config
 from vmae.cli import main
 from vmae.evaluate.detection import load_detector
 from vmae.evaluate.encoder import load_encoder
@@ -87,7 +87,7 @@ def test_a_converted_pretrainer_keeps_size_and_target(tmp_path, normalize):
         size_of(back) == (8, (32, 64), None)
         and back.normalize_target is normalize is settings["normalize_target"]
     )
-    assert load_own(tmp_path / "back.safetensors", None, None, None)[0].normalize_target is normalize
+    assert load_own(read_checkpoint(tmp_path / "back.safetensors")).normalize_target is normalize
     assert size_of(load_encoder(tmp_path / "back.safetensors").model) == (8, (32, 64), None)
 
 
@@ -147,7 +147,10 @@ def test_fixed_positions_cannot_tell_and_that_is_said(tmp_path, clips_of, capsys
     path = official(tmp_path / "w.pth", original)
     loaded = load_classifier(path, preset="vit_tiny")
     assert size_of(loaded.model) == (16, 224, None)
-    said = "it does not say the frames and size of its clips, taken as 16 frames of 224 pixels (--init-frames and --init-size"
+    said = (
+        "it does not say the frames and size of its clips, taken as 16 frames of 224 pixels (--init-frames "
+        "and --init-size"
+    )
     assert said in loaded.note
     own = load_classifier(path, preset="vit_tiny", source=OWN)
     assert size_of(own.model) == (8, 64, None) and torch.equal(
@@ -189,8 +192,8 @@ def test_every_loader_gives_the_size_of_a_published_file(tmp_path, capsys):
             load_encoder(path, preset="vit_tiny", source=sizes).model,
             load_encoder(pre, preset="vit_tiny", source=sizes).model,
             load_model(pre, preset="vit_tiny", source=sizes)[0],
-            load_own(path, "vit_tiny", *sizes)[0],
-            load_own(pre, "vit_tiny", *sizes)[0],
+            load_own(read_checkpoint(path, preset="vit_tiny", frames=sizes[0], size=sizes[1])),
+            load_own(read_checkpoint(pre, preset="vit_tiny", frames=sizes[0], size=sizes[1])),
         ]
         detector = official(tmp_path / "d.pth", build_detector(config, 3))
         loaded = load_detector(detector, preset="vit_tiny", source=sizes, actions={1: "a"})

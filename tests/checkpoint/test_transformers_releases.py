@@ -68,7 +68,8 @@ def install(release: str, folder: Path) -> Path:
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
-        reason = f"pip cannot install transformers {release}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}"
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        reason = f"pip cannot install transformers {release}: {last}"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     ready.touch()
     return python

@@ -16,6 +16,7 @@ import transformers
 
 from vmae import DualMask, ModelConfig, build_classifier, build_pretrainer
 from vmae.checkpoint import huggingface as hf
+from vmae.checkpoint import kind_of, read_checkpoint, to_model
 
 SMALL = dict(embed_dim=48, depth=2, num_heads=3, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2)
 CONFIG = ModelConfig(img_size=64, num_frames=8, **SMALL)
@@ -85,7 +86,8 @@ def main(folder: Path) -> dict:
         zeros += zero_biases(theirs) if name != "no biases" else []
         compare(f"{name}, there", ours, theirs)
         randomised(theirs).save_pretrained(folder / f"{name}, theirs")  # with biases of k, where it has them
-        compare(f"{name}, back", hf.load_pretrained(folder / f"{name}, theirs").eval(), theirs)
+        source = read_checkpoint(folder / f"{name}, theirs")
+        compare(f"{name}, back", to_model(source, kind_of(source))[0], theirs)
         saved[name] = sorted(
             {key.split(".attention.")[-1] for key in theirs.state_dict() if "attention.attention" in key}
         )

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from vmae import InputError, ModelConfig, build_classifier
+from vmae.checkpoint.classifier import load_classifier
 from vmae.checkpoint.folder import export_weights
-from vmae.checkpoint.load import load_classifier, view_probabilities
 from vmae.checkpoint.published import load_weights
 from vmae.cli import main
 from vmae.data.classify_dataset import ClipConfig, ViewConfig, ViewDataset
@@ -19,6 +19,7 @@ from vmae.data.labels import read_labelled_list
 from vmae.evaluate import classify
 from vmae.evaluate.classify import EvaluationConfig, evaluate, published_views
 from vmae.evaluate.scores import average_precision, class_table, confusion, mean_average_precision, score
+from vmae.evaluate.views import view_probabilities
 
 CONFIG = ModelConfig.preset("vit_tiny", img_size=32, num_frames=4)
 CLIP = ClipConfig(num_frames=4, image_size=32, stride=2)

@@ -6,7 +6,7 @@ import pytest
 
 from vmae import InputError
 from vmae.checkpoint.format import read_manifest
-from vmae.checkpoint.huggingface import read_class_names as read_their_class_names
+from vmae.checkpoint.huggingface import read_pretrained
 from vmae.cli import main
 from vmae.data.labels import read_class_names, read_label_map
 from vmae.data.merge_labels import _read_same
@@ -44,7 +44,7 @@ def test_what_is_read():
         ("same.json", lambda path: _read_same(str(path))),
         ("dataset.json", lambda path: read_actionformer(path)),
         ("features.json", lambda path: read_about(path.parent)),
-        ("config.json", lambda path: read_their_class_names(path.parent)),
+        ("config.json", lambda path: read_pretrained(path.parent)),
         ("manifest.json", lambda path: read_manifest(path.parent)),
     ],
 )

@@ -1,170 +1,95 @@
-"""Starting a classifier from a pre-trained, post-pre-trained or fine-tuned checkpoint, this code's or the
-published one's.
-
-Every key of the file is loaded, or dropped for a reason that is named, or an error.
-"""
+"""A classifier from a checkpoint, ready to test, with what the checkpoint knows of it: for `evaluate`,
+`features`, `predict`, `distil`, `export` and `serve`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from vmae.checkpoint.published import check_fixed, check_shapes, load_weights
-from vmae.data.labels import HEAD_NAMES, convert_head
-from vmae.errors import InputError
-from vmae.model.classifier import Classifier
-from vmae.model.embed import interpolate_positions
-
-_PREFIXES = ("_orig_mod.", "backbone.")  # of torch.compile and of mmaction's models
-_PRETRAINING = ("decoder.", "encoder_to_decoder.", "mask_token")
+from vmae.checkpoint.models import head_classes, to_model
+from vmae.checkpoint.source import read_checkpoint
+from vmae.data.classify_dataset import ClipConfig
+from vmae.data.labels import read_label_map
+from vmae.model import Classifier
 
 
 @dataclass
-class Start:
-    """What became of a checkpoint's tensors.
+class LoadedClassifier:
+    """A classifier in eval mode on the CPU.
 
     Attributes:
-        loaded: how many were taken as they are, or converted.
-        dropped: reason -> names that were left out.
-        fresh: names of the model that the file does not have; they start anew.
-        notes: what was converted.
+        model: with the weights.
+        path: of the weights.
+        clip: how it was fine-tuned to see videos, with what the caller changed.
+        class_names: by number; None where the checkpoint does not have them.
+        multi_label: whether a video may have several classes.
+        note: what was loaded, and `assumed`, a line each.
+        assumed: lines on what was assumed of a file that does not say it.
     """
 
-    loaded: int = 0
-    dropped: dict[str, list[str]] = field(default_factory=dict)
-    fresh: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def drop(self, reason: str, names: Sequence[str]) -> None:
-        if names:
-            self.dropped.setdefault(reason, []).extend(names)
-
-    def describe(self, path: str | Path) -> str:
-        """In a line."""
-        parts = [f"{self.loaded} tensors loaded", *self.notes]
-        parts += [f"{len(names)} dropped ({reason})" for reason, names in self.dropped.items()]
-        if self.fresh:
-            parts.append(
-                f"{len(self.fresh)} start fresh "
-                f"({', '.join(sorted({name.split('.')[0] for name in self.fresh}))})"
-            )
-        return f"{path}: {', '.join(parts)}"
+    model: Classifier
+    path: Path
+    clip: ClipConfig
+    class_names: tuple[str, ...] | None = None
+    multi_label: bool = False
+    note: str = field(default="", compare=False)
+    assumed: tuple[str, ...] = ()
 
 
-def start_classifier(
-    model: Classifier,
-    path: str | Path,
+def load_classifier(
+    checkpoint: str | Path,
     *,
-    grid: tuple[int, int, int],
-    label_map: Sequence[int] | None = None,
-    new_head: bool = False,
-    state: dict[str, Tensor] | None = None,
-) -> Start:
-    """Load a checkpoint's encoder, and its head if it has one, into `model`.
+    preset: str | None = None,
+    averaged: bool = False,
+    label_map: str | None = None,
+    source: tuple[int | None, int | None] = (None, None),
+    clip: dict[str, Any] | None = None,
+    backend: str = "auto",
+    attention: str = "auto",
+) -> LoadedClassifier:
+    """The classifier of a checkpoint, ready to test.
 
     Args:
-        path: the checkpoint, for messages too.
-        grid: of its positions, see `source_config`.
-        label_map: for a head of more classes: which of them each class of `model` is.
-        new_head: leave the checkpoint's head out.
-        state: its tensors by name, where the caller has read them.
+        checkpoint: see `read_checkpoint`.
+        preset: architecture, for files that do not say it.
+        averaged: the run's averaged weights instead.
+        label_map: file that says which of the head's classes to keep.
+        source: frames and side of the clips that the weights are of, for files that do not say it.
+        clip: settings of `ClipConfig` to change.
 
     Raises:
-        InputError: the file can't be read; keys that are missing or unknown, shapes that differ; a head of
-            other classes and neither `label_map` nor `new_head`; a map that does not fit.
+        InputError: the file can't be read, does not tell its architecture, does not fit it, or has no head.
     """
-    report = Start()
-    state = plain_names(load_weights(path) if state is None else state)
-    pretrained = any(name.startswith("encoder.") for name in state)
-    if pretrained:
-        state = _encoder_of(state, report, keep_norm=model.pooling == "first")
-    state = _fit_head(state, model, path, report, label_map, new_head)
-    state = _fit_positions(state, model, grid, report, path)
-    own = model.state_dict()
-    may_be_fresh = (
-        ("pool.",) + (("head.", "fc_norm.") if pretrained else ()) + (("head.",) if new_head else ())
+    read = read_checkpoint(checkpoint, averaged=averaged, preset=preset, frames=source[0], size=source[1])
+    own, settings, clip = read.config, read.settings, clip or {}
+    classes = head_classes(read)
+    kept = None if label_map is None else read_label_map(label_map, source_classes=classes)
+    size = {"num_frames": own.num_frames, "image_size": own.img_size}
+    seen = ClipConfig.from_dict({**size, **settings.get("clip", {}), **clip})
+    model, report = to_model(
+        read,
+        "classifier",
+        {"num_frames": seen.num_frames, "img_size": seen.image_size},
+        label_map=kept,
+        backend=backend,
+        attention=attention,
     )
-    report.fresh = [name for name in own if name not in state and name.startswith(may_be_fresh)]
-    wanted = {name: value.shape for name, value in own.items() if name not in report.fresh}
-    check_shapes(wanted, {name: value.shape for name, value in state.items()}, path)
-    model.load_state_dict(state, strict=False)
-    report.loaded = len(state)
-    return report
-
-
-def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without what torch.compile and mmaction put before names."""
-    for prefix in _PREFIXES:
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
-
-
-def _encoder_of(state: dict[str, Tensor], report: Start, *, keep_norm: bool) -> dict[str, Tensor]:
-    """The encoder of a pre-training checkpoint, under a classifier's names."""
-    decoder = [name for name in state if name.startswith(_PRETRAINING)]
-    report.drop("decoder", decoder)
-    kept = {name.removeprefix("encoder."): value for name, value in state.items() if name not in decoder}
-    if not keep_norm:  # as published: the mean over tokens has a norm of its own, which starts fresh
-        report.drop(
-            "the encoder's final norm, for which fc_norm stands", [n for n in kept if n.startswith("norm.")]
+    assumed = [read.note] if read.note else []
+    if "clip" not in settings and not {"sampling", "stride"} & clip.keys():
+        assumed.append(
+            f"{read.path}: it does not say how videos were seen, taken as {seen.sampling} sampling, stride "
+            f"{seen.stride} (--sampling and --stride say otherwise)"
         )
-        kept = {name: value for name, value in kept.items() if not name.startswith("norm.")}
-    return kept
-
-
-def _fit_head(
-    state: dict[str, Tensor],
-    model: Classifier,
-    path: str | Path,
-    report: Start,
-    label_map: Sequence[int] | None,
-    new_head: bool,
-) -> dict[str, Tensor]:
-    found = [name for name in HEAD_NAMES if name in state]
-    if label_map is not None:
-        if not found:
-            raise InputError(f"checkpoint {path} has no head to convert; a label map is of no use for it")
-        classes = state[found[0]].shape[0]
-        if len(label_map) != model.num_classes or max(label_map) >= classes:
-            raise InputError(
-                f"the label map has {len(label_map)} classes of {max(label_map) + 1} or more, but the model "
-                "has "
-                f"{model.num_classes} and the head of checkpoint {path} has {classes}"
-            )
-        report.notes.append(f"head of {classes} classes converted to {len(label_map)}")
-        return convert_head(state, label_map)
-    if found and (new_head or not model.num_classes):
-        report.drop("head", found)
-        return {name: value for name, value in state.items() if name not in found}
-    if found and state[found[0]].shape[0] != model.num_classes:
-        raise InputError(
-            f"checkpoint {path} has a head of {state[found[0]].shape[0]} classes, the labels have "
-            f"{model.num_classes}: "
-            "--label-map FILE.json converts it, --new-head starts a fresh one"
-        )
-    return state
-
-
-def _fit_positions(
-    state: dict[str, Tensor], model: Classifier, grid: tuple[int, int, int], report: Start, path: str | Path
-) -> dict[str, Tensor]:
-    """Learned positions interpolated to the model's grid; fixed ones left out, the model makes its own."""
-    if "pos_embed" not in state:
-        return state
-    if not model.config.learned_pos:
-        check_fixed(state["pos_embed"], f"pos_embed of checkpoint {path}")
-        report.drop("fixed positions", ["pos_embed"])
-        return {name: value for name, value in state.items() if name != "pos_embed"}
-    table = state["pos_embed"]
-    if table.shape[1] != grid[0] * grid[1] * grid[2]:
-        raise InputError(
-            f"the checkpoint has {table.shape[1]} positions, which is no {' x '.join(map(str, grid))} grid"
-        )
-    if grid != model.config.grid:
-        report.notes.append(f"positions interpolated from {grid} to {model.config.grid} tokens")
-    with torch.no_grad():
-        return {**state, "pos_embed": interpolate_positions(table.float(), grid, model.config.grid)}
+    names = settings.get("class_names")
+    if names is not None:
+        names = tuple(names if kept is None else [names[number] for number in kept])
+    return LoadedClassifier(
+        model=model,
+        path=read.path,
+        clip=seen,
+        class_names=names,
+        multi_label=bool(settings.get("multi_label")),
+        note="\n".join([report, *assumed]),
+        assumed=tuple(assumed),
+    )

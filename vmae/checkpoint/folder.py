@@ -1,9 +1,8 @@
-"""A run's folder: its checkpoints by name, the newest one, what is deleted when, and files that replace
-others at once.
+"""A run's folder: its checkpoints by name, the newest one, what is deleted when, and files of weights.
 
-A training checkpoint `checkpoint-00001000/` (`vmae.checkpoint.format`) is complete or absent, and nothing else is
-needed to go on: samples and the model's random numbers are functions of the seed and the step. `weights.pth`
-at the end of a run is one file with published names, which the published code reads too.
+A training checkpoint `checkpoint-00001000/` (`vmae.checkpoint.format`) is complete or absent, and a run needs
+nothing else to go on: samples and the model's random numbers are functions of the seed and the step.
+`weights.pth` at the end of a run is one file with published names, which the published code reads too.
 """
 
 from __future__ import annotations
@@ -25,13 +24,14 @@ from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 
 WEIGHTS_NAME, AVERAGED_NAME = "weights.pth", "weights_ema.pth"
+CONFIG_NAME = "config.json"  # of a folder of transformers
 _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d{8,})")
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(_NAME.fullmatch(path.name)[1])
+    """The step in the name of a checkpoint's folder."""
+    return int(path.name.rpartition("-")[2])
 
 
 class CheckpointFolder:
@@ -61,7 +61,7 @@ class CheckpointFolder:
         return self.folder / f"checkpoint-{step:08d}"
 
     def named(self) -> list[Path]:
-        """All that has a checkpoint's name, oldest first."""
+        """Everything with a checkpoint's name, oldest first."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of)
 
@@ -74,16 +74,17 @@ class CheckpointFolder:
         return paths[-1] if (paths := self.paths()) else None
 
     def passed_over(self) -> list[str]:
-        """What has a checkpoint's name, is newer than `latest`, and is none: name and why."""
+        """Names newer than `latest` that are no complete checkpoints, each with the reason."""
         newest = self.latest()
         newer = [path for path in self.named() if newest is None or step_of(path) > step_of(newest)]
         why = f"it has no {MANIFEST} that can be read"
         return [f"{path.name}: {why if path.is_dir() else 'it is no folder'}" for path in newer]
 
     def describe_latest(self) -> str:
-        """For errors: which checkpoint is whole."""
-        newest = self.latest()
-        return f"the newest whole one is {newest}" if newest is not None else "there is no whole one yet"
+        """Text for errors: the newest complete checkpoint."""
+        if (newest := self.latest()) is None:
+            return "there is no whole one yet"
+        return f"the newest whole one is {newest}"
 
     def last_good(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose every file is as it was written, and what is wrong with newer ones."""
@@ -99,7 +100,7 @@ class CheckpointFolder:
         return None, problems
 
     def unfinished(self) -> list[Path]:
-        """What killed runs left beside; never read, deleted by the next save."""
+        """Unfinished folders of killed runs; never read, deleted by the next save."""
         return sorted(self.folder.glob(".*.unfinished")) if self.folder.is_dir() else []
 
     def remove(self, path: Path) -> None:
@@ -109,15 +110,15 @@ class CheckpointFolder:
         shutil.rmtree(stale, ignore_errors=True)
 
     def prune(self) -> None:
-        """Delete what is older than the newest `keep`, but for every `keep_every` steps."""
+        """Delete checkpoints older than the newest `keep`, except those of every `keep_every` steps."""
         for path in self.paths()[: -self.keep]:
             if self.keep_every is None or step_of(path) % self.keep_every:
                 self.remove(path)
 
 
 def find_weights(checkpoint: str | Path) -> Path:
-    """What to read: `checkpoint` itself (a file, or a training checkpoint's folder), or a run's newest one,
-    or its weights.
+    """The path to read: `checkpoint` itself (a file, a training checkpoint's folder, or a folder of
+    transformers), or a run's newest checkpoint, else its weights.
 
     Raises:
         InputError: there is no such file, or none in the folder.
@@ -126,6 +127,8 @@ def find_weights(checkpoint: str | Path) -> Path:
     if path.is_dir() and not is_checkpoint(path):
         run = CheckpointFolder(path)
         found = run.latest() or path / WEIGHTS_NAME
+        if not found.exists() and (path / CONFIG_NAME).is_file():
+            return path
         if not found.exists():
             raise InputError(f"{path} holds no complete checkpoint and no {WEIGHTS_NAME}")
         for text in run.passed_over():

@@ -1,5 +1,5 @@
-"""A checkpoint's folder: torch's distributed checkpoint (one shard a rank) beside a manifest that validates
-it.
+"""Format of a training checkpoint: torch's distributed checkpoint (one shard a rank) beside a manifest that
+validates it.
 
     checkpoint-00001000/
       manifest.json      step, config, ranks; size and SHA-256 of every other file, and of itself
@@ -61,16 +61,14 @@ _DESCRIPTIONS = {
         "strided",
     },
     "pathlib": {"PosixPath", "WindowsPath", "Path", "PurePosixPath"},
-    "pathlib._local": {
-        "PosixPath",
-        "WindowsPath",
-        "Path",
-        "PurePosixPath",
-    },  # Python 3.13's name for the same
+    # Python 3.13's name for the same.
+    "pathlib._local": {"PosixPath", "WindowsPath", "Path", "PurePosixPath"},
 }
 
 
 class _DescriptionUnpickler(pickle.Unpickler):
+    """Loads the classes that describe a checkpoint, and no others."""
+
     def find_class(self, module: str, name: str) -> Any:
         if name not in _DESCRIPTIONS.get(module, ()):
             raise pickle.UnpicklingError(
@@ -97,7 +95,7 @@ class SafeReader(dcp.FileSystemReader):
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is a checkpoint's folder (its content may still be damaged)."""
-    return os.path.isfile(path / MANIFEST)  # False, too, where it may not be looked at
+    return os.path.isfile(path / MANIFEST)  # also False where permission is missing
 
 
 # --- the manifest ---
@@ -117,7 +115,12 @@ def file_facts(path: Path) -> dict[str, Any]:
 
 
 def make_manifest(files: dict[str, dict[str, Any]], step: int, ranks: int, about: dict[str, Any]) -> str:
-    """The manifest's text; `about` is plain containers: `config`, and what else a resumed run has to know."""
+    """The manifest's text.
+
+    Args:
+        files: `file_facts` by name.
+        about: plain containers: `config`, and what else a resumed run has to know.
+    """
     content = {
         "format": FORMAT,
         "step": step,
@@ -131,7 +134,7 @@ def make_manifest(files: dict[str, dict[str, Any]], step: int, ranks: int, about
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: `step`, `config`, `ranks`, `files`, `samples`.
+    """Manifest of a checkpoint: `step`, `config`, `ranks`, `files`, `samples`.
 
     Raises:
         InputError: there is none, it was changed, or it is of a later form than this code knows.
@@ -162,7 +165,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def find_damage(path: str | Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with the files of a checkpoint, each by name; nothing if all are as they were written.
+    """Problems of a checkpoint's files, each by name; none if all are as they were written.
 
     Args:
         part, parts: look at this share of the files only.
@@ -211,7 +214,11 @@ def tensor_layouts(path: str | Path) -> Layouts:
         InputError: it can't be read, or holds anything but tensors.
     """
     described = _metadata(Path(path)).state_dict_metadata
-    return {name: (layout.size, layout.properties.dtype) for name, layout in described.items()}
+    return {
+        name: (layout.size, layout.properties.dtype)
+        for name, layout in described.items()
+        if isinstance(layout, TensorStorageMetadata)  # all are, see `SafeReader`
+    }
 
 
 def shapes_of(layouts: Layouts, group: str) -> dict[str, torch.Size]:

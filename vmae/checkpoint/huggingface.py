@@ -1,7 +1,7 @@
-"""Weights and settings to and from `transformers`' VideoMAE: `VideoMAEForPreTraining` and
+"""Conversion of weights and settings to and from transformers' VideoMAE: `VideoMAEForPreTraining` and
 `VideoMAEForVideoClassification`.
 
-Names are changed and q, k, v are taken apart or put together; no number changes. transformers itself is not
+Names change, and the weights of q, k and v are split or joined; no number changes. transformers itself is not
 needed.
 
 Biases of q and v are written twice, under `q_bias`, `v_bias` (the names on the hub) and under `query.bias`,
@@ -26,15 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vmae.checkpoint.folder import export_weights
-from vmae.checkpoint.published import load_into, load_weights
+from vmae.checkpoint.folder import CONFIG_NAME, export_weights
+from vmae.checkpoint.published import load_weights
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 from vmae.files.json_files import parse_json
-from vmae.model import Classifier, Pretrainer, build_classifier, build_pretrainer
+from vmae.model import Classifier, Pretrainer
 
 PRETRAINING, CLASSIFICATION = "VideoMAEForPreTraining", "VideoMAEForVideoClassification"
 SEVERAL_LABELS = "multi_label_classification"  # their `problem_type`
@@ -84,7 +84,8 @@ _LAYERS = {
 
 
 def to_huggingface(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Our (the published) names -> theirs, those of q's and v's biases twice, see the module.
+    """Tensors under transformers' names, from ours (the published ones); biases of q and v come twice (see
+    the module).
 
     Args:
         state: of a `Pretrainer` (`kind` PRETRAINING) or a `Classifier` (CLASSIFICATION).
@@ -104,9 +105,8 @@ def to_huggingface(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         else:
             found[renamed] = value
             if second := next((new for new, old in _BIASES.items() if renamed.endswith(old)), None):
-                found[renamed.removesuffix(_BIASES[second]) + second] = (
-                    value.clone()
-                )  # files hold no tensor twice
+                # A copy: files hold no tensor twice.
+                found[renamed.removesuffix(_BIASES[second]) + second] = value.clone()
     if strange:
         raise InputError(
             f"transformers' VideoMAE has no place for {', '.join(strange[:8])} ({len(strange)} tensors)"
@@ -115,7 +115,7 @@ def to_huggingface(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def from_huggingface(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Their names -> ours; the opposite of `to_huggingface`.
+    """Tensors under our names, from transformers'; the inverse of `to_huggingface`.
 
     Raises:
         InputError: a tensor that is not of this model, a layer that lacks one of query, key and value, or a
@@ -136,9 +136,9 @@ def from_huggingface(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         elif part:
             parts.setdefault(renamed, {})[part] = value
         elif renamed in found and not _same(found[renamed], value):
+            others = ", ".join(_BIASES)
             raise InputError(
-                f"{name} and its other name ({', '.join(_BIASES)}) hold different numbers: which are the "
-                "model's?"
+                f"{name} and its other name ({others}) hold different numbers: which are the model's?"
             )
         else:
             found[renamed] = value
@@ -152,9 +152,9 @@ def from_huggingface(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and (
-        a.is_meta or torch.allclose(a.float(), b.float(), rtol=0, atol=0, equal_nan=True)
-    )
+    if a.shape != b.shape or a.is_meta:
+        return a.shape == b.shape
+    return torch.allclose(a.float(), b.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def _to_theirs(name: str, kind: str) -> str | None:
@@ -176,12 +176,10 @@ def _to_ours(name: str, kind: str) -> str | None:
 
 def _swapped(name: str, table: dict[str, str]) -> str | None:
     """`name` with its beginning replaced as the table says; None where none fits."""
-    fits = [
-        (old, new)
-        for old, new in table.items()
-        if name == old or name.startswith(old if old.endswith(".") else old + ".")
-    ]
-    return fits[0][1] + name[len(fits[0][0]) :] if fits else None
+    for old, new in table.items():
+        if name == old or name.startswith(old if old.endswith(".") else old + "."):
+            return new + name.removeprefix(old)
+    return None
 
 
 # --- settings -----------------------------------------------------------------------------------------------
@@ -205,20 +203,20 @@ def config_to_huggingface(
     normalize: bool = True,
     multi_label: bool = False,
 ) -> dict[str, Any]:
-    """What their `config.json` says.
+    """Content of transformers' `config.json`.
 
     Raises:
         InputError: a setting that cannot be expressed there.
     """
     refused = [name for name in ("learned_pos", "cos_attn") if getattr(config, name)]
-    refused += ["init_values"] if config.init_values else []
-    refused += ["qk_scale"] if config.qk_scale is not None else []
-    refused += (
-        [f"positions of a {config.pos_grid} grid (pos_grid)"]
-        if config.pos_grid not in (None, config.grid)
-        else []
-    )
-    refused += [f"pooling {pooling!r}"] if pooling == "attentive" else []
+    if config.init_values:
+        refused.append("init_values")
+    if config.qk_scale is not None:
+        refused.append("qk_scale")
+    if config.pos_grid not in (None, config.grid):
+        refused.append(f"positions of a {config.pos_grid} grid (pos_grid)")
+    if pooling == "attentive":
+        refused.append(f"pooling {pooling!r}")
     if refused:
         raise InputError(f"transformers' VideoMAE cannot express {', '.join(refused)}")
     height, width = config.image_hw
@@ -253,14 +251,14 @@ def config_to_huggingface(
 
 
 def config_from_huggingface(values: dict[str, Any], what: str = "config.json") -> ModelConfig:
-    """Our settings, from theirs, with their defaults where one is missing.
+    """`ModelConfig` from the content of `config.json`, with transformers' defaults where a value is missing.
 
     Raises:
         InputError: not a VideoMAE, or a setting that this code does not have.
     """
     if values.get("model_type") != "videomae":
         raise InputError(f"{what}: model_type is {values.get('model_type')!r}, not 'videomae'")
-    get = _DEFAULTS | values
+    get: dict[str, Any] = _DEFAULTS | values
     for name, only in _ONLY.items():
         if get.get(name, only) != only:
             raise InputError(f"{what}: {name} is {get[name]!r}; only {only!r} is supported")
@@ -290,7 +288,7 @@ def config_from_huggingface(values: dict[str, Any], what: str = "config.json") -
 
 
 def processor_settings(config: ModelConfig) -> dict[str, Any]:
-    """Their `preprocessor_config.json`: short side to the model's, middle crop, ImageNet's mean and
+    """Content of `preprocessor_config.json`: short side to the model's, central crop, ImageNet's mean and
     deviation."""
     height, width = config.image_hw
     return {
@@ -312,9 +310,13 @@ def processor_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def save_pretrained(
-    model: nn.Module, folder: str | Path, class_names: list[str] | None = None, *, multi_label: bool = False
+    model: Pretrainer | Classifier,
+    folder: str | Path,
+    class_names: list[str] | None = None,
+    *,
+    multi_label: bool = False,
 ) -> None:
-    """Write a `Pretrainer` or `Classifier` as a folder that `from_pretrained` of transformers reads.
+    """Write a model as a folder that `from_pretrained` of transformers reads.
 
     Args:
         class_names: of a classifier, by number.
@@ -325,46 +327,59 @@ def save_pretrained(
     """
     folder = Path(folder)
     if isinstance(model, Classifier):
-        kind, more = CLASSIFICATION, {"pooling": model.pooling, "multi_label": multi_label}
+        kind = CLASSIFICATION
         class_names = class_names or [f"LABEL_{number}" for number in range(model.num_classes)]
+        values = config_to_huggingface(
+            model.config, kind, class_names=class_names, pooling=model.pooling, multi_label=multi_label
+        )
     else:
-        kind, more = PRETRAINING, {"normalize": model.normalize_target}
-    values = config_to_huggingface(model.config, kind, class_names=class_names, **more)
+        kind = PRETRAINING
+        values = config_to_huggingface(
+            model.config, kind, class_names=class_names, normalize=model.normalize_target
+        )
     state = to_huggingface(model.state_dict(), kind)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"folder {folder} cannot be made: {error.strerror}") from error
-    for name, content in (
-        ("config.json", values),
-        ("preprocessor_config.json", processor_settings(model.config)),
-    ):
-        text = json.dumps(content, indent=2) + "\n"
-        write_atomically(folder / name, lambda file, text=text: file.write(text), binary=False)
+    _write_json(folder / CONFIG_NAME, values)
+    _write_json(folder / "preprocessor_config.json", processor_settings(model.config))
     export_weights(folder / WEIGHT_FILES[0], state)
 
 
-def load_pretrained(folder: str | Path, **options: Any) -> Pretrainer | Classifier:
-    """The model of a local folder of transformers (`config.json` beside `model.safetensors` or
-    `pytorch_model.bin`).
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text), binary=False)
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Whether this is a folder of transformers (its content may still be of another model, or damaged)."""
+    return (folder / CONFIG_NAME).is_file()
+
+
+def read_pretrained(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The settings and tensors of a local folder of transformers, under our names.
 
     Args:
-        options: of `build_pretrainer` or `build_classifier`, such as `backend` and `attention`.
+        folder: holds `config.json` beside `model.safetensors` or `pytorch_model.bin`.
 
     Returns:
-        A `Pretrainer` or a `Classifier`, whichever the folder's `architectures` names; with its weights, all
-            of them.
+        Settings: `model` (of `ModelConfig`); of a pre-trained model also `normalize_target`, of a classifier
+            `num_classes`, `class_names` (None where there are none), `pooling` and `multi_label`.
+        Tensors by published name, of a `Pretrainer` or a `Classifier`, whichever `architectures` names.
 
     Raises:
-        InputError: a missing or damaged file, another kind of model, or weights that do not fit.
+        InputError: a missing or damaged file, another kind of model, or classes that are not named from 0 on.
     """
     folder = Path(folder)
-    values = _read_json(folder / "config.json")
-    config = config_from_huggingface(values, str(folder / "config.json"))
+    file = folder / CONFIG_NAME
+    values = _read_json(file)
+    settings: dict[str, Any] = {"model": config_from_huggingface(values, str(file)).to_dict()}
     kind = (values.get("architectures") or [None])[0]
     if kind not in _OUTER:
-        known = f"{PRETRAINING} and {CLASSIFICATION} can be read"
-        raise InputError(f"{folder / 'config.json'}: architectures names {kind}; {known}")
+        raise InputError(
+            f"{file}: architectures names {kind}; {PRETRAINING} and {CLASSIFICATION} can be read"
+        )
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if path is None:
         raise InputError(
@@ -372,38 +387,31 @@ def load_pretrained(folder: str | Path, **options: Any) -> Pretrainer | Classifi
         )
     state = from_huggingface(load_weights(path), kind)
     if kind == PRETRAINING:
-        model = build_pretrainer(config, normalize_target=values.get("norm_pix_loss", True), **options)
-    else:
-        classes = state["head.weight"].shape[0] if "head.weight" in state else 0
-        pooling = "mean" if values.get("use_mean_pooling", True) else "first"
-        model = build_classifier(config, classes, pooling=pooling, **options)
-    load_into(model, state, path)
-    return model
+        return {**settings, "normalize_target": values.get("norm_pix_loss", True)}, state
+    settings |= {
+        "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
+        "class_names": _class_names(values, file),
+        "pooling": "mean" if values.get("use_mean_pooling", True) else "first",
+        "multi_label": values.get("problem_type") == SEVERAL_LABELS,
+    }
+    return settings, state
 
 
-def read_class_names(folder: str | Path) -> list[str] | None:
-    """Of a local folder's `config.json`; None where it has none.
-
-    Raises:
-        InputError: it can't be read, or its names are not by number from 0.
-    """
-    path = Path(folder) / "config.json"
-    names = _read_json(path).get("id2label")
+def _class_names(values: dict[str, Any], file: Path) -> list[str] | None:
+    names = values.get("id2label")
     try:
         return [names[str(number)] for number in range(len(names))] if names else None
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: id2label does not name the classes from 0 on: {error!r}") from None
-
-
-def read_multi_label(folder: str | Path) -> bool:
-    """Whether the classes of a local folder's model do not exclude each other."""
-    return _read_json(Path(folder) / "config.json").get("problem_type") == SEVERAL_LABELS
+        raise InputError(f"{file}: id2label does not name the classes from 0 on: {error!r}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{path} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return values

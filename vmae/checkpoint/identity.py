@@ -1,8 +1,8 @@
-"""What a result depends on: written beside it, and compared before a later start adds to it.
+"""Identity of a result: what its numbers depend on, written beside it and compared before a later start adds
+to it.
 
-For `evaluate`, `features`, `detect`, `detect-temporal --detector` and `distil --logits`. Here belongs what
-decides a number, and nothing else: not the count of threads, workers or ranks, not the batch size, not the
-device.
+For `evaluate`, `features`, `detect`, `detect-temporal --detector` and `distil --logits`. It holds what
+decides a number and nothing else: not the count of threads, workers or ranks, nor batch size or device.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from vmae.data.manifest import VideoEntry
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 from vmae.files.json_files import read_json
+from vmae.model import Classifier
 
 
 def fingerprint(model: nn.Module, *, without: tuple[str, ...] = ()) -> str:
     """SHA-256 of names, dtypes, shapes and bytes of all parameters and buffers, in hexadecimal.
 
     Args:
-        without: beginnings of names that are left out.
+        without: prefixes of names to leave out.
     """
     total = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
@@ -37,12 +38,12 @@ def fingerprint(model: nn.Module, *, without: tuple[str, ...] = ()) -> str:
     return total.hexdigest()
 
 
-def model_identity(model: nn.Module, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What decides the numbers that a `Classifier` or `Detector` gives: its weights, and the settings that
-    these do not show.
+def model_identity(model: Classifier, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What decides the numbers that a classifier or detector gives: its weights, and the settings that these
+    do not show.
 
     Args:
-        without: beginnings of names of weights that do not count.
+        without: prefixes of the names of weights that do not count.
     """
     config = model.config
     shown = {name: getattr(config, name) for name in ("num_heads", "cos_attn", "layer_norm_eps")}
@@ -50,14 +51,14 @@ def model_identity(model: nn.Module, *, without: tuple[str, ...] = ()) -> dict[s
     shown |= {
         "frames": config.num_frames,
         "size": list(config.image_hw),
-        "pooling": getattr(model, "pooling", None),
+        "pooling": model.pooling,
     }
     shown["positions"] = "learned" if config.learned_pos else list(config.pos_grid or config.grid)
     return {"weights": fingerprint(model, without=without), "model": shown}
 
 
 def frames_identity(entry: VideoEntry) -> list[Any]:
-    """Which frames an entry has: its absolute path, and for a folder of images which of them."""
+    """The frames of an entry: its absolute path, and for a folder of images which of them."""
     images = [] if entry.kind == "video" else [entry.start, entry.total, entry.pattern]
     return [os.path.abspath(entry.path), *images]
 
@@ -68,7 +69,7 @@ def content_hash(content: Any) -> str:
 
 
 def list_hash(entries: Sequence[VideoEntry], labels: Sequence[tuple[int, ...]] | None = None) -> str:
-    """Of a list's content, in its order; the list's own path does not count."""
+    """SHA-256 of a list's content, in its order; the list's own path does not count."""
     return content_hash([[[entry.stride, *frames_identity(entry)] for entry in entries], labels])
 
 
@@ -85,25 +86,22 @@ def check_same(before: dict[str, Any], now: dict[str, Any], holds: str, remedy: 
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Of each value of `now` that `before` has otherwise or not at all, its dotted name, and both where they
-    can be read."""
+    """Dotted name of each value of `now` that `before` has otherwise or not at all, with both values where
+    they are short."""
     found: list[str] = []
     for name, value in now.items():
         old = before.get(name) if isinstance(before, dict) else None
         if isinstance(value, dict) and isinstance(old, dict):
             found += differences(old, value, f"{prefix}{name}.")
         elif old != value:
-            readable = all(len(json.dumps(one)) < 40 for one in (old, value))
-            found.append(
-                f"{prefix}{name} {json.dumps(old)}, {json.dumps(value)}"
-                if readable
-                else f"{prefix}{name} differs"
-            )
+            texts = [json.dumps(one) for one in (old, value)]
+            short = all(len(text) < 40 for text in texts)
+            found.append(f"{prefix}{name} {', '.join(texts) if short else 'differs'}")
     return found
 
 
 def settle(path: Path, decides: dict[str, Any], what: str, **noted: Any) -> None:
-    """Make the folder of `path` the one of this result, or see that it is.
+    """Make the folder of `path` that of this result, or check that it is.
 
     Args:
         path: file that says what the folder's result depends on; written where it is missing.

@@ -1,4 +1,4 @@
-"""Weights and architectures of the published code: reading its files, explaining every key.
+"""Files of weights, architectures of the published code, and strict loading that explains every key.
 
 The released checkpoints are `torch.save`d dictionaries whose weights sit under `model` or `module`, beside an
 `argparse.Namespace`. Only that class is allowed to unpickle; anything else in a file is refused unexecuted.
@@ -43,6 +43,7 @@ _ARCH_FIELDS = {
     "all_frames": "num_frames",
     "cos_attn": "cos_attn",
 }
+_PREFIXES = ("_orig_mod.", "backbone.")  # of torch.compile and of mmaction's models
 # Arguments that change nothing here, or that a model must have exactly so.
 _ARCH_IGNORED = {
     "with_cp",
@@ -87,24 +88,20 @@ def config_from_arch(arch: dict[str, Any], what: str = "arch") -> ModelConfig:
     return config
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a `.pth` holds: tensors, plain containers and `argparse.Namespace` only.
+def _read_pth(path: Path) -> Any:
+    """Content of a `.pth`: tensors, plain containers and `argparse.Namespace` only.
 
     Raises:
         InputError: the file is missing, damaged, or holds anything else.
     """
-    path = Path(path)
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist or is not a file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()
-        hint = next(
-            (line for line in reason if "Unsupported" in line or "not an allowed" in line),
-            reason[0] if reason else "",
-        )
+        lines = str(error).strip().splitlines() or [""]
+        hint = next((line for line in lines if "Unsupported" in line or "not an allowed" in line), lines[0])
         raise InputError(
             f"checkpoint {path} is damaged, or holds more than weights and was not executed: {hint}"
         ) from error
@@ -114,46 +111,61 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """Named tensors of a `.pth` or `.safetensors` file, without the wrappers (`model`, `module`) and prefixes
-    (`module.`).
-
-    A training checkpoint's folder is read too.
-
-    Raises:
-        InputError: the file can't be read or holds no tensors.
-    """
+    """Tensors of a file or of a training checkpoint's folder; see `read_settings_and_weights`."""
     return read_settings_and_weights(path)[1]
 
 
 def read_settings_and_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file says of itself, and `load_weights` of it.
+    """What a `.pth` or `.safetensors` file, or a training checkpoint's folder, says of itself, and its
+    tensors.
 
     Returns:
-        The settings that a file written here was trained with; of a published one, `published`: `num_frames`
-            and `img_size` as
-        far as the arguments of its training tell them; else empty.
+        The settings that a file written here was trained with; of a published one `published`: `num_frames`
+            and `img_size`, as far as the arguments of its training tell them; else nothing.
+        Tensors by name, without the wrappers (`model`, `module`) and the prefix `module.`.
+
+    Raises:
+        InputError: the file cannot be read or holds no tensors.
     """
-    path, settings = Path(path), None
+    path = Path(path)
     if path.is_dir():
-        settings, state = read_manifest(path).get("config"), read_group(path)
+        settings, content = read_manifest(path).get("config"), read_group(path)
     elif path.suffix == ".safetensors":
-        state, settings = _load_safetensors(path)
+        content, settings = _load_safetensors(path)
     else:
-        state = read_checkpoint(path)
-        settings = (state.get("config") or _published(state.get("args"))) if isinstance(state, dict) else None
-        for wrapper in ("model", "module"):
-            if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-                state = state[wrapper]
-                break
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
-    if not tensors:
+        content, settings = _unwrapped(_read_pth(path))
+    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not state:
         raise InputError(
             f"checkpoint {path} holds no weights (looked for tensors by name, under 'model' or 'module' too)"
         )
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return known_settings(settings), state
+
+
+def _unwrapped(content: Any) -> tuple[dict[str, Any], Any]:
+    """What a `.pth` holds under `model` or `module` (else all of it), and what it says of itself."""
+    if not isinstance(content, dict):
+        return {}, None
+    settings = content.get("config") or _published(content.get("args"))
+    inner = next(
+        (content[name] for name in ("model", "module") if isinstance(content.get(name), dict)), content
+    )
+    return inner, settings
+
+
+def known_settings(settings: Any) -> dict[str, Any]:
+    """`settings` if they are a run's or a published training's, else nothing."""
     known = isinstance(settings, dict) and not {"model", "published"}.isdisjoint(settings)
-    return (settings if known else {}), tensors
+    return settings if known else {}
+
+
+def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without the prefixes that torch.compile and mmaction put before names."""
+    for prefix in _PREFIXES:
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
 
 
 def _published(args: Any) -> dict[str, Any]:
@@ -187,8 +199,8 @@ def load_into(
 ) -> str:
     """Load `state` into `model`, strictly, and say in a line what was done.
 
-    With `allow_encoder_only`, a file that holds all of the encoder and nothing of the decoder is taken too,
-    and the rest of the model keeps its fresh weights.
+    With `allow_encoder_only`, a file that holds all of the encoder and nothing of the decoder is accepted
+    too, and the rest of the model keeps its fresh weights.
 
     Raises:
         InputError: keys that are missing or left over, or shapes that differ: all of them, by name (the first
@@ -223,7 +235,7 @@ def check_shapes(own: dict[str, torch.Size], found: dict[str, torch.Size], path:
 def _fixed_tables_dropped(
     state: dict[str, Tensor], own: dict[str, Tensor], path: str | Path
 ) -> dict[str, Tensor]:
-    """Without fixed position tables, which some files carry and this code recomputes."""
+    """`state` without fixed position tables, which some files carry and this code recomputes."""
     tables = [name for name in state if name.rsplit(".", 1)[-1] == "pos_embed" and name not in own]
     for name in tables:
         check_fixed(state[name], f"{name} of checkpoint {path}")

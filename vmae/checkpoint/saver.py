@@ -1,5 +1,4 @@
-"""Writing checkpoints, with all ranks, at once or in the background: complete or absent, whatever happens
-meanwhile.
+"""Writing of checkpoints by all ranks, at once or in the background: complete or absent, whatever happens.
 
 A checkpoint is written to `.checkpoint-N.unfinished/`, every file forced to the disk, then the manifest; and
 when every rank is done, rank 0 renames the folder. Only then are older ones deleted.
@@ -12,6 +11,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from vmae.files.atomic import sync_folder, why_not_written
 
 
 class Ranks(Protocol):
-    """What saving asks of the run's processes; `vmae.train.parallel.Parallel` is one."""
+    """Interface to the processes of a run, as saving uses it; `vmae.train.parallel.Parallel` has it."""
 
     rank: int
     world_size: int
@@ -90,6 +90,7 @@ class Saver:
             self._complete(beside, path, step, about)
             return
         done = dcp.async_save(tensors, **where)
+        assert isinstance(done, Future)  # another class comes with an asynchronous stager only
 
         def complete() -> None:
             try:
@@ -143,29 +144,32 @@ class Saver:
             return
         if self.parallel.is_main and (beside := path.with_name(f".{path.name}.unfinished")).exists():
             shutil.rmtree(beside, ignore_errors=True)
-            if isinstance(
-                failure, InputError
-            ):  # not the run's folder any more: torch's writer may have made it again
+            if isinstance(failure, InputError):
+                # The folder is the run's no more: torch's writer may have made it again.
                 with contextlib.suppress(OSError):
                     path.parent.rmdir()
-        text = (
-            None if failure is None else self._describe(failure, path)
-        )  # now that what was free is free again
+        # After the removal: the message tells the free space.
+        text = None if failure is None else self._describe(failure, path)
         raise InputError(next(text for text in self.parallel.gather(text, self._group) if text))
 
     def _describe(self, failure: BaseException, path: Path) -> str:
         if isinstance(failure, InputError):
             return str(failure)
         if not path.parent.is_dir():
-            return f"cannot write {path}: output folder {path.parent} is gone, removed, renamed or unmounted during the run"
+            return (
+                f"cannot write {path}: output folder {path.parent} is gone, removed, renamed or unmounted "
+                "during the run"
+            )
         reason = why_not_written(failure, path, self._wanted)
-        return f"cannot write {path}: {reason}; the earlier checkpoints are untouched: {self.folder.describe_latest()}"
+        newest = self.folder.describe_latest()
+        return f"cannot write {path}: {reason}; the earlier checkpoints are untouched: {newest}"
 
     def _make_room(self, beside: Path) -> None:
         for left_over in self.folder.unfinished():
-            shutil.rmtree(left_over, ignore_errors=True) if left_over.is_dir() else left_over.unlink(
-                missing_ok=True
-            )
+            if left_over.is_dir():
+                shutil.rmtree(left_over, ignore_errors=True)
+            else:
+                left_over.unlink(missing_ok=True)
         self.folder.check()
         beside.mkdir()  # without parents: where the run's folder has gone, nobody makes it again
 
@@ -175,9 +179,8 @@ class Saver:
 
         def hash_own() -> None:
             for file in beside.iterdir():
-                if file.name.startswith(f"__{self.parallel.rank}_") or (
-                    self.parallel.is_main and file.name[:2] != "__"
-                ):
+                shard, mine = file.name.startswith("__"), file.name.startswith(f"__{self.parallel.rank}_")
+                if mine or (self.parallel.is_main and not shard):
                     own[file.name] = file_facts(file)
 
         self._together(hash_own, path)

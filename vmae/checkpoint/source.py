@@ -1,21 +1,29 @@
-"""Which model a file's weights are of, and of what clips: what the file says, what its tensors show, what the
-caller gives.
+"""Reading a checkpoint: what it says of itself, its tensors, and the model and clips that they are of.
 
-Files written here say all of it. Published ones hold tensors, and sometimes the arguments of their training,
-which tell frames and size; so does a position table, by its length. Weights with fixed sine-cosine positions
-and nothing else fit clips of any size: then the caller's word counts, else 16 frames of 224 pixels, and a
-note says so.
+Files written here say which model and clips. Published ones hold tensors, and sometimes the arguments of
+their training, which tell frames and size; so does a position table, by its length. Weights with fixed
+sine-cosine positions and nothing else fit clips of any size: then the caller's numbers count, else 16 frames
+of 224 pixels, and a note says so.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vmae.checkpoint.published import is_fixed_table
+from vmae.checkpoint.folder import AVERAGED_NAME, find_weights
+from vmae.checkpoint.format import is_checkpoint, read_group, read_manifest
+from vmae.checkpoint.huggingface import is_pretrained, read_pretrained
+from vmae.checkpoint.published import (
+    is_fixed_table,
+    known_settings,
+    plain_names,
+    read_settings_and_weights,
+)
 from vmae.config import PUBLISHED_CLASSIFIERS, PUBLISHED_MODELS, ModelConfig
 from vmae.errors import InputError
 
@@ -23,85 +31,191 @@ PUBLISHED_FRAMES, PUBLISHED_SIZE = 16, 224
 _UNITS = {"num_frames": "frames", "img_size": "pixels"}
 
 
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A checkpoint that was read.
+
+    Attributes:
+        path: of the file or folder that was read: for a run's folder, its newest checkpoint.
+        settings: what it says of itself: the run's settings (`model`, `clip`, `class_names`, ...); for a
+            published file at most `published` (`num_frames`, `img_size`); else empty.
+        state: tensors by published name, on the CPU, without the prefixes of wrappers.
+        known: architecture, with frames and size of the clips that the weights are of; None where neither
+            the checkpoint nor the caller names it.
+        note: line on what was assumed about its clips; empty where the checkpoint or the caller says it.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    state: dict[str, Tensor]
+    known: ModelConfig | None
+    note: str = ""
+
+    @property
+    def config(self) -> ModelConfig:
+        """`known`.
+
+        Raises:
+            InputError: the architecture is not known.
+        """
+        if self.known is None:
+            raise InputError(_no_architecture(self.path))
+        return self.known
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens along time, height and width that its positions are made for."""
+        return self.config.pos_grid or self.config.grid
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether it is of pre-training: its encoder has never seen a whole clip."""
+        return any(name.startswith("encoder.") for name in self.state)
+
+    def fit(self, model: ModelConfig) -> ModelConfig:
+        """`model` with positions of this checkpoint's kind; fixed ones are made for its grid and interpolated
+        to the model's."""
+        model = model.replace(learned_pos=self.config.learned_pos)
+        if model.learned_pos or self.grid == model.grid:
+            return model
+        return model.replace(pos_grid=self.grid)
+
+    def describe(self, report: str) -> str:
+        """`report` of a load, and the note, a line each."""
+        return "\n".join(filter(None, (report, self.note)))
+
+
+def read_checkpoint(
+    checkpoint: str | Path,
+    *,
+    averaged: bool = False,
+    preset: str | None = None,
+    frames: int | None = None,
+    size: int | None = None,
+    **overrides: Any,
+) -> Source:
+    """Read a checkpoint of this code, of the published code, or of transformers.
+
+    Args:
+        checkpoint: a run's folder, a training checkpoint's folder, a .pth, .pt or .safetensors file, or a
+            folder of transformers (`config.json` beside its weights).
+        averaged: the run's averaged weights instead (`finetune --ema`).
+        preset: architecture, ours or by its published name, for files that do not say it.
+        frames, size: of the clips that the weights are of, for files that do not say it.
+        overrides: fields of `ModelConfig` that differ from the preset's.
+
+    Raises:
+        InputError: it is missing, damaged, holds no weights or more than weights; contradicts `frames` or
+            `size`; or its positions fit no such clips.
+    """
+    path = find_weights(checkpoint)
+    if averaged:
+        path, settings, state = _read_averaged(checkpoint, path)
+    elif is_pretrained(path):
+        settings, state = read_pretrained(path)
+    else:
+        settings, state = read_settings_and_weights(path)
+    state = plain_names(state)
+    if "model" not in settings and preset is None:
+        return Source(path, settings, state, None)
+    config, note = source_config(settings, state, path, preset, frames, size, **overrides)
+    return Source(path, settings, state, config, note)
+
+
+def _read_averaged(checkpoint: str | Path, path: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """The averaged weights of a run: in its checkpoint, or in a file beside its weights."""
+    if is_checkpoint(path):
+        return path, known_settings(read_manifest(path).get("config")), read_group(path, "ema")
+    beside = path.parent / AVERAGED_NAME
+    if path.is_dir() or not beside.is_file():
+        raise InputError(
+            f"{checkpoint} has no averaged weights ({AVERAGED_NAME}); `finetune --ema 0.9999` keeps them"
+        )
+    return beside, *read_settings_and_weights(beside)
+
+
+def _no_architecture(path: str | Path) -> str:
+    return f"{path} does not say which architecture it is of; name it with --model"
+
+
 def source_config(
     settings: dict[str, Any],
-    tensors: dict[str, Tensor],
+    state: dict[str, Tensor],
     path: str | Path,
     preset: str | None = None,
     frames: int | None = None,
     size: int | None = None,
     **overrides: Any,
 ) -> tuple[ModelConfig, str]:
-    """The model that a file's weights are of, with the frames and size of their clips.
-
-    Args:
-        settings, tensors: of the file, see `read_settings_and_weights`.
-        path: for messages.
-        preset: name of the architecture, ours or the published one, for files that do not hold it.
-        frames, size: of the weights' clips, where the caller knows (--init-frames, --init-size).
-        overrides: fields that differ from the preset's.
+    """The model that a file's weights are of, with the frames and size of their clips; see `read_checkpoint`.
 
     Returns:
-        The settings, and a line on what was taken for granted; empty where all is known.
+        The settings, and a line on what was assumed; empty where nothing was.
 
     Raises:
-        InputError: an architecture that nobody names, clips that the file contradicts, or positions of none
-            of such clips.
+        InputError: an architecture that nobody names, clips that the file contradicts, or positions that fit
+            no such clips.
     """
     given = {name: value for name, value in (("num_frames", frames), ("img_size", size)) if value is not None}
     if "model" in settings:
         config = ModelConfig.from_dict(settings["model"])
-        frames, height, width = (n * side for n, side in zip(config.pos_grid or config.grid, _token(config)))
-        if given.items() - {"num_frames": frames, "img_size": height if height == width else None}.items():
-            raise InputError(
-                f"{path} says that its weights are of {frames} frames of {height} x {width} pixels, not of "
-                f"{_said(given)}; "
-                "--init-frames and --init-size are for files that do not say"
-            )
+        _check_clip(config, given, path)
         return config, ""
     if preset is None:
-        raise InputError(f"{path} does not say which architecture it is of; name it with --model")
+        raise InputError(_no_architecture(path))
     name = {**PUBLISHED_CLASSIFIERS, **PUBLISHED_MODELS}.get(preset, preset)
-    weight, table = _find(tensors, "patch_embed.proj.weight"), _find(tensors, "pos_embed")
-    shown = (
-        {"tubelet_size": weight.shape[2], "patch_size": weight.shape[3]}
-        if weight is not None and weight.ndim == 5
-        else {}
-    )
-    known, note = settings.get("published", {}) | given, ""
-    clip = {"num_frames": PUBLISHED_FRAMES, "img_size": PUBLISHED_SIZE, **known}
+    found = _shapes_of_embedding(state)
+    known = settings.get("published", {}) | given
+    clip, assumed = {"num_frames": PUBLISHED_FRAMES, "img_size": PUBLISHED_SIZE, **known}, ""
+    table = _find(state, "pos_embed")
     if table is not None:
-        size = {**vars(ModelConfig.preset(name)), **shown}
-        clip = _clip_of(table.shape[1], size["tubelet_size"], size["patch_size"], known, path)
-        shown["learned_pos"] = not is_fixed_table(table)
-        note = f"its {table.shape[1]} positions are taken as those of "
+        token = {**vars(ModelConfig.preset(name)), **found}
+        clip = _clip_of(table.shape[1], token["tubelet_size"], token["patch_size"], known, path)
+        found["learned_pos"] = not is_fixed_table(table)
+        assumed = f"its {table.shape[1]} positions are taken as those of "
     elif len(known) < 2:
-        note = "it does not say the frames and size of its clips, taken as "
-    if len(known) == 2:
-        note = ""
-    note = note and f"{path}: {note}{_said(clip)} (--init-frames and --init-size say otherwise)"
-    return ModelConfig.preset(name, **overrides, **shown, **clip), note
+        assumed = "it does not say the frames and size of its clips, taken as "
+    note = ""
+    if assumed and len(known) < 2:
+        note = f"{path}: {assumed}{_said(clip)} (--init-frames and --init-size say otherwise)"
+    return ModelConfig.preset(name, **overrides, **found, **clip), note
+
+
+def _check_clip(config: ModelConfig, given: dict[str, int], path: str | Path) -> None:
+    """Raises InputError where a file that says which clips its weights are of contradicts those `given`."""
+    token = (config.tubelet_size, config.patch_size, config.patch_size)
+    frames, height, width = (n * side for n, side in zip(config.pos_grid or config.grid, token))
+    own = {"num_frames": frames, **({"img_size": height} if height == width else {})}
+    if any(own.get(name) != value for name, value in given.items()):
+        raise InputError(
+            f"{path} says that its weights are of {frames} frames of {height} x {width} pixels, not of "
+            f"{_said(given)}; --init-frames and --init-size are for files that do not say"
+        )
+
+
+def _shapes_of_embedding(state: dict[str, Tensor]) -> dict[str, Any]:
+    """`tubelet_size` and `patch_size` by the weight of the tubelet embedding [D, 3, t, p, p], where there is
+    one."""
+    weight = _find(state, "patch_embed.proj.weight")
+    if weight is None or weight.ndim != 5:
+        return {}
+    return {"tubelet_size": weight.shape[2], "patch_size": weight.shape[3]}
 
 
 def at_size(config: ModelConfig, **changes: Any) -> ModelConfig:
-    """The same model for other clips, to test with; fixed positions stay those of the source's grid,
-    interpolated."""
+    """`config` with `changes` (such as `num_frames`, `img_size`) and without stochastic depth; fixed
+    positions stay those of the old grid, interpolated to the new one."""
     grid = config.pos_grid or config.grid
     new = config.replace(**{"pos_grid": None, "drop_path_rate": 0.0, **changes})
     return new if new.learned_pos or grid == new.grid else new.replace(pos_grid=grid)
 
 
-def _find(tensors: dict[str, Tensor], ending: str) -> Tensor | None:
-    """Of the encoder, whatever stands before its name."""
+def _find(state: dict[str, Tensor], ending: str) -> Tensor | None:
+    """The encoder's tensor whose name ends so, under any prefix."""
     return next(
-        (v for name, v in tensors.items() if f".{name}".endswith(f".{ending}") and "decoder." not in name),
+        (v for name, v in state.items() if f".{name}".endswith(f".{ending}") and "decoder." not in name),
         None,
     )
-
-
-def _token(config: ModelConfig) -> tuple[int, int, int]:
-    """Frames, and pixels along height and width, of a token."""
-    return config.tubelet_size, config.patch_size, config.patch_size
 
 
 def _said(clip: dict[str, int]) -> str:
@@ -115,17 +229,17 @@ def _clip_of(count: int, tubelet: int, patch: int, known: dict[str, int], path: 
     Raises:
         InputError: there are none.
     """
-    for guess in (known,) if known else ({"num_frames": PUBLISHED_FRAMES}, {"img_size": PUBLISHED_SIZE}):
-        frames, size = guess.get("num_frames"), guess.get("img_size")
-        if size is None:
+    published = ({"num_frames": PUBLISHED_FRAMES}, {"img_size": PUBLISHED_SIZE})
+    for guess in (known,) if known else published:
+        frames, size = guess.get("num_frames", 0), guess.get("img_size", 0)  # 0: not known
+        if not size:
             size = math.isqrt(count // max(frames // tubelet, 1)) * patch
-        elif frames is None:
+        elif not frames:
             frames = count // max((size // patch) ** 2, 1) * tubelet
         if (frames // tubelet) * (size // patch) ** 2 == count:
             return {"num_frames": frames, "img_size": size}
     tried = _said(known) or f"{PUBLISHED_FRAMES} frames or {PUBLISHED_SIZE} pixels"
     raise InputError(
         f"{path} has {count} positions, which are none of square clips of {tried} (tokens of {tubelet} x "
-        f"{patch} x {patch} "
-        "pixels); name both with --init-frames and --init-size"
+        f"{patch} x {patch} pixels); name both with --init-frames and --init-size"
     )

@@ -23,20 +23,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vmae.checkpoint.arguments import add_model_arguments, load_from_args
+from vmae.checkpoint.classifier import LoadedClassifier
 from vmae.checkpoint.identity import list_hash, model_identity, settle
-from vmae.checkpoint.load import (
-    LoadedClassifier,
-    add_model_arguments,
-    load_from_args,
-    named,
-    view_probabilities,
-)
 from vmae.config import _Checked
 from vmae.data.classify_dataset import ViewConfig, ViewDataset
 from vmae.data.labels import LabelledList, read_class_names, read_labelled_list
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
 from vmae.evaluate.scores import TOP, Record, class_table, confusion, draw_confusion, score, write_table
+from vmae.evaluate.views import named, view_probabilities
 from vmae.files.atomic import write_atomically
 from vmae.settings import BATCH, WORKERS, limits
 from vmae.train.checks import check_backend, check_output

@@ -28,11 +28,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from vmae.checkpoint.folder import find_weights
+from vmae.checkpoint.arguments import add_source_arguments
 from vmae.checkpoint.identity import check_same, content_hash, frames_identity, model_identity
-from vmae.checkpoint.load import NO_NUMBERS, add_source_arguments
-from vmae.checkpoint.published import load_into, read_settings_and_weights
-from vmae.checkpoint.source import at_size, source_config
+from vmae.checkpoint.models import to_model
+from vmae.checkpoint.source import read_checkpoint
 from vmae.config import ModelConfig, image_size
 from vmae.data.ava import (
     AvaBox,
@@ -50,9 +49,10 @@ from vmae.data.guarded import guarded
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
 from vmae.evaluate.frame_map import FrameScores, frame_map
+from vmae.evaluate.views import NO_NUMBERS
 from vmae.files.atomic import write_atomically
 from vmae.files.folder_lock import FolderLock
-from vmae.model.detector import Detector, build_detector
+from vmae.model.detector import Detector
 from vmae.settings import BATCH, WORKERS, Real, Whole, limits
 from vmae.train.checks import check_backend, check_output, resolve_device
 from vmae.train.detection_settings import add_video_arguments
@@ -212,10 +212,9 @@ def load_detector(
     """The detector of a checkpoint, ready to test.
 
     Args:
-        checkpoint: see `find_weights`.
-        preset: the architecture, for files that do not hold it (official ones: its outputs are the ids from
-            1).
-        source: frames and side of the clips that the weights are of, for files that do not say.
+        checkpoint: see `read_checkpoint`.
+        preset: architecture, for files that do not say it (official ones: their outputs are the ids from 1).
+        source: frames and side of the clips that the weights are of, for files that do not say it.
         actions: names by id, for files that do not hold them.
         clip: settings of `KeyClipConfig` to change; None changes nothing.
         options: `backend` and `attention`.
@@ -223,29 +222,28 @@ def load_detector(
     Raises:
         InputError: the file can't be read, is not a detector's, or does not tell its architecture or actions.
     """
-    path = find_weights(checkpoint)
-    settings, state = read_settings_and_weights(path)
-    if "model" not in settings and (preset is None or actions is None or "head.weight" not in state):
-        raise InputError(f"{path} does not say what it is; name --model and --actions (and it needs a head)")
-    if "model" in settings and "action_ids" not in settings:
-        raise InputError(
-            f"{path} is not a detector's; `python -m vmae finetune-detection --init {checkpoint}` makes one"
-        )
-    changes = {name: value for name, value in (clip or {}).items() if value is not None}
-    own, note = source_config(settings, state, path, preset, *source)
-    size = {"num_frames": own.num_frames, "image_size": own.img_size}
-    seen = KeyClipConfig.from_dict({**size, **settings.get("clip", {}), **changes})
+    read = read_checkpoint(checkpoint, preset=preset, frames=source[0], size=source[1])
+    settings, state = read.settings, read.state
     if "model" in settings:
+        if "action_ids" not in settings:
+            raise InputError(
+                f"{read.path} is not a detector's; `python -m vmae finetune-detection --init {checkpoint}` "
+                "makes one"
+            )
         known = dict(zip(settings["action_ids"], settings["action_names"]))
     else:
-        known = {
-            number: actions.get(number, str(number)) for number in range(1, state["head.weight"].shape[0] + 1)
-        }
-    model = build_detector(
-        at_size(own, num_frames=seen.num_frames, img_size=seen.image_size), len(known), **options
-    )
-    note = "\n".join(filter(None, (load_into(model, state, path), note)))
-    return LoadedDetector(model.eval(), path, seen, known, note)
+        if preset is None or actions is None or "head.weight" not in state:
+            raise InputError(
+                f"{read.path} does not say what it is; name --model and --actions (and it needs a head)"
+            )
+        count = state["head.weight"].shape[0]
+        known = {number: actions.get(number, str(number)) for number in range(1, count + 1)}
+    size = {"num_frames": read.config.num_frames, "image_size": read.config.img_size}
+    changes = {name: value for name, value in (clip or {}).items() if value is not None}
+    seen = KeyClipConfig.from_dict({**size, **settings.get("clip", {}), **changes})
+    shape = {"num_frames": seen.num_frames, "img_size": seen.image_size}
+    model, report = to_model(read, "detector", shape, num_classes=len(known), **options)
+    return LoadedDetector(model, read.path, seen, known, read.describe(report))
 
 
 # --- Scores ---

@@ -12,16 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmae.checkpoint.classifier import plain_names, start_classifier
-from vmae.checkpoint.folder import find_weights
-from vmae.checkpoint.load import add_source_arguments
-from vmae.checkpoint.published import read_settings_and_weights
-from vmae.checkpoint.source import at_size, source_config
+from vmae.checkpoint.arguments import add_source_arguments
+from vmae.checkpoint.models import to_model
+from vmae.checkpoint.source import read_checkpoint
 from vmae.config import ModelConfig, image_size
 from vmae.data import CropBox, crop_and_resize, open_video
 from vmae.data.guarded import guarded
 from vmae.data.sampling import clip_starts, sample_sparse_indices, walk_frames
-from vmae.model import Classifier, build_classifier
+from vmae.model import Classifier
 from vmae.settings import STRIDE, limits
 
 
@@ -92,30 +90,21 @@ def load_encoder(
     """The encoder of a checkpoint; decoder and head are left out.
 
     Args:
-        checkpoint: see `find_weights`.
-        preset: the architecture, for files that do not hold it.
+        checkpoint: see `read_checkpoint`.
+        preset: architecture, for files that do not say it.
         stride: to see videos with; None takes that of the training.
-        source: frames and side of the clips that the weights are of, for files that do not say.
+        source: frames and side of the clips that the weights are of, for files that do not say it.
         changes: fields of the `ModelConfig` to change: `num_frames`, `img_size`; positions are interpolated.
 
     Raises:
         InputError: the file can't be read, does not tell its architecture, or does not fit it.
     """
-    path = find_weights(checkpoint)
-    settings, state = read_settings_and_weights(path)
-    own, note = source_config(settings, state, path, preset, *source)
-    state = plain_names(state)
-    pretrained = any(name.startswith("encoder.") for name in state)
-    # A pre-trained encoder ends with a norm over each token, as that of a classifier which pools the first
-    # one does.
-    pooling = (
-        "first" if pretrained else settings.get("pooling", "mean" if "fc_norm.weight" in state else "first")
-    )
-    model = build_classifier(at_size(own, **(changes or {})), 0, pooling=pooling)
-    start_classifier(model, path, grid=own.pos_grid or own.grid, state=state)
-    clip = settings.get("clip", {})
-    stride = clip.get("stride", settings.get("stride", 4)) if stride is None else stride
-    return LoadedEncoder(model.eval(), path, pretrained, clip.get("sampling", "dense"), stride, note)
+    read = read_checkpoint(checkpoint, preset=preset, frames=source[0], size=source[1])
+    model, _ = to_model(read, "encoder", changes)
+    clip = read.settings.get("clip", {})
+    if stride is None:
+        stride = clip.get("stride", read.settings.get("stride", 4))
+    return LoadedEncoder(model, read.path, read.pretrained, clip.get("sampling", "dense"), stride, read.note)
 
 
 def middle_clip(

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from vmae.checkpoint.arguments import add_model_arguments, load_from_args
 from vmae.checkpoint.identity import frames_identity, model_identity, settle
-from vmae.checkpoint.load import NO_NUMBERS, add_model_arguments, load_from_args
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD, _Checked
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.files import path_kind
@@ -34,6 +34,7 @@ from vmae.data.guarded import guarded_streams
 from vmae.data.manifest import VideoEntry, read_list
 from vmae.data.video_files import is_video
 from vmae.errors import InputError
+from vmae.evaluate.views import NO_NUMBERS
 from vmae.files.atomic import write_atomically
 from vmae.files.json_files import read_json
 from vmae.model import Classifier

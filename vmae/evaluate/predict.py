@@ -7,19 +7,15 @@ import json
 import sys
 from collections.abc import Sequence
 
-from vmae.checkpoint.load import (
-    LoadedClassifier,
-    add_model_arguments,
-    load_from_args,
-    named,
-    view_probabilities,
-)
+from vmae.checkpoint.arguments import add_model_arguments, load_from_args
+from vmae.checkpoint.classifier import LoadedClassifier
 from vmae.data.classify_dataset import ViewConfig, ViewDataset
 from vmae.data.labels import read_class_names
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure, list_failures
 from vmae.errors import InputError
 from vmae.evaluate.classify import published_views
+from vmae.evaluate.views import named, view_probabilities
 from vmae.settings import CLASSES, limits
 from vmae.train.checks import check_backend, resolve_device
 

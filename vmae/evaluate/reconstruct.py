@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmae.checkpoint.arguments import add_source_arguments
 from vmae.checkpoint.folder import find_weights
-from vmae.checkpoint.load import add_source_arguments
-from vmae.checkpoint.published import load_into, read_settings_and_weights
-from vmae.checkpoint.source import source_config
+from vmae.checkpoint.models import to_model
+from vmae.checkpoint.source import read_checkpoint
 from vmae.config import MaskConfig, ModelConfig
-from vmae.errors import InputError
 from vmae.evaluate.encoder import middle_clip
 from vmae.evaluate.pictures import GREY, Panel, add_output_arguments, outputs_of, write_pictures
 from vmae.masking import DualMask, mask_help
-from vmae.model import Pretrainer, build_pretrainer
+from vmae.model import Pretrainer
 from vmae.settings import SEED, STRIDE, limits
 from vmae.train.checks import resolve_device
 from vmae.train.metrics import trivial_losses
@@ -121,29 +120,21 @@ def load_model(
     """The model of a checkpoint, in eval mode on the CPU, and the settings it was trained with (empty if it
     holds none).
 
-    Prints what was taken for granted of a file that does not say it.
+    Prints what was assumed of a file that does not say it.
 
     Args:
-        preset, decoder_depth: the architecture, for files that do not hold it.
-        source: frames and side of the clips that the weights are of, for files that do not say.
+        preset, decoder_depth: the architecture, for files that do not say it.
+        source: frames and side of the clips that the weights are of, for files that do not say it.
 
     Raises:
         InputError: the file can't be read, does not tell its architecture, or does not fit it.
     """
-    settings, state = read_settings_and_weights(path)
-    if not any(name.startswith("decoder.") for name in state):
-        raise InputError(
-            f"{path} has no decoder, so it rebuilds nothing: give pre-trained weights, with their decoder"
-        )
-    overrides = {} if decoder_depth is None else {"decoder_depth": decoder_depth}
-    config, note = source_config(settings, state, path, preset, *source, **overrides)
-    if note:
-        print(note, flush=True)
-    model = build_pretrainer(
-        config, attention=attention, normalize_target=settings.get("normalize_target", True)
-    )
-    load_into(model, state, path)
-    return model.eval(), settings
+    overrides: dict[str, Any] = {} if decoder_depth is None else {"decoder_depth": decoder_depth}
+    read = read_checkpoint(path, preset=preset, frames=source[0], size=source[1], **overrides)
+    model, _ = to_model(read, "pretrainer", attention=attention)
+    if read.note:
+        print(read.note, flush=True)
+    return model, read.settings
 
 
 def mask_config(settings: dict[str, Any], args: argparse.Namespace) -> MaskConfig:

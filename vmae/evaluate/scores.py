@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vmae.checkpoint.load import NO_NUMBERS
 from vmae.errors import InputError
+from vmae.evaluate.views import NO_NUMBERS
 from vmae.files.atomic import write_atomically
 
 TOP = 5  # best classes stored with each prediction

@@ -1,1 +1,1 @@
-"""Files that are whole or absent, JSON that may be spoilt, and a folder that one process writes to."""
+"""Atomic writes, JSON that may be damaged, and a lock for a folder that one process writes to."""

@@ -1,4 +1,5 @@
-"""Files that are complete or absent: written beside, forced to the disk, then renamed; and why a write failed."""
+"""Files that are complete or absent (written beside, forced to the disk, then renamed), and the reason why a
+write failed."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def _replacing(path: Path, mode: str) -> Iterator[IO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """The rename itself must reach the disk; file systems that can't sync a folder need no help."""
+    """Force a rename to the disk; a file system that cannot sync a folder is left alone."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -59,7 +60,7 @@ def write_atomically(
 
 
 def why_not_written(error: BaseException, path: Path, wanted: int | None = None) -> str:
-    """Why a write failed, in a line: what is full, and how much was wanted of how much.
+    """Reason of a failed write, in a line: what is full, bytes wanted and bytes free.
 
     Args:
         error: of the write; the system's own error may be what it was raised from.
@@ -70,17 +71,18 @@ def why_not_written(error: BaseException, path: Path, wanted: int | None = None)
     while cause is not None and not (isinstance(cause, OSError) and cause.errno):
         cause = cause.__cause__ or cause.__context__
     free = _free_bytes(path.parent)
-    reason, number = (
-        (reason_of(error), None) if cause is None else (cause.strerror or str(cause), cause.errno)
-    )
-    if cause is None and "unexpected pos" in reason:  # what torch's writer makes of a write that failed
-        full = wanted is not None and free is not None and free < wanted
-        reason, number = (
-            (os.strerror(errno.ENOSPC), errno.ENOSPC) if full else ("only a part could be written", None)
-        )
-    sizes = [f"{wanted / 1e6:.1f} MB wanted"] if wanted is not None else []
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        sizes += [f"{free / 1e6:.1f} MB free in {path.parent}"] if free is not None else []
+    reason, number = reason_of(error), None
+    if isinstance(cause, OSError):
+        reason, number = cause.strerror or str(cause), cause.errno
+    elif "unexpected pos" in reason:  # what torch's writer makes of a write that failed
+        reason = "only a part could be written"
+        if wanted is not None and free is not None and free < wanted:
+            reason, number = os.strerror(errno.ENOSPC), errno.ENOSPC
+    sizes = []
+    if wanted is not None:
+        sizes.append(f"{wanted / 1e6:.1f} MB wanted")
+    if free is not None and number in (errno.ENOSPC, errno.EDQUOT):
+        sizes.append(f"{free / 1e6:.1f} MB free in {path.parent}")
     return f"{reason} ({', '.join(sizes)})" if sizes else reason
 
 

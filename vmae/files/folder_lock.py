@@ -30,11 +30,12 @@ _HELD: set[str] = set()  # tokens of the locks that this process holds
 
 
 class FolderLock:
-    """`with FolderLock(folder, "a run"):` makes the folder, if need be, and is its only holder. One that it
-    made, and that is empty at the end, goes again.
+    """Lock on a folder, `with FolderLock(folder, "a run"):`, whose holder is the only writer.
+
+    Makes the folder where it is missing, and removes one that it made and that is empty at the end.
 
     Args:
-        what: for whoever is refused.
+        what: description of the holder, for the message to others.
 
     Raises:
         InputError: someone else holds it (in one line: who, where, since when), or the lock cannot be
@@ -92,7 +93,7 @@ class FolderLock:
             InputError: it was removed, renamed, unmounted or replaced, or someone else took it.
         """
         try:
-            same = os.path.samestat(os.fstat(self._handle), os.stat(self.folder))
+            same = self._handle is not None and os.path.samestat(os.fstat(self._handle), os.stat(self.folder))
         except OSError:
             same = False
         if not same:
@@ -132,7 +133,7 @@ class FolderLock:
             beside.unlink(missing_ok=True)
 
     def _clear(self, stale: dict[str, Any] | None) -> None:
-        """Take the lock away that was found stale, and no other that came in its place meanwhile.
+        """Remove the lock that was found stale, and no other one that replaced it meanwhile.
 
         One after the other, as far as the file system has `flock` (else a moment remains in which two may do
         it; then the first one to hold finds out by `check`).
@@ -164,8 +165,7 @@ def refuse_if_locked(folder: str | Path) -> dict[str, Any] | None:
         raise InputError(
             f"output folder {folder} is in use: {path} cannot be read: {error.strerror}"
         ) from error
-    reason = None if holder is None else _why_alive(holder, _this_process())
-    if reason is not None:
+    if holder is not None and (reason := _why_alive(holder, _this_process())):
         raise InputError(
             f"output folder {folder} is in use by {_describe(holder)}. {reason.format(path=path)}"
         )
@@ -188,7 +188,7 @@ def _write(path: Path, text: bytes) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a lock says; None without one, nothing where it cannot be understood."""
+    """Content of a lock; None without one, empty where it cannot be understood."""
     try:
         content = parse_json(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
@@ -226,8 +226,7 @@ def _link(path: str) -> str | None:
 
 
 def _start_of(pid: int) -> int | None:
-    """When a living process started, in ticks since the boot; None where there is none (a dead one's remains
-    count as none).
+    """Start of a living process, in ticks since the boot; None where there is none (a zombie counts as none).
 
     Field 22 of /proc/PID/stat, see proc(5); the second field, the name, may hold blanks and brackets.
     """
@@ -239,7 +238,7 @@ def _start_of(pid: int) -> int | None:
 
 
 def _launches() -> dict[str, int]:
-    """Launchers that start this command again themselves: which start of a job this is, by the job's name."""
+    """Count of restarts by launchers that restart this command themselves, by the job's name."""
     given, found = os.environ, {}
     for job, count in (
         ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
@@ -261,7 +260,7 @@ def _boot_time() -> float:
 
 
 def _why_alive(holder: dict[str, Any], own: dict[str, Any]) -> str | None:
-    """Why a holder must be taken for alive, and what to do; None where it has ended for sure."""
+    """Reason why a holder may be alive, and what to do; None where it has certainly ended."""
     launches, pid, since = (holder.get(key) for key in ("launches", "pid", "since"))
     if not isinstance(launches, dict) or not isinstance(pid, int) or not isinstance(since, (int, float)):
         return "Its lock is not to be understood: if you are sure that no run writes there, delete {path}"
@@ -282,5 +281,7 @@ def _why_alive(holder: dict[str, Any], own: dict[str, Any]) -> str | None:
 
 
 def _describe(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "someone unknown"
     what, pid, host, date = (holder.get(key, "unknown") for key in ("what", "pid", "host", "date"))
-    return f"{what} (process {pid} on {host}, since {date})" if holder else "someone unknown"
+    return f"{what} (process {pid} on {host}, since {date})"

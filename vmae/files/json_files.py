@@ -1,5 +1,4 @@
-"""Reading JSON that a kill, a bad disk or another hand may have spoilt: a text, a file whole, JSON Lines one
-by one."""
+"""Reading of JSON that may be damaged: texts, files, and JSON Lines line by line."""
 
 from __future__ import annotations
 
@@ -55,13 +54,15 @@ def read_json(path: str | Path, what: str = "file") -> Any:
 
 
 def why_no_json(error: ValueError) -> str:
-    """What is wrong with a text, in one line."""
-    return "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error).splitlines()[0]
+    """Reason why a text is no JSON, in one line."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8 text"
+    return str(error).splitlines()[0]
 
 
 @dataclass
 class JsonLines:
-    """What `read_json_lines` found.
+    """Result of `read_json_lines`.
 
     Attributes:
         records: objects, in order.

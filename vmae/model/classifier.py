@@ -41,7 +41,7 @@ class AttentivePool(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        """[B, D]"""
+        """Pooled features [B, D]."""
         k, v = self.kv(self.norm(x_BND)).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         query = (
             self.query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).expand(x_BND.shape[0], -1, -1, -1)
@@ -60,6 +60,9 @@ class Classifier(nn.Module):
         init_scale: factor on the head's initial weight.
         recompute: see `Pretrainer`.
     """
+
+    pos_embed: Tensor
+    every_token: Tensor
 
     def __init__(
         self,
@@ -96,11 +99,11 @@ class Classifier(nn.Module):
             AttentivePool(config.embed_dim, config.num_heads, config.layer_norm_eps) if attentive else None
         )
         self.head_dropout = nn.Dropout(head_drop_rate)
-        self.head = nn.Linear(config.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head: nn.Module = nn.Linear(config.embed_dim, num_classes) if num_classes else nn.Identity()
         every_token = torch.arange(config.num_tokens, dtype=torch.int32)
         self.register_buffer("every_token", every_token, persistent=False)
         self.apply(init_truncated_normal)
-        if num_classes:
+        if isinstance(self.head, nn.Linear):
             with torch.no_grad():
                 self.head.weight.mul_(init_scale)
                 self.head.bias.mul_(init_scale)
@@ -113,8 +116,10 @@ class Classifier(nn.Module):
             parameter.requires_grad_(not name.startswith(("patch_embed.", "pos_embed", "blocks.", "norm.")))
 
     def tokens(self, clips: Tensor) -> Tensor:
-        """[B, N, D] after the last block, from uint8 [B, T, H, W, 3] or normalised float [B, 3, T, H, W]
-        clips.
+        """Tokens [B, N, D] after the last block.
+
+        Args:
+            clips: uint8 [B, T, H, W, 3], or normalised float [B, 3, T, H, W].
 
         Raises:
             InputError: clips of another size than the model's.
@@ -130,12 +135,12 @@ class Classifier(nn.Module):
             )
 
     def features(self, clips: Tensor) -> Tensor:
-        """[B, D]"""
+        """Pooled features [B, D]."""
         return self._pooled(self.tokens(clips))
 
     def embed(self, clips: Tensor) -> Tensor:
-        """[B, N', D], tubelets embedded without positions, of clips of any number of frames that whole
-        tubelets have."""
+        """Tubelets [B, N', D] embedded without positions, of clips of any number of frames that tubelets
+        divide."""
         frames, height, width = clips.shape[1:4] if clips.dtype == torch.uint8 else clips.shape[2:5]
         depth, side, proj = self.config.tubelet_size, self.config.patch_size, self.patch_embed.proj
         count = (frames // depth) * (height // side) * (width // side)
@@ -144,11 +149,12 @@ class Classifier(nn.Module):
         return embed_visible(clips, every_token, proj.weight, proj.bias, nowhere, backend=self.backend)
 
     def features_of_embedded(self, x_BND: Tensor) -> Tensor:
-        """[B, D] of clips that `embed` has embedded; positions are added here. For clips that overlap."""
+        """Pooled features [B, D] of clips embedded by `embed`; positions are added here. For overlapping
+        clips."""
         return self._pooled(self.tokens_of_embedded(x_BND))
 
     def tokens_of_embedded(self, x_BND: Tensor) -> Tensor:
-        """[B, N, D] after the last block, of clips that were embedded without positions, which are added
+        """Tokens [B, N, D] after the last block, of clips that `embed` has embedded; positions are added
         here."""
         return self._encode(x_BND + self.pos_embed.to(x_BND.dtype))
 
@@ -158,7 +164,7 @@ class Classifier(nn.Module):
         return self.norm(x_BND)
 
     def _pooled(self, x_BND: Tensor) -> Tensor:
-        if self.pooling == "first":
+        if self.fc_norm is None:
             return x_BND[:, 0]
         return self.fc_norm(x_BND.mean(1) if self.pool is None else self.pool(x_BND))
 

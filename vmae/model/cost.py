@@ -1,5 +1,5 @@
-"""What a step costs, counted rather than timed: multiply-accumulates on paper, bytes that autograd keeps,
-bytes at the peak.
+"""Cost of a step, counted rather than timed: multiply-accumulates, bytes that autograd keeps, bytes at the
+peak.
 
 Legend: N tokens of a clip, Nv visible to the encoder, Nd decoded, P values of a tubelet.
 """
@@ -121,8 +121,7 @@ def count_saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
 
 
 class _RealMasks(TorchDispatchMode):
-    """Under fake tensors: masks stay real, so that a boolean gather's size is known, which fake tensors can't
-    tell."""
+    """Keeps masks real under fake tensors, so that the size of a boolean gather is known."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -257,7 +256,7 @@ def count_step(forward: Callable[[], Tensor], model: nn.Module) -> StepCount:
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in model.parameters()]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     with _StepCounter([*model.parameters(), *model.buffers(), *gradients]) as counter:
         loss = forward()
         saved = counter.now

@@ -24,8 +24,7 @@ BINS, SAMPLES = 7, 2  # published resolution; samples along each side of a bin
 
 
 def axis_weights(low: Tensor, high: Tensor, cells: int, bins: int, samples: int) -> Tensor:
-    """How much each cell of an axis counts in each bin of an interval: bilinear interpolation, averaged over
-    samples.
+    """Weights of an axis' cells in each bin of an interval: bilinear interpolation, averaged over samples.
 
     Args:
         low, high: the interval, shares of the axis in [0, 1], of one shape [...].
@@ -55,9 +54,9 @@ def roi_align(features_BhwD: Tensor, boxes_BM4: Tensor, bins: int = BINS, sample
         [B, M, bins, bins, D], rows first.
     """
     height, width = features_BhwD.shape[1:3]
-    x1, y1, x2, y2 = (
-        boxes_BM4.float().unbind(-1) if boxes_BM4.dtype != torch.float64 else boxes_BM4.unbind(-1)
-    )
+    if boxes_BM4.dtype != torch.float64:
+        boxes_BM4 = boxes_BM4.float()
+    x1, y1, x2, y2 = boxes_BM4.unbind(-1)
     rows = axis_weights(y1, y2, height, bins, samples).to(features_BhwD.dtype)
     columns = axis_weights(x1, x2, width, bins, samples).to(features_BhwD.dtype)
     kept_rows = torch.einsum("bmph,bhwd->bmpwd", rows, features_BhwD)
@@ -83,11 +82,11 @@ class Detector(Classifier):
         super().__init__(config, num_classes, pooling="first", init_scale=init_scale, **options)
 
     def box_features(self, clips: Tensor, boxes_BM4: Tensor) -> Tensor:
-        """[B, M, D]"""
+        """Features of boxes [B, M, D]."""
         tokens = self.tokens(clips).unflatten(1, self.config.grid)
         return roi_align(tokens.mean(1), boxes_BM4).amax((2, 3))
 
-    def forward(self, clips: Tensor, boxes_BM4: Tensor) -> Tensor:
+    def forward(self, clips: Tensor, boxes_BM4: Tensor) -> Tensor:  # type: ignore[override]  # modules differ in that
         """Logits [B, M, K].
 
         Args:

@@ -28,17 +28,19 @@ from vmae_kernels import assemble_decoder_tokens, embed_visible, head_patch_loss
 
 
 class Parts(Protocol):
-    """What packed batches need of a `vmae.model.Pretrainer`."""
+    """The parts of a `vmae.model.Pretrainer` that packed batches use."""
 
     config: ModelConfig
-    encoder: Any
+    encoder: Any  # Encoder and Decoder of vmae.model.pretrainer, which imports this module
     decoder: Any
-    mask_token: Tensor
     pos_embed: Tensor
     backend: str
     normalize_target: bool
 
-    def narrow(self, x: Tensor) -> Tensor: ...
+    @property
+    def mask_token(self) -> Tensor: ...
+
+    def narrow(self, encoded: Tensor, /) -> Tensor: ...
 
 
 # --- the pre-trainer on groups of clips ---------------------------------------------------------------------
@@ -86,9 +88,9 @@ def _positions(table: Tensor, tokens: int) -> Tensor:
             f"learned positions are for clips of {table.shape[1]} tokens, not of {tokens}; clips of other "
             "sizes need fixed ones"
         )
-    return (
-        table[:, :tokens] if tokens < table.shape[1] else _longer_table(tokens, table.shape[2], table.device)
-    )
+    if tokens < table.shape[1]:
+        return table[:, :tokens]
+    return _longer_table(tokens, table.shape[2], table.device)
 
 
 @functools.lru_cache(maxsize=16)
@@ -147,7 +149,7 @@ def packed_loss(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[
     """
     clips = _checked(model, clips, masks)
     norm, head = model.decoder.norm, model.decoder.head
-    total, counted = None, None
+    losses, weights = [], []
     for hidden, group, mask in zip(_decoded(model, clips, masks), clips, masks):
         rows = select_decoded(
             hidden, norm.weight, norm.bias, mask.hidden_rows, norm.eps, backend=model.backend
@@ -164,9 +166,9 @@ def packed_loss(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[
             backend=model.backend,
         )
         weight = mask.target_weight.sum()
-        total = loss * weight if total is None else total + loss * weight
-        counted = weight if counted is None else counted + weight
-    return total / counted
+        losses.append(loss * weight)
+        weights.append(weight)
+    return sum(losses[1:], losses[0]) / sum(weights[1:], weights[0])
 
 
 def packed_predict(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> list[Tensor]:

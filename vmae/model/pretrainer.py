@@ -8,6 +8,7 @@ tubelet.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,10 @@ from vmae_kernels import assemble_decoder_tokens, embed_visible, head_patch_loss
 
 
 class Encoder(nn.Module):
+    """Embedding of visible tubelets, blocks and final norm."""
+
+    pos_embed: Tensor
+
     def __init__(self, config: ModelConfig, attention: str, recompute: bool):
         super().__init__()
         self.patch_embed = PatchEmbed(config)
@@ -35,6 +40,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Blocks, norm and the head that predicts a tubelet's values."""
+
     def __init__(self, config: ModelConfig, attention: str, recompute: bool):
         super().__init__()
         dim, heads = config.decoder_embed_dim, config.decoder_num_heads
@@ -55,6 +62,8 @@ class Pretrainer(nn.Module):
         recompute: make results of LayerNorm and GELU again in the backward instead of keeping them: 0.65 x
             the bytes that a block keeps, no matrix product repeated (`vmae.model.recompute`).
     """
+
+    pos_embed: Tensor
 
     def __init__(
         self,
@@ -107,7 +116,8 @@ class Pretrainer(nn.Module):
         return x
 
     def forward(self, clips: Tensor | Sequence[Tensor], mask: DualMask | Sequence[DualMask]) -> Tensor:
-        """The loss, a float32 scalar, over the counted tokens: decoded and not visible (equation 5).
+        """The loss, a float32 scalar, over counted tokens: the decoded ones that the encoder did not see
+        (equation 5).
 
         Args:
             clips: uint8 [B, T, H, W, 3], or normalised float [B, 3, T, H, W].
@@ -116,7 +126,8 @@ class Pretrainer(nn.Module):
         """
         if not isinstance(mask, DualMask):
             return packed_loss(self, clips, mask)
-        hidden = self.decode(self.encode(self._checked(clips, mask), mask), mask)
+        clips = self._checked(clips, mask)
+        hidden = self.decode(self.encode(clips, mask), mask)
         norm, head = self.decoder.norm, self.decoder.head
         rows = select_decoded(
             hidden, norm.weight, norm.bias, mask.hidden_rows, norm.eps, backend=self.backend
@@ -133,6 +144,10 @@ class Pretrainer(nn.Module):
             backend=self.backend,
         )
 
+    @overload
+    def predict(self, clips: Tensor, mask: DualMask) -> Tensor: ...
+    @overload
+    def predict(self, clips: Tensor | Sequence[Tensor], mask: Sequence[DualMask]) -> list[Tensor]: ...
     def predict(
         self, clips: Tensor | Sequence[Tensor], mask: DualMask | Sequence[DualMask]
     ) -> Tensor | list[Tensor]:
@@ -146,21 +161,22 @@ class Pretrainer(nn.Module):
         hidden = self.decode(self.encode(self._checked(clips, mask), mask), mask)
         return self.decoder.head(self.decoder.norm(hidden[:, mask.visible.shape[1] :]))
 
-    def _checked(self, clips: Tensor, mask: DualMask) -> Tensor:
+    def _checked(self, clips: Tensor | Sequence[Tensor], mask: DualMask) -> Tensor:
+        """`clips`, or InputError where they do not fit the model or the mask."""
+        if not isinstance(clips, Tensor):
+            raise InputError(f"a list of {len(clips)} groups of clips needs a list of masks, one each")
         height, width = self.config.image_hw
         shape = (self.config.num_frames, height, width)
         given = tuple(clips.shape[1:4] if clips.dtype == torch.uint8 else clips.shape[2:5])
         if given != shape:
             raise InputError(
                 f"clips of shape {list(clips.shape)} do not fit a model of {shape} (frames, height, width); "
-                "clips are uint8 "
-                "[B, T, H, W, 3] or normalised float [B, 3, T, H, W]"
+                "clips are uint8 [B, T, H, W, 3] or normalised float [B, 3, T, H, W]"
             )
         if mask.num_tokens != self.config.num_tokens or mask.batch != clips.shape[0]:
             raise InputError(
                 f"a mask of {mask.batch} clips of {mask.num_tokens} tokens does not fit {clips.shape[0]} "
-                "clips of "
-                f"{self.config.num_tokens} tokens"
+                f"clips of {self.config.num_tokens} tokens"
             )
         return clips
 

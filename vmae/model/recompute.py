@@ -18,7 +18,9 @@ from torch import Tensor, nn
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on, else that of `x`: what F.linear would compute in."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def _linear_gradients(

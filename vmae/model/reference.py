@@ -21,6 +21,8 @@ from vmae.model.pretrainer import Pretrainer
 class ReferencePretrainer(nn.Module):
     """Same arguments (but no backends), parameters and results as `Pretrainer`."""
 
+    pos_embed: Tensor
+
     def __init__(self, config: ModelConfig, *, normalize_target: bool = True):
         super().__init__()
         parts = Pretrainer(config, attention="softmax", normalize_target=normalize_target, recompute=False)
@@ -69,7 +71,7 @@ class ReferencePretrainer(nn.Module):
 
     @torch.no_grad()
     def _targets(self, images: Tensor) -> Tensor:
-        """[B, N, P] of the whole clip."""
+        """Targets [B, N, P] of the whole clip."""
         mean, std = (
             torch.tensor(x, device=images.device)[None, :, None, None, None]
             for x in (IMAGENET_MEAN, IMAGENET_STD)

@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_PRIOR = (
-    0.01  # score of every class before training, so that the many empty positions don't drown the first steps
-)
+# Score of every class before training, so that the many empty positions don't drown the first steps.
+_PRIOR = 0.01
 
 
 class _DilatedBlock(nn.Module):
-    """Adds what a convolution over `2 * dilation + 1` positions sees."""
+    """Residual convolution over `2 * dilation + 1` positions."""
 
     def __init__(self, width: int, dilation: int, drop_rate: float):
         super().__init__()
@@ -45,6 +44,9 @@ class TemporalHead(nn.Module):
         depth: convolutions; it sees `2**depth - 1` positions each way.
         distance: typical distance to start and end in positions, where regression begins.
     """
+
+    mean: Tensor
+    deviation: Tensor
 
     def __init__(
         self,

@@ -1,19 +1,17 @@
-"""`python -m vmae convert SOURCE OUT`: weights to and from a folder that Hugging Face's transformers
-reads."""
+"""`python -m vmae convert SOURCE OUT`: weights into a folder that Hugging Face's transformers reads, or back
+from one."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from vmae.checkpoint.folder import export_weights, find_weights
-from vmae.checkpoint.huggingface import load_pretrained, read_class_names, read_multi_label, save_pretrained
-from vmae.checkpoint.published import load_into, read_settings_and_weights
-from vmae.checkpoint.source import source_config
+from vmae.checkpoint import Source, export_weights, kind_of, read_checkpoint, save_pretrained, to_model
+from vmae.checkpoint.folder import CONFIG_NAME
+from vmae.checkpoint.huggingface import is_pretrained
 from vmae.config import PRESETS, ModelConfig
 from vmae.errors import InputError
-from vmae.model import Classifier, Pretrainer, build_classifier, build_pretrainer
+from vmae.model import Classifier, Pretrainer
 from vmae.settings import limits
 from vmae.train.checks import check_output
 
@@ -36,62 +34,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The command: read, write, say what."""
-    source, output = Path(args.source), Path(args.output)
+    folder, output = Path(args.source), Path(args.output)
     check_output(output.parent)
-    if (source / "config.json").is_file():
-        if output.suffix not in SUFFIXES:
-            raise InputError(f"output {output}: its name must end with {', '.join(SUFFIXES)}")
-        model = load_pretrained(source, backend="torch")
-        settings = {"model": model.config.to_dict()}
-        if isinstance(model, Classifier):
-            settings |= {
-                "num_classes": model.num_classes,
-                "class_names": read_class_names(source),
-                "pooling": model.pooling,
-            }
-            settings["multi_label"] = read_multi_label(source)
-        else:
-            settings["normalize_target"] = model.normalize_target
+    is_file = output.suffix in SUFFIXES
+    if is_pretrained(folder) and not is_file:
+        raise InputError(f"output {output}: its name must end with {', '.join(SUFFIXES)}")
+    if not is_pretrained(folder) and is_file:
+        raise InputError(
+            f"{folder} is no folder of transformers (no {CONFIG_NAME}), and {output} would not be one either"
+        )
+    source = read_checkpoint(args.source, preset=args.model, frames=args.num_frames, size=args.image_size)
+    model = load_own(source)
+    settings = source.settings
+    if is_file:
         output.parent.mkdir(parents=True, exist_ok=True)
         export_weights(output, model.state_dict(), config=settings)
     else:
-        if output.suffix in SUFFIXES:
-            raise InputError(
-                f"{source} is no folder of transformers (no config.json), and {output} would not be one "
-                "either"
-            )
-        model, about = load_own(find_weights(source), args.model, args.num_frames, args.image_size)
-        save_pretrained(model, output, **about)
-    print(f"{source}: {len(model.state_dict())} tensors of a {type(model).__name__} to {output}")
+        names, multi_label = settings.get("class_names"), bool(settings.get("multi_label"))
+        save_pretrained(model, output, list(names) if names else None, multi_label=multi_label)
+    print(f"{folder}: {len(model.state_dict())} tensors of a {type(model).__name__} to {output}")
 
 
-def load_own(
-    path: Path, preset: str | None, num_frames: int | None, image_size: int | None
-) -> tuple[Pretrainer | Classifier, dict[str, Any]]:
-    """The model of weights with published names, and what else `save_pretrained` wants to know.
+def load_own(source: Source) -> Pretrainer | Classifier:
+    """The model of all weights of a checkpoint; prints what was assumed of it.
 
     Raises:
         InputError: weights that do not say what they are, without a preset; or of another architecture.
     """
-    settings, state = read_settings_and_weights(path)
-    if "model" not in settings and preset is None:
+    if source.known is None:
         raise InputError(
-            f"{path} does not say what model it is of; give --model (and --num-frames, --image-size)"
+            f"{source.path} does not say what model it is of; give --model (and --num-frames, --image-size)"
         )
-    config, note = source_config(settings, state, path, preset, num_frames, image_size)
-    if note:
-        print(note.replace("--init-frames", "--num-frames").replace("--init-size", "--image-size"))
-    if "mask_token" in state:
-        model: Pretrainer | Classifier = build_pretrainer(
-            config, normalize_target=settings.get("normalize_target", True)
-        )
-    else:
-        classes = state["head.weight"].shape[0] if "head.weight" in state else 0
-        pooling = "first" if "norm.weight" in state else "mean"
-        model = build_classifier(config, classes, pooling=pooling)
-    load_into(model, state, path)
-    names = settings.get("class_names")
-    return model, {
-        "class_names": list(names) if names else None,
-        "multi_label": bool(settings.get("multi_label")),
-    }
+    if source.note:
+        print(source.note.replace("--init-frames", "--num-frames").replace("--init-size", "--image-size"))
+    model, _ = to_model(source, kind_of(source))
+    return model

@@ -1,5 +1,5 @@
-"""`python -m vmae export RUN_OR_CHECKPOINT OUT`: one file of weights with published names, or of the model
-itself.
+"""`python -m vmae export RUN_OR_CHECKPOINT OUT`: weights under published names, or the model itself, as one
+file.
 
 `.pth` and `.safetensors` hold weights for this and the published code; `.pt2` (torch.export) and `.onnx` run
 without either.
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from vmae.checkpoint.folder import AVERAGED_NAME, export_weights, find_weights
-from vmae.checkpoint.load import add_source_arguments, load_classifier
-from vmae.checkpoint.published import read_settings_and_weights
+from vmae.checkpoint.arguments import add_source_arguments
+from vmae.checkpoint.classifier import load_classifier
+from vmae.checkpoint.folder import AVERAGED_NAME, export_weights
+from vmae.checkpoint.source import read_checkpoint
 from vmae.config import ModelConfig, image_size
 from vmae.errors import InputError
 from vmae.evaluate.encoder import load_encoder
+from vmae.model import Classifier
 from vmae.settings import limits
 from vmae.tools import graphs
 from vmae.train.checks import check_output
@@ -62,48 +65,56 @@ def run(args: argparse.Namespace) -> None:
     if given:
         raise InputError(
             f"{', '.join(given)}: for {' and '.join(graphs.SUFFIXES)} only; {output.suffix} takes the "
-            "weights as they are"
-            f" (a run's averaged ones are in its {AVERAGED_NAME})"
+            f"weights as they are (a run's averaged ones are in its {AVERAGED_NAME})"
         )
     export_file(args, output)
 
 
 def export_file(args: argparse.Namespace, output: Path) -> None:
-    """Weights, under their published names."""
-    source = find_weights(args.source)
-    settings, weights = read_settings_and_weights(source)
+    """Write weights under their published names."""
+    source = read_checkpoint(args.source)
     output.parent.mkdir(parents=True, exist_ok=True)
-    export_weights(output, weights, **({"config": settings} if "model" in settings else {}))
-    numbers = sum(value.numel() for value in weights.values())
-    print(f"{source}: {len(weights)} tensors, {numbers / 1e6:.1f} M numbers, to {output}")
+    about = {"config": source.settings} if "model" in source.settings else {}
+    export_weights(output, source.state, **about)
+    numbers = sum(value.numel() for value in source.state.values())
+    print(f"{source.path}: {len(source.state)} tensors, {numbers / 1e6:.1f} M numbers, to {output}")
 
 
 def export_model(args: argparse.Namespace, what: str, output: Path) -> None:
-    """The model as a graph."""
+    """Write the model as a graph."""
     graphs.check_packages(output)
-    source, about = (args.init_frames, args.init_size), {}
+    source = (args.init_frames, args.init_size)
+    model: Classifier
     if what == "tokens":
         if args.averaged:
             raise InputError(f"--averaged with --what tokens: name the run's {AVERAGED_NAME} as the source")
-        changes = {"num_frames": args.num_frames, "img_size": args.image_size}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        loaded = load_encoder(args.source, preset=args.model, source=source, changes=changes)
+        changes = _given(num_frames=args.num_frames, img_size=args.image_size)
+        encoder = load_encoder(args.source, preset=args.model, source=source, changes=changes)
+        model, note, about = encoder.model, encoder.note, {}
     else:
-        clip = {"num_frames": args.num_frames, "image_size": args.image_size}
-        clip = {name: value for name, value in clip.items() if value is not None}
-        given = {"preset": args.model, "averaged": args.averaged, "source": source, "clip": clip}
-        loaded = load_classifier(args.source, **given, attention="sdpa")
+        classifier = load_classifier(
+            args.source,
+            preset=args.model,
+            averaged=args.averaged,
+            source=source,
+            clip=_given(num_frames=args.num_frames, image_size=args.image_size),
+            attention="sdpa",
+        )
+        model, note = classifier.model, classifier.note
         about = {
-            "classes": loaded.class_names,
-            "stride": loaded.clip.stride,
-            "sampling": loaded.clip.sampling,
+            "classes": classifier.class_names,
+            "stride": classifier.clip.stride,
+            "sampling": classifier.clip.sampling,
         }
-    model = loaded.model
-    if loaded.note:
-        print(loaded.note, flush=True)
+    if note:
+        print(note, flush=True)
     off = graphs.export_graph(graphs.ClipModel(model, what), output, about)
     size = " x ".join(map(str, (model.config.num_frames, *model.config.image_hw)))
     print(
         f"{output}: {what} of clips 3 x {size}, any batch; loaded again, {off:.1e} off the model (of the "
         "largest value)"
     )
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -2,8 +2,7 @@
 it is kept.
 
 Input: float32 [B, 3, T, H, W], any B, values in [0, 1] minus ImageNet's mean over its deviation. The file
-says so itself: `read_about` gives its JSON, with frames, size, what comes out, and class names where they are
-known.
+holds a description of this (`read_about`): frames, size, output, and class names where they are known.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def export_graph(model: ClipModel, path: Path, about: dict[str, Any] | None = No
     """Write `path` (.pt2 or .onnx), load it again and compare it with the model on batches of 1 and 3.
 
     Args:
-        about: what the file shall say of itself, beside what is known here.
+        about: additions to the description inside the file.
 
     Returns:
         The largest difference, as a share of the largest value.
@@ -96,15 +95,14 @@ def export_graph(model: ClipModel, path: Path, about: dict[str, Any] | None = No
             write(model, torch.zeros(2, *shape), part, json.dumps({**known, **(about or {})}))
             loaded = load(part)
         off = _compare(model, loaded, shape, path)
-        for file in sorted(
-            Path(folder).iterdir(), key=lambda file: file == part
-        ):  # large ONNX files have their weights beside
+        # Large ONNX files have their weights beside; the named file comes last.
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file == part):
             os.replace(file, path.parent / file.name)
     return off
 
 
 def check_packages(path: Path) -> None:
-    """Say what a file of this ending needs, before any work.
+    """Check that the packages for a file of this ending are installed.
 
     Raises:
         InputError: another ending than .pt2 and .onnx, or a package is missing.
@@ -116,15 +114,14 @@ def check_packages(path: Path) -> None:
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
-    """What an exported file says of itself."""
+    """Description inside an exported file, see the module."""
     if Path(path).suffix == ".pt2":
         extra = {_ABOUT: ""}
         torch.export.load(path, extra_files=extra)
         return parse_json(extra[_ABOUT])
     onnx = _import("onnx")
-    return parse_json(
-        {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}[_ABOUT]
-    )
+    entries = onnx.load(path, load_external_data=False).metadata_props
+    return parse_json({entry.key: entry.value for entry in entries}[_ABOUT])
 
 
 def _compare(
@@ -143,12 +140,13 @@ def _compare(
     return worst
 
 
-def _dynamic(clips: Tensor) -> dict[str, Any]:
-    return {"args": (clips,), "dynamic_shapes": ({0: torch.export.Dim("batch", min=1)},)}
+def _any_batch() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch", min=1)},)
 
 
 def _write_pt2(model: ClipModel, clips: Tensor, path: Path, about: str) -> None:
-    torch.export.save(torch.export.export(model, **_dynamic(clips)), path, extra_files={_ABOUT: about})
+    program = torch.export.export(model, (clips,), dynamic_shapes=_any_batch())
+    torch.export.save(program, path, extra_files={_ABOUT: about})
 
 
 def _load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
@@ -156,8 +154,16 @@ def _load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _write_onnx(model: ClipModel, clips: Tensor, path: Path, about: str) -> None:
-    names = {"input_names": ["clips"], "output_names": [model.output]}
-    program = torch.onnx.export(model, dynamo=True, verbose=False, **names, **_dynamic(clips))
+    program = torch.onnx.export(
+        model,
+        (clips,),
+        dynamo=True,
+        verbose=False,
+        input_names=["clips"],
+        output_names=[model.output],
+        dynamic_shapes=_any_batch(),
+    )
+    assert program is not None  # with dynamo
     program.model.metadata_props[_ABOUT] = about
     program.save(path)
 
@@ -175,8 +181,8 @@ def _import(name: str) -> Any:
 
 
 @contextmanager
-def _told(path: Path):
-    """What the exporters raise, as one line."""
+def _told(path: Path) -> Iterator[None]:
+    """Turns what the exporters raise into one line."""
     try:
         yield
     except Exception as error:  # theirs have no common class; a full disk is an OSError
@@ -185,8 +191,8 @@ def _told(path: Path):
 
 
 @contextmanager
-def _quiet():
-    """Without what torch's exporter says of packages that are not needed here."""
+def _quiet() -> Iterator[None]:
+    """Silences notes of torch's exporter on packages that are not needed here."""
     log = logging.getLogger("torch.onnx")
     before = log.level
     log.setLevel(logging.ERROR)

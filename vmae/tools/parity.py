@@ -24,7 +24,13 @@ from vmae.config import ModelConfig
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
 from vmae.masking import DualMask, running_cell_states
-from vmae.model import build_classifier, build_pretrainer, build_reference
+from vmae.model import (
+    Pretrainer,
+    ReferencePretrainer,
+    build_classifier,
+    build_pretrainer,
+    build_reference,
+)
 from vmae.train.optim import OptimConfig, build_adamw, clip_gradients
 
 # Largest error allowed in float32 on a CPU, by kind of output.
@@ -41,7 +47,7 @@ TINY = 1e-12  # gradients below this are rounding in float32
 
 
 def golden_weight(name: str, shape: tuple[int, ...]) -> Tensor:
-    """The float32 weights that golden files assume for parameter `name`."""
+    """float32 weights that golden files assume for parameter `name`."""
     values = 0.02 * np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     weight = torch.from_numpy(np.asarray(values, dtype=np.float32))
     if name.endswith(".weight") and len(shape) == 1:
@@ -154,6 +160,7 @@ def check_pretrain(
 ) -> dict[str, float]:
     config = config_from_arch(meta["arch"])
     normalize = bool(meta.get("normalize_target", True))
+    model: Pretrainer | ReferencePretrainer
     if backend == "reference":
         model = build_reference(config, normalize_target=normalize)
     else:
@@ -185,7 +192,7 @@ def check_classify(
     clips, labels = golden_clip(arrays, meta, config), torch.from_numpy(arrays["labels"]).long()
     errors = {}
     with torch.no_grad():
-        outputs = {"features": model.features, "logits": model}
+        outputs: dict[str, Callable[[Tensor], Tensor]] = {"features": model.features, "logits": model}
         for key in outputs.keys() & arrays.keys():
             errors[key] = float((outputs[key](clips) - torch.from_numpy(arrays[key])).abs().max())
     if "loss" in arrays:
@@ -199,7 +206,11 @@ def check_running_cell(arrays: dict[str, np.ndarray], meta: dict[str, Any], *_: 
     return {"masks": float((states != stored).mean()) if states.shape == stored.shape else 1.0}
 
 
-CHECKS = {"pretrain": check_pretrain, "classify": check_classify, "running_cell": check_running_cell}
+CHECKS: dict[str, Callable[..., dict[str, float]]] = {
+    "pretrain": check_pretrain,
+    "classify": check_classify,
+    "running_cell": check_running_cell,
+}
 
 
 def check_file(path: str | Path, backend: str = "torch", attention: str = "auto") -> dict[str, float]:

@@ -35,8 +35,9 @@ from urllib.parse import parse_qsl
 import numpy as np
 import torch
 
+from vmae.checkpoint.arguments import add_source_arguments
+from vmae.checkpoint.classifier import LoadedClassifier, load_classifier
 from vmae.checkpoint.folder import find_weights
-from vmae.checkpoint.load import LoadedClassifier, add_source_arguments, load_classifier
 from vmae.config import MaskConfig, _Checked
 from vmae.data.containers import container_kind
 from vmae.data.decode import open_video

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmae.checkpoint.classifier import Start, start_classifier
+from vmae.checkpoint.source import Source
+from vmae.checkpoint.start import Start, start_classifier
 from vmae.data.augment import image_hw
 from vmae.data.ava import AvaBox, read_actions, read_annotations, read_excluded
 from vmae.data.detection_dataset import DetectionBatch, DetectionDataset, KeyFrame, find_videos, key_frames
@@ -26,7 +27,7 @@ from vmae.model.cost import classifier_macs
 from vmae.model.detector import Detector, build_detector
 from vmae.train.checks import check_backend, check_output, check_speed
 from vmae.train.detection_settings import DetectionConfig, add_arguments, configs_from_args
-from vmae.train.finetune import Source, read_start
+from vmae.train.finetune import read_start
 from vmae.train.layer_decay import build_layer_adamw
 from vmae.train.loop import Trainer
 from vmae.train.parallel import Parallel, open_parallel
@@ -192,7 +193,9 @@ def prepare_detection(
         run,
         parallel,
         notes,
-        lambda: source.describe(start_detector(model, source, new_head=config.new_head)),
+        lambda: source.describe(
+            start_detector(model, source, new_head=config.new_head).describe(source.path)
+        ),
         dataset,
     )
     return Prepared(

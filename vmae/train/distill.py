@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from vmae.checkpoint.classifier import LoadedClassifier, load_classifier
 from vmae.checkpoint.identity import list_hash, model_identity
-from vmae.checkpoint.load import LoadedClassifier, load_classifier
+from vmae.checkpoint.source import Source
 from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
 from vmae.data.manifest import VideoEntry
 from vmae.errors import InputError
@@ -34,7 +35,6 @@ from vmae.settings import SHARE, Real, limits, ranged
 from vmae.train import finetune_settings
 from vmae.train.finetune import (
     Extra,
-    Source,
     build_dataset,
     finetune,
     prepare_finetune,

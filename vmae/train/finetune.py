@@ -20,10 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmae.checkpoint.classifier import Start, start_classifier
-from vmae.checkpoint.folder import find_weights
-from vmae.checkpoint.published import read_settings_and_weights
-from vmae.checkpoint.source import source_config
+from vmae.checkpoint.source import Source, read_checkpoint
+from vmae.checkpoint.start import start_classifier
 from vmae.config import ModelConfig
 from vmae.data.augment import image_hw
 from vmae.data.augment_classify import draw_mixing, mix_clips, mix_targets
@@ -80,27 +78,6 @@ def run(args: argparse.Namespace) -> int:
 # --- Checks: nothing is written ---
 
 
-@dataclasses.dataclass
-class Source:
-    """What a run starts from, read once.
-
-    Attributes:
-        path: of the checkpoint.
-        state: its tensors.
-        grid: of its positions.
-        note: what was taken for granted of a file that does not say it, in a line.
-    """
-
-    path: Path
-    state: dict[str, Tensor]
-    grid: tuple[int, int, int]
-    note: str = ""
-
-    def describe(self, report: Start) -> str:
-        """What became of the tensors, and `note`."""
-        return "\n".join(filter(None, (report.describe(self.path), self.note)))
-
-
 def settings_of(args: argparse.Namespace) -> tuple[FinetuneConfig, RunConfig, Source | None]:
     """The settings of a command line; what they leave open comes from the checkpoint and the labels.
 
@@ -119,22 +96,10 @@ def read_start(args: argparse.Namespace) -> tuple[ModelConfig, Source | None, di
     """
     if args.init is None:
         return model_from_args(args, None), None, {}
-    path = find_weights(args.init)
-    settings, state = read_settings_and_weights(path)
-    found = settings.get("model")
-    model = model_from_args(args, found)
-    init, note = source_config(settings, state, path, args.model or "vit_b", args.init_frames, args.init_size)
-    grid = init.pos_grid or init.grid
-    return (
-        _with_positions(model.replace(learned_pos=init.learned_pos), grid),
-        Source(path, state, grid, note),
-        settings,
-    )
-
-
-def _with_positions(model: ModelConfig, grid: tuple[int, int, int]) -> ModelConfig:
-    """`model` with fixed positions that are made for `grid` and interpolated to its own."""
-    return model if model.learned_pos or grid == model.grid else model.replace(pos_grid=grid)
+    preset = args.model or "vit_b"
+    source = read_checkpoint(args.init, preset=preset, frames=args.init_frames, size=args.init_size)
+    model = model_from_args(args, source.settings.get("model"))
+    return source.fit(model), source, source.settings
 
 
 def _count_classes(args: argparse.Namespace) -> int:
@@ -210,7 +175,7 @@ def prepare_finetune(
             new_head=config.new_head,
             state=source.state,
         )
-        return source.describe(report)
+        return source.describe(report.describe(source.path))
 
     start = find_start(model, config, run, parallel, notes, load_init, dataset)
     return Prepared(

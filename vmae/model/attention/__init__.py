@@ -26,14 +26,14 @@ LOG_100 = 4.6052  # as the published code writes it
 
 
 def _chosen(*key) -> str:
-    """torch.compile takes the answer as a constant instead of tracing what finds it: imports, device queries,
-    probes."""
+    """`choose_name`, whose answer is a constant to torch.compile: the imports, device queries and probes that
+    find it are not traced."""
     return choose_name(*key)
 
 
 # What torch.compiler.assume_constant_result sets (torch 2.4 to 2.13); calling it would import torch._dynamo,
 # 1.5 s, for all.
-_chosen._dynamo_marked_constant = True
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attribute set on a function
 
 
 def attention(qkv: Tensor, backend: str = "auto", scale: float | None = None) -> Tensor:
@@ -50,14 +50,16 @@ def attention(qkv: Tensor, backend: str = "auto", scale: float | None = None) ->
 
     Raises:
         InputError: an unknown backend, or one that can't run here: the message says why, and what would.
-            Nothing else is taken in its place. "auto" never raises.
+            No other one runs in its place. "auto" never raises.
     """
     training = torch.is_grad_enabled() and qkv.requires_grad
     device, compiled = qkv.device, torch.compiler.is_compiling()
     if qkv.stride(-1) != 1:
         qkv = qkv.contiguous()  # what every fused kernel asks for; qkv out of a linear layer has it
     name = _chosen(backend, device.type, device.index, qkv.dtype, qkv.shape[-1], training, compiled)
-    return BACKENDS[name].call(qkv, qkv.shape[-1] ** -0.5 if scale is None else scale)
+    call = BACKENDS[name].call
+    assert call is not None  # `choose` refuses backends of packed sequences only
+    return call(qkv, qkv.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def packed_attention(
@@ -91,6 +93,7 @@ def packed_attention(
         return chosen.packed(qkv, lengths, scale)
     rows = len(lengths.counts) * lengths.longest
     padded = qkv.new_zeros(rows, *qkv.shape[1:]).index_copy(0, lengths.padded_rows, qkv)
+    assert chosen.call is not None  # it has one of the two
     out = chosen.call(padded.unflatten(0, (-1, lengths.longest)), scale, lengths.key_mask)
     return out.flatten(0, 1).index_select(0, lengths.padded_rows)
 
@@ -159,7 +162,7 @@ class Attention(nn.Module):
             qkv = norm_linear(x_BND, norm, self.qkv.weight, bias)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         if self.scale is not None:
-            return self._cosine(qkv), 1.0
+            return self._cosine(qkv, self.scale), 1.0
         return qkv, self.qk_scale
 
     def _bias(self) -> Tensor | None:
@@ -171,13 +174,13 @@ class Attention(nn.Module):
         rounded twice), three products read x three times, a kept copy goes stale in silence where FSDP swaps
         the parameters' storage.
         """
-        if self.q_bias is None:
+        if self.q_bias is None or self.v_bias is None:
             return None
         return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
 
-    def _cosine(self, qkv: Tensor) -> Tensor:
+    def _cosine(self, qkv: Tensor, scale: Tensor) -> Tensor:
         q, k, v = qkv.unbind(2)
-        temperature = self.scale.clamp(max=LOG_100).exp().transpose(0, 1)  # [1, H, 1]
+        temperature = scale.clamp(max=LOG_100).exp().transpose(0, 1)  # [1, H, 1]
         q = F.normalize(q, dim=-1) * temperature
         # Autocast may have made norms float32: attention gets one dtype, that of the linear layer.
         return torch.stack([q.to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), v], dim=2)

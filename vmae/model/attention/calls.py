@@ -76,7 +76,7 @@ def varlen(qkv: Tensor, lengths: Lengths, scale: float) -> Tensor:
 
     q, k, v = qkv.unbind(1)
     starts, longest = lengths.starts, lengths.longest
-    return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale)
+    return _output(varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale))
 
 
 def _output(result: Tensor | tuple) -> Tensor:

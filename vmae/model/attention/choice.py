@@ -1,23 +1,21 @@
 """The attention backends: what each needs, whether it runs here or why not, and which one `auto` takes.
 
-One `AttentionBackend` per name, one probe each, which answers None (it runs) or the reason why not as text:
-importable, version, device, dtype, head dim, dropout, training. `calls.py` has the calls of each.
+One `AttentionBackend` per name, with one probe, which answers None (it runs) or the reason why not as text:
+importable, version, device, dtype, head dim, dropout, training. Their calls are in `calls.py`.
 
 Head dims 80 (ViT-H) and 88 (ViT-g): kernels work on tiles of fixed widths and multiply the padding too. Both
 are multiples of 8, so no backend copies its inputs into wider ones (flash-attn and torch do that to other
-head dims): padding costs FLOPs, no bytes. From the kernels' sources, not measured here, as FLOPs of Q K^T and
-P V over the useful ones:
+head dims): padding costs FLOPs, no bytes. FLOPs of Q K^T and P V over the useful ones, from the kernels'
+sources, not measured here:
 
 | backend | tile widths | 64 | 80 | 88 |
 |---|---|---|---|---|
 | flash2, sdpa_flash on a GPU, varlen | 32, 64, 96, 128, 192, 256 | 1 | 96: 1.20 | 96: 1.09 |
 | flash3 | 64, 96, 128, 192, 256 | 1 | 96: 1.20 | 96: 1.09 |
-| flash4 (widths of the backward in brackets) | 16 n (32 n) | 1 | 80: 1 (96: 1.20) | 96: 1.09 (96: 1.09) |
-| sdpa_efficient, xformers' CUTLASS kernel | (1) | 1 | 96 and 128: 1.40 | 96 and 128: 1.27 |
+| flash4 | multiples of 16 forward (of 32 backward) | 1 | 80: 1 (96: 1.20) | 96: 1.09 (96: 1.09) |
+| sdpa_efficient, CUTLASS in xformers | Q K^T 32s, P V 64 or 128 | 1 | 96 and 128: 1.40 | 96 and 128: 1.27 |
 | sdpa_cudnn | not published | | | |
 | sdpa_flash on a CPU, sdpa_math, softmax | none | 1 | 1 | 1 |
-
-(1) Q K^T in steps of 32, P V in 64 or 128.
 """
 
 from __future__ import annotations
@@ -43,15 +41,15 @@ class AttentionBackend:
     """A way to compute attention.
 
     Attributes:
-        name: what the user calls it.
-        text: what it is.
-        call: of `attention_calls`, on equal sequences; None for packed sequences only.
-        packed: of `attention_calls`, on packed sequences; None where it has none.
+        name: of `--attention`.
+        text: description in a few words.
+        call: of `calls`, on equal sequences; None for packed sequences only.
+        packed: of `calls`, on packed sequences; None where it has none.
         masks: `call` takes a key mask, so that packed sequences can be padded for it.
         probe: None, or the reason why it does not run.
         tiles: (head dim, on a GPU) -> widths in which Q K^T and P V are multiplied; None where that is not
             published.
-        package: the distribution behind it, None where that is torch.
+        package: distribution that provides it, None where that is torch.
         install: how to get it.
         prepare: run once when it is chosen.
     """
@@ -68,7 +66,7 @@ class AttentionBackend:
     prepare: Callable[[], None] | None = None
 
     def why_not(self, workload: Workload) -> str | None:
-        """The reason why it does not run on `workload`, None if it does. Never raises."""
+        """Reason why it does not run on `workload`, None if it does. Never raises."""
         if workload.packed and self.packed is None and not self.masks:
             return "takes no sequences of unequal lengths"
         if not workload.packed and self.call is None:
@@ -79,8 +77,10 @@ class AttentionBackend:
             return f"its probe failed: {type(error).__name__}: {error}"
 
     def version(self) -> str | None:
-        """Of the package behind it, torch's for those that come with torch."""
-        return torch.__version__ if self.package is None else probes.installed_version(self.package)
+        """Version of the providing package (torch's own for built-in kernels)."""
+        if self.package is None:
+            return torch.__version__
+        return probes.installed_version(self.package)
 
 
 def _up_to(*widths: int) -> Callable[[int, bool], tuple[int, int] | None]:
@@ -289,7 +289,7 @@ def auto_order(workload: Workload) -> tuple[tuple[str, ...], bool]:
 
 
 def why_not(name: str, workload: Workload) -> str | None:
-    """The reason why a backend does not run on `workload`, None if it does.
+    """Reason why a backend does not run on `workload`, None if it does.
 
     Raises:
         InputError: an unknown name.
@@ -340,8 +340,7 @@ def choose_name(
     training: bool,
     compiled: bool,
 ) -> str:
-    """`choose(...).name` for equal sequences, by what a tensor says of itself: all that a step has to look
-    up."""
+    """`choose(...).name` for equal sequences, from properties of a tensor: the only lookup of a step."""
     where = torch.device(device) if index is None else torch.device(device, index)
     workload = Workload.on(where, dtype=dtype, head_dim=head_dim, training=training, compiled=compiled)
     return choose(name, workload).name
@@ -356,11 +355,9 @@ def _first_that_runs(workload: Workload) -> AttentionBackend:
             break
         refused.append(f"{name}: {reason}")
     what = str(workload).replace(", training", "").replace(", inference", "")  # one line for both
-    say_once(
-        f"attention: auto takes {name} ({what}; order {'measured' if measured else 'expected, not measured'} "
-        "on "
-        f"{workload.device_class}{''.join('; not ' + text for text in refused)})"
-    )
+    known = "measured" if measured else "expected, not measured"
+    others = "".join(f"; not {text}" for text in refused)
+    say_once(f"attention: auto takes {name} ({what}; order {known} on {workload.device_class}{others})")
     return BACKENDS[name]
 
 

@@ -1,5 +1,4 @@
-"""What attention is to be computed on, and each backend's answer to it: None, or the reason why it does not
-run, as text.
+"""Workloads of attention, and each backend's probe: None where it runs, else the reason why not, as text.
 
 A probe looks at what is importable, its version, the device, dtype, head dim, dropout and training, in that
 order. It takes a `Workload`, not tensors, so that it can be asked about devices that are not here.
@@ -12,9 +11,10 @@ import importlib.metadata
 import importlib.util
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -25,7 +25,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What attention is to be computed on; hashable, so that answers are kept.
+    """Device, dtype, head dim and use of one attention call; hashable, so that answers are cached.
 
     Attributes:
         device: torch's device type.
@@ -54,7 +54,7 @@ class Workload:
     def on(cls, device: torch.device | str, **settings) -> Workload:
         """The workload with what torch knows of `device` filled in."""
         device = torch.device(device)
-        known = {"device": device.type, "index": device.index}
+        known: dict[str, Any] = {"device": device.type, "index": device.index}
         if device.type == "cuda" and torch.cuda.is_available():
             known |= {
                 "capability": torch.cuda.get_device_capability(device),
@@ -64,21 +64,19 @@ class Workload:
 
     @property
     def device_class(self) -> str:
-        """What speeds are alike on: cpu, sm_80, sm_90, ... , hip, or the device's type."""
+        """Class of devices with similar speeds: cpu, sm_80, sm_90, ..., hip, or the device's type."""
         if self.device != "cuda" or self.hip or self.capability is None:
             return "hip" if self.hip else self.device
         return f"sm_{self.capability[0]}0"
 
     def __str__(self) -> str:
-        words = [
-            self.device
-            if self.capability is None
-            else f"{self.device} sm_{self.capability[0]}{self.capability[1]}"
-        ]
-        words += [str(self.dtype).removeprefix("torch."), f"head dim {self.head_dim}"]
-        words += ["training" if self.training else "inference"]
-        words += [name for name in ("dropout", "compiled", "packed") if getattr(self, name)]
-        return ", ".join(words)
+        device = self.device
+        if self.capability is not None:
+            device += f" sm_{self.capability[0]}{self.capability[1]}"
+        parts = [device, str(self.dtype).removeprefix("torch."), f"head dim {self.head_dim}"]
+        parts += ["training" if self.training else "inference"]
+        parts += [name for name in ("dropout", "compiled", "packed") if getattr(self, name)]
+        return ", ".join(parts)
 
 
 def installed_version(package: str, module: ModuleType | None = None) -> str | None:
@@ -95,7 +93,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 def lacks_package(
     module_name: str, package: str, functions: tuple[str, ...], minimum: str | None = None
 ) -> str | None:
-    """Why `functions` of a module cannot be used: not installed, broken, too old, or without them."""
+    """Reason why `functions` of a module cannot be used (not installed, broken, too old, without them); None
+    where they can."""
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -103,9 +102,7 @@ def lacks_package(
         if error.name and module_name.startswith(error.name):
             return f"{package} is not installed"
         return f"{package} does not import: {error}"
-    except (
-        Exception
-    ) as error:  # a shared library built for another torch raises ImportError, OSError, RuntimeError ...
+    except Exception as error:  # a library built for another torch: ImportError, OSError, RuntimeError ...
         return f"{package} does not import: {(str(error).splitlines() or [type(error).__name__])[0]}"
     version = installed_version(package, module)
     if minimum and version and _numbers(version) < _numbers(minimum):
@@ -119,8 +116,8 @@ def lacks_package(
 def lacks_gpu(
     workload: Workload, least: tuple[int, int] = (8, 0), majors: tuple[int, ...] = (), nvidia: bool = True
 ) -> str | None:
-    """Why the device is none of the GPUs: compute capability `least` or later, of one of `majors` if any are
-    given."""
+    """Reason why the device is not a GPU of compute capability `least` or later (and of one of `majors`, if
+    any are given); None where it is."""
     if workload.device != "cuda":
         return f"runs on a GPU, not on {workload.device}"
     if workload.hip:
@@ -138,7 +135,7 @@ def lacks_gpu(
 
 
 def lacks_shape(workload: Workload, largest: int = 256, dtypes: tuple[torch.dtype, ...] = HALF) -> str | None:
-    """Why the dtype or the head dim does not fit a flash kernel."""
+    """Reason why the dtype or the head dim does not fit a flash kernel; None where both do."""
     if workload.dtype not in dtypes:
         known = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"takes {known}, not {str(workload.dtype).removeprefix('torch.')}"
@@ -204,11 +201,12 @@ def probe_xformers(workload: Workload) -> str | None:
     return reason
 
 
-def _torch_refuses(question: Callable[[object, bool], bool], workload: Workload) -> str | None:
+def _torch_refuses(question: Callable[[Any, bool], bool], workload: Workload) -> str | None:
     """torch's own answer for a tiny tensor of the workload on its GPU; its reasons come as warnings."""
     with unset_fake_temporarily(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        device = torch.device(workload.device, workload.index)
+        index = "" if workload.index is None else f":{workload.index}"
+        device = torch.device(f"{workload.device}{index}")
         q = torch.empty(
             1, 1, 8, workload.head_dim, dtype=workload.dtype, device=device, requires_grad=workload.training
         )
@@ -221,8 +219,8 @@ def _torch_refuses(question: Callable[[object, bool], bool], workload: Workload)
 
 
 def replaced_flash() -> str | None:
-    """What this process has put in the place of torch's flash kernel (FA3, FA4), for torch versions that
-    can."""
+    """Name of the kernels (FA3, FA4) that this process has put in the place of torch's flash kernel; None
+    where it is torch's own."""
     return getattr(torch_attention, "current_flash_attention_impl", lambda: None)()
 
 
@@ -247,11 +245,11 @@ def probe_sdpa_efficient(workload: Workload) -> str | None:
 
 
 def probe_replaced_flash(number: int) -> Callable[[Workload], str | None]:
-    """torch 2.11 and later can put flash-attention 3 or 4 in the place of the flash kernel that it brings."""
+    """Probe of flash-attention 3 or 4 in the place of torch's own flash kernel (torch 2.11 and later)."""
     impl = f"FA{number}"
 
     def probe(workload: Workload) -> str | None:
-        known = getattr(torch_attention, "list_flash_attention_impls", tuple)()
+        known: Collection[str] = getattr(torch_attention, "list_flash_attention_impls", tuple)()
         if impl not in known:
             return f"torch {torch.__version__} knows no {impl}"
         active = replaced_flash()

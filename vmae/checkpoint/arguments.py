@@ -1,0 +1,69 @@
+"""Flags of commands that read a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from vmae.checkpoint.classifier import LoadedClassifier, load_classifier
+from vmae.config import PRESETS, ModelConfig, image_size
+from vmae.data.classify_dataset import ClipConfig
+from vmae.settings import limits
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `load_from_args` reads."""
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights"
+    )
+    parser.add_argument(
+        "--averaged", action="store_true", help="take the averaged weights of the run (finetune --ema)"
+    )
+    parser.add_argument(
+        "--label-map", metavar="FILE.json", help="turn a head of more classes into one of these"
+    )
+    clip = parser.add_argument_group("how videos are seen (default: as in training)")
+    clip.add_argument("--sampling", help="dense, sparse")
+    clip.add_argument(
+        "--stride", type=limits(ClipConfig, "stride"), help="frames from one to the next, for dense"
+    )
+    clip.add_argument("--num-frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip")
+    clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
+    add_source_arguments(parser)
+
+
+def add_source_arguments(
+    parser: argparse.ArgumentParser, files: str = "official files"
+) -> argparse._ArgumentGroup:
+    """Add the flags for what official files do not say of themselves.
+
+    Args:
+        files: which files these are, for the help text.
+
+    Returns:
+        The group of these flags.
+    """
+    model = parser.add_argument_group(f"for weights that do not say what they are ({files})")
+    model.add_argument("--model", help=f"preset: {', '.join(PRESETS)}")
+    frames, size = limits(ModelConfig, "num_frames"), limits(ModelConfig, "img_size")
+    model.add_argument(
+        "--init-frames", type=frames, help="frames that the weights are of (as the file shows, else 16)"
+    )
+    model.add_argument(
+        "--init-size", type=size, help="side of the clips that they are of (as the file shows, else 224)"
+    )
+    return model
+
+
+def load_from_args(args: argparse.Namespace, **options: Any) -> LoadedClassifier:
+    """`load_classifier` with the flags of `add_model_arguments`."""
+    changes = {name: getattr(args, name) for name in ("sampling", "stride", "num_frames", "image_size")}
+    return load_classifier(
+        args.checkpoint,
+        preset=args.model,
+        averaged=args.averaged,
+        label_map=args.label_map,
+        source=(args.init_frames, args.init_size),
+        clip={name: value for name, value in changes.items() if value is not None},
+        **options,
+    )
