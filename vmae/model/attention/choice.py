@@ -45,8 +45,8 @@ class AttentionBackend:
     Attributes:
         name: what the user calls it.
         text: what it is.
-        call: of `attention_calls`, on equal sequences; None for packed sequences only.
-        packed: of `attention_calls`, on packed sequences; None where it has none.
+        call: function of `calls.py` on equal sequences; None for packed sequences only.
+        packed: function of `calls.py` on packed sequences; None where it has none.
         masks: `call` takes a key mask, so that packed sequences can be padded for it.
         probe: None, or the reason why it does not run.
         tiles: (head dim, on a GPU) -> widths in which Q K^T and P V are multiplied; None where that is not
