@@ -16,10 +16,9 @@ import os
 from collections.abc import Callable, Iterable
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from vmae_kernels.optional_triton import tl, triton
 from vmae_kernels.tubelets import MEAN, STD, clip_strides
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))

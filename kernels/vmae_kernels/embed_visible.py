@@ -22,10 +22,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vmae_kernels import device as dev
 from vmae_kernels.backend import choose_backend
@@ -44,6 +41,7 @@ from vmae_kernels.device import (
     round_to,
     tubelet_offsets,
 )
+from vmae_kernels.optional_triton import TensorDescriptor, tl, triton
 from vmae_kernels.tubelets import clip_grid, gather_tubelets, normalise
 
 FOLD = tl.constexpr(64.0)

@@ -24,13 +24,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from vmae_kernels import device as dev
 from vmae_kernels.backend import choose_backend
 from vmae_kernels.device import by_channel, operand, round_to, target_offsets, tubelet_offsets
+from vmae_kernels.optional_triton import tl, triton
 from vmae_kernels.patch_loss import (
     check_loss_shapes,
     check_tokens,

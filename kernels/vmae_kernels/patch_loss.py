@@ -19,8 +19,6 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from vmae_kernels import device as dev
@@ -37,6 +35,7 @@ from vmae_kernels.device import (
     target_offsets,
     tubelet_offsets,
 )
+from vmae_kernels.optional_triton import tl, triton
 from vmae_kernels.tubelets import clip_grid, gather_tubelets, unit_pixels
 
 

@@ -33,15 +33,9 @@ from vmae.errors import InputError
 HANG_S = 120.0  # that one video may take, where nothing else is said
 
 CRASHES = {
-    -number
-    for number in (
-        signal.SIGSEGV,
-        signal.SIGABRT,
-        signal.SIGBUS,
-        signal.SIGFPE,
-        signal.SIGILL,
-        signal.SIGKILL,
-    )
+    -getattr(signal, name)
+    for name in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGKILL")
+    if hasattr(signal, name)  # Windows has not all of them
 }
 MAX_IDLE_RESTARTS = (
     5  # of workers that no video is to blame for, in a row without a batch; one each where they are more
