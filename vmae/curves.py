@@ -2,7 +2,7 @@
 drawn together.
 
 Reads what a run logs as it goes (`log.jsonl`), so a run need not be finished. `--reference NAME` adds a curve
-that is kept in `docs/curves`: "is my loss right?" has an answer there. `--export` writes such a file.
+of `vmae/reference_curves`: "is my loss right?" has an answer there. `--export` writes such a file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from vmae.json_files import read_json_lines
 from vmae.train.checkpoint import write_atomically
 from vmae.train.metrics import LOG_NAME, loss_of_last_tenth, read_starts
 
-REFERENCES = Path(__file__).parent.parent / "docs" / "curves"
+REFERENCES = Path(str(files("vmae"))) / "reference_curves"
 PANELS = {"loss_mean": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "clips_per_s": "clips/s"}
 AXES = {"step": "step", "epoch": "epoch"}
 # Told apart without colour: by line style, and by shades that differ in lightness.
@@ -218,7 +219,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="also draw these curves of docs/curves, such as tiny",
+        help="also draw these curves, which come with the package, such as tiny",
     )
     parser.add_argument(
         "--output", default="curves.png", metavar="FILE", help="picture: .png, .pdf, .svg (curves.png)"
