@@ -255,7 +255,7 @@ def score_frames(
     batch_size: int = 8,
     workers: int = 0,
 ) -> list[dict[str, Any]]:
-    """A record for each key frame, in order: `frame` (its number) and `scores` [M][K], or `error`.
+    """A record for each key frame, in order: `frame` (its number) and `scores` [M, K], or `error`.
 
     What an earlier start of the same test has written in `output` is kept.
 
