@@ -78,7 +78,7 @@ lint: setup
 
 docs: setup
 	@$(PIP) -c constraints.txt -e '.[docs]'
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "the site: site/index.html"
 
 # Nothing is saved: the notebook is kept without outputs, so that a change of it can be read.

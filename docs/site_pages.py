@@ -85,11 +85,14 @@ def notebook_page(path: Path) -> str:
 
 
 def api_pages() -> dict[str, str]:
-    """Markdown by page: the public names of each package; then, for `vmae`, each module and subpackage."""
-    pages = {}
-    for name, folder in PACKAGES.items():
-        head = f"::: {name}\n    options: {{heading_level: 1, members: false}}\n"
-        pages[name] = "\n".join([head, *(f"::: {path}\n" for path in _public_paths(folder / "__init__.py"))])
+    """Markdown by page: each package's public names, then each module and subpackage of `vmae`."""
+    head = "::: {}\n    options: {{heading_level: 1, members: false}}\n\n"
+    names = "".join(f"- [`{path.rpartition('.')[2]}`][{path}]\n" for path in _public_paths("vmae"))
+    operations = "\n".join(f"::: {path}\n" for path in _public_paths("vmae_kernels"))
+    pages = {
+        "vmae": head.format("vmae") + names,
+        "vmae_kernels": head.format("vmae_kernels") + operations,
+    }
     root = PACKAGES["vmae"]
     for path in sorted(root.glob("*.py")):
         if path.stem not in ("__init__", "__main__"):
@@ -107,12 +110,18 @@ def _module_page(title: str, modules: list[Path]) -> str:
     return f"# {title}\n\n" + "\n".join(f"::: {name}\n" for name in names)
 
 
-def _public_paths(path: Path) -> list[str]:
-    """Paths of the names in a package's `__all__`, from its imports; the package itself is not imported."""
+def _public_paths(package: str) -> list[str]:
+    """Full paths of the names in a package's `__all__`, from its imports; nothing is imported for it."""
+    top, *inner = package.split(".")
     homes, public = {}, []
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            homes |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    for node in ast.walk(ast.parse(PACKAGES[top].joinpath(*inner, "__init__.py").read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in PACKAGES:
+            home, *parts = node.module.split(".")
+            if PACKAGES[home].joinpath(*parts).is_dir():
+                inside = {path.rpartition(".")[2]: path for path in _public_paths(node.module)}
+            else:
+                inside = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            homes |= {alias.name: inside[alias.name] for alias in node.names}
         elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__":
             public = ast.literal_eval(node.value)
     return [homes[name] for name in public]
