@@ -85,8 +85,8 @@ PARTS = (
         group="video",
         module="torchcodec",
         packages=("torchcodec",),
-        install="pip install 'torchcodec>=0.13,<0.14', and FFmpeg's libraries (apt-get install ffmpeg); 0.13 loads with torch "
-        "2.13 on a CPU, 0.14 to 0.17 link CUDA libraries",
+        install="pip install 'torchcodec>=0.13,<0.14', and FFmpeg's libraries (apt-get install ffmpeg); 0.13 "
+        "loads with torch 2.13 on a CPU, 0.14 to 0.17 link CUDA libraries",
         without="nothing: PyAV reads the same files, H.264 faster",
         probe=video_lack("torchcodec"),
     ),
@@ -97,7 +97,8 @@ PARTS = (
         packages=("av",),
         install="pip install av",
         probe=video_lack("pyav"),
-        without="AVI, MPEG-TS and many open GOPs are refused, H.264 is slower, `vmae pack` and DALI's loader do not run",
+        without="AVI, MPEG-TS and many open GOPs are refused, H.264 is slower, `vmae pack` and DALI's loader "
+        "do not run",
     ),
     Part(
         name="DALI",
@@ -272,7 +273,10 @@ def look_at_video() -> dict[str, Any]:
         if "video" in backend.kinds and backend.missing() is None
     ]
     clash = _version(("decord",)) is not None and _version(("decord2",)) is not None
-    note = "decord and decord2 are both installed and share an import name: pip uninstall one, reinstall the other"
+    note = (
+        "decord and decord2 are both installed and share an import name: pip uninstall one, reinstall the "
+        "other"
+    )
     return {"order": order, "note": note if clash else None}
 
 

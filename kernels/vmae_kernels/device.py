@@ -269,7 +269,10 @@ def why_too_old(device: torch.device) -> str | None:
     found, needed = (
         ".".join(map(str, capability)) for capability in (_capability(device), OLDEST_CAPABILITY)
     )
-    return f"{device} has compute capability {found}; before {needed} the kernels use no tensor cores and spill registers"
+    return (
+        f"{device} has compute capability {found}; before {needed} the kernels use no tensor cores and spill "
+        "registers"
+    )
 
 
 def target_of(device: torch.device) -> str:

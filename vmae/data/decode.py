@@ -257,7 +257,10 @@ def _decord_missing() -> str | None:
         import decord  # noqa: F401
     except Exception as error:  # ImportError, or OSError and RuntimeError from its shared library
         # decord2 installs under the same import name, for newer Pythons too.
-        return f"decoding video needs decord ({error}): `pip install decord`, or `pip install decord2` where that fails"
+        return (
+            f"decoding video needs decord ({error}): `pip install decord`, or `pip install decord2` where "
+            "that fails"
+        )
     return _inspector_missing("decord")
 
 
