@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_FLAGS ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
-.PHONY: help setup demo progressive detection temporal test test-slow test-all test-decoders test-interop test-browser lint clean
+.PHONY: help setup demo progressive detection temporal test test-slow test-all test-decoders test-interop test-browser lint docs notebook wheel clean
 
 help:
 	@echo "make demo       set up, benchmark dual against encoder-only masking, pre-train a small model, draw a reconstruction"
@@ -15,6 +15,9 @@ help:
 	@echo "make detection  actions of two actors, as on AVA: make videos, train, frame mAP, pictures: on a CPU, under 5 minutes"
 	@echo "make temporal   videos, features, temporal detection, mAP, from nothing: on a CPU, under 5 minutes"
 	@echo "make test       set up, run the tests (make test-slow: the long ones; make test-all: both; make lint: ruff)"
+	@echo "make docs       build the documentation site in site/"
+	@echo "make notebook   run docs/first_steps.ipynb"
+	@echo "make wheel      build the wheel in dist/, install it in an empty environment, use it away from the tree"
 	@echo "make test-decoders  install torchcodec (which needs FFmpeg's libraries) and DALI, run the tests that want them"
 	@echo "make test-interop   install transformers and ONNX, run the tests that want them; ten releases of transformers (1 GB)"
 	@echo "make test-browser   install selenium, try the page of \`serve\` in Chromium (which must be there, with chromedriver)"
@@ -71,6 +74,20 @@ test-browser: setup
 
 lint: setup
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+docs: setup
+	@$(PIP) -c constraints.txt -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "the site: site/index.html"
+
+# Nothing is saved: the notebook is kept without outputs, so that a change of it can be read.
+notebook: setup
+	@$(PIP) -c constraints.txt -e '.[notebook]'
+	@PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/jupyter execute docs/first_steps.ipynb
+
+wheel: setup
+	@PYTHON=$(abspath $(BIN))/python PIP_FLAGS="$(PIP_FLAGS)" .ci/try_wheel.sh
 
 clean:
-	rm -rf $(VENV) demo progressive detection temporal mask_ablation build *.egg-info
+	rm -rf $(VENV) demo progressive detection temporal mask_ablation build dist site *.egg-info

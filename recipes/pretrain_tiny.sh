@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The path of the big recipes in two minutes on a CPU: a model of 1.2 million parameters on the four real clips that come with
-# a test dependency. Its loss ends below that of the trivial predictors; docs/curves/tiny.jsonl is its reference curve.
+# a test dependency. Its loss ends below that of the trivial predictors; vmae/reference_curves/tiny.jsonl is its reference curve.
 #
 # Variables and arguments: recipes/common.sh. Without DATA the clips are written as small images to $OUTPUT-data.
 set -euo pipefail

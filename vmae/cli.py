@@ -1,4 +1,4 @@
-"""`python -m vmae COMMAND`: one table of commands; each lives in the module that does the work.
+"""`vmae COMMAND` (or `python -m vmae COMMAND`): one table of commands; each lives in the module that does it.
 
 A command's module has `add_arguments(parser)` and `run(args) -> int | None`. Input that a person can mend
 ends with one line on stderr and exit code 2.
@@ -7,91 +7,114 @@ ends with one line on stderr and exit code 2.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import importlib.metadata
 import logging
+import platform
 import sys
+from pathlib import Path
 from typing import NoReturn
 
+import vmae
 from vmae.errors import InputError
 
-# name: (module, what it does)
-COMMANDS = {
-    "pretrain": ("vmae.train.pretrain", "pre-train a model with dual masking on a list of videos"),
-    "finetune": (
-        "vmae.train.finetune",
-        "train a classifier on labelled videos: post-pre-training, fine-tuning, probes",
-    ),
-    "finetune-detection": (
-        "vmae.train.detection",
-        "train a detector of actions on annotated key frames, as on AVA",
-    ),
-    "distil": ("vmae.train.distill", "train a small classifier on what a large one makes of the clips"),
-    "evaluate": (
-        "vmae.evaluate.classify",
-        "test a classifier on many views of each video: top-1, top-5, a table, a picture",
-    ),
-    "detect": (
-        "vmae.evaluate.detection",
-        "what the people in given boxes do at key frames: AVA's CSV, frame mAP, pictures",
-    ),
-    "predict": ("vmae.evaluate.predict", "name the classes of one video"),
-    "features": ("vmae.evaluate.features", "features of a video's windows, for temporal detection"),
-    "detect-temporal": (
-        "vmae.evaluate.temporal_detect",
-        "train a temporal detector on features, and test it: segments, mAP",
-    ),
-    "export": (
-        "vmae.tools.export",
-        "write a run's weights (.pth, .safetensors) or the model itself (.pt2, .onnx) as a file",
-    ),
-    "convert": (
-        "vmae.tools.convert",
-        "weights to and from a folder that transformers (Hugging Face) reads",
-    ),
-    "plan": (
-        "vmae.planning.plan",
-        "tell what a pre-training run will need: memory, largest batch, hours, clips a second",
-    ),
-    "curves": ("vmae.tools.curves", "plot the logs of several runs together"),
-    "reconstruct": (
-        "vmae.evaluate.reconstruct",
-        "draw what a checkpoint rebuilds of a video, as a picture or an animation",
-    ),
-    "masks": ("vmae.evaluate.mask_pictures", "draw every type of mask, with its counts"),
-    "attention": ("vmae.evaluate.attention_maps", "draw where the encoder's attention goes in a video"),
-    "pca": ("vmae.evaluate.pca", "draw the principal components of the encoder's tokens beside a video"),
-    "serve": (
-        "vmae.tools.serve",
-        "a page on this machine: drop in a video, see masks, reconstruction and classes",
-    ),
-    "samples": (
-        "vmae.synthetic.samples",
-        "write a list file of the four real clips that come with a test dependency",
-    ),
-    "moving-shapes": (
-        "vmae.synthetic.moving_shapes",
-        "make videos whose class is a motion, with two label sets that overlap",
-    ),
-    "moving-actors": (
-        "vmae.synthetic.moving_actors",
-        "make videos of two actors with boxes and actions as AVA has them",
-    ),
-    "moving-segments": (
-        "vmae.synthetic.moving_segments",
-        "make videos of several motions, and their temporal detection set",
-    ),
-    "merge-labels": ("vmae.data.merge_labels", "make one label set from several, as Kinetics-710 is made"),
-    "check-data": (
-        "vmae.data.check",
-        "open every video of a list: table, report, histogram, a list without the bad ones",
-    ),
-    "pack": (
-        "vmae.data.pack",
-        "re-encode a list's videos so that clips decode fast: short side 256, a key frame every 12",
-    ),
-    "parity": ("vmae.tools.parity", "check golden files of the published code"),
-    "doctor": ("vmae.tools.doctor", "tell what is installed, what runs here, and what is missing"),
+# heading of `vmae --help`: {name: (module, what it does)}
+GROUPS = {
+    "Train": {
+        "pretrain": ("vmae.train.pretrain", "pre-train a model with dual masking on a list of videos"),
+        "finetune": (
+            "vmae.train.finetune",
+            "train a classifier on labelled videos: post-pre-training, fine-tuning, probes",
+        ),
+        "finetune-detection": (
+            "vmae.train.detection",
+            "train a detector of actions on annotated key frames, as on AVA",
+        ),
+        "distil": ("vmae.train.distill", "train a small classifier on what a large one makes of the clips"),
+        "detect-temporal": (
+            "vmae.evaluate.temporal_detect",
+            "train a temporal detector on features, and test it: segments, mAP",
+        ),
+    },
+    "Test and use a model": {
+        "evaluate": (
+            "vmae.evaluate.classify",
+            "test a classifier on many views of each video: top-1, top-5, a table, a picture",
+        ),
+        "detect": (
+            "vmae.evaluate.detection",
+            "what the people in given boxes do at key frames: AVA's CSV, frame mAP, pictures",
+        ),
+        "predict": ("vmae.evaluate.predict", "name the classes of one video"),
+        "features": ("vmae.evaluate.features", "features of a video's windows, for temporal detection"),
+        "export": (
+            "vmae.tools.export",
+            "write a run's weights (.pth, .safetensors) or the model itself (.pt2, .onnx) as a file",
+        ),
+        "convert": (
+            "vmae.tools.convert",
+            "weights to and from a folder that transformers (Hugging Face) reads",
+        ),
+    },
+    "Look": {
+        "curves": ("vmae.tools.curves", "plot the logs of several runs together"),
+        "reconstruct": (
+            "vmae.evaluate.reconstruct",
+            "draw what a checkpoint rebuilds of a video, as a picture or an animation",
+        ),
+        "masks": ("vmae.evaluate.mask_pictures", "draw every type of mask, with its counts"),
+        "attention": ("vmae.evaluate.attention_maps", "draw where the encoder's attention goes in a video"),
+        "pca": (
+            "vmae.evaluate.pca",
+            "draw the principal components of the encoder's tokens beside a video",
+        ),
+        "serve": (
+            "vmae.tools.serve",
+            "a page on this machine: drop in a video, see masks, reconstruction and classes",
+        ),
+    },
+    "Data": {
+        "check-data": (
+            "vmae.data.check",
+            "open every video of a list: table, report, histogram, a list without the bad ones",
+        ),
+        "pack": (
+            "vmae.data.pack",
+            "re-encode a list's videos so that clips decode fast: short side 256, a key frame every 12",
+        ),
+        "merge-labels": (
+            "vmae.data.merge_labels",
+            "make one label set from several, as Kinetics-710 is made",
+        ),
+        "samples": (
+            "vmae.synthetic.samples",
+            "write a list file of the four real clips that come with a test dependency",
+        ),
+        "moving-shapes": (
+            "vmae.synthetic.moving_shapes",
+            "make videos whose class is a motion, with two label sets that overlap",
+        ),
+        "moving-actors": (
+            "vmae.synthetic.moving_actors",
+            "make videos of two actors with boxes and actions as AVA has them",
+        ),
+        "moving-segments": (
+            "vmae.synthetic.moving_segments",
+            "make videos of several motions, and their temporal detection set",
+        ),
+    },
+    "Plan and check": {
+        "plan": (
+            "vmae.planning.plan",
+            "tell what a pre-training run will need: memory, largest batch, hours, clips a second",
+        ),
+        "doctor": ("vmae.tools.doctor", "tell what is installed, what runs here, and what is missing"),
+        "parity": ("vmae.tools.parity", "check golden files of the published code"),
+    },
 }
+COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -101,27 +124,118 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (`{self.prog} --help` tells what there is)")
 
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser; only `command`'s module is imported, so that others' optional packages are not needed."""
-    parser = _Parser(prog="python -m vmae", description="Pre-training of video transformers.")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+class _MainParser(_Parser):
+    """`--help` lists the commands under the headings of `GROUPS`."""
+
+    commands: argparse._SubParsersAction
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        lines = {action.dest: action for action in self.commands._get_subactions()}
+        for heading, group in GROUPS.items():
+            formatter.start_section(heading)
+            formatter.add_arguments([lines[name] for name in group])
+            formatter.end_section()
+        formatter.start_section("Options")
+        formatter.add_arguments([action for action in self._actions if action.option_strings])
+        formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+
+class _PrintVersion(argparse.Action):
+    def __call__(self, parser, *_) -> NoReturn:
+        print(version_line())
+        parser.exit()
+
+
+class _PrintCompletion(argparse.Action):
+    def __call__(self, parser, namespace, shell, option_string=None) -> NoReturn:
+        print(completion(shell))
+        parser.exit()
+
+
+def version_line() -> str:
+    """Versions of this package, torch, triton and Python; no package is imported for it."""
+    versions = [f"Python {platform.python_version()}"]
+    for package in ("torch", "triton"):
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"no {package}")
+    return f"vmae {vmae.__version__} ({', '.join(versions)})"
+
+
+def completion(shell: str) -> str:
+    """A script that makes `shell` complete commands, flags, their choices, and files; see `docs/install.md`.
+
+    Raises:
+        InputError: shtab is not installed.
+    """
+    try:
+        import shtab
+    except ImportError as error:
+        raise InputError("completion needs the package shtab: `pip install shtab`") from error
+    parser = build_parser(*COMMANDS, prog="vmae")
+    for part in (parser, *parser.commands.choices.values()):
+        for action in part._actions:
+            # Files where nothing else is known; a number has a type.
+            if action.nargs != 0 and action.type is None and not action.choices:
+                action.complete = shtab.FILE
+    return shtab.complete(parser, shell)
+
+
+def build_parser(*commands: str | None, prog: str = "vmae") -> _MainParser:
+    """The parser. Only the modules of `commands` are imported: optional packages of others are not needed."""
+    parser = _MainParser(
+        prog=prog,
+        description="Pre-training of video transformers, the VideoMAE V2 way.",
+        epilog=f"`{prog} COMMAND --help` lists the flags of a command.",
+    )
+    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="versions of vmae, torch and triton")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=SHELLS,
+        metavar="SHELL",
+        help=f"print a completion script for {', '.join(SHELLS[:-1])} or {SHELLS[-1]}",
+    )
+    parser.commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+    )
     for name, (module, text) in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        if name == command:
+        sub = parser.commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", prog=f"{prog} {name}"
+        )
+        if name in commands:
             loaded = importlib.import_module(module)
             loaded.add_arguments(sub)
             sub.set_defaults(run=loaded.run)
     return parser
 
 
+def _refuse_unknown(command: str, prog: str) -> None:
+    if command in COMMANDS:
+        return
+    near = difflib.get_close_matches(command, COMMANDS, n=1)
+    advice = f"did you mean `{prog} {near[0]}`? " if near else ""
+    raise InputError(f"no command {command!r}; {advice}`{prog} --help` lists all commands")
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    command = next((word for word in argv if word in COMMANDS), None)
+    prog = "python -m vmae" if Path(sys.argv[0]).parts[-2:] == ("vmae", "__main__.py") else "vmae"
+    command = argv[0] if argv and not argv[0].startswith("-") else None
     # What this package says of itself (which attention backend "auto" took) goes to stderr, as plain lines.
     logging.getLogger("vmae").setLevel(logging.INFO)
     logging.lastResort.setLevel(logging.INFO)
     try:
-        args = build_parser(command).parse_args(argv)
+        if command is not None:
+            _refuse_unknown(command, prog)
+        args = build_parser(command, prog=prog).parse_args(argv)
         return args.run(args) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,13 +11,12 @@ Legend: B clips, Nv visible tokens, Nd decoded tokens, N all tokens, Dd decoder 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from vmae_kernels import device as dev
 from vmae_kernels.backend import choose_backend
 from vmae_kernels.device import round_to
+from vmae_kernels.optional_triton import tl, triton
 
 
 def assemble_decoder_tokens_ref(

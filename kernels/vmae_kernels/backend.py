@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vmae_kernels import device
+from vmae_kernels.optional_triton import WHY_MISSING
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -50,11 +51,12 @@ def resolve_backend(backend: str, operation: str, tensor: Tensor, dtype: torch.d
     """ "torch" or "triton" for one call of `operation` on `tensor`'s device, computing in `dtype` (None: any
     will do).
 
-    "auto" is Triton on a GPU (ROCm's too), PyTorch elsewhere, on GPUs before sm_80 and in dtypes that the
-    kernels do not have.
+    "auto" is Triton on a GPU (ROCm's too), PyTorch elsewhere, on GPUs before sm_80, in dtypes that the
+    kernels do not have and where Triton is not installed.
 
     Raises:
-        ValueError: an unknown backend, or "triton" on a device or in a dtype where it cannot run.
+        ValueError: an unknown backend, or "triton" without Triton, on a device or in a dtype where it cannot
+            run.
         NotImplementedError: "triton" was named for an operation that has no kernel.
     """
     if backend not in BACKENDS:
@@ -64,9 +66,11 @@ def resolve_backend(backend: str, operation: str, tensor: Tensor, dtype: torch.d
     runs = not isinstance(
         tensor, FakeTensor
     )  # a fake one launches nothing: its step is counted, not computed
+    missing = WHY_MISSING if runs else None
     too_old = device.why_too_old(tensor.device) if runs and tensor.is_cuda and backend != "torch" else None
     if backend == "auto":
-        return "triton" if available and fits and tensor.is_cuda and too_old is None else "torch"
+        able = available and fits and tensor.is_cuda and too_old is None and missing is None
+        return "triton" if able else "torch"
     if backend == "triton":
         if not available:
             raise NotImplementedError(f"{operation} has no Triton kernel; use backend='torch' or 'auto'")
@@ -74,6 +78,8 @@ def resolve_backend(backend: str, operation: str, tensor: Tensor, dtype: torch.d
             raise ValueError(
                 f"{operation}: the Triton kernels compute in float32, bfloat16 or float16, not {dtype}"
             )
+        if missing is not None:
+            raise ValueError(f"{operation}: {missing}; use backend='torch' or 'auto'")
         if too_old is not None:
             raise ValueError(f"{operation}: {too_old}; use backend='torch' or 'auto'")
         if runs and not tensor.is_cuda and not INTERPRETING and device.BUILD_TARGET is None:

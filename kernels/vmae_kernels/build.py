@@ -41,8 +41,11 @@ TARGETS = {
 SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
 PROJECTIONS = (
-    "embed_visible_fwd_kernel", "embed_visible_bwd_weight_kernel", "head_error_kernel", "head_weight_grad_kernel",
-)  # fmt: skip
+    "embed_visible_fwd_kernel",
+    "embed_visible_bwd_weight_kernel",
+    "head_error_kernel",
+    "head_weight_grad_kernel",
+)
 # patch, encoder width, decoder width, visible, decoded and counted tokens; 16 x 224 x 224 pixels, masks of 90
 # and 50 %.
 PRESETS = {
@@ -161,7 +164,8 @@ def inputs(preset: str, dtype: torch.dtype, float_clips: bool) -> dict[str, Tens
 
     return {
         "clips": clips, "visible": index(shown), "decode": index(decoded), "counted": index(counted),
-        "weight": learned(width, 3, 2, patch, patch), "bias": learned(width), "pos": learned(tokens, width).float(),
+        "weight": learned(width, 3, 2, patch, patch), "bias": learned(width),
+        "pos": learned(tokens, width).float(),
         "encoded": learned(2, shown, decoder), "mask_token": learned(1, 1, decoder),
         "decoder_pos": torch.zeros(tokens, decoder), "hidden": learned(2, shown + decoded, decoder),
         "norm_weight": learned(decoder), "norm_bias": learned(decoder), "pixels": learned(2, counted, values),
@@ -209,7 +213,8 @@ def build_one(job: tuple[str, str, str, str, bool, int]) -> list[dict]:
         records.append({
             "kernel": name, "operation": operation, "target": target, "shape": preset, "dtype": dtype,
             "clips": "float" if float_clips else "uint8", "default": candidate == 0, "config": options,
-            "registers": found["registers"], "stack_bytes": found["stack_bytes"], "shared_bytes": kernel.metadata.shared,
+            "registers": found["registers"], "stack_bytes": found["stack_bytes"],
+            "shared_bytes": kernel.metadata.shared,
             "widest_load_bits": widest_load(found["instructions"]), "instructions": found["instructions"],
         })  # fmt: skip
     return records

@@ -16,10 +16,9 @@ import os
 from collections.abc import Callable, Iterable
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from vmae_kernels.optional_triton import tl, triton
 from vmae_kernels.tubelets import MEAN, STD, clip_strides
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -270,7 +269,10 @@ def why_too_old(device: torch.device) -> str | None:
     found, needed = (
         ".".join(map(str, capability)) for capability in (_capability(device), OLDEST_CAPABILITY)
     )
-    return f"{device} has compute capability {found}; before {needed} the kernels use no tensor cores and spill registers"
+    return (
+        f"{device} has compute capability {found}; before {needed} the kernels use no tensor cores and spill "
+        "registers"
+    )
 
 
 def target_of(device: torch.device) -> str:

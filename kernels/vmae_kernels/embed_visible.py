@@ -22,10 +22,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vmae_kernels import device as dev
 from vmae_kernels.backend import choose_backend
@@ -44,6 +41,7 @@ from vmae_kernels.device import (
     round_to,
     tubelet_offsets,
 )
+from vmae_kernels.optional_triton import TensorDescriptor, tl, triton
 from vmae_kernels.tubelets import clip_grid, gather_tubelets, normalise
 
 FOLD = tl.constexpr(64.0)
@@ -93,8 +91,8 @@ def embed_visible_fold_kernel(
 def embed_visible_fwd_kernel(
     p_clips, p_visible, p_weight, p_shift, p_pos, p_out,
     n_rows, n_visible, width, columns, per_frame, stride_b, stride_t, stride_h, stride_c, stride_w,
-    DESCRIPTOR: tl.constexpr, PATCH: tl.constexpr, DEPTH: tl.constexpr, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, PATCH: tl.constexpr, DEPTH: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A BLOCK_M x BLOCK_N tile of tokens. One 64-bit base per row; offsets inside a tubelet are 32-bit. The
     weight comes through a descriptor (`p_weight` is one) where the device has a copy engine, else through a
@@ -308,7 +306,8 @@ def embed_visible_fwd(
         )
         tiles = triton.cdiv(batch * tokens, config["BLOCK_M"]) * triton.cdiv(width, config["BLOCK_N"])
         embed_visible_fwd_kernel[(tiles,)](
-            clips, visible, table_w, shift, pos, out, batch * tokens, where[0], width, *where[1:], folded.shape[1],
+            clips, visible, table_w, shift, pos, out,
+            batch * tokens, where[0], width, *where[1:], folded.shape[1],
             DESCRIPTOR=descriptor, PATCH=patch, DEPTH=depth, CHANNELS_LAST=channels_last,
             PRECISION=dev.dot_precision(clips.device), **config,
         )  # fmt: skip
@@ -343,7 +342,8 @@ def weight_and_bias_grads(
         partial = dev.scratch((splits, width, values), torch.float32, grad.device)
         embed_visible_bwd_weight_kernel[(tiles, splits)](
             grad, clips, visible, partial, rows, where[0], width, *where[1:], triton.cdiv(rows, splits),
-            PATCH=patch, DEPTH=depth, CHANNELS_LAST=channels_last, PRECISION=dev.dot_precision(clips.device), **config,
+            PATCH=patch, DEPTH=depth, CHANNELS_LAST=channels_last,
+            PRECISION=dev.dot_precision(clips.device), **config,
         )  # fmt: skip
         return partial
 

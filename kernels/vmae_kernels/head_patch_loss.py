@@ -24,13 +24,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from vmae_kernels import device as dev
 from vmae_kernels.backend import choose_backend
 from vmae_kernels.device import by_channel, operand, round_to, target_offsets, tubelet_offsets
+from vmae_kernels.optional_triton import tl, triton
 from vmae_kernels.patch_loss import (
     check_loss_shapes,
     check_tokens,
@@ -63,7 +62,8 @@ def head_patch_loss_ref(
 @triton.jit
 def target_affine_kernel(
     p_clips, p_tokens, p_affine, n_tokens, columns, per_frame, stride_b, stride_t, stride_h, stride_c,
-    PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_P: tl.constexpr,
+    PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, NORMALIZE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One token's three centres and three scales, float32: all that the projection must know of its
     target."""
@@ -98,8 +98,9 @@ def load_affine(p_affine, o_m, o_channel, first: tl.constexpr):
 def head_error_kernel(
     p_hidden, p_head, p_bias, p_clips, p_tokens, p_weight, p_affine, p_error, p_bias_partial, p_loss_partial,
     first_row, n_rows, n_tokens, width, columns, per_frame, stride_b, stride_t, stride_h, stride_c,
-    PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, HAS_BIAS: tl.constexpr, WITH_GRAD: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, HAS_BIAS: tl.constexpr,
+    WITH_GRAD: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A BLOCK_M x BLOCK_N tile of a chunk's predictions, never stored: weighted errors, their column sums,
     and the loss."""
@@ -147,7 +148,8 @@ def head_error_kernel(
 @triton.jit
 def head_weight_grad_kernel(
     p_error, p_hidden, p_partial, first_row, n_rows, values, width, rows_per_split,
-    ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """partial[split] [P, D] (+)= errors^T . hidden over the split's rows of one chunk. Chunks run one after
     another."""
@@ -199,7 +201,8 @@ def target_affines(
     """float32 [B * Nk, 6]: three centres and three scales of every counted token."""
     affine = dev.scratch((decode.numel(), 6), torch.float32, clips.device)
     target_affine_kernel[(decode.numel(),)](
-        clips, decode, affine, *where, PATCH=patch, DEPTH=depth, UINT8=clips.dtype == torch.uint8, NORMALIZE=normalize,
+        clips, decode, affine, *where,
+        PATCH=patch, DEPTH=depth, UINT8=clips.dtype == torch.uint8, NORMALIZE=normalize,
         **loss_config(3 * depth * patch * patch),
     )  # fmt: skip
     return affine
@@ -260,9 +263,11 @@ class HeadPass:
         tiles = triton.cdiv(count, config["BLOCK_M"]) * self.loss_partial.shape[1]
         head_error_kernel[(tiles,)](
             self.hidden, self.head, self.bias, self.clips, self.decode, self.weight, self.affine,
-            self.error, self.bias_partial, self.loss_partial, first, count, self.where[0], self.width, *self.where[1:],
-            PATCH=self.patch, DEPTH=self.depth, UINT8=self.clips.dtype == torch.uint8, HAS_BIAS=self.bias is not None,
-            WITH_GRAD=self.with_grad, EVEN_K=self.width % config["BLOCK_K"] == 0, PRECISION=self.precision, **config,
+            self.error, self.bias_partial, self.loss_partial,
+            first, count, self.where[0], self.width, *self.where[1:],
+            PATCH=self.patch, DEPTH=self.depth, UINT8=self.clips.dtype == torch.uint8,
+            HAS_BIAS=self.bias is not None, WITH_GRAD=self.with_grad,
+            EVEN_K=self.width % config["BLOCK_K"] == 0, PRECISION=self.precision, **config,
         )  # fmt: skip
 
     def products(self, first: int, count: int) -> None:
@@ -296,7 +301,8 @@ class HeadPass:
 
 @dev.launcher()
 def head_patch_loss_fwd(
-    hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, clips: Tensor, decode: Tensor, weight: Tensor,
+    hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None,
+    clips: Tensor, decode: Tensor, weight: Tensor,
     normalize: bool, depth: int, dtype: torch.dtype, with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launches everything. No counted token: a loss of NaN, as 0 / 0 is, and gradients of zero."""
@@ -319,7 +325,8 @@ def head_patch_loss_fwd(
 
 @torch.library.custom_op("vmae::head_patch_loss", mutates_args=())
 def head_patch_loss_op(
-    hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, clips: Tensor, decode: Tensor, weight: Tensor,
+    hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None,
+    clips: Tensor, decode: Tensor, weight: Tensor,
     normalize: bool, depth: int, dtype: torch.dtype, with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return head_patch_loss_fwd(

@@ -19,8 +19,6 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from vmae_kernels import device as dev
@@ -37,6 +35,7 @@ from vmae_kernels.device import (
     target_offsets,
     tubelet_offsets,
 )
+from vmae_kernels.optional_triton import tl, triton
 from vmae_kernels.tubelets import clip_grid, gather_tubelets, unit_pixels
 
 
@@ -145,7 +144,8 @@ def load_target_pixels(p_x, m_x, UINT8: tl.constexpr):
 @triton.jit
 def load_difference(
     p_pred, p_clips, p_tokens, i_row, n_tokens, columns, per_frame, stride_b, stride_t, stride_h, stride_c,
-    PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_P: tl.constexpr,
+    PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, NORMALIZE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Prediction minus target of token `i_row`, [BLOCK_P], zero beyond the tubelet's P values."""
     P: tl.constexpr = 3 * DEPTH * PATCH * PATCH
@@ -204,7 +204,8 @@ def weighted_mean_kernel(
 def patch_loss_bwd_kernel(
     p_upstream, p_total, p_pred, p_clips, p_tokens, p_weight, p_grad,
     n_tokens, columns, per_frame, stride_b, stride_t, stride_h, stride_c,
-    PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_P: tl.constexpr,
+    PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, NORMALIZE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one token's predictions."""
     P: tl.constexpr = 3 * DEPTH * PATCH * PATCH
@@ -255,7 +256,8 @@ def patch_loss_fwd(
     partial = dev.scratch((triton.cdiv(rows, ROWS_PER_PROGRAM),), torch.float32, pixels.device)
     patch_loss_fwd_kernel[(partial.numel(),)](
         pixels, clips, decode, weight, partial, rows, *where,
-        PATCH=patch, DEPTH=depth, UINT8=uint8, NORMALIZE=normalize, ROWS=ROWS_PER_PROGRAM, **loss_config(values),
+        PATCH=patch, DEPTH=depth, UINT8=uint8, NORMALIZE=normalize, ROWS=ROWS_PER_PROGRAM,
+        **loss_config(values),
     )  # fmt: skip
     return weighted_mean_of(partial, weight, values)
 

@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from vmae_kernels import device as dev
 from vmae_kernels.backend import choose_backend
 from vmae_kernels.device import round_to
+from vmae_kernels.optional_triton import tl, triton
 
 
 def select_decoded_ref(

@@ -81,7 +81,10 @@ def test_the_origin(videos):
     clip = KeyClipConfig(num_frames=4, image_size=32, origin=900)
     row = AvaBox("v", 902, RED, 3, line=9)
     assert key_frames([row], "a.csv", entries, clip, fps=5)[0].frame == 10
-    message = r"a\.csv, line 9: key frame at 902 s is outside of .*v, which has 0 to 4\.00 s \(20 frames, 5 a second\); is --origin"
+    message = (
+        r"a\.csv, line 9: key frame at 902 s is outside of .*v, which has 0 to 4\.00 s "
+        r"\(20 frames, 5 a second\); is --origin"
+    )
     with pytest.raises(InputError, match=message):
         key_frames([row], "a.csv", entries, CLIP, fps=5)
     with pytest.raises(InputError, match="line 9: key frame at 904 s is outside"):  # just past the end

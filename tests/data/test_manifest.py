@@ -234,7 +234,8 @@ def test_published_conventions(folder):
 def test_directives_hold_for_the_lines_below(folder):
     (folder / "SomethingV2").mkdir()
     (folder / "SomethingV2" / "f_3.png").touch()
-    text = "a.mp4\n#! stride=3 pattern=f_{}.png\na.mp4\nSomethingV2 3 2\n#! stride=default\n#! pattern=default\na.mp4\n"
+    text = "a.mp4\n#! stride=3 pattern=f_{}.png\na.mp4\nSomethingV2 3 2\n"
+    text += "#! stride=default\n#! pattern=default\na.mp4\n"
     first, second, third, fourth = read_list(write(folder, text))
     assert (first.stride, first.pattern) == (None, DEFAULT_PATTERN)
     assert (second.stride, second.pattern) == (3, "f_{}.png")

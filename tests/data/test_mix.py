@@ -31,7 +31,10 @@ def folder(tmp_path):
 
 
 FILMS = "  - {name: films, list: films.txt, root: films, kind: video, weight: 3}\n"
-FRAMES = "  - {name: pictures, list: frames.txt, root: frames, kind: frames, pattern: 'pic_{}.png', stride: 2, weight: 1}\n"
+FRAMES = (
+    "  - {name: pictures, list: frames.txt, root: frames, kind: frames, pattern: 'pic_{}.png', "
+    "stride: 2, weight: 1}\n"
+)
 
 
 def write(folder, text):

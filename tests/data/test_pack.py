@@ -69,7 +69,8 @@ def source(tmp_path, bar_videos):
     for number in range(3):
         Image.new("RGB", (16, 16)).save(images / f"{number}.png")
     (tmp_path / "bad.mp4").write_bytes(bar_videos["h264_closed"].read_bytes()[:3000])
-    text = f"{sample_videos()[2]} 0 -1\n#! stride=2 pattern={{}}.png\n{images} 0 3\nbad.mp4 0 -1\n{bar_videos['vp9']} 0 -1\n"
+    text = f"{sample_videos()[2]} 0 -1\n#! stride=2 pattern={{}}.png\n{images} 0 3\n"
+    text += f"bad.mp4 0 -1\n{bar_videos['vp9']} 0 -1\n"
     (tmp_path / "list.txt").write_text(text)
     return tmp_path / "list.txt"
 

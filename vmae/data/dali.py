@@ -51,11 +51,17 @@ def dali_missing() -> str | None:
     try:
         import nvidia.dali as dali
     except ImportError as error:
-        return f"DALI is not installed ({error}): `pip install nvidia-dali-cuda130` (200 MB; nvidia-dali-cuda120 for CUDA 12)"
+        return (
+            f"DALI is not installed ({error}): `pip install nvidia-dali-cuda130` (200 MB; "
+            "nvidia-dali-cuda120 for CUDA 12)"
+        )
     except Exception as error:  # OSError of a shared library
         return f"DALI does not load: {(str(error).splitlines() or ['unknown reason'])[0]}"
     if not hasattr(dali.fn.decoders, "video"):
-        return f"DALI {dali.__version__} cannot decode frames of choice: `pip install 'nvidia-dali-cuda130>=2.4'`"
+        return (
+            f"DALI {dali.__version__} cannot decode frames of choice: "
+            "`pip install 'nvidia-dali-cuda130>=2.4'`"
+        )
     return None
 
 

@@ -206,7 +206,8 @@ def add_labelled_argument(parser: argparse.ArgumentParser) -> None:
         "--labelled",
         choices=list(LABELLED),
         default="auto",
-        help="whether the list is one for fine-tuning, with a label at each line's end; auto finds out (auto)",
+        help="whether the list is one for fine-tuning, with a label at each line's end; "
+        "auto finds out (auto)",
     )
 
 

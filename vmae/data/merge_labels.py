@@ -248,7 +248,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar=("NAME", "CLASSES", "TRAIN", "VAL"),
-        help="a label set: its name, class list, and labelled lists (- for no list to validate on); give it several times",
+        help="a label set: its name, class list, and labelled lists (- for no list to validate on); "
+        "give it several times",
     )
     parser.add_argument(
         "--data-root",

@@ -34,15 +34,9 @@ from vmae.errors import InputError
 HANG_S = 120.0  # that one video may take, where nothing else is said
 
 CRASHES = {
-    -number
-    for number in (
-        signal.SIGSEGV,
-        signal.SIGABRT,
-        signal.SIGBUS,
-        signal.SIGFPE,
-        signal.SIGILL,
-        signal.SIGKILL,
-    )
+    -getattr(signal, name)
+    for name in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGKILL")
+    if hasattr(signal, name)  # Windows has not all of them
 }
 # Restarts of workers for which no video is to blame, in a row without a batch; one each where they are more.
 MAX_IDLE_RESTARTS = 5

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import socket
@@ -24,6 +23,11 @@ from typing import Any
 
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 LOCK_NAME = "run.lock"
 _HELD: set[str] = set()  # tokens of the locks that this process holds
@@ -141,8 +145,9 @@ class FolderLock:
         with contextlib.suppress(FileNotFoundError):
             handle = os.open(self.path, os.O_RDWR if os.access(self.path, os.W_OK) else os.O_RDONLY)
             try:
-                with contextlib.suppress(OSError):
-                    fcntl.flock(handle, fcntl.LOCK_EX)
+                if fcntl is not None:
+                    with contextlib.suppress(OSError):
+                        fcntl.flock(handle, fcntl.LOCK_EX)
                 if os.path.samestat(os.fstat(handle), os.stat(self.path)) and _read(self.path) == stale:
                     self.path.unlink()
             finally:

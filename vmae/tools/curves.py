@@ -2,7 +2,7 @@
 of several runs.
 
 It reads the log that a run writes while it trains (`log.jsonl`), so a run need not be finished. `--reference
-NAME` adds a curve of `docs/curves`, to compare a loss with. `--export` writes such a file.
+NAME` adds a curve of `vmae/reference_curves`, to compare a loss with. `--export` writes such a file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from vmae.files.atomic import write_atomically
 from vmae.files.json_files import read_json_lines
 from vmae.train.metrics import LOG_NAME, loss_of_last_tenth, read_starts
 
-REFERENCES = Path(__file__).parent.parent.parent / "docs" / "curves"
+REFERENCES = Path(str(files("vmae"))) / "reference_curves"
 PANELS = {"loss_mean": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "clips_per_s": "clips/s"}
 AXES = {"step": "step", "epoch": "epoch"}
 # Distinct without colour: line styles, and shades of different lightness.
@@ -228,7 +229,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="also draw these curves of docs/curves, such as tiny",
+        help="also draw these curves, which come with the package, such as tiny",
     )
     parser.add_argument(
         "--output", default="curves.png", metavar="FILE", help="picture: .png, .pdf, .svg (curves.png)"

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import threading
@@ -34,6 +33,11 @@ from vmae.files.json_files import read_json, read_json_lines
 from vmae.masking import DualMask
 from vmae.model.cost import peak_flops
 from vmae_kernels import patch_loss, patch_targets_ref
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 DATA_SHARE_WARNING = 0.10
 LOG_NAME, SKIPPED_NAME = "log.jsonl", "log.skipped"
@@ -79,9 +83,12 @@ class StepMeter:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory used so far: allocated on the GPU, or resident in this process."""
+    """Most memory used so far: allocated on the GPU, or resident in this process; 0 where the system does not
+    tell (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     factor = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor
 

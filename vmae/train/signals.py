@@ -7,7 +7,10 @@ import signal
 import threading
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # a scheduler's end, its warning, Ctrl-C
+# A scheduler's end, its warning (no such signal on Windows), Ctrl-C.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)
+)
 
 
 class StopSignals:
@@ -32,6 +35,8 @@ class StopSignals:
 
     def guard_workers(self) -> None:
         """Take over from the loader's own handler of workers' deaths; call it once the loader is there."""
+        if not hasattr(signal, "SIGCHLD"):  # Windows: nothing signals a worker's death
+            return
         raise_error = signal.getsignal(signal.SIGCHLD)
         if self._before and callable(raise_error):
             self._before.setdefault(signal.SIGCHLD, raise_error)

@@ -1,0 +1,28 @@
+"""Triton; where it is missing (macOS, Windows), just enough for the kernel files to be imported.
+
+All operations then run in PyTorch. No kernel can be launched: `resolve_backend` refuses "triton" and gives
+`WHY_MISSING` as the reason.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    WHY_MISSING: str | None = None
+except ImportError as error:
+    WHY_MISSING = f"the package triton cannot be imported: {error}"
+    TensorDescriptor = None
+    # What the kernel files evaluate when they are imported: decorators and constants.
+    triton = SimpleNamespace(
+        jit=lambda function: function, knobs=SimpleNamespace(runtime=SimpleNamespace(interpret=False))
+    )
+    tl = SimpleNamespace(
+        constexpr=lambda value: SimpleNamespace(value=value), float32=None, bfloat16=None, float16=None
+    )
+
+__all__ = ["WHY_MISSING", "TensorDescriptor", "tl", "triton"]
