@@ -29,6 +29,7 @@ from vmae.model.attention.probes import Workload
 from vmae.settings import Whole
 from vmae_kernels import resolve_backend
 from vmae_kernels.device import why_too_old
+from vmae_kernels.optional_triton import WHY_MISSING
 
 SCHEMA = "vmae-doctor/1"
 HEAD_DIMS = (64, 80, 88)  # ViT-S, B, L; ViT-H; ViT-g
@@ -81,7 +82,7 @@ PARTS = (
         module="triton",
         packages=("triton",),
         gpu=True,
-        install="pip install triton (the version that torch requires)",
+        install="pip install triton (Linux only; the version that torch requires)",
         without="the fused operations run in PyTorch: more kernel launches and more memory traffic",
     ),
     *video_parts(),
@@ -287,7 +288,7 @@ def look_at_machine(device: torch.device) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "gpus": gpus,
         "kernels": resolve_backend("auto", "embed_visible", torch.empty(0, device=device)),
-        "kernels_note": why_too_old(device) if device.type == "cuda" else None,
+        "kernels_note": WHY_MISSING or (why_too_old(device) if device.type == "cuda" else None),
     }
 
 
