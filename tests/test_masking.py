@@ -214,7 +214,7 @@ def test_published_names():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (dict(decoder_ratio=0.4), "0.25, 0.5 or 0.75, not 0.4"),
         (dict(grid=(4, 3, 4)), "cannot tile a frame of 3 x 4"),
@@ -228,8 +228,8 @@ def test_published_names():
         (dict(encoder_ratio=0.0), "the encoder sees all"),
     ],
 )
-def test_bad_masks_are_refused(arguments, words):
-    with pytest.raises(InputError, match=words):
+def test_bad_masks_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
         DualMask.sample(2, **{"grid": (4, 4, 4), **arguments})
 
 

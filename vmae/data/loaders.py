@@ -120,6 +120,16 @@ def check_loader(name: str) -> None:
             raise InputError(lack)
 
 
+def _warn_of_repeats(dataset: VideoDataset, sampler: EpochSampler) -> None:
+    if sampler.fills_up:
+        times = -(-sampler.global_batch_size // len(dataset.entries))
+        warnings.warn(
+            f"{len(dataset)} samples an epoch are fewer than a batch of {sampler.global_batch_size}: a video "
+            f"comes up to {times} times in a batch, with other frames and crops",
+            stacklevel=3,
+        )
+
+
 def build_loader(
     dataset: VideoDataset,
     *,
@@ -187,13 +197,7 @@ def build_loader(
     )
     if epochs is not None:
         sampler.total_steps = epochs * sampler.steps_per_epoch
-    if sampler.fills_up:
-        times = -(-sampler.global_batch_size // len(dataset.entries))
-        warnings.warn(
-            f"{len(dataset)} samples an epoch are fewer than a batch of {sampler.global_batch_size}: a video "
-            f"comes up to {times} times in a batch, with other frames and crops",
-            stacklevel=2,
-        )
+    _warn_of_repeats(dataset, sampler)
     bad = Quarantine(quarantine, max_bad_share, len({entry.path for entry in dataset.entries}))
     if loader == "dali":
         if not isinstance(dataset, PretrainDataset):
