@@ -24,7 +24,7 @@ def test_loop_is_timed_beside_the_bare_step(tmp_path):
         "loop.py", "--model", "vit_tiny", "--batch", "1", "--steps", "2", "--warmup", "0", "--json", str(file)
     )
     assert done.returncode == 0, done.stderr
-    assert "loop / bare step, by the clock:" in done.stdout
+    assert "loop / bare step" in done.stdout and "by the clock" in done.stdout
     content = json.loads(file.read_text())
     assert [record["variant"] for record in content["records"]] == ["bare step", "loop"]
     assert all(len(record["step_ms"]["runs"]) == 2 for record in content["records"])
@@ -37,12 +37,3 @@ def test_loop_is_timed_beside_the_bare_step(tmp_path):
 def test_loop_bench_names_a_wrong_device():
     done = run("loop.py", "--device", "tpu")
     assert done.returncode == 2 and "unknown device 'tpu'" in done.stderr
-
-
-@pytest.mark.slow
-def test_killed_runs_end_as_if_undisturbed(tmp_path):
-    file = tmp_path / "kills.json"
-    done = run("kill_runs.py", "--kills", "3", "--steps", "30", "--json", str(file), timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    content = json.loads(file.read_text())
-    assert [record["ranks"] for record in content["records"]] == [1, 1, 2] and content["differences"] == []
