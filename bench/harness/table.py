@@ -35,7 +35,9 @@ class Table:
         cells = [max((len(row[i]) for row in self.rows), default=0) for i in range(len(self.head))]
         heads = []
         for name, width in zip(self.head, cells):
-            lines = textwrap.wrap(name, max(width, HEAD_WIDTH), break_long_words=False)
+            lines = textwrap.wrap(
+                name, max(width, HEAD_WIDTH), break_long_words=False, break_on_hyphens=False
+            )
             heads.append(lines or [""])
         widths = [max(width, *map(len, lines)) for width, lines in zip(cells, heads)]
 
