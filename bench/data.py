@@ -1,8 +1,8 @@
 """How fast videos become clips, with each decoder, codec and group of pictures, against the published path;
 and whether that feeds a GPU.
 
-Real clips as they come, packed by `vmae pack`, and re-encoded at short side 256 (played forth and back up to
-300 frames, ten seconds, so that a group of 250 is one). All variants take turns, clip by clip, on one core,
+Real clips as they come, packed by `vmae pack`, and re-encoded at short side 256 (played ping-pong up to 300
+frames, ten seconds, so that a group of 250 is one). All variants take turns, clip by clip, on one core,
 with the same frames and crops; counted are CPU seconds of all threads, which other work on the machine
 disturbs less than wall time. First their clips are compared with the truth: frames decoded one after the
 other, cut and resized by PIL. A variant that is more than two grey levels off anywhere gets no speed.
@@ -66,7 +66,7 @@ ASSUMED_GPU, ASSUMED_MFU = "H100", 0.4
 
 
 def published_clip(path: str, rng: np.random.Generator) -> np.ndarray:
-    """As the published code does it: decord, then PIL for each frame."""
+    """Clip of the published code: decord, then PIL for each frame."""
     import decord
 
     reader = decord.VideoReader(path, num_threads=1, ctx=decord.cpu(0))
@@ -79,7 +79,7 @@ def published_clip(path: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def library_clip(path: str, rng: np.random.Generator, backend: str) -> np.ndarray:
-    """As this library's loader does it."""
+    """Clip of this library's loader."""
     with open_video(path, backend) as reader:
         frames = reader.frames(sample_frame_indices(len(reader), NUM_FRAMES, STRIDE, rng))
     return crop_and_resize(frames, sample_crop(frames.shape[2], frames.shape[1], SIZE, rng), SIZE)
@@ -128,7 +128,7 @@ def make_videos(folder: Path, sources: Sequence[Path], codecs: Sequence[str]) ->
 
 
 def true_clips(path: str, seeds: Sequence[int]) -> list[np.ndarray]:
-    """As `make_clip`, of the true frames, resized by PIL."""
+    """Clips of `make_clip`, but of the true frames, resized by PIL."""
     total, _ = true_frames(path, ())
     rngs = [np.random.default_rng(seed) for seed in seeds]
     indices = [sample_frame_indices(total, NUM_FRAMES, STRIDE, rng).tolist() for rng in rngs]
@@ -178,7 +178,7 @@ def error_on_all_crops(paths: Sequence[str]) -> int:
 
 
 def cpu_seconds_of(call: Callable, *arguments: Any) -> float:
-    """Of all threads of this process, in user and system mode."""
+    """CPU seconds of all threads of this process, in user and system mode."""
     start = time.process_time()
     call(*arguments)
     return time.process_time() - start
@@ -206,7 +206,7 @@ def time_clips(
 
 
 def time_parts(kind: str, paths: Sequence[str], seeds: Sequence[int]) -> PartsRecord:
-    """Of the default way; conversion to RGB is timed alone and subtracted from the decoding."""
+    """Parts of the default way; conversion to RGB is timed alone and subtracted from the decoding."""
     import av
 
     seconds = np.zeros(4)  # open, decode, convert, resize

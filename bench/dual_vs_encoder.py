@@ -52,7 +52,7 @@ CPU = dict(model="vit_s", batch=4, steps=5, warmup=1, dtype="float32")
 
 @dataclass
 class Outcome:
-    """Of all jobs: what each gave (None where nothing was run), the variants that were wrong, the sweeps."""
+    """Results of all jobs (None where nothing was run), the variants that were wrong, the sweeps."""
 
     measured: Sequence[Measured | None]
     wrong: dict[str, str] = field(default_factory=dict)

@@ -2,15 +2,14 @@
 timed apart.
 
 The published loop (VideoMAE V2's script for THUMOS14 and FineAction): for each window, decord fetches its 16
-frames, they are stretched and go through the model by themselves, softmax attention with its matrix. Here a
+frames, they are resized and go through the model by themselves, softmax attention with its matrix. Here a
 frame is decoded and resized once, a tubelet embedded once, attention fused, windows batched. Blocks see
 positions, so what comes after the embedding cannot be shared between windows that overlap: with a large model
-nearly all of the time, here and there.
+nearly all of the time, in both ways.
 
-Both do the same windows, in turn, on one core; counted are CPU seconds. Of the loop, and of both models, runs
-of windows that follow each other are timed, spread over the video; of our decoding the first 24 seconds. The
-time of the whole video is that of a window times its windows. Speeds are reported only where the features of
-both are the same within 1e-4.
+Both ways do the same windows, in turn, on one core; counted are CPU seconds. Timed are runs of consecutive
+windows spread over the video, and of our decoding the first 24 seconds. The time of the whole video is that
+of a window times its windows. Speeds are reported only where the features of both are the same within 1e-4.
 
     python bench/features.py            # a few minutes
     python bench/features.py --quick    # 15 seconds of video, under a minute
@@ -85,7 +84,7 @@ QUICK = (Setting("vit_tiny", 112, 4),)
 
 
 def make_video(target: Path, size: tuple[int, int], seconds: int) -> None:
-    """A real clip forth and back, H.264 with x264's own key frames (up to 250 apart), 25 frames a second."""
+    """A real clip played ping-pong, H.264 with x264's own key frames (up to 250 apart), 25 frames/s."""
     options = {"preset": "veryfast", "crf": "23"}
     length, source = seconds * FPS, sample_videos()[0]
     encode(source, target, "libx264", options, size=size, length=length, rate=Fraction(FPS))
@@ -95,7 +94,7 @@ def make_video(target: Path, size: tuple[int, int], seconds: int) -> None:
 
 
 class PublishedLoop:
-    """As the released script: one reader, a window at a time."""
+    """Loop of the released script: one reader, a window at a time."""
 
     def __init__(self, path: str, config: WindowConfig) -> None:
         import decord

@@ -77,7 +77,7 @@ def make_trainer(bare: Stepper, dtype: str, folder: str) -> Trainer:
 
 
 def measure(bare: Stepper, trainer: Trainer, steps: int, warmup: int) -> list[Times]:
-    """Of bare and of the loop's steps; the order changes from pair to pair."""
+    """Times of bare and of the loop's steps; the order changes from pair to pair."""
     times: list[Times] = [{clock: [] for clock in CLOCKS} for _ in NAMES]
 
     def wait() -> tuple[float, float]:

@@ -61,7 +61,7 @@ def step_interval(macs: int, saved_bytes: int, model: str, batch: int, gpu: Rate
 
 
 def predict_steps(presets: list[str], variants: list[str], batch: int) -> list[PredictedStep]:
-    """By preset, variant and masking: exact counts, and the predicted interval on each GPU."""
+    """Exact counts and the predicted interval on each GPU, by preset, variant and masking."""
     keys = [(preset, variant, masking) for preset in presets for variant in variants for masking in MASKINGS]
     return with_ratios([predict_step(*key, batch) for key in keys])
 
@@ -97,7 +97,7 @@ def with_ratios(steps: list[PredictedStep]) -> list[PredictedStep]:
 
 
 def predict_floors(presets: list[str], batch: int) -> list[PredictedFloor]:
-    """Of every operation, on each GPU."""
+    """Floors of every operation, on each GPU."""
     records = []
     for preset in presets:
         shape = preset_shape(preset, batch)

@@ -123,7 +123,7 @@ def measure_point(job: StepJob, steps: int, warmup: int, check: bool) -> Measure
 
 
 def check_loss(job: StepJob, loss: float) -> None:
-    """Against the reference's.
+    """Compare a loss with the reference's.
 
     Raises:
         InputError: it differs.
@@ -205,7 +205,7 @@ def measure_axis(args: argparse.Namespace, axis: str, folder: str) -> list[Point
 
 
 def with_predicted_times(records: list[Point]) -> list[Point]:
-    """With `predicted.step_ms`, and with the ratios measured over predicted where a point was measured."""
+    """The points with `predicted.step_ms`, and with measured over predicted where one was measured."""
     first = next((r for r in records if r.measured), None)
     if first is None or first.measured is None or first.axis == "ranks":
         return records  # each rank does the same work: nothing to extrapolate

@@ -61,7 +61,7 @@ class Part:
 
 
 def parts_for(device: str) -> list[Part]:
-    """In order: what matters most first."""
+    """Parts in order: what matters most first."""
     kernels = Part(
         "operations", {"cpu-quick": ["--check"], "cpu": ["--check"], "cuda-quick": ["--rounds", "20"]}
     )

@@ -96,7 +96,7 @@ class Run:
         return step_of(latest) if latest else 0
 
     def wait(self) -> None:
-        """To the end of the run.
+        """Wait for the end of the run.
 
         Raises:
             RuntimeError: a rank failed.

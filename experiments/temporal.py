@@ -145,7 +145,7 @@ def chain(out: Path, scale: Scale, seed: int) -> list[DetectorRecord]:
 
 
 def make_record(arm: str, seed: int, scores: dict[str, Any]) -> DetectorRecord:
-    """Of a detector's `results.json`."""
+    """Record of a detector's `results.json`."""
     return DetectorRecord(
         arm=arm,
         about=ARMS[arm],

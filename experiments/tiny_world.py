@@ -219,7 +219,7 @@ def make_world(out: Path, scale: Scale) -> dict[str, Path]:
 
 
 def world_paths(out: Path) -> dict[str, Path]:
-    """Where everything is: `unlabeled`, `train_a`, `val_a`, `classes_a`, `merged`, `classes`, and `map`
+    """Paths: `unlabeled`, `train_a`, `val_a`, `classes_a`, `merged`, `classes`, and `map`
     (merged to set a)."""
     folder = out / "world"
     names = {name: folder / f"{name}.txt" for name in ("unlabeled", "train_a", "val_a", "classes_a")}
@@ -261,7 +261,7 @@ def finetune(
 
 
 def run_flags(steps: int) -> list[object]:
-    """Of any training: how often it saves and logs, and where it runs."""
+    """Flags of any training: how often it saves and logs, and where it runs."""
     every = ["--save-every", max(steps // 2, 1), "--log-every", max(steps // 50, 1)]
     return [*every, "--workers", 0, "--no-tensorboard", "--device", "cpu"]
 

@@ -53,8 +53,8 @@ class Shape:
 
 
 def preset_shapes(batch: int) -> list[Shape]:
-    """Of every published preset: encoder and decoder under dual masking, decoder under encoder-only masking,
-    all tokens."""
+    """Shapes of every published preset: encoder and decoder under dual masking, decoder under encoder-only
+    masking, all tokens."""
     users: dict[tuple[int, int, int], list[str]] = {}
     for preset in PUBLISHED_PRESETS:
         config = ModelConfig.preset(preset)
@@ -173,7 +173,7 @@ class Runner:
         torch.autograd.grad(attention(self.qkv, self.backend), self.qkv, self.upstream)
 
     def _errors(self) -> Errors:
-        """Of one clip."""
+        """Errors of one clip."""
 
         def both(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
             leaf = self.qkv[:1].detach().to(dtype).requires_grad_()
@@ -241,7 +241,7 @@ class Found:
 def measure_shape(
     workers: Sequence[Worker[BackendJob]], index: int, turns: int, dtype: torch.dtype
 ) -> dict[str, Found]:
-    """By backend; those that are right take turns."""
+    """Results by backend; those that are right take turns."""
     found = {}
     for worker in workers:
         prepared: Prepared = worker.ask("prepare", index)

@@ -38,7 +38,7 @@ def choose_input(source: str) -> str:
 
 
 def read_entries(source: str) -> list[VideoEntry]:
-    """Of the sample videos ("real") or of a list file."""
+    """Entries of the sample videos ("real") or of a list file."""
     from vmae.synthetic.samples import write_sample_list
 
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +48,7 @@ def read_entries(source: str) -> list[VideoEntry]:
 
 
 def open_dataset(source: str, batch: int, config: ModelConfig) -> PretrainDataset:
-    """At least `batch` samples an epoch, with the default masks."""
+    """Dataset of at least `batch` samples an epoch, with the default masks."""
     entries = read_entries(source)
     return PretrainDataset(
         entries,

@@ -48,7 +48,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def set_defaults(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
-    """For arguments that were not given."""
+    """Set arguments that were not given."""
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -68,20 +68,20 @@ def check_least(args: argparse.Namespace, *names: str, least: int = 1) -> None:
 
 
 def write_result(result: Result, path: str | None) -> None:
-    """Where `--json` was given."""
+    """Write the result where `--json` was given."""
     if path:
         result.write(path)
         print(f"\nresults: {path}")
 
 
 def say_wrong(rejected: dict[str, str]) -> None:
-    """On stderr: what has no speed, and why."""
+    """Say on stderr what has no speed, and why."""
     for name, reason in rejected.items():
         print(f"\nNO SPEED for {name}: {reason}", file=sys.stderr)
 
 
 def draw(path: str | None, plot: Callable[[str], None]) -> None:
-    """Where `--plot` was given; a line on stderr where matplotlib is missing."""
+    """Plot where `--plot` was given; a line on stderr where matplotlib is missing."""
     if not path:
         return
     try:

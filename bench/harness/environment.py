@@ -1,4 +1,4 @@
-"""Where and with what a number was measured."""
+"""Machine, versions and commit of a measurement."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Environment:
 
 
 def find_environment(device: torch.device | str = "cpu") -> Environment:
-    """Of this process and tree."""
+    """Environment of this process and tree."""
     device = torch.device(device)
     on_gpu, status = device.type == "cuda", _git("status", "--porcelain")
     affinity = hasattr(os, "sched_getaffinity")

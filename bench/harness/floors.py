@@ -40,12 +40,12 @@ class Shape:
 
     @property
     def values(self) -> int:
-        """Of a tubelet."""
+        """Values of a tubelet."""
         return 6 * self.patch**2
 
 
 def preset_shape(preset: str, batch: int) -> Shape:
-    """Of a preset with the default masks: 90 % hidden, 50 % decoded."""
+    """Shape of a preset with the default masks: 90 % hidden, 50 % decoded."""
     config = ModelConfig.preset(preset)
     counts = token_counts(config, MaskConfig())
     return Shape(

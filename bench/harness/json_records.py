@@ -34,13 +34,13 @@ class Spread:
 
     @classmethod
     def of_ratios(cls, numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-        """Of the ratios of runs that followed each other."""
+        """Spread of the ratios of runs that followed each other."""
         return Spread.of([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runs(Spread):
-    """The measurements too, in the order in which they were taken."""
+    """The measurements too, in their order."""
 
     runs: list[float]
 
@@ -87,7 +87,7 @@ def _from_json(kind: Any, value: Any) -> Any:
 
 
 def _one_of(kinds: Sequence[Any], value: Any) -> Any:
-    """Of the union's types, the one that fits."""
+    """The value as the type of the union that fits."""
     others = [kind for kind in kinds if kind is not type(None)]
     if value is None:
         return None

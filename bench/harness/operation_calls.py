@@ -106,7 +106,7 @@ def _gather_then_multiply() -> Call:
 def error_ratios(
     operation: str, shape: Shape, calls: dict[str, Call], device: str, dtype: torch.dtype
 ) -> dict[str, float]:
-    """By variant: the largest ratio of its error to twice the eager reference's own, both against float64;
+    """Largest ratio of each variant's error to twice the eager reference's own, both against float64;
     over 1 is a failure. A reference is credited with one rounding of the truth."""
     inputs = make_inputs(operation, shape, device, dtype)
     exact = _outcome(calls["eager"], inputs, torch.float64)

@@ -28,7 +28,7 @@ PAPER = {
 
 
 def compare_with_paper(model: str, records: list[StepRecord], ratios: list[StepRatio]) -> list[PaperLine]:
-    """For each variant: dual over encoder-only masking here, in the paper, and the ratio of the two ratios.
+    """Dual over encoder-only masking of each variant: here, in the paper, and the ratio of the two ratios.
 
     Speed-ups and memory ratios are None where nothing was timed. Empty for models that are not in the paper's
     table.

@@ -75,7 +75,7 @@ def _shown(value: float | None) -> str:
 
 
 def plot_classes(path: str | IO[str], record: ProfileRecord) -> None:
-    """Where a step's time goes: one bar a kind, the longest first; gaps and data below them."""
+    """One bar a kind of work, the longest first; gaps and data below them."""
     shown = [found for found in record.classes if found.share >= 0.002]
     labels = [found.name for found in shown]
     shades = ["0.55" if name in GAPS else BLUE for name in labels]
@@ -91,7 +91,7 @@ def plot_classes(path: str | IO[str], record: ProfileRecord) -> None:
 
 
 def _save(figure: Any, path: str | IO[str]) -> None:
-    """To a file by its name, or as SVG to an open one."""
+    """Save to a file by its name, or as SVG to an open one."""
     figure.tight_layout()
     if isinstance(path, str):
         Path(path).parent.mkdir(parents=True, exist_ok=True)

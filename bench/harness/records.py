@@ -18,7 +18,7 @@ FLOPS_PER_MAC = 6
 
 
 class Counts(NamedTuple):
-    """Of a clip: bytes that autograd keeps (None: cannot be counted), multiply-accumulates of the forward."""
+    """Bytes that autograd keeps of a clip (None: cannot be counted), multiply-accumulates of its forward."""
 
     saved_bytes: int | None
     forward_macs: int

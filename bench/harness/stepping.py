@@ -86,7 +86,7 @@ class Stepper:
         self.clips, self.mask = self.all_clips[places].to(self.device), drawn.to(self.device)
 
     def loss(self) -> float:
-        """In float32, of the first two clips, with the fresh weights: what variants must agree on."""
+        """Loss in float32 of the first two clips, with the fresh weights: what variants must agree on."""
         with torch.no_grad():
             return float(self.model(self.clips[:2], self.mask[:2]))
 

@@ -30,7 +30,7 @@ class Table:
     note: str = ""
 
     def to_text(self) -> str:
-        """For a terminal: columns aligned, numbers to the right, long heads over several lines."""
+        """Text for a terminal: columns aligned, numbers to the right, long heads over several lines."""
         text = self._text_columns(first=True)
         cells = [max((len(row[i]) for row in self.rows), default=0) for i in range(len(self.head))]
         heads = []

@@ -68,7 +68,7 @@ def build_reference_sdpa(config: ModelConfig) -> nn.Module:
 
 
 def compile_blocks(model: nn.Module) -> nn.Module:
-    """Of encoder and decoder, each by itself."""
+    """Compile each block of encoder and decoder by itself."""
     for part in ("encoder", "decoder"):
         for block in model.get_submodule(f"{part}.blocks").children():
             block.compile()

@@ -17,7 +17,7 @@ ENCODERS: dict[str, tuple[str, str, dict[str, str], str | None]] = {
 
 
 def group_options(codec: str, gop: int) -> dict[str, str]:
-    """Of an encoder: key frames at most `gop` apart, closed groups."""
+    """Options of an encoder: key frames at most `gop` apart, closed groups."""
     _, _, options, private = ENCODERS[codec]
     if private is None:
         return {**options, "g": str(gop)}
@@ -36,7 +36,7 @@ def encode(
     length: int,
     rate: Fraction | None = None,
 ) -> None:
-    """Re-encode `length` frames of `size` (width, height), forth and back; `rate`: the source's."""
+    """Re-encode `length` frames of `size` (width, height), played ping-pong; `rate`: the source's."""
     import av
 
     with av.open(str(source)) as container, av.open(str(target), "w") as out:

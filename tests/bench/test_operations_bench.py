@@ -72,3 +72,26 @@ def test_a_wrong_variant_is_found_and_gets_no_time(benches):
     wrong = operations.time_record(floor, "wrong", ratios["wrong"], None)
     right = operations.time_record(floor, "eager", ratios["eager"], [2 * floor.floor_us])
     assert wrong.median is None and right.over_floor == pytest.approx(2) and right.kind == "time"
+
+
+def test_measuring_times_what_is_right(benches, monkeypatch):
+    """As on a GPU, but for the clock and the inputs."""
+    operations = benches("operations")
+    from harness.results.operations import floor_table
+
+    shape, rates = benches("floors").preset_shape("vit_s", 1), operations.GPUS["H100"]
+    monkeypatch.setattr(operations, "variants", lambda operation, compiled: {"triton": None, "eager": None})
+    monkeypatch.setattr(operations, "error_ratios", lambda *arguments: {"triton": 0.5, "eager": 1.5})
+    monkeypatch.setattr(operations, "input_sets", lambda operation, shape: [()])
+    monkeypatch.setattr(operations, "time_call", lambda call, inputs, backward: 8.0 if backward else 4.0)
+    records = operations.measure("patch_loss", shape, rates, rounds=3)
+    found = {(r.variant, r.direction): r.median for r in records}
+    assert found == {
+        ("triton", "forward"): 4.0,
+        ("eager", "forward"): None,
+        ("triton", "both"): 8.0,
+        ("eager", "both"): None,
+    }
+    assert records[0].gb_per_s == pytest.approx(records[0].bytes / 4.0 / 1e3)
+    rows = floor_table(records, "here").rows
+    assert [row[3] for row in rows] == ["triton", "eager"] * 2 and rows[1][-2:] == ["wrong", "-"]

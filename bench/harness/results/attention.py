@@ -105,7 +105,7 @@ class AttentionResult(Result):
         return [*self.summaries(), backend_table(backends)]
 
     def summaries(self) -> list[Table]:
-        """Against the plain backend; the terminal has had `backend_table` of every shape."""
+        """Comparisons with the plain backend; the terminal has had `backend_table` of every shape."""
         ratios = [r for r in self.ratios if isinstance(r, BackendRatio)]
         skipped = "".join(f" Not here: {name}: {why}." for name, why in self.skipped.items())
         tables = [ratio_table(ratios, f"{self.conditions}.{skipped}")]

@@ -60,7 +60,7 @@ class StepRecord:
 
     @property
     def key(self) -> str:
-        """As it stands in ratios."""
+        """Name in ratios."""
         return f"{self.variant} {self.masking}"
 
     def medians(self) -> list[float | None]:
