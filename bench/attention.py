@@ -181,7 +181,7 @@ def measure_shapes(args: argparse.Namespace, shapes: list[Shape], names: list[st
 
 
 def with_model(result: AttentionResult, args: argparse.Namespace) -> AttentionResult:
-    """The result with training steps of a whole model under dual masking, with plain attention and with SDPA."""
+    """The result with training steps of a whole model (dual masking), with plain attention and with SDPA."""
     config = ModelConfig.preset(args.model)
     at(f"counting a step of {args.model}")
     counts = [count(variant, "dual", config, args.dtype) for variant in MODEL_VARIANTS]
