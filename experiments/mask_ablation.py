@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 import bench_path  # noqa: F401
+from harness.command import exit_code
 from harness.environment import find_environment
 from harness.json_records import from_json, to_json, write_json
-from harness.progress import telling
 from harness.results.mask_ablation import MaskRecord, MaskResult, MaskRun
 from harness.table import show
 from tiny_world import (
@@ -46,7 +46,7 @@ ENCODER, ENCODER_RATIO = "random", 0.75
 MODEL = ModelConfig.preset("vit_tiny", patch_size=8, img_size=32, num_frames=8)
 
 
-def run_mask(out: Path, scale: Scale, job: str) -> None:
+def run_mask(out: Path, scale: Scale, job: str) -> int:
     """Loss, top-1 and seconds of one mask and seed ("frame-25-0"), to `out / JOB / scores.json`."""
     mask, percent, seed = job.split("-")
     stages, paths = Stages(out / job), world_paths(out)
@@ -63,6 +63,7 @@ def run_mask(out: Path, scale: Scale, job: str) -> None:
         seconds=stages.seconds["pre-training"],
     )
     write_json(stages.folder / "scores.json", to_json(scores))
+    return 0
 
 
 def macs_of(mask: str, ratio: float) -> float:
@@ -73,7 +74,7 @@ def macs_of(mask: str, ratio: float) -> float:
     return masked_macs(MODEL, config, fused=False) / 1e6
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -83,13 +84,11 @@ def main() -> int:
     parser.add_argument("--scale", default="half", choices=SCALES, help=f"{SCALE_HELP}; default: half")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each mask (1)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     scale = SCALES[args.scale]
     if args.job:
-        run_mask(args.out, scale, args.job)
-        return 0
-    with telling():
-        return run_all(args, scale)
+        return exit_code(lambda: run_mask(args.out, scale, args.job))
+    return exit_code(lambda: run_all(args, scale))
 
 
 def run_all(args: argparse.Namespace, scale: Scale) -> int:

@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 
 import bench_path  # noqa: F401
+from harness.command import exit_code
 from harness.environment import find_environment
-from harness.progress import telling
 from harness.results.progressive import ArmRecord, ProgressiveResult, SeedScores
 from harness.table import show
 from tiny_world import (
@@ -48,7 +48,7 @@ CLAIMS = (("pre-trained", "scratch", 15.0), ("post-pre-trained", "pre-trained", 
 CLOSE = ("pre-trained", "encoder-only", 1.0)
 
 
-def run_part(out: Path, scale: Scale, job: str) -> None:
+def run_part(out: Path, scale: Scale, job: str) -> int:
     """Some arms of a seed ("0-dual"): pre-training, fine-tuning and test; the scores go to `out / JOB /
     scores.json`."""
     seed, part = int(job.split("-")[0]), job.split("-")[1]
@@ -70,6 +70,7 @@ def run_part(out: Path, scale: Scale, job: str) -> None:
     loss = final_loss(trained, scale.pretrain_steps)
     text = json.dumps({"seed": seed, "top1": top1, f"{part}_loss": loss, "seconds": stages.seconds})
     (stages.folder / "scores.json").write_text(text + "\n")
+    return 0
 
 
 def collect(out: Path, count: int) -> list[SeedScores]:
@@ -154,7 +155,7 @@ def report(out: Path, scale: Scale, seeds: list[SeedScores], minutes: float) -> 
     print(f"\n{minutes:.1f} minutes; {out}/progressive.png, progressive.json")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -164,13 +165,11 @@ def main() -> int:
     parser.add_argument("--scale", default="full", choices=SCALES, help=f"{SCALE_HELP}; default: full")
     parser.add_argument("--seeds", type=int, help="runs of everything (3)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     scale = SCALES[args.scale]
     if args.job:
-        run_part(args.out, scale, args.job)
-        return 0
-    with telling():
-        return run_all(args, scale)
+        return exit_code(lambda: run_part(args.out, scale, args.job))
+    return exit_code(lambda: run_all(args, scale))
 
 
 def run_all(args: argparse.Namespace, scale: Scale) -> int:

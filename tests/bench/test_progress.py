@@ -94,3 +94,13 @@ def test_other_packages_bars_stay_out(benches, capsys):
     config = ModelConfig.preset("vit_tiny", img_size=32, patch_size=8, num_frames=4)
     benches("variants").HuggingFace(config)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_command_explains_itself(script, benches, monkeypatch, capsys):
+    module = benches(script.stem)
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "usage:" in out and module.__doc__.split()[0] in out
