@@ -2,10 +2,10 @@
 and whether that feeds a GPU.
 
 Real clips as they come, packed by `vmae pack`, and re-encoded at short side 256 (played ping-pong up to 300
-frames, ten seconds, so that a group of 250 is one). All variants take turns, clip by clip, on one core, with
-the same frames and crops; counted are CPU seconds of all threads, which others on the machine disturb less
-than seconds on the wall. First their clips are compared with the truth: frames decoded one after the other,
-cut and resized by PIL. A variant that is more than two grey levels off anywhere gets no speed.
+frames, ten seconds, so that a group of 250 is one). All variants take turns, clip by clip, on one core,
+with the same frames and crops; counted are CPU seconds of all threads, which other work on the machine
+disturbs less than wall time. First their clips are compared with the truth: frames decoded one after the
+other, cut and resized by PIL. A variant that is more than two grey levels off anywhere gets no speed.
 
     python bench/data.py            # some five minutes
     python bench/data.py --quick    # under a minute: two small clips, H.264 only
@@ -14,43 +14,51 @@ cut and resized by PIL. A variant that is more than two grey levels off anywhere
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from harness.common import environment, exit_code, paired_ratio, print_table, spread, write_json
-from harness.telling import at
+from harness.command import add_json, check_least, exit_code, one_core, say_wrong, set_defaults, write_result
+from harness.environment import find_environment
+from harness.json_records import Runs, Spread
+from harness.progress import at
+from harness.records import FLOPS_PER_MAC
+from harness.results.data import (
+    ClipRecord,
+    CropsRecord,
+    DataResult,
+    FeedRecord,
+    PartsRecord,
+    WayRatio,
+    WorkersRecord,
+)
+from harness.table import show
+from harness.variants import PUBLISHED_PRESETS
+from harness.videos import ENCODERS, encode, group_options, size_of, true_frames
 from PIL import Image
 
 from vmae import InputError, MaskConfig, ModelConfig
-from vmae.config import PRESETS
-from vmae.data.augment import crop_and_resize, crop_boxes, sample_crop
-from vmae.data.decode import BACKENDS, DecodeError, find_backends, open_video
+from vmae.data import DecodeError, crop_and_resize, open_video, sample_crop, sample_frame_indices
+from vmae.data.augment import crop_boxes
+from vmae.data.decode import BACKENDS, find_backends
 from vmae.data.pack import PackConfig, pack_video, packed_size
-from vmae.data.sampling import sample_frame_indices
 from vmae.data.workers import WorkerPool
-from vmae.model.cost import forward_macs, peak_flops
+from vmae.model.cost import masked_macs, peak_flops
 from vmae.synthetic.samples import sample_videos
 
 NUM_FRAMES, STRIDE, SIZE, SHORT_SIDE, LENGTH = 16, 4, 224, 256, 300
 TOLERANCE = 2  # grey levels
 GOPS = (12, 250)
-ENCODERS = {
-    "h264": (".mp4", "libx264", {"preset": "medium", "crf": "23"}, "x264-params"),
-    "hevc": (".mp4", "libx265", {"preset": "fast", "crf": "26"}, "x265-params"),
-    "vp9": (".webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "b:v": "700k"}, None),
-}
-# Wanted of the default path, in one run on one core: how many times as fast as the published path.
+# Wanted of the default way, in one run on one core: how many times as fast as the published way.
 TARGETS = {"h264, GOP 12": 1.8, "h264, GOP 250": 1.3, "packed / original": 2.5}
+IN_WORKERS = ("original", "h264, GOP 12", "h264, GOP 250", "packed")
 ASSUMED_GPU, ASSUMED_MFU = "H100", 0.4
 
 
@@ -58,7 +66,7 @@ ASSUMED_GPU, ASSUMED_MFU = "H100", 0.4
 
 
 def published_clip(path: str, rng: np.random.Generator) -> np.ndarray:
-    """As the published code does it: decord, then PIL for each frame."""
+    """Clip of the published code: decord, then PIL for each frame."""
     import decord
 
     reader = decord.VideoReader(path, num_threads=1, ctx=decord.cpu(0))
@@ -71,7 +79,7 @@ def published_clip(path: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def library_clip(path: str, rng: np.random.Generator, backend: str) -> np.ndarray:
-    """As this library's loader does it."""
+    """Clip of this library's loader."""
     with open_video(path, backend) as reader:
         frames = reader.frames(sample_frame_indices(len(reader), NUM_FRAMES, STRIDE, rng))
     return crop_and_resize(frames, sample_crop(frames.shape[2], frames.shape[1], SIZE, rng), SIZE)
@@ -80,7 +88,9 @@ def library_clip(path: str, rng: np.random.Generator, backend: str) -> np.ndarra
 def make_clip(variant: str, path: str, seed: int) -> np.ndarray:
     """uint8 [NUM_FRAMES, SIZE, SIZE, 3] of a random place and crop, the same for every variant."""
     rng = np.random.default_rng(seed)
-    return published_clip(path, rng) if variant == "published" else library_clip(path, rng, variant)
+    if variant == "published":
+        return published_clip(path, rng)
+    return library_clip(path, rng, variant)
 
 
 def find_variants() -> tuple[list[str], dict[str, str]]:
@@ -88,46 +98,11 @@ def find_variants() -> tuple[list[str], dict[str, str]]:
     lacks = {name: backend.missing() for name, backend in BACKENDS.items() if "video" in backend.kinds}
     if lacks["decord"]:
         raise InputError(f"the published path needs decord: {lacks['decord']}")
-    return ["published", *(name for name, lack in lacks.items() if not lack)], {
-        k: v for k, v in lacks.items() if v
-    }
+    absent = {name: lack for name, lack in lacks.items() if lack}
+    return ["published", *(name for name in lacks if name not in absent)], absent
 
 
 # --- the videos ---------------------------------------------------------------------------------------------
-
-
-def encode(source: Path, target: Path, codec: str, gop: int) -> None:
-    """Re-encode with key frames at most `gop` apart, closed groups, at the short side SHORT_SIDE, LENGTH
-    frames."""
-    import av
-
-    _, encoder, options, private = ENCODERS[codec]
-    forced = ":min-keyint=12:scenecut=0" if gop == 12 else ""
-    options = {
-        **options,
-        "threads": "1",
-        **({private: f"keyint={gop}{forced}:open-gop=0"} if private else {"g": str(gop)}),
-    }
-    if codec == "hevc":
-        options[private] += ":log-level=none"
-    with av.open(str(source)) as container, av.open(str(target), "w") as out:
-        video = container.streams.video[0]
-        stream = out.add_stream(encoder, rate=video.average_rate, options=options)
-        stream.width, stream.height = packed_size(
-            video.codec_context.width, video.codec_context.height, SHORT_SIDE
-        )
-        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", 1 / Fraction(video.average_rate)
-        size = {"width": stream.width, "height": stream.height, "format": "yuv420p", "interpolation": "AREA"}
-        frames = [frame.reformat(**size) for frame in container.decode(video)]
-        ping_pong = [*range(len(frames)), *range(len(frames) - 2, 0, -1)]
-        for number in range(LENGTH):
-            # A copy: an encoder may hold on to a frame that comes again.
-            frame = av.VideoFrame.from_ndarray(
-                frames[ping_pong[number % len(ping_pong)]].to_ndarray(), format="yuv420p"
-            )
-            frame.pts, frame.time_base = number, stream.codec_context.time_base
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode(None))
 
 
 def make_videos(folder: Path, sources: Sequence[Path], codecs: Sequence[str]) -> dict[str, list[str]]:
@@ -141,8 +116,10 @@ def make_videos(folder: Path, sources: Sequence[Path], codecs: Sequence[str]) ->
         for codec in codecs:
             for gop in GOPS:
                 at(f"encoding {source.name}, {codec}, GOP {gop}")
-                target = folder / f"{source.stem}_{codec}_{gop}{ENCODERS[codec][0]}"
-                encode(source, target, codec, gop)
+                extension, encoder, _, _ = ENCODERS[codec]
+                target = folder / f"{source.stem}_{codec}_{gop}{extension}"
+                size = packed_size(*size_of(source), SHORT_SIDE)
+                encode(source, target, encoder, group_options(codec, gop), size=size, length=LENGTH)
                 kinds.setdefault(f"{codec}, GOP {gop}", []).append(str(target))
     return kinds
 
@@ -150,20 +127,8 @@ def make_videos(folder: Path, sources: Sequence[Path], codecs: Sequence[str]) ->
 # --- correctness --------------------------------------------------------------------------------------------
 
 
-def true_frames(path: str, wanted: Sequence[int]) -> tuple[int, dict[int, np.ndarray]]:
-    """Number of frames, and the wanted ones, by decoding all, one after the other."""
-    import av
-
-    total, needed, frames = 0, set(wanted), {}
-    with av.open(path) as container:
-        for frame in container.decode(video=0):
-            if total in needed:
-                frames[total] = frame.to_ndarray(format="rgb24")
-            total += 1
-    return total, frames
-
-
 def true_clips(path: str, seeds: Sequence[int]) -> list[np.ndarray]:
+    """Clips of `make_clip`, but of the true frames, resized by PIL."""
     total, _ = true_frames(path, ())
     rngs = [np.random.default_rng(seed) for seed in seeds]
     indices = [sample_frame_indices(total, NUM_FRAMES, STRIDE, rng).tolist() for rng in rngs]
@@ -191,9 +156,8 @@ def find_wrong(
                     continue
                 errors[variant] = max(errors[variant], int(np.abs(clip.astype(np.int16) - truth).max()))
                 if errors[variant] > TOLERANCE:
-                    wrong[variant] = (
-                        f"{Path(path).name}: off by {errors[variant]} levels, {TOLERANCE} allowed"
-                    )
+                    levels = f"{errors[variant]} levels, {TOLERANCE} allowed"
+                    wrong[variant] = f"{Path(path).name}: off by {levels}"
     return errors, wrong
 
 
@@ -204,9 +168,8 @@ def error_on_all_crops(paths: Sequence[str]) -> int:
         with open_video(path) as reader:
             frames = reader.frames([0, len(reader) // 2])
         for box in dict.fromkeys(crop_boxes(frames.shape[2], frames.shape[1], SIZE)):
-            one, two = (
-                crop_and_resize(frames, box, SIZE, resize=name).astype(np.int16) for name in ("torch", "pil")
-            )
+            pair = [crop_and_resize(frames, box, SIZE, resize=name) for name in ("torch", "pil")]
+            one, two = (clip.astype(np.int16) for clip in pair)
             worst = max(worst, int(np.abs(one - two).max()))
     return worst
 
@@ -214,22 +177,8 @@ def error_on_all_crops(paths: Sequence[str]) -> int:
 # --- speed --------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def one_core() -> Iterator[None]:
-    """Everything in here runs on one core, where the system can promise that."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(before)})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
 def cpu_seconds_of(call: Callable, *arguments: Any) -> float:
-    """Of all threads of this process, in user and system mode."""
+    """CPU seconds of all threads of this process, in user and system mode."""
     start = time.process_time()
     call(*arguments)
     return time.process_time() - start
@@ -241,12 +190,14 @@ def time_clips(
     """CPU seconds a clip of each variant, for each round: the mean over videos and seeds, which all variants
     do in turn."""
     runs: dict[str, list[float]] = {variant: [] for variant in variants}
+    ways = list(variants)
     for turn in range(rounds):
         sums = dict.fromkeys(variants, 0.0)
         for path in paths:
             at(f"round {turn + 1} of {rounds}, {Path(path).name}")
             for seed in seeds:
-                order = variants[turn % len(variants) :] + variants[: turn % len(variants)]
+                first = turn % len(ways)
+                order = ways[first:] + ways[:first]
                 for variant in order:
                     sums[variant] += cpu_seconds_of(make_clip, variant, path, seed)
         for variant, total in sums.items():
@@ -254,12 +205,11 @@ def time_clips(
     return runs
 
 
-def time_parts(paths: Sequence[str], seeds: Sequence[int]) -> dict[str, float]:
-    """CPU milliseconds a clip of the default path's parts; conversion to RGB is timed alone and taken off the
-    decoding."""
+def time_parts(kind: str, paths: Sequence[str], seeds: Sequence[int]) -> PartsRecord:
+    """Parts of the default way; conversion to RGB is timed alone and subtracted from the decoding."""
     import av
 
-    parts = dict.fromkeys(("open", "decode", "convert", "resize"), 0.0)
+    seconds = np.zeros(4)  # open, decode, convert, resize
     for path in paths:
         with av.open(path) as container:
             pictures = [frame for frame, _ in zip(container.decode(video=0), range(NUM_FRAMES))]
@@ -276,9 +226,9 @@ def time_parts(paths: Sequence[str], seeds: Sequence[int]) -> dict[str, float]:
                 reformatter.reformat(picture, format="rgb24").to_ndarray()
             marks.append(time.process_time())
             opened, decoded, resized, converted = np.diff(marks)
-            for name, value in zip(parts, (opened, decoded - converted, converted, resized)):
-                parts[name] += value
-    return {name: value / len(paths) / len(seeds) * 1e3 for name, value in parts.items()}
+            seconds += (opened, decoded - converted, converted, resized)
+    each = [float(value) for value in seconds / len(paths) / len(seeds) * 1e3]
+    return PartsRecord(videos=kind, open=each[0], decode=each[1], convert=each[2], resize=each[3])
 
 
 class _ClipMaker:
@@ -317,229 +267,186 @@ def time_workers(variant: str, paths: Sequence[str], seeds: Sequence[int], count
 # --- what a GPU needs ---------------------------------------------------------------------------------------
 
 
-def needs(rate: float, resize_share: float, gpu_flops: float) -> list[dict[str, Any]]:
-    """Clips a second that each preset takes, and cores that make them, alone and four crops to a decode.
+def needs(rate: float, resize_share: float, gpu_flops: float, assumption: str) -> list[FeedRecord]:
+    """Clips a second that each preset needs, and cores that make them, alone and four crops to a decode.
 
-    Training is counted as 3 forward passes of dual masking, 2 FLOP to a multiply-accumulate.
+    Args:
+        rate: clips a second of one core.
+        resize_share: of a clip's time; the rest is decoding.
+        gpu_flops: FLOP/s of training: forward of dual masking and twice as much backward.
     """
-    records, mask = [], MaskConfig()
-    for preset in [name for name in PRESETS if name != "vit_tiny"]:
-        macs = forward_macs(ModelConfig.preset(preset), mask.encoder_ratio, mask.decoder_ratio, fused=True)
-        needed = gpu_flops / (6 * macs)
-        crops = {f"cores_{s}": needed / (s * rate / (1 + (s - 1) * resize_share)) for s in (1, 4)}
-        records.append(
-            {"kind": "feed", "preset": preset, "forward_macs": macs, "clips_per_s_needed": needed, **crops}
+    records = []
+    for preset in PUBLISHED_PRESETS:
+        macs = masked_macs(ModelConfig.preset(preset), MaskConfig())
+        needed = gpu_flops / (FLOPS_PER_MAC * macs)
+        record = FeedRecord(
+            preset=preset,
+            forward_macs=macs,
+            clips_per_s_needed=needed,
+            cores_1=needed / rate,
+            cores_4=needed / (4 * rate / (1 + 3 * resize_share)),
+            assumption=assumption,
         )
+        records.append(record)
     return records
+
+
+def feed_records(
+    clips: Sequence[ClipRecord], parts: Sequence[PartsRecord], given: float | None
+) -> list[FeedRecord]:
+    """What the default way must deliver from packed videos, for `given` FLOP/s or an assumed GPU."""
+    packed = next(r for r in clips if r.videos == "packed" and r.default)
+    share = next(r for r in parts if r.videos == "packed")
+    if packed.clip_cpu_ms is None or packed.clips_per_s_per_core is None:
+        return []
+    flops, source = given, "as given"
+    if flops is None:
+        flops = ASSUMED_MFU * (peak_flops(ASSUMED_GPU, "bfloat16") or 0)
+        source = f"{ASSUMED_MFU:.0%} of a {ASSUMED_GPU}'s dense bfloat16 peak"
+    assumption = f"{flops / 1e12:.0f} TFLOP/s, {source}"
+    return needs(packed.clips_per_s_per_core, share.resize / packed.clip_cpu_ms.median, flops, assumption)
 
 
 # --- one run ------------------------------------------------------------------------------------------------
 
 
 def default_of(paths: Sequence[str]) -> str:
-    """The backend that `auto` takes for these videos."""
+    """The backend that `auto` chooses for these videos."""
     with open_video(paths[0]) as reader:
         return reader.backend
 
 
 def measure_kind(
     kind: str, paths: list[str], variants: list[str], seeds: range, rounds: int
-) -> list[dict[str, Any]]:
+) -> list[ClipRecord]:
+    """Check, then time, all variants on one kind of video."""
     at(f"checking {kind}")
     errors, wrong = find_wrong(variants, paths, seeds)
     right = [variant for variant in variants if variant not in wrong]
     runs = time_clips(right, paths, seeds, rounds)
     records, default = [], default_of(paths)
     for variant in variants:
-        record = {"kind": "clip", "videos": kind, "variant": variant, "default": variant == default}
-        record |= {
-            "error_levels": errors[variant],
-            "wrong": wrong.get(variant),
-            "clip_cpu_ms": None,
-            "clips_per_s_per_core": None,
-        }
+        times = None
         if variant in runs:
-            times = [value * 1e3 for value in runs[variant]]
-            record["clip_cpu_ms"] = {**spread(times), "runs": times}
-            record["clips_per_s_per_core"] = 1e3 / record["clip_cpu_ms"]["median"]
+            times = Runs.of([value * 1e3 for value in runs[variant]])
+        record = ClipRecord(
+            videos=kind,
+            variant=variant,
+            default=variant == default,
+            error_levels=errors[variant],
+            wrong=wrong.get(variant),
+            clip_cpu_ms=times,
+            clips_per_s_per_core=1e3 / times.median if times else None,
+        )
         records.append(record)
     return records
 
 
-def compare(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every variant over the published path on the same videos, and on the originals for packed ones, round
-    by round."""
-    runs = {(r["videos"], r["variant"]): r["clip_cpu_ms"]["runs"] for r in records if r["clip_cpu_ms"]}
-    defaults = {(r["videos"], r["variant"]) for r in records if r["default"]}
+def compare(records: Sequence[ClipRecord]) -> list[WayRatio]:
+    """Every variant over the published way on the same videos, and on the originals for packed ones, round by
+    round."""
+    published = {r.videos: r.clip_cpu_ms.runs for r in records if r.variant == "published" and r.clip_cpu_ms}
     ratios = []
-    for (kind, variant), ours in runs.items():
-        for base in (kind, "original") if kind == "packed" else (kind,):
-            if (variant == "published" and base == kind) or (base, "published") not in runs:
+    for r in records:
+        for base in (r.videos, "original") if r.videos == "packed" else (r.videos,):
+            same = r.variant == "published" and base == r.videos
+            if r.clip_cpu_ms is None or base not in published or same:
                 continue
-            name = kind if base == kind else f"{kind} / {base}"
-            target = TARGETS.get(name) if (kind, variant) in defaults else None
-            speedup = paired_ratio(runs[base, "published"], ours)
-            ratios.append(
-                {
-                    "videos": name,
-                    "variant": variant,
-                    "default": (kind, variant) in defaults,
-                    "speedup": speedup,
-                }
+            name = r.videos if base == r.videos else f"{r.videos} / {base}"
+            speedup = Spread.of_ratios(published[base], r.clip_cpu_ms.runs)
+            target = TARGETS.get(name) if r.default else None
+            ratio = WayRatio(
+                videos=name,
+                variant=r.variant,
+                default=r.default,
+                speedup=speedup,
+                target=target,
+                met=None if target is None else speedup.median >= target,
             )
-            ratios[-1] |= {"target": target, "met": None if target is None else speedup["median"] >= target}
+            ratios.append(ratio)
     return ratios
 
 
-def report(records: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> None:
-    clips = [r for r in records if r["kind"] == "clip"]
-    speedups = {(r["videos"], r["variant"]): r["speedup"] for r in ratios}
-    rows = []
-    for r in clips:
-        name = f"{r['videos']}: {r['variant']}{' (default)' if r['default'] else ''}"
-        if r["wrong"]:
-            rows.append([name, r["error_levels"], "no speed", "-", "-"])
-            continue
-        s = speedups.get((r["videos"], r["variant"]))
-        ratio = f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})" if s else "1"
-        rows.append(
-            [
-                name,
-                r["error_levels"],
-                f"{r['clip_cpu_ms']['median']:.1f}",
-                f"{r['clips_per_s_per_core']:.1f}",
-                ratio,
-            ]
-        )
-    print_table(
-        ["videos: variant", "levels off", "CPU ms a clip", "clips/s a core", "x published (min to max)"], rows
-    )
-    for r in clips:
-        if r["wrong"]:
-            print(f"NO SPEED for {r['variant']} on {r['videos']}: {r['wrong']}", file=sys.stderr)
-    print()
-    rows = [
-        [r["videos"], *(f"{r[part]:.1f}" for part in ("open", "decode", "convert", "resize"))]
-        for r in records
-        if r["kind"] == "parts"
-    ]
-    print_table(["default path, CPU ms a clip", "open", "decode", "convert", "resize"], rows)
-    print()
-    rows = [
-        [f"{r['videos']}: {r['variant']}", r["workers"], f"{r['clips_per_s']:.1f}"]
-        for r in records
-        if r["kind"] == "workers"
-    ]
-    print_table(["videos: variant", "workers", "clips/s"], rows)
-    print()
-    feeds = [r for r in records if r["kind"] == "feed"]
-    rows = [
-        [
-            r["preset"],
-            f"{r['forward_macs'] / 1e9:.1f}",
-            f"{r['clips_per_s_needed']:.0f}",
-            f"{r['cores_1']:.1f}",
-            f"{r['cores_4']:.1f}",
-        ]
-        for r in feeds
-    ]
-    print_table(
-        ["one GPU, packed videos", "GMACs a clip", "clips/s needed", "cores", "cores, 4 crops a decode"], rows
-    )
-    print(f"needed: an ASSUMPTION, {feeds[0]['assumption']}")
-    print()
-    for r in ratios:
-        if r["target"]:
-            text = "met" if r["met"] else "MISSED"
-            print(
-                f"{r['videos']}: {r['speedup']['median']:.2f} x the published path, {r['target']} wanted: "
-                f"{text}"
-            )
+def measure_workers(
+    kinds: dict[str, list[str]], clips: Sequence[ClipRecord], seeds: range, counts: list[int], span: float
+) -> list[WorkersRecord]:
+    """The published and the default way in processes, on some kinds of video."""
+    timed, records = {(r.videos, r.variant) for r in clips if r.clip_cpu_ms}, []
+    for kind in IN_WORKERS:
+        for variant in ("published", default_of(kinds[kind])):
+            for count in counts if (kind, variant) in timed else ():
+                at(f"{kind}, {variant}, {count} workers")
+                rate = time_workers(variant, kinds[kind], seeds, count, span)
+                record = WorkersRecord(videos=kind, variant=variant, workers=count, clips_per_s=rate)
+                records.append(record)
+    return records
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two small clips, H.264 only")
-    parser.add_argument("--rounds", type=int, help="times that every clip is made (default: 5, quick 3)")
-    parser.add_argument("--clips", type=int, help="places in each video (default: 4, quick 2)")
-    parser.add_argument(
-        "--workers", type=int, nargs="+", metavar="N", help="worker counts (default: 1 and every core)"
-    )
-    parser.add_argument(
-        "--gpu-flops", type=float, help=f"FLOP/s assumed of a GPU ({ASSUMED_MFU:.0%} of a {ASSUMED_GPU}'s)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the results there")
-    args = parser.parse_args(argv)
-    args.rounds = args.rounds if args.rounds is not None else 3 if args.quick else 5
-    args.clips = args.clips if args.clips is not None else 2 if args.quick else 4
-    args.workers = args.workers or sorted({1, os.cpu_count() or 1})
-    if min(args.rounds, args.clips, *args.workers) < 1:
-        raise InputError("--rounds, --clips and --workers must be at least 1")
-    if args.gpu_flops is not None and args.gpu_flops <= 0:
-        raise InputError("--gpu-flops must be above 0")
-    return args
-
-
-def measure(args: argparse.Namespace, variants: list[str]) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, variants: list[str]) -> DataResult:
+    """Everything, in a folder that is removed."""
     sources = sample_videos()[2:] if args.quick else sample_videos()
-    seeds, records = range(args.clips), []
+    seeds = range(args.clips)
+    clips: list[ClipRecord] = []
+    parts: list[PartsRecord] = []
     with tempfile.TemporaryDirectory() as folder:
-        # Before decord is imported, whose own libvpx would take the place of PyAV's.
+        # Before decord is imported, whose own libvpx would replace PyAV's.
         kinds = make_videos(Path(folder), sources, ("h264",) if args.quick else tuple(ENCODERS))
         with one_core():
             at("resizing, checked against PIL")
             crops = error_on_all_crops(kinds["h264, GOP 250"])
             if crops > TOLERANCE:
-                raise RuntimeError(
-                    f"resizing is {crops} grey levels off PIL's, {TOLERANCE} allowed: nothing is timed"
-                )
-            records.append({"kind": "crops", "error_levels": crops})
+                levels = f"{crops} grey levels off PIL's, {TOLERANCE} allowed"
+                raise RuntimeError(f"resizing is {levels}: nothing is timed")
             for kind, paths in kinds.items():
-                records += measure_kind(kind, paths, variants, seeds, args.rounds)
+                clips += measure_kind(kind, paths, variants, seeds, args.rounds)
                 at(f"parts of {kind}")
-                records.append({"kind": "parts", "videos": kind, **time_parts(paths, seeds)})
-        timed = {(r["videos"], r["variant"]) for r in records if r["kind"] == "clip" and r["clip_cpu_ms"]}
-        for kind in ("original", "h264, GOP 12", "h264, GOP 250", "packed"):
-            for variant in ("published", default_of(kinds[kind])):
-                for count in args.workers if (kind, variant) in timed else ():
-                    at(f"{kind}, {variant}, {count} workers")
-                    rate = time_workers(variant, kinds[kind], seeds, count, 1.0 if args.quick else 4.0)
-                    records.append(
-                        {
-                            "kind": "workers",
-                            "videos": kind,
-                            "variant": variant,
-                            "workers": count,
-                            "clips_per_s": rate,
-                        }
-                    )
-    return records
+                parts.append(time_parts(kind, paths, seeds))
+        workers = measure_workers(kinds, clips, seeds, args.workers, 1.0 if args.quick else 4.0)
+    feeds = feed_records(clips, parts, args.gpu_flops)
+    return DataResult(
+        environment=find_environment(),
+        records=[CropsRecord(error_levels=crops), *clips, *parts, *workers, *feeds],
+        ratios=compare(clips),
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     variants, absent = find_variants()
-    known = environment()
-    print(
-        f"{known['cpu']}, {known['cores']} cores, torch {known['torch']}; {NUM_FRAMES} frames, stride "
-        f"{STRIDE}, {SIZE} x {SIZE}"
-    )
+    known = find_environment()
+    machine = f"{known.cpu}, {known.cores} cores, torch {known.torch}"
+    print(f"{machine}; {NUM_FRAMES} frames, stride {STRIDE}, {SIZE} x {SIZE}")
     for name, reason in absent.items():
         print(f"not here: {name} ({reason})")
-    records = measure(args, variants)
-    packed = next(r for r in records if r["kind"] == "clip" and r["videos"] == "packed" and r["default"])
-    share = next(r for r in records if r["kind"] == "parts" and r["videos"] == "packed")
-    flops = args.gpu_flops or ASSUMED_MFU * peak_flops(ASSUMED_GPU, "bfloat16")
-    source = "as given" if args.gpu_flops else f"{ASSUMED_MFU:.0%} of a {ASSUMED_GPU}'s dense bfloat16 peak"
-    feeds = needs(packed["clips_per_s_per_core"], share["resize"] / packed["clip_cpu_ms"]["median"], flops)
-    records += [{**feed, "assumption": f"{flops / 1e12:.0f} TFLOP/s, {source}"} for feed in feeds]
-    ratios = compare([r for r in records if r["kind"] == "clip"])
-    print()
-    report(records, ratios)
-    if args.json:
-        write_json(args.json, records, "cpu", ratios=ratios, absent=absent)
-        print(f"\nresults: {args.json}")
+    result = replace(measure(args, variants), absent=absent)
+    show(*result.tables())
+    clips = [r for r in result.records if isinstance(r, ClipRecord)]
+    say_wrong({f"{r.variant} on {r.videos}": r.wrong for r in clips if r.wrong})
+    write_result(result, args.json)
     return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="two small clips, H.264 only")
+    add("--rounds", type=int, help="times that every clip is made (default: 5, quick 3)")
+    add("--clips", type=int, help="places in each video (default: 4, quick 2)")
+    add("--workers", type=int, nargs="+", metavar="N", help="worker counts (default: 1 and every core)")
+    assumed = f"FLOP/s assumed of a GPU ({ASSUMED_MFU:.0%} of a {ASSUMED_GPU}'s)".replace("%", "%%")
+    add("--gpu-flops", type=float, help=assumed)
+    add_json(parser)
+    args = parser.parse_args(argv)
+    if args.quick:
+        set_defaults(args, dict(rounds=3, clips=2))
+    set_defaults(args, dict(rounds=5, clips=4))
+    args.workers = args.workers or sorted({1, os.cpu_count() or 1})
+    check_least(args, "rounds", "clips", "workers")
+    if args.gpu_flops is not None and args.gpu_flops <= 0:
+        raise InputError("--gpu-flops must be above 0")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from harness.common import paired_ratio, print_table, spread, write_json
-from harness.records import load_clips
-from harness.stepping import Stepper
-from harness.telling import at, telling
+from harness.clips import load_clips
+from harness.command import add_json, exit_code, write_result
+from harness.environment import find_environment
+from harness.json_records import Runs, Spread
+from harness.progress import at
+from harness.results.loop import CLOCKS, LoopRatio, LoopRecord, LoopResult
+from harness.stepping import StepJob, Stepper
+from harness.table import show
 
 from vmae import DualMask, InputError, ModelConfig
 from vmae.checkpoint.folder import CheckpointFolder
@@ -34,6 +38,7 @@ from vmae.train.optim import OptimConfig, build_adamw
 from vmae.train.parallel import Parallel
 
 NAMES = ("bare step", "loop")
+Times = dict[str, list[float]]  # milliseconds, by clock
 
 
 @dataclass
@@ -44,6 +49,9 @@ class SameBatch:
     mask: DualMask
     ids: list = field(default_factory=list)
     replaced: list = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[SameBatch]:
+        return self
 
     def __next__(self) -> SameBatch:
         return self
@@ -59,8 +67,8 @@ def make_trainer(bare: Stepper, dtype: str, folder: str) -> Trainer:
         model=model,
         optimizer=build_adamw(model, OptimConfig()),
         schedule=lambda step: OptimConfig().lr,
-        open_batches=lambda start_step: SameBatch(bare.clips, bare.mask),
-        compute_loss=lambda batch: model(batch.clips, batch.mask),
+        open_batches=lambda start_step: iter(SameBatch(bare.clips, bare.mask)),
+        compute_loss=lambda batch: model(batch.clips, bare.mask),
         config=LoopConfig(total_steps=10**6, save_every=10**6, log_every=10, dtype=dtype),
         saver=Saver(CheckpointFolder(folder)),
         about={},
@@ -68,10 +76,9 @@ def make_trainer(bare: Stepper, dtype: str, folder: str) -> Trainer:
     )
 
 
-def measure(bare: Stepper, trainer: Trainer, steps: int, warmup: int) -> list[dict[str, list[float]]]:
-    """Milliseconds of bare and of the loop's steps, by the clock and of this process; the order changes from
-    pair to pair."""
-    times: list[dict[str, list[float]]] = [{"step": [], "cpu": []} for _ in NAMES]
+def measure(bare: Stepper, trainer: Trainer, steps: int, warmup: int) -> list[Times]:
+    """Times of bare and of the loop's steps; the order changes from pair to pair."""
+    times: list[Times] = [{clock: [] for clock in CLOCKS} for _ in NAMES]
 
     def wait() -> tuple[float, float]:
         if bare.device.type == "cuda":
@@ -85,74 +92,76 @@ def measure(bare: Stepper, trainer: Trainer, steps: int, warmup: int) -> list[di
             for which in (0, 1) if turn % 2 else (1, 0):
                 began = wait()
                 works[which]()
-                for kind, first, last in zip(("step", "cpu"), began, wait()):
+                for clock, first, last in zip(CLOCKS, began, wait()):
                     if turn >= warmup:
-                        times[which][kind].append((last - first) * 1e3)
+                        times[which][clock].append((last - first) * 1e3)
         trainer.settle()
     if trainer.stopped_by is not None:
         raise InputError("stopped by a signal: nothing was measured")
     return times
 
 
-def report(args: argparse.Namespace, times: list[dict[str, list[float]]], device: torch.device) -> None:
-    """Table, ratios, and the JSON file if asked for."""
-    rows = [
-        [f"{name}, {text}", *(f"{spread(found[kind])[key]:.1f}" for key in ("median", "min", "max"))]
-        for kind, text in (("step", "by the clock"), ("cpu", "processor time"))
-        for name, found in zip(NAMES, times)
-    ]
-    print_table(["ms a step", "median", "min", "max"], rows)
-    ratios = {kind: paired_ratio(times[1][kind], times[0][kind]) for kind in ("step", "cpu")}
-    for kind, text in (("step", "by the clock"), ("cpu", "processor time")):
-        found = ratios[kind]
-        print(
-            f"loop / bare step, {text}: {found['median']:.3f} ({found['min']:.3f} to {found['max']:.3f}), "
-            f"{args.steps} pairs"
+def make_result(args: argparse.Namespace, times: list[Times], device: str) -> LoopResult:
+    records = []
+    for name, found in zip(NAMES, times):
+        record = LoopRecord(
+            model=args.model,
+            batch=args.batch,
+            dtype=args.dtype,
+            variant=name,
+            step_ms=Runs.of(found["step"]),
+            cpu_ms=Runs.of(found["cpu"]),
         )
-    if args.json:
-        about = dict(model=args.model, batch=args.batch, dtype=args.dtype)
-        records = [
-            {
-                **about,
-                "variant": name,
-                **{f"{kind}_ms": {**spread(runs), "runs": runs} for kind, runs in found.items()},
-            }
-            for name, found in zip(NAMES, times)
-        ]
-        write_json(args.json, records, device, ratios=[{"variant": NAMES[1], "baseline": NAMES[0], **ratios}])
+        records.append(record)
+    bare, loop = times
+    ratio = LoopRatio(
+        variant=NAMES[1],
+        baseline=NAMES[0],
+        step=Spread.of_ratios(loop["step"], bare["step"]),
+        cpu=Spread.of_ratios(loop["cpu"], bare["cpu"]),
+    )
+    return LoopResult(environment=find_environment(device), records=records, ratios=[ratio])
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", choices=list(PRESETS), default="vit_s")
+    add("--batch", type=int, default=4, help="clips a step (4)")
+    add("--steps", type=int, default=12, help="timed pairs (12)")
+    add("--warmup", type=int, default=2, help="pairs before them (2)")
+    add("--device", default="auto", help="auto, cpu, cuda (auto)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add_json(parser)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    device, config = str(resolve_device(args.device)), ModelConfig.preset(args.model)
+    with tempfile.TemporaryDirectory() as folder:
+        clips = str(Path(folder) / "clips.pt")
+        torch.save(load_clips("synthetic", args.batch, config), clips)
+        job = StepJob(
+            model=args.model,
+            config=config,
+            variant="torch",
+            masking="dual",
+            device=device,
+            dtype=args.dtype,
+            batch=args.batch,
+            threads=torch.get_num_threads(),
+            clips=clips,
+        )
+        bare = Stepper(job)
+        times = measure(bare, make_trainer(bare, args.dtype, folder), args.steps, args.warmup)
+    result = make_result(args, times, device)
+    show(*result.tables())
+    write_result(result, args.json)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=list(PRESETS), default="vit_s")
-    parser.add_argument("--batch", type=int, default=4, help="clips a step (4)")
-    parser.add_argument("--steps", type=int, default=12, help="timed pairs (12)")
-    parser.add_argument("--warmup", type=int, default=2, help="pairs before them (2)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--json", metavar="FILE", help="write the results there")
-    args = parser.parse_args(argv)
-    try:
-        device = resolve_device(args.device)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    config = ModelConfig.preset(args.model)
-    with telling(), tempfile.TemporaryDirectory() as folder:
-        clips = Path(folder) / "clips.pt"
-        torch.save(load_clips("synthetic", args.batch, config), clips)
-        job = dict(
-            config=config,
-            masking="dual",
-            variant="torch",
-            device=str(device),
-            dtype=args.dtype,
-            clips=str(clips),
-        )
-        bare = Stepper({**job, "threads": torch.get_num_threads()})
-        times = measure(bare, make_trainer(bare, args.dtype, folder), args.steps, args.warmup)
-    report(args, times, device)
-    return 0
+    return exit_code(lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

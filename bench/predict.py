@@ -12,229 +12,183 @@ dual_vs_encoder.py) against them.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
-from harness.common import exit_code, print_table, write_json
-from harness.records import FLOPS_PER_MAC, count_record
-from harness.telling import at
-from harness.variants import VARIANTS
-from operations import OPERATIONS, Shape, floor_of
-from operations import PRESETS as KERNEL_SHAPES
+from harness.command import add_json, exit_code, write_result
+from harness.environment import find_environment
+from harness.floors import DIRECTIONS, GPUS, floor_of, preset_shape
+from harness.progress import at
+from harness.records import FLOPS_PER_MAC, count
+from harness.results import read_result
+from harness.results.operations import Rates
+from harness.results.predict import Assumption, Interval, PredictedFloor, PredictedStep, PredictResult, Score
+from harness.results.steps import StepsResult
+from harness.table import show
+from harness.variants import PUBLISHED_PRESETS, VARIANTS
 
 from vmae import InputError, ModelConfig
+from vmae_kernels.backend import OPERATIONS
 
-GPUS = {
-    "H100": {
-        "bytes_per_s": 3.35e12,
-        "matrix_flops": 989e12,
-        "vector_flops": 67e12,
-        "source": "H100 SXM datasheet",
-    },
-    "A100": {
-        "bytes_per_s": 2.04e12,
-        "matrix_flops": 312e12,
-        "vector_flops": 19.5e12,
-        "source": "A100 SXM 80 GB datasheet",
-    },
-}
 MASKINGS = ("encoder_only", "dual")
 DTYPE = "bfloat16"
-# Between these two a step is expected: the share of the matrix peak that its products reach; how often each
-# kept byte crosses the memory bus (at least written once and read once; the eager graph passes over
-# activations several times more); and the host's part, hidden behind the device's work or not.
+# Between these two a step is expected. Each kept byte is at least written once and read once; the eager graph
+# passes over activations several times more. The host's part is hidden behind the device's work, or not.
 ASSUMPTIONS = {
-    "fast": {
-        "matrix_share": 0.65,
-        "passes_over_kept_bytes": 2.0,
-        "kernels_per_block": 30,
-        "us_per_kernel": 0.0,
-    },
-    "slow": {
-        "matrix_share": 0.30,
-        "passes_over_kept_bytes": 6.0,
-        "kernels_per_block": 60,
-        "us_per_kernel": 5.0,
-    },
+    "fast": Assumption(
+        matrix_share=0.65, passes_over_kept_bytes=2.0, kernels_per_block=30, us_per_kernel=0.0
+    ),
+    "slow": Assumption(
+        matrix_share=0.30, passes_over_kept_bytes=6.0, kernels_per_block=60, us_per_kernel=5.0
+    ),
 }
 
 
-def step_interval_ms(
-    record: dict[str, Any], blocks: int, batch: int, gpu: dict[str, Any]
-) -> dict[str, float]:
-    """Milliseconds of a training step, optimizer left out: `fast` and `slow`, by `ASSUMPTIONS`."""
-    flops = FLOPS_PER_MAC * batch * record["forward_macs_per_clip"]
-    kept = batch * record["saved_activation_bytes_per_clip"]
+def step_interval(macs: int, saved_bytes: int, model: str, batch: int, gpu: Rates) -> Interval:
+    """Milliseconds of a training step, optimizer left out.
+
+    Args:
+        macs, saved_bytes: of a clip.
+    """
+    config = ModelConfig.preset(model)
+    blocks = config.depth + config.decoder_depth
     found = {}
     for name, assumed in ASSUMPTIONS.items():
-        products = flops / (assumed["matrix_share"] * gpu["matrix_flops"])
-        traffic = assumed["passes_over_kept_bytes"] * kept / gpu["bytes_per_s"]
-        host = blocks * assumed["kernels_per_block"] * assumed["us_per_kernel"] * 1e-6
+        products = FLOPS_PER_MAC * batch * macs / (assumed.matrix_share * gpu.matrix_flops)
+        traffic = assumed.passes_over_kept_bytes * batch * saved_bytes / gpu.bytes_per_s
+        host = blocks * assumed.kernels_per_block * assumed.us_per_kernel * 1e-6
         found[name] = 1e3 * (products + traffic + host)
+    return Interval(**found)
+
+
+def predict_steps(presets: list[str], variants: list[str], batch: int) -> list[PredictedStep]:
+    """Exact counts and the predicted interval on each GPU, by preset, variant and masking."""
+    keys = [(preset, variant, masking) for preset in presets for variant in variants for masking in MASKINGS]
+    return with_ratios([predict_step(*key, batch) for key in keys])
+
+
+def predict_step(preset: str, variant: str, masking: str, batch: int) -> PredictedStep:
+    at(f"counting {preset} {variant} {masking}")
+    saved, macs = count(variant, masking, ModelConfig.preset(preset), DTYPE)
+    if saved is None:
+        raise InputError(f"variant {variant!r}: what it keeps cannot be counted")
+    return PredictedStep(
+        model=preset,
+        variant=variant,
+        masking=masking,
+        dtype=DTYPE,
+        saved_activation_bytes_per_clip=saved,
+        forward_macs_per_clip=macs,
+        batch=batch,
+        predicted_step_ms={
+            name: step_interval(macs, saved, preset, batch, gpu) for name, gpu in GPUS.items()
+        },
+    )
+
+
+def with_ratios(steps: list[PredictedStep]) -> list[PredictedStep]:
+    """Kept bytes over those of the reference with either masking."""
+    kept = {(r.model, r.variant, r.masking): r.saved_activation_bytes_per_clip for r in steps}
+    found = []
+    for r in steps:
+        bases = [kept.get((r.model, "reference", masking)) for masking in MASKINGS]
+        encoder_only, dual = [base and r.saved_activation_bytes_per_clip / base for base in bases]
+        found.append(replace(r, over_reference_encoder_only=encoder_only, over_reference_dual=dual))
     return found
 
 
-def activation_records(presets: list[str], variants: list[str], batch: int) -> list[dict[str, Any]]:
-    """By preset, variant and masking: exact counts, and the predicted interval on each GPU."""
+def predict_floors(presets: list[str], batch: int) -> list[PredictedFloor]:
+    """Floors of every operation, on each GPU."""
     records = []
     for preset in presets:
-        config = ModelConfig.preset(preset)
-        for variant in variants:
-            for masking in MASKINGS:
-                record = {
-                    "kind": "step",
-                    "model": preset,
-                    "variant": variant,
-                    "masking": masking,
-                    "dtype": DTYPE,
-                }
-                at(f"counting {preset} {variant} {masking}")
-                record |= count_record(variant, masking, config, DTYPE)
-                blocks = config.depth + config.decoder_depth
-                predicted = {name: step_interval_ms(record, blocks, batch, gpu) for name, gpu in GPUS.items()}
-                records.append(record | {"batch": batch, "predicted_step_ms": predicted})
-    add_ratios(records)
-    return records
-
-
-def add_ratios(records: list[dict[str, Any]]) -> None:
-    """Kept bytes over those of the reference with either masking."""
-    kept = {(r["model"], r["variant"], r["masking"]): r["saved_activation_bytes_per_clip"] for r in records}
-    for record in records:
-        for masking in MASKINGS:
-            base = kept.get((record["model"], "reference", masking))
-            record[f"over_reference_{masking}"] = base and record["saved_activation_bytes_per_clip"] / base
-
-
-def floor_records(presets: list[str], batch: int) -> list[dict[str, Any]]:
-    records = []
-    for preset in presets:
-        shape = Shape(name=preset, batch=batch, **KERNEL_SHAPES[preset])
+        shape = preset_shape(preset, batch)
         for operation in OPERATIONS:
-            for direction in ("forward", "both"):
+            for direction in DIRECTIONS:
                 floors = {name: floor_of(operation, shape, direction, gpu)[0] for name, gpu in GPUS.items()}
-                record = {
-                    "kind": "floor",
-                    "model": preset,
-                    "operation": operation,
-                    "direction": direction,
-                    "batch": batch,
-                }
-                records.append(record | {"floor_us": floors})
+                record = PredictedFloor(
+                    model=preset, operation=operation, direction=direction, batch=batch, floor_us=floors
+                )
+                records.append(record)
     return records
 
 
-def score(measured: list[dict[str, Any]], gpu: str) -> list[dict[str, Any]]:
-    """Measured steps against the interval for their own batch: `place` is "inside", "faster" or "slower".
+def score(measured: StepsResult, gpu: str) -> list[Score]:
+    """Measured steps against the interval for their own batch.
 
     Raises:
         InputError: no record of a timed step of a known preset and countable variant.
     """
     found = []
-    for record in measured:
-        if not record.get("step_ms") or not record.get("saved_activation_bytes_per_clip"):
+    for r in measured.records:
+        saved = r.saved_activation_bytes_per_clip
+        if not r.step_ms or not r.optimizer_ms or not saved:
             continue
-        config = ModelConfig.preset(record["model"])
-        interval = step_interval_ms(record, config.depth + config.decoder_depth, record["batch"], GPUS[gpu])
-        done = record["step_ms"]["median"] - record["optimizer_ms"]["median"]
-        place = "faster" if done < interval["fast"] else "slower" if done > interval["slow"] else "inside"
-        names = ("model", "variant", "masking", "batch", "dtype")
-        found.append(
-            {name: record[name] for name in names}
-            | {"measured_ms": done, "interval_ms": interval, "place": place}
+        interval = step_interval(r.forward_macs_per_clip, saved, r.model, r.batch, GPUS[gpu])
+        done = r.step_ms.median - r.optimizer_ms.median
+        record = Score(
+            model=r.model,
+            variant=r.variant,
+            masking=r.masking,
+            batch=r.batch,
+            dtype=r.dtype,
+            gpu=gpu,
+            measured_ms=done,
+            interval_ms=interval,
+            place=place_of(done, interval),
         )
+        found.append(record)
     if not found:
         raise InputError("no timed step with counted bytes in that file: give a result of dual_vs_encoder.py")
     return found
 
 
-def report(steps: list[dict[str, Any]], floors: list[dict[str, Any]]) -> None:
-    rows = []
-    for r in steps:
-        interval = [f"{p['fast']:.0f} to {p['slow']:.0f}" for p in r["predicted_step_ms"].values()]
-        ratios = [
-            "-" if r[f"over_reference_{m}"] is None else f"{r[f'over_reference_{m}']:.2f} x" for m in MASKINGS
-        ]
-        row = [f"{r['model']} {r['variant']}, {r['masking'].replace('_', '-')}"]
-        row += [
-            f"{r['saved_activation_bytes_per_clip'] / 2**20:.1f}",
-            *ratios,
-            f"{r['forward_macs_per_clip'] / 1e9:.2f}",
-        ]
-        rows.append([*row, *interval])
-    print(
-        f"counted, bf16; predicted times (ms a step of {steps[0]['batch']} clips, optimizer left out) are "
-        "not measurements"
-    )
-    head = ["model variant, masking", "kept MiB/clip", "of reference", "of its dual", "GMACs/clip"]
-    print_table([*head, *(f"{name} ms (predicted)" for name in GPUS)], rows)
-    print("\nfloors of the fused operations: bytes and FLOPs at datasheet rates, microseconds")
-    rows = []
-    for r in floors:
-        rows.append(
-            [
-                f"{r['model']} {r['operation']} {r['direction']}",
-                *(f"{value:.1f}" for value in r["floor_us"].values()),
-            ]
+def place_of(ms: float, interval: Interval) -> str:
+    if ms < interval.fast:
+        return "faster"
+    return "slower" if ms > interval.slow else "inside"
+
+
+def read_steps(path: str) -> StepsResult:
+    """A result of dual_vs_encoder.py.
+
+    Raises:
+        InputError: no such file, or not such a result.
+    """
+    try:
+        result = read_result(path, "dual_vs_encoder")
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    assert isinstance(result, StepsResult)
+    return result
+
+
+def run(args: argparse.Namespace) -> int:
+    known = find_environment()
+    if args.score:
+        result = PredictResult(environment=known, records=[*score(read_steps(args.score), args.gpu)])
+    else:
+        steps = predict_steps(args.presets, args.variants, args.batch)
+        floors = predict_floors(args.presets, args.batch)
+        result = PredictResult(
+            environment=known, records=[*steps, *floors], assumptions=ASSUMPTIONS, gpus=GPUS
         )
-    print_table([f"batch {floors[0]['batch']}", *GPUS], rows)
-
-
-def report_score(found: list[dict[str, Any]], gpu: str) -> None:
-    rows = []
-    for r in found:
-        interval = r["interval_ms"]
-        row = [f"{r['model']} {r['variant']}, {r['masking']}, batch {r['batch']}", f"{r['measured_ms']:.1f}"]
-        rows.append([*row, f"{interval['fast']:.1f} to {interval['slow']:.1f}", r["place"]])
-    print_table(["step without optimizer", "measured ms", f"predicted for {gpu}", ""], rows)
+    show(*result.tables())
+    write_result(result, args.json)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--presets", nargs="+", choices=list(KERNEL_SHAPES), default=list(KERNEL_SHAPES))
+    add = parser.add_argument
+    add("--presets", nargs="+", choices=PUBLISHED_PRESETS, default=list(PUBLISHED_PRESETS))
     countable = [name for name, variant in VARIANTS.items() if variant.countable]
-    parser.add_argument("--variants", nargs="+", choices=countable, default=countable)
-    parser.add_argument("--batch", type=int, default=32, help="clips of the predicted step (32)")
-    parser.add_argument(
-        "--score", metavar="FILE", help="hold the measured steps of this result against the prediction"
-    )
-    parser.add_argument("--gpu", choices=list(GPUS), default="H100", help="whose prediction (H100)")
-    parser.add_argument("--json", metavar="FILE", help="write the results there")
+    add("--variants", nargs="+", choices=countable, default=countable)
+    add("--batch", type=int, default=32, help="clips of the predicted step (32)")
+    measured = "hold the measured steps of this result against the prediction"
+    add("--score", metavar="FILE", help=measured)
+    add("--gpu", choices=list(GPUS), default="H100", help="whose prediction (H100)")
+    add_json(parser)
     args = parser.parse_args(argv)
     return exit_code(lambda: run(args))
-
-
-def run(args: argparse.Namespace) -> int:
-    if args.score:
-        found = score(read_records(args.score), args.gpu)
-        report_score(found, args.gpu)
-        more = {}
-    else:
-        steps, floors = (
-            activation_records(args.presets, args.variants, args.batch),
-            floor_records(args.presets, args.batch),
-        )
-        report(steps, floors)
-        found, more = [*steps, *floors], {"assumptions": ASSUMPTIONS, "gpus": GPUS}
-    if args.json:
-        write_json(args.json, found, "cpu", **more)
-        print(f"\nresults: {args.json}")
-    return 0
-
-
-def read_records(path: str) -> list[dict[str, Any]]:
-    """Records of a result file.
-
-    Raises:
-        InputError: no such file, or not a result.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))["records"]
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: not a benchmark's result (JSON with `records`)") from None
 
 
 if __name__ == "__main__":

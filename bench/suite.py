@@ -13,19 +13,24 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import re
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import torch
-from harness.common import ROOT, SCHEMA, environment
+from harness import ROOT
+from harness.environment import Environment, find_environment
+from harness.json_records import to_json, write_json
+from harness.progress import at, said, telling
 from harness.report import write_report
-from harness.telling import at, said, telling
+from harness.results.suite import PartRecord, SuiteResult
+from harness.table import show
 
 HERE = Path(__file__).resolve().parent
 # What the suite can do without, and what that costs.
@@ -39,30 +44,34 @@ OPTIONAL = {
     "matplotlib": "the page has no pictures",
     "transformers": "the Hugging Face model is not timed",
 }
-
-
 # Seconds that a quick run may take in all.
 QUICK_S = {"cpu": 290, "cuda": 470}
 
 
 @dataclass(frozen=True)
 class Part:
-    """One script: words for `quick` and full runs, on a CPU and on a GPU; None leaves it out."""
+    """One script, with its arguments for quick and full runs, on a CPU and on a GPU; None leaves it out."""
 
     script: str
-    words: dict[str, list[str] | None] = field(default_factory=dict)
+    arguments: Mapping[str, list[str] | None] = field(default_factory=dict)
 
     def command(self, key: str) -> list[str] | None:
-        words = self.words.get(key, [])
-        return None if words is None else [sys.executable, str(HERE / f"{self.script}.py"), *words]
+        arguments = self.arguments.get(key, [])
+        return None if arguments is None else [f"{self.script}.py", *arguments]
 
 
 def parts_for(device: str) -> list[Part]:
-    """In order: what matters most first."""
-    words = {"cpu-quick": ["--batch", "1", "--steps", "3"], "cuda-quick": ["--steps", "10", "--warmup", "3"]}
-    steps = Part("dual_vs_encoder", words | {"cuda": ["--sweep", "512"]})
+    """Parts in order: what matters most first."""
     kernels = Part(
         "operations", {"cpu-quick": ["--check"], "cpu": ["--check"], "cuda-quick": ["--rounds", "20"]}
+    )
+    steps = Part(
+        "dual_vs_encoder",
+        {
+            "cpu-quick": ["--batch", "1", "--steps", "3"],
+            "cuda-quick": ["--steps", "10", "--warmup", "3"],
+            "cuda": ["--sweep", "512"],
+        },
     )
     attention = Part("attention", {"cpu-quick": ["--quick"]})
     step = Part("step", {"cpu-quick": ["--batch", "1", "--steps", "2"]})
@@ -76,13 +85,15 @@ def parts_for(device: str) -> list[Part]:
     return [steps, predict, step, kernels, attention, data, scaling]
 
 
-def result_folder(known: dict[str, Any]) -> Path:
+def result_folder(known: Environment) -> Path:
     """bench/results/DEVICE/DATE-COMMIT"""
-    device = re.sub(r"[^a-z0-9]+", "-", known["device"].lower()).strip("-")
-    return HERE / "results" / device / f"{known['date'][:10]}-{(known['commit'] or 'nocommit')[:9]}"
+    device = re.sub(r"[^a-z0-9]+", "-", known.device.lower()).strip("-")
+    return HERE / "results" / device / f"{known.date[:10]}-{(known.commit or 'nocommit')[:9]}"
 
 
 def missing_packages() -> dict[str, str]:
+    """Those of `OPTIONAL` that are not installed."""
+
     def absent(name: str) -> bool:
         try:
             return importlib.util.find_spec(name) is None
@@ -92,113 +103,107 @@ def missing_packages() -> dict[str, str]:
     return {name: cost for name, cost in OPTIONAL.items() if absent(name)}
 
 
-def run_part(part: Part, key: str, folder: Path, limit_s: float | None) -> dict[str, Any]:
-    """Run one script; what came of it, with `file` only where a whole result is there."""
-    target = folder / f"{part.script}.json"
+def run_part(part: Part, key: str, folder: Path, limit_s: float | None) -> PartRecord:
+    """Run one script; its `file` is named only where a whole result is there."""
     command = part.command(key)
-    record: dict[str, Any] = {
-        "name": part.script,
-        "status": "skipped",
-        "reason": "not part of this run",
-        "seconds": 0.0,
-    }
     if command is None:
-        return record
-    if not Path(command[1]).is_file():
-        return record | {"reason": "no such benchmark here"}
-    start = time.monotonic()
-    log = folder / f"{part.script}.log"
+        return PartRecord(name=part.script, reason="not part of this run")
+    script = HERE / command[0]
+    if not script.is_file():
+        return PartRecord(name=part.script, reason="no such benchmark here")
+    start, target, log = time.monotonic(), folder / f"{part.script}.json", folder / f"{part.script}.log"
     print(f"\n== {part.script} ==", flush=True)
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [*command, "--json", str(target)],
+            [sys.executable, str(script), *command[1:], "--json", str(target)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             cwd=ROOT,
         )
         code = _follow(process, output, limit_s)
-    record |= {"seconds": time.monotonic() - start, "command": [Path(command[1]).name, *command[2:]]}
+    status, reason = "ran", ""
     if code is None:
-        record |= {"status": "cut off", "reason": "the time of a quick run was over"}
+        status, reason = "cut off", "the time of a quick run was over"
     elif code:
-        record |= {"status": "failed", "reason": f"it ended with code {code}; see {log.name}"}
-    else:
-        record |= {"status": "ran", "reason": ""}
-    return record | ({"file": target.name} if target.is_file() else {})
+        status, reason = "failed", f"it ended with code {code}; see {log.name}"
+    return PartRecord(
+        name=part.script,
+        status=status,
+        reason=reason,
+        seconds=time.monotonic() - start,
+        command=command,
+        file=target.name if target.is_file() else None,
+    )
 
 
-def _follow(process: subprocess.Popen, output, limit_s: float | None) -> int | None:
+def _follow(process: subprocess.Popen[str], output: IO[str], limit_s: float | None) -> int | None:
     """Show and keep what the process prints; its exit code, or None if it had to be ended."""
-    import threading
-
     timer = threading.Timer(limit_s, process.kill) if limit_s else None
-    expired = False
     if timer:
         timer.start()
-    for line in process.stdout:
+    for line in process.stdout or ():
         print(line, end="", flush=True)
         said()
         output.write(line)
     code = process.wait()
-    if timer:
-        expired = not timer.is_alive()
-        timer.cancel()
+    if timer is None:
+        return code
+    expired = not timer.is_alive()
+    timer.cancel()
     return None if expired and code != 0 else code
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a CPU: under 5 minutes; a GPU: under 8")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts alone")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="where results go (bench/results/DEVICE/DATE-COMMIT)"
-    )
+    add, names = parser.add_argument, [part.script for part in parts_for("cpu")]
+    add("--quick", action="store_true", help="a CPU: under 5 minutes; a GPU: under 8")
+    add("--only", nargs="+", metavar="PART", help=f"these parts alone: {', '.join(names)}")
+    where = "where results go (bench/results/DEVICE/DATE-COMMIT)"
+    add("--output", type=Path, metavar="DIR", help=where)
     args = parser.parse_args(argv)
-    names = [part.script for part in parts_for("cpu")]
     if unknown := [name for name in args.only or () if name not in names]:
         parser.error(f"unknown part {unknown[0]!r}; known: {', '.join(names)}")
     return args
+
+
+def run(args: argparse.Namespace) -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    known = find_environment(device)
+    folder = args.output or result_folder(known)
+    folder.mkdir(parents=True, exist_ok=True)
+    suite = SuiteResult(environment=known, quick=args.quick, missing=missing_packages())
+    where = f"{known.device} ({known.cpu}, {known.cores} cores), torch {known.torch}"
+    print(f"{where}; results: {folder}")
+    for name, cost in suite.missing.items():
+        print(f"  without {name}: {cost}")
+    start, path = time.monotonic(), folder / "report.html"
+    for part in parts_for(device):
+        if args.only and part.script not in args.only:
+            continue
+        limit = None
+        if args.quick:
+            limit = max(QUICK_S[device] - (time.monotonic() - start), 1.0)
+        at(part.script)
+        record = run_part(part, f"{device}-quick" if args.quick else device, folder, limit)
+        suite = replace(suite, parts=[*suite.parts, record])
+        path = save(folder, suite)
+    show(suite.parts_table())
+    print(f"\nall in {time.monotonic() - start:.0f} s; page: {path}")
+    bad = [part.name for part in suite.parts if part.status not in ("ran", "skipped")]
+    return 1 if bad else 0
+
+
+def save(folder: Path, suite: SuiteResult) -> Path:
+    """After every part: `suite.json` and the page."""
+    write_json(folder / "suite.json", to_json(suite))
+    return write_report(folder, suite)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with telling():
         return run(args)
-
-
-def run(args: argparse.Namespace) -> int:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    known = environment(device)
-    folder = args.output or result_folder(known)
-    folder.mkdir(parents=True, exist_ok=True)
-    suite: dict[str, Any] = {"schema": SCHEMA, "environment": known, "quick": args.quick, "parts": []}
-    suite["missing"] = missing_packages()
-    print(
-        f"{known['device']} ({known['cpu']}, {known['cores']} cores), torch {known['torch']}; results: "
-        f"{folder}"
-    )
-    for name, cost in suite["missing"].items():
-        print(f"  without {name}: {cost}")
-    start = time.monotonic()
-    for part in parts_for(device):
-        if args.only and part.script not in args.only:
-            continue
-        limit = max(QUICK_S[device] - (time.monotonic() - start), 1.0) if args.quick else None
-        at(part.script)
-        suite["parts"].append(run_part(part, f"{device}-quick" if args.quick else device, folder, limit))
-        path = save(folder, suite)
-    print(f"\nall in {time.monotonic() - start:.0f} s")
-    for part in suite["parts"]:
-        print(f"  {part['name']}: {part['status']} {part['reason']}".rstrip())
-    print(f"page: {path}")
-    return 0 if all(part["status"] in ("ran", "skipped") for part in suite["parts"]) else 1
-
-
-def save(folder: Path, suite: dict[str, Any]) -> Path:
-    """After every part: `suite.json` and the page."""
-    (folder / "suite.json").write_text(json.dumps(suite, indent=1) + "\n", encoding="utf-8")
-    return write_report(folder, suite)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Kill a run again and again with SIGKILL, start it again each time, and compare it with one that nobody
-disturbed.
+"""Runs that are killed (SIGKILL) again and again and started again each time, against undisturbed ones.
 
     python experiments/kill_runs.py             # 30 kills, half of them of one rank of two; some minutes
     python experiments/kill_runs.py --kills 4   # a taste
@@ -22,13 +21,14 @@ import socket
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import bench_path  # noqa: F401
 import torch
-from harness.common import print_table, write_json
-from harness.telling import at, telling
+from harness.environment import find_environment
+from harness.progress import at, telling
+from harness.results.kill_runs import Kill, KillResult
+from harness.table import show
 
 from vmae.checkpoint.folder import CheckpointFolder, step_of
 from vmae.checkpoint.format import find_damage, read_group
@@ -36,49 +36,21 @@ from vmae.cli import main as main_of_vmae
 from vmae.synthetic.samples import sample_videos
 from vmae.train.metrics import read_log
 
-FLAGS = (
-    "--model vit_tiny --decoder-depth 1 --image-size 32 --patch-size 8 --num-frames 8 --stride 1 "
-    "--encoder-ratio 0.75 "
-    "--drop-path 0.1 --lr 0.1 --clip-grad 1 --device cpu --workers 0 --log-every 1 --save-every 4 --keep 3 "
-    "--no-tensorboard"
-).split()
+MODEL = "--model vit_tiny --decoder-depth 1 --image-size 32 --patch-size 8 --num-frames 8 --stride 1"
+TRAINING = "--encoder-ratio 0.75 --drop-path 0.1 --lr 0.1 --clip-grad 1 --device cpu --workers 0"
+FILES = "--log-every 1 --save-every 4 --keep 3 --no-tensorboard"
+FLAGS = f"{MODEL} {TRAINING} {FILES}".split()
 MOMENTS = ("start", "step", "write", "write")  # half of the kills during a write
 GIVE_UP_S = 240.0
 FORK = multiprocessing.get_context("fork")
 
 
-@dataclass
-class Kill:
-    """One kill: of which run, when, and what it left.
-
-    Attributes:
-        moment: what it waited for.
-        seconds: after the start.
-        unfinished: whether a checkpoint was half written.
-        newest: step of the newest complete checkpoint, 0 without any.
-        readable: how many complete checkpoints there were, all as written.
-        others_ended_s: until the other rank had gone too, by itself.
-    """
-
-    ranks: int
-    moment: str
-    seconds: float
-    unfinished: bool
-    newest: int
-    readable: int
-    others_ended_s: float | None
-
-
-def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What torchrun would say to a rank; nothing to a run of one."""
-    place = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": ranks,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    return {name: str(value) for name, value in place.items()} if ranks > 1 else {}
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """Variables that torchrun would set for a rank; none for a run of one."""
+    if ranks == 1:
+        return {}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
 
 
 def start(arguments: list[str], environment: dict[str, str], output: Path) -> None:
@@ -107,10 +79,9 @@ class Run:
             port = probe.getsockname()[1]
         self.output = folder.with_suffix(".txt")
         arguments = ["pretrain", *place, *FLAGS, *batch, *more]
-        self.processes = [
-            FORK.Process(target=start, args=(arguments, environment(rank, ranks, port), self.output))
-            for rank in range(ranks)
-        ]
+        environments = [rank_environment(rank, ranks, port) for rank in range(ranks)]
+        places = [(arguments, environment, self.output) for environment in environments]
+        self.processes = [FORK.Process(target=start, args=place) for place in places]
         for process in self.processes:
             process.start()
         self.began = time.monotonic()
@@ -125,7 +96,7 @@ class Run:
         return step_of(latest) if latest else 0
 
     def wait(self) -> None:
-        """To the end of the run.
+        """Wait for the end of the run.
 
         Raises:
             RuntimeError: a rank failed.
@@ -202,13 +173,19 @@ def disturb(
         seconds = time.monotonic() - run.began
         others = run.kill(chance.randrange(ranks))
         unfinished = bool(run.folder.unfinished())
-        kill = Kill(ranks, moment, round(seconds, 2), unfinished, run.newest, check_all(run.folder), others)
+        kill = Kill(
+            ranks=ranks,
+            moment=moment,
+            seconds=round(seconds, 2),
+            unfinished=unfinished,
+            newest=run.newest,
+            readable=check_all(run.folder),
+            others_ended_s=others,
+        )
         done.append(kill)
         half = ", a checkpoint half written" if unfinished else ""
-        print(
-            f"  {ranks} ranks, {len(done)} of {kills}: killed in {moment}{half}; goes on from {kill.newest}",
-            flush=True,
-        )
+        what = f"killed in {moment}{half}; goes on from {kill.newest}"
+        print(f"  {ranks} ranks, {len(done)} of {kills}: {what}", flush=True)
 
 
 def differences(folder: Path, reference: Path, steps: int) -> list[str]:
@@ -218,18 +195,32 @@ def differences(folder: Path, reference: Path, steps: int) -> list[str]:
     if losses[0] != losses[1] or len(losses[0]) != steps:
         found.append(f"losses differ ({len(losses[0])} and {len(losses[1])} of {steps} steps)")
     for group in ("model", "optimizer"):
-        ours, theirs = (read_group(CheckpointFolder(run).latest(), group) for run in (folder, reference))
+        ours, theirs = (read_group(newest_of(run), group) for run in (folder, reference))
         wrong = [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
         if wrong:
             found.append(f"{len(wrong)} tensors of {group} differ")
     return found
 
 
+def newest_of(folder: Path) -> Path:
+    """Its newest complete checkpoint.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    latest = CheckpointFolder(folder).latest()
+    if latest is None:
+        raise RuntimeError(f"{folder} has no complete checkpoint")
+    return latest
+
+
 def run(kills: int, steps: int, seed: int, folder: Path) -> tuple[list[Kill], list[str]]:
-    chance, videos, done, wrong = random.Random(seed), folder / "videos.txt", [], []
-    videos.write_text(
-        "".join(f"{video} 0 -1\n" for video in sample_videos()[2:])
-    )  # those that decode fastest
+    """The kills, and what differs from undisturbed runs."""
+    chance, videos = random.Random(seed), folder / "videos.txt"
+    done: list[Kill] = []
+    wrong: list[str] = []
+    fastest = sample_videos()[2:]  # to decode
+    videos.write_text("".join(f"{video} 0 -1\n" for video in fastest))
     for ranks, share in ((1, kills - kills // 2), (2, kills // 2)):
         reference = folder / f"undisturbed-{ranks}"
         if share:
@@ -245,29 +236,13 @@ def run(kills: int, steps: int, seed: int, folder: Path) -> tuple[list[Kill], li
     return done, wrong
 
 
-def report(done: list[Kill], wrong: list[str], seconds: float) -> None:
-    """A table, and what differs."""
-    moments = list(dict.fromkeys(MOMENTS))
-    rows = []
-    for ranks in (1, 2):
-        these = [kill for kill in done if kill.ranks == ranks]
-        counts = [sum(kill.moment == moment for kill in these) for moment in moments]
-        others = max((kill.others_ended_s or 0.0 for kill in these), default=0.0)
-        half, readable = sum(kill.unfinished for kill in these), sum(kill.readable for kill in these)
-        rows.append([ranks, len(these), *counts, half, readable, f"{others:.1f} s" if ranks > 1 else "-"])
-    print_table(
-        ["ranks", "kills", *moments, "left half written", "checkpoints read", "other rank gone in"], rows
-    )
-    same = "losses of every step, weights and optimizer state are those of the undisturbed runs, bit for bit"
-    print(f"{len(done)} kills in {seconds:.0f} s; {'; '.join(wrong) or same}")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=30, help="in total (30)")
-    parser.add_argument("--steps", type=int, default=100, help="of a run (100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
-    parser.add_argument("--json", metavar="FILE", help="write the results there")
+    add = parser.add_argument
+    add("--kills", type=int, default=30, help="in total (30)")
+    add("--steps", type=int, default=100, help="of a run (100)")
+    add("--seed", type=int, default=0, help="of the moments (0)")
+    add("--json", metavar="FILE", help="write the results there")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     importlib.import_module("vmae.train.pretrain")  # once, before the forks
@@ -278,10 +253,12 @@ def main(argv: list[str] | None = None) -> int:
         except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    report(done, wrong, time.monotonic() - began)
+    known = find_environment()
+    result = KillResult(environment=known, records=done, steps=args.steps, seed=args.seed, differences=wrong)
+    show(*result.tables())
+    print(f"{len(done)} kills in {time.monotonic() - began:.0f} s")
     if args.json:
-        records = [asdict(kill) for kill in done]
-        write_json(args.json, records, "cpu", steps=args.steps, seed=args.seed, differences=wrong)
+        result.write(args.json)
     return 1 if wrong or len(done) < args.kills else 0
 
 

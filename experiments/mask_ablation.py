@@ -1,5 +1,4 @@
-"""The paper's ablation of decoder masks (VideoMAE V2, table 1) in miniature, on moving shapes: one command,
-one table.
+"""The paper's ablation of decoder masks (VideoMAE V2, table 1) in miniature, on moving shapes.
 
 None, frame, random and running-cell masking at 25, 50 and 75 %: the same pre-training steps, then the same
 fine-tuning on a few labelled clips. Losses are of different tokens for each mask, so only accuracy compares
@@ -17,9 +16,11 @@ import sys
 from pathlib import Path
 
 import bench_path  # noqa: F401
-from harness.common import print_table, write_json
-from harness.tabulate import mask_tables, read_result
-from harness.telling import telling
+from harness.command import exit_code
+from harness.environment import find_environment
+from harness.json_records import from_json, to_json, write_json
+from harness.results.mask_ablation import MaskRecord, MaskResult, MaskRun
+from harness.table import show
 from tiny_world import (
     SCALE_HELP,
     SCALES,
@@ -36,17 +37,16 @@ from tiny_world import (
 )
 
 from vmae.config import MaskConfig, ModelConfig
+from vmae.masking import DECODER_MASKS, RUNNING_CELL_RATIOS
 from vmae.model.cost import masked_macs
 
-MASKS = [
-    ("none", 0.0),
-    *((mask, ratio) for mask in ("frame", "random", "running_cell") for ratio in (0.25, 0.5, 0.75)),
-]
+KINDS = sorted(mask for mask in DECODER_MASKS if mask != "none")
+MASKS = [("none", 0.0), *((mask, ratio) for mask in KINDS for ratio in RUNNING_CELL_RATIOS)]
 ENCODER, ENCODER_RATIO = "random", 0.75
 MODEL = ModelConfig.preset("vit_tiny", patch_size=8, img_size=32, num_frames=8)
 
 
-def run_mask(out: Path, scale: Scale, job: str) -> None:
+def run_mask(out: Path, scale: Scale, job: str) -> int:
     """Loss, top-1 and seconds of one mask and seed ("frame-25-0"), to `out / JOB / scores.json`."""
     mask, percent, seed = job.split("-")
     stages, paths = Stages(out / job), world_paths(out)
@@ -56,11 +56,14 @@ def run_mask(out: Path, scale: Scale, job: str) -> None:
     steps = scale.supervised_steps
     tuned = finetune(stages, "fine-tuning", paths["train_a"], paths["classes_a"], steps, int(seed), trained)
     accuracy = test(stages, "test", tuned, paths["val_a"])
-    loss = final_loss(trained, scale.pretrain_steps)
-    text = json.dumps(
-        {"seed": int(seed), "loss": loss, "top1": accuracy, "seconds": stages.seconds["pre-training"]}
+    scores = MaskRun(
+        seed=int(seed),
+        loss=final_loss(trained, scale.pretrain_steps),
+        top1=accuracy,
+        seconds=stages.seconds["pre-training"],
     )
-    (stages.folder / "scores.json").write_text(text + "\n")
+    write_json(stages.folder / "scores.json", to_json(scores))
+    return 0
 
 
 def macs_of(mask: str, ratio: float) -> float:
@@ -71,7 +74,7 @@ def macs_of(mask: str, ratio: float) -> float:
     return masked_macs(MODEL, config, fused=False) / 1e6
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,31 +84,44 @@ def main() -> int:
     parser.add_argument("--scale", default="half", choices=SCALES, help=f"{SCALE_HELP}; default: half")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each mask (1)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     scale = SCALES[args.scale]
     if args.job:
-        run_mask(args.out, scale, args.job)
-        return 0
-    with telling():
-        return run_all(args, scale)
+        return exit_code(lambda: run_mask(args.out, scale, args.job))
+    return exit_code(lambda: run_all(args, scale))
 
 
 def run_all(args: argparse.Namespace, scale: Scale) -> int:
     make_world(args.out, scale)
     names = {key: [f"{key[0]}-{key[1] * 100:.0f}-{seed}" for seed in range(args.seeds)] for key in MASKS}
     run_jobs(__file__, {name: 3 for own in names.values() for name in own}, args.out, args.scale)
-    rows = []
-    for (mask, ratio), own in names.items():
-        runs = [json.loads((args.out / name / "scores.json").read_text()) for name in own]
-        means = {key: statistics.mean(run[key] for run in runs) for key in ("loss", "top1", "seconds")}
-        rows.append({"mask": mask, "ratio": ratio, **means, "macs": macs_of(mask, ratio), "runs": runs})
+    records = [make_record(args.out, mask, ratio, own) for (mask, ratio), own in names.items()]
+    result = MaskResult(
+        environment=find_environment(),
+        records=records,
+        encoder={"mask": ENCODER, "ratio": ENCODER_RATIO},
+        **about(scale),
+    )
     path = args.out / "mask_ablation.json"
-    write_json(path, rows, "cpu", encoder={"mask": ENCODER, "ratio": ENCODER_RATIO}, **about(scale))
-    table = mask_tables(read_result(path))[0]
-    print()
-    print_table(table.head, table.rows)
-    print(f"\n{table.note}\n{path}")
+    result.write(path)
+    show(*result.tables())
+    print(path)
     return 0
+
+
+def make_record(out: Path, mask: str, ratio: float, jobs: list[str]) -> MaskRecord:
+    """Means over the mask's jobs."""
+    runs = [from_json(MaskRun, json.loads((out / job / "scores.json").read_text())) for job in jobs]
+    losses = [run.loss for run in runs if run.loss is not None]
+    return MaskRecord(
+        mask=mask,
+        ratio=ratio,
+        loss=statistics.mean(losses) if losses else None,
+        top1=statistics.mean(run.top1 for run in runs),
+        seconds=statistics.mean(run.seconds for run in runs),
+        macs=macs_of(mask, ratio),
+        runs=runs,
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Videos -> features -> segments -> mAP, from nothing, in minutes on two CPU cores: what a temporal detector
-is worth here.
+"""Temporal detection in miniature (`make temporal`): videos, features, segments, mAP, from nothing.
 
 Makes videos of moving shapes (rest and six motions in turn), fine-tunes a small classifier on short clips of
 single motions, extracts features, trains a detector on 60 videos and tests it on 20. A number means something
@@ -7,7 +6,7 @@ beside others only, so the same detector is trained on two more sets of features
 untrained, and those of the trained one after each video got another's, which leaves nothing but the rhythm of
 the videos to learn: chance.
 
-    python experiments/temporal.py --out temporal    # also `make temporal`; a stage that was done is not done again
+    python experiments/temporal.py --out temporal    # also `make temporal`; goes on from the last stage done
 """
 
 from __future__ import annotations
@@ -18,57 +17,31 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import bench_path  # noqa: F401
-import numpy as np
 import torch
-from harness.common import exit_code, print_table, write_json
+from harness.command import add_json, exit_code, write_result
+from harness.environment import find_environment
+from harness.results.temporal import DetectorRecord, TemporalResult
+from harness.table import show
 from tiny_world import Stages, run
 
 from vmae import InputError, build_classifier
 from vmae.checkpoint.folder import export_weights
 from vmae.checkpoint.published import read_settings_and_weights
 from vmae.config import ModelConfig
-from vmae.evaluate.temporal import THUMOS_THRESHOLDS, read_videos
+from vmae.evaluate.temporal import read_videos
 from vmae.files.atomic import write_atomically
 from vmae.synthetic.moving_segments import SegmentsConfig, write_segments_world
 
 FRAMES, STEP = 8, 2
 # 2 x 2 patches at 4 moments, as in tiny_world.py. Neither mirrored nor cut: left and right, large and small
 # are classes.
-CLIP = [
-    "--num-frames",
-    FRAMES,
-    "--image-size",
-    "32",
-    "--stride",
-    "1",
-    "--num-sample",
-    "1",
-    "--augment",
-    "none",
-]
-FINETUNE = [
-    "--model",
-    "vit_tiny",
-    "--patch-size",
-    "16",
-    *CLIP,
-    "--batch-size",
-    "16",
-    "--smoothing",
-    "0.1",
-    "--lr",
-    "0.032",
-    "--min-lr",
-    "0.0001",
-    "--layer-decay",
-    "1",
-    "--init-scale",
-    "1",
-    "--repeat",
-    "10",
-]
+CLIP = ["--num-frames", FRAMES, *"--image-size 32 --stride 1 --num-sample 1 --augment none".split()]
+OPTIMIZER = "--batch-size 16 --smoothing 0.1 --lr 0.032 --min-lr 0.0001 --layer-decay 1 --init-scale 1"
+MODEL = "--model vit_tiny --patch-size 16"
+FINETUNE = [*MODEL.split(), *CLIP, *OPTIMIZER.split(), "--repeat", "10"]
 ARMS = {
     "features": "of the trained classifier",
     "untrained": "of the same classifier, untrained",
@@ -94,32 +67,11 @@ SCALES = {
 def finetune(stages: Stages, world: dict[str, Path], steps: int, seed: int) -> Path:
     """A classifier of single motions and rest; returns its run's folder."""
     folder = stages.folder / "classifier"
-    words = [
-        "finetune",
-        "--data",
-        world["clips"],
-        "--classes",
-        world["classes"],
-        "--output",
-        folder,
-        *FINETUNE,
-        "--device",
-        "cpu",
-    ]
-    words += [
-        "--workers",
-        0,
-        "--no-tensorboard",
-        "--steps",
-        steps,
-        "--seed",
-        seed,
-        "--save-every",
-        steps,
-        "--log-every",
-        max(steps // 20, 1),
-    ]
-    stages.once("classifier", folder / "weights.pth", lambda: run(*words))
+    place = ["--data", world["clips"], "--classes", world["classes"], "--output", folder]
+    length = ["--steps", steps, "--seed", seed, "--save-every", steps, "--log-every", max(steps // 20, 1)]
+    machine = ["--device", "cpu", "--workers", 0, "--no-tensorboard"]
+    arguments = ["finetune", *place, *FINETUNE, *machine, *length]
+    stages.once("classifier", folder / "weights.pth", lambda: run(*arguments))
     return folder
 
 
@@ -134,19 +86,14 @@ def write_untrained(trained: Path, target: Path, seed: int) -> None:
 def extract(stages: Stages, name: str, videos: Path, checkpoint: Path) -> Path:
     """Features, normalised as the classifier was trained."""
     folder = stages.folder / name
-    words = [
-        "features",
-        videos,
-        "--checkpoint",
-        checkpoint,
-        "--output",
-        folder,
-        "--step",
-        STEP,
-        "--normalize",
-    ]
-    done = folder / "done"
-    stages.once(name, done, lambda: (run(*words, "--batch-size", 32, "--device", "cpu"), done.touch()))
+    place = [videos, "--checkpoint", checkpoint, "--output", folder]
+    settings = ["--step", STEP, "--normalize", "--batch-size", 32, "--device", "cpu"]
+
+    def work() -> None:
+        run("features", *place, *settings)
+        (folder / "done").touch()
+
+    stages.once(name, folder / "done", work)
     return folder
 
 
@@ -165,109 +112,86 @@ def shuffle(source: Path, target: Path, dataset: Path) -> None:
 def detect(stages: Stages, arm: str, features: Path, dataset: Path, epochs: int, seed: int) -> dict:
     """Train and test a detector; its scores."""
     folder = stages.folder / f"detector-{arm}"
-    words = [
-        "detect-temporal",
-        features,
-        dataset,
-        "--output",
-        folder,
-        "--epochs",
-        epochs,
-        "--seed",
-        seed,
-        "--device",
-        "cpu",
-    ]
+    settings = ["--epochs", epochs, "--seed", seed, "--device", "cpu"]
+    arguments = ["detect-temporal", features, dataset, "--output", folder, *settings]
 
     def work() -> None:
         (folder / "detector.pth").unlink(missing_ok=True)  # of a run that was stopped in its test
-        run(*words, "--picture", 4 if arm == "features" else 0)
+        run(*arguments, "--picture", 4 if arm == "features" else 0)
 
     stages.once(f"detector-{arm}", folder / "results.json", work)
     return json.loads((folder / "results.json").read_text())
 
 
-def chain(out: Path, scale: Scale, seed: int) -> list[dict]:
+def chain(out: Path, scale: Scale, seed: int) -> list[DetectorRecord]:
     """Everything; a record of each arm."""
-    stages = Stages(out)
-    segments = out / "world"
+    stages, segments = Stages(out), out / "world"
     stages.once("world", segments / "classes.txt", lambda: write_segments_world(segments, scale.world))
-    world = write_segments_world(
-        segments, scale.world
-    )  # there already: where things are, and that they are of these settings
+    # Made already: this says where things are, and refuses a world of other settings.
+    world = write_segments_world(segments, scale.world)
     trained = finetune(stages, world, scale.steps, seed)
-    stages.once(
-        "weights-untrained",
-        out / "untrained.pth",
-        lambda: write_untrained(trained, out / "untrained.pth", seed),
-    )
+    untrained, shuffled = out / "untrained.pth", out / "shuffled"
+    stages.once("weights-untrained", untrained, lambda: write_untrained(trained, untrained, seed))
     folders = {"features": extract(stages, "features", world["videos"], trained)}
-    folders["untrained"] = extract(stages, "untrained", world["videos"], out / "untrained.pth")
-    folders["shuffled"] = out / "shuffled"
-    stages.once(
-        "shuffled",
-        out / "shuffled" / "done",
-        lambda: shuffle(folders["features"], out / "shuffled", world["dataset"]),
-    )
+    folders["untrained"] = extract(stages, "untrained", world["videos"], untrained)
+    folders["shuffled"] = shuffled
+    source, dataset = folders["features"], world["dataset"]
+    stages.once("shuffled", shuffled / "done", lambda: shuffle(source, shuffled, dataset))
     records = []
     for arm, folder in folders.items():
-        scores = detect(stages, arm, folder, world["dataset"], scale.epochs, seed)
-        records.append({"kind": "temporal", "arm": arm, "about": ARMS[arm], "seed": seed, **scores})
+        scores = detect(stages, arm, folder, dataset, scale.epochs, seed)
+        records.append(make_record(arm, seed, scores))
     return records
 
 
-def report(records: list[dict]) -> None:
-    head = ["features", *(f"mAP@{threshold:g}" for threshold in THUMOS_THRESHOLDS), "average"]
-    rows = [
-        [
-            r["about"],
-            *(f"{100 * r['map'][str(t)]:.1f}" for t in THUMOS_THRESHOLDS),
-            f"{100 * r['average']:.1f}",
-        ]
-        for r in records
-    ]
-    print_table(head, rows)
-    classes = records[0]["classes"]
-    means = {label: np.mean(list(values.values())) for label, values in classes.items()}
-    print(
-        "\nby class, of the first row: "
-        + ", ".join(f"{label} {100 * mean:.0f}" for label, mean in means.items())
+def make_record(arm: str, seed: int, scores: dict[str, Any]) -> DetectorRecord:
+    """Record of a detector's `results.json`."""
+    return DetectorRecord(
+        arm=arm,
+        about=ARMS[arm],
+        seed=seed,
+        map=scores["map"],
+        average=scores["average"],
+        classes=scores["classes"],
     )
+
+
+def claim_folder(out: Path, settings: dict[str, Any]) -> None:
+    """Write down what `out` is of.
+
+    Raises:
+        InputError: it holds a run of other settings.
+    """
+    about, text = out / "scale.json", json.dumps(settings)
+    if about.exists() and about.read_text() != text:
+        raise InputError(f"{out} holds another run ({about.read_text()}); choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    about.write_text(text)
+
+
+def run_all(args: argparse.Namespace) -> int:
+    claim_folder(args.out, {"scale": args.scale, "seed": args.seed})
+    records = chain(args.out, SCALES[args.scale], args.seed)
+    seconds = json.loads((args.out / "seconds.json").read_text())
+    result = TemporalResult(environment=find_environment(), records=records, seconds=seconds)
+    show(*result.tables())
+    write_result(result, str(args.out / "temporal.json"))
+    write_result(result, args.json)
+    print(f"picture: {args.out}/detector-features/segments.png")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("temporal"), help="folder of videos, runs and results"
-    )
-    parser.add_argument("--scale", default="full", choices=SCALES)
-    parser.add_argument("--seed", type=int, default=0, help="of classifier and detector")
-    parser.add_argument("--json", metavar="FILE", help="write the results there too")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("temporal"), help="folder of videos, runs and results")
+    add("--scale", default="full", choices=SCALES)
+    add("--seed", type=int, default=0, help="of classifier and detector")
+    add_json(parser)
     args = parser.parse_args(argv)
-
-    def chained() -> int:
-        scale = SCALES[args.scale]
-        about = args.out / "scale.json"
-        given = json.dumps({"scale": args.scale, "seed": args.seed})
-        if about.exists() and about.read_text() != given:
-            raise InputError(f"{args.out} holds another run ({about.read_text()}); choose another --out")
-        args.out.mkdir(parents=True, exist_ok=True)
-        about.write_text(given)
-        records = chain(args.out, scale, args.seed)
-        seconds = json.loads((args.out / "seconds.json").read_text())
-        print()
-        report(records)
-        for path in (args.out / "temporal.json", *([args.json] if args.json else [])):
-            write_json(path, records, "cpu", seconds=seconds)
-        print(
-            f"\n{sum(seconds.values()):.0f} s of work; {args.out}/temporal.json, "
-            f"{args.out}/detector-features/segments.png"
-        )
-        return 0
-
-    return exit_code(chained)
+    return exit_code(lambda: run_all(args))
 
 
 if __name__ == "__main__":

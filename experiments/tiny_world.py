@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import bench_path  # noqa: F401
-from harness.telling import at
+from harness.progress import at
 
 from vmae.cli import main
 from vmae.errors import InputError
@@ -65,59 +66,29 @@ SCALES = {
 SCALE_HELP = "steps of pre-training: " + ", ".join(
     f"{scale.pretrain_steps} ({name})" for name, scale in SCALES.items()
 )
-CLIP = ["--patch-size", "8", "--num-frames", "8", "--image-size", "32"]
-# What differs from the published settings, and why (each was tried in short runs on other videos than these):
+CLIP = "--patch-size 8 --num-frames 8 --image-size 32".split()
+# What differs from the published settings, and why (each was tried in short runs on other videos):
 # - Whole frames are hidden from the encoder, half of them. Of 4 x 4 patches a tube hides parts of a shape
-# that is seen beside   them in the same frame, so that no motion has to be known to rebuild it; hidden frames
-# can only be rebuilt by it.
+#   whose rest is seen in the same frame, so that no motion has to be known to rebuild it; hidden frames can
+#   only be rebuilt by it.
 # - Pixels are predicted as they are. Normalised, each patch of a still background counts as much as the shape
-# that moves.
+#   that moves.
 # - The learning rate is high (0.002 after scaling) and gradients are clipped: there are 2400 steps, not a
-# million.
+#   million.
 PRETRAIN = [
-    "--model",
-    "vit_tiny",
+    *("--model", "vit_tiny"),
     *CLIP,
-    "--stride",
-    "2",
-    "--encoder-mask",
-    "frame",
-    "--encoder-ratio",
-    "0.5",
-    "--no-normalize-target",
-    "--batch-size",
-    "8",
-    "--num-sample",
-    "4",
-    "--lr",
-    "0.064",
-    "--min-lr",
-    "0.0003",
-    "--clip-grad",
-    "1",
+    *("--stride", "2"),
+    *("--encoder-mask", "frame", "--encoder-ratio", "0.5", "--no-normalize-target"),
+    *("--batch-size", "8", "--num-sample", "4"),
+    *("--lr", "0.064", "--min-lr", "0.0003", "--clip-grad", "1"),
 ]
 # No clip is mirrored or cut for the classifier: left and right, large and small are classes here.
 FINETUNE = [
-    "--stride",
-    "2",
-    "--batch-size",
-    "16",
-    "--num-sample",
-    "1",
-    "--augment",
-    "none",
-    "--smoothing",
-    "0.1",
-    "--min-lr",
-    "0.0001",
-    "--layer-decay",
-    "1",
-    "--init-scale",
-    "1",
-    "--drop-path",
-    "0",
-    "--clip-grad",
-    "1",
+    *("--stride", "2"),
+    *("--batch-size", "16", "--num-sample", "1", "--augment", "none", "--smoothing", "0.1"),
+    *("--min-lr", "0.0001", "--layer-decay", "1", "--init-scale", "1", "--drop-path", "0"),
+    *("--clip-grad", "1"),
 ]
 # For 256 videos; after a middle stage, which brings head and encoder already, a quarter.
 FINETUNE_LR, LAST_LR = 0.016, 0.004
@@ -172,33 +143,37 @@ def run_jobs(script: str, jobs: dict[str, int], out: Path, scale: str) -> None:
     Raises:
         InputError: a job failed; the end of its log is in the message.
     """
-    waiting, running, progress = list(jobs), {}, _Progress(jobs, out)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
+    waiting, progress = list(jobs), _Progress(jobs, out)
+    running: dict[str, subprocess.Popen] = {}
     try:
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
                 name = waiting.pop(0)
-                command = [sys.executable, script, "--job", name, "--out", str(out), "--scale", scale]
-                with open(out / f"{name}.log", "a") as log:
-                    running[name] = subprocess.Popen(
-                        command, stdout=log, stderr=subprocess.STDOUT, env=environment
-                    )
+                running[name] = _start_job(script, name, out, scale)
             time.sleep(0.2 if scale == "smoke" else 10)
             for name, process in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
-                    if process.returncode:
-                        tail = (out / f"{name}.log").read_text()[-2000:]
-                        raise InputError(f"job {name} ended with {process.returncode}:\n{tail}")
+                    _check_ended(name, process, out)
             progress.tell(running)
     finally:
         for process in running.values():
             process.terminate()
             process.wait()
+
+
+def _start_job(script: str, name: str, out: Path, scale: str) -> subprocess.Popen:
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = [sys.executable, script, "--job", name, "--out", str(out), "--scale", scale]
+    with open(out / f"{name}.log", "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def _check_ended(name: str, process: subprocess.Popen, out: Path) -> None:
+    if process.returncode:
+        tail = (out / f"{name}.log").read_text()[-2000:]
+        raise InputError(f"job {name} ended with {process.returncode}:\n{tail}")
 
 
 class _Progress:
@@ -215,7 +190,9 @@ class _Progress:
         done, passed, total = self._done(), time.monotonic() - self.began, sum(self.jobs.values())
         if done != self.said:
             new = done - self.before
-            left = f", about {passed / new * (total - done) / 60:.0f} min left" if new else ""
+            left = ""
+            if new:
+                left = f", about {passed / new * (total - done) / 60:.0f} min left"
             print(f"{done} of {total} stages, {passed / 60:.1f} min{left}", flush=True)
             self.said = done
         logs = {name: (self.out / f"{name}.log").read_text().splitlines() for name in running}
@@ -223,11 +200,11 @@ class _Progress:
         at("; ".join([f"{done} of {total} stages", *states]))
 
 
-def run(*words: object) -> None:
+def run(*arguments: object) -> None:
     """One command; an error of it ends everything."""
-    code = main([str(word) for word in words])
-    if code:
-        raise InputError(f"`python -m vmae {' '.join(map(str, words))}` ended with {code}")
+    texts = [str(argument) for argument in arguments]
+    if code := main(texts):
+        raise InputError(f"`python -m vmae {' '.join(texts)}` ended with {code}")
 
 
 def make_world(out: Path, scale: Scale) -> dict[str, Path]:
@@ -236,13 +213,13 @@ def make_world(out: Path, scale: Scale) -> dict[str, Path]:
     folder = out / "world"
     paths = write_world(folder, scale.world, workers=os.cpu_count() or 1)
     lists = {name: [paths[f"{kind}_{name}"] for kind in ("classes", "train", "val")] for name in ("a", "b")}
-    sources = [word for name, files in lists.items() for word in ("--source", name, *files)]
+    sources = [argument for name, files in lists.items() for argument in ("--source", name, *files)]
     run("merge-labels", folder / "merged", *sources, "--same", paths["same"])
     return world_paths(out)
 
 
 def world_paths(out: Path) -> dict[str, Path]:
-    """Where everything is: `unlabeled`, `train_a`, `val_a`, `classes_a`, `merged`, `classes`, and `map`
+    """Paths: `unlabeled`, `train_a`, `val_a`, `classes_a`, `merged`, `classes`, and `map`
     (merged to set a)."""
     folder = out / "world"
     names = {name: folder / f"{name}.txt" for name in ("unlabeled", "train_a", "val_a", "classes_a")}
@@ -253,20 +230,11 @@ def world_paths(out: Path) -> dict[str, Path]:
 
 def pretrain(stages: Stages, name: str, data: Path, scale: Scale, seed: int, *mask: object) -> Path:
     """Pre-train; returns the run's folder."""
-    folder = stages.folder / name
-    steps = ["--steps", scale.pretrain_steps, "--repeat", 100, "--seed", seed]
-    words = [
-        "pretrain",
-        "--data",
-        data,
-        "--output",
-        folder,
-        *PRETRAIN,
-        *mask,
-        *steps,
-        *run_flags(scale.pretrain_steps),
-    ]
-    stages.once(name, folder / "weights.pth", lambda: run(*words))
+    folder, steps = stages.folder / name, scale.pretrain_steps
+    place = ["--data", data, "--output", folder]
+    length = ["--steps", steps, "--repeat", 100, "--seed", seed, *run_flags(steps)]
+    arguments = ["pretrain", *place, *PRETRAIN, *mask, *length]
+    stages.once(name, folder / "weights.pth", lambda: run(*arguments))
     return folder
 
 
@@ -282,27 +250,18 @@ def finetune(
 ) -> Path:
     """Train on labels, from a run or from nothing; returns the run's folder."""
     folder = stages.folder / name
-    size = ["--model", "vit_tiny", *CLIP] if start is None else ["--init", start]
-    words = [
-        "finetune",
-        "--data",
-        data,
-        "--classes",
-        classes,
-        "--output",
-        folder,
-        *FINETUNE,
-        "--lr",
-        FINETUNE_LR,
-        *size,
-        *more,
-    ]
-    words += ["--repeat", 20, "--steps", steps, "--seed", seed, *run_flags(steps)]
-    stages.once(name, folder / "weights.pth", lambda: run(*words))
+    model: list[object] = ["--init", start]
+    if start is None:
+        model = ["--model", "vit_tiny", *CLIP]
+    place = ["--data", data, "--classes", classes, "--output", folder]
+    length = ["--repeat", 20, "--steps", steps, "--seed", seed, *run_flags(steps)]
+    arguments = ["finetune", *place, *FINETUNE, "--lr", FINETUNE_LR, *model, *more, *length]
+    stages.once(name, folder / "weights.pth", lambda: run(*arguments))
     return folder
 
 
 def run_flags(steps: int) -> list[object]:
+    """Flags of any training: how often it saves and logs, and where it runs."""
     every = ["--save-every", max(steps // 2, 1), "--log-every", max(steps // 50, 1)]
     return [*every, "--workers", 0, "--no-tensorboard", "--device", "cpu"]
 
@@ -310,8 +269,9 @@ def run_flags(steps: int) -> list[object]:
 def test(stages: Stages, name: str, checkpoint: Path, data: Path) -> float:
     """Top-1 in percent, of two clips of each video."""
     folder = stages.folder / name
-    words = ["evaluate", data, "--checkpoint", checkpoint, "--output", folder, "--segments", 2, "--crops", 1]
-    stages.once(name, folder / "results.json", lambda: run(*words, "--workers", 0, "--device", "cpu"))
+    views = ["--segments", 2, "--crops", 1, "--workers", 0, "--device", "cpu"]
+    arguments = ["evaluate", data, "--checkpoint", checkpoint, "--output", folder, *views]
+    stages.once(name, folder / "results.json", lambda: run(*arguments))
     return json.loads((folder / "results.json").read_text())["top1"]
 
 
@@ -320,6 +280,6 @@ def final_loss(folder: Path, steps: int) -> float | None:
     return loss_of_last_tenth(read_log(folder / "log.jsonl"), steps)
 
 
-def about(scale: Scale) -> dict:
-    """The settings, for the record."""
+def about(scale: Scale) -> dict[str, Any]:
+    """Settings of all runs, as results hold them."""
     return {"scale": asdict(scale), "pretrain": PRETRAIN, "finetune": FINETUNE, "lr": [FINETUNE_LR, LAST_LR]}

@@ -2,150 +2,115 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-from harness.common import paired_ratio, spread
-from harness.stepping import SEED
+from harness.json_records import Runs, Spread
+from harness.results.steps import PARTS, StepRatio, StepRecord
+from harness.stepping import Measured, StepJob
 from harness.variants import MASKINGS, VARIANTS, resolve_variant
-from vmae import MaskConfig, ModelConfig
-from vmae.model.cost import forward_macs, saved_activation_bytes_per_clip
+from vmae import ModelConfig
+from vmae.model.cost import masked_macs, saved_activation_bytes_per_clip
 
-PARTS = ("step", "forward", "backward", "optimizer")
 # FLOPs of a step that count as work: 2 for each multiply-accumulate, forward once and backward twice.
 FLOPS_PER_MAC = 6
 
 
-def load_clips(source: str, batch: int, config: ModelConfig) -> torch.Tensor:
-    """uint8 [B, T, H, W, 3]: real clips of the sample videos or of a list, or noise."""
-    if source == "synthetic":
-        shape = (batch, config.num_frames, *config.image_hw, 3)
-        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(SEED))
-    from vmae.data.dataset import PretrainDataset
-    from vmae.data.manifest import read_list
-    from vmae.synthetic.samples import write_sample_list
+class Counts(NamedTuple):
+    """Bytes that autograd keeps of a clip (None: cannot be counted), multiply-accumulates of its forward."""
 
-    with tempfile.TemporaryDirectory() as folder:
-        entries = read_list(write_sample_list(Path(folder) / "samples.txt") if source == "real" else source)
-    dataset = PretrainDataset(
-        entries,
-        num_frames=config.num_frames,
-        stride=4,
-        image_size=config.image_hw,
-        grid=config.grid,
-        mask=MaskConfig(),
-        repeat=-(-batch // len(entries)),
-        seed=SEED,
-    )
-    return torch.cat([dataset[(0, i)].clips for i in range(batch)])
+    saved_bytes: int | None
+    forward_macs: int
 
 
-def choose_input(source: str) -> str:
-    """`source`; "auto" becomes "real" where the sample videos and a decoder are, else "synthetic", with a
-    note."""
-    if source != "auto":
-        return source
-    from vmae import InputError
-    from vmae.data.decode import find_backends
-    from vmae.synthetic.samples import sample_videos
-
-    try:
-        sample_videos()
-        find_backends("video", "auto")
-    except InputError as error:
-        print(f"note: synthetic clips, nothing is decoded: {error}")
-        return "synthetic"
-    return "real"
-
-
-def count_record(variant: str, masking: str, config: ModelConfig, dtype: str) -> dict[str, int | None]:
-    """Exact, with no GPU: bytes that autograd keeps for one more clip, and multiply-accumulates of a clip's
-    forward.
+def count(variant: str, masking: str, config: ModelConfig, dtype: str) -> Counts:
+    """Exact, with no GPU.
 
     Bytes are None for variants that cannot be counted, such as compiled ones: the compiler chooses what it
     keeps.
     """
-    known = resolve_variant(variant)
-    mask = MASKINGS[masking]
-    ratio = 0.0 if mask.decoder == "none" else mask.decoder_ratio
-    saved = (
-        None
-        if not known.countable
-        else saved_activation_bytes_per_clip(known.build, config, mask, getattr(torch, dtype))
+    known, mask = resolve_variant(variant), MASKINGS[masking]
+    saved = None
+    if known.countable:
+        saved = saved_activation_bytes_per_clip(known.build, config, mask, getattr(torch, dtype))
+    return Counts(saved, masked_macs(config, mask, fused=known.ours))
+
+
+def make_record(job: StepJob, counts: Counts, measured: Measured | None) -> StepRecord:
+    """One (variant, masking); without `measured` what was counted, without its runs no speed either."""
+    times: dict[str, Runs] = {}
+    if measured and measured.runs:
+        times = {part: Runs.of([run[part] for run in measured.runs]) for part in PARTS}
+    rate = job.batch / times["step"].median * 1e3 if times else None
+    memory = measured.memory if measured else None
+    return StepRecord(
+        model=job.model,
+        masking=job.masking,
+        variant=job.variant,
+        device=job.device,
+        dtype=job.dtype,
+        batch=job.batch,
+        saved_activation_bytes_per_clip=counts.saved_bytes,
+        forward_macs_per_clip=counts.forward_macs,
+        loss=measured.loss if measured else None,
+        peak_memory_bytes=memory.peak if memory else None,
+        memory=memory,
+        step_ms=times.get("step"),
+        forward_ms=times.get("forward"),
+        backward_ms=times.get("backward"),
+        optimizer_ms=times.get("optimizer"),
+        clips_per_s=rate,
+        model_flops_per_s=FLOPS_PER_MAC * counts.forward_macs * rate if rate else None,
     )
-    macs = forward_macs(config, mask.encoder_ratio, ratio, fused=known.ours)
-    return {"saved_activation_bytes_per_clip": saved, "forward_macs_per_clip": macs}
 
 
-def make_record(job: dict[str, Any], counts: dict[str, Any], result: dict[str, Any] | None) -> dict[str, Any]:
-    """One (variant, masking); without `result` what was counted, without its `runs` no speed either."""
-    names = ("model", "masking", "variant", "device", "dtype", "batch")
-    record: dict[str, Any] = {name: job[name] for name in names} | counts
-    if result is None:
-        return record
-    memory = result["memory"]
-    record |= {"loss": result["loss"], "peak_memory_bytes": memory and memory["peak"], "memory": memory}
-    if not result["runs"]:
-        return record | {"step_ms": None, "clips_per_s": None, "model_flops_per_s": None}
-    for part in PARTS:
-        values = [run[part] for run in result["runs"]]
-        record[f"{part}_ms"] = {**spread(values), "runs": values}
-    rate = job["batch"] / record["step_ms"]["median"] * 1e3
-    return record | {
-        "clips_per_s": rate,
-        "model_flops_per_s": FLOPS_PER_MAC * counts["forward_macs_per_clip"] * rate,
-    }
-
-
-def compare(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def compare(records: list[StepRecord]) -> list[StepRatio]:
     """Variant over baseline (under 1 is less), run by run.
 
     Every record against the first variant's, encoder-only and dual; every dual record against its own
     encoder-only; and those of this code against the fastest competitor with the same masking.
     """
-    by_key = {(r["variant"], r["masking"]): r for r in records}
-    first = records[0]["variant"]
+    by_key = {(r.variant, r.masking): r for r in records}
+    first = records[0].variant
     pairs = {(key, (first, base)): False for key in by_key for base in ("encoder_only", "dual")}
     pairs |= {((v, m), (v, "encoder_only")): False for v, m in by_key}
     for variant, masking in by_key:
         fastest = fastest_competitor(records, masking)
-        if fastest and is_ours(variant):
+        if fastest and resolve_variant(variant).ours:
             pairs[(variant, masking), (fastest, masking)] = True
     ratios = []
     for (key, base_key), is_fastest in pairs.items():
-        ours, base = by_key[key], by_key.get(base_key)
+        base = by_key.get(base_key)
         if base is None or key == base_key or (key[1] == "encoder_only" and base_key[1] == "dual"):
             continue
-        ratio: dict[str, Any] = {
-            "model": ours["model"],
-            "variant": " ".join(key),
-            "baseline": " ".join(base_key),
-        }
-        ratios.append(ratio | {"fastest_competitor": is_fastest} | _ratios(ours, base))
+        ratios.append(make_ratio(by_key[key], base, is_fastest))
     return ratios
 
 
-def is_ours(variant: str) -> bool:
-    return resolve_variant(variant).ours
-
-
-def fastest_competitor(records: list[dict[str, Any]], masking: str) -> str | None:
-    """The timed variant with that masking that is not this code's and takes the least time; None where none
+def fastest_competitor(records: list[StepRecord], masking: str) -> str | None:
+    """The timed variant with that masking that is not this code's and has the least time; None where none
     was timed."""
-    timed = [r for r in records if r["masking"] == masking and r.get("step_ms") and r["variant"] in VARIANTS]
-    others = [r for r in timed if not VARIANTS[r["variant"]].ours]
-    return min(others, key=lambda r: r["step_ms"]["median"])["variant"] if others else None
+    times = {r.variant: r.step_ms.median for r in records if r.masking == masking and r.step_ms}
+    others = {name: ms for name, ms in times.items() if name in VARIANTS and not VARIANTS[name].ours}
+    return min(others, key=others.__getitem__) if others else None
 
 
-def _ratios(ours: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    saved = [r["saved_activation_bytes_per_clip"] for r in (ours, base)]
-    found["saved_activations"] = saved[0] / saved[1] if all(saved) else None
-    if ours.get("step_ms") and base.get("step_ms"):
-        a, b = ours["step_ms"]["runs"], base["step_ms"]["runs"]
-        found |= {"time": paired_ratio(a, b), "speedup": paired_ratio(b, a)}
-        found["memory"] = ours["peak_memory_bytes"] / base["peak_memory_bytes"]
-    return found
+def make_ratio(ours: StepRecord, base: StepRecord, fastest_competitor: bool) -> StepRatio:
+    saved, saved_base = ours.saved_activation_bytes_per_clip, base.saved_activation_bytes_per_clip
+    time = speedup = memory = None
+    if ours.step_ms and base.step_ms:
+        time = Spread.of_ratios(ours.step_ms.runs, base.step_ms.runs)
+        speedup = Spread.of_ratios(base.step_ms.runs, ours.step_ms.runs)
+    if ours.peak_memory_bytes and base.peak_memory_bytes:
+        memory = ours.peak_memory_bytes / base.peak_memory_bytes
+    return StepRatio(
+        model=ours.model,
+        variant=ours.key,
+        baseline=base.key,
+        fastest_competitor=fastest_competitor,
+        saved_activations=saved / saved_base if saved and saved_base else None,
+        time=time,
+        speedup=speedup,
+        memory=memory,
+    )

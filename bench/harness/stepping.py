@@ -1,4 +1,4 @@
-"""Training steps of several variants, each in a process of its own, taken in turn.
+"""Training steps of several variants, each in a process of its own, in turn.
 
 A process of its own gives each its own memory; turns (A B C A B C ...) make what disturbs the machine disturb
 all. Losses are compared first, in float32 on the same clips, masks and weights; a variant whose loss is off
@@ -8,21 +8,49 @@ takes no timed step.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from harness.telling import at
+from harness.progress import at
+from harness.results.steps import Memory, SweptBatch
 from harness.variants import MASKINGS, optimizer_bytes, parameter_bytes, resolve_variant
-from vmae import DualMask
+from harness.worker import Worker
+from vmae import DualMask, ModelConfig
 from vmae.train.optim import OptimConfig, build_adamw
 
 LOSS_TOLERANCE = 1e-4
 SEED = 0
+Losses = dict[str, dict[str, float]]  # by masking and variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepJob:
+    """What to step.
+
+    Attributes:
+        masking: a key of `MASKINGS`.
+        dtype: of autocast; "float32" means none.
+        threads: of the process.
+        clips: file of uint8 [B, T, H, W, 3].
+    """
+
+    model: str
+    config: ModelConfig
+    variant: str
+    masking: str
+    device: str
+    dtype: str
+    batch: int
+    threads: int
+    clips: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant} {self.masking}"
 
 
 def resident_bytes(peak: bool) -> int:
@@ -35,40 +63,35 @@ def resident_bytes(peak: bool) -> int:
 
 
 class Stepper:
-    """A model, its optimizer, and one training step at a time.
+    """A model, its optimizer, and one training step at a time."""
 
-    Args:
-        job: `variant`, `masking`, `config` (ModelConfig), `device`, `dtype`, `threads`, and `clips`, a file
-            of uint8 clips.
-    """
-
-    def __init__(self, job: dict[str, Any]):
-        torch.set_num_threads(job["threads"])
+    def __init__(self, job: StepJob):
+        torch.set_num_threads(job.threads)
         self.job = job
-        self.device = torch.device(job["device"])
-        self.autocast_dtype = getattr(torch, job["dtype"])
-        self.all_clips = torch.load(job["clips"], weights_only=True)
+        self.device = torch.device(job.device)
+        self.autocast_dtype = getattr(torch, job.dtype)
+        self.all_clips = torch.load(job.clips, weights_only=True)
         self.base = resident_bytes(peak=False)
         torch.manual_seed(SEED)
-        self.model = resolve_variant(job["variant"]).build(job["config"]).to(self.device)
-        self.optimizer = build_adamw(self.model, OptimConfig(), fused=job["variant"] != "reference")
+        self.model = resolve_variant(job.variant).build(job.config).to(self.device)
+        self.optimizer = build_adamw(self.model, OptimConfig(), fused=job.variant != "reference")
         self.resize(self.all_clips.shape[0])
 
     def resize(self, batch: int) -> None:
         """Steps of `batch` clips from now on: the given ones, over and over."""
         places = torch.arange(batch) % self.all_clips.shape[0]
-        mask = MASKINGS[self.job["masking"]].to_dict()
+        mask = MASKINGS[self.job.masking].to_dict()
         generator = torch.Generator().manual_seed(SEED)
-        drawn = DualMask.sample(batch, self.job["config"].grid, **mask, generator=generator)
+        drawn = DualMask.sample(batch, self.job.config.grid, **mask, generator=generator)
         self.clips, self.mask = self.all_clips[places].to(self.device), drawn.to(self.device)
 
     def loss(self) -> float:
-        """In float32, of the first two clips, with the fresh weights: what variants must agree on."""
+        """Loss in float32 of the first two clips, with the fresh weights: what variants must agree on."""
         with torch.no_grad():
             return float(self.model(self.clips[:2], self.mask[:2]))
 
     def step(self) -> dict[str, float]:
-        """Milliseconds of one training step's parts."""
+        """Milliseconds of one training step and of its parts."""
         marks = [self._now()]
         self.optimizer.zero_grad(set_to_none=True)
         enabled = self.autocast_dtype != torch.float32
@@ -83,21 +106,22 @@ class Stepper:
         parts = {name: (b - a) * 1e3 for name, a, b in zip(names, marks, marks[1:])}
         return {"step": sum(parts.values()), **parts}
 
-    def memory(self) -> dict[str, int]:
-        """Bytes: the peak, and its parts; `activations` is what is left, the largest transient included."""
-        parameters = parameter_bytes(self.model)
-        parts = {
-            "parameters": parameters,
-            "gradients": parameters,
-            "optimizer": optimizer_bytes(self.optimizer),
-        }
+    def memory(self) -> Memory:
+        """The peak so far, and its parts."""
+        parameters, moments = parameter_bytes(self.model), optimizer_bytes(self.optimizer)
         peak = resident_bytes(peak=True) - self.base
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
-        return {"peak": peak, **parts, "activations": max(peak - sum(parts.values()), 0)}
+        return Memory(
+            peak=peak,
+            parameters=parameters,
+            gradients=parameters,
+            optimizer=moments,
+            activations=max(peak - 2 * parameters - moments, 0),
+        )
 
-    def try_batch(self, batch: int, steps: int) -> dict[str, Any] | None:
-        """Step times and peak at `batch` clips; None where they don't fit the GPU."""
+    def try_batch(self, batch: int, steps: int) -> SweptBatch | None:
+        """Steps of `batch` clips; None where they don't fit the GPU."""
         try:
             self.optimizer.zero_grad(set_to_none=True)
             self.resize(batch)
@@ -105,10 +129,12 @@ class Stepper:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(self.device)
             self.step()
-            return {"step_ms": [self.step()["step"] for _ in range(steps)], "memory": self.memory()}
+            times = [self.step()["step"] for _ in range(steps)]
         except torch.OutOfMemoryError:
-            self.clips = self.mask = None
+            del self.clips, self.mask
             return None
+        rate = batch / sorted(times)[len(times) // 2] * 1e3
+        return SweptBatch(batch=batch, step_ms=times, memory=self.memory(), clips_per_s=rate)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -116,83 +142,42 @@ class Stepper:
         return time.perf_counter()
 
 
-def serve(make: Callable[[dict[str, Any]], Any], job: dict[str, Any], pipe) -> None:
-    """In a worker: does what the pipe asks of `make(job)`, answers (True, result) or (False, message)."""
-    try:
-        served = make(job)
-        pipe.send((True, None))
-        while (request := pipe.recv()) is not None:
-            name, arguments = request
-            pipe.send((True, getattr(served, name)(*arguments)))
-    except EOFError:
-        pass
-    except BaseException as error:  # the parent reports it and stops the others
-        with contextlib.suppress(OSError):
-            pipe.send((False, f"{type(error).__name__}: {error}"))
+class StepWorker(Worker[StepJob]):
+    """A `Stepper` in a process of its own."""
+
+    def __init__(self, job: StepJob):
+        super().__init__(Stepper, job, job.name)
 
 
-class Worker:
-    """A process of its own, in which the methods of `make(job)` are asked for; by default one (variant,
-    masking)."""
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one job gave; no runs and no memory where its loss was wrong."""
 
-    def __init__(
-        self, job: dict[str, Any], make: Callable[[dict[str, Any]], Any] = Stepper, name: str | None = None
-    ):
-        self.job = job
-        self.name = name or f"{job['variant']} {job['masking']}"
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(make, job, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def wait_ready(self) -> None:
-        self._receive()
-
-    def ask(self, request: str, *arguments: Any) -> Any:
-        self.pipe.send((request, arguments))
-        return self._receive()
-
-    def _receive(self) -> Any:
-        try:
-            good, result = self.pipe.recv()
-        except EOFError:
-            self.process.join()
-            raise RuntimeError(
-                f"{self.name}: its process died with code {self.process.exitcode} (out of memory?)"
-            ) from None
-        if not good:
-            raise RuntimeError(f"{self.name}: {result}")
-        return result
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.pipe.send(None)
-        self.process.join(10)
-        if self.process.is_alive():
-            self.process.kill()
+    loss: float
+    runs: list[dict[str, float]]
+    memory: Memory | None
 
 
-def disagreeing(losses: dict[str, dict[str, float]], tolerance: float = LOSS_TOLERANCE) -> dict[str, str]:
-    """Variants whose loss differs from the first one's, with the reason; `losses` is by masking and
-    variant."""
+def disagreeing(losses: Losses, tolerance: float = LOSS_TOLERANCE) -> dict[str, str]:
+    """Variants whose loss differs from the first one's, with the reason."""
     reasons: dict[str, str] = {}
     for masking, by_variant in losses.items():
         first, expected = next(iter(by_variant.items()))
         for variant, loss in by_variant.items():
             error = abs(loss - expected) / abs(expected)
             if not error <= tolerance:
-                text = f"loss {loss:.6f} with {masking} masking differs from {first}'s {expected:.6f} by {error:.1e} relative"
-                reasons.setdefault(variant, text)
+                text = f"loss {loss:.6f} with {masking} masking differs from {first}'s {expected:.6f}"
+                reasons.setdefault(variant, f"{text} by {error:.1e} relative")
     return reasons
 
 
-def measure(jobs: list[dict[str, Any]], steps: int, warmup: int) -> tuple[list[dict], dict[str, str]]:
+def measure(jobs: Sequence[StepJob], steps: int, warmup: int) -> tuple[list[Measured], dict[str, str]]:
     """Runs of every job in turn, and the variants that failed the check (which were not timed)."""
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(contextlib.closing(Worker(job))) for job in jobs]
-        wrong = check_losses(workers)
-        timed = [worker for worker in workers if worker.job["variant"] not in wrong]
+        workers = [stack.enter_context(contextlib.closing(StepWorker(job))) for job in jobs]
+        losses = find_losses(workers)
+        wrong = disagreeing(losses)
+        timed = [worker for worker in workers if worker.job.variant not in wrong]
         runs: dict[str, list[dict[str, float]]] = {worker.name: [] for worker in workers}
         for turn in range(warmup + steps):
             for worker in timed:
@@ -200,35 +185,31 @@ def measure(jobs: list[dict[str, Any]], steps: int, warmup: int) -> tuple[list[d
                 parts = worker.ask("step")
                 if turn >= warmup:
                     runs[worker.name].append(parts)
-        return [
-            {
-                "worker": w.name,
-                "loss": w.loss,
-                "runs": runs[w.name],
-                "memory": w.ask("memory") if w in timed else None,
-            }
-            for w in workers
-        ], wrong
+        memory = {worker.name: worker.ask("memory") for worker in timed}
+    measured = []
+    for job in jobs:
+        loss = losses[job.masking][job.variant]
+        measured.append(Measured(loss=loss, runs=runs[job.name], memory=memory.get(job.name)))
+    return measured, wrong
 
 
-def check_losses(workers: list[Worker]) -> dict[str, str]:
-    """Asks every worker for its loss (left in `worker.loss`); the variants that disagree, with the reason."""
+def find_losses(workers: Sequence[StepWorker]) -> Losses:
+    """Loss of every worker."""
     for worker in workers:
         at(f"building {worker.name}")
         worker.wait_ready()
-    losses: dict[str, dict[str, float]] = {}
+    losses: Losses = {}
     for worker in workers:
         at(f"loss of {worker.name}")
-        worker.loss = worker.ask("loss")
-        losses.setdefault(worker.job["masking"], {})[worker.job["variant"]] = worker.loss
-    return disagreeing(losses)
+        losses.setdefault(worker.job.masking, {})[worker.job.variant] = worker.ask("loss")
+    return losses
 
 
-def sweep_batches(job: dict[str, Any], steps: int, largest: int) -> list[dict[str, Any]]:
-    """Step times at 1, 2, 4, ... clips up to `largest` or to what fits, then at one batch between the last
-    two."""
-    found: list[dict[str, Any]] = []
-    with contextlib.closing(Worker(job)) as worker:
+def sweep_batches(job: StepJob, steps: int, largest: int) -> list[SweptBatch]:
+    """Steps at 1, 2, 4, ... clips up to `largest` or to what fits, then at one batch between the last two;
+    the smallest first."""
+    found: list[SweptBatch] = []
+    with contextlib.closing(StepWorker(job)) as worker:
         worker.wait_ready()
         batch = 1
         while batch <= largest:
@@ -236,10 +217,10 @@ def sweep_batches(job: dict[str, Any], steps: int, largest: int) -> list[dict[st
             result = worker.ask("try_batch", batch, steps)
             if result is None:
                 break
-            found.append({"batch": batch, **result})
+            found.append(result)
             batch *= 2
         between = 3 * batch // 4
-        if found and batch <= largest and between > found[-1]["batch"]:
+        if found and batch <= largest and between > found[-1].batch:
             result = worker.ask("try_batch", between, steps)
-            found += [{"batch": between, **result}] if result else []
-    return found
+            found += [result] if result else []
+    return sorted(found, key=lambda run: run.batch)

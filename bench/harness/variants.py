@@ -1,4 +1,5 @@
-"""The ways to do one and the same training step that the benchmarks compare."""
+"""The ways to do one and the same training step that the benchmarks compare: the registry of variants and
+maskings."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vmae import DualMask, InputError, MaskConfig, ModelConfig, build_pretrainer, build_reference
-from vmae.config import IMAGENET_MEAN, IMAGENET_STD
+from vmae.config import IMAGENET_MEAN, IMAGENET_STD, PUBLISHED_MODELS
 from vmae.model.attention import Attention
 
+PUBLISHED_PRESETS = tuple(PUBLISHED_MODELS.values())
 MASKINGS = {
     "encoder_only": MaskConfig(decoder="none"),
     "dual_25": MaskConfig(decoder_ratio=0.25),
@@ -28,7 +30,7 @@ class Variant:
 
     Attributes:
         build: makes the model, from its configuration.
-        text: what it is, in words.
+        text: description, for help texts.
         ours: whether it embeds visible and predicts counted tokens only, as this code does; else it is a
             competitor.
         needs_gpu: it does not run on a CPU in sensible time.
@@ -66,8 +68,10 @@ def build_reference_sdpa(config: ModelConfig) -> nn.Module:
 
 
 def compile_blocks(model: nn.Module) -> nn.Module:
-    for block in (*model.encoder.blocks, *model.decoder.blocks):
-        block.compile()
+    """Compile each block of encoder and decoder by itself."""
+    for part in ("encoder", "decoder"):
+        for block in model.get_submodule(f"{part}.blocks").children():
+            block.compile()
     return model
 
 
@@ -81,7 +85,7 @@ class HuggingFace(nn.Module):
 
         from vmae.checkpoint.huggingface import save_pretrained
 
-        logging.disable_progress_bar()  # "Loading weights" would stand between our lines
+        logging.disable_progress_bar()  # of loading weights, between our lines
         with tempfile.TemporaryDirectory() as folder:
             save_pretrained(build_pretrainer(config), folder)
             self.model = VideoMAEForPreTraining.from_pretrained(folder, attn_implementation="sdpa").train()
@@ -153,7 +157,9 @@ def resolve_variant(name: str) -> Variant:
 def default_variants(device: str) -> list[str]:
     """All that run on `device`; on a CPU, where minutes count, two, and transformers' model where it is
     installed."""
-    names = list(VARIANTS) if device.startswith("cuda") else ["reference", "huggingface", "torch"]
+    names = list(VARIANTS)
+    if not device.startswith("cuda"):
+        names = ["reference", "huggingface", "torch"]
     return [name for name in names if VARIANTS[name].why_not(device) is None]
 
 

@@ -1,6 +1,5 @@
 """The benchmark as a user runs it, at sizes of seconds; its shapes, bounds and arithmetic by hand."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,16 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "attention.py"
 
 
-@pytest.fixture(scope="module")
-def bench():
-    sys.path.insert(0, str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("attention", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["attention"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["attention"]
-    sys.path.remove(str(SCRIPT.parent))
+@pytest.fixture
+def bench(benches):
+    return benches("attention")
+
+
+@pytest.fixture
+def runs(benches):
+    return benches("attention_runs")
 
 
 def run(tmp_path, *words):
@@ -87,11 +84,11 @@ def test_with_every_backend_and_a_whole_model(tmp_path):
     plain, sdpa = models
     assert plain["loss"] == pytest.approx(sdpa["loss"], rel=1e-5)
     assert sdpa["saved_activation_bytes_per_clip"] < plain["saved_activation_bytes_per_clip"]
-    assert "sdpa against plain: " in shown
+    assert "A training step, dual masking, batch 1, float32" in shown
 
 
-def test_shapes_are_those_of_the_presets(bench):
-    shapes = {(s.tokens, s.heads, s.head_dim): s.used_by for s in bench.preset_shapes(2)}
+def test_shapes_are_those_of_the_presets(runs):
+    shapes = {(s.tokens, s.heads, s.head_dim): s.used_by for s in runs.preset_shapes(2)}
     assert shapes[160, 12, 64] == ("vit_b encoder",) and shapes[160, 16, 80] == ("vit_h encoder",)
     assert shapes[208, 16, 88] == ("vit_g encoder",) and shapes[2048, 16, 88] == ("vit_g classifier",)
     assert shapes[944, 8, 64] == ("vit_l decoder", "vit_h decoder") and shapes[1232, 8, 64] == (
@@ -102,64 +99,52 @@ def test_shapes_are_those_of_the_presets(bench):
         80,
         88,
     }
-    assert {name for key, names in shapes.items() for name in names} >= set(bench.CPU_CHOICE)
+    assert {name for key, names in shapes.items() for name in names} >= set(runs.CPU_CHOICE)
 
 
-def test_one_backend_in_this_process(bench):
-    job = {
-        "backend": "sdpa",
-        "shapes": bench.QUICK,
-        "device": "cpu",
-        "dtype": "float32",
-        "span": 0.0,
-        "threads": 1,
-    }
-    runner = bench.Runner(job)
+def test_one_backend_in_this_process(runs):
+    job = runs.BackendJob(
+        backend="sdpa", shapes=runs.QUICK, device="cpu", dtype="float32", span=0.0, threads=1
+    )
+    runner = runs.Runner(job)
     found = runner.prepare(1)
-    assert 0 < found["output_error"] < 1e-6 and 0 < found["gradient_plain_error"] < 1e-6
+    assert 0 < found.errors.output < 1e-6 and 0 < found.errors.gradient_plain < 1e-6
     qkv, out = 24 * 3 * 2 * 88 * 4, 24 * 2 * 88 * 4
-    assert found["saved_bytes"] == qkv + out + 24 * 2 * 4  # and the log-sum-exp
-    assert found["peak_bytes"] is None or found["peak_bytes"] >= 0
+    assert found.saved_bytes == qkv + out + 24 * 2 * 4  # and the log-sum-exp
+    assert found.peak_bytes is None or found.peak_bytes >= 0
     assert runner.turn("forward") > 0 and runner.turn("forward_backward") > 0
 
 
 class FakeWorker:
-    def __init__(self, name, error):
-        self.name, self.error, self.asked = name, error, []
+    def __init__(self, runs, name, error):
+        self.runs, self.name, self.error, self.asked = runs, name, error, []
 
     def ask(self, *request):
         self.asked.append(request)
         if request[0] == "turn":
             return 1.0
-        return {
-            "output_error": self.error,
-            "gradient_error": 1e-7,
-            "output_plain_error": 1e-7,
-            "gradient_plain_error": 1e-7,
-        }
+        errors = self.runs.Errors(self.error, 1e-7, 1e-7, 1e-7)
+        return self.runs.Prepared(errors, 8, None, {})
 
 
-def test_a_wrong_backend_gets_no_speed_and_the_others_take_turns(bench):
-    workers = [
-        FakeWorker("softmax", 1e-7),
-        FakeWorker("off", 1e-3),
-        FakeWorker("nan", float("nan")),
-        FakeWorker("good", 2e-7),
-    ]
-    found = bench.measure_shape(workers, 0, 3, torch.float32)
-    assert {name: result["wrong"] is None for name, result in found.items()} == {
-        "softmax": True,
-        "off": False,
-        "nan": False,
-        "good": True,
-    }
-    assert "output error 1.0e-03 is over 2 x the plain one's 1.0e-07" == found["off"]["wrong"]
+def test_a_wrong_backend_gets_no_speed_and_the_others_take_turns(runs):
+    errors = {"softmax": 1e-7, "off": 1e-3, "nan": float("nan"), "good": 2e-7}
+    workers = [FakeWorker(runs, name, error) for name, error in errors.items()]
+    found = runs.measure_shape(workers, 0, 3, torch.float32)
+    right = {name for name, result in found.items() if result.wrong is None}
+    assert right == {"softmax", "good"} and found["off"].runs == {"forward": [], "forward_backward": []}
+    assert "output error 1.0e-03 is over 2 x the plain one's 1.0e-07" == found["off"].wrong
     assert workers[1].asked == workers[2].asked == [("prepare", 0)]
     assert workers[3].asked == [("prepare", 0), *([("turn", "forward"), ("turn", "forward_backward")] * 3)]
 
 
 def test_order_is_the_geometric_mean(bench):
-    ratios = [{"variant": "a", "forward_backward_speedup": {"median": x}} for x in (4.0, 1.0)]
+    from harness.json_records import Spread
+    from harness.results.attention import BackendRatio
+
+    known = dict(shape="s", variant="a", baseline="softmax", saved_activations=1.0)
+    speedups = [Spread.of([x]) for x in (4.0, 1.0)]
+    ratios = [BackendRatio(**known, forward_speedup=x, forward_backward_speedup=x) for x in speedups]
     assert bench.measured_order(ratios) == [("a", 2.0), ("softmax", 1.0)]
 
 
@@ -176,6 +161,6 @@ def test_order_is_the_geometric_mean(bench):
     ],
 )
 def test_bad_input_exits_with_2(bench, capsys, monkeypatch, words, message):
-    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(words) == 2
     assert message in capsys.readouterr().err

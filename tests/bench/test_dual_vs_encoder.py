@@ -1,6 +1,5 @@
 """The benchmark as a user runs it, at sizes of seconds; its arithmetic by hand."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "dual_vs_encoder.py"
@@ -54,14 +54,9 @@ def dies(config):
 QUICK = ("--model", "vit_tiny", "--batch", "1", "--masking", "dual", "--input", "synthetic")
 
 
-@pytest.fixture(scope="module")
-def bench():
-    sys.path.insert(0, str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("dual_vs_encoder", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(SCRIPT.parent))
+@pytest.fixture
+def bench(benches):
+    return benches("dual_vs_encoder")
 
 
 def run(tmp_path, *words, expect=0):
@@ -137,7 +132,7 @@ def test_a_wrong_variant_gets_no_speed(tmp_path):
     assert by_name["off=others:off"]["step_ms"] is None and by_name["off=others:off"]["clips_per_s"] is None
     assert by_name["right=others:right"]["step_ms"]["median"] > 0
     assert "differs from reference's" in result["rejected"]["off=others:off"]
-    assert not any("time" in r for r in result["ratios"] if "off=" in r["variant"])
+    assert not any(r["time"] for r in result["ratios"] if "off=" in r["variant"])
     assert "NO SPEED for off=others:off" in done.stderr
 
 
@@ -149,8 +144,8 @@ def test_a_variant_that_dies_is_named(tmp_path):
 
 def test_counts_only(tmp_path):
     done, result = run(tmp_path, "--model", "vit_tiny", "--count")
-    assert all("step_ms" not in r and r["saved_activation_bytes_per_clip"] > 0 for r in result["records"])
-    assert "times faster" in done.stdout and "step ms" not in done.stdout
+    assert all(r["step_ms"] is None and r["saved_activation_bytes_per_clip"] > 0 for r in result["records"])
+    assert "times faster" in done.stdout and "Parts of a step" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -165,7 +160,7 @@ def test_counts_only(tmp_path):
     ],
 )
 def test_bad_input_exits_with_2(bench, capsys, monkeypatch, words, message):
-    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(words) == 2
     assert message in capsys.readouterr().err
 
@@ -179,9 +174,9 @@ def test_disagreement_is_relative_and_catches_nan(bench):
 
 
 def test_ratios_are_paired_run_by_run(bench):
-    from harness.common import paired_ratio
+    from harness.json_records import Spread
 
-    assert paired_ratio([2, 6, 3], [1, 2, 3]) == {"median": 2, "min": 1, "max": 3}
+    assert Spread.of_ratios([2, 6, 3], [1, 2, 3]) == Spread(median=2, min=1, max=3)
 
 
 def test_maskings(tmp_path):
@@ -216,7 +211,7 @@ def test_sweep_and_parts_of_the_memory(tmp_path):
     assert record["mfu"] is None and record["model_flops_per_s"] > 0
     assert [b["batch"] for b in sweep["batches"]] == [1, 2, 4] and sweep["masking"] == "dual"
     assert all(b["clips_per_s"] > 0 and len(b["step_ms"]) == 1 for b in sweep["batches"])
-    assert "batch sweep" in done.stdout and "4: " in done.stdout
+    assert "Batch sweep" in done.stdout and "4: " in done.stdout
 
 
 def test_the_papers_table_stands_beside_ours(tmp_path):
@@ -232,21 +227,26 @@ def test_the_papers_table_stands_beside_ours(tmp_path):
     assert saved["triton", "dual"] <= 0.45 * saved["reference", "dual"]
 
 
+def record_of(variant, masking="dual", runs=(3.0, 2.0, 4.0), saved=2**20):
+    from harness.json_records import Runs
+    from harness.results.steps import StepRecord
+
+    known = dict(model="m", device="cpu", dtype="float32", batch=2, variant=variant, masking=masking)
+    counts = dict(saved_activation_bytes_per_clip=saved, forward_macs_per_clip=10**9)
+    times = Runs.of(runs) if runs else None
+    return StepRecord(**known, **counts, peak_memory_bytes=2**30, step_ms=times)
+
+
 def test_the_fastest_competitor_is_named(bench):
     from harness import records
 
-    def record(variant, step):
-        times = {"step_ms": {"median": step, "runs": [step]}, "peak_memory_bytes": 8}
-        counts = {"saved_activation_bytes_per_clip": 4, "forward_macs_per_clip": 2}
-        return {"model": "m", "masking": "dual", "variant": variant, **counts, **times}
-
-    made = [record("reference", 9), record("reference+sdpa", 3), record("torch", 2)]
-    ratios = records.compare(made)
-    fastest = [r for r in ratios if r["fastest_competitor"]]
-    assert [(r["variant"], r["baseline"]) for r in fastest] == [("torch dual", "reference+sdpa dual")]
-    assert fastest[0]["speedup"]["median"] == 1.5
-    untimed = [{**r, "step_ms": None} for r in made]
-    assert not any(r["fastest_competitor"] for r in records.compare(untimed))
+    steps = {"reference": [9], "reference+sdpa": [3], "torch": [2]}
+    ratios = records.compare([record_of(name, runs=runs) for name, runs in steps.items()])
+    fastest = [r for r in ratios if r.fastest_competitor]
+    assert [(r.variant, r.baseline) for r in fastest] == [("torch dual", "reference+sdpa dual")]
+    assert fastest[0].speedup.median == 1.5
+    untimed = [record_of(name, runs=None) for name in steps]
+    assert not any(r.fastest_competitor for r in records.compare(untimed))
 
 
 def test_variants_that_cannot_run_say_why(bench, capsys):
@@ -255,18 +255,11 @@ def test_variants_that_cannot_run_say_why(bench, capsys):
 
 
 def test_a_plot_says_what_was_not_counted(benches, tmp_path):
-    steps = {"median": 3.0, "min": 2.0, "max": 4.0}
-    record = {"variant": "torch", "masking": "dual", "step_ms": steps, "forward_macs_per_clip": 1e9}
-    record |= {"peak_memory_bytes": 2**30, "saved_activation_bytes_per_clip": 2**20}
-    other = {
-        **record,
-        "variant": "huggingface",
-        "masking": "encoder_only",
-        "saved_activation_bytes_per_clip": None,
-    }
+    plots = benches("plots")
+    records = [record_of("torch"), record_of("huggingface", "encoder_only", saved=None)]
     path = tmp_path / "plot.svg"
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        benches("plots").plot_steps(str(path), [record, other], "title")
+        plots.plot_steps(str(path), records, "title")
     assert path.read_text().count("not counted") == 1
 
 
@@ -285,16 +278,16 @@ def test_transformers_own_model_does_the_same(tmp_path):
 
 
 def test_without_videos_or_decoders_clips_are_synthetic(bench, monkeypatch, capsys):
-    from harness import records
+    from harness import clips
 
     import vmae.data.decode
     from vmae import InputError
 
-    assert records.choose_input("auto") == "real" and records.choose_input("list.txt") == "list.txt"
+    assert clips.choose_input("auto") == "real" and clips.choose_input("list.txt") == "list.txt"
 
     def none_here(kind, name):
         raise InputError("no decoder is installed")
 
     monkeypatch.setattr(vmae.data.decode, "find_backends", none_here)
-    assert records.choose_input("auto") == "synthetic"
+    assert clips.choose_input("auto") == "synthetic"
     assert "nothing is decoded: no decoder is installed" in capsys.readouterr().out

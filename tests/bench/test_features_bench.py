@@ -39,30 +39,28 @@ def test_a_small_run(bench, benches, tmp_path, capsys):
     }
     assert record["met"] == (record["speedup"]["median"] >= 2)
     assert "times faster" in capsys.readouterr().out
-    (row,) = benches("tabulate").features_tables(content)[0].rows
+    (row,) = result_of(benches, content).tables()[0].rows
     seconds = [f"{record['video_cpu_s'][who]:.0f}" for who in ("published", "ours")]
-    assert row[:3] == [record["setting"], *seconds] and row[3].startswith(
-        f"{record['speedup']['median']:.2f} ("
-    )
+    assert row[:3] == [record["setting"], *seconds]
+    assert row[3].startswith(f"{record['speedup']['median']:.2f} (")
     content["records"] = [record | {"same": False, "error": 1e-3}]
-    assert benches("tabulate").features_tables(content)[0].rows[0][1:] == [
-        *["-"] * 5,
-        "NO SPEED: differs by 1e-03",
-    ]
+    wrong = [*["-"] * 5, "NO SPEED: differs by 1e-03"]
+    assert result_of(benches, content).tables()[0].rows[0][1:] == wrong
 
 
-def test_features_that_differ_get_no_speed(bench, capsys):
-    ms = {part: [1.0, 1.0] for part in ("published decode", "published model", "ours decode", "ours model")}
-    record = bench.record_of(bench.QUICK[0], {"windows": 9, "ms": ms, "error": 1e-3, "largest": 1.0}, 2)
-    assert not record["same"] and "speedup" not in record
-    bench.report([record])
-    assert "not timed" in capsys.readouterr().out
-    good = bench.record_of(
-        bench.QUICK[0],
-        {"windows": 9, "ms": ms | {"published model": [5.0, 4.0]}, "error": 0, "largest": 1},
-        2,
-    )
-    assert good["speedup"]["median"] == pytest.approx(2.75) and good["met"]
+def result_of(benches, content):
+    from harness.results.features import FeaturesResult
+
+    return benches("json_records").from_json(FeaturesResult, content)
+
+
+def test_features_that_differ_get_no_speed(bench):
+    ms = {f"{who} {part}": [1.0, 1.0] for who in bench.WHOS for part in bench.PARTS}
+    record = bench.make_record(bench.QUICK[0], bench.Measured(ms, 9, 1e-3, 1.0), 2)
+    assert not record.same and record.speedup is None and record.met is None
+    good = bench.Measured(ms | {"published model": [5.0, 4.0]}, 9, 0.0, 1.0)
+    record = bench.make_record(bench.QUICK[0], good, 2)
+    assert record.speedup.median == pytest.approx(2.75) and record.met
 
 
 def test_runs_are_spread(bench):
@@ -70,7 +68,7 @@ def test_runs_are_spread(bench):
     assert bench.runs_of(range(0, 8, 4), 5, 1) == [[0, 4]]
 
 
-def test_bad_words(bench, capsys):
+def test_bad_arguments(bench, capsys):
     assert bench.main(["--quick", "--rounds", "0"]) == 2
     assert "at least 1" in capsys.readouterr().err
     assert bench.main(["--quick", "--only", "vit_x"]) == 2

@@ -21,33 +21,52 @@ def test_counts_intervals_and_floors(benches, tmp_path, capsys):
     floors = [r for r in content["records"] if r["kind"] == "floor"]
     assert len(floors) == 10 and all(r["floor_us"]["H100"] > 0 for r in floors)
     assert content["assumptions"]["fast"]["matrix_share"] > content["assumptions"]["slow"]["matrix_share"]
-    assert "not measurements" in capsys.readouterr().out
-    titles = [table.title for table in benches("tabulate").tables_of("predict", content)]
-    assert any("PREDICTED, not measured" in title for title in titles)
+    assert "PREDICTED, not measured" in capsys.readouterr().out
 
 
-def measured(step_ms: float) -> dict:
+def measured(step_ms: float | None) -> dict:
     counts = {"saved_activation_bytes_per_clip": 60 * 2**20, "forward_macs_per_clip": 24 * 10**9}
     names = {"model": "vit_b", "variant": "triton", "masking": "dual", "batch": 32, "dtype": "bfloat16"}
-    return {**names, **counts, "step_ms": {"median": step_ms}, "optimizer_ms": {"median": 0.0}}
+    record = {**names, **counts, "device": "cuda"}
+    if step_ms is not None:
+        record["step_ms"], record["optimizer_ms"] = times(step_ms), times(0.0)
+    return record
+
+
+def times(ms: float) -> dict:
+    return {"median": ms, "min": ms, "max": ms, "runs": [ms]}
+
+
+def write(path, records) -> None:
+    environment = {"device": "gpu", "cpu": "c", "cores": 1, "torch": "2", "commit": None, "clean": None}
+    environment["date"] = "2026-01-02"
+    path.write_text(json.dumps({"environment": environment, "records": records}))
 
 
 def test_scoring(benches, tmp_path, capsys):
-    predict = benches("predict")
-    found = predict.score([measured(1.0), measured(15.0), measured(1000.0), {"model": "vit_b"}], "H100")
-    assert [r["place"] for r in found] == ["faster", "inside", "slower"]
-    (tmp_path / "m.json").write_text(json.dumps({"records": [measured(15.0)]}))
-    assert predict.main(["--score", str(tmp_path / "m.json")]) == 0
+    predict, path = benches("predict"), tmp_path / "m.json"
+    write(path, [measured(1.0), measured(15.0), measured(1000.0), measured(None)])
+    found = predict.score(predict.read_steps(path), "H100")
+    assert [r.place for r in found] == ["faster", "inside", "slower"]
+    write(path, [measured(15.0)])
+    assert predict.main(["--score", str(path)]) == 0
     assert "inside" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "text, message",
-    [(None, "No such file"), ("{}", "not a benchmark's result"), ('{"records": []}', "no timed step")],
+    [
+        (None, "No such file"),
+        ("{}", "not a result of dual_vs_encoder: StepsResult"),
+        ("[1]", "[1] is no StepsResult"),
+        ("untimed", "no timed step"),
+    ],
 )
 def test_scoring_bad_files(benches, tmp_path, capsys, text, message):
     path = tmp_path / "m.json"
-    if text is not None:
+    if text == "untimed":
+        write(path, [measured(None)])
+    elif text is not None:
         path.write_text(text)
     assert benches("predict").main(["--score", str(path)]) == 2
     assert message in capsys.readouterr().err

@@ -8,7 +8,7 @@ QUICK = ["--model", "vit_tiny", "--batch", "1", "--steps", "1", "--device", "cpu
 
 
 def test_kinds(benches):
-    kind_of = benches("step").kind_of
+    kind_of = benches("profiling").kind_of
     for name, kind in {
         "aten::addmm": "matrix products",
         "sm90_xmma_gemm_bf16bf16_bf16f32": "matrix products",
@@ -29,8 +29,8 @@ def test_kinds(benches):
 
 
 def test_busy_time_is_the_union_of_kernels(benches):
-    assert benches("step").union_us([(0, 4), (2, 6), (10, 11), (3, 5)]) == 7
-    assert benches("step").union_us([]) == 0
+    assert benches("profiling").union_us([(0, 4), (2, 6), (10, 11), (3, 5)]) == 7
+    assert benches("profiling").union_us([]) == 0
 
 
 def test_profiles_a_step(benches, tmp_path, capsys):
@@ -58,7 +58,7 @@ def test_profiles_a_step(benches, tmp_path, capsys):
     )
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert "traceEvents" in json.loads((tmp_path / "t.json").read_text())
-    assert "where the time goes" in capsys.readouterr().out
+    assert "Where a step's time goes: vit_tiny, torch" in capsys.readouterr().out
 
 
 WRONG = """
@@ -78,9 +78,12 @@ def test_a_wrong_variant_is_not_profiled(benches, tmp_path, monkeypatch, capsys)
         benches("step").main([*QUICK, "--variant", "off=others:Off", "--json", str(tmp_path / "r.json")]) == 1
     )
     content = json.loads((tmp_path / "r.json").read_text())
-    assert "classes" not in content["records"][0] and "differs" in content["rejected"]["off=others:Off"]
-    assert "NO SPEED" in capsys.readouterr().err
-    assert benches("tabulate").tables_of("step", content)[0].head[1] == "NO SPEED"
+    assert content["records"][0]["classes"] == [] and content["records"][0]["step_ms"] is None
+    assert "differs" in content["rejected"]["off=others:Off"] and "NO SPEED" in capsys.readouterr().err
+    from harness.results import read_result
+
+    (table,) = read_result(tmp_path / "r.json", "step").tables()
+    assert table.head[1] == "NO SPEED" and table.rows[0][0] == "off=others:Off"
 
 
 def test_bad_input(benches, capsys):
@@ -91,22 +94,25 @@ def test_bad_input(benches, capsys):
 
 
 def test_predictions_grow_with_the_first_measured_point(benches):
-    def record(macs, measured=None):
-        made = {
-            "axis": "batch",
-            "value": macs,
-            "predicted": {"forward_macs": macs, "memory_bytes": 100 * macs},
-        }
-        if measured:
-            made["measured"] = {"step_ms": {"median": measured}, "memory": {"peak": 150 * macs}}
-        return made
+    scaling = benches("scaling")
+    from harness.results.steps import Memory
 
-    first, second, third = benches("scaling").with_predicted_times(
-        [record(10, 20.0), record(20, 30.0), record(40)]
-    )
-    assert [r["predicted"]["step_ms"] for r in (first, second, third)] == [20, 40, 80]
-    assert first["measured_over_predicted"] == {"memory": 1.5}
-    assert second["measured_over_predicted"] == {"time": 0.75, "memory": 1.5} and "measured" not in third
+    def point(macs, ms=None):
+        parts = dict(parameters=1, gradients=1, optimizer=2, activations=3)
+        measured = None
+        if ms:
+            memory = Memory(peak=150 * macs, **parts)
+            measured = scaling.Measured(step_ms=scaling.Runs.of([ms]), clips_per_s=1.0, memory=memory)
+        about = dict(variant="torch", masking="dual", dtype="float32", batch=1, device="cpu")
+        predicted = scaling.Predicted(forward_macs=macs, memory=parts, memory_bytes=100 * macs)
+        return scaling.Point(axis="batch", value=macs, **about, predicted=predicted, measured=measured)
+
+    points = [point(10, 20.0), point(20, 30.0), point(40)]
+    first, second, third = scaling.with_predicted_times(points)
+    assert [r.predicted.step_ms for r in (first, second, third)] == [20, 40, 80]
+    assert first.measured_over_predicted == scaling.Ratios(memory=1.5)
+    assert second.measured_over_predicted == scaling.Ratios(time=0.75, memory=1.5)
+    assert third.measured is None and third.measured_over_predicted is None
 
 
 @pytest.mark.slow
@@ -126,10 +132,10 @@ def test_scaling_measures_and_predicts(benches, tmp_path, capsys):
     assert benches("scaling").main(words) == 0
     records = {(r["axis"], r["value"]): r for r in json.loads((tmp_path / "r.json").read_text())["records"]}
     assert set(records) == {("frames", 16), ("frames", 32), ("frames", 64), ("ranks", 1), ("ranks", 2)}
-    assert "measured" not in records["frames", 64] and records["frames", 64]["predicted"]["step_ms"] > 0
+    assert records["frames", 64]["measured"] is None and records["frames", 64]["predicted"]["step_ms"] > 0
     assert (
         records["frames", 32]["predicted"]["forward_macs"]
         > 2 * records["frames", 16]["predicted"]["forward_macs"]
     )
     assert records["ranks", 2]["measured"]["clips_per_s"] > 0
-    assert "predicted ms" in capsys.readouterr().out
+    assert "predicted, ms" in capsys.readouterr().out

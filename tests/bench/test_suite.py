@@ -1,4 +1,4 @@
-"""The suite on scripts of its own that take no time; its page; the README's tables."""
+"""The suite on scripts of its own that take no time; its page."""
 
 import json
 import subprocess
@@ -18,8 +18,9 @@ environment = {"device": "cpu", "cpu": "a cpu", "cores": 2, "torch": "2", "commi
 environment["date"] = "2026-01-02"
 classes = [{"name": "matrix products", "ms": 7.25, "share": 0.9, "calls": 3.0}]
 classes.append({"name": "host gaps", "ms": 0.8, "share": 0.1, "calls": None})
-record = {"model": "m", "variant": "v", "batch": 1, "dtype": "float32", "step_ms": {"median": 8.125}}
-record |= {"profiled_step_ms": 8.5, "classes": classes}
+record = {"model": "m", "variant": "v", "batch": 1, "dtype": "float32", "device": "cpu", "masking": "dual"}
+record |= {"threads": 1, "input": "synthetic", "workers": 1, "profiled_step_ms": 8.5, "classes": classes}
+record["step_ms"] = {"median": 8.125, "min": 8.0, "max": 9.0, "runs": [8.125, 8.0, 9.0]}
 json.dump({"environment": environment, "records": [record]}, open(sys.argv[-1], "w"))
 """
 
@@ -58,7 +59,7 @@ def test_what_is_done_stays_and_the_rest_says_why(suite, tmp_path, capsys):
 
 
 def test_a_part_that_is_silent(suite, benches, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benches("telling"), "EVERY_S", 0.2)
+    monkeypatch.setattr(benches("progress"), "EVERY_S", 0.2)
     (tmp_path / "step.py").write_text("import time; time.sleep(1.5)" + GOOD)
     assert suite.main(["--only", "step", "--output", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err.count(" min: step\n") >= 3
@@ -74,14 +75,16 @@ def test_only_some_parts(suite, tmp_path, capsys):
 
 def test_results_have_a_folder_by_device_date_and_commit(benches):
     suite = benches("suite")
-    gpu = {**ENVIRONMENT, "device": "NVIDIA H100 80GB HBM3"}
+    gpu = suite.Environment(**ENVIRONMENT | {"device": "NVIDIA H100 80GB HBM3"})
     assert suite.result_folder(gpu).parts[-2:] == ("nvidia-h100-80gb-hbm3", "2026-01-02-012345678")
 
 
-def test_every_part_of_every_device_is_there(benches):
-    suite, tables = benches("suite"), benches("tabulate")
+def test_every_part_has_a_kind_of_result(benches):
+    suite = benches("suite")
+    from harness.results import RESULTS
+
     for device in ("cpu", "cuda"):
-        assert {part.script for part in suite.parts_for(device)} == set(tables.PARTS)
+        assert {part.script for part in suite.parts_for(device)} <= set(RESULTS)
 
 
 def test_absent_packages_are_told(benches, monkeypatch):
@@ -95,102 +98,47 @@ def test_the_page_needs_no_matplotlib(tmp_path):
     """In a process where importing it fails."""
     (tmp_path / "step.py").write_text(GOOD)
     subprocess.run([sys.executable, str(tmp_path / "step.py"), str(tmp_path / "step.json")], check=True)
-    suite = {
-        "environment": ENVIRONMENT,
-        "missing": {},
-        "parts": [{"name": "step", "status": "ran", "reason": "", "seconds": 1.0, "file": "step.json"}],
-    }
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "bench")!r})
 sys.modules["matplotlib"] = None
 from pathlib import Path
+from harness.environment import Environment
 from harness.report import write_report
-write_report(Path({str(tmp_path)!r}), {suite!r})
+from harness.results.suite import PartRecord, SuiteResult
+part = PartRecord(name="step", status="ran", seconds=1.0, file="step.json")
+write_report(Path({str(tmp_path)!r}), SuiteResult(environment=Environment(**{ENVIRONMENT!r}), parts=[part]))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     page = (tmp_path / "report.html").read_text()
     assert "matrix products" in page and "<svg" not in page
 
 
-def steps_result(wrong: bool) -> dict:
+def steps_result() -> dict:
     counts = {"saved_activation_bytes_per_clip": 2**20, "forward_macs_per_clip": 10**9}
-    shared = {
-        "model": "vit_b",
-        "masking": "dual",
-        "dtype": "float32",
-        "device": "cpu",
-        "batch": 2,
-        "loss": 1.0,
-        **counts,
-    }
+    shared = {"model": "vit_b", "masking": "dual", "dtype": "float32", "device": "cpu", "batch": 2}
+    shared |= {"loss": 1.0, **counts}
     times = {"median": 123.0, "min": 120.0, "max": 130.0, "runs": [123.0]}
     timed = {f"{part}_ms": times for part in ("step", "forward", "backward", "optimizer")}
     good = {**shared, "variant": "reference", "clips_per_s": 16.26, "peak_memory_bytes": 2**20, **timed}
     off = {**shared, "variant": "off", "clips_per_s": None, "peak_memory_bytes": None, "step_ms": None}
-    ratio = {
-        "variant": "off dual",
-        "baseline": "reference dual",
-        "saved_activations": 1.0,
-        "fastest_competitor": False,
-    }
-    rejected = {"off": "loss 2 differs"} if wrong else {}
+    ratio = {"model": "vit_b", "variant": "off dual", "baseline": "reference dual", "saved_activations": 1.0}
+    rejected = {"off": "loss 2 differs"}
     return {"environment": ENVIRONMENT, "records": [good, off], "ratios": [ratio], "rejected": rejected}
 
 
 def test_a_wrong_variant_has_no_speed_on_the_page_and_in_tables(benches, tmp_path):
-    report, tables = benches("report"), benches("tabulate")
-    content = steps_result(wrong=True)
-    (tmp_path / "dual_vs_encoder.json").write_text(json.dumps(content))
-    part = {
-        "name": "dual_vs_encoder",
-        "status": "failed",
-        "reason": "code 1",
-        "seconds": 1.0,
-        "file": "dual_vs_encoder.json",
-    }
-    page = report.write_report(
-        tmp_path, {"environment": ENVIRONMENT, "missing": {}, "parts": [part]}
-    ).read_text()
+    report = benches("report")
+    from harness.results import read_result
+    from harness.results.suite import PartRecord, SuiteResult
+
+    path = tmp_path / "dual_vs_encoder.json"
+    path.write_text(json.dumps(steps_result()))
+    result = read_result(path, "dual_vs_encoder")
+    part = PartRecord(name="dual_vs_encoder", status="failed", reason="code 1", file=path.name)
+    suite = SuiteResult(environment=result.environment, parts=[part])
+    page = report.write_report(tmp_path, suite).read_text()
     assert "NO SPEED for off: loss 2 differs" in page
-    row = next(row for row in tables.step_tables(content)[0].rows if row[0].startswith("off"))
+    row = next(row for row in result.tables()[0].rows if row[0].startswith("off"))
     assert row[1:4] == ["-", "-", "-"] and row[-1] == "-"
     assert "16.26" in page and "123 (120 to 130)" in page
-
-
-def test_tables_come_from_their_files(benches, tmp_path):
-    tables = benches("tabulate")
-    (tmp_path / "r.json").write_text(json.dumps(steps_result(wrong=False)))
-    text = "before\n<!-- table steps r.json -->\nold\n<!-- end of table -->\nafter\n"
-    new = tables.rewritten(text, tmp_path)
-    assert (
-        "123 (120 to 130)" in new
-        and "old" not in new
-        and new.startswith("before")
-        and new.endswith("after\n")
-    )
-    assert tables.rewritten(new, tmp_path) == new
-    with pytest.raises(ValueError, match="unknown table 'stpes'"):
-        tables.rewritten(text.replace("steps", "stpes"), tmp_path)
-    with pytest.raises(ValueError, match="not a benchmark's result"):
-        tables.rewritten(text.replace("r.json", "none.json"), tmp_path)
-
-
-def test_the_readme_is_what_its_results_say(benches):
-    tables = benches("tabulate")
-    text = (ROOT / "README.md").read_text()
-    assert "<!-- table steps" in text and tables.rewritten(text) == text
-
-
-def test_a_changed_readme_is_found(benches, tmp_path, capsys):
-    tables = benches("tabulate")
-    text = (
-        (ROOT / "README.md")
-        .read_text()
-        .replace("| reference, encoder-only | ", "| reference, encoder-only | 1", 1)
-    )
-    (tmp_path / "R.md").write_text(text)
-    assert tables.main(["--check", str(tmp_path / "R.md")]) == 1 and "differs" in capsys.readouterr().out
-    assert (
-        tables.main([str(tmp_path / "R.md")]) == 0 and tables.main(["--check", str(tmp_path / "R.md")]) == 0
-    )

@@ -25,7 +25,12 @@ def tiny_world(benches):
 
 
 def seeds(**values):
-    return [{"seed": i, "top1": {arm: numbers[i] for arm, numbers in values.items()}} for i in range(3)]
+    from harness.results.progressive import SeedScores
+
+    scores = [{arm: numbers[i] for arm, numbers in values.items()} for i in range(3)]
+    return [
+        SeedScores(seed=i, top1=top1, dual_loss=1, others_loss=1, seconds={}) for i, top1 in enumerate(scores)
+    ]
 
 
 def test_summary_and_verdicts(progressive):
@@ -36,11 +41,8 @@ def test_summary_and_verdicts(progressive):
         "encoder-only": [41, 41, 44],
     }
     rows = progressive.summarise(seeds(**values))
-    assert (
-        [row["mean"] for row in rows] == [20, 40, 42, 42]
-        and rows[0]["std"] == 10
-        and rows[0]["values"] == [10, 20, 30]
-    )
+    assert [row.mean for row in rows] == [20, 40, 42, 42]
+    assert rows[0].std == 10 and rows[0].values == [10, 20, 30]
     lines = progressive.verdicts(rows)
     assert lines[0] == "pre-trained over scratch: +20.0 points (asked for: 15 or more) ok"
     assert lines[1].endswith("+2.0 points (asked for: 3 or more) NOT MET")
@@ -83,13 +85,13 @@ def test_a_job_that_fails_shows_its_log(tiny_world, tmp_path):
 
 
 def test_jobs_say_how_far_they_are(tiny_world, benches, tmp_path, monkeypatch, capsys):
-    telling = benches("telling")
-    monkeypatch.setattr(telling, "EVERY_S", 0.3)
+    progress = benches("progress")
+    monkeypatch.setattr(progress, "EVERY_S", 0.3)
     script = tmp_path / "script.py"
     script.write_text("import time\nprint('step 3 of 9', flush=True)\ntime.sleep(1.5)\n")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "seconds.json").write_text('{"first": 2.0}')
-    with telling.telling():
+    with progress.telling():
         tiny_world.run_jobs(str(script), {"a": 1, "b": 2}, tmp_path, "smoke")
     found = capsys.readouterr()
     assert found.out == "1 of 3 stages, 0.0 min\n"
@@ -130,11 +132,16 @@ def test_two_masks_to_the_table(mask_ablation, benches, tmp_path, monkeypatch, c
     assert [record["mask"] for record in records] == ["none", "frame"] and all(
         record["loss"] > 0 for record in records
     )
-    table = benches("tabulate").mask_tables(result)[0]
+    path = tmp_path / "mask_ablation.json"
+    from harness.results import read_result
+
+    table = read_result(path, "mask_ablation").tables()[0]
     assert [row[:2] for row in table.rows] == [["none", "0 %"], ["frame", "75 %"]] and "1 seed;" in table.note
-    result["records"][0] |= {
-        "top1": 20.0,
-        "runs": [{"top1": 10.0, "seconds": 9.0}, {"top1": 30.0, "seconds": 7.0}],
-    }
-    table = benches("tabulate").mask_tables(result)[0]
+    runs = [
+        {"seed": 0, "loss": 1, "top1": 10.0, "seconds": 9.0},
+        {"seed": 1, "loss": 1, "top1": 30.0, "seconds": 7},
+    ]
+    result["records"][0] |= {"top1": 20.0, "runs": runs}
+    path.write_text(json.dumps(result))
+    table = read_result(path, "mask_ablation").tables()[0]
     assert table.rows[0][4:] == ["20.0 (10.0 to 30.0)", "7"] and "2 seeds;" in table.note

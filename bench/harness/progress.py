@@ -1,6 +1,6 @@
-"""Where a benchmark is: said at least every 30 seconds, however long one of its steps takes.
+"""Progress of a benchmark: shown at least every 30 seconds, however long one of its steps takes.
 
-    with telling():                      # in `main`; `common.exit_code` does it
+    with telling():                      # in `main`; `command.exit_code` does it
         for turn in range(turns):
             at(f"round {turn + 1} of {turns}")
             ...
@@ -29,9 +29,8 @@ def at(where: str) -> None:
     """The benchmark does this now."""
     _State.where = where
     if _State.running and sys.stderr.isatty():
-        print(
-            f"\r  {where}{_CLEAR}\r", end="", file=sys.stderr, flush=True
-        )  # what is printed next takes its place
+        # What is printed next overwrites the line.
+        print(f"\r  {where}{_CLEAR}\r", end="", file=sys.stderr, flush=True)
 
 
 def said() -> None:
@@ -41,7 +40,7 @@ def said() -> None:
 
 @contextlib.contextmanager
 def telling() -> Iterator[None]:
-    """Say where the benchmark is while it runs; inside another `telling`, nothing more."""
+    """Show the progress while this lasts; inside another `telling`, nothing more."""
     if _State.running:
         yield
         return

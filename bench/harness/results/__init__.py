@@ -1,0 +1,69 @@
+"""Kinds of results: the records of each, and the tables that show them. `RESULTS` is the list of all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from harness.json_records import from_json
+from harness.results.attention import AttentionResult
+from harness.results.base import Result
+from harness.results.data import DataResult
+from harness.results.features import FeaturesResult
+from harness.results.kill_runs import KillResult
+from harness.results.loop import LoopResult
+from harness.results.mask_ablation import MaskResult
+from harness.results.operations import OperationsResult
+from harness.results.predict import PredictResult
+from harness.results.progressive import ProgressiveResult
+from harness.results.scaling import ScalingResult
+from harness.results.step import ProfileResult
+from harness.results.steps import StepsResult
+from harness.results.temporal import TemporalResult
+
+# By the command that writes it.
+RESULTS: dict[str, type[Result]] = {
+    "operations": OperationsResult,
+    "attention": AttentionResult,
+    "dual_vs_encoder": StepsResult,
+    "step": ProfileResult,
+    "data": DataResult,
+    "scaling": ScalingResult,
+    "predict": PredictResult,
+    "features": FeaturesResult,
+    "loop": LoopResult,
+    "progressive": ProgressiveResult,
+    "mask_ablation": MaskResult,
+    "temporal": TemporalResult,
+    "kill_runs": KillResult,
+}
+# Other names: of the README's tables, and of a command before it was renamed.
+ALIASES = {"steps": "dual_vs_encoder", "masks": "mask_ablation", "kernels": "operations"}
+
+
+def result_type(name: str) -> type[Result]:
+    """Type of a command's results.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    kind = RESULTS.get(ALIASES.get(name, name))
+    if kind is None:
+        raise ValueError(f"unknown result {name!r}; known: {', '.join([*RESULTS, *ALIASES])}")
+    return kind
+
+
+def read_result(path: str | Path, name: str) -> Result:
+    """The result of command `name` in a file.
+
+    Raises:
+        ValueError: an unknown name, a missing file, or no such result.
+    """
+    kind = result_type(name)
+    try:
+        result = from_json(kind, json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a result of {name}: {error}") from None
+    if not result.records:
+        raise ValueError(f"{path}: not a result of {name}: it has no records")
+    return result

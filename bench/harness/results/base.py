@@ -1,0 +1,37 @@
+"""What every result has: its environment, and the tables that show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from harness.environment import Environment
+from harness.json_records import SCHEMA, to_json, write_json
+from harness.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A result file; each kind adds `records` and more.
+
+    Attributes:
+        title: of its part of the report.
+    """
+
+    title: ClassVar[str]
+
+    environment: Environment
+    records: list[Any]
+    schema: str = SCHEMA
+
+    def tables(self) -> list[Table]:
+        """Tables of terminal, README (the first) and report."""
+        raise NotImplementedError
+
+    @property
+    def conditions(self) -> str:
+        return self.environment.conditions
+
+    def write(self, path: str | Path) -> None:
+        write_json(path, to_json(self))
