@@ -11,7 +11,9 @@ import run_docs  # noqa: E402
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", run_docs.pages(), ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in run_docs.pages() if run_docs.read_blocks(page)], ids=lambda page: page.stem
+)
 def test_page(page, tmp_path):
     if missing := run_docs.missing_packages(run_docs.read_blocks(page)):
         pytest.skip(f"{', '.join(missing)} not installed")
@@ -19,8 +21,11 @@ def test_page(page, tmp_path):
 
 
 def test_every_block_is_marked():
-    assert len(run_docs.pages()) >= 7
-    assert all(run_docs.read_blocks(page) for page in run_docs.pages())
+    """`read_blocks` raises for a block that is neither; pages of facts have no block that is run."""
+    how_tos = [page.stem for page in run_docs.pages() if run_docs.read_blocks(page)]
+    assert {"own_data", "one_gpu", "eight_gpus", "few_labels", "features", "detection", "hugging_face"} <= {
+        *how_tos
+    }
 
 
 def test_an_unmarked_block_is_found(tmp_path):

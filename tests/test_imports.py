@@ -19,8 +19,9 @@ ORDER = (
     ("vmae.train",),
     ("vmae.evaluate", "vmae.planning"),
     ("vmae.tools", "vmae.synthetic"),
+    ("vmae",),
     ("vmae.cli",),
-    ("vmae", "vmae.__main__"),
+    ("vmae.__main__",),
     ("bench", "experiments"),
 )
 BASE = ORDER[1]
