@@ -14,7 +14,7 @@ help:
 	@echo "make progressive  pre-train, merge labels, post-pre-train, fine-tune, test: on a CPU, 3 seeds, under 25 minutes"
 	@echo "make detection  actions of two actors, as on AVA: make videos, train, frame mAP, pictures: on a CPU, under 5 minutes"
 	@echo "make temporal   videos, features, temporal detection, mAP, from nothing: on a CPU, under 5 minutes"
-	@echo "make test       set up, run the tests (make test-slow: the long ones; make test-all: both; make lint: ruff)"
+	@echo "make test       set up, run the tests (make test-slow: the long ones; make test-all: both; make lint: ruff, mypy)"
 	@echo "make docs       build the documentation site in site/"
 	@echo "make notebook   run docs/first_steps.ipynb"
 	@echo "make wheel      build the wheel in dist/, install it in an empty environment, use it away from the tree"
@@ -75,6 +75,7 @@ test-browser: setup
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 docs: setup
 	@$(PIP) -c constraints.txt -e '.[docs]'

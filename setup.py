@@ -47,7 +47,15 @@ setup(
         "browser": ["selenium>=4.20"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.28"],
         "notebook": ["nbclient>=0.10", "ipykernel>=6.29"],
-        "dev": ["build>=1.2", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "safetensors>=0.5"],
+        "dev": [
+            "build>=1.2",
+            "mypy>=2.4",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "safetensors>=0.5",
+            "types-PyYAML",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",
