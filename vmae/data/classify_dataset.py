@@ -123,7 +123,7 @@ class LabelledBatch:
 
 class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
     """Labelled clips of a list: `dataset[epoch, index]` is a `LabelledBatch` of one video (B = 1, S clips of
-    one decode, each augmented on its own). Mixup and cutmix change whole batches (`draw_mixing`).
+    one decode, each augmented on its own). Mixup and cutmix mix a whole batch (`draw_mixing`).
 
     Args:
         labelled: the list.

@@ -65,7 +65,7 @@ def write_sample_frames(folder: str | Path, path: str | Path, short_side: int = 
     minute.
 
     Args:
-        short_side: short side of the images in pixels; the long side keeps the ratio.
+        short_side: of the images in pixels; the long side keeps the ratio.
 
     Raises:
         InputError: see `sample_videos`, or a file cannot be written.
@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frames", metavar="DIR", help="write the clips as small images there, and list those folders"
     )
-    parser.add_argument("--short-side", type=SIDE, default=96, help="short side of the images in pixels (96)")
+    parser.add_argument("--short-side", type=SIDE, default=96, help="of the images in pixels (96)")
 
 
 def run(args: argparse.Namespace) -> None:
