@@ -35,7 +35,7 @@ class Draw:
         batch: B.
         grid: tokens along time, height and width.
         ratio: share of the tokens to leave out, in [0, 1).
-        generator: where the random numbers come from; None means torch's own.
+        generator: source of the random numbers; None means torch's own.
         visible: int32 [B, Nv], tokens that the encoder sees; [B, 0] while the encoder's mask is drawn.
     """
 
@@ -77,8 +77,8 @@ class MaskKind:
     """A way to choose tokens.
 
     Attributes:
-        name: what settings call it: the name of its function.
-        text: what it leaves out, half a line.
+        name: name in settings: that of its function.
+        text: tokens that it leaves out, in half a line.
         draw: gives the sorted tokens that are kept, int32 [B, kept]; equally many in each clip.
         published: its name in the published code where that differs.
         even_frames: length of a run of frames in which every spot (row, column) is kept equally often; 1

@@ -122,7 +122,7 @@ def test_bad_input(tmp_path, capsys):
         with pytest.raises(InputError, match=message):
             SegmentsConfig(**change)
     (tmp_path / "segments.json").write_text("{}")
-    arguments = [
+    words = [
         "moving-segments",
         str(tmp_path),
         "--seconds",
@@ -134,8 +134,8 @@ def test_bad_input(tmp_path, capsys):
         "--clips",
         "1",
     ]
-    assert main(arguments) == 2
+    assert main(words) == 2
     assert "videos of other settings" in capsys.readouterr().err
     (tmp_path / "segments.json").unlink()
-    assert main([*arguments, "--motions", "left", "--clip-frames", "3"]) == 0
+    assert main([*words, "--motions", "left", "--clip-frames", "3"]) == 0
     assert "dataset.json" in capsys.readouterr().out

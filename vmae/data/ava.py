@@ -43,7 +43,7 @@ class AvaBox:
         timestamp: seconds.
         box: x1, y1, x2, y2 in [0, 1], x1 < x2 and y1 < y2.
         action: its id; None for a person box.
-        score: of a detection or a person box.
+        score: score of a detection or a person box.
         person: id within the video, of an annotation.
         line: number in its file, from 1; 0 when it came from elsewhere.
     """

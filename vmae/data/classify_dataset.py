@@ -127,11 +127,11 @@ class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
 
     Args:
         labelled: the list.
-        clip: which frames and pixels.
-        augment: how they are changed.
+        clip: settings that choose frames and pixels.
+        augment: settings of the augmentation.
         num_sample: S.
         cycle: epochs after which the same samples come again; None means never.
-        options: of `VideoDataset`.
+        options: arguments of `VideoDataset`.
     """
 
     def __init__(
@@ -214,10 +214,10 @@ class ViewDataset(VideoDataset[VideoEntry, Tensor]):
     broken video, which nothing stands in for. The views of a segment stand together.
 
     Args:
-        entries: of a labelled list, or other videos.
-        clip: which frames and pixels.
-        views: how many.
-        options: of `VideoDataset`.
+        entries: videos, of a labelled list or not.
+        clip: settings that choose frames and pixels.
+        views: number of segments and crops.
+        options: arguments of `VideoDataset`.
     """
 
     def __init__(self, entries: Sequence[VideoEntry], clip: ClipConfig, views: ViewConfig, **options):

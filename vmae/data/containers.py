@@ -179,8 +179,8 @@ def pick_stream(container: InputContainer, path: str | os.PathLike | None = None
     """FFmpeg's best video stream, with one thread to decode it; never a cover picture.
 
     Args:
-        container: of `open_container`.
-        path: for messages.
+        container: result of `open_container`.
+        path: name of the file in messages.
 
     Raises:
         DecodeError: there is none, or no decoder for it.
@@ -209,7 +209,7 @@ class PacketRow(NamedTuple):
     """A packet of a video stream.
 
     Attributes:
-        time: of its presentation, in the stream's units; None where the file has none.
+        time: presentation time in the stream's units; None where the file has none.
         key: whether decoding can start here.
         hidden: whether an edit list hides it.
     """
@@ -333,7 +333,7 @@ def is_intra(data: bytes | memoryview, length_bytes: int) -> bool:
 
     Args:
         data: a packet.
-        length_bytes: of the length before each unit; 0 for start codes.
+        length_bytes: bytes of the length before each unit; 0 for start codes.
     """
     starts = 0
     for unit in _units(data, length_bytes):

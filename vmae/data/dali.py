@@ -94,11 +94,11 @@ class DaliLoader:
     `build_loader`.
 
     Args:
-        dataset: what the samples are, and the way to decode what DALI does not.
-        sampler: which samples each step reads.
+        dataset: defines the samples, and decodes what DALI does not.
+        sampler: gives the samples of each step.
         quarantine: counts what failed.
         device: "cuda", or "cpu" for DALI's CPU operators.
-        num_threads: that look into the videos, and that DALI has.
+        num_threads: threads that inspect the videos, and as many for DALI.
 
     Raises:
         InputError: DALI fails from the first batch on; else as `PretrainLoader`.

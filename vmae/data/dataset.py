@@ -86,12 +86,12 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
     index).
 
     Args:
-        entries: of `read_list` or `read_data`, at least one.
+        entries: result of `read_list` or `read_data`, at least one.
         num_frames: T.
         stride: frames from one sampled frame to the next, for entries that have none of their own.
         image_size: side, or (height, width), of the clips in pixels.
         grid: tokens along time, height and width (`ModelConfig.grid`).
-        mask: how clips are masked.
+        mask: settings of the masks.
         num_sample: S.
         seed: not negative.
         repeat: visits of a video in an epoch.
@@ -257,8 +257,8 @@ class EpochSampler:
         accumulate: micro-batches of a step on each rank.
         rank, world_size: the ranks of a step take consecutive parts of one batch of `batch_size * accumulate
             * world_size`, so any split of the same batch sees the same samples.
-        start_step: where iteration starts; nothing before it is replayed.
-        total_steps: where iteration ends; None means never.
+        start_step: first step of the iteration; nothing before it is replayed.
+        total_steps: step at which iteration ends; None means never.
 
     Raises:
         InputError: a number out of range.

@@ -85,11 +85,11 @@ class KeyFrame(VideoEntry):
     """A key frame, in its video.
 
     Attributes:
-        video, timestamp: of the annotation.
+        video, timestamp: video and second of the annotation.
         frame: number of the key frame in the file.
         boxes: at least one.
         labels: classes (from 0) of each box; empty for boxes whose actions are not known.
-        scores: of each box.
+        scores: score of each box.
     """
 
     video: str = ""
@@ -157,7 +157,7 @@ def key_frames(
 
     Args:
         source: file of the rows, for messages.
-        entries: of `find_videos`.
+        entries: result of `find_videos`.
         actions: ids of the classes, in order; rows of others make a box without that label.
         fps: frames a second, where a video (or folder of images) does not tell.
         videos: folder of the videos, for messages.
@@ -339,7 +339,7 @@ class BoxedClip(NamedTuple):
     Attributes:
         clip: uint8 [T, H, W, 3], RGB.
         boxes: float32 [M, 4], x1, y1, x2, y2 in [0, 1].
-        numbers: of these boxes among the key frame's.
+        numbers: place of each of these boxes among the key frame's.
     """
 
     clip: Tensor
@@ -353,11 +353,11 @@ class DetectionDataset(VideoDataset[KeyFrame, BoxedClip]):
     A key frame whose video cannot be decoded is replaced by another one, with that one's boxes.
 
     Args:
-        frames: of `key_frames`, with labels.
+        frames: result of `key_frames`, with labels.
         num_classes: K.
-        clip: what is seen.
-        augment: how it is changed.
-        options: of `VideoDataset`.
+        clip: settings that choose frames and pixels.
+        augment: settings of the augmentation.
+        options: arguments of `VideoDataset`.
     """
 
     def __init__(

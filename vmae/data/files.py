@@ -1,8 +1,8 @@
 """What may be opened, and how long a file system may take.
 
 A pipe without a writer, a device and a dead mount hang the process that opens them. Only regular files are
-opened (`check_regular`), and what the main process asks of a file system, it asks in a thread that it can leave
-behind (`ask_files`). Whatever decodes belongs into a worker, see `vmae.data.guarded`.
+opened (`check_regular`), and what the main process asks of a file system, it asks in a thread that it can
+leave behind (`ask_files`). Whatever decodes belongs into a worker, see `vmae.data.guarded`.
 """
 
 from __future__ import annotations

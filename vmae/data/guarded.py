@@ -67,7 +67,8 @@ def guarded_each(
     raised.
 
     Args:
-        function: of a module, or a partial of one; its results can be pickled (tensors go by shared memory).
+        function: a module's function, or a partial of one; its results can be pickled (tensors go by shared
+            memory).
         entries: `VideoEntry`s or paths.
         hang_s: seconds that each may take; None means `hang_limit()`.
 
@@ -141,7 +142,8 @@ def guarded_streams(
     next one.
 
     Args:
-        read: of a module, or a partial of one; gives tensors of one shape, of which `chunk` travel at once.
+        read: a module's function, or a partial of one; gives tensors of one shape, of which `chunk` travel at
+            once.
         hang_s: seconds that `chunk` of them may take; None means `hang_limit()`.
 
     Yields:

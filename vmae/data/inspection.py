@@ -32,7 +32,7 @@ class Inspection:
         open_gop, gop: see `PacketTable`.
         streams: videos in the file.
         stream: index of the best one among all streams.
-        orientation: of the first frame.
+        orientation: display of the first frame.
         aspect: width of a pixel over its height, where they differ; else None.
         pixels: FFmpeg's name of the pixel format.
         full_range: whether black is 0, not 16.

@@ -61,7 +61,7 @@ class LabelledList:
     """Videos and what they show.
 
     Attributes:
-        entries: of the list, in order.
+        entries: the list's videos, in order.
         labels: classes of each entry, from 0; at least one each.
         num_classes: labels are below it.
         multi: whether a video can have several labels (a loss of its own for each class).
@@ -96,7 +96,7 @@ def read_labelled_list(
 
     Args:
         data_root: see `read_list`.
-        num_classes: of the label space; None takes the largest label plus 1.
+        num_classes: size of the label space; None takes the largest label plus 1.
 
     Raises:
         InputError: see `read_list`; a line without a label; a label out of range (with its line).
@@ -327,8 +327,8 @@ def read_label_map(
     entry i is the number that target class i has in the larger space.
 
     Args:
-        source_classes: of the larger space.
-        num_classes: of the target.
+        source_classes: classes of the larger space.
+        num_classes: classes of the target.
 
     Raises:
         InputError: the file is no such list; it misses classes of the target, or names one that the source

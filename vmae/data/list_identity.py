@@ -83,8 +83,8 @@ def list_changes(
     the same.
 
     Args:
-        before, now: of `identify_list`.
-        dataset, root: of `now`.
+        before, now: results of `identify_list`.
+        dataset, root: arguments that gave `now`.
     """
     keys = ("videos", "entries", "labels", "mix")
     if all(before.get(key) == now.get(key) for key in keys):

@@ -43,8 +43,8 @@ class PretrainLoader:
     """Iterator over `Batch`, one for each step from `start_step` on. Made by `build_loader`.
 
     Attributes:
-        sampler: which samples each step reads.
-        quarantine: what failed so far.
+        sampler: gives the samples of each step.
+        quarantine: videos that failed so far.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ def build_loader(
         hang_s: seconds that a video may take in a worker, before the worker is replaced and the video counts
             as bad; None means `vmae.data.workers.hang_limit()`.
         loader: "cpu", or "dali" (see `vmae.data.dali`; `num_workers` are its threads).
-        device: where DALI decodes; the CPU's loader has no use for it.
+        device: device on which DALI decodes; the CPU's loader ignores it.
 
     Raises:
         InputError: a number out of range, both `total_steps` and `epochs`, a loader that is unknown or not

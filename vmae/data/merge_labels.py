@@ -36,7 +36,7 @@ class LabelSource:
     """One label set to merge.
 
     Attributes:
-        name: for files and the report.
+        name: its name in files and in the report.
         classes: names by number.
         train, val: its lists; `val` may be missing.
     """

@@ -60,7 +60,7 @@ class Source:
     """One line of videos in a mix.
 
     Attributes:
-        name: for people.
+        name: shown to people.
         first, count: its place among the mix's entries.
         weight: its share before all shares are made to add up to 1.
         root: folder that its relative paths start from; empty where that is not known.
@@ -77,7 +77,7 @@ class Mix(Sequence):
     """The entries of all sources, one after the other, and how often each comes.
 
     Args:
-        entries: of all sources, in order.
+        entries: videos of all sources, in order.
         sources: cover the entries, in order.
         mixing: "natural" or "weighted".
     """

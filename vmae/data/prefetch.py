@@ -29,7 +29,7 @@ class Prefetcher:
         source: iterator over batches: dataclasses of tensors (nested ones too) with `to(device,
             non_blocking)`. It is closed with this one; `interrupt()`, where it has one, makes a `next` that
             waits end soon.
-        device: where the batches go.
+        device: device that the batches are copied to.
         depth: batches that are made ahead, beside the one being copied.
         threaded: None is True on a GPU and False on a CPU.
     """

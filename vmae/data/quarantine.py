@@ -24,7 +24,7 @@ class Failure(NamedTuple):
     """A video that could not be decoded, and that another one stands in for.
 
     Attributes:
-        path: of the file or folder.
+        path: name of the file or folder.
         error: the library's reason.
         library: the backend that failed, or "worker" for a process that hung or crashed on it; None where
             none was asked.
@@ -54,7 +54,7 @@ class Quarantine:
         path: file that gets one JSON line (path, error, library) for each bad video, once; None writes
             nothing. What it holds already, from before a run was resumed, stays and is not written again.
         max_share: share of the list's videos that may be bad.
-        videos: how many different ones the list has; None judges reads alone.
+        videos: number of different videos of the list; None judges reads alone.
 
     Attributes:
         reads, failures: videos tried, and how many of these tries failed.

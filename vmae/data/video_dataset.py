@@ -56,7 +56,7 @@ class VideoDataset(Dataset, Generic[EntryT, Decoded]):
     what a sample is made of (`__getitem__`).
 
     Args:
-        entries: of `read_list` or `read_data`, at least one.
+        entries: result of `read_list` or `read_data`, at least one.
         num_sample: clips of one decode.
         seed: not negative.
         repeat: visits of a video in an epoch.

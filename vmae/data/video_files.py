@@ -139,7 +139,7 @@ def playlist_kind(path: str, size: int | None = None) -> str | None:
     none.
 
     Args:
-        size: of the file in bytes, where it is known.
+        size: bytes of the file, where they are known.
     """
     suffix = os.path.splitext(path)[1].lower()
     if suffix in PLAYLIST_SUFFIXES:

@@ -68,7 +68,7 @@ class VideoReader(ABC):
     """An open video; a context manager that closes it.
 
     Attributes:
-        path: of the file or folder.
+        path: name of the file or folder.
         fps: frames a second, None where it is not known.
         codec: FFmpeg's name of it, None where it is not known.
         backend: name of the backend that opened it.

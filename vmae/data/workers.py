@@ -199,7 +199,7 @@ class WorkerPool:
 
     Args:
         maker: copied into each process.
-        tasks: what `maker[task]` is called with; drawn as workers become free.
+        tasks: arguments of `maker[task]`; drawn as workers become free.
         count: processes.
         prefetch: tasks that each has at a time.
         hang_s: seconds that one video may take.

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.5,
         help="share that the decoder leaves out (0.5)",
     )
-    parser.add_argument("--seed", type=SEED, default=0, help="of every mask (0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of every mask (0)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -24,8 +24,8 @@ class Library:
         name: shown to the user.
         module: import name.
         packages: distributions that may provide it; only one may be installed.
-        install: what to type.
-        without: what it costs not to have it.
+        install: command that installs it.
+        without: cost of not having it.
     """
 
     name: str
@@ -40,11 +40,11 @@ class Backend:
     """A way to read videos.
 
     Attributes:
-        name: what the user calls it.
+        name: name for `--backend` and `open_video`.
         kinds: the `VideoEntry.kind`s that it reads.
-        open: opens an entry; raises DecodeError.
-        missing: None if it can be used here, else what to install.
-        refuses: what it would decode wrongly of an entry, in a few words; None where it can be trusted.
+        open: opens an entry, or raises DecodeError.
+        missing: tells what to install; None where it can be used here.
+        refuses: tells, in half a line, what it would decode wrongly of an entry; None where nothing.
         order: its place in `auto`, the smallest first.
         library: the package that it needs; None where none.
     """
