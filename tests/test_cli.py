@@ -28,7 +28,7 @@ def test_unknown_command_exits_with_2(capsys):
 
 
 def test_only_the_named_command_is_imported():
-    code = "import sys; from vmae.cli import build_parser; build_parser('parity'); print('vmae.train.pretrain' in sys.modules)"
+    code = "import sys; from vmae.cli import build_parser; build_parser('parity'); print('vmae.train.tasks.pretrain' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
     assert build_parser("parity").parse_args(["parity", "x.npz"]).files == ["x.npz"]

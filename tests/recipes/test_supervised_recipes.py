@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from vmae import ModelConfig
-from vmae.train import distill, finetune_settings
+from vmae.train import finetune_settings
+from vmae.train.tasks import distil
 from vmae.train.finetune_settings import configs_from_args, model_from_args
 
 RECIPES = Path(__file__).parents[2] / "recipes"

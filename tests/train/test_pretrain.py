@@ -21,7 +21,7 @@ from vmae.data.dali import dali_missing
 from vmae.synthetic.samples import sample_videos
 from vmae.train.loop import Trainer
 from vmae.train.metrics import loss_of_last_tenth, read_log
-from vmae.train.pretrain import setting_changes
+from vmae.train.resume import setting_changes
 
 ROOT = Path(__file__).parents[2]
 MICRO = dict(embed_dim=48, depth=2, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
@@ -80,7 +80,7 @@ def test_a_run_leaves_logs_settings_checkpoint_and_weights(videos, tmp_path, cap
     assert "effective batch 2 videos (2 x 1 micro-batches x 1 ranks), 4 clips a step" in text
     assert "0.1 x 2 / 256 = 0.000781" in text
     assert "trivial predictors on the first batch: zero 0.9" in text
-    assert "64 tokens (tube 0.75: 16 visible; running_cell 0.5: 32 picked, 24 counted" in text
+    assert "64 tokens (tube 0.75: 16 visible; running_cell 0.5: 32 decoded, 24 counted" in text
     assert all(str(out / name) in text for name in ("weights.pth", "log.jsonl", "run.json"))
     records = read_log(out / "log.jsonl")
     assert len(records) == 6 and records[3]["epoch"] == 1.0  # 2 videos x 4 visits in batches of 2

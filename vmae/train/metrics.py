@@ -101,8 +101,8 @@ def read_log(path: str | Path, /, **keys: type | tuple[type, ...]) -> list[dict[
 def loss_of_last_tenth(records: list[dict[str, Any]], total_steps: int) -> float | None:
     """Mean loss of the last tenth of a run, to a line of the log; None where nothing of it was logged."""
     steps = [record for record in records if isinstance(record.get("step"), (int, float))]
-    losses = [record.get("loss_mean") for record in steps if record["step"] > 0.9 * total_steps]
-    losses = [loss for loss in losses if isinstance(loss, (int, float))]
+    last = [record.get("loss_mean") for record in steps if record["step"] > 0.9 * total_steps]
+    losses = [loss for loss in last if isinstance(loss, (int, float))]
     return sum(losses) / len(losses) if losses else None
 
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,26 +24,21 @@ from tqdm import tqdm
 
 from vmae.checkpoint.identity import list_hash, model_identity
 from vmae.checkpoint.load import LoadedClassifier, load_classifier
-from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
+from vmae.data.classify_dataset import LabelledBatch
+from vmae.data.labels import LabelledList
 from vmae.data.manifest import VideoEntry
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
+from vmae.model import Classifier
 from vmae.settings import SHARE, Real, limits, ranged
 from vmae.train import finetune_settings
-from vmae.train.finetune import (
-    Extra,
-    Source,
-    build_dataset,
-    finetune,
-    prepare_finetune,
-    read_data,
-    settings_of,
-)
 from vmae.train.finetune_settings import FinetuneConfig
 from vmae.train.logit_store import LogitStore, fill_store
 from vmae.train.parallel import Parallel, open_parallel
-from vmae.train.pretrain_settings import EPOCHS, RunConfig
-from vmae.train.run import Prepared
+from vmae.train.pretrain_settings import EPOCHS
+from vmae.train.run import run_task
+from vmae.train.tasks.finetune import FinetuneTask, settings_of
+from vmae.train.tasks.supervised import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; 0 also after SIGTERM or SIGUSR1 (the run goes on when it is started again), 130 after
-    Ctrl-C."""
+    """The command; with `--store`, the teacher's pass alone."""
     if args.store is not None and args.logits is None:
         raise InputError("--store needs the folder to store to: --logits DIR")
     base, run_config, source = settings_of(args)
@@ -125,42 +117,26 @@ def run(args: argparse.Namespace) -> int:
         backend=speed.backend,
         attention=speed.attention,
     )
-    config = _distil_config(args, base, teacher)
-    with open_parallel(speed.parallel, run_config.device, shard_size=speed.shard_size) as parallel:
-        for line in teacher.assumed if parallel.is_main else ():
-            print(line)
-        if args.store is not None:
-            with parallel.hold(args.logits, "a teacher's logits being stored"):
-                store_logits(config, teacher, parallel, batch_size=run_config.batch_size)
-            return 0
-        prepared, extra = prepare_distillation(config, run_config, parallel, teacher, source)
-        if args.dry_run:
-            if parallel.is_main:
-                print(json.dumps(prepared.describe(), indent=2))
-            return 0
-        return 130 if finetune(prepared, extra) == signal.SIGINT else 0
-
-
-def _distil_config(args: argparse.Namespace, base: FinetuneConfig, teacher: LoadedClassifier) -> DistilConfig:
-    if teacher.model.num_classes != base.num_classes:
-        raise InputError(
-            f"the teacher {teacher.path} has {teacher.model.num_classes} classes, the labels have "
-            f"{base.num_classes}; "
-            "--teacher-map FILE.json says which of the teacher's they are"
-        )
-    if teacher.multi_label:
-        raise InputError(f"the teacher {teacher.path} gives several labels a video; distillation needs one")
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-    return DistilConfig(
+    config = DistilConfig(
         **fields,
         teacher=str(teacher.path),
-        teacher_identity=model_identity(teacher.model),
         teacher_map=args.teacher_map,
         temperature=args.temperature,
         kl_weight=args.kl_weight,
         logits=args.logits,
         stored_epochs=args.store if args.logits else None,
     )
+    task = DistilTask(config, source, teacher)
+    if args.store is None:
+        return run_task(task, run_config, dry_run=args.dry_run)
+    with open_parallel(speed.parallel, run_config.device, shard_size=speed.shard_size) as parallel:
+        for line in teacher.assumed if parallel.is_main else ():
+            print(line)
+        task.adopt(teacher)
+        with parallel.hold(args.logits, "a teacher's logits being stored"):
+            store_logits(task.config, teacher, parallel, batch_size=run_config.batch_size)
+    return 0
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -176,45 +152,99 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return temperature**2 * divergence
 
 
-def prepare_distillation(
-    config: DistilConfig, run: RunConfig, parallel: Parallel, teacher: LoadedClassifier, source: Source | None
-) -> tuple[Prepared, Extra]:
-    """A student's run, checked, and what makes its loss; nothing is written.
+class DistilTask(FinetuneTask):
+    """Fine-tuning with a teacher beside the labels.
 
-    Raises:
-        InputError: see `prepare_finetune`; stored logits that are of other views, or not complete.
+    Args:
+        source: what `config.init` names, where the caller has read it.
+        teacher: what `config.teacher` names, the same.
     """
-    store = None
-    if config.logits is not None:
-        store = _open_store(config, read_data(config)[0].entries)
-        config = dataclasses.replace(config, stored_epochs=store.about["epochs"])
+
+    config: DistilConfig
+
+    def __init__(
+        self, config: DistilConfig, source: Source | None = None, teacher: LoadedClassifier | None = None
+    ) -> None:
+        super().__init__(config, source)
+        self.teacher = teacher
+        self.store: LogitStore | None = None
+
+    def check(self) -> list[str]:
+        if self.teacher is None:
+            self.teacher = load_classifier(
+                self.config.teacher,
+                label_map=self.config.teacher_map,
+                clip=self.config.clip.to_dict(),
+                backend=self.run.speed.backend,
+                attention=self.run.speed.attention,
+            )
+        self.adopt(self.teacher)
+        return [*self.teacher.assumed, *super().check()]
+
+    def adopt(self, teacher: LoadedClassifier) -> None:
+        """Note in `config` which teacher it is.
+
+        Raises:
+            InputError: it has other classes, or several labels a video.
+        """
+        if teacher.model.num_classes != self.config.num_classes:
+            raise InputError(
+                f"the teacher {teacher.path} has {teacher.model.num_classes} classes, the labels have "
+                f"{self.config.num_classes}; --teacher-map FILE.json says which of the teacher's they are"
+            )
+        if teacher.multi_label:
+            raise InputError(
+                f"the teacher {teacher.path} gives several labels a video; distillation needs one"
+            )
+        identity = model_identity(teacher.model)
+        self.config = dataclasses.replace(self.config, teacher_identity=identity)
+
+    def read_labels(self) -> tuple[LabelledList, list[str]]:
+        labelled, notes = super().read_labels()
+        if self.config.logits is not None:
+            self._open_logits(labelled)
+        return labelled, notes
+
+    def _open_logits(self, labelled: LabelledList) -> None:
+        """Read from the store what to train with.
+
+        Raises:
+            InputError: it is of other views, or not complete; an epoch is less than a batch.
+        """
+        store = open_store(self.config, labelled.entries)
+        self.store, self.cycle = store, store.about["epochs"]
+        self.config = dataclasses.replace(self.config, stored_epochs=self.cycle)
         missing = store.missing()
         if missing:
             raise InputError(
-                f"{config.logits} lacks the logits of {len(missing)} samples; finish it with --store first"
+                f"{store.folder} lacks the logits of {len(missing)} samples; finish it with --store first"
             )
-    prepared = prepare_finetune(config, run, parallel, source, cycle=config.stored_epochs)
-    samples, batch = len(prepared.dataset), prepared.config.effective_batch
-    if store is not None and samples < batch:
-        raise InputError(
-            f"an epoch of {samples} samples is less than a batch of {batch}; stored logits need whole "
-            "batches: lower "
-            "--batch-size, or raise --repeat"
-        )
-    model = None if store is not None else teacher.model.to(parallel.device).requires_grad_(False)
+        samples, batch = store.shape[0], self.run.videos_per_step(self.parallel.world_size)
+        if samples < batch:
+            raise InputError(
+                f"an epoch of {samples} samples is less than a batch of {batch}; stored logits need whole "
+                "batches: lower --batch-size, or raise --repeat"
+            )
 
-    def extra(batch: LabelledBatch, clips: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
-        if store is not None:
-            taught = store.read([(epoch, index) for epoch, index, _ in batch.ids]).to(logits.device)
-        else:
-            with torch.no_grad():
-                taught = model(clips)
-        return (
-            config.kl_weight * distillation_loss(logits, taught, config.temperature)
-            + (1 - config.kl_weight) * loss
-        )
+    def build_model(self) -> Classifier:
+        model = super().build_model()
+        assert self.teacher is not None  # `check` came before
+        if self.store is None:
+            self.teacher.model.to(self.parallel.device).requires_grad_(False)
+        return model
 
-    return prepared, extra
+    def teach(self, batch: LabelledBatch, clips: Tensor) -> Tensor:
+        """The teacher's logits [B, K] of the clips that the student saw."""
+        if self.store is not None:
+            return self.store.read([(epoch, index) for epoch, index, _ in batch.ids]).to(clips.device)
+        assert self.teacher is not None
+        with torch.no_grad():
+            return self.teacher.model(clips)
+
+    def loss_of(self, batch: LabelledBatch, clips: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        config, labels = self.config, super().loss_of(batch, clips, logits, targets)
+        taught = distillation_loss(logits, self.teach(batch, clips), config.temperature)
+        return config.kl_weight * taught + (1 - config.kl_weight) * labels
 
 
 # --- Stored logits ---
@@ -243,8 +273,9 @@ def _about_views(config: DistilConfig, entries: Sequence[VideoEntry], epochs: in
     }
 
 
-def _open_store(config: DistilConfig, entries: Sequence[VideoEntry]) -> LogitStore:
+def open_store(config: DistilConfig, entries: Sequence[VideoEntry]) -> LogitStore:
     """The store of a run; how many epochs it has, it says itself, unless `config` does."""
+    assert config.logits is not None
     epochs = config.stored_epochs
     if epochs is None:
         try:
@@ -266,15 +297,16 @@ def store_logits(
     Raises:
         InputError: the folder holds logits of other views; the list or its videos cannot be read.
     """
-    labelled, notes = read_data(config)
+    views = FinetuneTask(config)
+    labelled, notes = views.read_labels()
     if parallel.is_main:
         print(f"list: {config.data}, {len(labelled.entries)} videos")
         for note in notes:
             print(note)
-        _open_store(config, labelled.entries).create()
+        open_store(config, labelled.entries).create()
     parallel.barrier()
-    store = _open_store(config, labelled.entries)
-    dataset: ClassifyDataset = build_dataset(config, labelled)
+    store = open_store(config, labelled.entries)
+    dataset = views.build_dataset(labelled)
     model = teacher.model.to(parallel.device)
 
     def compute(keys: list[tuple[int, int]]) -> Tensor:
@@ -300,7 +332,7 @@ def store_logits(
     if parallel.is_main:
         samples, _, classes = store.shape
         print(
-            f"{config.logits}: bf16 logits of {store.about['epochs']} epochs x {samples} samples, {classes} "
-            "classes"
+            f"{config.logits}: bf16 logits of {store.about['epochs']} epochs x {samples} samples, "
+            f"{classes} classes"
         )
     return store
