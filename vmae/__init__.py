@@ -1,5 +1,6 @@
 """Dual-masked pre-training of video transformers: VideoMAE V2's method, with fused kernels and proof."""
 
+from vmae import train  # a package that is called: vmae.train(config, output=...)
 from vmae.config import MaskConfig, ModelConfig, SpeedConfig
 from vmae.errors import InputError
 from vmae.masking import DualMask
@@ -16,4 +17,5 @@ __all__ = [
     "build_classifier",
     "build_pretrainer",
     "build_reference",
+    "train",
 ]

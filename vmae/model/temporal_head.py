@@ -46,6 +46,9 @@ class TemporalHead(nn.Module):
         distance: typical distance to start and end in positions, where regression begins.
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(
         self,
         features: int,
