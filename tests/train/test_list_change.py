@@ -18,8 +18,8 @@ from vmae.synthetic.moving_actors import ActorsConfig, write_actors
 from vmae.train.metrics import read_log
 
 CLIP = dict(num_frames=4, stride=1, image_size=32, grid=(2, 4, 4), mask=MaskConfig(encoder_ratio=0.75))
-SIZE = "--model vit_tiny --image-size 32 --num-frames 4 --stride 2 --batch-size 4 --workers 0 --device cpu".split()
-SIZE += ["--no-tensorboard"]
+SIZE = "--model vit_tiny --image-size 32 --num-frames 4 --stride 2 --batch-size 4 --workers 0".split()
+SIZE += ["--device", "cpu", "--no-tensorboard"]
 
 
 def dataset_of(data) -> PretrainDataset:

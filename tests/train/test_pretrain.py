@@ -26,8 +26,10 @@ from vmae.train.resume import setting_changes
 ROOT = Path(__file__).parents[2]
 MICRO = dict(embed_dim=48, depth=2, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
 # 4 x 4 x 4 tokens of 8-pixel patches: running cell and tube 0.75 both leave something to see and to count.
-SMALL = "--model micro --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75 --no-tensorboard".split()
-RUN = "--batch-size 2 --steps 6 --workers 0 --lr 0.1 --drop-path 0.2 --clip-grad 1 --log-every 1 --device cpu".split()
+SMALL = "--model micro --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75".split()
+SMALL += ["--no-tensorboard"]
+RUN = "--batch-size 2 --steps 6 --workers 0 --lr 0.1 --drop-path 0.2 --clip-grad 1 --log-every 1".split()
+RUN += ["--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +155,8 @@ def test_bfloat16_trains_close_to_float32(videos, tmp_path):
 
 
 def test_loss_falls_below_the_zero_predictors(videos, tmp_path):
-    flags = "--steps 150 --batch-size 2 --num-sample 4 --lr 0.4 --warmup-steps 10 --encoder-ratio 0.5 --drop-path 0"
+    flags = "--steps 150 --batch-size 2 --num-sample 4 --lr 0.4 --warmup-steps 10 --encoder-ratio 0.5"
+    flags += " --drop-path 0"
     assert pretrain(videos, tmp_path, *flags.split()) == 0
     assert loss_of_last_tenth(read_log(tmp_path / "log.jsonl"), 150) < 0.97
 
@@ -305,11 +308,12 @@ def test_dry_run_prints_what_is_resolved_and_writes_nothing(videos, tmp_path, ca
 
 
 def test_published_names_and_values_work(videos, tmp_path, capsys):
-    flags = f"""--data_path {videos} --output_dir {tmp_path / "run"} --model pretrain_videomae_small_patch16_224
-        --mask_type tube --mask_ratio 0.9 --decoder_mask_type run_cell --decoder_mask_ratio 0.5 --batch_size 32 --num_sample 4
-        --num_frames 16 --sampling_rate 4 --opt adamw --opt_betas 0.9 0.95 --opt_eps 1e-8 --warmup_epochs 30 --epochs 300
-        --lr 6e-4 --min_lr 1e-5 --clip_grad 0.02 --drop_path 0.1 --weight_decay 0.05 --decoder_depth 4 --num_workers 2
-        --device cpu --dry-run"""
+    flags = f"""--data_path {videos} --output_dir {tmp_path / "run"}
+        --model pretrain_videomae_small_patch16_224 --mask_type tube --mask_ratio 0.9
+        --decoder_mask_type run_cell --decoder_mask_ratio 0.5 --batch_size 32 --num_sample 4
+        --num_frames 16 --sampling_rate 4 --opt adamw --opt_betas 0.9 0.95 --opt_eps 1e-8
+        --warmup_epochs 30 --epochs 300 --lr 6e-4 --min_lr 1e-5 --clip_grad 0.02 --drop_path 0.1
+        --weight_decay 0.05 --decoder_depth 4 --num_workers 2 --device cpu --dry-run"""
     assert main(["pretrain", *flags.split()]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (

@@ -26,7 +26,6 @@ from vmae.evaluate.temporal_features import geometry_of, read_about, read_items,
 from vmae.evaluate.temporal_loss import detector_loss, targets_of
 from vmae.evaluate.temporal_settings import DetectorConfig
 from vmae.model.temporal_head import TemporalHead
-from vmae.train.optim import OptimConfig
 from vmae.train.task import Task
 
 DETECTOR = "detector.pth"
@@ -63,17 +62,13 @@ class FeatureDataset(VideoDataset):
     """Videos to train on: `dataset[epoch, index]` is a `FeatureBatch` of one.
 
     Args:
-        entries: of the videos, at least one.
         sizes: C, K and 2.
         most: positions of a sample; of a longer video, a random piece.
-        seed: of the pieces.
     """
 
-    def __init__(
-        self, entries: list[FeatureEntry], sizes: tuple[int, int, int], most: int, seed: int
-    ) -> None:
-        super().__init__(entries, seed=seed)
-        self.videos, self.sizes, self.most = entries, sizes, most
+    def __init__(self, videos: list[FeatureEntry], sizes: tuple[int, int, int], most: int, seed: int) -> None:
+        super().__init__(videos, seed=seed)
+        self.videos, self.sizes, self.most = videos, sizes, most
 
     def describe_labels(self, number: int) -> str:
         return self.videos[number].mark
@@ -83,9 +78,8 @@ class FeatureDataset(VideoDataset):
         piece, number, replaced = self._decode_with_replacement(epoch, index)
         features, labels, distances = piece[None].split(self.sizes, 2)
         valid = torch.ones(features.shape[:2], dtype=torch.bool)
-        return FeatureBatch(
-            features, labels, distances, valid, [(epoch, index, self.entries[number].path)], replaced
-        )
+        ids = [(epoch, index, self.entries[number].path)]
+        return FeatureBatch(features, labels, distances, valid, ids, replaced)
 
     def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
         assert isinstance(entry, FeatureEntry)
@@ -99,7 +93,7 @@ class TemporalTask(Task[DetectorConfig, FeatureBatch]):
 
     model: TemporalHead
     dataset: FeatureDataset
-    weights_name = DETECTOR
+    weights_name, scales_rates = DETECTOR, False
 
     @property
     def list_file(self) -> str:
@@ -113,7 +107,8 @@ class TemporalTask(Task[DetectorConfig, FeatureBatch]):
         config, folder = self.config, Path(self.config.features)
         about, truth = read_about(folder), read_actionformer(config.dataset)
         videos = subset_of(read_videos(config.dataset), config.subset, None, config.dataset)
-        items, geometry = read_items(folder, videos, geometry_of(about)), geometry_of(about)
+        geometry = geometry_of(about)
+        items = read_items(folder, videos, geometry)
         own = [[segment for segment in truth if segment.video == item.name] for item in items]
         classes = config.classes or tuple(sorted({one.label for segments in own for one in segments}))
         if not classes:
@@ -134,20 +129,12 @@ class TemporalTask(Task[DetectorConfig, FeatureBatch]):
         values = torch.cat([entry.values for entry in self.dataset.videos])
         features, labels, distances = values.split(sizes, 1)
         learned = distances[labels.any(1)]
-        head = TemporalHead(
-            sizes[0],
-            sizes[1],
-            width=config.width,
-            depth=config.depth,
-            drop_rate=config.drop_rate,
-            distance=learned.log().mean().exp().item() if len(learned) else 1.0,
-        )
+        distance = learned.log().mean().exp().item() if len(learned) else 1.0
+        size = {"width": config.width, "depth": config.depth}
+        head = TemporalHead(*sizes[:2], **size, drop_rate=config.drop_rate, distance=distance)
         head.mean.copy_(features.mean(0))
         head.deviation.copy_(features.std(0, correction=0).clamp(min=1e-6))
         return head
-
-    def scaled_optim(self, batch: int) -> OptimConfig:
-        return self.config.optim  # whatever the batch
 
     def compute_loss(self, model: nn.Module, batch: FeatureBatch) -> Tensor:
         logits, found = model(batch.clips, batch.valid)
@@ -158,6 +145,3 @@ class TemporalTask(Task[DetectorConfig, FeatureBatch]):
     def describe_model(self) -> str:
         classes = self.config.classes or ()
         return f", {len(classes)} classes, {self.model.mean.shape[0]} values a position"
-
-    def describe_rates(self, optim: OptimConfig) -> str:
-        return f"learning rate {optim.lr:g} at its peak"

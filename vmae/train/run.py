@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -87,11 +88,12 @@ def _run_config(run: RunConfig | None, settings: dict[str, Any]) -> RunConfig:
     return dataclasses.replace(run, **{"speed": dataclasses.replace(run.speed, **speed), **settings})
 
 
-def run_task(task: Task, run: RunConfig, *, dry_run: bool = False) -> int:
+def run_task(task: Task, run: RunConfig, args: argparse.Namespace) -> int:
     """A task's command.
 
     Args:
-        dry_run: print the resolved settings as JSON, and write nothing.
+        args: the command line; with `dry_run`, the resolved settings are printed as JSON, and nothing is
+            written.
 
     Returns:
         The exit code: 0, also after SIGTERM or SIGUSR1 (the same command goes on), 130 after Ctrl-C.
@@ -99,7 +101,7 @@ def run_task(task: Task, run: RunConfig, *, dry_run: bool = False) -> int:
     speed = run.speed
     with open_parallel(speed.parallel, run.device, shard_size=speed.shard_size) as parallel:
         prepared = prepare(task, run, parallel)
-        if dry_run:
+        if args.dry_run:
             if parallel.is_main:
                 print(json.dumps(prepared.describe(), indent=2))
             return 0

@@ -80,6 +80,7 @@ class Task(abc.ABC, Generic[ConfigT, BatchT]):
 
     unit = "videos"  # what `config.effective_batch` counts
     weights_name = WEIGHTS_NAME  # of the file that a complete run leaves
+    scales_rates = True  # whether `config.optim` has the learning rates of 256 samples a step
     loader = "cpu"  # who makes the batches, see `vmae.data.build_loader`
 
     run: RunConfig
@@ -111,8 +112,8 @@ class Task(abc.ABC, Generic[ConfigT, BatchT]):
         return self.list_file if os.path.isdir(self.list_file) else os.path.dirname(self.list_file)
 
     def scaled_optim(self, batch: int) -> OptimConfig:
-        """The optimizer's settings at an effective batch; by default, rates grow with it."""
-        return self.config.optim.scaled_to(batch)
+        """The optimizer's settings at an effective batch."""
+        return self.config.optim.scaled_to(batch) if self.scales_rates else self.config.optim
 
     @abc.abstractmethod
     def build_model(self) -> nn.Module:
@@ -177,8 +178,9 @@ class Task(abc.ABC, Generic[ConfigT, BatchT]):
 
     def describe_rates(self, optim: OptimConfig) -> str:
         """The learning rates, in words. `optim`: of `scaled_optim`."""
-        scaled = f"{self.config.optim.lr:g} x {self.config.effective_batch} / 256 = {optim.lr:.3g}"
-        return f"learning rate {scaled} at its peak, {optim.min_lr:.3g} at the end"
+        product = f"{self.config.optim.lr:g} x {self.config.effective_batch} / 256 = "
+        peak = f"{product if self.scales_rates else ''}{optim.lr:.3g}"
+        return f"learning rate {peak} at its peak, {optim.min_lr:.3g} at the end"
 
     def describe_loss(self) -> str:
         """What to compare the final loss with; follows it in its line."""

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     source = source_from_args(args)
     model = model_from_args(args, None if source is None else source.settings.get("model"))
     config, run_config = configs_from_args(args, model, read_actions(args.actions))
-    return run_task(DetectionTask(config, source), run_config, dry_run=args.dry_run)
+    return run_task(DetectionTask(config, source), run_config, args)
 
 
 def detection_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:

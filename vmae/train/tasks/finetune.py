@@ -41,7 +41,7 @@ __all__ = ["FinetuneConfig", "FinetuneTask", "add_arguments", "run"]
 def run(args: argparse.Namespace) -> int:
     """The command."""
     config, run_config, source = settings_of(args)
-    return run_task(FinetuneTask(config, source), run_config, dry_run=args.dry_run)
+    return run_task(FinetuneTask(config, source), run_config, args)
 
 
 def settings_of(args: argparse.Namespace) -> tuple[FinetuneConfig, RunConfig, Source | None]:

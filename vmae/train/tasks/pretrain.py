@@ -27,7 +27,7 @@ __all__ = ["PretrainConfig", "PretrainTask", "add_arguments", "run"]
 def run(args: argparse.Namespace) -> int:
     """The command."""
     config, run_config = configs_from_args(args)
-    return run_task(PretrainTask(config), run_config, dry_run=args.dry_run)
+    return run_task(PretrainTask(config), run_config, args)
 
 
 class PretrainTask(ModelTask[PretrainConfig, Batch]):
