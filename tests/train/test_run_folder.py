@@ -605,10 +605,11 @@ def pretrain_rank(data: Path, run: Path, fill_at: int | None) -> tuple[int, str]
 
     Trainer.clip = clip
     flags = "--model micro --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75"
-    more = "--batch-size 1 --steps 4 --save-every 2 --workers 0 --device cpu --parallel fsdp --no-tensorboard --log-every 1"
+    more = "--batch-size 1 --steps 4 --save-every 2 --workers 0 --device cpu --parallel fsdp --log-every 1"
+    flags += " --no-tensorboard"
     error = io.StringIO()
     with contextlib.redirect_stderr(error):
-        code = main(["pretrain", "--data", str(data), "--output", str(run), *flags.split(), *more.split()])
+        code = main(["pretrain", "--data", str(data), "--output", str(run), *f"{flags} {more}".split()])
     return code, error.getvalue()
 
 

@@ -40,7 +40,7 @@ from vmae.evaluate.temporal_features import Geometry, Item, geometry_of, read_ab
 from vmae.evaluate.temporal_settings import DetectorConfig
 from vmae.evaluate.temporal_task import DETECTOR, TemporalTask
 from vmae.files.atomic import write_atomically
-from vmae.files.folder_lock import FolderLock
+from vmae.files.folder_lock import FolderLock, refuse_if_locked
 from vmae.model.temporal_head import TemporalHead
 from vmae.settings import SHARE_ABOVE_0, Whole, limits
 from vmae.train.checks import check_output, resolve_device
@@ -204,6 +204,7 @@ def run(args: argparse.Namespace) -> int:
     """The command; 130 after Ctrl-C in the training, 0 after another signal there."""
     folder, output = Path(args.features), Path(args.output)
     check_output(output)
+    refuse_if_locked(output)
     changes = {name: getattr(args, name) for name in ("batch_size", *_SETTINGS)}
     changes = {name: value for name, value in changes.items() if value is not None}
     if args.detector and changes:

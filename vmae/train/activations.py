@@ -36,7 +36,7 @@ def prepare_blocks(
     """Set up every block (mostly a `vmae.model.blocks.Block`) for training, before it is sharded.
 
     With `cuda_graphs` the compiled blocks are replayed as CUDA graphs (torch's "reduce-overhead" mode), where
-    their shapes stay and torch finds nothing that forbids it; whoever trains calls
+    their shapes stay and torch finds nothing that forbids it; the loop calls
     `torch.compiler.cudagraph_mark_step_begin` before each forward.
 
     Raises:

@@ -41,8 +41,10 @@ class LogitStore:
     def __init__(self, folder: str | Path, about: dict[str, Any]) -> None:
         self.folder, self.about = Path(folder), json.loads(json.dumps(about))
         path = self.folder / ABOUT
+        before = None
         try:
-            before = dict(parse_json(path.read_text(encoding="utf-8"))) if path.exists() else None
+            if path.exists():
+                before = dict(parse_json(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"the stored logits in {folder} cannot be read: {error}") from error
         self.exists = before is not None

@@ -262,9 +262,9 @@ class Trainer:
         try:
             return next(batches)
         except InputError as error:  # raised once all ranks know
-            self._data_error = (
-                f"rank {self.parallel.rank}: {error}" if self.parallel.world_size > 1 else str(error)
-            )
+            self._data_error = str(error)
+            if self.parallel.world_size > 1:
+                self._data_error = f"rank {self.parallel.rank}: {error}"
             return None
         except RuntimeError:
             time.sleep(0.2)  # a signal to the whole process group may reach a worker first
@@ -359,11 +359,10 @@ class Trainer:
             except InputError as error:
                 where = f"The samples of the batch are not written down: {error}"
         latest = folder.latest()
+        start = f"the run can go on from {latest}" if latest else "there is no checkpoint yet"
         return NonFiniteError(
             f"step {record.step}: the loss is {loss} and the gradient's norm {norm}, so the step was not "
-            f"taken. {where}. "
-            "A lower --lr or --clip-grad often helps; "
-            + (f"the run can go on from {latest}" if latest else "there is no checkpoint yet")
+            f"taken. {where}. A lower --lr or --clip-grad often helps; {start}"
         )
 
     def log(self, record: StepRecord, loss: float, norm: float) -> None:

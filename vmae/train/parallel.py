@@ -169,7 +169,9 @@ class Parallel:
 
 def bare(model: nn.Module) -> nn.Module:
     """The model itself, whose parameters have the published names."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module
+    return model
 
 
 def resolve_kind(kind: str, ranks: int) -> str:

@@ -36,7 +36,9 @@ def banner(prepared: Prepared) -> list[str]:
 
 
 def _thousands(count: int) -> str:
-    return f"{count / 1e6:.1f} M" if count >= 100_000 else f"{count / 1e3:.1f} k"
+    if count < 100_000:
+        return f"{count / 1e3:.1f} k"
+    return f"{count / 1e6:.1f} M"
 
 
 def summary(prepared: Prepared, steps: int, seconds: float) -> list[str]:

@@ -105,7 +105,8 @@ def run_task(task: Task, run: RunConfig, args: argparse.Namespace) -> int:
             if parallel.is_main:
                 print(json.dumps(prepared.describe(), indent=2))
             return 0
-        return 130 if carry_out(prepared).stopped_by == signal.SIGINT else 0
+        stopped_by = carry_out(prepared).stopped_by
+        return 130 if stopped_by == signal.SIGINT else 0
 
 
 # --- The run ---
@@ -167,7 +168,9 @@ def _result(prepared: Prepared, steps: int, stopped_by: int | None = None) -> Re
         return records[-1]["loss"] if records else None
 
     loss = prepared.parallel.on_main(last_loss)
-    weights = prepared.folder / prepared.task.weights_name if stopped_by is None else None
+    weights = None
+    if stopped_by is None:
+        weights = prepared.folder / prepared.task.weights_name
     return Result(prepared.folder, steps, loss, weights, stopped_by)
 
 

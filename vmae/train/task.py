@@ -109,11 +109,15 @@ class Task(abc.ABC, Generic[ConfigT, BatchT]):
     @property
     def list_root(self) -> str:
         """Folder that relative paths of the list start from; it may move between two starts of a run."""
-        return self.list_file if os.path.isdir(self.list_file) else os.path.dirname(self.list_file)
+        if os.path.isdir(self.list_file):
+            return self.list_file
+        return os.path.dirname(self.list_file)
 
     def scaled_optim(self, batch: int) -> OptimConfig:
         """The optimizer's settings at an effective batch."""
-        return self.config.optim.scaled_to(batch) if self.scales_rates else self.config.optim
+        if self.scales_rates:
+            return self.config.optim.scaled_to(batch)
+        return self.config.optim
 
     @abc.abstractmethod
     def build_model(self) -> nn.Module:
