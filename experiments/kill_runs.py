@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", metavar="FILE", help="write the results there")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    importlib.import_module("vmae.train.pretrain")  # once, before the forks
+    importlib.import_module("vmae.train.tasks.pretrain")  # once, before the forks
     began = time.monotonic()
     with telling(), tempfile.TemporaryDirectory() as folder:
         try:

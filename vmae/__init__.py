@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vmae import train
     from vmae.config import MaskConfig, ModelConfig, SpeedConfig
     from vmae.errors import InputError
     from vmae.masking import DualMask
@@ -23,6 +24,7 @@ __all__ = [
     "build_classifier",
     "build_pretrainer",
     "build_reference",
+    "train",
 ]
 
 # Public names and their modules. A module is imported when one of its names is first used: `import vmae` and
@@ -36,13 +38,16 @@ _MODULES = {
     "build_classifier": "vmae.model",
     "build_pretrainer": "vmae.model",
     "build_reference": "vmae.model",
+    "train": "vmae.train",  # a package that is called: vmae.train(config, output=...)
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name]), name)
+    value = importlib.import_module(_MODULES[name])
+    if value.__name__ != f"{__name__}.{name}":
+        value = getattr(value, name)
     globals()[name] = value
     return value
 

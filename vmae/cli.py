@@ -22,16 +22,19 @@ from vmae.errors import InputError
 # heading of `vmae --help`: {name: (module, what it does)}
 GROUPS = {
     "Train": {
-        "pretrain": ("vmae.train.pretrain", "pre-train a model with dual masking on a list of videos"),
+        "pretrain": ("vmae.train.tasks.pretrain", "pre-train a model with dual masking on a list of videos"),
         "finetune": (
-            "vmae.train.finetune",
+            "vmae.train.tasks.finetune",
             "train a classifier on labelled videos: post-pre-training, fine-tuning, probes",
         ),
         "finetune-detection": (
-            "vmae.train.detection",
+            "vmae.train.tasks.detection",
             "train a detector of actions on annotated key frames, as on AVA",
         ),
-        "distil": ("vmae.train.distill", "train a small classifier on what a large one makes of the clips"),
+        "distil": (
+            "vmae.train.tasks.distil",
+            "train a small classifier on what a large one makes of the clips",
+        ),
         "detect-temporal": (
             "vmae.evaluate.temporal_detect",
             "train a temporal detector on features, and test it: segments, mAP",

@@ -3,33 +3,30 @@ there."""
 
 import json
 import math
+import os
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import vmae
 from vmae import InputError
 from vmae.cli import main
 from vmae.evaluate.temporal import Segment, VideoInfo, mean_average_precision, write_actionformer
-from vmae.evaluate.temporal_detect import (
-    DetectorConfig,
-    Geometry,
-    Item,
-    detect,
-    detector_loss,
-    distance_iou_loss,
-    focal_loss,
-    read_items,
-    soft_nms,
-    targets_of,
-    train_detector,
-)
+from vmae.evaluate.temporal_detect import detect, load_detector, soft_nms
+from vmae.evaluate.temporal_features import Geometry, Item, read_about, read_items
+from vmae.evaluate.temporal_loss import detector_loss, distance_iou_loss, focal_loss, targets_of
+from vmae.evaluate.temporal_settings import DetectorConfig
+from vmae.evaluate.temporal_task import FeatureBatch, TemporalTask
 from vmae.model.temporal_head import TemporalHead
 
 GEOMETRY = Geometry(frames=8, step=4)
 FPS, POSITIONS = 10.0, 40
 DURATION = (POSITIONS * 4 + 4) / FPS
-CONFIG = DetectorConfig(width=24, depth=3, epochs=25, lr=5e-3)
+QUICK = {"width": 24, "depth": 3, "epochs": 25, "lr": 5e-3}
+RUN = {"batch_size": 4, "device": "cpu", "num_workers": 0, "tensorboard": False, "log_every": 1}
 
 
 def easy_video(name: str, seed: int) -> tuple[Item, list[Segment]]:
@@ -123,49 +120,9 @@ def test_soft_nms_by_hand():
     assert len(none) == len(empty) == 0
 
 
-@pytest.fixture(scope="module")
-def trained():
-    items, truth = easy_world(16)
-    return train_detector(items, truth, GEOMETRY, CONFIG)
-
-
-def test_it_finds_what_is_plainly_there(trained):
-    head, classes = trained
-    items, truth = easy_world(8, first=100)
-    found = [segment for item in items for segment in detect(head, item, classes, GEOMETRY, CONFIG)]
-    scores = mean_average_precision(truth, found)
-    assert classes == ["jump", "run"] and scores["map"][0.5] > 0.95 and scores["map"][0.7] > 0.7
-    assert all(0 <= segment.start < segment.end <= DURATION for segment in found)
-    # Of another video's features it knows the habits only.
-    others = [Item(item.name, item.info, other.features) for item, other in zip(items, items[1:] + items[:1])]
-    wrong = [segment for item in others for segment in detect(head, item, classes, GEOMETRY, CONFIG)]
-    assert mean_average_precision(truth, wrong)["map"][0.7] < scores["map"][0.7] / 2
-
-
-def test_same_seed_same_detector(trained):
-    items, truth = easy_world(16)
-    state = torch.random.get_rng_state()
-    again, _ = train_detector(items, truth, GEOMETRY, CONFIG)
-    assert all(
-        torch.equal(a, b) for a, b in zip(trained[0].state_dict().values(), again.state_dict().values())
-    )
-    assert torch.equal(state, torch.random.get_rng_state())
-    other, _ = train_detector(items, truth, GEOMETRY, CONFIG.replace(seed=1, epochs=1))
-    assert not torch.equal(other.embed.weight, again.embed.weight)
-
-
-def test_long_videos_are_trained_in_pieces():
-    items, truth = easy_world(4)
-    head, _ = train_detector(items, truth, GEOMETRY, CONFIG.replace(max_positions=16, epochs=2))
-    assert all(parameter.isfinite().all() for parameter in head.parameters())
-
-
-# --- the command --------------------------------------------------------------------------------------------
-
-
-def write_world(folder, *, step: int = 4) -> list[str]:
-    """Features and dataset of 16 videos to train on and 4 to test; the command's words."""
-    (features := folder / "features").mkdir()
+def write_world(folder, *, step: int = 4) -> DetectorConfig:
+    """Features and dataset of 16 videos to train on and 4 to test."""
+    (features := folder / "features").mkdir(parents=True)
     items, truth = easy_world(20)
     for item in items:
         np.save(features / f"{item.name}.npy", item.features.numpy())
@@ -173,11 +130,95 @@ def write_world(folder, *, step: int = 4) -> list[str]:
     (features / "features.json").write_text(json.dumps(about))
     subsets = {item.name: "training" if number < 16 else "test" for number, item in enumerate(items)}
     write_actionformer(folder / "d.json", truth, {item.name: (DURATION, FPS) for item in items}, subsets)
-    return ["detect-temporal", str(features), str(folder / "d.json"), "--device", "cpu"]
+    return DetectorConfig(features=str(features), dataset=str(folder / "d.json"), **QUICK)
+
+
+def train(config: DetectorConfig, folder, **run):
+    """A detector, through the common loop, and its settings."""
+    vmae.train(TemporalTask(config), output=folder, **RUN, **run)
+    return load_detector(folder, read_about(Path(config.features)))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    return train(write_world(folder), folder / "run")
+
+
+def test_it_finds_what_is_plainly_there(trained):
+    head, config = trained
+    items, truth = easy_world(8, first=100)
+    found = [segment for item in items for segment in detect(head, item, GEOMETRY, config)]
+    scores = mean_average_precision(truth, found)
+    assert config.classes == ("jump", "run") and scores["map"][0.5] > 0.95 and scores["map"][0.7] > 0.7
+    assert all(0 <= segment.start < segment.end <= DURATION for segment in found)
+    # Of another video's features it knows the habits only.
+    others = [Item(item.name, item.info, other.features) for item, other in zip(items, items[1:] + items[:1])]
+    wrong = [segment for item in others for segment in detect(head, item, GEOMETRY, config)]
+    assert mean_average_precision(truth, wrong)["map"][0.7] < scores["map"][0.7] / 2
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_same_seed_same_detector_also_after_a_stop(tmp_path, monkeypatch):
+    config = write_world(tmp_path).replace(epochs=3, max_positions=16)
+    whole, _ = train(config, tmp_path / "whole")
+    plain = TemporalTask.after_step
+
+    def stop(self, step):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        plain(self, step)
+
+    monkeypatch.setattr(TemporalTask, "after_step", stop)
+    result = vmae.train(TemporalTask(config), output=tmp_path / "parts", save_every=5, **RUN)
+    assert result.stopped_by == signal.SIGTERM and result.steps == 7 and result.weights is None
+    monkeypatch.setattr(TemporalTask, "after_step", plain)
+    parts, _ = train(config, tmp_path / "parts")
+    assert len(losses(tmp_path / "parts")) == 12 and losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    same = zip(whole.state_dict().values(), parts.state_dict().values())
+    assert all(torch.equal(one, other) for one, other in same)
+    other, _ = train(config.replace(seed=1), tmp_path / "other")
+    assert not torch.equal(other.embed.weight, whole.embed.weight)
+
+
+def test_long_videos_are_trained_in_pieces_that_differ_by_epoch(tmp_path):
+    task = TemporalTask(write_world(tmp_path).replace(max_positions=16))
+    dataset, _ = task.read_data()
+    pieces = [dataset[epoch, 3] for epoch in range(4)]
+    whole = dataset.videos[3].values
+    assert all(piece.clips.shape == (1, 16, 6) and bool(piece.valid.all()) for piece in pieces)
+    assert torch.equal(dataset[2, 3].clips, pieces[2].clips)
+    assert any(not torch.equal(pieces[0].clips, piece.clips) for piece in pieces)
+    windows = whole.unfold(0, 16, 1).transpose(1, 2)
+    first = torch.cat([pieces[0].clips, pieces[0].labels, pieces[0].distances], 2)
+    assert (first == windows).all(2).all(1).sum() == 1  # features and targets are of one place
+
+
+def test_videos_of_a_batch_are_filled_up_to_the_longest():
+    def sample(length):
+        parts = (torch.ones(1, length, width) for width in (6, 2, 2))
+        return FeatureBatch(*parts, torch.ones(1, length, dtype=torch.bool), [(0, length, "x")])
+
+    batch = FeatureBatch.cat([sample(3), sample(5)])
+    assert batch.clips.shape == (2, 5, 6) and batch.valid.tolist()[0] == [True] * 3 + [False] * 2
+    assert batch.labels[0, 3:].sum() == 0 and batch.ids == [(0, 3, "x"), (0, 5, "x")]
+    assert batch.to("cpu").distances.shape == (2, 5, 2) and batch.replaced == []
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def write_words(folder, **options) -> list[str]:
+    """`write_world`, and the command's words."""
+    config = write_world(folder, **options)
+    return ["detect-temporal", config.features, config.dataset, "--device", "cpu"]
 
 
 def test_the_command(tmp_path, capsys):
-    words = write_world(tmp_path)
+    words = write_words(tmp_path)
     settings = ["--width", "24", "--depth", "3", "--epochs", "25", "--lr", "0.005", "--picture", "2"]
     assert main([*words, "--output", str(tmp_path / "out"), *settings]) == 0
     shown = capsys.readouterr().out
@@ -231,36 +272,67 @@ def rewrite(path, old: str, new: str) -> None:
     ],
 )
 def test_bad_input_is_named_before_any_work(tmp_path, capsys, change, message):
-    words = write_world(tmp_path)
+    words = write_words(tmp_path)
     change(tmp_path)
     assert main([*words, "--output", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_features_of_another_step(tmp_path, capsys):
-    words = write_world(tmp_path, step=8)
+    words = write_words(tmp_path, step=8)
     assert main([*words, "--output", str(tmp_path / "out")]) == 2
     assert "has 40 windows, but" in capsys.readouterr().err
 
 
 def test_bad_settings_and_files(tmp_path, capsys):
     with pytest.raises(InputError, match="epochs must be a whole number from 1"):
-        DetectorConfig(epochs=0)
-    items, truth = easy_world(2)
-    with pytest.raises(InputError, match="have no segments"):
-        train_detector(items, [segment for segment in truth if segment.video == "?"], GEOMETRY, CONFIG)
-    words = write_world(tmp_path)
+        DetectorConfig(features="", dataset="", epochs=0)
+    words = write_words(tmp_path)
     (tmp_path / "x.pth").write_text("x")
     for name, message in (("x.pth", "is no detector"), ("none.pth", "cannot be read")):
         assert main([*words, "--output", str(tmp_path / "out"), "--detector", str(tmp_path / name)]) == 2
         assert message in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
+    info = easy_world(1)[0][0].info
     with pytest.raises(InputError, match="no features of a, b, c, d and 1 more"):
-        read_items(tmp_path / "empty", {name: items[0].info for name in "abcde"}, GEOMETRY)
+        read_items(tmp_path / "empty", {name: info for name in "abcde"}, GEOMETRY)
+    database = json.loads((tmp_path / "d.json").read_text())
+    for video in database["database"].values():
+        video["annotations"] = [] if video["subset"] == "training" else video["annotations"]
+    (tmp_path / "d.json").write_text(json.dumps(database))
+    assert main([*words, "--output", str(tmp_path / "out")]) == 2
+    assert "have no segments" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_stopped_command_goes_on_with_the_same_features_only(tmp_path, capsys, monkeypatch):
+    words = [*write_words(tmp_path), "--output", str(tmp_path / "out"), "--epochs", "3"]
+    plain = TemporalTask.after_step
+    monkeypatch.setattr(TemporalTask, "after_step", lambda self, step: os.kill(os.getpid(), signal.SIGINT))
+    assert main(words) == 130
+    assert "stopped by SIGINT after step 1" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "detector.pth").exists()
+    monkeypatch.setattr(TemporalTask, "after_step", plain)
+    rewrite(tmp_path / "features" / "features.json", "abc", "def")
+    assert main(words) == 2
+    assert "is not the list that" in (error := capsys.readouterr().err) and "labels differ" in error
+    rewrite(tmp_path / "features" / "features.json", "def", "abc")
+    assert main(words) == 0
+    assert "resuming from" in capsys.readouterr().out and (tmp_path / "out" / "detections.json").exists()
+
+
+def test_a_detector_from_before_the_common_loop(trained, tmp_path):
+    head, config = trained
+    names = "width depth drop_rate epochs max_positions lr weight_decay core sigma min_score keep seed"
+    old = {name: getattr(config, name) for name in names.split()} | {"batch_size": 4}
+    content = {"head": head.state_dict(), "classes": ["jump", "run"], "features": config.about, "config": old}
+    torch.save(content, tmp_path / "detector.pth")
+    again, read = load_detector(tmp_path, config.about)
+    assert read.classes == config.classes and read.sigma == config.sigma
+    assert torch.equal(again.embed.weight, head.embed.weight)
 
 
 def test_no_segments_to_compare_with(tmp_path, capsys):
-    words = write_world(tmp_path)
+    words = write_words(tmp_path)
     database = json.loads((tmp_path / "d.json").read_text())
     for video in database["database"].values():
         video["annotations"] = [] if video["subset"] == "test" else video["annotations"]

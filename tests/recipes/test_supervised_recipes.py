@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmae import ModelConfig
-from vmae.train import distill, finetune_settings
+from vmae.train import distil_settings, finetune_settings
 from vmae.train.finetune_settings import configs_from_args, model_from_args
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -77,10 +77,11 @@ def test_numbers(name, gpus, tmp_path, monkeypatch):
     done = run(name, "--dry-run", cwd=tmp_path, GPUS=gpus)
     assert done.returncode == 0, done.stderr
     command = line_of(done, "command:")
-    module = distill if name.startswith("distill") else finetune_settings
+    module = distil_settings if name.startswith("distill") else finetune_settings
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
-    args = parser.parse_args(command[command.index("distil" if module is distill else "finetune") + 1 :])
+    word = "distil" if module is distil_settings else "finetune"
+    args = parser.parse_args(command[command.index(word) + 1 :])
     monkeypatch.setenv("WORLD_SIZE", str(gpus))
     model = model_from_args(args, None)
     config, _ = configs_from_args(args, model, args.num_classes)

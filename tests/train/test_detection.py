@@ -13,9 +13,9 @@ from vmae.checkpoint.published import load_weights, read_settings_and_weights
 from vmae.cli import main
 from vmae.data.ava import write_actions
 from vmae.synthetic.moving_actors import ACTIONS, ActorsConfig, write_actors
-from vmae.train.detection import detection_loss
 from vmae.train.detection_settings import DetectionConfig
 from vmae.train.finetune_settings import model_from_args
+from vmae.train.tasks.detection import detection_loss
 
 TINY = dict(img_size=32, num_frames=4)
 FLAGS = [

@@ -11,8 +11,8 @@ from vmae.checkpoint.folder import export_weights
 from vmae.checkpoint.published import load_weights
 from vmae.cli import main
 from vmae.files.folder_lock import FolderLock
-from vmae.train.distill import distillation_loss
 from vmae.train.logit_store import LogitStore, fill_store
+from vmae.train.tasks.distil import distillation_loss
 
 CONFIG = ModelConfig.preset("vit_tiny", img_size=32, num_frames=4)
 FLAGS = [

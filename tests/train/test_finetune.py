@@ -13,8 +13,8 @@ from vmae.checkpoint.format import read_group
 from vmae.checkpoint.published import load_weights, read_settings_and_weights
 from vmae.cli import main
 from vmae.data.augment_classify import AugmentConfig
-from vmae.train.finetune import classification_loss
 from vmae.train.finetune_settings import FinetuneConfig
+from vmae.train.tasks.finetune import classification_loss
 
 TINY = dict(img_size=32, num_frames=4)
 FLAGS = [

@@ -82,8 +82,8 @@ def test_a_run_goes_on_over_spoilt_logs_and_loses_nothing(pretrain, tmp_path, ca
     capsys.readouterr()
     assert pretrain(run, "--steps", "4") == 0
     shown = capsys.readouterr()
-    note = f"note: {run}/log.jsonl: {len(SPOILT)} lines skipped, cut short or not ours (line 3, 4, 5, ...); they are in {run}"
-    assert note in shown.err
+    note = f"note: {run}/log.jsonl: {len(SPOILT)} lines skipped, cut short or not ours (line 3, 4, 5, ...)"
+    assert f"{note}; they are in {run}" in shown.err
     assert f"note: {run}/quarantine.jsonl: {len(SPOILT)} lines skipped" in shown.out
     assert (
         f"note: run file {run}/run.json is no JSON: " in shown.out
@@ -132,10 +132,8 @@ def test_curves_draw_what_is_whole_and_say_what_is_not(tmp_path, capsys):
     assert main(["curves", str(tmp_path), "--json", "-"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["curves"][0]["steps"] == 2
-    assert (
-        shown.err
-        == f"note: {tmp_path}/log.jsonl: {len(SPOILT)} lines skipped, cut short or not ours (line 2, 3, 4, ...)\n"
-    )
+    lines = f"{len(SPOILT)} lines skipped, cut short or not ours (line 2, 3, 4, ...)"
+    assert shown.err == f"note: {tmp_path}/log.jsonl: {lines}\n"
     (tmp_path / "kept.jsonl").write_bytes(b'{"about": {"note": "x"}}\n' + good[0])
     assert read_curve(tmp_path / "kept.jsonl").note is None  # its first line is no stray one
 

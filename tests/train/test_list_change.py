@@ -18,8 +18,8 @@ from vmae.synthetic.moving_actors import ActorsConfig, write_actors
 from vmae.train.metrics import read_log
 
 CLIP = dict(num_frames=4, stride=1, image_size=32, grid=(2, 4, 4), mask=MaskConfig(encoder_ratio=0.75))
-SIZE = "--model vit_tiny --image-size 32 --num-frames 4 --stride 2 --batch-size 4 --workers 0 --device cpu".split()
-SIZE += ["--no-tensorboard"]
+SIZE = "--model vit_tiny --image-size 32 --num-frames 4 --stride 2 --batch-size 4 --workers 0".split()
+SIZE += ["--device", "cpu", "--no-tensorboard"]
 
 
 def dataset_of(data) -> PretrainDataset:
@@ -255,8 +255,9 @@ def test_finetune_detection_refuses_other_boxes(tmp_path, capsys):
 def test_the_effective_batch_is_what_the_run_makes_it(pretrain, tmp_path, labelled_world):
     from vmae.train.optim import OptimConfig
     from vmae.train.parallel import Parallel
-    from vmae.train.pretrain import prepare
+    from vmae.train.prepare import prepare
     from vmae.train.pretrain_settings import PretrainConfig, RunConfig
+    from vmae.train.tasks.pretrain import PretrainTask
 
     list_file = tmp_path / "list.txt"
     list_file.write_text("".join(f"{labelled_world}/v{video:02} 1 10\n" for video in range(12)))
@@ -271,10 +272,10 @@ def test_the_effective_batch_is_what_the_run_makes_it(pretrain, tmp_path, labell
     )
     run = RunConfig(output=str(tmp_path / "run"), batch_size=2, accumulate=3, device="cpu")
     for given in ({}, {"effective_batch": 6}):
-        prepared = prepare(PretrainConfig(**own, **given), run, Parallel())
+        prepared = prepare(PretrainTask(PretrainConfig(**own, **given)), run, Parallel())
         assert prepared.config.effective_batch == 6 and prepared.steps_per_epoch == 2
         assert prepared.optim.lr == pytest.approx(6 / 256)
     with pytest.raises(
         InputError, match="effective_batch is 32, but batch_size 2 x accumulate 3 x 1 ranks make 6"
     ):
-        prepare(PretrainConfig(**own, effective_batch=32), run, Parallel())
+        prepare(PretrainTask(PretrainConfig(**own, effective_batch=32)), run, Parallel())

@@ -21,13 +21,15 @@ from vmae.data.dali import dali_missing
 from vmae.synthetic.samples import sample_videos
 from vmae.train.loop import Trainer
 from vmae.train.metrics import loss_of_last_tenth, read_log
-from vmae.train.pretrain import setting_changes
+from vmae.train.resume import setting_changes
 
 ROOT = Path(__file__).parents[2]
 MICRO = dict(embed_dim=48, depth=2, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
 # 4 x 4 x 4 tokens of 8-pixel patches: running cell and tube 0.75 both leave something to see and to count.
-SMALL = "--model micro --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75 --no-tensorboard".split()
-RUN = "--batch-size 2 --steps 6 --workers 0 --lr 0.1 --drop-path 0.2 --clip-grad 1 --log-every 1 --device cpu".split()
+SMALL = "--model micro --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75".split()
+SMALL += ["--no-tensorboard"]
+RUN = "--batch-size 2 --steps 6 --workers 0 --lr 0.1 --drop-path 0.2 --clip-grad 1 --log-every 1".split()
+RUN += ["--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +82,7 @@ def test_a_run_leaves_logs_settings_checkpoint_and_weights(videos, tmp_path, cap
     assert "effective batch 2 videos (2 x 1 micro-batches x 1 ranks), 4 clips a step" in text
     assert "0.1 x 2 / 256 = 0.000781" in text
     assert "trivial predictors on the first batch: zero 0.9" in text
-    assert "64 tokens (tube 0.75: 16 visible; running_cell 0.5: 32 picked, 24 counted" in text
+    assert "64 tokens (tube 0.75: 16 visible; running_cell 0.5: 32 decoded, 24 counted" in text
     assert all(str(out / name) in text for name in ("weights.pth", "log.jsonl", "run.json"))
     records = read_log(out / "log.jsonl")
     assert len(records) == 6 and records[3]["epoch"] == 1.0  # 2 videos x 4 visits in batches of 2
@@ -153,7 +155,8 @@ def test_bfloat16_trains_close_to_float32(videos, tmp_path):
 
 
 def test_loss_falls_below_the_zero_predictors(videos, tmp_path):
-    flags = "--steps 150 --batch-size 2 --num-sample 4 --lr 0.4 --warmup-steps 10 --encoder-ratio 0.5 --drop-path 0"
+    flags = "--steps 150 --batch-size 2 --num-sample 4 --lr 0.4 --warmup-steps 10 --encoder-ratio 0.5"
+    flags += " --drop-path 0"
     assert pretrain(videos, tmp_path, *flags.split()) == 0
     assert loss_of_last_tenth(read_log(tmp_path / "log.jsonl"), 150) < 0.97
 
@@ -305,11 +308,12 @@ def test_dry_run_prints_what_is_resolved_and_writes_nothing(videos, tmp_path, ca
 
 
 def test_published_names_and_values_work(videos, tmp_path, capsys):
-    flags = f"""--data_path {videos} --output_dir {tmp_path / "run"} --model pretrain_videomae_small_patch16_224
-        --mask_type tube --mask_ratio 0.9 --decoder_mask_type run_cell --decoder_mask_ratio 0.5 --batch_size 32 --num_sample 4
-        --num_frames 16 --sampling_rate 4 --opt adamw --opt_betas 0.9 0.95 --opt_eps 1e-8 --warmup_epochs 30 --epochs 300
-        --lr 6e-4 --min_lr 1e-5 --clip_grad 0.02 --drop_path 0.1 --weight_decay 0.05 --decoder_depth 4 --num_workers 2
-        --device cpu --dry-run"""
+    flags = f"""--data_path {videos} --output_dir {tmp_path / "run"}
+        --model pretrain_videomae_small_patch16_224 --mask_type tube --mask_ratio 0.9
+        --decoder_mask_type run_cell --decoder_mask_ratio 0.5 --batch_size 32 --num_sample 4
+        --num_frames 16 --sampling_rate 4 --opt adamw --opt_betas 0.9 0.95 --opt_eps 1e-8
+        --warmup_epochs 30 --epochs 300 --lr 6e-4 --min_lr 1e-5 --clip_grad 0.02 --drop_path 0.1
+        --weight_decay 0.05 --decoder_depth 4 --num_workers 2 --device cpu --dry-run"""
     assert main(["pretrain", *flags.split()]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (

@@ -315,8 +315,8 @@ def test_a_run_that_ended_while_this_one_was_checked_is_not_undone(pretrain, tmp
 def test_two_real_runs_in_one_folder_and_a_kill(labelled_world, tmp_path):
     data, run = tmp_path / "frames.txt", tmp_path / "run"
     data.write_text("".join(f"{labelled_world}/v{video:02} 1 10\n" for video in range(12)))
-    size = "--model vit_tiny --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75 --batch-size 2"
-    flags = [*size.split(), "--workers", "1", "--log-every", "1", "--device", "cpu"]
+    size = "--model vit_tiny --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75"
+    flags = [*size.split(), "--batch-size", "2", "--workers", "1", "--log-every", "1", "--device", "cpu"]
     command = [sys.executable, "-m", "vmae", "pretrain", "--data", str(data), "--output", str(run), *flags]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT}", "OMP_NUM_THREADS": "1"}
 
@@ -604,11 +604,12 @@ def pretrain_rank(data: Path, run: Path, fill_at: int | None) -> tuple[int, str]
         return plain(self, record)
 
     Trainer.clip = clip
-    flags = "--model micro --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75 --batch-size 1"
-    more = "--steps 4 --save-every 2 --workers 0 --device cpu --parallel fsdp --no-tensorboard --log-every 1"
+    flags = "--model micro --image-size 32 --patch-size 8 --num-frames 8 --stride 1 --encoder-ratio 0.75"
+    more = "--batch-size 1 --steps 4 --save-every 2 --workers 0 --device cpu --parallel fsdp --log-every 1"
+    flags += " --no-tensorboard"
     error = io.StringIO()
     with contextlib.redirect_stderr(error):
-        code = main(["pretrain", "--data", str(data), "--output", str(run), *flags.split(), *more.split()])
+        code = main(["pretrain", "--data", str(data), "--output", str(run), *f"{flags} {more}".split()])
     return code, error.getvalue()
 
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vmae.config import CHECKPOINTING
 from vmae.errors import InputError
+from vmae.model.blocks import Block
 
 
 def prepare_blocks(
@@ -32,22 +33,26 @@ def prepare_blocks(
     compiled: bool = False,
     cuda_graphs: bool = False,
 ) -> None:
-    """Set up every block (`vmae.model.blocks.Block`) for training, before it is sharded.
+    """Set up every block (mostly a `vmae.model.blocks.Block`) for training, before it is sharded.
 
     With `cuda_graphs` the compiled blocks are replayed as CUDA graphs (torch's "reduce-overhead" mode), where
-    their shapes stay and torch finds nothing that forbids it; whoever trains calls
+    their shapes stay and torch finds nothing that forbids it; the loop calls
     `torch.compiler.cudagraph_mark_step_begin` before each forward.
 
     Raises:
-        InputError: an unknown kind of checkpointing.
+        InputError: an unknown kind of checkpointing, or one that these blocks do not have.
     """
     if checkpointing not in CHECKPOINTING:
         raise InputError(f"unknown checkpointing {checkpointing!r}; known: {', '.join(CHECKPOINTING)}")
     for block in blocks:
         if checkpointing == "selective":
+            if not isinstance(block, Block):
+                raise InputError(
+                    f"--checkpointing selective is for transformer blocks, not {type(block).__name__}"
+                )
             _recompute(block.mlp, has_randomness=False)
         elif checkpointing == "full":
-            _recompute(block, has_randomness=block.drop_path.rate > 0)
+            _recompute(block, has_randomness=not isinstance(block, Block) or block.drop_path.rate > 0)
         if compiled:
             block.forward = torch.compile(block.forward, mode="reduce-overhead" if cuda_graphs else None)
 

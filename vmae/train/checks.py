@@ -52,19 +52,16 @@ def check_mask(mask: MaskConfig, grid: tuple[int, int, int]) -> None:
     """Raises InputError where a mask can't be drawn, or where some draws would leave the loss nothing to
     count."""
     one = DualMask.sample(1, grid, **mask.to_dict())
-    total, visible, picked = one.num_tokens, one.visible.shape[1], one.decode.shape[1]
+    total, visible, decoded = one.num_tokens, one.visible.shape[1], one.decode.shape[1]
     if mask.encoder == mask.decoder == "frame":  # whole frames are drawn
-        total, visible, picked = (count // (grid[1] * grid[2]) for count in (total, visible, picked))
-    elif (
-        mask.decoder != "random"
-    ):  # every frame has hidden tokens, and every frame or hidden one is picked from
+        total, visible, decoded = (count // (grid[1] * grid[2]) for count in (total, visible, decoded))
+    elif mask.decoder != "random":  # some decoded token of every clip is hidden from the encoder
         return
-    chance = math.comb(visible, picked) / math.comb(total, picked)
+    chance = math.comb(visible, decoded) / math.comb(total, decoded)
     if chance > 1e-9:
         raise InputError(
-            f"the loss would count no token in 1 of {1 / chance:.0f} clips: the encoder may see all {picked} "
-            "that the decoder "
-            "rebuilds; lower the decoder's mask ratio or raise the encoder's"
+            f"the loss would count no token in 1 of {1 / chance:.0f} clips: the encoder may see all "
+            f"{decoded} that the decoder rebuilds; lower the decoder's mask ratio or raise the encoder's"
         )
 
 
@@ -75,7 +72,9 @@ def check_speed(speed: SpeedConfig, model: ModelConfig, dtype_name: str, device:
         raise InputError(f"--cuda-graphs needs a GPU, and the device is {device}")
     if speed.attention == "auto":
         return
-    dtype = torch.bfloat16 if dtype_name == "bfloat16" else torch.float32
+    dtype = torch.float32
+    if dtype_name == "bfloat16":
+        dtype = torch.bfloat16
     for dim, heads in (
         (model.embed_dim, model.num_heads),
         (model.decoder_embed_dim, model.decoder_num_heads),

@@ -52,7 +52,7 @@ class FiniteGuard:
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         self.failed = torch.maximum(self.failed, (~finite).float())
         if self.on_device:
-            self.optimizer.found_inf = self.failed
+            self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]  # fused steps read it
             self.optimizer.step()
         elif not self.failed.item():
             self.optimizer.step()

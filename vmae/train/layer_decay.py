@@ -17,7 +17,9 @@ def layer_of(name: str, depth: int) -> int:
     """The layer of a parameter, by its published name."""
     if name.startswith(("patch_embed.", "pos_embed", "cls_token", "mask_token")):
         return 0
-    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
 
 
 def layer_scales(depth: int, decay: float) -> list[float]:

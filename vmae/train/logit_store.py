@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,12 +41,14 @@ class LogitStore:
     def __init__(self, folder: str | Path, about: dict[str, Any]) -> None:
         self.folder, self.about = Path(folder), json.loads(json.dumps(about))
         path = self.folder / ABOUT
+        before = None
         try:
-            before = dict(parse_json(path.read_text(encoding="utf-8"))) if path.exists() else None
+            if path.exists():
+                before = dict(parse_json(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"the stored logits in {folder} cannot be read: {error}") from error
         self.exists = before is not None
-        if self.exists:
+        if before is not None:
             holds = f"the logits in {folder} are of other views or another teacher"
             check_same(before, self.about, holds, f"choose another --logits folder, or remove {folder}")
 
@@ -102,7 +104,7 @@ class LogitStore:
         }
         return [(epoch, int(index)) for epoch, indices in left.items() for index in indices]
 
-    def _map(self, path: Path, dtype: type, mode: str = "r") -> np.ndarray:
+    def _map(self, path: Path, dtype: type, mode: Literal["r", "r+"] = "r") -> np.memmap:
         try:
             return np.memmap(path, dtype=dtype, mode=mode)
         except (OSError, ValueError) as error:

@@ -32,7 +32,7 @@ from vmae.train.metrics import NoLog, RunLog, StepMeter, flops_utilisation, peak
 from vmae.train.optim import CLIP_GRAD, clip_gradients, set_learning_rate
 from vmae.train.parallel import Parallel, bare
 from vmae.train.signals import STOP_SIGNALS, StopSignals
-from vmae.train.state import TrainingState
+from vmae.train.state import Companion, TrainingState
 from vmae.train.step import StepRecord, TrainingBatch, seed_random
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -94,7 +94,7 @@ class Trainer:
         weigh: micro-batch on the host -> how much its loss counts beside the others of the step, about 1
             (what it counts, over what such a micro-batch mostly counts). Then the gradient is that of one
             large batch.
-        companions: further modules that checkpoints hold (an average of the weights, say), by name.
+        companions: what else checkpoints hold (an average of the weights, say), by name.
         after_step: called after every optimizer step with the number of steps done, with nothing waited for.
         sources, count_sources: names of the data's sources, and micro-batch -> clips of each, for the logs.
         flops_per_clip: of forward and backward, for the utilisation in the logs.
@@ -116,7 +116,7 @@ class Trainer:
         listing: dict[str, Any] | None = None,
         parallel: Parallel | None = None,
         weigh: Callable[[TrainingBatch], float] | None = None,
-        companions: dict[str, nn.Module] | None = None,
+        companions: dict[str, Companion] | None = None,
         after_step: Callable[[int], None] | None = None,
         sources: Sequence[str] = (),
         count_sources: Callable[[TrainingBatch], Sequence[int]] | None = None,
@@ -230,24 +230,23 @@ class Trainer:
         """
         start = time.perf_counter()
         batch = self._next_batch(batches)
-        weight = self.weigh(batch) if self.weigh and batch is not None else 1.0
-        sources = (
-            self.count_sources(batch) if self.count_sources and batch is not None else [0] * len(self.sources)
-        )
-        counts = (0, 0) if batch is None else (batch.clips.shape[0], len(batch.replaced))
+        weight, counts, sources = 1.0, [0, 0], [0] * len(self.sources)
+        if batch is not None:
+            counts = [batch.clips.shape[0], len(batch.replaced)]
+            if self.weigh is not None:
+                weight = self.weigh(batch)
+            if self.count_sources is not None:
+                sources = [*self.count_sources(batch)]
         own_stops = [self.stop.received == number for number in STOP_SIGNALS]
         waited = time.perf_counter() - start
         everyone = self.parallel.exchange([batch is not None, *own_stops, waited, weight, *counts, *sources])
-        present, stops, sums = (
-            everyone[:, 0],
-            everyone[:, 1:4].amax(0).tolist(),
-            everyone[:, 5:].sum(0).tolist(),
-        )
+        present, sums = everyone[:, 0], everyone[:, 5:].sum(0).tolist()
+        stops = everyone[:, 1:4].amax(0).tolist()
         asked = next((number for number, set_ in zip(STOP_SIGNALS, stops) if set_), None)
         if asked is not None and (part == 0 or not present.all()):
             self.stopped_by = asked
             return None
-        if not present.all():
+        if batch is None or not present.all():
             raise InputError(next(error for error in self.parallel.gather(self._data_error) if error))
         self._note_failures(batch.replaced, int(sums[2]))
         if device_is_idle(self.device):  # else it had work all the while
@@ -263,9 +262,9 @@ class Trainer:
         try:
             return next(batches)
         except InputError as error:  # raised once all ranks know
-            self._data_error = (
-                f"rank {self.parallel.rank}: {error}" if self.parallel.world_size > 1 else str(error)
-            )
+            self._data_error = str(error)
+            if self.parallel.world_size > 1:
+                self._data_error = f"rank {self.parallel.rank}: {error}"
             return None
         except RuntimeError:
             time.sleep(0.2)  # a signal to the whole process group may reach a worker first
@@ -317,6 +316,7 @@ class Trainer:
 
     def optimizer_step(self, record: StepRecord, norm: Tensor) -> None:
         """Move the weights, if all is finite, and send the step's numbers to the host."""
+        assert record.loss_sum is not None  # `forward_backward` came before
         loss = self.parallel.sum(record.loss_sum.float()) / record.weight
         set_learning_rate(self.optimizer, record.lr)
         self.guard.step(loss, norm)
@@ -332,6 +332,7 @@ class Trainer:
         if record is None:
             return
         start = time.perf_counter()
+        assert record.numbers is not None  # `optimizer_step` came before
         loss, norm, failed = record.numbers.read()
         if failed:
             raise self._nonfinite(record, loss, norm)
@@ -358,11 +359,10 @@ class Trainer:
             except InputError as error:
                 where = f"The samples of the batch are not written down: {error}"
         latest = folder.latest()
+        start = f"the run can go on from {latest}" if latest else "there is no checkpoint yet"
         return NonFiniteError(
             f"step {record.step}: the loss is {loss} and the gradient's norm {norm}, so the step was not "
-            f"taken. {where}. "
-            "A lower --lr or --clip-grad often helps; "
-            + (f"the run can go on from {latest}" if latest else "there is no checkpoint yet")
+            f"taken. {where}. A lower --lr or --clip-grad often helps; {start}"
         )
 
     def log(self, record: StepRecord, loss: float, norm: float) -> None:
@@ -370,9 +370,9 @@ class Trainer:
         done = record.step + 1
         for name, count in zip(self.sources, record.samples):
             self.samples[name] += count
-        times = dict(loss=loss, clips=record.clips, step_s=record.step_s, data_s=record.data_s)
-        self.meter.add(**times, replaced=record.replaced)
-        self.log_file.step(done, **times)
+        clips, step_s, data_s = record.clips, record.step_s, record.data_s
+        self.meter.add(loss=loss, clips=clips, step_s=step_s, data_s=data_s, replaced=record.replaced)
+        self.log_file.step(done, loss=loss, clips=clips, step_s=step_s, data_s=data_s)
         if done % self.config.log_every and done < self.config.total_steps:
             return
         means = self.meter.means()

@@ -95,8 +95,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def flops_utilisation(flops: float | None, device: torch.device, dtype: str) -> float | None:
     """Share of the device's peak that `flops` a second are; None where either is not known."""
-    peak = peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
-    return flops / peak if flops and peak else None
+    if not flops or device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(device), dtype)
+    return flops / peak if peak else None
 
 
 def read_log(path: str | Path, /, **keys: type | tuple[type, ...]) -> list[dict[str, Any]]:
@@ -108,8 +110,8 @@ def read_log(path: str | Path, /, **keys: type | tuple[type, ...]) -> list[dict[
 def loss_of_last_tenth(records: list[dict[str, Any]], total_steps: int) -> float | None:
     """Mean loss of the last tenth of a run, to a line of the log; None where nothing of it was logged."""
     steps = [record for record in records if isinstance(record.get("step"), (int, float))]
-    losses = [record.get("loss_mean") for record in steps if record["step"] > 0.9 * total_steps]
-    losses = [loss for loss in losses if isinstance(loss, (int, float))]
+    last = [record.get("loss_mean") for record in steps if record["step"] > 0.9 * total_steps]
+    losses = [loss for loss in last if isinstance(loss, (int, float))]
     return sum(losses) / len(losses) if losses else None
 
 
@@ -205,7 +207,9 @@ class RunLog:
         if done > self.start_step + 3:
             self.whole_run.add(loss=loss, clips=clips, step_s=step_s, data_s=data_s)
             self._warn_about_data()
-        shown = self.whole_run if self.whole_run.steps else StepMeter(1, loss, clips, step_s, data_s)
+        shown = self.whole_run
+        if not shown.steps:
+            shown = StepMeter(1, loss, clips, step_s, data_s)
         rate = shown.clips / shown.step_s
         texts = {"loss": f"{loss:.4f}", "clips/s": f"{rate:.1f}", "data": f"{shown.data_share:.0%}"}
         if not self._bar.disable:
@@ -224,11 +228,9 @@ class RunLog:
         self._append((json.dumps(values) + "\n").encode())
         if self._writer is not None:
             for key, value in values.items():
-                named = (
-                    {f"{key}/{name}": number for name, number in value.items()}
-                    if isinstance(value, dict)
-                    else {key: value}
-                )
+                named = {key: value}
+                if isinstance(value, dict):
+                    named = {f"{key}/{name}": number for name, number in value.items()}
                 for name, number in named.items():
                     if name != "step" and number is not None:
                         with self._telling(self.folder / BOARD_NAME):
@@ -327,6 +329,9 @@ def describe_start(config: dict[str, Any], *, device: torch.device, start_step: 
     """One start of a run for `run.json`: resolved configuration, command, code, versions, device."""
     import numpy
 
+    name = f"cpu ({platform.machine()})"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "argv": sys.argv,
@@ -335,9 +340,7 @@ def describe_start(config: dict[str, Any], *, device: torch.device, start_step: 
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu ({platform.machine()})",
+        "device": name,
         "threads": torch.get_num_threads(),
         "config": config,
     }

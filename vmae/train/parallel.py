@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from vmae.errors import InputError
 from vmae.files.folder_lock import FolderLock
 from vmae.train.checks import resolve_device
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 KINDS = ("auto", "none", "ddp", "fsdp", "hybrid")
 # Groups that were left, one a run, kept until the process ends. A DDP model that outlives its group would be
@@ -93,15 +96,19 @@ class Parallel:
         )
         for block in blocks:
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
-        return fully_shard(model, mesh=self.mesh, mp_policy=policy)
+        fully_shard(model, mesh=self.mesh, mp_policy=policy)
+        return model
 
     @contextlib.contextmanager
     def gradients(self, model: nn.Module, *, last: bool) -> Iterator[None]:
         """Around forward and backward of one micro-batch: only the `last` one of a step exchanges
         gradients."""
         if self.sharded:
-            model.set_requires_gradient_sync(last)
-        with model.no_sync() if self.kind == "ddp" and not last else contextlib.nullcontext():
+            cast("FSDPModule", model).set_requires_gradient_sync(last)
+        if self.kind == "ddp" and not last:
+            with cast(nn.parallel.DistributedDataParallel, model).no_sync():
+                yield
+        else:
             yield
 
     def exchange(self, numbers: Sequence[float]) -> Tensor:
@@ -162,7 +169,9 @@ class Parallel:
 
 def bare(model: nn.Module) -> nn.Module:
     """The model itself, whose parameters have the published names."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module
+    return model
 
 
 def resolve_kind(kind: str, ranks: int) -> str:
@@ -213,8 +222,8 @@ def _meeting_place() -> dict[str, Any]:
     # from node to node: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun there, and each start has a
     # store of its own.
     if given.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = dist.TCPStore(given["MASTER_ADDR"], int(given["MASTER_PORT"]), is_master=False)
-        store = dist.PrefixStore(f"start-{given['TORCHELASTIC_RESTART_COUNT']}", store)
+        shared = dist.TCPStore(given["MASTER_ADDR"], int(given["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"start-{given['TORCHELASTIC_RESTART_COUNT']}", shared)
         return {"store": store, "rank": int(given["RANK"]), "world_size": int(given["WORLD_SIZE"])}
     return {}
 

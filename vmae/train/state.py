@@ -8,7 +8,7 @@ it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +25,27 @@ from vmae.checkpoint.published import check_shapes
 from vmae.errors import InputError
 
 
+class Companion(Protocol):
+    """What a checkpoint can hold beside the model: a module, or whatever has its state as named tensors."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Any, /) -> Any: ...
+
+
 class TrainingState:
     """The tensors of a run that is going on.
 
     Args:
         model: without DDP's wrapper; sharded or not.
         optimizer: over its parameters, whose state is tensors of the parameter's shape, and scalars.
-        companions: further modules, by a name other than "model" and "optimizer".
+        companions: what else is saved, by a name other than "model" and "optimizer".
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, companions: dict[str, nn.Module]
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, companions: dict[str, Companion]
     ) -> None:
-        self.modules = {"model": model, **companions}
+        self.modules: dict[str, Companion] = {"model": model, **companions}
         self.optimizer = optimizer
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self.names = {name: p for name, p in model.named_parameters() if id(p) in trained}
@@ -72,9 +80,9 @@ class TrainingState:
         load_tensors(path, self.tensors(), group)
         return read_manifest(path)
 
-    def _empty_moments(self, layouts: Layouts, path: Path) -> dict[nn.Parameter, dict[str, Tensor]]:
+    def _empty_moments(self, layouts: Layouts, path: Path) -> dict[Tensor, dict[str, Tensor]]:
         """Room for the optimizer state that the file has; torch makes it at the first step only."""
-        found: dict[nn.Parameter, dict[str, Tensor]] = {}
+        found: dict[Tensor, dict[str, Tensor]] = {}
         for key, (size, dtype) in layouts.items():
             if key.startswith("optimizer."):
                 name, _, moment = key.removeprefix("optimizer.").rpartition(".")

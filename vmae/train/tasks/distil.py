@@ -1,0 +1,274 @@
+"""`python -m vmae distil`: a small student learns from a large fine-tuned teacher (VideoMAE V2, section 4.4).
+
+The loss is `kl_weight * T^2 * KL(teacher / T || student / T) + (1 - kl_weight) * cross entropy`, with the
+teacher seeing the clip that the student sees (Hinton et al., 2015; Beyer et al., 2022). The paper says that
+ViT-g taught B and S, which started from post-pre-training; temperature and weights are not published, so the
+defaults here are our choice.
+
+The teacher runs beside the student, or once before, its logits stored in bf16 with the views' seeds
+(`--store`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from vmae.checkpoint.classifier import LoadedClassifier, load_classifier
+from vmae.checkpoint.identity import list_hash, model_identity
+from vmae.data.classify_dataset import LabelledBatch
+from vmae.data.labels import LabelledList
+from vmae.data.manifest import VideoEntry
+from vmae.errors import InputError
+from vmae.files.json_files import parse_json
+from vmae.model import Classifier
+from vmae.train.distil_settings import DistilConfig, add_arguments
+from vmae.train.logit_store import LogitStore, fill_store
+from vmae.train.parallel import Parallel, open_parallel
+from vmae.train.run import run_task
+from vmae.train.tasks.finetune import FinetuneTask, settings_of
+from vmae.train.tasks.supervised import Source
+
+__all__ = ["DistilConfig", "DistilTask", "add_arguments", "run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; with `--store`, the teacher's pass alone."""
+    if args.store is not None and args.logits is None:
+        raise InputError("--store needs the folder to store to: --logits DIR")
+    base, run_config, source = settings_of(args)
+    speed = run_config.speed
+    teacher = load_classifier(
+        args.teacher,
+        preset=args.teacher_model,
+        label_map=args.teacher_map,
+        clip=base.clip.to_dict(),
+        backend=speed.backend,
+        attention=speed.attention,
+    )
+    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    config = DistilConfig(
+        **fields,
+        teacher=str(teacher.path),
+        teacher_map=args.teacher_map,
+        temperature=args.temperature,
+        kl_weight=args.kl_weight,
+        logits=args.logits,
+        stored_epochs=args.store if args.logits else None,
+    )
+    task = DistilTask(config, source, teacher)
+    if args.store is None:
+        return run_task(task, run_config, args)
+    with open_parallel(speed.parallel, run_config.device, shard_size=speed.shard_size) as parallel:
+        for line in teacher.assumed if parallel.is_main else ():
+            print(line)
+        task.adopt(teacher)
+        with parallel.hold(args.logits, "a teacher's logits being stored"):
+            store_logits(task.config, teacher, parallel, batch_size=run_config.batch_size)
+    return 0
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """`T^2 * KL(softmax(teacher / T) || softmax(student / T))`, the mean over clips, float32.
+
+    Args:
+        student, teacher: logits [B, K].
+    """
+    student, teacher = (logits.float() / temperature for logits in (student, teacher))
+    divergence = F.kl_div(
+        student.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    return temperature**2 * divergence
+
+
+class DistilTask(FinetuneTask):
+    """Fine-tuning with a teacher beside the labels.
+
+    Args:
+        source: what `config.init` names, where the caller has read it.
+        teacher: what `config.teacher` names, the same.
+    """
+
+    config: DistilConfig
+
+    def __init__(
+        self, config: DistilConfig, source: Source | None = None, teacher: LoadedClassifier | None = None
+    ) -> None:
+        super().__init__(config, source)
+        self.teacher = teacher
+        self.store: LogitStore | None = None
+
+    def check(self) -> list[str]:
+        if self.teacher is None:
+            self.teacher = load_classifier(
+                self.config.teacher,
+                label_map=self.config.teacher_map,
+                clip=self.config.clip.to_dict(),
+                backend=self.run.speed.backend,
+                attention=self.run.speed.attention,
+            )
+        self.adopt(self.teacher)
+        return [*self.teacher.assumed, *super().check()]
+
+    def adopt(self, teacher: LoadedClassifier) -> None:
+        """Note in `config` which teacher it is.
+
+        Raises:
+            InputError: it has other classes, or several labels a video.
+        """
+        if teacher.model.num_classes != self.config.num_classes:
+            raise InputError(
+                f"the teacher {teacher.path} has {teacher.model.num_classes} classes, the labels have "
+                f"{self.config.num_classes}; --teacher-map FILE.json says which of the teacher's they are"
+            )
+        if teacher.multi_label:
+            raise InputError(
+                f"the teacher {teacher.path} gives several labels a video; distillation needs one"
+            )
+        identity = model_identity(teacher.model)
+        self.config = dataclasses.replace(self.config, teacher_identity=identity)
+
+    def read_labels(self) -> tuple[LabelledList, list[str]]:
+        labelled, notes = super().read_labels()
+        if self.config.logits is not None:
+            self._open_logits(labelled)
+        return labelled, notes
+
+    def _open_logits(self, labelled: LabelledList) -> None:
+        """Read from the store what to train with.
+
+        Raises:
+            InputError: it is of other views, or not complete; an epoch is less than a batch.
+        """
+        store = open_store(self.config, labelled.entries)
+        self.store, self.cycle = store, store.about["epochs"]
+        self.config = dataclasses.replace(self.config, stored_epochs=self.cycle)
+        missing = store.missing()
+        if missing:
+            raise InputError(
+                f"{store.folder} lacks the logits of {len(missing)} samples; finish it with --store first"
+            )
+        samples, batch = store.shape[0], self.run.videos_per_step(self.parallel.world_size)
+        if samples < batch:
+            raise InputError(
+                f"an epoch of {samples} samples is less than a batch of {batch}; stored logits need whole "
+                "batches: lower --batch-size, or raise --repeat"
+            )
+
+    def build_model(self) -> Classifier:
+        model = super().build_model()
+        assert self.teacher is not None  # `check` came before
+        if self.store is None:
+            self.teacher.model.to(self.parallel.device).requires_grad_(False)
+        return model
+
+    def teach(self, batch: LabelledBatch, clips: Tensor) -> Tensor:
+        """The teacher's logits [B, K] of the clips that the student saw."""
+        if self.store is not None:
+            return self.store.read([(epoch, index) for epoch, index, _ in batch.ids]).to(clips.device)
+        assert self.teacher is not None
+        with torch.no_grad():
+            return self.teacher.model(clips)
+
+    def loss_of(self, batch: LabelledBatch, clips: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        config, labels = self.config, super().loss_of(batch, clips, logits, targets)
+        taught = distillation_loss(logits, self.teach(batch, clips), config.temperature)
+        return config.kl_weight * taught + (1 - config.kl_weight) * labels
+
+
+# --- Stored logits ---
+
+
+def _about_views(config: DistilConfig, entries: Sequence[VideoEntry], epochs: int) -> dict[str, Any]:
+    """What decides the views and what the teacher makes of them; labels do not."""
+    views = {
+        "clip": config.clip.to_dict(),
+        "augment": {**config.augment.to_dict(), "smoothing": 0.0},
+        "seed": config.seed,
+    }
+    samples = len(entries) * config.repeat
+    size = {
+        "epochs": epochs,
+        "samples": samples,
+        "num_sample": config.num_sample,
+        "classes": config.num_classes,
+    }
+    return {
+        **views,
+        **size,
+        "dtype": config.dtype,
+        "list": list_hash(entries),
+        "teacher": config.teacher_identity,
+    }
+
+
+def open_store(config: DistilConfig, entries: Sequence[VideoEntry]) -> LogitStore:
+    """The store of a run; how many epochs it has, it says itself, unless `config` does."""
+    assert config.logits is not None
+    epochs = config.stored_epochs
+    if epochs is None:
+        try:
+            with open(f"{config.logits}/logits.json", encoding="utf-8") as file:
+                epochs = int(parse_json(file.read())["epochs"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{config.logits} holds no stored logits ({error}); --store EPOCHS makes them"
+            ) from error
+    return LogitStore(config.logits, _about_views(config, entries, epochs))
+
+
+def store_logits(
+    config: DistilConfig, teacher: LoadedClassifier, parallel: Parallel, *, batch_size: int
+) -> LogitStore:
+    """Run the teacher over all views of `config.stored_epochs` epochs; what a stopped pass has stored is not
+    done again.
+
+    Raises:
+        InputError: the folder holds logits of other views; the list or its videos cannot be read.
+    """
+    views = FinetuneTask(config)
+    labelled, notes = views.read_labels()
+    if parallel.is_main:
+        print(f"list: {config.data}, {len(labelled.entries)} videos")
+        for note in notes:
+            print(note)
+        open_store(config, labelled.entries).create()
+    parallel.barrier()
+    store = open_store(config, labelled.entries)
+    dataset = views.build_dataset(labelled)
+    model = teacher.model.to(parallel.device)
+
+    def compute(keys: list[tuple[int, int]]) -> Tensor:
+        clips = torch.cat([dataset[key].clips for key in keys]).to(parallel.device)
+        with (
+            torch.no_grad(),
+            torch.autocast(parallel.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"),
+        ):
+            return model(clips)
+
+    def progress(parts: list) -> Any:
+        return tqdm(parts, unit="batch", disable=None if parallel.is_main else True)
+
+    fill_store(
+        store,
+        compute,
+        batch_size=batch_size,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+        progress=progress,
+    )
+    parallel.barrier()
+    if parallel.is_main:
+        samples, _, classes = store.shape
+        print(
+            f"{config.logits}: bf16 logits of {store.about['epochs']} epochs x {samples} samples, "
+            f"{classes} classes"
+        )
+    return store

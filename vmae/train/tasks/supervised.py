@@ -1,0 +1,85 @@
+"""What the supervised tasks share: an encoder that starts from a checkpoint, and learning rates by layer."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from vmae.checkpoint.source import Source, read_checkpoint
+from vmae.checkpoint.start import Start
+from vmae.model.cost import classifier_macs
+from vmae.train.layer_decay import build_layer_adamw
+from vmae.train.optim import OptimConfig
+from vmae.train.task import BatchT, ModelTask, ModelTaskConfig
+
+
+class SupervisedConfig(ModelTaskConfig, Protocol):
+    """Settings of a task that puts a head on an encoder."""
+
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def layer_decay(self) -> float: ...
+
+
+SupervisedConfigT = TypeVar("SupervisedConfigT", bound=SupervisedConfig)
+
+
+def source_from_args(args: argparse.Namespace) -> Source | None:
+    """The checkpoint that a command line names; None without `--init`."""
+    if args.init is None:
+        return None
+    return read_checkpoint(
+        args.init, preset=args.model or "vit_b", frames=args.init_frames, size=args.init_size
+    )
+
+
+class SupervisedTask(ModelTask[SupervisedConfigT, BatchT]):
+    """A head on an encoder, both trained; the encoder starts from a checkpoint, if the settings name one.
+
+    Args:
+        source: what `config.init` names, where the caller has read it.
+    """
+
+    def __init__(self, config: SupervisedConfigT, source: Source | None = None) -> None:
+        super().__init__(config)
+        self.source = source
+
+    def check(self) -> list[str]:
+        if self.source is None and self.config.init is not None:
+            self.source = read_checkpoint(self.config.init, preset="vit_b")
+        if self.source is not None:
+            self.config = self.adapt(self.source)
+        return super().check()
+
+    def adapt(self, source: Source) -> SupervisedConfigT:
+        """The settings, with what follows from the checkpoint."""
+        return dataclasses.replace(self.config, model=source.fit(self.config.model))
+
+    def start(self) -> str:
+        source, self.source = self.source, None  # its tensors are not needed any more
+        assert source is not None  # `check` came before
+        return source.describe(self.load(source).describe(source.path))
+
+    def load(self, source: Source) -> Start:
+        """Load the checkpoint into `model`; raises InputError where it does not fit."""
+        raise NotImplementedError(f"{type(self).__name__} has no `load` for config.init")
+
+    def blocks(self) -> Sequence[nn.Module]:
+        blocks = self.model.blocks
+        assert isinstance(blocks, nn.ModuleList)
+        return list(blocks)
+
+    def build_optimizer(self, optim: OptimConfig) -> torch.optim.Optimizer:
+        return build_layer_adamw(self.model, optim, self.config.model.depth, self.config.layer_decay)
+
+    def flops_per_clip(self) -> float:
+        return 6.0 * classifier_macs(self.config.model, self.config.num_classes)
+
+    def describe_rates(self, optim: OptimConfig) -> str:
+        return f"{super().describe_rates(optim)}, layer decay {self.config.layer_decay:g}"
