@@ -1,11 +1,17 @@
 """Dual-masked pre-training of video transformers: VideoMAE V2's method, with fused kernels and proof."""
 
-from vmae.config import MaskConfig, ModelConfig, SpeedConfig
-from vmae.errors import InputError
-from vmae.masking import DualMask
-from vmae.model import build_classifier, build_pretrainer, build_reference
+from __future__ import annotations
 
-__version__ = "0.1.0"
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vmae.config import MaskConfig, ModelConfig, SpeedConfig
+    from vmae.errors import InputError
+    from vmae.masking import DualMask
+    from vmae.model import build_classifier, build_pretrainer, build_reference
+
+__version__ = "0.1.0"  # the only place; setup.py reads it here
 
 __all__ = [
     "DualMask",
@@ -17,3 +23,28 @@ __all__ = [
     "build_pretrainer",
     "build_reference",
 ]
+
+# Public names and their modules. A module is imported when one of its names is first used: `import vmae` and
+# `vmae --help` do not load torch.
+_MODULES = {
+    "DualMask": "vmae.masking",
+    "InputError": "vmae.errors",
+    "MaskConfig": "vmae.config",
+    "ModelConfig": "vmae.config",
+    "SpeedConfig": "vmae.config",
+    "build_classifier": "vmae.model",
+    "build_pretrainer": "vmae.model",
+    "build_reference": "vmae.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -94,6 +94,15 @@ COMMANDS = {
 }
 
 
+# Commands whose flags are made in a module of their own: their `--help` imports no model.
+SETTINGS = {
+    "pretrain": "vmae.train.pretrain_settings",
+    "finetune": "vmae.train.finetune_settings",
+    "finetune-detection": "vmae.train.detection_settings",
+    "distil": "vmae.train.distil_settings",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """A wrong command line gets one line, like any other wrong input, not the list of all flags before it."""
 
@@ -108,9 +117,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     for name, (module, text) in COMMANDS.items():
         sub = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == command:
-            loaded = importlib.import_module(module)
-            loaded.add_arguments(sub)
-            sub.set_defaults(run=loaded.run)
+            importlib.import_module(SETTINGS.get(name, module)).add_arguments(sub)
+            sub.set_defaults(module=module)
     return parser
 
 
@@ -122,7 +130,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.lastResort.setLevel(logging.INFO)
     try:
         args = build_parser(command).parse_args(argv)
-        return args.run(args) or 0
+        if "settings" in args:
+            args.settings.complete(args)
+        return importlib.import_module(args.module).run(args) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vmae.config import DECODER_MASKS, ENCODER_MASKS
 from vmae.errors import InputError
 
 Grid = tuple[int, int, int]
 
-ENCODER_MASKS = ("tube", "random", "frame")
-DECODER_MASKS = ("running_cell", "random", "frame", "none")
 RUNNING_CELL_RATIOS = (0.25, 0.5, 0.75)
 
 

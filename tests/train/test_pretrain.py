@@ -73,6 +73,7 @@ def test_a_run_leaves_logs_settings_checkpoint_and_weights(videos, tmp_path, cap
     text = capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == [
         "checkpoint-00000006",
+        "config.yaml",
         "log.jsonl",
         "run.json",
         "weights.pth",

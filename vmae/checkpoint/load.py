@@ -17,12 +17,12 @@ from vmae.checkpoint.folder import AVERAGED_NAME, find_weights
 from vmae.checkpoint.format import is_checkpoint, read_group
 from vmae.checkpoint.published import read_settings_and_weights
 from vmae.checkpoint.source import at_size, source_config
-from vmae.config import ModelConfig, image_size
+from vmae.config import ModelConfig, StartSettings
 from vmae.data.classify_dataset import ClipConfig
 from vmae.data.labels import HEAD_NAMES, read_label_map
 from vmae.errors import InputError
+from vmae.flags import add_settings
 from vmae.model import Classifier, build_classifier
-from vmae.settings import limits
 
 NO_NUMBERS = (
     "the weights are damaged, or the dtype is too narrow for them: check the run's loss, try --dtype float32"
@@ -64,12 +64,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--label-map", metavar="FILE.json", help="turn a head of more classes into one of these"
     )
     clip = parser.add_argument_group("how videos are seen (default: as in training)")
-    clip.add_argument("--sampling", help="dense, sparse")
-    clip.add_argument(
-        "--stride", type=limits(ClipConfig, "stride"), help="frames from one to the next, for dense"
-    )
-    clip.add_argument("--num-frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip")
-    clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
+    add_settings(clip, ClipConfig, "sampling stride", unset="as in training")
+    add_settings(clip, ModelConfig, "num_frames img_size", unset="as in training")
     add_source_arguments(parser)
 
 
@@ -78,14 +74,7 @@ def add_source_arguments(
 ) -> argparse._ArgumentGroup:
     """What official files do not say; the group of these flags. `files` says which they are."""
     model = parser.add_argument_group(f"for weights that do not say what they are ({files})")
-    model.add_argument("--model", help="preset: vit_s, vit_b, vit_l, vit_h, vit_g, vit_tiny")
-    frames, size = limits(ModelConfig, "num_frames"), limits(ModelConfig, "img_size")
-    model.add_argument(
-        "--init-frames", type=frames, help="frames that the weights are of (as the file shows, else 16)"
-    )
-    model.add_argument(
-        "--init-size", type=size, help="side of the clips that they are of (as the file shows, else 224)"
-    )
+    add_settings(model, StartSettings, "model init_frames init_size")
     return model
 
 

@@ -41,9 +41,11 @@ from vmae.evaluate.temporal import (
 from vmae.files.atomic import write_atomically
 from vmae.files.folder_lock import FolderLock
 from vmae.files.json_files import parse_json
+from vmae.flags import add_settings
 from vmae.model.temporal_head import TemporalHead
 from vmae.settings import BATCH, COUNT, SEED, SHARE_ABOVE_0, SHARE_BELOW_1, Real, Whole, limits, ranged
 from vmae.train.checks import check_output, resolve_device
+from vmae.train.pretrain_settings import RunConfig
 
 DETECTOR, DETECTIONS, RESULTS = "detector.pth", "detections.json", "results.json"
 
@@ -421,7 +423,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="draw true and found segments of N test videos",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    add_settings(parser, RunConfig, "device")
     result = parser.add_argument_group("settings that change results")
     helps = {
         "epochs": "passes over the training videos",

@@ -47,10 +47,12 @@ from vmae.evaluate.encoder import middle_clip
 from vmae.evaluate.pictures import draw_grid
 from vmae.evaluate.predict import top_classes
 from vmae.evaluate.reconstruct import load_model, reconstruct
+from vmae.flags import add_settings
 from vmae.masking import DECODER_MASKS, ENCODER_MASKS, DualMask
 from vmae.model import Pretrainer
 from vmae.settings import SEED, SIDE, Real, Whole, limits, ranged, shown
 from vmae.train.checks import resolve_device
+from vmae.train.pretrain_settings import RunConfig
 
 _SECONDS = Real(above=0, most=86400)
 HEADER = "X-Vmae"  # a page of another site cannot send it without being asked first, and is told nothing
@@ -488,7 +490,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Limits.seconds,
         help=f"of a video ({Limits.seconds})",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    add_settings(parser, RunConfig, "device")
     add_source_arguments(parser).add_argument(
         "--classifier-model", help="preset of --classifier, if it does not say either"
     )

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,8 +29,8 @@ from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
 from vmae.data.manifest import VideoEntry
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
-from vmae.settings import SHARE, Real, limits, ranged
-from vmae.train import finetune_settings
+from vmae.flags import chosen
+from vmae.train.distil_settings import DistilConfig, add_arguments
 from vmae.train.finetune import (
     Extra,
     Source,
@@ -44,70 +43,17 @@ from vmae.train.finetune import (
 from vmae.train.finetune_settings import FinetuneConfig
 from vmae.train.logit_store import LogitStore, fill_store
 from vmae.train.parallel import Parallel, open_parallel
-from vmae.train.pretrain_settings import EPOCHS, RunConfig
+from vmae.train.pretrain_settings import RunConfig
 from vmae.train.run import Prepared
 
-
-@dataclass(frozen=True, kw_only=True)
-class DistilConfig(FinetuneConfig):
-    """Everything that decides the student's weights.
-
-    Attributes:
-        teacher: its checkpoint.
-        teacher_identity: its `model_identity`.
-        teacher_map: file that says which of the teacher's classes the student's are.
-        temperature: of both softmaxes.
-        kl_weight: share of the loss that the teacher has; the labels have the rest.
-        logits: folder of the teacher's stored logits; None runs it beside the student.
-        stored_epochs: epochs that are stored, and then come again.
-    """
-
-    teacher: str
-    teacher_identity: dict[str, Any] | None = None
-    teacher_map: str | None = None
-    temperature: float = ranged(2.0, Real(above=0, most=10_000))
-    kl_weight: float = ranged(0.9, SHARE)
-    logits: str | None = None
-    stored_epochs: int | None = ranged(None, EPOCHS)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.multi_label:
-            raise InputError(
-                "distillation is for classes that exclude each other, not for several labels a video"
-            )
-        if self.logits is not None and (self.augment.mixup or self.augment.cutmix):
-            raise InputError(
-                "stored logits are of single clips, which mixup and cutmix would change: --mixup 0 --cutmix 0"
-            )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    finetune_settings.add_arguments(parser)
-    group = parser.add_argument_group("teacher (changes results)")
-    group.add_argument(
-        "--teacher", required=True, metavar="CHECKPOINT", help="fine-tuned: a run's folder, or a file"
-    )
-    group.add_argument("--teacher-model", help="its preset, for files that do not say what they are")
-    group.add_argument(
-        "--teacher-map", metavar="FILE.json", help="turn its head of more classes into one of these"
-    )
-    group.add_argument(
-        "--temperature", type=limits(DistilConfig, "temperature"), default=2.0, help="of both softmaxes (2)"
-    )
-    group.add_argument(
-        "--kl-weight",
-        type=limits(DistilConfig, "kl_weight"),
-        default=0.9,
-        help="the teacher's share of the loss (0.9)",
-    )
-    group.add_argument("--logits", metavar="DIR", help="the teacher's stored logits")
-    group.add_argument(
-        "--store",
-        type=limits(DistilConfig, "stored_epochs"),
-        metavar="EPOCHS",
-        help="store the teacher's logits of so many epochs, and end",
-    )
+__all__ = [
+    "DistilConfig",
+    "add_arguments",
+    "distillation_loss",
+    "prepare_distillation",
+    "run",
+    "store_logits",
+]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
                 store_logits(config, teacher, parallel, batch_size=run_config.batch_size)
             return 0
         prepared, extra = prepare_distillation(config, run_config, parallel, teacher, source)
+        prepared.settings = args.settings.resolved(args, prepared.config, prepared.run)
         if args.dry_run:
             if parallel.is_main:
                 print(json.dumps(prepared.describe(), indent=2))
@@ -151,14 +98,10 @@ def _distil_config(args: argparse.Namespace, base: FinetuneConfig, teacher: Load
     if teacher.multi_label:
         raise InputError(f"the teacher {teacher.path} gives several labels a video; distillation needs one")
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    fields["teacher"] = str(teacher.path)
     return DistilConfig(
-        **fields,
-        teacher=str(teacher.path),
+        **{**chosen(DistilConfig, args), **fields},
         teacher_identity=model_identity(teacher.model),
-        teacher_map=args.teacher_map,
-        temperature=args.temperature,
-        kl_weight=args.kl_weight,
-        logits=args.logits,
         stored_epochs=args.store if args.logits else None,
     )
 

@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     speed = run_config.speed
     with open_parallel(speed.parallel, run_config.device, shard_size=speed.shard_size) as parallel:
         prepared = prepare_finetune(config, run_config, parallel, source)
+        prepared.settings = args.settings.resolved(args, prepared.config, prepared.run)
         if args.dry_run:
             if parallel.is_main:
                 print(json.dumps(prepared.describe(), indent=2))

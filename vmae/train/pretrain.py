@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     speed = run_config.speed
     with open_parallel(speed.parallel, run_config.device, shard_size=speed.shard_size) as parallel:
         prepared = prepare(config, run_config, parallel)
+        prepared.settings = args.settings.resolved(args, prepared.config, prepared.run)
         if args.dry_run:
             if parallel.is_main:
                 print(json.dumps(prepared.describe(), indent=2))

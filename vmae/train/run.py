@@ -32,6 +32,7 @@ from vmae.data.quarantine import QUARANTINE_NAME
 from vmae.data.video_dataset import VideoDataset
 from vmae.errors import InputError
 from vmae.files.folder_lock import FolderLock
+from vmae.files.yaml_files import write_settings
 from vmae.train.activations import prepare_blocks
 from vmae.train.loop import LoopConfig, Trainer
 from vmae.train.metrics import (
@@ -69,6 +70,7 @@ class Prepared:
         notes: lines for the user.
         listing: of `identify_list`; stands in every checkpoint.
         lock: of the output folder, once the run writes to it; rank 0 has it.
+        settings: of the command line, resolved, by key (`Settings.resolved`): `config.yaml`.
     """
 
     config: Any
@@ -83,6 +85,7 @@ class Prepared:
     notes: list[str]
     listing: dict[str, Any]
     lock: FolderLock | None = None
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def checkpoints(self) -> CheckpointFolder:
@@ -415,7 +418,7 @@ def export_run(checkpoint: Path, folder: Path, averaged: bool = False) -> None:
 
 def open_folder(prepared: Prepared, folder: Path, stack: contextlib.ExitStack) -> None:
     """Make the output folder this run's until `stack` ends, move an earlier run out of the way, and write
-    `run.json`.
+    `config.yaml` and `run.json`.
 
     Raises:
         InputError: the folder is another run's, or was until now; it can't be written to.
@@ -431,6 +434,7 @@ def open_folder(prepared: Prepared, folder: Path, stack: contextlib.ExitStack) -
     moved = set_aside(folder, prepared.start_step if prepared.checkpoint else None)
     if moved:
         prepared.notes.append(f"moved what an earlier run left in {folder} to {moved}")
+    write_settings(folder, prepared.settings)
     about = prepared.describe()
     note = write_run_file(
         folder, describe_start(about, device=prepared.device, start_step=prepared.start_step)
