@@ -127,7 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     command = next((word for word in argv if word in COMMANDS), None)
     # What this package says of itself (which attention backend "auto" took) goes to stderr, as plain lines.
     logging.getLogger("vmae").setLevel(logging.INFO)
-    logging.lastResort.setLevel(logging.INFO)
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(logging.INFO)
     try:
         args = build_parser(command).parse_args(argv)
         if "settings" in args:

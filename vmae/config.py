@@ -1,12 +1,12 @@
-"""Frozen, self-checking settings: what changes results (`ModelConfig`, `MaskConfig`, `OptimConfig`) apart from
-what changes speed only (`SpeedConfig`)."""
+"""Frozen, self-checking settings: what changes results (`ModelConfig`, `MaskConfig`, `OptimConfig`) apart
+from what changes speed only (`SpeedConfig`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from vmae.errors import InputError
 from vmae.settings import (
@@ -16,10 +16,8 @@ from vmae.settings import (
     WORKERS,
     OneOf,
     Real,
-    Sides,
     Whole,
     check_fields,
-    limits,
     setting,
 )
 
@@ -79,18 +77,20 @@ DATA, START = "data and output", "what to start from"
 RESULTS, SPEED = "settings that change results", "settings that change speed and housekeeping only"
 
 MAX_TOKENS = 2**20  # of a clip: its fixed positions alone take 3 GiB for ViT-B
+_Config = TypeVar("_Config", bound="_Checked")
 _WIDTH, _BLOCKS, _HEADS = Whole(1, 2**16), Whole(1, 256), Whole(1, 1024)
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Checked:
-    """Shared by the configurations: settings checked, construction from a dict (of `to_dict`, also after a way
-    through JSON) that refuses unknown keys, and `replace`."""
+    """Shared by the configurations: settings checked, construction from a dict (of `to_dict`, also after a
+    way through JSON) that refuses unknown keys, and `replace`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]):
+    def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -109,13 +109,13 @@ class _Checked:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def replace(self, **changes: Any):
+    def replace(self: _Config, **changes: Any) -> _Config:
         return type(self).from_dict({**self.to_dict(), **changes})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Checked):
-    """Everything that decides the parameters' shapes and the function they compute; `setting` tells what each is.
+    """Everything that decides the parameters' shapes and the function they compute.
 
     Raises:
         InputError: a number out of its range, or a size that does not divide another.
@@ -238,9 +238,6 @@ class ModelConfig(_Checked):
         return 3 * self.tubelet_size * self.patch_size**2
 
 
-image_size = Sides(limits(ModelConfig, "img_size"))  # `type=` of flags
-
-
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig(_Checked):
     """Which tokens the encoder sees and which the decoder rebuilds (VideoMAE V2, section 3.2)."""
@@ -332,7 +329,8 @@ class SpeedConfig(_Checked):
     )
     parallel: str = setting(
         "auto",
-        "none, ddp, fsdp (weights split over all ranks), hybrid (over a group of ranks); auto: ddp under torchrun",
+        "none, ddp, fsdp (weights split over all ranks), hybrid (over a group of ranks); auto: ddp with "
+        "several processes",
         OneOf("--parallel", PARALLEL),
     )
     shard_size: int | None = setting(

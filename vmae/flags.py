@@ -1,7 +1,7 @@
 """Flags, YAML files and `config.yaml` of a command, made from the fields of its configurations.
 
     SETTINGS = Settings(PretrainConfig, RunConfig, defaults={"model": "vit_b"})
-    SETTINGS.add_to(parser)                    # a flag for each field with a help text, `--config` beside them
+    SETTINGS.add_to(parser)                    # a flag for each field with a help text, and `--config`
     args = SETTINGS.complete(args)             # layers: defaults < the command's < --config < flags
     OptimConfig(**chosen(OptimConfig, args))   # what was set; the rest are the class's own defaults
 
@@ -21,11 +21,14 @@ from argparse import SUPPRESS
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from vmae.errors import InputError
 from vmae.files.yaml_files import read_yaml
 from vmae.settings import Limits, Setting, Sides, Whole, about_field, shown
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # Headings of `--help`, in order; others come after these.
 GROUPS = (
@@ -77,13 +80,16 @@ class Key:
         return None if self.unset is not None or self.default is dataclasses.MISSING else self.default
 
     @property
+    def words(self) -> str | None:
+        """The default as people write it."""
+        if self.unset is not None:
+            return self.unset
+        return None if self.default in (None, "", dataclasses.MISSING) else _words(self.default)
+
+    @property
     def help(self) -> str:
         """The field's help and, after it, the default."""
-        default = self.unset
-        if default is None and self.default not in (None, "", dataclasses.MISSING):
-            default = _words(self.default)
-        text = (self.about.help or "") + (f" ({default})" if default is not None else "")
-        return text.strip()
+        return (self.about.help or "") + (f" ({self.words})" if self.words is not None else "")
 
     @property
     def type(self) -> Limits | None:
@@ -113,25 +119,25 @@ class Key:
                 *flags, dest=self.name, action="store_const", const=value, default=SUPPRESS, help=hidden
             )
 
-    def of_file(self, value: Any, where: str) -> Any:
+    def of_file(self, value: Any) -> Any:
         """The value that a YAML file holds, checked; `1e-3` is text in YAML 1.1, and a number here.
 
         Raises:
-            InputError: names file and key, and what it may be.
+            InputError: names the key, and what it may be.
         """
-        name, within = f"{where}: {self.name}", self.about.within
+        within = self.about.within
         if value is None and "None" in self.kind:
             return None
         if self.kind == "bool" or within is None:
             if not isinstance(value, bool if self.kind == "bool" else str):
                 wanted = "true or false" if self.kind == "bool" else "text"
-                raise InputError(f"{name} must be {wanted}, not {shown(value)}")
+                raise InputError(f"{self.name} must be {wanted}, not {shown(value)}")
             return value
         if "tuple" in self.kind and (isinstance(value, list) or self.kind.startswith("tuple")):
             if not isinstance(value, list) or len(value) != self.length:
-                raise InputError(f"{name} must be {self.length} numbers, not {shown(value)}")
-            return tuple(_checked(part, within, name) for part in value)
-        return _checked(value, self.type, name)
+                raise InputError(f"{self.name} must be {self.length} numbers, not {shown(value)}")
+            return tuple(_checked(part, within, self.name) for part in value)
+        return _checked(value, self.type or within, self.name)
 
     @property
     def length(self) -> int:
@@ -139,8 +145,7 @@ class Key:
         return self.kind.split("tuple[")[1].split("]")[0].count(",") + 1
 
 
-def _checked(value: Any, within: Limits | None, name: str) -> Any:
-    assert within is not None
+def _checked(value: Any, within: Limits, name: str) -> Any:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = within.read(value)
@@ -168,7 +173,7 @@ class Settings:
 
     def __init__(
         self,
-        *configs: type,
+        *configs: type[DataclassInstance],
         defaults: dict[str, Any] | None = None,
         without_file: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
@@ -181,7 +186,7 @@ class Settings:
         if unknown:
             raise TypeError(f"defaults of no setting: {', '.join(sorted(unknown))}")
 
-    def _add(self, config: type) -> None:
+    def _add(self, config: type[DataclassInstance]) -> None:
         hints = get_type_hints(config)
         for field in dataclasses.fields(config):
             about = about_field(config, field.name)
@@ -192,7 +197,7 @@ class Settings:
                 if name in self.keys:
                     raise TypeError(f"two settings are called {name}")
                 default = self.defaults.get(name, field.default)
-                group = about.group or getattr(config, "group", "options")
+                group = str(about.group or getattr(config, "group", "options"))
                 self.keys[name] = Key(name, field, about, str(field.type), default, group)
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
@@ -267,11 +272,14 @@ class Settings:
                 raise InputError(f"{path}: unknown setting {shown(written)}{advice}")
             if name in found:
                 raise InputError(f"{path}: {name} is set twice")
-            found[name] = self.keys[name].of_file(value, str(path))
+            try:
+                found[name] = self.keys[name].of_file(value)
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
         return found
 
-    def resolved(self, args: argparse.Namespace, *configs: Any) -> dict[str, Any]:
-        """All settings of a run by key, for `write_settings`: what was given, and what the configurations made of it."""
+    def resolved(self, args: argparse.Namespace, *configs: DataclassInstance) -> dict[str, Any]:
+        """All settings of a run by key: what was given, and what the configurations made of it."""
         values = dict(args.given)
         for config in configs:
             values |= flat(config)
@@ -288,7 +296,7 @@ def _is_required(key: Key) -> bool:
     return key.default is dataclasses.MISSING and key.about.unset is None
 
 
-def chosen(config: type, args: argparse.Namespace) -> dict[str, Any]:
+def chosen(config: type[DataclassInstance], args: argparse.Namespace) -> dict[str, Any]:
     """What was given for the fields of a configuration, by field; without those of configurations in it."""
     values = {}
     for field in dataclasses.fields(config):
@@ -299,19 +307,19 @@ def chosen(config: type, args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def flat(config: Any) -> dict[str, Any]:
+def flat(config: DataclassInstance) -> dict[str, Any]:
     """The settings of a configuration, and of those in it, by key."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         about, value = about_field(type(config), field.name), getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             values |= flat(value)
         elif about.help is not None:
             values[about.name or field.name] = value
     return values
 
 
-def add_settings(parser: Any, config: type, names: str, **changes: Any) -> None:
+def add_settings(parser: Any, config: type[DataclassInstance], names: str, **changes: Any) -> None:
     """Flags of some fields (blanks between) of a configuration, for a command without a settings file.
 
     Args:

@@ -17,9 +17,12 @@ import re
 import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmae.errors import InputError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _KEY = "setting"
 
@@ -34,11 +37,14 @@ class Limits:
         """The value that `text` means; raises ValueError for none."""
         raise NotImplementedError
 
+    def refusal(self, name: str, value: Any) -> str:
+        """What is wrong with a value that is not allowed: names the setting, the range and the value."""
+        return f"{name} must be {self}, not {shown(value)}"
+
     def check(self, name: str, value: Any) -> None:
-        """Raises InputError, which names the setting, the value and the range, unless the value is
-        allowed."""
+        """Raises InputError unless the value is allowed."""
         if not self.allows(value):
-            raise InputError(f"{name} must be {self}, not {shown(value)}")
+            raise InputError(self.refusal(name, value))
 
     def __call__(self, text: str) -> Any:
         try:
@@ -60,11 +66,9 @@ class Whole(Limits):
     most: int
 
     def allows(self, value: Any) -> bool:
-        return (
-            isinstance(value, numbers.Integral)
-            and not isinstance(value, bool)
-            and self.least <= value <= self.most
-        )
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            return False
+        return self.least <= int(value) <= self.most
 
     def read(self, text: str) -> int:
         return int(text)
@@ -87,10 +91,14 @@ class Real(Limits):
             raise ValueError("a range has one lower and one upper end")
 
     def allows(self, value: Any) -> bool:
+        number: Any = value  # int, float or numpy's: all compare with a float
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             return False
-        enough = value > self.above if self.least is None else value >= self.least
-        return bool(enough and (value < self.below if self.most is None else value <= self.most))
+        if self.least is not None and not number >= self.least:
+            return False
+        if self.above is not None and not number > self.above:
+            return False
+        return bool(number <= self.most if self.most is not None else number < self.below)
 
     def read(self, text: str) -> float:
         return float(text)
@@ -141,21 +149,20 @@ class OneOf(Limits):
     def read(self, text: str) -> str:
         return self.published.get(text, text)
 
-    def check(self, name: str, value: Any) -> None:
-        if not self.allows(value):
-            raise InputError(f"unknown {self.noun} {shown(value)}; known: {self}")
+    def refusal(self, name: str, value: Any) -> str:
+        return f"unknown {self.noun} {shown(value)}; known: {self}"
 
     def __call__(self, text: str) -> str:
         value = self.read(text)
         if not self.allows(value):
-            raise argparse.ArgumentTypeError(f"unknown {self.noun} {shown(text)}; known: {self}")
+            raise argparse.ArgumentTypeError(self.refusal("", text))
         return value
 
     def __str__(self) -> str:
         return ", ".join(self.known)
 
 
-def _plain(number: float) -> str:
+def _plain(number: float | None) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
@@ -237,18 +244,18 @@ def ranged(default: Any = dataclasses.MISSING, within: Limits | None = None) -> 
     return setting(default, within=within)
 
 
-def setting_like(owner: type, name: str, default: Any, **changes: Any) -> Any:
+def setting_like(owner: type[DataclassInstance], name: str, default: Any, **changes: Any) -> Any:
     """A field as `owner` has it, with another default and these `changes` of its `Setting`."""
     about = dataclasses.replace(about_field(owner, name), **changes)
     return dataclasses.field(default=default, metadata={_KEY: about})
 
 
-def about_field(owner: type, name: str) -> Setting:
+def about_field(owner: type[DataclassInstance], name: str) -> Setting:
     """What a field of a configuration says of itself."""
     return owner.__dataclass_fields__[name].metadata.get(_KEY, Setting())
 
 
-def limits(owner: type, name: str) -> Limits:
+def limits(owner: type[DataclassInstance], name: str) -> Limits:
     """The range that a field of a configuration declares; raises TypeError where it declares none."""
     found = about_field(owner, name).within
     if found is None:

@@ -493,7 +493,7 @@ def test_setting_changes_are_found_at_any_depth():
 
 def start_process(videos: Path, output: Path) -> subprocess.Popen:
     """A real run with a data worker, in a process group of its own."""
-    flags = [*SMALL, *RUN, "--model", "vit_tiny", "--steps", "100000", "--workers", "1"]
+    flags = [*SMALL[2:], *RUN, "--model", "vit_tiny", "--steps", "100000", "--workers", "1"]
     command = [
         sys.executable,
         "-m",

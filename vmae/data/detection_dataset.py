@@ -43,7 +43,7 @@ class KeyClipConfig(_Checked):
 
     Attributes:
         num_frames: T, as the model has it.
-        image_size: side, or (height, width), in pixels, as the model has it; the whole frame is resized to it.
+        image_size: side, or (height, width), in pixels, as the model has it; whole frames are resized to it.
         extend: how much wider and taller boxes are made to be looked at in a test, shares (published 0.1 and
             0.05).
     """

@@ -27,7 +27,7 @@ def read_yaml(path: str | Path) -> list[tuple[str, Any]]:
     where = f"settings file {path}"
     try:
         text = Path(path).read_bytes().decode("utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        keys = _keys(yaml.compose(text, Loader=yaml.SafeLoader))
         content = yaml.safe_load(text)
         check_depth(content)
     except OSError as error:
@@ -40,15 +40,19 @@ def read_yaml(path: str | Path) -> list[tuple[str, Any]]:
         return []
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{where}: expected `key: value` a line, such as `lr: 1e-3`")
-    keys = [part[0].value for part in node.value]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice is not None:
         raise InputError(f"{where}: {twice} is set twice")
     return list(content.items())
 
 
+def _keys(node: yaml.Node | None) -> list[Any]:
+    """As they stand there: loading keeps the last one of those that come twice."""
+    return [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+
+
 def write_settings(folder: Path, values: dict[str, Any]) -> None:
-    """Write settings, of `Settings.resolved`, as a run's file for `--config`; nothing where there are none."""
+    """Write settings (of `Settings.resolved`) as a run's file for `--config`; none, no file."""
     if not values:
         return
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

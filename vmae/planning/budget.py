@@ -1,8 +1,8 @@
 """What a pre-training run needs of given machines: memory of one GPU, the largest batch, FLOPs, hours, clips
 a second.
 
-Bytes are counted (`vmae.planning.memory`); hours follow from FLOPs and an assumed utilisation. Nothing here is
-measured.
+Bytes are counted (`vmae.planning.memory`); hours follow from FLOPs and an assumed utilisation. Nothing here
+is measured.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def make_plan(
 def _row(
     checkpointing: str,
     sharding: str,
-    state: tuple,
+    state: tuple[int, int, int, int],
     activations: Activations,
     model_flops: float,
     recomputed: float,

@@ -81,8 +81,8 @@ SETTINGS = Settings(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     SETTINGS.add_to(parser)
     parser.epilog = (
-        "The flags and settings file of `pretrain` say what is planned: without --config, the published recipe of "
-        "--model (vit_g). --device may name a GPU here (h100, a100, ...; by default h100)."
+        "The flags and settings file of `pretrain` say what is planned: without --config, the published "
+        "recipe of --model (vit_g). --device may name a GPU here (h100, a100, ...; by default h100)."
     )
 
 
@@ -184,8 +184,12 @@ def assumptions(cluster: Cluster) -> str:
     """What the figures rest on, in a line."""
     rate = "no peak FLOP/s known, so no time (--peak tells it)"
     if cluster.peak_flops:
-        rate = f"{cluster.mfu:.0%} of {cluster.peak_flops / 1e12:g} TFLOP/s a GPU for all that is executed, made again or not"
-    return f"assumed: {rate}; {cluster.reserve:.0%} of the memory left to CUDA, NCCL and the allocator; not measured"
+        rate = (
+            f"{cluster.mfu:.0%} of {cluster.peak_flops / 1e12:g} TFLOP/s a GPU for all that is executed, "
+            "made again or not"
+        )
+    left = f"{cluster.reserve:.0%} of the memory left to CUDA, NCCL and the allocator"
+    return f"assumed: {rate}; {left}; not measured"
 
 
 def _mismatch(work: Workload, cluster: Cluster) -> list[str]:
@@ -204,8 +208,8 @@ def gib(size: float) -> str:
 
 def table(plan: Plan) -> list[str]:
     """One line a row, columns aligned."""
-    cost = ["TFLOP", "MFU %", "s/step", "hours", "clips/s"]
-    lines = [["checkpointing", "sharding", *_MEMORY, "total", "fits", "largest batch", *cost]]
+    titles = ["TFLOP", "MFU %", "s/step", "hours", "clips/s"]
+    lines = [["checkpointing", "sharding", *_MEMORY, "total", "fits", "largest batch", *titles]]
     for row in plan.rows:
         memory = [gib(getattr(row.memory, name)) for name in _MEMORY]
         cost = [row.executed_flops / 1e12, 100 * row.mfu, row.step_s, row.hours, row.clips_per_s]
@@ -229,9 +233,10 @@ def recommendation(plan: Plan) -> str:
     """One line: the flags to start with, and what they cost."""
     row, work, cluster = plan.best, plan.workload, plan.cluster
     if row is None:
-        return f"recommendation: none: not one video fits {gib(cluster.memory)} GiB; more GPUs (--gpus) share the state"
+        lack = f"not one video fits {gib(cluster.memory)} GiB"
+        return f"recommendation: none: {lack}; more GPUs (--gpus) share the state"
     flags = " ".join(recommended_flags(plan, row))
-    if row.hours is None:
+    if row.hours is None or row.clips_per_s is None:
         return f"recommendation: {flags}"
     clips, videos = row.clips_per_s, row.clips_per_s / work.num_sample
     return (

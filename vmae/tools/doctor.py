@@ -22,9 +22,11 @@ import torch
 from vmae.data.dali import dali_missing
 from vmae.data.decode import BACKENDS as VIDEO_BACKENDS
 from vmae.errors import InputError
+from vmae.flags import add_settings
 from vmae.model.attention.choice import BACKENDS, auto_order, runnable
 from vmae.model.attention.probes import Workload
 from vmae.settings import Whole
+from vmae.train.pretrain_settings import RunConfig
 from vmae_kernels import resolve_backend
 from vmae_kernels.device import why_too_old
 
@@ -402,9 +404,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, or a GPU such as cuda:1 (default: a GPU if there is one)"
-    )
+    add_settings(parser, RunConfig, "device")
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="of attention (default: bfloat16 on a GPU, float32 on a CPU)"
     )

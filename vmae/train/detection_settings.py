@@ -100,7 +100,7 @@ def configs_from_args(
     """
     args.settings.complete(args)
     run = run_from_args(args)
-    clip = {"num_frames": model.num_frames, "image_size": model.img_size}
+    seen = {"num_frames": model.num_frames, "image_size": model.img_size}
     follows = {
         "action_ids": tuple(actions),
         "action_names": tuple(actions.values()),
@@ -108,7 +108,7 @@ def configs_from_args(
     }
     config = DetectionConfig(
         model=model,
-        clip=KeyClipConfig(**clip, **chosen(KeyClipConfig, args)),
+        clip=KeyClipConfig.from_dict({**seen, **chosen(KeyClipConfig, args)}),
         augment=KeyAugmentConfig(**chosen(KeyAugmentConfig, args)),
         **{**training_from_args(args, DetectionConfig, run, usual_warmup(args)), **follows},
     )

@@ -43,8 +43,8 @@ TRAINING_LISTS, TEST_LISTS = ("train.csv",), ("test.csv", "val.csv")
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig(TrainingConfig):
-    """What classifiers and detectors share of what decides the weights; `optim.lr` is for 256 clips or videos a
-    step."""
+    """What classifiers and detectors share of what decides the weights; `optim.lr` is for 256 clips or videos
+    a step."""
 
     model: ModelConfig
     optim: OptimConfig
@@ -172,13 +172,13 @@ def configs_from_args(
     args.settings.complete(args)
     run = run_from_args(args)
     augment = chosen(AugmentConfig, args)
-    clip = {"num_frames": model.num_frames, "image_size": model.img_size}
+    seen = {"num_frames": model.num_frames, "image_size": model.img_size}
     follows = {"data": list_of(args.data), "num_classes": num_classes}
     if args.probe == "attentive":
         follows["pooling"] = "attentive"
     config = FinetuneConfig(
         model=model,
-        clip=ClipConfig(**clip, **chosen(ClipConfig, args)),
+        clip=ClipConfig.from_dict({**seen, **chosen(ClipConfig, args)}),
         augment=AugmentConfig(**augment) if args.augment == "published" else AugmentConfig.none(**augment),
         class_names=tuple(read_class_names(args.classes)) if args.classes else None,
         **{**training_from_args(args, FinetuneConfig, run, usual_warmup(args)), **follows},

@@ -1,5 +1,5 @@
-"""Settings of `pretrain`, and what every kind of training shares: what decides the result, what only carries a
-run out, and how settings become configurations."""
+"""Settings of `pretrain`, and what every kind of training shares: what decides the result, what only carries
+a run out, and how settings become configurations."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class RunConfig(_Checked):
     output: str = setting(
         help="folder of the run: checkpoints, logs", aliases=("--output_dir",), metavar="DIR", group=DATA
     )
-    device: str = setting("auto", "auto (a GPU if there is one), cpu, cuda")
+    device: str = setting("auto", "auto (a GPU if there is one), cpu, cuda, or a GPU such as cuda:1")
     speed: SpeedConfig = dataclasses.field(default_factory=SpeedConfig)
     batch_size: int = setting(
         32, "videos of a micro-batch on one rank", BATCH, aliases=("--batch_size",), group=RESULTS
@@ -136,7 +136,7 @@ class RunConfig(_Checked):
     )
     resume: str | None = setting(
         "auto",
-        "go on from this checkpoint; by default from the newest one in the output folder; last-good: from the "
+        "go on from this checkpoint; auto: from the newest one in the output folder; last-good: from the "
         "newest one that is not damaged",
         aliases=("--auto_resume",),
         metavar="CHECKPOINT",
@@ -160,7 +160,8 @@ class RunConfig(_Checked):
     max_bad_share: float = setting(0.05, "bad videos that do not stop a run, of all", SHARE)
     allow_list_change: bool = setting(
         False,
-        "go on although videos, labels or weights differ from the checkpoint's: later samples are of the new list",
+        "go on although videos, labels or weights differ from the checkpoint's: later samples are of the new "
+        "list",
     )
 
     def videos_per_step(self, ranks: int) -> int:
