@@ -10,7 +10,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.15",
     packages=[*find_packages(include=["vmae", "vmae.*"]), *find_packages("kernels"), "vmae.recipes"],
-    package_data={"vmae.evaluate": ["serve.html"], "vmae.recipes": ["*.yaml"]},
+    package_data={"vmae.tools": ["serve.html"], "vmae.recipes": ["*.yaml"]},
     package_dir={"vmae_kernels": "kernels/vmae_kernels", "vmae.recipes": "recipes"},
     install_requires=[
         "torch>=2.11",

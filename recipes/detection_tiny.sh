@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Spatio-temporal detection as on AVA, in some minutes on a CPU and from nothing: videos of two actors each, a small detector
 # trained on their annotated key frames, its frame mAP beside that of an untrained one, and pictures of some key frames.
-# recipes/detection_tiny.yaml has the numbers. PYTHON chooses the interpreter, OUT the folder; STEPS, TRAIN and VALIDATION (videos) how long it takes. Started again, it
-# goes on.
+# recipes/detection_tiny.yaml has the numbers. PYTHON chooses the interpreter, OUT the folder; STEPS, TRAIN and VALIDATION
+# (videos) how long it takes. Started again, it goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}

@@ -98,12 +98,10 @@ class _Checked:
                 f"{cls.__name__}: unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}"
             )
         nested = get_type_hints(cls) if any(isinstance(value, dict) for value in values.values()) else {}
-        made = {
-            name: nested[name].from_dict(value)
-            if isinstance(value, dict) and dataclasses.is_dataclass(nested[name])
-            else value
-            for name, value in values.items()
-        }
+        made = dict(values)
+        for name, value in values.items():
+            if isinstance(value, dict) and dataclasses.is_dataclass(nested[name]):
+                made[name] = nested[name].from_dict(value)
         return cls(**made)
 
     def to_dict(self) -> dict[str, Any]:

@@ -77,7 +77,9 @@ class Key:
     @property
     def open(self) -> Any:
         """Value of the argument where it is not set."""
-        return None if self.unset is not None or self.default is dataclasses.MISSING else self.default
+        if self.unset is not None or self.default is dataclasses.MISSING:
+            return None
+        return self.default
 
     @property
     def words(self) -> str | None:
@@ -95,7 +97,9 @@ class Key:
     def type(self) -> Limits | None:
         """What makes a value of a word."""
         within = self.about.within
-        return Sides(within) if self.kind.startswith("int | tuple") and isinstance(within, Whole) else within
+        if isinstance(within, Whole) and self.kind.startswith("int | tuple"):
+            return Sides(within)
+        return within
 
     def add_to(self, parser: Any, default: Any = SUPPRESS) -> None:
         """Add the flags."""
@@ -114,10 +118,8 @@ class Key:
             *self.flags, type=self.type, nargs=words, const=about.bare, metavar=about.metavar, **common
         )
         for flags, value, told in about.constants:
-            hidden = SUPPRESS if told is None else told
-            parser.add_argument(
-                *flags, dest=self.name, action="store_const", const=value, default=SUPPRESS, help=hidden
-            )
+            constant = {"dest": self.name, "default": SUPPRESS, "help": told or SUPPRESS}
+            parser.add_argument(*flags, action="store_const", const=value, **constant)
 
     def of_file(self, value: Any) -> Any:
         """The value that a YAML file holds, checked; `1e-3` is text in YAML 1.1, and a number here.

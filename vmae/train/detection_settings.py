@@ -18,6 +18,7 @@ from vmae.data.manifest import DEFAULT_PATTERN
 from vmae.errors import InputError
 from vmae.flags import Settings, chosen
 from vmae.settings import FPS, Whole, ranged, setting, setting_like
+from vmae.train import finetune_settings
 from vmae.train.finetune_settings import SupervisedConfig, usual_warmup
 from vmae.train.pretrain_settings import RunConfig, TrainingConfig, run_from_args, training_from_args
 
@@ -81,7 +82,7 @@ class DetectionSettings(StartSettings):
     actions: str = setting(help="action list: what the head has outputs for", metavar="PBTXT", group=DATA)
 
 
-DEFAULTS = {"lr": 5e-4, "min_lr": 1e-6, "betas": (0.9, 0.999), "batch_size": 4, "drop_path": 0.2}
+DEFAULTS = finetune_settings.DEFAULTS | {"lr": 5e-4, "batch_size": 4, "drop_path": 0.2}
 SETTINGS = Settings(DetectionConfig, RunConfig, DetectionSettings, defaults=DEFAULTS)
 add_arguments = SETTINGS.add_to
 

@@ -171,7 +171,7 @@ def configs_from_args(
     """
     args.settings.complete(args)
     run = run_from_args(args)
-    augment = chosen(AugmentConfig, args)
+    start = AugmentConfig if args.augment == "published" else AugmentConfig.none
     seen = {"num_frames": model.num_frames, "image_size": model.img_size}
     follows = {"data": list_of(args.data), "num_classes": num_classes}
     if args.probe == "attentive":
@@ -179,7 +179,7 @@ def configs_from_args(
     config = FinetuneConfig(
         model=model,
         clip=ClipConfig.from_dict({**seen, **chosen(ClipConfig, args)}),
-        augment=AugmentConfig(**augment) if args.augment == "published" else AugmentConfig.none(**augment),
+        augment=start(**chosen(AugmentConfig, args)),
         class_names=tuple(read_class_names(args.classes)) if args.classes else None,
         **{**training_from_args(args, FinetuneConfig, run, usual_warmup(args)), **follows},
     )

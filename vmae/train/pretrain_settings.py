@@ -181,7 +181,9 @@ def configs_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, RunConf
     """
     args.settings.complete(args)
     run = run_from_args(args)
-    usual = OptimConfig.warmup_epochs if args.epochs >= 2 * OptimConfig.warmup_epochs else args.epochs / 10
+    usual = OptimConfig.warmup_epochs
+    if args.epochs < 2 * usual:
+        usual = args.epochs / 10
     config = PretrainConfig(
         model=model_from_args(args),
         mask=MaskConfig(**chosen(MaskConfig, args)),
