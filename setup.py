@@ -16,10 +16,14 @@ setup(
     license_expression="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.15",
-    packages=[*find_packages(include=["vmae", "vmae.*"]), *find_packages("kernels")],
-    package_data={"": ["py.typed", "*.html"], "vmae": ["reference_curves/*.jsonl"]},
+    packages=[*find_packages(include=["vmae", "vmae.*"]), *find_packages("kernels"), "vmae.recipes"],
+    package_data={
+        "": ["py.typed", "*.html"],
+        "vmae": ["reference_curves/*.jsonl"],
+        "vmae.recipes": ["*.yaml"],
+    },
     entry_points={"console_scripts": ["vmae = vmae.cli:main"]},
-    package_dir={"vmae_kernels": "kernels/vmae_kernels"},
+    package_dir={"vmae_kernels": "kernels/vmae_kernels", "vmae.recipes": "recipes"},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

@@ -1,4 +1,5 @@
-# Shared by the recipes, which set their numbers as shell variables, source this file and call `pretrain "$@"`.
+# Shared by the recipes, which source this file and call `pretrain NAME "$@"`. The numbers are in recipes/NAME.yaml, a
+# `key: value` a line; the launcher divides its effective batch by the GPUs.
 #
 # What a person sets, in the environment:
 #   DATA          list file (one video or frame folder a line), or a YAML file that mixes several lists
@@ -15,33 +16,30 @@
 #   GPU_MEMORY, DEVICE  of one GPU (80GiB, h100), for the plan of --dry-run
 # Arguments go on to `python -m vmae pretrain`; --dry-run prints the plan, the command and the first videos, and starts nothing.
 
-
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-# What all published sizes share: the released scripts (scripts/pretrain in OpenGVLab/VideoMAEv2), and for MIN_LR and
-# WEIGHT_DECAY the defaults of its run_mae_pretraining.py. A recipe sets what differs after sourcing this file.
-BATCH_PER_GPU=32  # videos
-NUM_SAMPLE=4      # clips of a video
-ENCODER_RATIO=0.9 # tube mask
-DECODER_RATIO=0.5 # running-cell mask
-DECODER_DEPTH=4
-NUM_FRAMES=16
-STRIDE=4
-BETAS="0.9 0.95"
-WEIGHT_DECAY=0.05
-MIN_LR=1e-5     # for 256 videos, like LR; the cosine ends there
-DTYPE=bfloat16  # published: float16 with loss scaling
-CLIP_GRAD=      # none
-STEPS=          # length of the run where it is not EPOCHS
-MORE_FLAGS=(--workers "${WORKERS:-10}")
 
 fail() {
   echo "error: $*" >&2
   exit 2
 }
 
+# value KEY: what the recipe's file says.
+value() {
+  sed -n "s/^$1: *\([^ #]*\).*/\1/p" "$CONFIG"
+}
+
 is_count() {
   [[ $1 =~ ^[1-9][0-9]*$ ]]
+}
+
+# use NAME: the recipe's file, and what the launcher needs of it.
+use() {
+  NAME=$1
+  CONFIG=$ROOT/recipes/$NAME.yaml
+  EFFECTIVE_BATCH=$(value effective_batch)
+  BATCH_PER_GPU=$(value batch_size)
+  LR=$(value lr)
+  NUM_SAMPLE=$(value num_sample)
 }
 
 find_python() {
@@ -71,15 +69,9 @@ divide_batch() {
   ACCUMULATE=$((share / BATCH))
 }
 
-# The flags of `pretrain` that decide the result, but for DATA.
+# The file, and what is said on top of it.
 set_flags() {
-  # shellcheck disable=SC2086  # BETAS are two words
-  FLAGS=(--model "$MODEL" --batch-size "$BATCH" --accumulate "$ACCUMULATE" --num-sample "$NUM_SAMPLE"
-    --encoder-mask tube --encoder-ratio "$ENCODER_RATIO" --decoder-mask running_cell --decoder-ratio "$DECODER_RATIO"
-    --num-frames "$NUM_FRAMES" --stride "$STRIDE" --decoder-depth "$DECODER_DEPTH"
-    --lr "$LR" --min-lr "$MIN_LR" --betas $BETAS --weight-decay "$WEIGHT_DECAY" --dtype "$DTYPE" "${MORE_FLAGS[@]}")
-  if [ -n "${CLIP_GRAD:-}" ]; then FLAGS+=(--clip-grad "$CLIP_GRAD"); fi
-  if [ -n "${STEPS:-}" ]; then FLAGS+=(--steps "$STEPS"); else FLAGS+=(--epochs "$EPOCHS" --warmup-epochs "$WARMUP_EPOCHS"); fi
+  FLAGS=(--config "$CONFIG" --batch-size "$BATCH" --accumulate "$ACCUMULATE" ${WORKERS:+--workers "$WORKERS"})
 }
 
 announce() {
@@ -133,8 +125,11 @@ default_data() {
   fail "$NO_DATA"
 }
 
+# pretrain NAME [ARGUMENTS]
 pretrain() {
   local dry= argument arguments=()
+  use "$1"
+  shift
   for argument in "$@"; do
     if [ "$argument" = --dry-run ]; then dry=1; else arguments+=("$argument"); fi
   done

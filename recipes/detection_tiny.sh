@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Spatio-temporal detection as on AVA, in some minutes on a CPU and from nothing: videos of two actors each, a small detector
 # trained on their annotated key frames, its frame mAP beside that of an untrained one, and pictures of some key frames.
-# PYTHON chooses the interpreter, OUT the folder; STEPS, TRAIN and VALIDATION (videos) how long it takes. Started again, it
-# goes on.
+# recipes/detection_tiny.yaml has the numbers. PYTHON chooses the interpreter, OUT the folder; STEPS, TRAIN and VALIDATION
+# (videos) how long it takes. Started again, it goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -13,11 +13,9 @@ DATA=$OUT/data-${TRAIN:-120}-${VALIDATION:-30}
 echo "== 1 of 4: videos of two actors, annotated as AVA is =="
 "$PYTHON" -m vmae moving-actors "$DATA" --train "${TRAIN:-120}" --validation "${VALIDATION:-30}"
 
-# No mirrored clips: left and right are actions here. From fresh weights, the head starts at full scale, all layers at one rate.
 train() {
-  "$PYTHON" -m vmae finetune-detection --annotations "$DATA/train.csv" --videos "$DATA/videos" --actions "$DATA/actions.pbtxt" \
-    --model vit_tiny --patch-size 8 --image-size 64 --num-frames 8 --stride 3 --no-flip --drop-path 0 --init-scale 1 \
-    --layer-decay 1 --lr 0.016 --batch-size 16 --workers "${WORKERS:-1}" --device cpu --no-tensorboard --log-every 20 "$@"
+  "$PYTHON" -m vmae finetune-detection --config recipes/detection_tiny.yaml --annotations "$DATA/train.csv" \
+    --videos "$DATA/videos" --actions "$DATA/actions.pbtxt" ${WORKERS:+--workers "$WORKERS"} "$@"
 }
 detect() {
   "$PYTHON" -m vmae detect --checkpoint "$1" --annotations "$DATA/val.csv" --persons "$DATA/val_persons.csv" \

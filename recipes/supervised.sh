@@ -1,4 +1,4 @@
-# Shared by the recipes of supervised training, which set their numbers, source this file and call `finetune` or `distil`.
+# Shared by the recipes of supervised training, which source this file and call `finetune NAME "$@"` or `distil NAME "$@"`.
 #
 # What a person sets, in the environment, beside what recipes/common.sh says (DATA, DATA_ROOT, OUTPUT, GPUS, NODES, BATCH, ...):
 #   DATA          labelled list (`path label` or `folder frames label` a line)
@@ -11,40 +11,19 @@
 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# What the released scripts for fine-tuning share (run_class_finetuning.py's defaults); a recipe sets what differs.
-NUM_SAMPLE=2
-BETAS="0.9 0.999"
-MIN_LR=1e-6
-DROP_PATH=0.1
-HEAD_DROP=0
-LAYER_DECAY=0.75
-SAMPLING=dense
-SEGMENTS=5
-CROPS=3
-FLIP=--flip
+TEACHER_FLAGS=()
 
 set_supervised_flags() {
-  # shellcheck disable=SC2086  # BETAS are two words
-  FLAGS=(--model "$MODEL" --num-classes "$NUM_CLASSES" --batch-size "$BATCH" --accumulate "$ACCUMULATE"
-    --num-sample "$NUM_SAMPLE" --num-frames "$NUM_FRAMES" --image-size 224 --sampling "$SAMPLING" --stride "$STRIDE" "$FLIP"
-    --epochs "$EPOCHS" --warmup-epochs "$WARMUP_EPOCHS" --lr "$LR" --min-lr "$MIN_LR" --layer-decay "$LAYER_DECAY"
-    --betas $BETAS --weight-decay "$WEIGHT_DECAY" --drop-path "$DROP_PATH" --head-drop "$HEAD_DROP" --dtype "$DTYPE"
-    "${MORE_FLAGS[@]}")
-  if [ -n "${CLIP_GRAD:-}" ]; then FLAGS+=(--clip-grad "$CLIP_GRAD"); fi
-  if [ -n "${CLASSES:-}" ]; then FLAGS+=(--classes "$CLASSES"); fi
-  if [ -n "${LABEL_MAP:-}" ]; then
-    FLAGS+=(--label-map "$LABEL_MAP")
-  elif [ "$NEW_HEAD" = yes ]; then
-    FLAGS+=(--new-head)
-  fi
+  set_flags
+  FLAGS+=(${CLASSES:+--classes "$CLASSES"} ${LABEL_MAP:+--label-map "$LABEL_MAP"})
 }
 
-NEW_HEAD=no # yes: INIT has a head of other classes, and is not to be converted
-
-# supervise COMMAND [ARGUMENTS]
+# supervise COMMAND NAME [ARGUMENTS]
 supervise() {
-  local command=$1 dry= argument arguments=()
-  shift
+  local command=$1 dry= argument arguments=() segments=5
+  use "$2"
+  shift 2
+  if [ "$(value sampling)" = sparse ]; then segments=2; fi
   for argument in "$@"; do
     if [ "$argument" = --dry-run ]; then dry=1; else arguments+=("$argument"); fi
   done
@@ -53,7 +32,7 @@ supervise() {
   set_supervised_flags
   set_launcher
   announce
-  echo "published: $PUBLISHED, tested on $SEGMENTS x $CROPS views; not verified here"
+  echo "published: $PUBLISHED, tested on $segments x 3 views; not verified here"
   export PYTHONPATH="$ROOT:$ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}"
   OUTPUT=${OUTPUT:-runs/$NAME}
   if [ -z "$dry" ]; then
@@ -61,9 +40,9 @@ supervise() {
     [ -n "${INIT:-}" ] || fail "INIT is not set: set it to the checkpoint to start from ($STARTS_FROM)"
   fi
   local where=(--data "${DATA:-DATA}" ${DATA_ROOT:+--data-root "$DATA_ROOT"} --init "${INIT:-INIT}" --output "$OUTPUT")
-  COMMAND=("${LAUNCH[@]}" -m vmae "$command" "${where[@]}" "${FLAGS[@]}" "${arguments[@]}")
+  COMMAND=("${LAUNCH[@]}" -m vmae "$command" "${where[@]}" "${FLAGS[@]}" "${TEACHER_FLAGS[@]}" "${arguments[@]}")
   local test=("${LAUNCH[@]}" -m vmae evaluate "${TEST_DATA:-TEST_DATA}" ${DATA_ROOT:+--data-root "$DATA_ROOT"}
-    --checkpoint "$OUTPUT" --output "$OUTPUT/test" --segments "$SEGMENTS" --crops "$CROPS" --dtype "$DTYPE")
+    --checkpoint "$OUTPUT" --output "$OUTPUT/test" --segments "$segments" --crops 3 --dtype "$(value dtype)")
   if [ -n "$dry" ]; then
     printf 'command:' && printf ' %q' "${COMMAND[@]}" && printf '\n'
     printf 'test:' && printf ' %q' "${test[@]}" && printf '\n'
@@ -81,6 +60,6 @@ distil() {
   if [ -z "${TEACHER:-}" ] && [[ " $* " != *" --dry-run "* ]]; then
     fail "TEACHER is not set: set it to the fine-tuned teacher's checkpoint"
   fi
-  MORE_FLAGS+=(--teacher "${TEACHER:-TEACHER}" ${TEACHER_MODEL:+--teacher-model "$TEACHER_MODEL"})
+  TEACHER_FLAGS=(--teacher "${TEACHER:-TEACHER}" ${TEACHER_MODEL:+--teacher-model "$TEACHER_MODEL"})
   supervise distil "$@"
 }

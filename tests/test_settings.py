@@ -16,7 +16,7 @@ import vmae
 from vmae import InputError
 from vmae.cli import COMMANDS, build_parser, main
 from vmae.config import ModelConfig, _Checked
-from vmae.settings import SEED, Limits, Real, Sides, Whole, limits, ranged, shown
+from vmae.settings import SEED, Limits, OneOf, Real, Sides, Whole, about_field, limits, ranged, shown
 from vmae.train.optim import OptimConfig
 
 # RunConfig and the effective batch are being joined; its range is checked in __post_init__.
@@ -52,7 +52,7 @@ def example(config: type):
     hints, values = get_type_hints(config), {}
     for field in dataclasses.fields(config):
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            kind, within = hints[field.name], field.metadata.get("limits")
+            kind, within = hints[field.name], about_field(config, field.name).within
             several = "tuple" in str(kind)
             if within is not None:
                 values[field.name] = (
@@ -85,7 +85,7 @@ def test_every_number_of_a_configuration_has_a_range_and_keeps_to_it(config, fie
     if (config.__name__, field.name) in ELSEWHERE:
         return
     assert issubclass(config, _Checked), f"{config.__name__} does not check its numbers"
-    within = field.metadata.get("limits")
+    within = about_field(config, field.name).within
     assert isinstance(within, (Whole, Real)), f"{config.__name__}.{field.name} declares no range"
     assert isinstance(within, Whole) == ("int" in str(field.type))
     good = example(config)
@@ -107,7 +107,11 @@ def test_every_number_of_a_configuration_has_a_range_and_keeps_to_it(config, fie
 def flags_of(command: str) -> list[tuple[str, argparse.Action]]:
     subparsers = next(a for a in build_parser(command)._actions if isinstance(a, argparse._SubParsersAction))
     known = subparsers.choices[command]._actions
-    return [(command, action) for action in known if action.type is not None or _is_number(action.default)]
+    return [
+        (command, action)
+        for action in known
+        if not isinstance(action.type, OneOf) and (action.type is not None or _is_number(action.default))
+    ]
 
 
 def _is_number(value) -> bool:
@@ -145,7 +149,7 @@ def test_every_number_of_a_command_has_a_range_and_keeps_to_it(command, capsys):
                 names = "/".join(action.option_strings)
                 assert f"argument {names}: must be {action.type}, not {word[:37]}" in str(caught.value)
         default = action.default[0] if isinstance(action.default, (list, tuple)) else action.default
-        assert default is None or action.type.allows(default), (
+        assert default in (None, argparse.SUPPRESS) or action.type.allows(default), (
             f"{command} {name}: its default is out of its range"
         )
     assert not capsys.readouterr().err
@@ -198,6 +202,16 @@ def test_lists_become_tuples_and_their_length_is_checked():
             OptimConfig(betas=wrong)
     with pytest.raises(InputError, match="betas must be 2 numbers, not 0.9"):
         OptimConfig(betas=0.9)
+
+
+def test_names_are_one_of_those_known_or_a_published_name_of_them():
+    masks = OneOf("mask", {"cell": 1}, {"run_cell": "cell"})
+    assert masks("run_cell") == masks("cell") == "cell"
+    with pytest.raises(argparse.ArgumentTypeError, match="^unknown mask 'tube'; known: cell$"):
+        masks("tube")
+    for wrong in ("tube", "run_cell", 3, None):
+        with pytest.raises(InputError, match="^unknown mask .*; known: cell$"):
+            masks.check("decoder", wrong)
 
 
 def test_what_is_shown_of_a_value_is_short():

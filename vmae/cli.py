@@ -120,6 +120,15 @@ COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.it
 SHELLS = ("bash", "zsh", "tcsh")
 
 
+# Commands whose flags are made in a module of their own: their `--help` imports no model.
+SETTINGS = {
+    "pretrain": "vmae.train.pretrain_settings",
+    "finetune": "vmae.train.finetune_settings",
+    "finetune-detection": "vmae.train.detection_settings",
+    "distil": "vmae.train.distil_settings",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """A wrong command line gets one line, like any other wrong input, not the list of all flags before it."""
 
@@ -213,9 +222,8 @@ def build_parser(*commands: str | None, prog: str = "vmae") -> _MainParser:
             name, help=text, description=text[0].upper() + text[1:] + ".", prog=f"{prog} {name}"
         )
         if name in commands:
-            loaded = importlib.import_module(module)
-            loaded.add_arguments(sub)
-            sub.set_defaults(run=loaded.run)
+            importlib.import_module(SETTINGS.get(name, module)).add_arguments(sub)
+            sub.set_defaults(module=module)
     return parser
 
 
@@ -234,12 +242,15 @@ def main(argv: list[str] | None = None) -> int:
     command = argv[0] if argv and not argv[0].startswith("-") else None
     # What this package says of itself (which attention backend "auto" took) goes to stderr, as plain lines.
     logging.getLogger("vmae").setLevel(logging.INFO)
-    logging.lastResort.setLevel(logging.INFO)
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(logging.INFO)
     try:
         if command is not None:
             _refuse_unknown(command, prog)
         args = build_parser(command, prog=prog).parse_args(argv)
-        return args.run(args) or 0
+        if "settings" in args:
+            args.settings.complete(args)
+        return importlib.import_module(args.module).run(args) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

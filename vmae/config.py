@@ -1,26 +1,25 @@
-"""Frozen, self-checking settings: what changes results (`ModelConfig`, `MaskConfig`) apart from what changes
-speed only (`SpeedConfig`)."""
+"""Frozen, self-checking settings: what changes results (`ModelConfig`, `MaskConfig`, `OptimConfig`) apart
+from what changes speed only (`SpeedConfig`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from vmae.errors import InputError
-from vmae.masking import find_mask
+from vmae.masking import DECODER_MASKS, ENCODER_MASKS, PUBLISHED_MASKS, mask_help
 from vmae.settings import (
     FRAMES,
     SHARE_BELOW_1,
     SIDE,
     WORKERS,
+    OneOf,
     Real,
-    Sides,
     Whole,
     check_fields,
-    limits,
-    ranged,
+    setting,
 )
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -64,31 +63,49 @@ PUBLISHED_CLASSIFIERS = {
     "vit_giant_patch14_224": "vit_g",
 }
 
+# Registries of names: help texts, checks and `--config` read these.
+USUAL_MODEL = "vit_b"
+MODEL = OneOf("model preset", PRESETS, PUBLISHED_MODELS | PUBLISHED_CLASSIFIERS)
+CHECKPOINTING = ("none", "selective", "full")
+POOLINGS = ("mean", "first", "attentive")
+PARALLEL = ("auto", "none", "ddp", "fsdp", "hybrid")
+DTYPE = OneOf("dtype", ("float32", "bfloat16"))
+# Headings of settings.
+DATA, START = "data and output", "what to start from"
+RESULTS, SPEED = "settings that change results", "settings that change speed and housekeeping only"
+
 MAX_TOKENS = 2**20  # of a clip: its fixed positions alone take 3 GiB for ViT-B
+_Config = TypeVar("_Config", bound="_Checked")
 _WIDTH, _BLOCKS, _HEADS = Whole(1, 2**16), Whole(1, 256), Whole(1, 1024)
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Checked:
-    """Shared by the configurations: numbers checked, construction from a dict that refuses unknown keys, and
-    `replace`."""
+    """Shared by the configurations: settings checked, construction from a dict (of `to_dict`, also after a
+    way through JSON) that refuses unknown keys, and `replace`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]):
+    def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise InputError(
                 f"{cls.__name__}: unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}"
             )
-        return cls(**values)
+        nested = get_type_hints(cls) if any(isinstance(value, dict) for value in values.values()) else {}
+        made = dict(values)
+        for name, value in values.items():
+            if isinstance(value, dict) and dataclasses.is_dataclass(nested[name]):
+                made[name] = nested[name].from_dict(value)
+        return cls(**made)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def replace(self, **changes: Any):
+    def replace(self: _Config, **changes: Any) -> _Config:
         return type(self).from_dict({**self.to_dict(), **changes})
 
 
@@ -96,47 +113,66 @@ class _Checked:
 class ModelConfig(_Checked):
     """Everything that decides the parameters' shapes and the function they compute.
 
-    Attributes:
-        img_size: height and width of a clip in pixels; an int means a square.
-        patch_size: side of a tubelet in pixels.
-        tubelet_size: depth of a tubelet in frames.
-        num_frames: frames of a clip.
-        embed_dim, depth, num_heads: the encoder.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder (pre-training only).
-        mlp_ratio: hidden over outer width of every MLP.
-        qkv_bias: learned bias on q and v; k never has one.
-        qk_scale: factor on q; None means `head_dim ** -0.5`.
-        drop_path_rate: stochastic depth of the last block of encoder and decoder, rising linearly from 0.
-        init_values: initial layer scale; 0 means none.
-        learned_pos: learned instead of fixed sine-cosine positions in the encoder.
-        pos_grid: token grid (time, height, width) that the fixed positions are made for, then interpolated to
-            this model's; None means its own. For encoders trained on other frame counts or sizes.
-        cos_attn: cosine attention with a learned temperature per head.
-        layer_norm_eps: of every LayerNorm.
-
     Raises:
         InputError: a number out of its range, or a size that does not divide another.
     """
 
-    img_size: int | tuple[int, int] = ranged(224, SIDE)
-    patch_size: int = ranged(16, SIDE)
-    tubelet_size: int = ranged(2, FRAMES)
-    num_frames: int = ranged(16, FRAMES)
-    embed_dim: int = ranged(768, _WIDTH)
-    depth: int = ranged(12, _BLOCKS)
-    num_heads: int = ranged(12, _HEADS)
-    decoder_embed_dim: int = ranged(384, _WIDTH)
-    decoder_depth: int = ranged(4, _BLOCKS)
-    decoder_num_heads: int = ranged(6, _HEADS)
-    mlp_ratio: float = ranged(4.0, Real(above=0, most=64))
-    qkv_bias: bool = True
-    qk_scale: float | None = ranged(None, Real(above=0, most=1e6))
-    drop_path_rate: float = ranged(0.0, SHARE_BELOW_1)
-    init_values: float = ranged(0.0, Real(least=0, most=1000))
-    learned_pos: bool = False
-    pos_grid: tuple[int, int, int] | None = ranged(None, Whole(1, 2**14))
-    cos_attn: bool = False
-    layer_norm_eps: float = ranged(1e-6, Real(above=0, most=1))
+    group = "architecture (default: the preset's, or that of the checkpoint to start from)"
+
+    img_size: int | tuple[int, int] = setting(
+        224,
+        "side of a clip in pixels, or HEIGHTxWIDTH",
+        SIDE,
+        name="image_size",
+        aliases=("--input_size",),
+        unset="{default}, or the checkpoint's",
+        group=RESULTS,
+    )
+    patch_size: int = setting(16, "side of a tubelet in pixels", SIDE, unset="the preset's")
+    tubelet_size: int = setting(2, "depth of a tubelet in frames", FRAMES, unset="{default}")
+    num_frames: int = setting(
+        16,
+        "frames of a clip",
+        FRAMES,
+        aliases=("--num_frames",),
+        unset="{default}, or the checkpoint's",
+        group=RESULTS,
+    )
+    embed_dim: int = setting(768, "width of the encoder", _WIDTH, unset="the preset's")
+    depth: int = setting(12, "blocks of the encoder", _BLOCKS, unset="the preset's")
+    num_heads: int = setting(12, "heads of the encoder's attention", _HEADS, unset="the preset's")
+    decoder_embed_dim: int = setting(384, "width of the decoder", _WIDTH, unset="the preset's")
+    decoder_depth: int = setting(
+        4, "blocks of the decoder", _BLOCKS, aliases=("--decoder_depth",), unset="the preset's"
+    )
+    decoder_num_heads: int = setting(6, "heads of the decoder's attention", _HEADS, unset="the preset's")
+    mlp_ratio: float = setting(
+        4.0, "hidden over outer width of every MLP", Real(above=0, most=64), unset="the preset's"
+    )
+    qkv_bias: bool = setting(True, "learned bias on q and v; k never has one", unset="{default}")
+    qk_scale: float | None = setting(None, "factor on q", Real(above=0, most=1e6), unset="1 / sqrt(head dim)")
+    drop_path_rate: float = setting(
+        0.0,
+        "stochastic depth of the last block of encoder and decoder, rising linearly from 0",
+        SHARE_BELOW_1,
+        name="drop_path",
+        aliases=("--drop_path",),
+        group=RESULTS,
+    )
+    init_values: float = setting(
+        0.0, "initial layer scale", Real(least=0, most=1000), name="layer_scale", unset="none"
+    )
+    learned_pos: bool = setting(
+        False, "learned instead of sine-cosine positions in the encoder", unset="{default}"
+    )
+    pos_grid: tuple[int, int, int] | None = setting(
+        None,
+        "token grid (time, height, width) that the fixed positions are made for, then interpolated",
+        Whole(1, 2**14),
+        unset="the model's own",
+    )
+    cos_attn: bool = setting(False, "cosine attention with a learned temperature per head", unset="{default}")
+    layer_norm_eps: float = setting(1e-6, "of every LayerNorm", Real(above=0, most=1), unset="{default}")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,67 +233,151 @@ class ModelConfig(_Checked):
         return 3 * self.tubelet_size * self.patch_size**2
 
 
-image_size = Sides(limits(ModelConfig, "img_size"))  # `type=` of flags
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig(_Checked):
+    """Which tokens the encoder sees and which the decoder rebuilds (VideoMAE V2, section 3.2)."""
+
+    group = RESULTS
+
+    encoder: str = setting(
+        "tube",
+        f"what hides tokens from the encoder: {mask_help('encoder')}",
+        OneOf("encoder mask", ENCODER_MASKS, PUBLISHED_MASKS),
+        name="encoder_mask",
+        aliases=("--mask_type",),
+    )
+    encoder_ratio: float = setting(
+        0.9, "share of tokens hidden from the encoder", SHARE_BELOW_1, aliases=("--mask_ratio",)
+    )
+    decoder: str = setting(
+        "running_cell",
+        f"what leaves tokens out of the decoder's targets: {mask_help('decoder')}",
+        OneOf("decoder mask", DECODER_MASKS, PUBLISHED_MASKS),
+        name="decoder_mask",
+        aliases=("--decoder_mask_type",),
+    )
+    decoder_ratio: float = setting(
+        0.5,
+        "share of tokens left out by the decoder; 0: none",
+        SHARE_BELOW_1,
+        aliases=("--decoder_mask_ratio",),
+    )
+
+
+CLIP_GRAD = Real(above=0, most=1e30)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskConfig(_Checked):
-    """Which tokens the encoder sees and which the decoder rebuilds (VideoMAE V2, section 3.2).
+class OptimConfig(_Checked):
+    """Settings of the optimizer; all of them change results. The learning rates are for a total batch of 256
+    clips, and scale with the batch (`scaled_to`)."""
 
-    Attributes:
-        encoder: a name in `vmae.masking.ENCODER_MASKS`.
-        encoder_ratio: share of tokens hidden from the encoder.
-        decoder: a name in `vmae.masking.DECODER_MASKS`; "none" is encoder-only masking, VideoMAE V1.
-        decoder_ratio: share of tokens dropped from the decoder's targets; 0 is the same as "none".
-    """
+    group = "optimizer (changes results)"
 
-    encoder: str = "tube"
-    encoder_ratio: float = ranged(0.9, SHARE_BELOW_1)
-    decoder: str = "running_cell"
-    decoder_ratio: float = ranged(0.5, SHARE_BELOW_1)
+    lr: float = setting(1.5e-4, "peak learning rate for 256 videos a step", Real(above=0, most=10_000))
+    min_lr: float = setting(
+        1e-5, "final learning rate for 256 videos", Real(least=0, most=10_000), aliases=("--min_lr",)
+    )
+    warmup_epochs: float = setting(
+        40,
+        "linear warm-up from 0",
+        Real(least=0, most=10**9),
+        aliases=("--warmup_epochs",),
+        unset="{default} in pre-training, 5 in other training; less in short runs",
+        overrules=("warmup_steps",),
+    )
+    betas: tuple[float, float] = setting((0.9, 0.95), "of AdamW", SHARE_BELOW_1, aliases=("--opt_betas",))
+    eps: float = setting(1e-8, "of AdamW", Real(above=0, most=1), aliases=("--opt_eps",))
+    weight_decay: float = setting(
+        0.05,
+        "of AdamW; none for 1-d parameters, biases, positions and the mask token",
+        Real(least=0, most=1000),
+        aliases=("--weight_decay",),
+    )
+    clip_grad: float | None = setting(
+        None, "largest gradient norm", CLIP_GRAD, aliases=("--clip_grad",), unset="no clipping"
+    )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        find_mask("encoder", self.encoder)
-        find_mask("decoder", self.decoder)
-
-
-CHECKPOINTING = ("none", "selective", "full")
+    def scaled_to(self, total_batch: int) -> OptimConfig:
+        """The learning rates of a total batch: `lr * total_batch / 256`."""
+        return self.replace(lr=self.lr * total_batch / 256, min_lr=self.min_lr * total_batch / 256)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedConfig(_Checked):
-    """What changes speed and memory, never the result beyond the error of the dtype.
+    """What changes speed and memory, never the result beyond the error of the dtype."""
 
-    Attributes:
-        backend: the fused operations: "torch", "triton", or "auto" (triton on a GPU).
-        attention: "auto", or a name that `python -m vmae doctor` lists.
-        compile: compile the blocks with `torch.compile`.
-        cuda_graphs: replay the compiled blocks as CUDA graphs; a GPU only.
-        checkpointing: what is made again in the backward instead of being kept: "none", "selective" (the
-            MLPs' hidden layers) or "full" (all but each block's input); see `vmae.train.activations`.
-        parallel: "none", "ddp", "fsdp", "hybrid", or "auto" (ddp with several processes); see
-            `vmae.train.parallel`.
-        shard_size: ranks that share one copy of the model, for "hybrid"; None means those of a node.
-        num_workers: processes that decode video.
-    """
+    group = SPEED
 
-    backend: str = "auto"
-    attention: str = "auto"
-    compile: bool = False
-    cuda_graphs: bool = False
-    checkpointing: str = "none"
-    parallel: str = "auto"
-    shard_size: int | None = ranged(None, Whole(1, 10**6))
-    num_workers: int = ranged(1, WORKERS)
+    backend: str = setting(
+        "auto",
+        "fused operations: auto (triton on a GPU), torch, triton",
+        OneOf("backend", ("auto", "torch", "triton")),
+    )
+    attention: str = setting("auto", "attention: auto, or a name that `vmae doctor` lists")
+    compile: bool = setting(False, "compile the blocks with torch.compile")
+    cuda_graphs: bool = setting(False, "replay compiled blocks as CUDA graphs; a GPU only (not run yet)")
+    checkpointing: str = setting(
+        "none",
+        "made again in the backward: none, selective (MLPs' hidden layers), full (all but blocks' inputs)",
+        OneOf("checkpointing", CHECKPOINTING),
+    )
+    parallel: str = setting(
+        "auto",
+        "none, ddp, fsdp (weights split over all ranks), hybrid (over a group of ranks); auto: ddp with "
+        "several processes",
+        OneOf("--parallel", PARALLEL),
+    )
+    shard_size: int | None = setting(
+        None,
+        "ranks that share one copy of the model, for hybrid",
+        Whole(1, 10**6),
+        unset="those of a node",
+    )
+    num_workers: int = setting(
+        1, "processes that decode video; 0: this one", WORKERS, name="workers", aliases=("--num_workers",)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.checkpointing not in CHECKPOINTING:
-            raise InputError(
-                f"unknown checkpointing {self.checkpointing!r}; known: {', '.join(CHECKPOINTING)}"
-            )
-        if self.backend not in ("auto", "torch", "triton"):
-            raise InputError(f"unknown backend {self.backend!r}; known: auto, torch, triton")
         if self.cuda_graphs and not self.compile:
             raise InputError("CUDA graphs are of compiled blocks: cuda_graphs needs compile")
+
+
+# --- What configurations are made from: settings of commands, not kept themselves ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(_Checked):
+    """The architecture by name."""
+
+    group = RESULTS
+
+    model: str | None = setting(
+        None,
+        f"preset: {MODEL}",
+        MODEL,
+        unset=f"the checkpoint's, else {USUAL_MODEL}",
+        overrules=tuple(dict.fromkeys(name for preset in PRESETS.values() for name in preset)),
+    )
+    opt: str = setting("adamw", "the only one there is", OneOf("optimizer", ("adamw",)), hidden=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartSettings(ModelSettings):
+    """What a checkpoint may not say of itself."""
+
+    init_frames: int | None = setting(
+        None,
+        "frames of the clips that the checkpoint is of, if it does not say",
+        FRAMES,
+        unset="as the file shows, else 16",
+        group=START,
+    )
+    init_size: int | None = setting(
+        None,
+        "side of the clips that the checkpoint is of, if it does not say",
+        SIDE,
+        unset="as the file shows, else 224",
+        group=START,
+    )

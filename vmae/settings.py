@@ -1,44 +1,50 @@
-"""Ranges of the numbers that people set: stated once, where a setting is declared, and checked here.
+"""Settings, each written once: a field of a frozen configuration holds its default, help, range and names.
 
-    lr: float = ranged(1.5e-4, Real(above=0, most=1000))            # a field of a frozen configuration
-    parser.add_argument("--lr", type=limits(OptimConfig, "lr"))     # its flag: the same range
-    parser.add_argument("--top", type=Whole(1, 1000), default=5)    # a number that only a flag has
+    lr: float = setting(1.5e-4, "peak learning rate", Real(above=0, most=1000))   # flag, YAML key, check
+    steps: int = ranged(1, Whole(1, 100))                         # a number that no command line sets
+    parser.add_argument("--top", type=Whole(1, 1000), default=5)  # a number that only a flag has
 
-Both ends of a range are finite, so NaN and infinity are outside every one.
+`vmae.flags` makes flags and YAML keys of the fields. Both ends of a range are finite, so NaN and infinity are
+outside every one.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import numbers
 import re
 import reprlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmae.errors import InputError
 
-_KEY = "limits"
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_KEY = "setting"
 
 
 class Limits:
-    """What a number may be. Called with a word of a command line, it gives the number (argparse's
-    `type=`)."""
+    """What a value may be. Called with a word of a command line, it gives the value (argparse's `type=`)."""
 
     def allows(self, value: Any) -> bool:
         raise NotImplementedError
 
     def read(self, text: str) -> Any:
-        """The number that `text` means; raises ValueError for no number."""
+        """The value that `text` means; raises ValueError for none."""
         raise NotImplementedError
 
+    def refusal(self, name: str, value: Any) -> str:
+        """What is wrong with a value that is not allowed: names the setting, the range and the value."""
+        return f"{name} must be {self}, not {shown(value)}"
+
     def check(self, name: str, value: Any) -> None:
-        """Raises InputError, which names the setting, the value and the range, unless the value is
-        allowed."""
+        """Raises InputError unless the value is allowed."""
         if not self.allows(value):
-            raise InputError(f"{name} must be {self}, not {shown(value)}")
+            raise InputError(self.refusal(name, value))
 
     def __call__(self, text: str) -> Any:
         try:
@@ -60,11 +66,9 @@ class Whole(Limits):
     most: int
 
     def allows(self, value: Any) -> bool:
-        return (
-            isinstance(value, numbers.Integral)
-            and not isinstance(value, bool)
-            and self.least <= value <= self.most
-        )
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            return False
+        return self.least <= int(value) <= self.most
 
     def read(self, text: str) -> int:
         return int(text)
@@ -87,19 +91,26 @@ class Real(Limits):
             raise ValueError("a range has one lower and one upper end")
 
     def allows(self, value: Any) -> bool:
+        number: Any = value  # int, float or numpy's: all compare with a float
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             return False
-        enough = value > self.above if self.least is None else value >= self.least
-        return bool(enough and (value < self.below if self.most is None else value <= self.most))
+        if self.least is not None and not number >= self.least:
+            return False
+        if self.above is not None and not number > self.above:
+            return False
+        return bool(number <= self.most if self.most is not None else number < self.below)
 
     def read(self, text: str) -> float:
         return float(text)
 
     def __str__(self) -> str:
-        low = f"above {_plain(self.above)}" if self.least is None else f"at least {_plain(self.least)}"
-        return f"a number {low} and " + (
-            f"below {_plain(self.below)}" if self.most is None else f"at most {_plain(self.most)}"
-        )
+        low = f"at least {_plain(self.least)}"
+        if self.least is None:
+            low = f"above {_plain(self.above)}"
+        high = f"at most {_plain(self.most)}"
+        if self.most is None:
+            high = f"below {_plain(self.below)}"
+        return f"a number {low} and {high}"
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,40 @@ class Sides(Limits):
         return f"a side in pixels, or HEIGHTxWIDTH, each {self.side}"
 
 
-def _plain(number: float) -> str:
+@dataclass(frozen=True, eq=False)
+class OneOf(Limits):
+    """One of some names.
+
+    Attributes:
+        noun: what they name, for messages.
+        known: the names, looked at when asked.
+        published: names of the published code, and ours for them; read on command lines and in files.
+    """
+
+    noun: str
+    known: Collection[str]
+    published: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def allows(self, value: Any) -> bool:
+        return isinstance(value, str) and value in self.known
+
+    def read(self, text: str) -> str:
+        return self.published.get(text, text)
+
+    def refusal(self, name: str, value: Any) -> str:
+        return f"unknown {self.noun} {shown(value)}; known: {self}"
+
+    def __call__(self, text: str) -> str:
+        value = self.read(text)
+        if not self.allows(value):
+            raise argparse.ArgumentTypeError(self.refusal("", text))
+        return value
+
+    def __str__(self) -> str:
+        return ", ".join(self.known)
+
+
+def _plain(number: float | None) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
@@ -157,16 +201,66 @@ SHARE_ABOVE_0 = Real(above=0, most=1)
 # --- Fields -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a field says of itself, beside its type and default.
+
+    Attributes:
+        help: for `--help` and the table of settings; None: no command line sets it.
+        within: its range (of each number of a tuple), or the names that it may have.
+        name: YAML key, and flag with dashes; None: the field's name.
+        aliases: more flags, the published names of it.
+        unset: words for the default where that follows from something else; `{default}` in it is the field's.
+        metavar: stands for its value in `--help`.
+        group: heading in `--help`; None: `group` of the configuration.
+        bare: value of the flag alone, without a word; None: it needs one.
+        constants: (flags, the value that they stand for, their help or None to hide them).
+        overrules: keys whose values this one makes void, where they were set on a lower layer.
+        hidden: not in `--help`.
+    """
+
+    help: str | None = None
+    within: Limits | None = None
+    name: str | None = None
+    aliases: tuple[str, ...] = ()
+    unset: str | None = None
+    metavar: str | None = None
+    group: str | None = None
+    bare: Any = None
+    constants: tuple[tuple[tuple[str, ...], Any, str | None], ...] = ()
+    overrules: tuple[str, ...] = ()
+    hidden: bool = False
+
+
+def setting(
+    default: Any = dataclasses.MISSING, help: str | None = None, within: Limits | None = None, **more: Any
+) -> Any:
+    """A dataclass field that flags and YAML files set; see `Setting`. None is a value where its type says so.
+
+    Without a default the command line must give it, unless `unset` says what holds then.
+    """
+    return dataclasses.field(default=default, metadata={_KEY: Setting(help=help, within=within, **more)})
+
+
 def ranged(default: Any = dataclasses.MISSING, within: Limits | None = None) -> Any:
-    """A dataclass field whose numbers (each of a tuple's) are `within` these limits; None too, where its type
-    says so."""
-    return dataclasses.field(default=default, metadata={_KEY: within})
+    """A dataclass field with a range that no command line sets."""
+    return setting(default, within=within)
 
 
-@functools.cache
-def limits(owner: type, name: str) -> Limits:
+def setting_like(owner: type[DataclassInstance], name: str, default: Any, **changes: Any) -> Any:
+    """A field as `owner` has it, with another default and these `changes` of its `Setting`."""
+    about = dataclasses.replace(about_field(owner, name), **changes)
+    return dataclasses.field(default=default, metadata={_KEY: about})
+
+
+def about_field(owner: type[DataclassInstance], name: str) -> Setting:
+    """What a field of a configuration says of itself."""
+    return owner.__dataclass_fields__[name].metadata.get(_KEY, Setting())
+
+
+def limits(owner: type[DataclassInstance], name: str) -> Limits:
     """The range that a field of a configuration declares; raises TypeError where it declares none."""
-    found = owner.__dataclass_fields__[name].metadata.get(_KEY)
+    found = about_field(owner, name).within
     if found is None:
         raise TypeError(f"{owner.__name__}.{name} declares no range")
     return found
@@ -176,17 +270,17 @@ _TUPLE = re.compile(r"tuple\[([^]]*)\]")
 
 
 def check_fields(config: Any) -> None:
-    """Check all numbers of a configuration; lists become tuples, as they were before JSON.
+    """Check all settings of a configuration; lists become tuples, as they were before JSON.
 
     Raises:
-        InputError: a number out of its range, a tuple of another length, or None where that means nothing.
+        InputError: a value out of its range, a tuple of another length, or None where that means nothing.
     """
     for field in dataclasses.fields(config):
         kind, value = str(field.type), getattr(config, field.name)
         if isinstance(value, list) and "tuple" in kind:
             value = tuple(value)
             object.__setattr__(config, field.name, value)
-        within = field.metadata.get(_KEY)
+        within = about_field(type(config), field.name).within
         if within is None or (value is None and "None" in kind):
             continue
         inside, several = _TUPLE.search(kind), isinstance(value, tuple)

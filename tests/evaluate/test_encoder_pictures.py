@@ -281,7 +281,7 @@ def test_queries_are_tokens_of_the_grid():
         ("attention", {"--output": "{tmp}/weights.pth/x.png"}, "is not a folder"),
         ("attention", {"--block": "4"}, "blocks 1 to 3"),
         ("attention", {"--query": "4,0,0"}, "outside of the grid of 4 x 4 x 8"),
-        ("attention", {"--stride": "0"}, "--stride: must be a whole number from 1"),
+        ("attention", {"--stride": "0"}, "--stride/--sampling_rate: must be a whole number from 1"),
         ("pca", {"--num-frames": "3"}, "3 frames are not divisible"),
         ("pca", {"--image-size": "30"}, "not divisible by the patch size"),
         ("pca", {"--device": "tpu"}, "unknown device"),

@@ -281,7 +281,7 @@ def test_official_files_need_a_preset(tmp_path, capsys):
         ({"--output": "{tmp}/x.jpg"}, "x.jpg: give a name that ends with .png"),
         ({"--output": "{tmp}/empty"}, "ends with .png"),
         ({"--fps": "0"}, "--fps: must be a whole number from 1 to 50, not 0"),
-        ({"--stride": "0"}, "--stride: must be a whole number from 1"),
+        ({"--stride": "0"}, "--stride/--sampling_rate: must be a whole number from 1"),
         ({"--output": "{tmp}/weights.pth/x.png"}, "is not a folder"),
         ({"--frames": "0"}, "--frames"),
         ({"--stride": "-1"}, "stride"),

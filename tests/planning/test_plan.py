@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +12,10 @@ from vmae.cli import build_parser, main
 from vmae.config import CHECKPOINTING
 from vmae.model.cost import forward_macs
 from vmae.planning import budget
-from vmae.planning.budget import PUBLISHED, Cluster, Workload, make_plan
+from vmae.planning.budget import Cluster, Workload, make_plan, published_recipe
 from vmae.planning.memory import count_activations
-from vmae.planning.plan import memory_size, plan_from_args
+from vmae.planning.plan import plan_from_args
+from vmae.settings import limits
 
 TINY = ModelConfig.preset("vit_tiny", img_size=64, num_frames=8)
 MASK = MaskConfig(encoder_ratio=0.75)
@@ -141,15 +143,29 @@ def test_published_runs_are_the_default(monkeypatch):
     monkeypatch.setattr(
         "vmae.planning.plan.make_plan", lambda config, mask, cluster, workload, **chosen: workload
     )
-    for name, published in PUBLISHED.items():
+    runs = {"vit_b": (1024, 200, 1e-3), "vit_h": (2048, 300, 6e-4), "vit_s": (8 * 32, 300, 1.5e-4)}
+    for name, (batch, epochs, lr) in runs.items():
         args = build_parser("plan").parse_args(["plan", "--model", name, "--gpus", "8"])
         config, work, _ = plan_from_args(args)
-        assert (work.effective_batch, work.num_sample, work.epochs) == (
-            32 * published.gpus,
-            4,
-            published.epochs,
-        )
-        assert (work.videos, config.optim.lr, work.dtype) == (1_350_000, published.lr, "bfloat16")
+        assert (work.effective_batch, work.num_sample, work.epochs) == (batch, 4, epochs)
+        assert (work.videos, config.optim.lr, work.dtype) == (1_350_000, lr, "bfloat16")
+    assert published_recipe("vit_g").is_file() and published_recipe("vit_tiny") is None
+
+
+def test_a_settings_file_is_planned_as_pretrain_reads_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "vmae.planning.plan.make_plan", lambda config, mask, cluster, workload, **chosen: workload
+    )
+
+    def planned(*flags):
+        config, work, _ = plan_from_args(build_parser("plan").parse_args(["plan", "--gpus", "2", *flags]))
+        return work.effective_batch, work.num_sample, work.dtype, work.epochs, config.model.embed_dim
+
+    recipe = str(Path(__file__).parents[2] / "recipes" / "pretrain_vitg.yaml")
+    assert planned("--config", recipe) == planned() == (2048, 4, "bfloat16", 300, 1408)
+    assert planned("--config", recipe, "--accumulate", "3")[0] == 2 * 32 * 3
+    (tmp_path / "own.yaml").write_text("batch_size: 3\nepochs: 7\n")
+    assert planned("--config", str(tmp_path / "own.yaml")) == (6, 1, "float32", 7, 768)
 
 
 def test_a_list_is_counted_and_its_first_lines_shown(tmp_path, capsys):
@@ -179,7 +195,7 @@ def test_a_list_is_counted_and_its_first_lines_shown(tmp_path, capsys):
     "text, size", [("80GiB", 80 * 2**30), ("80", 80 * 2**30), ("40GB", 40e9), ("512 MiB", 2**29)]
 )
 def test_memory_sizes(text, size):
-    assert memory_size(text) == size
+    assert limits(Cluster, "memory")(text) == size
 
 
 @pytest.mark.parametrize(

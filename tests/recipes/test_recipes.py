@@ -1,7 +1,6 @@
 """The recipes: published numbers, the same effective batch on any number of GPUs, dry runs, wrong input,
 Slurm."""
 
-import argparse
 import os
 import re
 import shlex
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from vmae.checkpoint.folder import CheckpointFolder
-from vmae.planning.budget import PUBLISHED
+from vmae.cli import build_parser
 from vmae.train import pretrain_settings
 from vmae.train.metrics import loss_of_last_tenth, read_log
 
@@ -53,10 +52,9 @@ def command_of(done: subprocess.CompletedProcess) -> list[str]:
 
 def settings_of(command: list[str], ranks: int, monkeypatch):
     """The settings that `pretrain` makes of a command line, started on so many ranks."""
-    parser = argparse.ArgumentParser()
-    pretrain_settings.add_arguments(parser)
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    return pretrain_settings.configs_from_args(parser.parse_args(command[command.index("pretrain") + 1 :]))
+    words = command[command.index("pretrain") :]
+    return pretrain_settings.configs_from_args(build_parser("pretrain").parse_args(words))
 
 
 @pytest.mark.parametrize("gpus", [1, 8, 64])
@@ -97,10 +95,15 @@ def test_numbers_are_the_published_ones_on_any_number_of_gpus(name, gpus, tmp_pa
     assert f"effective learning rate {lr:g} x {batch} / 256 = {rate}\n" in done.stdout
 
 
-def test_the_plan_knows_the_same_numbers():
-    for name, published in PUBLISHED.items():
-        batch, epochs, _, lr, _ = TABLE[name.replace("_", "")]
-        assert (published.effective_batch, published.epochs, published.lr) == (batch, epochs, lr)
+@pytest.mark.parametrize("gpus", [1, 64])
+@pytest.mark.parametrize("name", TABLE)
+def test_a_recipe_needs_no_launcher(name, gpus, monkeypatch):
+    """The file alone makes up the effective batch, where the GPUs divide it."""
+    words = ["pretrain", "--config", str(RECIPES / f"pretrain_{name}.yaml"), "--data", "x", "--output", "y"]
+    config, settings = settings_of(
+        [*words, "--batch-size", str(min(32, TABLE[name][0] // gpus))], gpus, monkeypatch
+    )
+    assert config.effective_batch == settings.videos_per_step(gpus) == TABLE[name][0]
 
 
 def test_variables_and_arguments_reach_the_command(tmp_path, monkeypatch):
@@ -196,7 +199,7 @@ def test_slurm_starts_one_torchrun_on_each_node(tmp_path):
         ("0", "node7"),
         ("1", "node7"),
     ]
-    assert all("--epochs 300" in line and line.endswith("--seed 3") for line in launches)
+    assert all("/pretrain_vitl.yaml " in line and line.endswith("--seed 3") for line in launches)
 
 
 def test_slurm_without_a_recipe(tmp_path):

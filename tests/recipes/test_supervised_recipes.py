@@ -1,6 +1,5 @@
 """Recipes of supervised training: published numbers, written down here once more, on any number of GPUs."""
 
-import argparse
 import os
 import shlex
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vmae import ModelConfig
-from vmae.train import distil_settings, finetune_settings
+from vmae.cli import build_parser
 from vmae.train.finetune_settings import configs_from_args, model_from_args
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -77,13 +76,10 @@ def test_numbers(name, gpus, tmp_path, monkeypatch):
     done = run(name, "--dry-run", cwd=tmp_path, GPUS=gpus)
     assert done.returncode == 0, done.stderr
     command = line_of(done, "command:")
-    module = distil_settings if name.startswith("distill") else finetune_settings
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    word = "distil" if module is distil_settings else "finetune"
-    args = parser.parse_args(command[command.index(word) + 1 :])
+    kind = "distil" if name.startswith("distill") else "finetune"
+    args = build_parser(kind).parse_args(command[command.index(kind) :])
     monkeypatch.setenv("WORLD_SIZE", str(gpus))
-    model = model_from_args(args, None)
+    model = model_from_args(args)
     config, _ = configs_from_args(args, model, args.num_classes)
     assert (config.effective_batch, config.epochs, config.optim.warmup_epochs, config.optim.lr) == (
         batch,
@@ -140,8 +136,13 @@ def test_what_a_person_sets(tmp_path):
         and train.endswith("--steps 3")
     )
     assert "--classes names.txt" in train and "evaluate val.txt --checkpoint runs/finetune_vitg_k400" in test
-    assert "--new-head" in run("finetune_vitg_ucf101", "--dry-run", cwd=tmp_path).stdout
-    assert "--new-head" not in run("finetune_vitg_k400", "--dry-run", cwd=tmp_path).stdout
+
+
+def test_a_label_map_keeps_the_head_that_a_recipe_would_leave_out(tmp_path):
+    for variables, new_head in (({}, True), ({"LABEL_MAP": "m.json"}, False)):
+        command = line_of(run("finetune_vitg_ucf101", "--dry-run", cwd=tmp_path, **variables), "command:")
+        args = build_parser("finetune").parse_args(command[command.index("finetune") :])
+        assert args.settings.complete(args).new_head == new_head
 
 
 @pytest.mark.parametrize(

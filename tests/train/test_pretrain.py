@@ -75,6 +75,7 @@ def test_a_run_leaves_logs_settings_checkpoint_and_weights(videos, tmp_path, cap
     text = capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == [
         "checkpoint-00000006",
+        "config.yaml",
         "log.jsonl",
         "run.json",
         "weights.pth",
@@ -496,7 +497,7 @@ def test_setting_changes_are_found_at_any_depth():
 
 def start_process(videos: Path, output: Path) -> subprocess.Popen:
     """A real run with a data worker, in a process group of its own."""
-    flags = [*SMALL, *RUN, "--model", "vit_tiny", "--steps", "100000", "--workers", "1"]
+    flags = [*SMALL[2:], *RUN, "--model", "vit_tiny", "--steps", "100000", "--workers", "1"]
     command = [
         sys.executable,
         "-m",

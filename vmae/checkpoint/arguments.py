@@ -6,9 +6,9 @@ import argparse
 from typing import Any
 
 from vmae.checkpoint.classifier import LoadedClassifier, load_classifier
-from vmae.config import PRESETS, ModelConfig, image_size
+from vmae.config import ModelConfig, StartSettings
 from vmae.data.classify_dataset import ClipConfig
-from vmae.settings import limits
+from vmae.flags import add_settings
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,12 +23,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--label-map", metavar="FILE.json", help="turn a head of more classes into one of these"
     )
     clip = parser.add_argument_group("how videos are seen (default: as in training)")
-    clip.add_argument("--sampling", help="dense, sparse")
-    clip.add_argument(
-        "--stride", type=limits(ClipConfig, "stride"), help="frames from one to the next, for dense"
-    )
-    clip.add_argument("--num-frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip")
-    clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
+    add_settings(clip, ClipConfig, "sampling stride", unset="as in training")
+    add_settings(clip, ModelConfig, "num_frames img_size", unset="as in training")
     add_source_arguments(parser)
 
 
@@ -44,14 +40,7 @@ def add_source_arguments(
         The group of these flags.
     """
     model = parser.add_argument_group(f"for weights that do not say what they are ({files})")
-    model.add_argument("--model", help=f"preset: {', '.join(PRESETS)}")
-    frames, size = limits(ModelConfig, "num_frames"), limits(ModelConfig, "img_size")
-    model.add_argument(
-        "--init-frames", type=frames, help="frames that the weights are of (as the file shows, else 16)"
-    )
-    model.add_argument(
-        "--init-size", type=size, help="side of the clips that they are of (as the file shows, else 224)"
-    )
+    add_settings(model, StartSettings, "model init_frames init_size")
     return model
 
 

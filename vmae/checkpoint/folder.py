@@ -186,6 +186,7 @@ def set_aside(folder: str | Path, after_step: int | None = None) -> Path | None:
             "log.jsonl",
             "log.skipped",
             "run.json",
+            "config.yaml",
             "nonfinite.json",
             "tensorboard",
             WEIGHTS_NAME,

@@ -24,7 +24,7 @@ from torch import Tensor
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD, _Checked
 from vmae.data.augment import CropBox
 from vmae.data.video_dataset import Purpose, numpy_rng
-from vmae.settings import SHARE, SHARE_BELOW_1, Real, Whole, ranged
+from vmae.settings import SHARE, SHARE_BELOW_1, Real, Whole, setting
 
 _TOP, _GREY = 10, (128, 128, 128)  # largest magnitude; what comes in where a picture is moved
 _AREA, _RATIO = (0.08, 1.0), (0.75, 1.3333)  # of a random resized crop
@@ -36,28 +36,27 @@ Operation = Callable[[Image.Image], Image.Image]
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig(_Checked):
-    """How clips to train on are changed; all of it changes results. The defaults are the published ones.
+    """How clips to train on are changed; all of it changes results. The defaults are the published ones."""
 
-    Attributes:
-        operations: RandAugment operations of a clip, each applied with probability 0.5; 0 means none.
-        magnitude, magnitude_std: of the operations, 0 to 10, with normal noise.
-        crop: random resized crop; else the whole frame is resized.
-        flip: mirror half of the clips; never where left and right mean something (SSv2).
-        erase: probability that a box of the clip becomes noise.
-        mixup, cutmix: alpha of the Beta distribution; 0 means off. With both, each micro-batch gets one of
-            them.
-        smoothing: share of a label that is spread over all classes.
-    """
+    group = "augmentation (changes results)"
 
-    operations: int = ranged(4, Whole(0, 100))
-    magnitude: float = ranged(7.0, Real(least=0, most=_TOP))
-    magnitude_std: float = ranged(0.5, Real(least=0, most=_TOP))
-    crop: bool = True
-    flip: bool = True
-    erase: float = ranged(0.25, SHARE)
-    mixup: float = ranged(0.8, _ALPHA)
-    cutmix: float = ranged(1.0, _ALPHA)
-    smoothing: float = ranged(0.1, SHARE_BELOW_1)
+    operations: int = setting(
+        4, "RandAugment operations of a clip, each with probability 0.5; 0: none", Whole(0, 100)
+    )
+    magnitude: float = setting(7.0, f"of RandAugment, 0 to {_TOP}", Real(least=0, most=_TOP))
+    magnitude_std: float = setting(0.5, "of the normal noise on it", Real(least=0, most=_TOP))
+    crop: bool = setting(True, "random resized crop; else the whole frame is resized")
+    flip: bool = setting(
+        True, "mirror half of the clips; not where left and right mean something, as in SSv2"
+    )
+    erase: float = setting(
+        0.25, "probability that a box of the clip becomes noise", SHARE, aliases=("--reprob",)
+    )
+    mixup: float = setting(0.8, "alpha of the Beta distribution; 0: off", _ALPHA)
+    cutmix: float = setting(
+        1.0, "alpha; 0: off. With mixup on too, each micro-batch gets one of them", _ALPHA
+    )
+    smoothing: float = setting(0.1, "share of a label that is spread over all classes", SHARE_BELOW_1)
 
     @classmethod
     def none(cls, **changes) -> AugmentConfig:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmae.config import _Checked
+from vmae.config import RESULTS, _Checked
 from vmae.data.augment import CropBox, crop_and_resize, image_hw
 from vmae.data.augment_classify import AugmentConfig, erase_box, rand_augment, sample_resized_crop
 from vmae.data.decode import VideoReader
@@ -29,8 +29,7 @@ from vmae.data.sampling import (
 )
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
 from vmae.data.workers import WorkerPool, hang_limit
-from vmae.errors import InputError
-from vmae.settings import FRAMES, SIDE, STRIDE, Whole, ranged
+from vmae.settings import FRAMES, SIDE, STRIDE, OneOf, Whole, ranged, setting
 
 CLIP_SAMPLINGS = ("dense", "sparse")
 VIEWS_HANG_S = 300.0  # for all the views of a video, some fifteen clips
@@ -41,22 +40,26 @@ class ClipConfig(_Checked):
     """Which frames and pixels make a clip.
 
     Attributes:
-        num_frames: T.
-        image_size: side, or (height, width), in pixels.
-        sampling: "dense" (Kinetics: a span of `num_frames * stride` frames) or "sparse" (SSv2: over the whole
-            video).
-        stride: for dense; an entry's own comes first.
+        num_frames: T, as the model has it.
+        image_size: side, or (height, width), in pixels, as the model has it.
     """
+
+    group = RESULTS
 
     num_frames: int = ranged(16, FRAMES)
     image_size: int | tuple[int, int] = ranged(224, SIDE)
-    sampling: str = "dense"
-    stride: int = ranged(4, STRIDE)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sampling not in CLIP_SAMPLINGS:
-            raise InputError(f"unknown sampling {self.sampling!r}; known: {', '.join(CLIP_SAMPLINGS)}")
+    sampling: str = setting(
+        "dense",
+        "frames: dense (Kinetics: a span of frames x stride), or sparse (SSv2: over the whole video)",
+        OneOf("sampling", CLIP_SAMPLINGS),
+        constants=((("--sparse_sample",), "sparse", None),),
+    )
+    stride: int = setting(
+        4,
+        "frames from one to the next, for dense, where the list says nothing else",
+        STRIDE,
+        aliases=("--sampling_rate",),
+    )
 
     def train_indices(self, total: int, entry: VideoEntry, rng: np.random.Generator) -> np.ndarray:
         """int64 [T] of a random clip of a video of `total` frames."""
@@ -73,15 +76,22 @@ class ClipConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig(_Checked):
-    """How many views a test takes of a video: published 5 x 3 dense, 2 x 3 sparse.
+    """How many views a test takes of a video: published 5 x 3 dense, 2 x 3 sparse."""
 
-    Attributes:
-        segments: clips in time.
-        crops: of each, along the longer side.
-    """
-
-    segments: int = ranged(5, Whole(1, 10_000))
-    crops: int = ranged(3, Whole(1, 1000))
+    segments: int = setting(
+        5,
+        "clips of a video in time",
+        Whole(1, 10_000),
+        aliases=("--test_num_segment",),
+        unset="{default}; 2 for sparse sampling",
+    )
+    crops: int = setting(
+        3,
+        "of each clip, along the longer side",
+        Whole(1, 1000),
+        aliases=("--test_num_crop",),
+        unset="{default}",
+    )
 
 
 @dataclass

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmae.config import _Checked
+from vmae.config import RESULTS, _Checked
 from vmae.data.augment import CropBox, crop_and_resize
 from vmae.data.augment_classify import sample_resized_crop
 from vmae.data.ava import AvaBox, Box, Key
@@ -30,7 +30,7 @@ from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
 from vmae.data.video_files import is_video
 from vmae.data.workers import WorkerPool, hang_limit
 from vmae.errors import InputError
-from vmae.settings import FRAMES, SHARE_ABOVE_0, SIDE, STRIDE, Real, ranged
+from vmae.settings import FRAMES, SHARE_ABOVE_0, SIDE, STRIDE, Real, ranged, setting
 
 # Largest moves of a box's left and right (top and bottom) edge outwards and inwards, shares of its width
 # (height).
@@ -43,18 +43,25 @@ class KeyClipConfig(_Checked):
     """What is seen of a key frame.
 
     Attributes:
-        num_frames: T.
-        image_size: side, or (height, width), in pixels; the whole frame is resized to it.
-        stride: frames from one to the next; the clip's frame T // 2 is the key frame.
-        origin: seconds of the movie at which the video files begin (900 for AVA's files that are cut).
+        num_frames: T, as the model has it.
+        image_size: side, or (height, width), in pixels, as the model has it; whole frames are resized to it.
         extend: how much wider and taller boxes are made to be looked at in a test, shares (published 0.1 and
             0.05).
     """
 
+    group = RESULTS
+
     num_frames: int = ranged(16, FRAMES)
     image_size: int | tuple[int, int] = ranged(224, SIDE)
-    stride: int = ranged(4, STRIDE)
-    origin: float = ranged(0.0, Real(least=0, most=10**9))
+    stride: int = setting(
+        4,
+        "frames from one to the next; frame T // 2 of the clip is the key frame",
+        STRIDE,
+        aliases=("--sampling_rate",),
+    )
+    origin: float = setting(
+        0.0, "second of the movie that files begin at; 900 for cut AVA", Real(least=0, most=10**9)
+    )
     extend: tuple[float, float] = ranged((0.1, 0.05), Real(least=0, most=1000))
 
     def indices(self, key: int, total: int) -> np.ndarray:
@@ -67,17 +74,15 @@ class KeyClipConfig(_Checked):
 @dataclass(frozen=True, kw_only=True)
 class KeyAugmentConfig(_Checked):
     """How key frames to train on are changed. The defaults are the published ones, but for their colour
-    jitter.
+    jitter."""
 
-    Attributes:
-        flip: mirror half of the clips; not where left and right mean something.
-        jitter: move each box's edges a little, as person detectors do.
-        min_crop: least area of a random crop, a share of the frame's; 1 leaves the frame whole (published).
-    """
+    group = RESULTS
 
-    flip: bool = True
-    jitter: bool = True
-    min_crop: float = ranged(1.0, SHARE_ABOVE_0)
+    flip: bool = setting(True, "mirror half of the clips; not where left and right mean something")
+    jitter: bool = setting(True, "move each box's edges a little, as person detectors do")
+    min_crop: float = setting(
+        1.0, "least area of a random crop, a share of the frame's; 1: whole frames", SHARE_ABOVE_0
+    )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from vmae.checkpoint.arguments import add_model_arguments, load_from_args
 from vmae.checkpoint.classifier import LoadedClassifier
 from vmae.checkpoint.identity import list_hash, model_identity, settle
-from vmae.config import _Checked
+from vmae.config import DTYPE, SpeedConfig, _Checked
 from vmae.data.classify_dataset import ViewConfig, ViewDataset
 from vmae.data.labels import LabelledList, read_class_names, read_labelled_list
 from vmae.data.quarantine import Failure
@@ -34,12 +34,13 @@ from vmae.errors import InputError
 from vmae.evaluate.scores import TOP, Record, class_table, confusion, draw_confusion, score, write_table
 from vmae.evaluate.views import named, view_probabilities
 from vmae.files.atomic import write_atomically
-from vmae.settings import BATCH, WORKERS, limits
+from vmae.flags import add_settings
+from vmae.settings import BATCH, ranged
 from vmae.train.checks import check_backend, check_output
 from vmae.train.finetune_settings import TEST_LISTS, list_of
-from vmae.train.loop import DTYPES
 from vmae.train.metrics import code_version, read_log
 from vmae.train.parallel import Parallel, open_parallel
+from vmae.train.pretrain_settings import RunConfig, TrainingConfig
 
 PREDICTIONS, RESULTS, SETTINGS = "predictions.jsonl", "results.json", "evaluation.json"
 
@@ -58,13 +59,8 @@ class EvaluationConfig(_Checked):
     data: str
     data_root: str | None = None
     views: ViewConfig | None = None
-    dtype: str = "float32"
+    dtype: str = ranged("float32", DTYPE)
     keep_scores: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dtype not in DTYPES:
-            raise InputError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,25 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", metavar="FILE", help="class names, where the checkpoint has none")
     add_model_arguments(parser)
     test = parser.add_argument_group("the test")
-    test.add_argument(
-        "--segments",
-        "--test_num_segment",
-        type=limits(ViewConfig, "segments"),
-        help="clips of each video, spread over time (5; 2 for sparse sampling)",
-    )
-    test.add_argument(
-        "--crops", "--test_num_crop", type=limits(ViewConfig, "crops"), help="crops of each clip (3)"
-    )
-    test.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
+    add_settings(test, ViewConfig, "segments crops")
+    add_settings(test, TrainingConfig, "dtype")
     test.add_argument("--scores", action="store_true", help="write the probabilities of all classes")
     speed = parser.add_argument_group("settings that change speed only")
     speed.add_argument("--batch-size", type=BATCH, default=16, help="views at once (16)")
-    speed.add_argument("--workers", type=WORKERS, default=1, help="processes that decode video (1)")
-    speed.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
-    speed.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
-    speed.add_argument(
-        "--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)"
-    )
+    add_settings(speed, RunConfig, "device")
+    add_settings(speed, SpeedConfig, "num_workers backend attention")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ from vmae.checkpoint.arguments import add_source_arguments
 from vmae.checkpoint.identity import check_same, content_hash, frames_identity, model_identity
 from vmae.checkpoint.models import to_model
 from vmae.checkpoint.source import read_checkpoint
-from vmae.config import ModelConfig, image_size
+from vmae.config import ModelConfig, SpeedConfig
 from vmae.data.ava import (
     AvaBox,
     Box,
@@ -52,12 +52,13 @@ from vmae.evaluate.frame_map import FrameScores, frame_map
 from vmae.evaluate.views import NO_NUMBERS
 from vmae.files.atomic import write_atomically
 from vmae.files.folder_lock import FolderLock
+from vmae.flags import add_settings
 from vmae.model.detector import Detector
-from vmae.settings import BATCH, WORKERS, Real, Whole, limits
+from vmae.settings import BATCH, Real, Whole
 from vmae.train.checks import check_backend, check_output, resolve_device
-from vmae.train.detection_settings import add_video_arguments
-from vmae.train.loop import DTYPES
+from vmae.train.detection_settings import DetectionConfig
 from vmae.train.metrics import code_version, read_log
+from vmae.train.pretrain_settings import RunConfig, TrainingConfig
 
 DETECTIONS, RESULTS, PARTS = "detections.csv", "results.json", "scores.part.jsonl"
 SHOWN = 0.5  # least score of an action that a picture names
@@ -110,34 +111,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", required=True, metavar="DIR", help="folder for detections, scores and pictures"
     )
     parser.add_argument("--pictures", type=Whole(0, 10_000), default=4, help="key frames to draw (4)")
-    add_video_arguments(parser)
+    add_settings(parser, DetectionConfig, "frame_pattern fps")
     clip = parser.add_argument_group("clips of key frames (default: as in training)")
-    clip.add_argument(
-        "--stride", type=limits(KeyClipConfig, "stride"), help="frames from one sampled frame to the next"
-    )
-    clip.add_argument(
-        "--origin", type=limits(KeyClipConfig, "origin"), help="second of the movie that files begin at"
-    )
-    clip.add_argument("--num-frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip")
-    clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
-    clip.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
+    add_settings(clip, KeyClipConfig, "stride origin", unset="as in training")
+    add_settings(clip, ModelConfig, "num_frames img_size", unset="as in training")
+    add_settings(clip, TrainingConfig, "dtype")
     add_source_arguments(parser, "official files; they need --actions")
     speed = parser.add_argument_group("settings that change speed only")
     speed.add_argument("--batch-size", type=BATCH, default=8, help="clips at once (8)")
-    speed.add_argument("--workers", type=WORKERS, default=1, help="processes that decode video (1)")
-    speed.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
-    speed.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
-    speed.add_argument(
-        "--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)"
-    )
+    add_settings(speed, RunConfig, "device")
+    add_settings(speed, SpeedConfig, "num_workers backend attention")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit code is 1 where a video could not be decoded."""
     if args.persons is None and args.annotations is None:
         raise InputError("which boxes? Give --persons, or --annotations for the annotated ones")
-    if args.dtype not in DTYPES:
-        raise InputError(f"unknown dtype {args.dtype!r}; known: {', '.join(DTYPES)}")
     device = resolve_device(args.device)
     check_backend(args.backend, device)
     check_output(Path(args.output))

@@ -15,12 +15,13 @@ from torch import Tensor
 from vmae.checkpoint.arguments import add_source_arguments
 from vmae.checkpoint.models import to_model
 from vmae.checkpoint.source import read_checkpoint
-from vmae.config import ModelConfig, image_size
+from vmae.config import ModelConfig
 from vmae.data import CropBox, crop_and_resize, open_video
 from vmae.data.guarded import guarded
 from vmae.data.sampling import clip_starts, sample_sparse_indices, walk_frames
+from vmae.flags import add_settings
 from vmae.model import Classifier
-from vmae.settings import STRIDE, limits
+from vmae.train.pretrain_settings import PretrainConfig, RunConfig
 
 
 @dataclass
@@ -56,11 +57,10 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    add_settings(parser, RunConfig, "device")
     clip = parser.add_argument_group("clip of the video (default: as in training)")
-    clip.add_argument("--stride", type=STRIDE, help="frames from one sampled frame to the next")
-    clip.add_argument("--num-frames", type=limits(ModelConfig, "num_frames"), help="frames of the clip")
-    clip.add_argument("--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH")
+    add_settings(clip, PretrainConfig, "stride", unset="as in training")
+    add_settings(clip, ModelConfig, "num_frames img_size", unset="as in training")
     add_source_arguments(parser)
 
 

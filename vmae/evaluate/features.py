@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from vmae.checkpoint.arguments import add_model_arguments, load_from_args
 from vmae.checkpoint.identity import frames_identity, model_identity, settle
-from vmae.config import IMAGENET_MEAN, IMAGENET_STD, _Checked
+from vmae.config import DTYPE, IMAGENET_MEAN, IMAGENET_STD, SpeedConfig, _Checked
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.files import path_kind
 from vmae.data.guarded import guarded_streams
@@ -37,11 +37,12 @@ from vmae.errors import InputError
 from vmae.evaluate.views import NO_NUMBERS
 from vmae.files.atomic import write_atomically
 from vmae.files.json_files import read_json
+from vmae.flags import add_settings
 from vmae.model import Classifier
 from vmae.settings import BATCH, FRAMES, SIDE, STRIDE, limits, ranged
 from vmae.train.checks import check_backend, check_output
-from vmae.train.loop import DTYPES
 from vmae.train.parallel import open_parallel
+from vmae.train.pretrain_settings import RunConfig, TrainingConfig
 
 Frame = np.ndarray | Tensor  # uint8 [H, W, 3]; or resized, float32 [3, H, W]
 SETTINGS, SOURCES = "features.json", "videos.json"
@@ -67,12 +68,7 @@ class WindowConfig(_Checked):
     step: int = ranged(within=STRIDE)
     size: tuple[int, int] = ranged(within=SIDE)
     normalize: bool = False
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dtype not in DTYPES:
-            raise InputError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+    dtype: str = ranged("float32", DTYPE)
 
     def starts(self, total: int) -> range:
         """First frames of all windows that fit into a video of `total` frames, as published."""
@@ -294,14 +290,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="normalise with ImageNet's mean and standard deviation (published: not)",
     )
-    result.add_argument("--dtype", default="float32", help="float32, bfloat16 (float32)")
+    add_settings(result, TrainingConfig, "dtype")
     speed = parser.add_argument_group("settings that change speed only")
     speed.add_argument("--batch-size", type=BATCH, default=8, help="windows at once (8)")
-    speed.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
-    speed.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
-    speed.add_argument(
-        "--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)"
-    )
+    add_settings(speed, RunConfig, "device")
+    add_settings(speed, SpeedConfig, "backend attention")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vmae.config import MAX_TOKENS, PRESETS, MaskConfig, ModelConfig
+from vmae.config import MAX_TOKENS, MODEL, USUAL_MODEL, MaskConfig, ModelConfig
 from vmae.errors import InputError
 from vmae.evaluate.pictures import GREY, Panel, add_output_arguments, outputs_of, write_pictures
+from vmae.flags import add_settings
 from vmae.masking import DECODER_MASKS, ENCODER_MASKS, DualMask, Grid
-from vmae.settings import SEED, limits
+from vmae.settings import SEED
 
 CELL = 12  # pixels of a token
 DARK = 40
@@ -23,28 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     add_output_arguments(parser, "masks.png")
     parser.add_argument(
-        "--model", default="vit_b", help=f"preset whose grid to take: {', '.join(PRESETS)} (vit_b)"
+        "--model", type=MODEL, default=USUAL_MODEL, help=f"preset whose grid to take: {MODEL} ({USUAL_MODEL})"
     )
     parser.add_argument(
         "--grid", metavar="T,Y,X", help="tokens along time, height and width, instead of a preset's"
     )
-    parser.add_argument(
-        "--encoder-mask",
-        default="tube",
-        help="mask of the encoder that the decoder's masks are drawn with (tube)",
-    )
-    parser.add_argument(
-        "--encoder-ratio",
-        type=limits(MaskConfig, "encoder_ratio"),
-        default=0.9,
-        help="share hidden from the encoder (0.9)",
-    )
-    parser.add_argument(
-        "--decoder-ratio",
-        type=limits(MaskConfig, "decoder_ratio"),
-        default=0.5,
-        help="share that the decoder leaves out (0.5)",
-    )
+    add_settings(parser, MaskConfig, "encoder encoder_ratio decoder_ratio")
     parser.add_argument("--seed", type=SEED, default=0, help="seed of every mask (0)")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from vmae.checkpoint.arguments import add_model_arguments, load_from_args
 from vmae.checkpoint.classifier import LoadedClassifier
+from vmae.config import SpeedConfig
 from vmae.data.classify_dataset import ViewConfig, ViewDataset
 from vmae.data.labels import read_class_names
 from vmae.data.manifest import VideoEntry
@@ -16,8 +17,10 @@ from vmae.data.quarantine import Failure, list_failures
 from vmae.errors import InputError
 from vmae.evaluate.classify import published_views
 from vmae.evaluate.views import named, view_probabilities
-from vmae.settings import CLASSES, limits
+from vmae.flags import add_settings
+from vmae.settings import CLASSES
 from vmae.train.checks import check_backend, resolve_device
+from vmae.train.pretrain_settings import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,18 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--classes", metavar="FILE", help="class names, where the checkpoint has none")
     parser.add_argument("--top", type=CLASSES, default=5, help="classes to name (5)")
-    parser.add_argument(
-        "--segments",
-        type=limits(ViewConfig, "segments"),
-        help="clips of the video, spread over time (5; 2 for sparse sampling)",
-    )
-    parser.add_argument("--crops", type=limits(ViewConfig, "crops"), help="crops of each clip (3)")
+    add_settings(parser, ViewConfig, "segments crops")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
-    parser.add_argument("--backend", default="auto", help="fused operations: auto, torch, triton (auto)")
-    parser.add_argument(
-        "--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)"
-    )
+    add_settings(parser, RunConfig, "device")
+    add_settings(parser, SpeedConfig, "backend attention")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -18,14 +18,16 @@ from vmae.checkpoint.arguments import add_source_arguments
 from vmae.checkpoint.folder import find_weights
 from vmae.checkpoint.models import to_model
 from vmae.checkpoint.source import read_checkpoint
-from vmae.config import MaskConfig, ModelConfig
+from vmae.config import MaskConfig, ModelConfig, SpeedConfig
 from vmae.evaluate.encoder import middle_clip
 from vmae.evaluate.pictures import GREY, Panel, add_output_arguments, outputs_of, write_pictures
-from vmae.masking import DualMask, mask_help
+from vmae.flags import add_settings
+from vmae.masking import DualMask
 from vmae.model import Pretrainer
-from vmae.settings import SEED, STRIDE, limits
+from vmae.settings import SEED
 from vmae.train.checks import resolve_device
 from vmae.train.metrics import trivial_losses
+from vmae.train.pretrain_settings import PretrainConfig, RunConfig
 from vmae_kernels import gather_tubelets, patch_targets_ref
 
 DEVIATIONS = 3.0  # normalised values from -3 to 3 span black to white
@@ -56,22 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_output_arguments(parser, "reconstruct-VIDEO.png beside the checkpoint")
     parser.add_argument("--seed", type=SEED, default=0, help="of the mask (0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
-    parser.add_argument(
-        "--attention", default="auto", help="attention: auto, or a name that `vmae doctor` lists (auto)"
-    )
+    add_settings(parser, RunConfig, "device")
+    add_settings(parser, SpeedConfig, "attention")
     mask = parser.add_argument_group("mask and sampling (default: as in training)")
-    mask.add_argument("--encoder-mask", help=mask_help("encoder"))
-    mask.add_argument("--encoder-ratio", type=limits(MaskConfig, "encoder_ratio"))
-    mask.add_argument("--decoder-mask", help=mask_help("decoder"))
-    mask.add_argument("--decoder-ratio", type=limits(MaskConfig, "decoder_ratio"))
-    mask.add_argument("--stride", type=STRIDE, help="frames from one sampled frame to the next")
+    add_settings(mask, MaskConfig, "encoder encoder_ratio decoder decoder_ratio", unset="as in training")
+    add_settings(mask, PretrainConfig, "stride", unset="as in training")
     model = add_source_arguments(parser)
-    model.add_argument(
-        "--decoder-depth",
-        type=limits(ModelConfig, "decoder_depth"),
-        help="blocks of the decoder, if not the preset's",
-    )
+    add_settings(model, ModelConfig, "decoder_depth")
 
 
 def run(args: argparse.Namespace) -> None:

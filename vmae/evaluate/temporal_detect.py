@@ -41,6 +41,7 @@ from vmae.evaluate.temporal_settings import DetectorConfig
 from vmae.evaluate.temporal_task import DETECTOR, TemporalTask
 from vmae.files.atomic import write_atomically
 from vmae.files.folder_lock import FolderLock, refuse_if_locked
+from vmae.flags import add_settings
 from vmae.model.temporal_head import TemporalHead
 from vmae.settings import SHARE_ABOVE_0, Whole, limits
 from vmae.train.checks import check_output, resolve_device
@@ -190,7 +191,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="draw true and found segments of N test videos",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    add_settings(parser, RunConfig, "device")
     result = parser.add_argument_group("settings that change results")
     result.add_argument(
         "--batch-size", type=limits(RunConfig, "batch_size"), help=f"videos at once ({_BATCH_SIZE})"

@@ -10,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmae.config import ModelConfig
+from vmae.config import POOLINGS, ModelConfig
 from vmae.errors import InputError
 from vmae.model.blocks import build_blocks
 from vmae.model.embed import PatchEmbed, register_positions
 from vmae_kernels import embed_visible
-
-POOLINGS = ("mean", "first", "attentive")
 
 
 def init_truncated_normal(module: nn.Module) -> None:

@@ -1,55 +1,55 @@
 """What a pre-training run needs of given machines: memory of one GPU, the largest batch, FLOPs, hours, clips
 a second.
 
-Bytes are counted (`vmae.planning.memory`); hours follow from FLOPs and an assumed utilisation. Nothing here is
-measured.
+Bytes are counted (`vmae.planning.memory`); hours follow from FLOPs and an assumed utilisation. Nothing here
+is measured.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from vmae.config import CHECKPOINTING, MaskConfig, ModelConfig, _Checked
+from vmae.config import CHECKPOINTING, DTYPE, MaskConfig, ModelConfig, _Checked
 from vmae.errors import InputError
 from vmae.model import build_pretrainer
 from vmae.model.cost import masked_macs
 from vmae.planning.memory import Activations, Memory, count_activations, state_bytes
-from vmae.settings import BATCH, SHARE_ABOVE_0, SHARE_BELOW_1, STEPS, Real, Whole, ranged
-from vmae.train.loop import DTYPES
+from vmae.settings import BATCH, SHARE_ABOVE_0, SHARE_BELOW_1, STEPS, Real, Whole, ranged, setting
 
 UNLABELED_HYBRID = 1_350_000  # videos, VideoMAE V2, section 4.1
 # The fewest clips on a GPU at once that a recommendation avoids recomputation for: below, its matrix products
 # are small.
 ENOUGH_CLIPS = 16
 _GPUS = Whole(1, 10**6)
+MACHINES = "machines and assumptions"
 
 
-@dataclass(frozen=True)
-class Published:
-    """GPUs of the published run, with 32 videos each, its passes over the videos, and its learning rate for
-    256 of them.
+class MemorySize(Real):
+    """Bytes; on a command line "80GiB", "80GB" or "80" (GiB)."""
 
-    `recipes/pretrain_vit*.sh` tell where each number comes from.
-    """
+    units = {"": 2**30, "G": 2**30, "GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6}
 
-    gpus: int
-    epochs: int
-    lr: float
+    def read(self, text: str) -> float:
+        match = re.fullmatch(r"([\d.]+)\s*([a-zA-Z]*)", text.strip())
+        if not match or match[2].upper() not in self.units:
+            raise ValueError(text)
+        return float(match[1]) * self.units[match[2].upper()]
 
-    @property
-    def effective_batch(self) -> int:
-        return 32 * self.gpus
+    def __str__(self) -> str:
+        return "a memory size above 0 and at most 1 PiB, such as 80GiB or 80GB"
 
 
-PUBLISHED = {
-    "vit_b": Published(32, 200, 1e-3),
-    "vit_l": Published(48, 300, 1e-3),
-    "vit_h": Published(64, 300, 6e-4),
-    "vit_g": Published(64, 300, 6e-4),
-}
+def published_recipe(model: str) -> Path | None:
+    """The settings file of a model's published pre-training; None where there is none."""
+    package = Path(__file__).parents[1]
+    folders = (package / "recipes", package.parent / "recipes")  # installed; in the repository
+    found = (folder / f"pretrain_{model.replace('_', '')}.yaml" for folder in folders)
+    return next((path for path in found if path.is_file()), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,22 +57,21 @@ class Cluster(_Checked):
     """The machines of a run.
 
     Attributes:
-        gpus: all of them.
-        gpus_per_node: of one machine.
         shard_size: GPUs that share one copy of the state in hybrid sharding; None means those of a node.
-        memory: bytes of one GPU.
-        reserve: share of it left to CUDA, NCCL and what the allocator can't use.
         peak_flops: of one GPU in the run's dtype, FLOP/s; None where it is not known: then no time is told.
-        mfu: share of it that is reached.
     """
 
-    gpus: int = ranged(8, _GPUS)
-    gpus_per_node: int = ranged(8, _GPUS)
+    group = MACHINES
+
+    gpus: int = setting(8, "all GPUs of the run", _GPUS)
+    gpus_per_node: int = setting(8, "GPUs of one machine", _GPUS)
     shard_size: int | None = ranged(None, _GPUS)
-    memory: float = ranged(80 * 2**30, Real(above=0, most=2**50))
-    reserve: float = ranged(0.08, SHARE_BELOW_1)
+    memory: float = setting(
+        80 * 2**30, "of one GPU: 80GiB, 40GB", MemorySize(above=0, most=2**50), unset="80GiB"
+    )
+    reserve: float = setting(0.08, "share left to CUDA, NCCL and the allocator", SHARE_BELOW_1)
     peak_flops: float | None = ranged(989e12, Real(above=0, most=1e18))
-    mfu: float = ranged(0.5, SHARE_ABOVE_0)
+    mfu: float = setting(0.5, "share of the peak FLOP/s that is reached", SHARE_ABOVE_0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,22 +114,25 @@ class Workload(_Checked):
         batch_size: videos on a GPU at once.
         num_sample: clips of a video.
         effective_batch: videos of an optimizer step, over all GPUs and accumulated batches.
-        videos, epochs: of the run; `steps` instead of epochs where it is given.
+        videos: of the list, times its repeats.
+        epochs: of the run; `steps` instead of epochs where it is given.
         dtype: "bfloat16" (autocast or FSDP's mixed precision) or "float32".
     """
+
+    group = MACHINES
 
     batch_size: int = ranged(32, BATCH)
     num_sample: int = ranged(4, BATCH)
     effective_batch: int = ranged(2048, Whole(1, 2**40))
-    videos: int = ranged(UNLABELED_HYBRID, Whole(1, 10**15))
+    videos: int = setting(
+        UNLABELED_HYBRID, "in the list", Whole(1, 10**15), unset="those of --data, else {default}"
+    )
     epochs: int = ranged(300, Whole(1, 10**9))
     steps: int | None = ranged(None, STEPS)
-    dtype: str = "bfloat16"
+    dtype: str = ranged("bfloat16", DTYPE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dtype not in DTYPES:
-            raise InputError(f"unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.videos < self.effective_batch:
             raise InputError(f"{self.videos} videos do not fill one step of {self.effective_batch}")
 
@@ -235,7 +237,7 @@ def make_plan(
 def _row(
     checkpointing: str,
     sharding: str,
-    state: tuple,
+    state: tuple[int, int, int, int],
     activations: Activations,
     model_flops: float,
     recomputed: float,

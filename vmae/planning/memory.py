@@ -7,8 +7,6 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from torch import nn
-
 from vmae.config import MaskConfig, ModelConfig
 from vmae.model import Pretrainer, build_pretrainer
 from vmae.model.cost import StepCount, count_step, on_paper
@@ -104,7 +102,9 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def state_bytes(model: nn.Module, sharers: int, dtype: str, accumulate: int = 1) -> tuple[int, int, int, int]:
+def state_bytes(
+    model: Pretrainer, sharers: int, dtype: str, accumulate: int = 1
+) -> tuple[int, int, int, int]:
     """Bytes of parameters, gradients, optimizer state and gathered parameters, where `sharers` GPUs hold one
     copy of `model`.
 

@@ -1,6 +1,7 @@
 """`python -m vmae plan`: what a pre-training run will need, told before it is started.
 
-It takes the flags of `pretrain`, whose batch, masks, samples and length it plans, and the machines. A table
+It takes the flags and settings file of `pretrain`, whose batch, masks, samples and length it plans, and the
+machines. A table
 for people, JSON for machines, and one line of recommendation. Nothing is measured; what is assumed is
 printed. With --checkpointing or --parallel only that choice is shown.
 """
@@ -10,88 +11,79 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vmae.config import ModelSettings
 from vmae.data import VideoEntry, read_data
 from vmae.errors import InputError
+from vmae.flags import Settings, chosen
 from vmae.model.cost import peak_flops, token_counts
-from vmae.planning.budget import PUBLISHED, UNLABELED_HYBRID, Cluster, Plan, Row, Workload, make_plan
-from vmae.settings import Limits, Real, limits
+from vmae.planning.budget import (
+    MACHINES,
+    UNLABELED_HYBRID,
+    Cluster,
+    Plan,
+    Row,
+    Workload,
+    make_plan,
+    published_recipe,
+)
+from vmae.settings import Real, setting
 from vmae.train import pretrain_settings
-from vmae.train.optim import OptimConfig
-from vmae.train.pretrain_settings import PretrainConfig
+from vmae.train.pretrain_settings import PretrainConfig, RunConfig
 
 SCHEMA = "vmae-plan/1"
-_UNITS = {"": 2**30, "G": 2**30, "GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6}
 _MEMORY = ("parameters", "gradients", "optimizer", "gathered", "activations", "working")
 
 
-class MemorySize(Limits):
-    """Bytes of "80GiB", "80GB", "80" (GiB)."""
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(ModelSettings):
+    """Of `plan`, beside the configurations of `pretrain` and of the machines."""
 
-    def allows(self, value: float) -> bool:
-        return limits(Cluster, "memory").allows(value)
+    peak: float | None = setting(
+        None,
+        "of one GPU",
+        Real(above=0, most=1e6),
+        metavar="TFLOPS",
+        unset="the device's in bf16",
+        group=MACHINES,
+    )
+    json: str | None = setting(
+        None,
+        "write everything there too; - for the terminal, and nothing else",
+        metavar="FILE",
+        group=MACHINES,
+    )
 
-    def read(self, text: str) -> float:
-        match = re.fullmatch(r"([\d.]+)\s*([a-zA-Z]*)", text.strip())
-        if not match or match[2].upper() not in _UNITS:
-            raise ValueError(text)
-        return float(match[1]) * _UNITS[match[2].upper()]
 
-    def __str__(self) -> str:
-        return "a memory size above 0 and at most 1 PiB, such as 80GiB or 80GB"
+def published_settings(flags: dict[str, Any]) -> dict[str, Any]:
+    """The published recipe of the model that the flags name (vit_g): what is planned without `--config`."""
+    model = flags.get("model", "vit_g")
+    recipe = published_recipe(model)
+    usual = {"model": model, "num_sample": 4, "epochs": 300, "dtype": "bfloat16"}
+    return usual | (SETTINGS.read(recipe) if recipe else {})
 
 
-memory_size = MemorySize()
+SETTINGS = Settings(
+    PretrainConfig,
+    RunConfig,
+    Cluster,
+    Workload,
+    PlanSettings,
+    defaults={**pretrain_settings.SETTINGS.defaults, "data": "", "output": ""},
+    without_file=published_settings,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    about = "The flags of `pretrain` say what is planned; here --device may name a GPU (h100, a100, ...; by default h100)."
-    group = parser.add_argument_group("machines and assumptions", about)
-    group.add_argument("--gpus", type=limits(Cluster, "gpus"), default=8, help="all GPUs of the run (8)")
-    group.add_argument(
-        "--gpus-per-node", type=limits(Cluster, "gpus_per_node"), default=8, help="GPUs of one machine (8)"
+    SETTINGS.add_to(parser)
+    parser.epilog = (
+        "The flags and settings file of `pretrain` say what is planned: without --config, the published "
+        "recipe of --model (vit_g). --device may name a GPU here (h100, a100, ...; by default h100)."
     )
-    group.add_argument(
-        "--memory", type=memory_size, default=memory_size("80GiB"), help="of one GPU: 80GiB, 40GB (80GiB)"
-    )
-    group.add_argument(
-        "--reserve",
-        type=limits(Cluster, "reserve"),
-        default=0.08,
-        help="share left to CUDA, NCCL and the allocator (0.08)",
-    )
-    group.add_argument(
-        "--mfu",
-        type=limits(Cluster, "mfu"),
-        default=0.5,
-        help="share of the peak FLOP/s that is reached (0.5)",
-    )
-    group.add_argument(
-        "--peak",
-        type=Real(above=0, most=1e6),
-        metavar="TFLOPS",
-        help="of one GPU (default: the device's in bf16)",
-    )
-    group.add_argument(
-        "--effective-batch",
-        type=limits(Workload, "effective_batch"),
-        help="videos of an optimizer step (default: the published run's)",
-    )
-    group.add_argument(
-        "--videos",
-        type=limits(Workload, "videos"),
-        help=f"in the list (default: those of --data, else {UNLABELED_HYBRID})",
-    )
-    group.add_argument(
-        "--json", metavar="FILE", help="write everything there too; - for the terminal, and nothing else"
-    )
-    pretrain_settings.add_arguments(parser, required=False)
-    parser.set_defaults(model="vit_g", dtype="bfloat16", num_sample=4, data="", output="")
-    parser.set_defaults(epochs=None, lr=None, accumulate=None, checkpointing=None)  # see plan_from_args
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,27 +104,19 @@ def run(args: argparse.Namespace) -> int:
 def plan_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, Plan, Sequence[VideoEntry]]:
     """The plan of a command line, with the settings of `pretrain` it is for, and the list's videos (none
     without --data)."""
-    name = pretrain_settings.PUBLISHED_MODELS.get(args.model, args.model)
-    published = PUBLISHED.get(name)
-    args.epochs = args.epochs or (published.epochs if published else 300)
-    args.lr = args.lr or (published.lr if published else OptimConfig.lr)
-    effective, accumulate = args.effective_batch, args.accumulate
-    if accumulate is not None:
-        effective = args.gpus * args.batch_size * accumulate
-    elif effective is None:
-        effective = published.effective_batch if published else args.gpus * args.batch_size
-    checkpointing, args.checkpointing = args.checkpointing, args.checkpointing or "none"
-    args.accumulate = accumulate or 1
+    SETTINGS.complete(args)
+    given = args.given
+    effective = given.pop("effective_batch", None)  # as planned: it need not be divided without a rest
+    if effective is None or "accumulate" in given:
+        effective = args.gpus * args.batch_size * args.accumulate
+    args.effective_batch = None
     config, settings = pretrain_settings.configs_from_args(args)
-    cluster = Cluster(
-        gpus=args.gpus,
-        gpus_per_node=min(args.gpus_per_node, args.gpus),
-        shard_size=args.shard_size,
-        memory=args.memory,
-        reserve=args.reserve,
-        peak_flops=_peak_flops(args),
-        mfu=args.mfu,
-    )
+    machines = {
+        "gpus_per_node": min(args.gpus_per_node, args.gpus),
+        "shard_size": args.shard_size,
+        "peak_flops": _peak_flops(args),
+    }
+    cluster = Cluster(**{**chosen(Cluster, args), **machines})
     entries = read_data(args.data, args.data_root) if args.data else []
     workload = Workload(
         batch_size=settings.batch_size,
@@ -144,7 +128,12 @@ def plan_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, Plan, Sequ
         dtype=config.dtype,
     )
     plan = make_plan(
-        config.model, config.mask, cluster, workload, checkpointing=checkpointing, parallel=args.parallel
+        config.model,
+        config.mask,
+        cluster,
+        workload,
+        checkpointing=given.get("checkpointing"),
+        parallel=args.parallel,
     )
     return config, plan, entries
 
@@ -195,8 +184,12 @@ def assumptions(cluster: Cluster) -> str:
     """What the figures rest on, in a line."""
     rate = "no peak FLOP/s known, so no time (--peak tells it)"
     if cluster.peak_flops:
-        rate = f"{cluster.mfu:.0%} of {cluster.peak_flops / 1e12:g} TFLOP/s a GPU for all that is executed, made again or not"
-    return f"assumed: {rate}; {cluster.reserve:.0%} of the memory left to CUDA, NCCL and the allocator; not measured"
+        rate = (
+            f"{cluster.mfu:.0%} of {cluster.peak_flops / 1e12:g} TFLOP/s a GPU for all that is executed, "
+            "made again or not"
+        )
+    left = f"{cluster.reserve:.0%} of the memory left to CUDA, NCCL and the allocator"
+    return f"assumed: {rate}; {left}; not measured"
 
 
 def _mismatch(work: Workload, cluster: Cluster) -> list[str]:
@@ -215,8 +208,8 @@ def gib(size: float) -> str:
 
 def table(plan: Plan) -> list[str]:
     """One line a row, columns aligned."""
-    cost = ["TFLOP", "MFU %", "s/step", "hours", "clips/s"]
-    lines = [["checkpointing", "sharding", *_MEMORY, "total", "fits", "largest batch", *cost]]
+    titles = ["TFLOP", "MFU %", "s/step", "hours", "clips/s"]
+    lines = [["checkpointing", "sharding", *_MEMORY, "total", "fits", "largest batch", *titles]]
     for row in plan.rows:
         memory = [gib(getattr(row.memory, name)) for name in _MEMORY]
         cost = [row.executed_flops / 1e12, 100 * row.mfu, row.step_s, row.hours, row.clips_per_s]
@@ -240,9 +233,10 @@ def recommendation(plan: Plan) -> str:
     """One line: the flags to start with, and what they cost."""
     row, work, cluster = plan.best, plan.workload, plan.cluster
     if row is None:
-        return f"recommendation: none: not one video fits {gib(cluster.memory)} GiB; more GPUs (--gpus) share the state"
+        lack = f"not one video fits {gib(cluster.memory)} GiB"
+        return f"recommendation: none: {lack}; more GPUs (--gpus) share the state"
     flags = " ".join(recommended_flags(plan, row))
-    if row.hours is None:
+    if row.hours is None or row.clips_per_s is None:
         return f"recommendation: {flags}"
     clips, videos = row.clips_per_s, row.clips_per_s / work.num_sample
     return (

@@ -24,9 +24,11 @@ from vmae.data.dali import dali_missing
 from vmae.data.decode import BACKENDS as VIDEO_BACKENDS
 from vmae.data.decode import video_backends
 from vmae.errors import InputError
+from vmae.flags import add_settings
 from vmae.model.attention.choice import BACKENDS, auto_order, runnable
 from vmae.model.attention.probes import Workload
 from vmae.settings import Whole
+from vmae.train.pretrain_settings import RunConfig
 from vmae_kernels import resolve_backend
 from vmae_kernels.device import why_too_old
 from vmae_kernels.optional_triton import WHY_MISSING
@@ -410,9 +412,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, or a GPU such as cuda:1 (default: a GPU if there is one)"
-    )
+    add_settings(parser, RunConfig, "device")
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),

@@ -15,11 +15,11 @@ from vmae.checkpoint.arguments import add_source_arguments
 from vmae.checkpoint.classifier import load_classifier
 from vmae.checkpoint.folder import AVERAGED_NAME, export_weights
 from vmae.checkpoint.source import read_checkpoint
-from vmae.config import ModelConfig, image_size
+from vmae.config import ModelConfig
 from vmae.errors import InputError
 from vmae.evaluate.encoder import load_encoder
+from vmae.flags import add_settings
 from vmae.model import Classifier
-from vmae.settings import limits
 from vmae.tools import graphs
 from vmae.train.checks import check_output
 
@@ -37,12 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     graph.add_argument(
         "--averaged", action="store_true", help="take the averaged weights of the run (finetune --ema)"
     )
-    graph.add_argument(
-        "--num-frames", type=limits(ModelConfig, "num_frames"), help="frames of a clip (as in training)"
-    )
-    graph.add_argument(
-        "--image-size", type=image_size, help="side in pixels, or HEIGHTxWIDTH (as in training)"
-    )
+    add_settings(graph, ModelConfig, "num_frames img_size", unset="as in training")
     add_source_arguments(parser)
 
 

@@ -48,10 +48,12 @@ from vmae.evaluate.encoder import middle_clip
 from vmae.evaluate.pictures import draw_grid
 from vmae.evaluate.predict import top_classes
 from vmae.evaluate.reconstruct import load_model, reconstruct
+from vmae.flags import add_settings
 from vmae.masking import DECODER_MASKS, ENCODER_MASKS, DualMask
 from vmae.model import Pretrainer
 from vmae.settings import SEED, SIDE, Real, Whole, limits, ranged, shown
 from vmae.train.checks import resolve_device
+from vmae.train.pretrain_settings import RunConfig
 
 _SECONDS = Real(above=0, most=86400)
 # Browsers let a page of another site send this header only after a preflight request, which is refused here.
@@ -502,7 +504,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Limits.seconds,
         help=f"longest video, in seconds ({Limits.seconds})",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    add_settings(parser, RunConfig, "device")
     add_source_arguments(parser).add_argument(
         "--classifier-model", help="preset of --classifier, if its file does not hold its settings"
     )

@@ -1,16 +1,18 @@
-"""Settings of distillation (`distil`): those of fine-tuning, and what a teacher adds."""
+"""Settings of `distil`: those of `finetune`, and a teacher's."""
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from typing import Any
 
+from vmae.config import MODEL
 from vmae.errors import InputError
-from vmae.settings import SHARE, Real, limits, ranged
-from vmae.train import finetune_settings
-from vmae.train.finetune_settings import FinetuneConfig
-from vmae.train.pretrain_settings import EPOCHS
+from vmae.flags import Settings
+from vmae.settings import SHARE, Real, ranged, setting
+from vmae.train.finetune_settings import DEFAULTS, FinetuneConfig, FinetuneSettings
+from vmae.train.pretrain_settings import EPOCHS, RunConfig
+
+TEACHER = "teacher (changes results)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,21 +20,21 @@ class DistilConfig(FinetuneConfig):
     """Everything that decides the student's weights.
 
     Attributes:
-        teacher: its checkpoint.
         teacher_identity: its `model_identity`.
-        teacher_map: file that says which of the teacher's classes the student's are.
-        temperature: of both softmaxes.
-        kl_weight: share of the loss that the teacher has; the labels have the rest.
-        logits: folder of the teacher's stored logits; None runs it beside the student.
+        logits: None runs the teacher beside the student.
         stored_epochs: epochs that are stored, and then come again.
     """
 
-    teacher: str
+    teacher: str = setting(help="fine-tuned: a run's folder, or a file", metavar="CHECKPOINT", group=TEACHER)
     teacher_identity: dict[str, Any] | None = None
-    teacher_map: str | None = None
-    temperature: float = ranged(2.0, Real(above=0, most=10_000))
-    kl_weight: float = ranged(0.9, SHARE)
-    logits: str | None = None
+    teacher_map: str | None = setting(
+        None, "turn its head of more classes into one of these", metavar="FILE.json", group=TEACHER
+    )
+    temperature: float = setting(2.0, "of both softmaxes", Real(above=0, most=10_000), group=TEACHER)
+    kl_weight: float = setting(
+        0.9, "the teacher's share of the loss; the labels have the rest", SHARE, group=TEACHER
+    )
+    logits: str | None = setting(None, "the teacher's stored logits", metavar="DIR", group=TEACHER)
     stored_epochs: int | None = ranged(None, EPOCHS)
 
     def __post_init__(self) -> None:
@@ -47,29 +49,21 @@ class DistilConfig(FinetuneConfig):
             )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    finetune_settings.add_arguments(parser)
-    group = parser.add_argument_group("teacher (changes results)")
-    group.add_argument(
-        "--teacher", required=True, metavar="CHECKPOINT", help="fine-tuned: a run's folder, or a file"
+@dataclass(frozen=True, kw_only=True)
+class DistilSettings(FinetuneSettings):
+    """Of `distil`, beside its configurations."""
+
+    teacher_model: str | None = setting(
+        None, "its preset, for files that do not say what they are", MODEL, group=TEACHER
     )
-    group.add_argument("--teacher-model", help="its preset, for files that do not say what they are")
-    group.add_argument(
-        "--teacher-map", metavar="FILE.json", help="turn its head of more classes into one of these"
-    )
-    group.add_argument(
-        "--temperature", type=limits(DistilConfig, "temperature"), default=2.0, help="of both softmaxes (2)"
-    )
-    group.add_argument(
-        "--kl-weight",
-        type=limits(DistilConfig, "kl_weight"),
-        default=0.9,
-        help="the teacher's share of the loss (0.9)",
-    )
-    group.add_argument("--logits", metavar="DIR", help="the teacher's stored logits")
-    group.add_argument(
-        "--store",
-        type=limits(DistilConfig, "stored_epochs"),
+    store: int | None = setting(
+        None,
+        "store the teacher's logits of so many epochs, and end",
+        EPOCHS,
         metavar="EPOCHS",
-        help="store the teacher's logits of so many epochs, and end",
+        group=TEACHER,
     )
+
+
+SETTINGS = Settings(DistilConfig, RunConfig, DistilSettings, defaults=DEFAULTS)
+add_arguments = SETTINGS.add_to

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from vmae.checkpoint.saver import Saver
-from vmae.config import _Checked
+from vmae.config import CLIP_GRAD, _Checked
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, list_failures
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 from vmae.settings import BATCH, SEED, STEPS, Whole, ranged
 from vmae.train.guard import FiniteGuard, LateNumbers, device_is_idle
 from vmae.train.metrics import NoLog, RunLog, StepMeter, flops_utilisation, peak_memory_bytes
-from vmae.train.optim import CLIP_GRAD, clip_gradients, set_learning_rate
+from vmae.train.optim import clip_gradients, set_learning_rate
 from vmae.train.parallel import Parallel, bare
 from vmae.train.signals import STOP_SIGNALS, StopSignals
 from vmae.train.state import Companion, TrainingState

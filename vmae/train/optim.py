@@ -12,37 +12,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from vmae.config import _Checked
+from vmae.config import OptimConfig
 from vmae.errors import InputError
-from vmae.settings import SHARE_BELOW_1, Real, ranged
 
-CLIP_GRAD = Real(above=0, most=1e30)
 NO_DECAY_NAMES = ("pos_embed", "cls_token", "mask_token", "bias", "scale")  # scale: of cosine attention
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig(_Checked):
-    """Settings of the optimizer; all of them change results.
-
-    Attributes:
-        lr: peak learning rate for a total batch of 256 clips; scaled linearly with the batch (`scaled_to`).
-        min_lr: final learning rate, scaled alike.
-        warmup_epochs: linear warm-up from 0.
-        betas, eps, weight_decay: of AdamW; no decay for 1-d parameters, biases, positions and the mask token.
-        clip_grad: largest gradient norm; None does not clip.
-    """
-
-    lr: float = ranged(1.5e-4, Real(above=0, most=10_000))
-    min_lr: float = ranged(1e-5, Real(least=0, most=10_000))
-    warmup_epochs: float = ranged(40, Real(least=0, most=10**9))
-    betas: tuple[float, float] = ranged((0.9, 0.95), SHARE_BELOW_1)
-    eps: float = ranged(1e-8, Real(above=0, most=1))
-    weight_decay: float = ranged(0.05, Real(least=0, most=1000))
-    clip_grad: float | None = ranged(None, CLIP_GRAD)
-
-    def scaled_to(self, total_batch: int) -> OptimConfig:
-        """The learning rates of a total batch: `lr * total_batch / 256`."""
-        return self.replace(lr=self.lr * total_batch / 256, min_lr=self.min_lr * total_batch / 256)
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:

@@ -19,24 +19,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from vmae.config import PARALLEL
 from vmae.errors import InputError
 from vmae.files.folder_lock import FolderLock
 from vmae.train.checks import resolve_device
+from vmae.train.pretrain_settings import world_size
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
-KINDS = ("auto", "none", "ddp", "fsdp", "hybrid")
 # Groups that were left, one a run, kept until the process ends. A DDP model that outlives its group would be
 # the last to hold it, and takes it down holding Python's lock; gloo's thread may want that lock to drop a
 # collective's tensors, while it holds the group's: both wait for ever (torch 2.13, one end in some 40 on a
 # busy machine). Python's own reference is dropped without the lock.
 _LEFT: list[Any] = []
-
-
-def world_size() -> int:
-    """Processes of this run, as its launcher says; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass(eq=False)
@@ -180,8 +176,8 @@ def resolve_kind(kind: str, ranks: int) -> str:
     Raises:
         InputError: an unknown kind, or "none" for many processes.
     """
-    if kind not in KINDS:
-        raise InputError(f"unknown --parallel {kind!r}; known: {', '.join(KINDS)}")
+    if kind not in PARALLEL:
+        raise InputError(f"unknown --parallel {kind!r}; known: {', '.join(PARALLEL)}")
     if kind == "none" and ranks > 1:
         raise InputError(
             f"--parallel none, but {ranks} processes were started: each trains alone; use ddp, fsdp or hybrid"

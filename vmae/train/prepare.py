@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Prepared:
         notes: lines for the user.
         listing: of `identify_list`; stands in every checkpoint.
         lock: of the output folder, once the run writes to it; rank 0 has it.
+        settings: of the command line, resolved, by key (`Settings.resolved`): the run's `config.yaml`.
     """
 
     task: Task
@@ -55,6 +56,7 @@ class Prepared:
     notes: list[str]
     listing: dict[str, Any]
     lock: FolderLock | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> TaskConfig:

@@ -22,6 +22,7 @@ from vmae.data import Prefetcher, build_loader
 from vmae.data.quarantine import QUARANTINE_NAME
 from vmae.errors import InputError
 from vmae.files.folder_lock import FolderLock
+from vmae.files.yaml_files import write_settings
 from vmae.train.activations import prepare_blocks
 from vmae.train.loop import LoopConfig, Trainer
 from vmae.train.metrics import LOG_NAME, add_to_run_file, describe_start, read_log, write_run_file
@@ -101,6 +102,7 @@ def run_task(task: Task, run: RunConfig, args: argparse.Namespace) -> int:
     speed = run.speed
     with open_parallel(speed.parallel, run.device, shard_size=speed.shard_size) as parallel:
         prepared = prepare(task, run, parallel)
+        prepared.settings = args.settings.resolved(args, prepared.config, prepared.run)
         if args.dry_run:
             if parallel.is_main:
                 print(json.dumps(prepared.describe(), indent=2))
@@ -250,7 +252,7 @@ def open_batches(prepared: Prepared, start_step: int) -> Prefetcher:
 
 def open_folder(prepared: Prepared, folder: Path, stack: contextlib.ExitStack) -> None:
     """Make the output folder this run's until `stack` ends, move an earlier run out of the way, and write
-    `run.json`.
+    `config.yaml` and `run.json`.
 
     Raises:
         InputError: the folder is another run's, or was until now; it can't be written to.
@@ -266,6 +268,7 @@ def open_folder(prepared: Prepared, folder: Path, stack: contextlib.ExitStack) -
     moved = set_aside(folder, prepared.start_step if prepared.checkpoint else None)
     if moved:
         prepared.notes.append(f"moved what an earlier run left in {folder} to {moved}")
+    write_settings(folder, prepared.settings)
     about = prepared.describe()
     note = write_run_file(
         folder, describe_start(about, device=prepared.device, start_step=prepared.start_step)

@@ -28,6 +28,7 @@ from vmae.data.labels import LabelledList
 from vmae.data.manifest import VideoEntry
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
+from vmae.flags import chosen
 from vmae.model import Classifier
 from vmae.train.distil_settings import DistilConfig, add_arguments
 from vmae.train.logit_store import LogitStore, fill_store
@@ -41,6 +42,7 @@ __all__ = ["DistilConfig", "DistilTask", "add_arguments", "run"]
 
 def run(args: argparse.Namespace) -> int:
     """The command; with `--store`, the teacher's pass alone."""
+    args.settings.complete(args)
     if args.store is not None and args.logits is None:
         raise InputError("--store needs the folder to store to: --logits DIR")
     base, run_config, source = settings_of(args)
@@ -54,14 +56,9 @@ def run(args: argparse.Namespace) -> int:
         attention=speed.attention,
     )
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    fields["teacher"] = str(teacher.path)
     config = DistilConfig(
-        **fields,
-        teacher=str(teacher.path),
-        teacher_map=args.teacher_map,
-        temperature=args.temperature,
-        kl_weight=args.kl_weight,
-        logits=args.logits,
-        stored_epochs=args.store if args.logits else None,
+        **{**chosen(DistilConfig, args), **fields}, stored_epochs=args.store if args.logits else None
     )
     task = DistilTask(config, source, teacher)
     if args.store is None:

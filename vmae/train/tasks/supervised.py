@@ -32,6 +32,7 @@ SupervisedConfigT = TypeVar("SupervisedConfigT", bound=SupervisedConfig)
 
 def source_from_args(args: argparse.Namespace) -> Source | None:
     """The checkpoint that a command line names; None without `--init`."""
+    args.settings.complete(args)
     if args.init is None:
         return None
     return read_checkpoint(

@@ -1,0 +1,334 @@
+"""Flags, YAML files and `config.yaml` of a command, made from the fields of its configurations.
+
+    SETTINGS = Settings(PretrainConfig, RunConfig, defaults={"model": "vit_b"})
+    SETTINGS.add_to(parser)                    # a flag for each field with a help text, and `--config`
+    args = SETTINGS.complete(args)             # layers: defaults < the command's < --config < flags
+    OptimConfig(**chosen(OptimConfig, args))   # what was set; the rest are the class's own defaults
+
+Parsing keeps what was given apart from defaults (`args.given`), because defaults follow from presets,
+checkpoints and the length of the run. A key of a YAML file is the name of a flag, with underscores.
+
+tyro 1.0 and jsonargparse 4.53 were tried instead; docs/architecture.md tells why neither is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+from argparse import SUPPRESS
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from vmae.errors import InputError
+from vmae.files.yaml_files import read_yaml
+from vmae.settings import Limits, Setting, Sides, Whole, about_field, shown
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+# Headings of `--help`, in order; others come after these.
+GROUPS = (
+    "machines and assumptions",
+    "data and output",
+    "what to start from",
+    "settings that change results",
+    "augmentation (changes results)",
+    "optimizer (changes results)",
+    "teacher (changes results)",
+    "settings that change speed and housekeeping only",
+)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting of a command.
+
+    Attributes:
+        name: in YAML files and in the parsed arguments.
+        field: of the configuration that holds it.
+        about: what the field says.
+        kind: its type, as text.
+        default: of the command, else the field's; MISSING where it must be given.
+        group: heading in `--help`.
+    """
+
+    name: str
+    field: dataclasses.Field
+    about: Setting
+    kind: str
+    default: Any
+    group: str
+
+    @property
+    def flags(self) -> list[str]:
+        return [f"--{self.name.replace('_', '-')}", *self.about.aliases]
+
+    @property
+    def unset(self) -> str | None:
+        """Words for a default that follows from something else; None where `default` is it."""
+        if self.about.unset is None or self.default is not self.field.default:
+            return None
+        return self.about.unset.format(default=_words(self.field.default))
+
+    @property
+    def open(self) -> Any:
+        """Value of the argument where it is not set."""
+        if self.unset is not None or self.default is dataclasses.MISSING:
+            return None
+        return self.default
+
+    @property
+    def words(self) -> str | None:
+        """The default as people write it."""
+        if self.unset is not None:
+            return self.unset
+        return None if self.default in (None, "", dataclasses.MISSING) else _words(self.default)
+
+    @property
+    def help(self) -> str:
+        """The field's help and, after it, the default."""
+        return (self.about.help or "") + (f" ({self.words})" if self.words is not None else "")
+
+    @property
+    def type(self) -> Limits | None:
+        """What makes a value of a word."""
+        within = self.about.within
+        if isinstance(within, Whole) and self.kind.startswith("int | tuple"):
+            return Sides(within)
+        return within
+
+    def add_to(self, parser: Any, default: Any = SUPPRESS) -> None:
+        """Add the flags."""
+        about = self.about
+        text = SUPPRESS if about.hidden else self.help.replace("%", "%%")
+        common = {"dest": self.name, "default": default, "help": text}
+        if self.kind == "bool":
+            parser.add_argument(*self.flags, action=argparse.BooleanOptionalAction, **common)
+            return
+        if about.constants:
+            parser = parser.add_mutually_exclusive_group()
+        words: int | str | None = "?" if about.bare is not None else None
+        if self.kind.startswith("tuple"):
+            words = self.length
+        parser.add_argument(
+            *self.flags, type=self.type, nargs=words, const=about.bare, metavar=about.metavar, **common
+        )
+        for flags, value, told in about.constants:
+            constant = {"dest": self.name, "default": SUPPRESS, "help": told or SUPPRESS}
+            parser.add_argument(*flags, action="store_const", const=value, **constant)
+
+    def of_file(self, value: Any) -> Any:
+        """The value that a YAML file holds, checked; `1e-3` is text in YAML 1.1, and a number here.
+
+        Raises:
+            InputError: names the key, and what it may be.
+        """
+        within = self.about.within
+        if value is None and "None" in self.kind:
+            return None
+        if self.kind == "bool" or within is None:
+            if not isinstance(value, bool if self.kind == "bool" else str):
+                wanted = "true or false" if self.kind == "bool" else "text"
+                raise InputError(f"{self.name} must be {wanted}, not {shown(value)}")
+            return value
+        if "tuple" in self.kind and (isinstance(value, list) or self.kind.startswith("tuple")):
+            if not isinstance(value, list) or len(value) != self.length:
+                raise InputError(f"{self.name} must be {self.length} numbers, not {shown(value)}")
+            return tuple(_checked(part, within, self.name) for part in value)
+        return _checked(value, self.type or within, self.name)
+
+    @property
+    def length(self) -> int:
+        """Numbers of a tuple."""
+        return self.kind.split("tuple[")[1].split("]")[0].count(",") + 1
+
+
+def _checked(value: Any, within: Limits, name: str) -> Any:
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = within.read(value)
+    within.check(name, value)
+    return value
+
+
+def _words(value: Any) -> str:
+    """A default as people write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " ".join(map(_words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class Settings:
+    """The settings of a command: the fields with a help text of some configurations and of those in them.
+
+    Args:
+        configs: their classes.
+        defaults: what the command sets before anyone else does, by key.
+        without_file: makes, of the flags, the command's settings where no file is given; for `plan`.
+    """
+
+    def __init__(
+        self,
+        *configs: type[DataclassInstance],
+        defaults: dict[str, Any] | None = None,
+        without_file: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> None:
+        self.defaults, self.without_file = defaults or {}, without_file
+        self.keys: dict[str, Key] = {}
+        for config in configs:
+            self._add(config)
+        self.keys = dict(sorted(self.keys.items(), key=lambda item: _order(item[1].group)))
+        unknown = set(self.defaults) - set(self.keys)
+        if unknown:
+            raise TypeError(f"defaults of no setting: {', '.join(sorted(unknown))}")
+
+    def _add(self, config: type[DataclassInstance]) -> None:
+        hints = get_type_hints(config)
+        for field in dataclasses.fields(config):
+            about = about_field(config, field.name)
+            if dataclasses.is_dataclass(hints[field.name]):
+                self._add(hints[field.name])
+            elif about.help is not None:
+                name = about.name or field.name
+                if name in self.keys:
+                    raise TypeError(f"two settings are called {name}")
+                default = self.defaults.get(name, field.default)
+                group = str(about.group or getattr(config, "group", "options"))
+                self.keys[name] = Key(name, field, about, str(field.type), default, group)
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Add all flags, and `--config` and `--dry-run`."""
+        for title in dict.fromkeys(key.group for key in self.keys.values()):
+            group = parser.add_argument_group(title)
+            for key in self.keys.values():
+                if key.group == title:
+                    key.add_to(group)
+            if title == GROUPS[1]:
+                told = "settings, a `key: value` a line; keys are the flags' names; flags come on top"
+                group.add_argument("--config", metavar="FILE.yaml", help=told)
+                told = "check everything, print the resolved settings, write nothing"
+                group.add_argument("--dry-run", action="store_true", help=told)
+        parser.set_defaults(settings=self)
+
+    def complete(self, args: argparse.Namespace) -> argparse.Namespace:
+        """Parsed flags with the other layers below them; nothing is done a second time.
+
+        `args.given` holds what any layer set; each setting is an attribute too, None where its default
+        follows from others.
+
+        Raises:
+            InputError: a file that cannot be read, a key or value in it that is wrong, or a setting that has
+                to be given and was not.
+        """
+        if "given" in args:
+            return args
+        flags = {name: getattr(args, name) for name in self.keys if name in args}
+        file: dict[str, Any] = {}
+        if args.config:
+            file = self.read(args.config)
+        elif self.without_file is not None:
+            file = self.without_file(flags)
+        given = self.merge(self.defaults, file, flags)
+        missing = [key for key in self.keys.values() if key.name not in given and _is_required(key)]
+        if missing:
+            names = ", ".join("/".join(key.flags) for key in missing)
+            keys = ", ".join(key.name for key in missing)
+            raise InputError(f"the following arguments are required: {names} (or {keys} in --config)")
+        for key in self.keys.values():
+            setattr(args, key.name, given.get(key.name, key.open))
+        args.given = given
+        return args
+
+    def merge(self, *layers: dict[str, Any]) -> dict[str, Any]:
+        """Later layers on top; what one overrules is dropped from those below it."""
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            for name in layer:
+                for other in self.keys[name].about.overrules:
+                    if other not in layer:
+                        merged.pop(other, None)
+            merged.update(layer)
+        return merged
+
+    def read(self, path: str | Path) -> dict[str, Any]:
+        """The settings of a YAML file, by key; published names of them work too.
+
+        Raises:
+            InputError: it cannot be read, or a key or value is wrong; names file and key.
+        """
+        names = {
+            flag.strip("-").replace("-", "_"): key.name for key in self.keys.values() for flag in key.flags
+        }
+        found: dict[str, Any] = {}
+        for written, value in read_yaml(path):
+            name = names.get(written.replace("-", "_"))
+            if name is None:
+                near = difflib.get_close_matches(written, names, n=1)
+                advice = f"; did you mean {near[0]}?" if near else "; keys are names of flags, with _ for -"
+                raise InputError(f"{path}: unknown setting {shown(written)}{advice}")
+            if name in found:
+                raise InputError(f"{path}: {name} is set twice")
+            try:
+                found[name] = self.keys[name].of_file(value)
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
+        return found
+
+    def resolved(self, args: argparse.Namespace, *configs: DataclassInstance) -> dict[str, Any]:
+        """All settings of a run by key: what was given, and what the configurations made of it."""
+        values = dict(args.given)
+        for config in configs:
+            values |= flat(config)
+        if values.get("effective_batch") is not None:
+            values.pop("accumulate", None)  # it follows, for any number of ranks
+        return {name: values[name] for name in self.keys if values.get(name) is not None}
+
+
+def _order(group: str) -> int:
+    return GROUPS.index(group) if group in GROUPS else len(GROUPS)
+
+
+def _is_required(key: Key) -> bool:
+    return key.default is dataclasses.MISSING and key.about.unset is None
+
+
+def chosen(config: type[DataclassInstance], args: argparse.Namespace) -> dict[str, Any]:
+    """What was given for the fields of a configuration, by field; without those of configurations in it."""
+    values = {}
+    for field in dataclasses.fields(config):
+        about = about_field(config, field.name)
+        key = about.name or field.name
+        if about.help is not None and key in args.given:
+            values[field.name] = args.given[key]
+    return values
+
+
+def flat(config: DataclassInstance) -> dict[str, Any]:
+    """The settings of a configuration, and of those in it, by key."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        about, value = about_field(type(config), field.name), getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            values |= flat(value)
+        elif about.help is not None:
+            values[about.name or field.name] = value
+    return values
+
+
+def add_settings(parser: Any, config: type[DataclassInstance], names: str, **changes: Any) -> None:
+    """Flags of some fields (blanks between) of a configuration, for a command without a settings file.
+
+    Args:
+        changes: of their `Setting`; with `unset` the argument is None where it is not given.
+    """
+    for name in names.split():
+        field = config.__dataclass_fields__[name]
+        about = dataclasses.replace(about_field(config, name), **changes)
+        key = Key(about.name or name, field, about, str(field.type), field.default, "")
+        key.add_to(parser, default=key.open)
