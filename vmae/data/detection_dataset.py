@@ -7,7 +7,6 @@ actions.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from vmae.config import _Checked
 from vmae.data.augment import CropBox, crop_and_resize
 from vmae.data.augment_classify import sample_resized_crop
 from vmae.data.ava import AvaBox, Box, Key
+from vmae.data.batches import TensorBatch
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.files import path_kind
 from vmae.data.guarded import guarded_each
@@ -260,7 +260,7 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
 
 
 @dataclass
-class DetectionBatch:
+class DetectionBatch(TensorBatch):
     """What one step of training a detector reads.
 
     Attributes:
@@ -283,38 +283,6 @@ class DetectionBatch:
     def count(self) -> float:
         """Boxes in the batch."""
         return float(self.valid.sum())
-
-    @classmethod
-    def cat(cls, batches: list[DetectionBatch]) -> DetectionBatch:
-        """Join samples or batches, in order."""
-        most = max(batch.boxes.shape[1] for batch in batches)
-        return cls(
-            torch.cat([batch.clips for batch in batches]),
-            *(
-                torch.cat([_padded(getattr(batch, name), most) for batch in batches])
-                for name in ("boxes", "targets", "valid")
-            ),
-            [key for batch in batches for key in batch.ids],
-            [failure for batch in batches for failure in batch.replaced],
-        )
-
-    def _each(self, change) -> DetectionBatch:
-        return dataclasses.replace(
-            self, **{name: change(getattr(self, name)) for name in ("clips", "boxes", "targets", "valid")}
-        )
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> DetectionBatch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> DetectionBatch:
-        return self._each(Tensor.pin_memory)
-
-
-def _padded(tensor: Tensor, most: int) -> Tensor:
-    """[B, M, ...] -> [B, most, ...], with zeros."""
-    return torch.cat(
-        [tensor, tensor.new_zeros(tensor.shape[0], most - tensor.shape[1], *tensor.shape[2:])], 1
-    )
 
 
 class DetectionDataset(VideoDataset):
