@@ -17,6 +17,7 @@ from torch import Tensor
 from vmae.config import RESULTS, _Checked
 from vmae.data.augment import CropBox, crop_and_resize, image_hw
 from vmae.data.augment_classify import AugmentConfig, erase_box, rand_augment, sample_resized_crop
+from vmae.data.batches import TensorBatch
 from vmae.data.decode import VideoReader
 from vmae.data.labels import LabelledList
 from vmae.data.manifest import VideoEntry
@@ -95,7 +96,7 @@ class ViewConfig(_Checked):
 
 
 @dataclass
-class LabelledBatch:
+class LabelledBatch(TensorBatch):
     """What one supervised step reads.
 
     Attributes:
@@ -110,25 +111,6 @@ class LabelledBatch:
     targets: Tensor
     ids: list[tuple[int, int, str]]
     replaced: list[Failure] = field(default_factory=list)
-
-    @classmethod
-    def cat(cls, batches: list[LabelledBatch]) -> LabelledBatch:
-        """Join samples (batches of B = 1) or batches, in order."""
-        return cls(
-            torch.cat([batch.clips for batch in batches]),
-            torch.cat([batch.targets for batch in batches]),
-            [key for batch in batches for key in batch.ids],
-            [failure for batch in batches for failure in batch.replaced],
-        )
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> LabelledBatch:
-        clips, targets = (
-            tensor.to(device, non_blocking=non_blocking) for tensor in (self.clips, self.targets)
-        )
-        return LabelledBatch(clips, targets, self.ids, self.replaced)
-
-    def pin_memory(self) -> LabelledBatch:
-        return LabelledBatch(self.clips.pin_memory(), self.targets.pin_memory(), self.ids, self.replaced)
 
 
 class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):

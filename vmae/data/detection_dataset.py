@@ -7,8 +7,7 @@ actions.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from vmae.config import RESULTS, _Checked
 from vmae.data.augment import CropBox, crop_and_resize
 from vmae.data.augment_classify import sample_resized_crop
 from vmae.data.ava import AvaBox, Box, Key
+from vmae.data.batches import TensorBatch
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.files import path_kind
 from vmae.data.guarded import guarded_each
@@ -279,7 +279,7 @@ def _areas(boxes: np.ndarray) -> np.ndarray:
 
 
 @dataclass
-class DetectionBatch:
+class DetectionBatch(TensorBatch):
     """What one step of training a detector reads.
 
     Attributes:
@@ -302,40 +302,6 @@ class DetectionBatch:
     def count(self) -> float:
         """Boxes in the batch."""
         return float(self.valid.sum())
-
-    @classmethod
-    def cat(cls, batches: list[DetectionBatch]) -> DetectionBatch:
-        """Join samples or batches, in order."""
-        most = max(batch.boxes.shape[1] for batch in batches)
-        return cls(
-            clips=torch.cat([batch.clips for batch in batches]),
-            boxes=torch.cat([_padded(batch.boxes, most) for batch in batches]),
-            targets=torch.cat([_padded(batch.targets, most) for batch in batches]),
-            valid=torch.cat([_padded(batch.valid, most) for batch in batches]),
-            ids=[key for batch in batches for key in batch.ids],
-            replaced=[failure for batch in batches for failure in batch.replaced],
-        )
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> DetectionBatch:
-        return dataclasses.replace(
-            self,
-            clips=change(self.clips),
-            boxes=change(self.boxes),
-            targets=change(self.targets),
-            valid=change(self.valid),
-        )
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> DetectionBatch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> DetectionBatch:
-        return self._each(Tensor.pin_memory)
-
-
-def _padded(tensor: Tensor, most: int) -> Tensor:
-    """[B, M, ...] -> [B, most, ...], with zeros."""
-    batch, rows, *rest = tensor.shape
-    return torch.cat([tensor, tensor.new_zeros(batch, most - rows, *rest)], 1)
 
 
 class BoxedClip(NamedTuple):
