@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from vmae.errors import InputError
 from vmae.files.yaml_files import read_yaml
-from vmae.settings import Limits, Setting, Sides, Whole, about_field, shown
+from vmae.settings import Limits, Real, Setting, Sides, Whole, about_field, shown
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -109,8 +109,6 @@ class Key:
         if self.kind == "bool":
             parser.add_argument(*self.flags, action=argparse.BooleanOptionalAction, **common)
             return
-        if about.constants:
-            parser = parser.add_mutually_exclusive_group()
         words: int | str | None = "?" if about.bare is not None else None
         if self.kind.startswith("tuple"):
             words = self.length
@@ -152,7 +150,7 @@ def _checked(value: Any, within: Limits, name: str) -> Any:
         with contextlib.suppress(ValueError):
             value = within.read(value)
     within.check(name, value)
-    return value
+    return float(value) if isinstance(within, Real) else value
 
 
 def _words(value: Any) -> str:

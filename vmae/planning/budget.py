@@ -67,7 +67,7 @@ class Cluster(_Checked):
     gpus_per_node: int = setting(8, "GPUs of one machine", _GPUS)
     shard_size: int | None = ranged(None, _GPUS)
     memory: float = setting(
-        80 * 2**30, "of one GPU: 80GiB, 40GB", MemorySize(above=0, most=2**50), unset="80GiB"
+        80.0 * 2**30, "of one GPU: 80GiB, 40GB", MemorySize(above=0, most=2**50), unset="80GiB"
     )
     reserve: float = setting(0.08, "share left to CUDA, NCCL and the allocator", SHARE_BELOW_1)
     peak_flops: float | None = ranged(989e12, Real(above=0, most=1e18))
