@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vmae.config import MAX_TOKENS, PRESETS, MaskConfig, ModelConfig
+from vmae.config import MAX_TOKENS, MaskConfig, ModelConfig
 from vmae.errors import InputError
 from vmae.evaluate.pictures import GREY, Panel, add_output_arguments, outputs_of, write_pictures
 from vmae.masking import DECODER_MASKS, ENCODER_MASKS, DualMask, Grid
@@ -22,9 +22,7 @@ DARK = 40
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     add_output_arguments(parser, "masks.png")
-    parser.add_argument(
-        "--model", default="vit_b", help=f"preset whose grid to take: {', '.join(PRESETS)} (vit_b)"
-    )
+    parser.add_argument("--model", default="vit_b", help="preset whose grid to take (vit_b)")
     parser.add_argument(
         "--grid", metavar="T,Y,X", help="tokens along time, height and width, instead of a preset's"
     )
@@ -45,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.5,
         help="share that the decoder leaves out (0.5)",
     )
-    parser.add_argument("--seed", type=SEED, default=0, help="seed of every mask (0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of every mask (0)")
 
 
 def run(args: argparse.Namespace) -> None:
