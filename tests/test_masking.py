@@ -191,10 +191,10 @@ def test_empty_batch():
 
 
 def test_a_registered_function_is_a_mask_everywhere(monkeypatch):
-    monkeypatch.setattr(masking, "ENCODER_MASKS", dict(ENCODER_MASKS))
     known = ", ".join(ENCODER_MASKS)
     with pytest.raises(InputError, match=f"unknown encoder mask 'first'; known: {known}$"):
         MaskConfig(encoder="first")
+    monkeypatch.setitem(ENCODER_MASKS, "first", None)  # so that it is taken out again
 
     @masking.encoder_mask("the last tokens of each frame", even_frames=1)
     def first(draw: masking.Draw) -> torch.Tensor:

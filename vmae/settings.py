@@ -104,12 +104,8 @@ class Real(Limits):
         return float(text)
 
     def __str__(self) -> str:
-        low = f"at least {_plain(self.least)}"
-        if self.least is None:
-            low = f"above {_plain(self.above)}"
-        high = f"at most {_plain(self.most)}"
-        if self.most is None:
-            high = f"below {_plain(self.below)}"
+        low = f"above {_plain(self.above)}" if self.least is None else f"at least {_plain(self.least)}"
+        high = f"below {_plain(self.below)}" if self.most is None else f"at most {_plain(self.most)}"
         return f"a number {low} and {high}"
 
 
