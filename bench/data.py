@@ -323,7 +323,7 @@ def needs(rate: float, resize_share: float, gpu_flops: float) -> list[dict[str, 
     Training is counted as 3 forward passes of dual masking, 2 FLOP to a multiply-accumulate.
     """
     records, mask = [], MaskConfig()
-    for preset in [name for name in PRESETS if name != "vit_tiny"]:
+    for preset in [name for name in PRESETS if name not in ("vit_tiny", "vit_demo")]:
         macs = forward_macs(ModelConfig.preset(preset), mask.encoder_ratio, mask.decoder_ratio, fused=True)
         needed = gpu_flops / (6 * macs)
         crops = {f"cores_{s}": needed / (s * rate / (1 + (s - 1) * resize_share)) for s in (1, 4)}

@@ -1,30 +1,32 @@
 #!/usr/bin/env bash
-# The path of the big recipes in two minutes on a CPU: a model of 1.2 million parameters on the four real clips that come with
-# a test dependency. Its loss ends below that of the trivial predictors; docs/curves/tiny.jsonl is its reference curve.
+# The path of the big recipes in two minutes on a CPU: a model of 0.7 million parameters on the middle squares of
+# the four real clips that come with a test dependency, whose pixels it learns by heart (no normalised targets).
+# Its loss ends below that of the trivial predictors; docs/curves/tiny.jsonl is its reference curve.
 #
 # Variables and arguments: recipes/common.sh. Without DATA the clips are written as small images to $OUTPUT-data.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 NAME=pretrain_tiny
-MODEL=vit_tiny
+MODEL=vit_demo
 GPUS=${GPUS:-1} # processes
 DEVICE=${DEVICE:-cpu}
 EFFECTIVE_BATCH=4
 BATCH_PER_GPU=4
-NUM_SAMPLE=2
+NUM_SAMPLE=1
 ENCODER_RATIO=0.75
-DECODER_DEPTH=2
-NUM_FRAMES=8
-STRIDE=2
-STEPS=2000
-LR=0.064 # for 256 videos
+DECODER_DEPTH=1
+NUM_FRAMES=4
+STRIDE=4
+STEPS=5000
+LR=0.128 # for 256 videos
 DTYPE=float32
-MORE_FLAGS=(--image-size 64 --repeat 100 --device cpu --workers "${WORKERS:-1}" --log-every 50 --save-every 500)
+MORE_FLAGS=(--image-size 64 --patch-size 8 --no-normalize-target --repeat 100 --device cpu
+  --workers "${WORKERS:-1}" --log-every 100 --save-every 1000)
 
 default_data() {
   DATA=$OUTPUT-data/clips.txt
-  "$PYTHON" -m vmae samples "$DATA" --frames "$OUTPUT-data/frames"
+  "$PYTHON" -m vmae samples "$DATA" --frames "$OUTPUT-data/frames" --square
 }
 
 pretrain "$@"
