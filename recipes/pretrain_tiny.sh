@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The path of the big recipes in two minutes on a CPU: a model of 0.7 million parameters on the middle squares of
-# the four real clips that come with a test dependency, whose pixels it learns by heart (no normalised targets).
-# Its loss ends below that of the trivial predictors; docs/curves/tiny.jsonl is its reference curve.
+# The path of the big recipes in two minutes on a CPU: a model of 0.7 million parameters on the middle squares
+# of the four real clips that come with a test dependency. It learns their pixels by heart (targets are not
+# normalised). Its loss ends below that of the trivial predictors. Reference curve: docs/curves/tiny.jsonl.
 #
-# Variables and arguments: recipes/common.sh. Without DATA the clips are written as small images to $OUTPUT-data.
+# Variables and arguments: recipes/common.sh. Without DATA, small images of the clips go to $OUTPUT-data.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

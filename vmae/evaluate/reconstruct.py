@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights"
     )
     add_output_arguments(parser, "reconstruct-VIDEO.png beside the checkpoint")
+    parser.add_argument("--title", default="", help="words above the picture")
     parser.add_argument("--seed", type=SEED, default=0, help="of the mask (0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     parser.add_argument(
@@ -105,25 +106,30 @@ def run(args: argparse.Namespace) -> None:
             f"zero predictor {result.zero_loss:.4f}, "
             f"mean of the visible tubelets {result.visible_mean_loss:.4f}"
         )
-        panels += _row(Path(video).stem, result.panels, indices) if several else result.panels
+        panels += _row(Path(video).stem, result.panels, indices, not panels) if several else result.panels
+    mask_line = f"Mask: {mask_settings.encoder}, {mask_settings.encoder_ratio:.0%} of each clip hidden"
     write_pictures(
         panels,
         outputs,
-        labels=[f"frame {number}" for number in (range(len(indices)) if several else indices)],
+        labels=[
+            f"moment {number + 1}" if several else f"frame {indices[number]}"
+            for number in range(len(indices))
+        ],
         columns=args.frames,
         step=model.config.tubelet_size,
         fps=args.fps,
         abreast=len(ROW) if several else None,
-        title=f"{mask_settings.encoder} mask, {mask_settings.encoder_ratio:.0%} hidden" if several else "",
+        title=". ".join(filter(None, [args.title, mask_line if several else ""])),
     )
     print(f"written: {', '.join(map(str, outputs))}")
 
 
-def _row(name: str, panels: list[Panel], indices: list[int]) -> list[Panel]:
-    """A video's panels in a picture of several, the first one with the video's name and frames."""
+def _row(name: str, panels: list[Panel], indices: list[int], first: bool) -> list[Panel]:
+    """A video's panels in a picture of several; what stands in brackets is told in the first row only."""
     chosen = [panels[place] for place in ROW]
-    caption = f"{name}, frames {indices[0]} to {indices[-1]}: {chosen[0].caption}"
-    return [replace(chosen[0], caption=caption), *chosen[1:]]
+    captions = [panel.caption if first else panel.caption.split(" (")[0] for panel in chosen]
+    captions[0] = f"{name}, frames {indices[0]} to {indices[-1]}: {captions[0]}"
+    return [replace(panel, caption=caption) for panel, caption in zip(chosen, captions)]
 
 
 def load_model(
