@@ -7,7 +7,7 @@ PYTHON=${PYTHON:-python}
 OUT=${OUT:-demo}
 mkdir -p "$OUT"
 
-echo "== 1 of 3: what dual masking saves, and what this code saves over the published way (2 minutes) =="
+echo "== 1 of 3: what dual masking saves, and this code over the published way (about 2 minutes) =="
 "$PYTHON" bench/dual_vs_encoder.py --json "$OUT/dual_vs_encoder.json" --plot "$OUT/dual_vs_encoder.png"
 
 echo
