@@ -41,9 +41,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         patch_size=14,
         mlp_ratio=48 / 11,
     ),
-    # Not published: small enough to learn something on two CPU cores in a minute or two (`make demo`).
+    # Not published: small enough for tests, and to learn something on two CPU cores in a minute or two.
     "vit_tiny": dict(
         embed_dim=128, depth=4, num_heads=4, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2
+    ),
+    # Not published, for `make demo`: fewer blocks and a wider decoder than vit_tiny. Cosine attention is sharp
+    # from the first step: loss 0.0327, not 0.0340, after 700 steps on the demo's clips (one run each, on a CPU).
+    "vit_demo": dict(
+        embed_dim=128,
+        depth=2,
+        num_heads=4,
+        decoder_embed_dim=128,
+        decoder_depth=1,
+        decoder_num_heads=4,
+        cos_attn=True,
     ),
 }
 

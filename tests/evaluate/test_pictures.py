@@ -81,6 +81,14 @@ def test_moment_stands_side_by_side_and_goes_on_below():
     assert [shade[0] for shade in shades] == [50, 60, 70, 80, 90, 255, 255, 255]
 
 
+def test_panels_abreast_make_a_png_of_the_middle_moment(tmp_path):
+    panels = [panel(shade) for shade in (10, 20, 30, 40)]
+    write_pictures(panels, [tmp_path / "x.png"], labels=list("abcd"), step=2, abreast=2)
+    picture = np.asarray(Image.open(tmp_path / "x.png"))
+    shades = [int(picture[y, x, 0]) for y in (100, picture.shape[0] - 20) for x in (30, 330)]
+    assert shades == [50, 60, 70, 80] and picture.shape[1] == 2 * (288 + 4) + 4
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".mp4", ".MP4"])
 def test_animation_has_a_picture_for_each_frame(tmp_path, suffix):
     path = tmp_path / "new" / f"x{suffix}"

@@ -209,6 +209,21 @@ def test_several_outputs_are_one_run(weights, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.glob("x.*")) == ["x.gif", "x.mp4", "x.png"]
 
 
+def test_several_videos_share_a_picture_a_row_for_each(weights, tmp_path, capsys):
+    """Three panels side by side; 3 rows of frames are 3 x 192 pixels and their captions."""
+    out, videos = tmp_path / "x.png", [str(video) for video in sample_videos()[:3]]
+    flags = ["--output", str(out), "--title", "learnt by heart"]
+    assert main(["reconstruct", *videos, "--checkpoint", str(weights), *flags]) == 0
+    text = capsys.readouterr().out
+    assert [line.split(":")[0] for line in text.splitlines() if ": loss" in line] == [
+        "bikes",
+        "bigbuckbunny",
+        "carphone_pristine",
+    ]
+    with Image.open(out) as picture:
+        assert picture.width == 3 * (384 + 4) + 4 and 3 * 192 < picture.height < 6 * 192
+
+
 def test_every_hidden_tubelet_is_predicted_under_its_own_selection(clip):
     model, mask = build_pretrainer(CONFIG).eval(), mask_of()
     asked = []

@@ -215,10 +215,10 @@ def test_the_tiny_recipe_learns_on_real_clips(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "parallel ddp" in done.stdout and "(2 x 1 micro-batches x 2 ranks)" in done.stdout
     found = re.search(r"zero predictor ([\d.]+), mean of the visible tubelets ([\d.]+)", done.stdout)
-    loss = loss_of_last_tenth(read_log(tmp_path / "out" / "log.jsonl"), 2000)
-    assert loss < min(map(float, found.groups())) - 0.03
+    loss = loss_of_last_tenth(read_log(tmp_path / "out" / "log.jsonl"), 5000)
+    assert loss < 0.8 * min(map(float, found.groups()))
     reference = read_log(RECIPES.parent / "docs" / "curves" / "tiny.jsonl")[1:]
-    assert loss == pytest.approx(loss_of_last_tenth(reference, 2000), abs=0.02)
+    assert loss == pytest.approx(loss_of_last_tenth(reference, 5000), rel=0.1)
 
 
 @pytest.mark.slow

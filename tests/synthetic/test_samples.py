@@ -97,3 +97,20 @@ def test_command_writes_small_frames(tmp_path, capsys):
         expected = Image.fromarray(source).resize(frame.shape[1::-1], Image.Resampling.BILINEAR)
         difference = abs(frame.astype(float) - np.asarray(expected, dtype=float))
         assert difference.mean() < 6, "the same frame, but for JPEG's losses"
+
+
+def test_square_frames_are_the_middle_of_each(tmp_path, monkeypatch):
+    """Of 176 x 144 pixels: columns 16 to 159, and clearly not those at either end."""
+    from PIL import Image
+
+    carphone = sample_videos()[2]
+    monkeypatch.setattr(samples, "sample_videos", lambda: [carphone])
+    path = samples.write_sample_frames(tmp_path / "f", tmp_path / "list.txt", 72, square=True)
+    found = np.asarray(Image.open(f"{read_list(path)[0].path}/img_00001.jpg")).astype(int)
+    with open_video(carphone) as reader:
+        frame = Image.fromarray(reader.frames([0])[0])
+    middle, first, last = (
+        abs(np.asarray(frame.crop((left, 0, left + 144, 144)).resize((72, 72), 2)) - found).mean()
+        for left in (16, 0, 32)
+    )
+    assert found.shape == (72, 72, 3) and 4 * middle < min(first, last)

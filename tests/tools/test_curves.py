@@ -104,7 +104,7 @@ def test_committed_references_learn_and_name_their_conditions(path):
     curve = read_curve(path)
     assert {"note", "commit", "torch", "device"} <= set(curve.about) and path.stat().st_size < 60_000
     losses = curve.values("loss_mean")[1]
-    assert curve.summary()["loss_of_last_tenth"] < 0.97 < losses[0]
+    assert curve.summary()["loss_of_last_tenth"] < 0.9 * losses[0]
 
 
 def test_runs_of_the_same_name_get_distinct_names(tmp_path):

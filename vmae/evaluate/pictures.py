@@ -26,10 +26,8 @@ from vmae.train.checks import check_output
 
 GREY = 128
 SUFFIXES = (".png", ".gif", ".mp4")
-SMALLEST_IN_GRID, SMALLEST_IN_MOMENT = (
-    128,
-    192,
-)  # pixels of a frame's shorter side; smaller ones are enlarged, not smoothed
+# Pixels of a frame's shorter side; smaller ones are enlarged, not smoothed.
+SMALLEST_IN_GRID, SMALLEST_IN_MOMENT = 128, 192
 PANELS_ABREAST = 4  # of an animation
 LINE, MARGIN = 18, 4
 
@@ -95,6 +93,7 @@ def write_pictures(
     step: int = 1,
     fps: int = 6,
     title: str = "",
+    abreast: int | None = None,
 ) -> None:
     """Write the panels to each of `paths`, in the form that its suffix names.
 
@@ -105,6 +104,7 @@ def write_pictures(
         step: a PNG shows the first of `step` frames: those of a tubelet.
         fps: pictures a second of an animation, which has one for each frame.
         title: words above all.
+        abreast: panels side by side; a PNG then shows the middle moment alone.
 
     Raises:
         InputError: a file can't be written; those before it are.
@@ -113,12 +113,19 @@ def write_pictures(
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".png":
             steps = len(labels) // step
-            shown = step * np.unique(np.linspace(0, steps - 1, min(columns, steps)).round().astype(int))
-            picture = draw_grid(panels, [(int(time), labels[time]) for time in shown], title)
+            if abreast:
+                middle = step * (steps // 2)
+                picture = draw_moment(panels, middle, labels[middle], title, abreast)
+            else:
+                shown = step * np.unique(np.linspace(0, steps - 1, min(columns, steps)).round().astype(int))
+                picture = draw_grid(panels, [(int(time), labels[time]) for time in shown], title)
             write_atomically(path, functools.partial(picture.save, format="PNG"))
             continue
         numbered = [f"{label} ({time + 1} of {len(labels)})" for time, label in enumerate(labels)]
-        pictures = [draw_moment(panels, time, label, title) for time, label in enumerate(numbered)]
+        pictures = [
+            draw_moment(panels, time, label, title, abreast or PANELS_ABREAST)
+            for time, label in enumerate(numbered)
+        ]
         if path.suffix.lower() == ".mp4":
             write_video(path, [_even(picture) for picture in pictures], fps)
         else:
@@ -157,11 +164,13 @@ def draw_grid(panels: Sequence[Panel], moments: Sequence[tuple[int, str]], title
     return picture
 
 
-def draw_moment(panels: Sequence[Panel], time: int, label: str, title: str = "") -> Image.Image:
-    """The panels of one frame side by side, `PANELS_ABREAST` in a row, each below its caption."""
+def draw_moment(
+    panels: Sequence[Panel], time: int, label: str, title: str = "", abreast: int = PANELS_ABREAST
+) -> Image.Image:
+    """The panels of one frame side by side, `abreast` in a row, each below its caption."""
     scale = _scale(panels[0], SMALLEST_IN_MOMENT)
     height, width = (side * scale for side in panels[0].frames.shape[1:3])
-    font, abreast = _font(14), min(len(panels), PANELS_ABREAST)
+    font, abreast = _font(14), min(len(panels), abreast)
     whole = abreast * (width + MARGIN) - MARGIN
     heading = [*_wrapped(title, whole, font), *_wrapped(label, whole, font)]
     captions = [_wrapped(panel.caption, width, font) for panel in panels]

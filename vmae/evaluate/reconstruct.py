@@ -1,4 +1,4 @@
-"""`python -m vmae reconstruct VIDEO`: what a checkpoint makes of a video, as a picture or an animation, and
+"""`python -m vmae reconstruct VIDEO...`: what a checkpoint makes of videos, as a picture or an animation, and
 its loss.
 
 Legend: T frames, H x W pixels, N tokens, P values of a tubelet in order (t, h, w, c).
@@ -7,7 +7,7 @@ Legend: T frames, H x W pixels, N tokens, P values of a tubelet in order (t, h, 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from vmae_kernels import gather_tubelets, patch_targets_ref
 
 DEVIATIONS = 3.0  # normalised values from -3 to 3 span black to white
 WHITE_ERROR = 64  # grey levels of an error that is drawn white
+ROW = (0, 1, 3)  # panels of each video in a picture of several: input, encoder view, reconstruction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +53,14 @@ class Reconstruction:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("video", metavar="VIDEO", help="a video file")
+    parser.add_argument(
+        "videos", metavar="VIDEO", nargs="+", help="a video file; several share a picture, a row for each"
+    )
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights"
     )
     add_output_arguments(parser, "reconstruct-VIDEO.png beside the checkpoint")
+    parser.add_argument("--title", default="", help="words above the picture")
     parser.add_argument("--seed", type=SEED, default=0, help="of the mask (0)")
     add_settings(parser, RunConfig, "device")
     add_settings(parser, SpeedConfig, "attention")
@@ -71,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     """The command: load, sample, predict, draw, and say where the picture is."""
     device = resolve_device(args.device)
     path = find_weights(args.checkpoint)
-    outputs = outputs_of(args, path.parent / f"reconstruct-{Path(args.video).stem}.png")
+    outputs = outputs_of(args, path.parent / f"reconstruct-{Path(args.videos[0]).stem}.png")
     source = (args.init_frames, args.init_size)
     given = {
         "preset": args.model,
@@ -82,24 +86,42 @@ def run(args: argparse.Namespace) -> None:
     model, settings = load_model(path, **given)
     mask_settings = mask_config(settings, args)
     stride = settings.get("stride", 4) if args.stride is None else args.stride
-    clip, indices = middle_clip(args.video, model.config, stride)
     mask = DualMask.sample(
         1, model.config.grid, **mask_settings.to_dict(), generator=torch.Generator().manual_seed(args.seed)
     )
-    result = reconstruct(model.to(device), clip.to(device), mask.to(device))
-    print(
-        f"loss {result.loss:.4f}; zero predictor {result.zero_loss:.4f}, "
-        f"mean of the visible tubelets {result.visible_mean_loss:.4f}"
-    )
+    model, panels, several = model.to(device), [], len(args.videos) > 1
+    for video in args.videos:
+        clip, indices = middle_clip(video, model.config, stride)
+        result = reconstruct(model, clip.to(device), mask.to(device))
+        print(
+            (f"{Path(video).stem}: " if several else "") + f"loss {result.loss:.4f}; "
+            f"zero predictor {result.zero_loss:.4f}, "
+            f"mean of the visible tubelets {result.visible_mean_loss:.4f}"
+        )
+        panels += _row(Path(video).stem, result.panels, indices, not panels) if several else result.panels
+    mask_line = f"Mask: {mask_settings.encoder}, {mask_settings.encoder_ratio:.0%} of each clip hidden"
     write_pictures(
-        result.panels,
+        panels,
         outputs,
-        labels=[f"frame {number}" for number in indices],
+        labels=[
+            f"moment {number + 1}" if several else f"frame {indices[number]}"
+            for number in range(len(indices))
+        ],
         columns=args.frames,
         step=model.config.tubelet_size,
         fps=args.fps,
+        abreast=len(ROW) if several else None,
+        title=". ".join(filter(None, [args.title, mask_line if several else ""])),
     )
     print(f"written: {', '.join(map(str, outputs))}")
+
+
+def _row(name: str, panels: list[Panel], indices: list[int], first: bool) -> list[Panel]:
+    """A video's panels in a picture of several; what stands in brackets is told in the first row only."""
+    chosen = [panels[place] for place in ROW]
+    captions = [panel.caption if first else panel.caption.split(" (")[0] for panel in chosen]
+    captions[0] = f"{name}, frames {indices[0]} to {indices[-1]}: {captions[0]}"
+    return [replace(panel, caption=caption) for panel, caption in zip(chosen, captions)]
 
 
 def load_model(
@@ -202,8 +224,7 @@ def _panels(
     borrowed = " (with the input's statistics)" if model.normalize_target else ""
     pixel_error = (
         f"error in pixels (reconstruction{borrowed} minus input; black: none, white: {WHITE_ERROR} of 255 or "
-        "more; "
-        "outlined: not predicted)"
+        "more; outlined: not predicted)"
     )
     panels = [
         panel("input", pixels_NP),
@@ -223,7 +244,7 @@ def _panels(
         rebuilt = predicted_NP.unflatten(1, (-1, 3)) * (variance.sqrt() + 1e-6) + mean
         caption, rebuilt_NP = "with the input's patch mean and variance", 255 * rebuilt.flatten(1)
     rebuilt_NP = torch.where(visible[:, None], pixels_NP, rebuilt_NP.clamp(0, 255))
-    panels.append(panel(f"reconstruction ({caption}; outlined: the input{passes})", rebuilt_NP, None, True))
+    panels.append(panel(f"reconstruction ({caption}; visible tubelets: the input{passes})", rebuilt_NP))
     panels.append(error(pixel_error, rebuilt_NP - pixels_NP, WHITE_ERROR))
     if not model.normalize_target:
         return panels
@@ -237,8 +258,7 @@ def _panels(
         panel("target, normalised space (what the prediction should be)", _shades(target_NP), ~visible),
         error(
             f"error, normalised space (prediction minus target; black: none, white: {DEVIATIONS:g} or more; "
-            "outlined: not "
-            "predicted)",
+            "outlined: not predicted)",
             predicted_NP - target_NP,
             DEVIATIONS,
         ),

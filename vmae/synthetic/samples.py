@@ -10,7 +10,7 @@ import argparse
 import importlib.metadata
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vmae.data.decode import open_video
 from vmae.errors import InputError
@@ -57,7 +57,9 @@ def write_sample_list(path: str | Path) -> Path:
     return path
 
 
-def write_sample_frames(folder: str | Path, path: str | Path, short_side: int = 96) -> Path:
+def write_sample_frames(
+    folder: str | Path, path: str | Path, short_side: int = 96, *, square: bool = False
+) -> Path:
     """Write the four clips as folders of small JPEG images under `folder`, and their list file; returns its
     path.
 
@@ -66,6 +68,7 @@ def write_sample_frames(folder: str | Path, path: str | Path, short_side: int = 
 
     Args:
         short_side: of the images in pixels; the long side keeps the ratio.
+        square: keep only the middle square of each frame.
 
     Raises:
         InputError: see `sample_videos`, or a file cannot be written.
@@ -82,6 +85,8 @@ def write_sample_frames(folder: str | Path, path: str | Path, short_side: int = 
                     numbers = range(start, min(start + _FRAMES_AT_ONCE, total))
                     for number, frame in zip(numbers, reader.frames(list(numbers))):
                         image = Image.fromarray(frame)
+                        if square:
+                            image = ImageOps.fit(image, (min(image.size),) * 2)
                         factor = short_side / min(image.size)
                         size = (round(image.width * factor), round(image.height * factor))
                         image.resize(size, Image.Resampling.BILINEAR).save(
@@ -102,11 +107,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--frames", metavar="DIR", help="write the clips as small images there, and list those folders"
     )
     parser.add_argument("--short-side", type=SIDE, default=96, help="of the images in pixels (96)")
+    parser.add_argument("--square", action="store_true", help="of --frames: keep only the middle square")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.frames is None:
         written = write_sample_list(args.list)
     else:
-        written = write_sample_frames(args.frames, args.list, args.short_side)
+        written = write_sample_frames(args.frames, args.list, args.short_side, square=args.square)
     print(f"{written}: {len(sample_videos())} {'videos' if args.frames is None else 'folders of frames'}")
