@@ -98,7 +98,10 @@ def benches(monkeypatch):
 
 @pytest.fixture
 def run_ranks():
-    """`run_ranks(count, function, *arguments)`: its results on `count` ranks; an error on one is an error here."""
+    """`run_ranks(count, function, *arguments)`: its results on `count` ranks.
+
+    An error on one is an error here.
+    """
     from ranks import run_on_ranks
 
     return run_on_ranks

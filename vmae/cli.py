@@ -14,7 +14,7 @@ import logging
 import platform
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import vmae
 from vmae.errors import InputError
@@ -158,14 +158,16 @@ class _MainParser(_Parser):
 
 
 class _PrintVersion(argparse.Action):
-    def __call__(self, parser, *_) -> NoReturn:
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         print(version_line())
         parser.exit()
 
 
 class _PrintCompletion(argparse.Action):
-    def __call__(self, parser, namespace, shell, option_string=None) -> NoReturn:
-        print(completion(shell))
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
+    ) -> NoReturn:
+        print(completion(values))
         parser.exit()
 
 

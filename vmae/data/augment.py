@@ -122,9 +122,9 @@ def crop_and_resize(
         frames: uint8 [T, H, W, 3].
         size: side, or (height, width), of the result.
         resize: "torch", or "pil" for the bits of the published pipeline. Measured on the clips of
-            `vmae.synthetic.samples` (16 frames to 224 x 224, one core, torch 2.13, Pillow 13): "torch" is off by
-            at most 2 of 255 levels, in at most 4 % of the values (of noise: 2 levels, 26 %), and takes 2 to
-            11 ms where "pil" takes 11 to 58.
+            `vmae.synthetic.samples` (16 frames to 224 x 224, one core, torch 2.13, Pillow 13): "torch" is
+            off by at most 2 of 255 levels, in at most 4 % of the values (of noise: 2 levels, 26 %), and takes
+            2 to 11 ms where "pil" takes 11 to 58.
 
     Returns:
         uint8 [T, height, width, 3], contiguous.

@@ -26,8 +26,8 @@ from vmae.files.json_files import parse_json
 
 try:
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
+except ImportError:
+    fcntl = None  # type: ignore[assignment]  # Windows has no such module
 
 LOCK_NAME = "run.lock"
 _HELD: set[str] = set()  # tokens of the locks that this process holds

@@ -1,10 +1,10 @@
 """`python -m vmae moving-segments OUT`: videos of several motions one after another, for temporal detection.
 
-The shapes of `vmae.synthetic.moving_shapes`. A video is rest, motion, rest, motion, ..., rest; which motion, how
-long and how fast is drawn for each part, and each goes on from where the one before ended. So neither a
-single frame nor the time since the start tells what happens. Beside the videos: the dataset file that
-ActionFormer reads, and short clips of a single motion (or of rest) with their list, to fine-tune a classifier
-for features.
+The shapes are those of `vmae.synthetic.moving_shapes`. A video is rest, motion, rest, motion, ..., rest.
+Which motion, how long and how fast is drawn for each part, and each part starts where the one before ended.
+So neither a single frame nor the time since the start tells what happens. Beside the videos: the dataset file
+that ActionFormer reads, and short clips of a single motion (or of rest) with their list, to fine-tune a
+classifier for features.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ from vmae_kernels import patch_loss, patch_targets_ref
 
 try:
     import resource
-except ImportError:  # Windows
-    resource = None
+except ImportError:
+    resource = None  # type: ignore[assignment]  # Windows has no such module
 
 DATA_SHARE_WARNING = 0.10
 LOG_NAME, SKIPPED_NAME = "log.jsonl", "log.skipped"
