@@ -55,7 +55,7 @@ def _row(of: dict[str, Key], commands: int) -> str:
     key = next(iter(of.values()))
     defaults: dict[str, list[str]] = {}
     for command, own in of.items():
-        defaults.setdefault(own.words or "-", []).append(command)
+        defaults.setdefault(own.shown_default or "-", []).append(command)
     default = "; ".join(f"{', '.join(names)}: {words}" for words, names in defaults.items())
     if len(defaults) == 1:
         default = next(iter(defaults))

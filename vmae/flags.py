@@ -82,7 +82,7 @@ class Key:
         return self.default
 
     @property
-    def words(self) -> str | None:
+    def shown_default(self) -> str | None:
         """The default as people write it."""
         if self.unset is not None:
             return self.unset
@@ -91,7 +91,9 @@ class Key:
     @property
     def help(self) -> str:
         """The field's help and, after it, the default."""
-        return (self.about.help or "") + (f" ({self.words})" if self.words is not None else "")
+        return (self.about.help or "") + (
+            f" ({self.shown_default})" if self.shown_default is not None else ""
+        )
 
     @property
     def type(self) -> Limits | None:
@@ -109,11 +111,11 @@ class Key:
         if self.kind == "bool":
             parser.add_argument(*self.flags, action=argparse.BooleanOptionalAction, **common)
             return
-        words: int | str | None = "?" if about.bare is not None else None
+        count: int | str | None = "?" if about.bare is not None else None
         if self.kind.startswith("tuple"):
-            words = self.length
+            count = self.length
         parser.add_argument(
-            *self.flags, type=self.type, nargs=words, const=about.bare, metavar=about.metavar, **common
+            *self.flags, type=self.type, nargs=count, const=about.bare, metavar=about.metavar, **common
         )
         for flags, value, told in about.constants:
             constant = {"dest": self.name, "default": SUPPRESS, "help": told or SUPPRESS}

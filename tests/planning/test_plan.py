@@ -110,7 +110,7 @@ def test_table_and_json_say_the_same(tmp_path, capsys):
         "effective batch 16 videos = 2 x 4 x 2 accumulated, 32 clips; learning rate 0.001 x 16 / 256 = "
         "6.25e-05" in text
     )
-    assert "64 tokens (16 visible, 32 picked, 24 counted by the loss); 2 clips a video" in text
+    assert "64 tokens (16 visible, 32 decoded, 24 counted by the loss); 2 clips a video" in text
     assert "25% of 312 TFLOP/s" in text and "run: 124 steps" in text and f"json: {out}" in text
     assert content["schema"] == "vmae-plan/1" and content["workload"]["total_steps"] == 124
     lines = [line.split() for line in text.splitlines() if line.startswith(CHECKPOINTING)]

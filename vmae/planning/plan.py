@@ -160,12 +160,11 @@ def report(plan: Plan, config: PretrainConfig, args: argparse.Namespace) -> list
         f"model: {args.model}, {plan.parameters / 1e6:.1f} M parameters, {work.dtype}; {cluster.gpus} GPU"
         f"{'s' * (cluster.gpus > 1)} of {gib(cluster.memory)} GiB on {nodes}",
         f"clip: {model.num_frames} x {height} x {width}, {tokens.total} tokens ({tokens.visible} visible, "
-        f"{tokens.decoded} "
-        f"picked, {tokens.counted} counted by the loss); {work.num_sample} clips a video",
+        f"{tokens.decoded} decoded, {tokens.counted} counted by the loss); {work.num_sample} clips a video",
         f"step: effective batch {work.effective_batch} videos = {cluster.gpus} x {work.batch_size} x "
         f"{work.accumulate(cluster.gpus)} accumulated, {work.clips_per_step} clips; learning rate "
-        f"{config.optim.lr:g} x "
-        f"{work.effective_batch} / 256 = {optim.lr:.4g} at its peak; {_number(plan.model_flops / 1e12)} "
+        f"{config.optim.lr:g} x {work.effective_batch} / 256 = {optim.lr:.4g} at its peak; "
+        f"{_number(plan.model_flops / 1e12)} "
         "TFLOP (3 x forward)",
         f"run: {work.total_steps} steps, {work.total_steps * work.clips_per_step / 1e6:.4g} M clips"
         + (f" ({work.videos} videos x {work.epochs} epochs)" if work.steps is None else ""),

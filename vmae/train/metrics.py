@@ -218,9 +218,9 @@ class RunLog:
         elif time.monotonic() >= self._next_line or done == self.total_steps:
             self._next_line = time.monotonic() + self.quiet_s
             left = (self.total_steps - done) * clips / rate
-            words = ", ".join(f"{key} {value}" for key, value in texts.items())
+            parts = ", ".join(f"{key} {value}" for key, value in texts.items())
             self.say(
-                f"step {done}/{self.total_steps}: {words}, {datetime.timedelta(seconds=round(left))} left"
+                f"step {done}/{self.total_steps}: {parts}, {datetime.timedelta(seconds=round(left))} left"
             )
 
     def record(self, values: dict[str, Any]) -> None:
@@ -313,8 +313,8 @@ class NoLog:
 def code_version() -> dict[str, Any]:
     """`commit` of this code's git checkout and whether it is `clean`; None where there is no checkout."""
 
-    def git(*words: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=20)
         except (OSError, subprocess.TimeoutExpired):

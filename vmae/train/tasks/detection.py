@@ -142,8 +142,8 @@ class DetectionTask(SupervisedTask[DetectionConfig, DetectionBatch]):
 
     def closing(self) -> list[str]:
         folder = self.run.output
-        words = f"--checkpoint {folder} --annotations CSV --videos DIR --output {folder}/test"
-        return [f"to test: python -m vmae detect {words}"]
+        flags = f"--checkpoint {folder} --annotations CSV --videos DIR --output {folder}/test"
+        return [f"to test: python -m vmae detect {flags}"]
 
 
 def start_detector(model: Detector, source: Source, *, new_head: bool) -> Start:
