@@ -215,7 +215,7 @@ def test_any_architecture_can_be_written_down():
 def test_a_run_is_repeated_from_its_settings(tmp_path, videos, capsys):
     """Bit by bit, by the file alone; on top of it flags."""
     words = """--model vit_tiny --depth 1 --image-size 32 --patch-size 8 --num-frames 8 --stride 1
-        --batch-size 1 --accumulate 2 --epochs 2 --repeat 2 --lr 0.1 --drop-path 0.2 --device cpu
+        --batch-size 1 --accumulate 2 --epochs 1 --repeat 2 --lr 0.1 --drop-path 0.2 --device cpu
         --workers 0 --log-every 1 --no-tensorboard --seed 5"""
     first, second = tmp_path / "first", tmp_path / "second"
     assert main(["pretrain", "--data", str(videos), "--output", str(first), *words.split()]) == 0
@@ -225,7 +225,7 @@ def test_a_run_is_repeated_from_its_settings(tmp_path, videos, capsys):
     assert "nothing to do" in capsys.readouterr().out
     assert main(["pretrain", "--config", file, "--output", str(second)]) == 0
     losses = [[record["loss"] for record in read_log(folder / "log.jsonl")] for folder in (first, second)]
-    assert losses[0] == losses[1] and len(losses[0]) == 4
+    assert losses[0] == losses[1] and len(losses[0]) == 2
     text = (first / "config.yaml").read_text()
     assert "effective_batch: 2" in text and "accumulate" not in text and "\ndepth: 1\n" in text
     assert (second / "config.yaml").read_text() == text.replace(str(first), str(second))

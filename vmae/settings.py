@@ -104,9 +104,9 @@ class Real(Limits):
         return float(text)
 
     def __str__(self) -> str:
-        low = f"above {_plain(self.above)}" if self.least is None else f"at least {_plain(self.least)}"
-        high = f"below {_plain(self.below)}" if self.most is None else f"at most {_plain(self.most)}"
-        return f"a number {low} and {high}"
+        ends = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        said = [f"{words} {_plain(end)}" for words, end in ends.items() if end is not None]
+        return f"a number {' and '.join(said)}"
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class OneOf(Limits):
         return ", ".join(self.known)
 
 
-def _plain(number: float | None) -> str:
+def _plain(number: float) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
