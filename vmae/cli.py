@@ -33,7 +33,7 @@ GROUPS = {
         ),
         "distil": (
             "vmae.train.tasks.distil",
-            "train a small classifier on what a large one makes of the clips",
+            "distil a large classifier into a small one",
         ),
         "detect-temporal": (
             "vmae.evaluate.temporal_detect",
@@ -47,24 +47,27 @@ GROUPS = {
         ),
         "detect": (
             "vmae.evaluate.detection",
-            "what the people in given boxes do at key frames: AVA's CSV, frame mAP, pictures",
+            "find the actions of the people in given boxes at key frames: AVA's CSV, frame mAP, pictures",
         ),
         "predict": ("vmae.evaluate.predict", "name the classes of one video"),
-        "features": ("vmae.evaluate.features", "features of a video's windows, for temporal detection"),
+        "features": (
+            "vmae.evaluate.features",
+            "compute features of the windows of videos, for temporal detection",
+        ),
         "export": (
             "vmae.tools.export",
             "write a run's weights (.pth, .safetensors) or the model itself (.pt2, .onnx) as a file",
         ),
         "convert": (
             "vmae.tools.convert",
-            "weights to and from a folder that transformers (Hugging Face) reads",
+            "convert weights to and from a folder that transformers (Hugging Face) reads",
         ),
     },
     "Look": {
         "curves": ("vmae.tools.curves", "plot the logs of several runs together"),
         "reconstruct": (
             "vmae.evaluate.reconstruct",
-            "draw what a checkpoint rebuilds of a video, as a picture or an animation",
+            "draw what a checkpoint reconstructs of videos, as a picture or an animation",
         ),
         "masks": ("vmae.evaluate.mask_pictures", "draw every type of mask, with its counts"),
         "attention": ("vmae.evaluate.attention_maps", "draw where the encoder's attention goes in a video"),
@@ -74,7 +77,7 @@ GROUPS = {
         ),
         "serve": (
             "vmae.tools.serve",
-            "a page on this machine: drop in a video, see masks, reconstruction and classes",
+            "serve a page on this machine: drop in a video, see masks, reconstruction and classes",
         ),
     },
     "Data": {
@@ -110,9 +113,9 @@ GROUPS = {
     "Plan and check": {
         "plan": (
             "vmae.planning.plan",
-            "tell what a pre-training run will need: memory, largest batch, hours, clips a second",
+            "predict what a pre-training run needs: memory, largest batch, hours, clips a second",
         ),
-        "doctor": ("vmae.tools.doctor", "tell what is installed, what runs here, and what is missing"),
+        "doctor": ("vmae.tools.doctor", "report what is installed, what runs here, and what is missing"),
         "parity": ("vmae.tools.parity", "check golden files of the published code"),
     },
 }
