@@ -290,7 +290,7 @@ class OptimConfig(_Checked):
         1e-5, "final learning rate for 256 videos", Real(least=0, most=10_000), aliases=("--min_lr",)
     )
     warmup_epochs: float = setting(
-        40,
+        40.0,
         "linear warm-up from 0",
         Real(least=0, most=10**9),
         aliases=("--warmup_epochs",),
