@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     dtypes = ("float32", "bfloat16")
     add("--dtype", choices=dtypes, help="default: float32 on a CPU, bfloat16 on a GPU")
     texts = "; ".join(f"{name}: {known.text}" for name, known in VARIANTS.items())
-    default = "default: reference, torch on a CPU, all on a GPU"
+    default = "default: reference+sdpa, torch on a CPU, all on a GPU"
     yours = "NAME=MODULE:FUNCTION: your own"
     add("--variants", help=f"comma-separated; the first is the baseline ({default}). {texts}; {yours}")
     maskings = f"comma-separated: {', '.join(MASKINGS)}; or all"

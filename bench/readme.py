@@ -1,4 +1,4 @@
-"""Tables of results in the README: every number comes out of a result file.
+"""Tables of results in README.md and docs/results.md: every number comes out of a result file.
 
 A table stands in a Markdown file between two comments that name its kind (a command, see
 bench/harness/results) and its file; the first table of the result is written there:
@@ -41,8 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     check = "change nothing; exit 1 if a table differs from its file"
     parser.add_argument("--check", action="store_true", help=check)
-    files = "Markdown files (README.md)"
-    parser.add_argument("files", nargs="*", type=Path, default=[ROOT / "README.md"], help=files)
+    files = "Markdown files (README.md, docs/results.md)"
+    pages = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+    parser.add_argument("files", nargs="*", type=Path, default=pages, help=files)
     args = parser.parse_args(argv)
     differs = False
     for path in args.files:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # A room may import itself and the rooms of lines above its own; those of the second line also one another.
 ORDER = (
     ("vmae_kernels",),
-    ("vmae.errors", "vmae.settings", "vmae.config", "vmae.masking", "vmae.files"),
+    ("vmae.errors", "vmae.settings", "vmae.config", "vmae.masking", "vmae.files", "vmae.flags"),
     ("vmae.model", "vmae.data"),
     ("vmae.checkpoint",),
     ("vmae.train",),

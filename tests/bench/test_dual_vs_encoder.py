@@ -87,7 +87,7 @@ def test_measures_checks_and_draws(tmp_path):
     known = {"device", "cpu", "cores", "torch", "triton", "python", "commit", "clean", "date"}
     assert known <= result["environment"].keys() and result["environment"]["device"] == "cpu"
     records = {(r["variant"], r["masking"]): r for r in result["records"]}
-    own = {(v, m) for v in ("reference", "torch") for m in ("encoder_only", "dual")}
+    own = {(v, m) for v in ("reference+sdpa", "torch") for m in ("encoder_only", "dual")}
     assert (
         set(records) - {("huggingface", "encoder_only")} == own
     )  # transformers' model too, where it is installed
@@ -100,19 +100,21 @@ def test_measures_checks_and_draws(tmp_path):
         assert record["clips_per_s"] == pytest.approx(2000 / times["median"])
         assert record["peak_memory_bytes"] > 2**20
     for masking in ("encoder_only", "dual"):
-        ours, base = records["torch", masking], records["reference", masking]
+        ours, base = records["torch", masking], records["reference+sdpa", masking]
         assert ours["loss"] == pytest.approx(base["loss"], rel=1e-5)
         assert ours["saved_activation_bytes_per_clip"] < base["saved_activation_bytes_per_clip"]
         assert ours["forward_macs_per_clip"] < base["forward_macs_per_clip"]
     ratios = {(r["variant"], r["baseline"]): r for r in result["ratios"]}
-    ratio = ratios["torch dual", "reference encoder_only"]
+    ratio = ratios["torch dual", "reference+sdpa encoder_only"]
     pairs = zip(
-        records["torch", "dual"]["step_ms"]["runs"], records["reference", "encoder_only"]["step_ms"]["runs"]
+        records["torch", "dual"]["step_ms"]["runs"],
+        records["reference+sdpa", "encoder_only"]["step_ms"]["runs"],
     )
     assert ratio["time"]["median"] == pytest.approx(sorted(a / b for a, b in pairs)[1])
     assert ratio["speedup"]["max"] == pytest.approx(1 / ratio["time"]["min"])
     assert {"memory", "saved_activations"} <= ratio.keys()
     assert "torch, dual" in done.stdout and "times faster" in done.stdout
+    assert ratios["torch dual", "reference+sdpa dual"]["fastest_competitor"]
 
 
 def test_a_wrong_variant_gets_no_speed(tmp_path):

@@ -85,6 +85,7 @@ def test_a_second_run_is_refused_before_it_writes_anything(pretrain, tmp_path, c
         process.join()
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoint-00000002",
+        "config.yaml",
         "log.jsonl",
         "run.json",
         "weights.pth",

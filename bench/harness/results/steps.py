@@ -152,15 +152,17 @@ class StepsResult(Result):
         """What was timed and counted, against the first record."""
         first = self.records[0]
         faster = {ratio.variant: ratio.speedup for ratio in self.ratios if ratio.baseline == first.key}
+        same = {ratio.variant: ratio.speedup for ratio in self.ratios if ratio.fastest_competitor}
         rows = []
         for r in self.records:
             row = [r.name, spread_text(r.step_ms, 0), number(r.clips_per_s, 1, 2)]
             row += [number(r.peak_memory_bytes, MIB), number(r.saved_activation_bytes_per_clip, MIB, 1)]
             row += [number(r.forward_macs_per_clip, 1e9, 2)]
-            rows.append([*row, "1" if r is first else spread_text(faster.get(r.key), 2)])
+            row += ["1" if r is first else spread_text(faster.get(r.key), 2)]
+            rows.append([*row, spread_text(same.get(r.key), 2)])
         head = ["variant, masking", "step, ms (min to max)", "clips/s", "peak memory, MiB"]
         head += ["kept for the backward, MiB a clip", "forward GMACs a clip"]
-        head += [f"times faster than {hyphened(first.key)}"]
+        head += [f"times faster than {hyphened(first.key)}", "than the fastest other way with this mask"]
         title = f"Training steps: {first.model}, batch {first.batch}, {first.dtype}"
         rejected = "".join(f" NO SPEED for {name}: {why}." for name, why in self.rejected.items())
         return Table(title, head, rows, f"{self.conditions}.{rejected}")
