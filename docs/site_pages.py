@@ -107,7 +107,8 @@ def _module_page(title: str, modules: list[Path]) -> str:
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules]
     if names == [title]:
         return f"::: {title}\n    options: {{heading_level: 1}}\n"
-    return f"# {title}\n\n" + "\n".join(f"::: {name}\n" for name in names)
+    head = f"::: {title}\n    options: {{heading_level: 1, members: false}}\n\n"
+    return head + "\n".join(f"::: {name}\n" for name in names)
 
 
 def _public_paths(package: str) -> list[str]:
@@ -117,7 +118,9 @@ def _public_paths(package: str) -> list[str]:
     for node in ast.walk(ast.parse(PACKAGES[top].joinpath(*inner, "__init__.py").read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in PACKAGES:
             home, *parts = node.module.split(".")
-            if PACKAGES[home].joinpath(*parts).is_dir():
+            if node.module == package:  # a subpackage
+                inside = {alias.name: f"{package}.{alias.name}" for alias in node.names}
+            elif PACKAGES[home].joinpath(*parts).is_dir():
                 inside = {path.rpartition(".")[2]: path for path in _public_paths(node.module)}
             else:
                 inside = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
