@@ -248,7 +248,8 @@ def score_frames(
     batch_size: int = 8,
     workers: int = 0,
 ) -> list[dict[str, Any]]:
-    """Record of each key frame, in order: `frame` (its index) and `scores`, a list of actions for each box, or `error`.
+    """Record of each key frame, in order: `frame` (its index) and `scores` (for each box, a list over the
+    actions), or `error`.
 
     Records that an earlier start of the same test has written to `output` are kept.
 
