@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vmae.checkpoint.folder import CheckpointFolder
 from vmae.checkpoint.format import find_damage
+from vmae.config import _Checked
 from vmae.errors import InputError
 from vmae.files.folder_lock import refuse_if_locked
 from vmae.train.parallel import Parallel
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 
 def choose_checkpoint(
@@ -63,7 +61,7 @@ def choose_checkpoint(
     return path
 
 
-def with_defaults(saved: dict[str, Any], config: DataclassInstance) -> dict[str, Any]:
+def with_defaults(saved: dict[str, Any], config: _Checked) -> dict[str, Any]:
     """Settings of a checkpoint as JSON holds them, with the defaults of fields that came after it."""
     whole = dict(saved)
     for field in dataclasses.fields(config):
@@ -71,7 +69,7 @@ def with_defaults(saved: dict[str, Any], config: DataclassInstance) -> dict[str,
         if field.name not in saved:
             if field.default is not dataclasses.MISSING:
                 whole[field.name] = json.loads(json.dumps(field.default))
-        elif dataclasses.is_dataclass(own) and isinstance(saved[field.name], dict):
+        elif isinstance(own, _Checked) and isinstance(saved[field.name], dict):
             whole[field.name] = with_defaults(saved[field.name], own)
     return whole
 
