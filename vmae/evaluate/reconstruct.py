@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> None:
     mask = DualMask.sample(
         1, model.config.grid, **mask_settings.to_dict(), generator=torch.Generator().manual_seed(args.seed)
     )
-    model, panels, several = model.to(device), [], len(args.videos) > 1
+    model, several = model.to(device), len(args.videos) > 1
+    panels: list[Panel] = []
     for video in args.videos:
         clip, indices = middle_clip(video, model.config, stride)
         result = reconstruct(model, clip.to(device), mask.to(device))
