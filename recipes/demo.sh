@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole story in some minutes on a laptop: benchmark, pre-training on four real clips, what it rebuilds.
+# The whole story in some minutes on a laptop: benchmark, pre-training on four real clips, their reconstruction.
 # PYTHON chooses the interpreter, OUT the folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,13 +17,13 @@ PYTHON=$PYTHON OUTPUT=$OUT/run recipes/pretrain_tiny.sh
 
 echo
 echo "== 3 of 3: what it reconstructs =="
-FIND="from vmae.synthetic.samples import sample_videos; print(*sample_videos()[:3], sep='\n')"
+FIND="from vmae.synthetic.samples import sample_videos; print(*sample_videos(), sep='\n')"
 mapfile -t VIDEOS < <("$PYTHON" -c "$FIND")
 "$PYTHON" -m vmae reconstruct "${VIDEOS[@]}" --checkpoint "$OUT/run" --output "$OUT/reconstruction.png" \
-  --title "Trained on these same clips: learnt by heart, not a general model"
+  --title "These clips are the training data: the model has memorised them"
 
 echo
 echo "Where everything is:"
 echo "  $OUT/dual_vs_encoder.png   the benchmark's plot; $OUT/dual_vs_encoder.json its numbers"
 echo "  $OUT/run/                  the run: log.jsonl, TensorBoard, checkpoints, run.json"
-echo "  $OUT/reconstruction.png    of three clips: input, what the encoder sees, what is rebuilt"
+echo "  $OUT/reconstruction.png    of the four clips: input, what the encoder sees, reconstruction"

@@ -46,7 +46,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         embed_dim=128, depth=4, num_heads=4, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2
     ),
     # Not published, for `make demo`: fewer blocks and a wider decoder than vit_tiny. Cosine attention is
-    # sharp from the first step: loss 0.0327, not 0.0340, after 700 steps on the demo's clips (one run each).
+    # sharp from the first step: loss 0.0327, not 0.0340, after 700 steps on random crops of the demo's clips
+    # (one run each, on a CPU).
     "vit_demo": dict(
         embed_dim=128,
         depth=2,

@@ -51,10 +51,11 @@ def vp9_videos(bar_videos):
         {},
         {"num_sample": 3, "repeat": 2},
         {"flip": True, "num_sample": 2},
+        {"crop": "center", "image_size": 64, "grid": (4, 4, 4)},
         {"sampling": "exact", "stride": 5},
         {"stride": 20},  # longer than the video: frames repeat
     ],
-    ids=["plain", "three crops", "flips", "exact", "short"],
+    ids=["plain", "three crops", "flips", "center", "exact", "short"],
 )
 def test_batches_are_those_of_the_cpu_loader(vp9_videos, settings):
     data = dataset(vp9_videos * 3, **settings)

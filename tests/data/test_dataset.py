@@ -14,7 +14,7 @@ from PIL import Image
 from vmae.config import MaskConfig
 from vmae.data import dataset as dataset_module
 from vmae.data import video_dataset
-from vmae.data.augment import crop_and_resize, crop_boxes
+from vmae.data.augment import CropBox, crop_and_resize, crop_boxes
 from vmae.data.dataset import Batch, EpochSampler, PretrainDataset, check_decodable
 from vmae.data.decode import DecodeError, open_video, video_backends
 from vmae.data.loaders import build_loader
@@ -144,6 +144,7 @@ def test_bad_settings(entries):
         ({"image_size": 0}, "image size 0"),
         ({"resize": "cubic"}, "cubic"),
         ({"sampling": "random"}, "unknown sampling 'random'; known: published, exact, fps"),
+        ({"crop": "centre"}, "unknown crop 'centre'; known: published, center"),
         ({"sampling": "fps"}, "fps"),
         ({"fps": 5.0}, "fps"),
         ({"sampling": "fps", "fps": 0}, "above 0"),
@@ -162,6 +163,25 @@ def test_flip(entries):
     mirrored = [torch.equal(a.flip(2), b) for a, b in zip(plain.clips, flipped.clips, strict=True)]
     assert all(a != b for a, b in zip(same, mirrored, strict=True)) and 2 < sum(same) < 14
     assert torch.equal(plain.mask.visible, flipped.mask.visible)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "grid", "box"),
+    [(32, (2, 4, 4), (2, 0, 36, 36)), ((32, 64), (2, 4, 8), (0, 8, 40, 20))],  # of frames of 40 x 36
+    ids=["square", "wide"],
+)
+def test_center_crop(entries, image_size, grid, box):
+    """The same frames and masks as of random crops, and for each clip the largest centred box."""
+    shape = {"image_size": image_size, "grid": grid, "num_sample": 2}
+    plain, centred = make(entries, **shape), make(entries, **shape, crop="center")
+    key, sample = (3, 5), centred[3, 5]
+    with open_video(entries[5]) as reader:
+        frames = reader.frames(plain.pick_frames(entries[5], 20, None, *key))
+    wanted = torch.from_numpy(crop_and_resize(frames, CropBox(*box), image_size))
+    assert all(torch.equal(clip, wanted) for clip in sample.clips)
+    assert torch.equal(sample.mask.visible, plain[key].mask.visible)
+    assert not torch.equal(sample.clips, plain[key].clips)
+    assert_equal(plain[key], make(entries, **shape, crop="published")[key])
 
 
 def test_sampling_modes(bar_videos, read_numbers):

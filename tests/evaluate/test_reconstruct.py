@@ -110,12 +110,12 @@ def test_rows_show_what_their_captions_say(clip, decoder):
     model, mask = build_pretrainer(CONFIG).eval(), mask_of(decoder=decoder)
     result = reconstruct(model, clip, mask)
     pixels = per_tubelet(clip[0].numpy())
-    visible, picked = (~masked[0] for masked in mask.to_bool())
+    visible, decoded = (~masked[0] for masked in mask.to_bool())
     rows = {panel.caption.split(" (")[0]: panel for panel in result.panels}
     assert list(rows) == [
         "input",
         "encoder view",
-        "decoder selection",
+        "decoded tubelets",
         "reconstruction",
         "error in pixels",
         "prediction, normalised space",
@@ -125,13 +125,13 @@ def test_rows_show_what_their_captions_say(clip, decoder):
     assert "with the input's patch mean and variance" in rows["reconstruction"].caption
     assert ("a second pass" in rows["reconstruction"].caption) == (decoder != "none")
     assert torch.equal(per_tubelet(rows["input"].frames), pixels)
-    for name, shown in (("encoder view", visible), ("decoder selection", picked)):
+    for name, shown in (("encoder view", visible), ("decoded tubelets", decoded)):
         found = per_tubelet(rows[name].frames)
         assert torch.equal(found[shown], pixels[shown]) and bool((found[~shown] == GREY).all())
     rebuilt = per_tubelet(rows["reconstruction"].frames).float()
     assert torch.equal(rebuilt[visible], pixels[visible].float())
     assert not torch.equal(rebuilt[~visible], pixels[~visible].float())
-    assert np.array_equal(rows["decoder selection"].outlined.ravel(), visible.numpy())
+    assert np.array_equal(rows["decoded tubelets"].outlined.ravel(), visible.numpy())
     assert result.loss == pytest.approx(model(clip, mask).item())
     assert result.zero_loss == pytest.approx(1.0, abs=0.03)
 

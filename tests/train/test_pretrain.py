@@ -3,6 +3,7 @@ named."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -117,9 +118,9 @@ def test_sampling_flip_and_resize_reach_the_clips(videos, tmp_path):
         return losses(output)
 
     plain = first_loss()
-    for flags in ("--sampling exact", "--sampling fps --fps 7", "--flip", "--resize pil"):
+    for flags in ("--sampling exact", "--sampling fps --fps 7", "--flip", "--resize pil", "--crop center"):
         assert first_loss(*flags.split()) != plain, flags
-    assert first_loss("--sampling", "published", "--no-flip", "--resize", "torch") == plain
+    assert first_loss(*"--sampling published --no-flip --resize torch --crop published".split()) == plain
 
 
 @pytest.mark.skipif(dali_missing() is not None, reason=str(dali_missing()))
@@ -187,6 +188,26 @@ def test_ctrl_c_leaves_a_checkpoint_and_exits_130(videos, tmp_path, monkeypatch)
     stop_after(monkeypatch, 2, signal.SIGINT)
     assert pretrain(videos, tmp_path) == 130
     assert CheckpointFolder(tmp_path).latest().name == "checkpoint-00000002"
+
+
+@pytest.mark.parametrize(
+    ("crop", "told"), [("published", []), ("center", ["crop published in the checkpoint, center now"])]
+)
+def test_a_checkpoint_without_a_newer_setting_had_its_default(
+    crop, told, videos, tmp_path, capsys, monkeypatch
+):
+    assert pretrain(videos, tmp_path, "--steps", "1", "--warmup-steps", "0", "--crop", crop) == 0
+
+    def read_older(path: Path) -> dict:
+        manifest = read_manifest(path)
+        del manifest["config"]["crop"], manifest["config"]["model"]["cos_attn"]
+        return manifest
+
+    monkeypatch.setattr("vmae.train.prepare.read_manifest", read_older)
+    capsys.readouterr()
+    assert pretrain(videos, tmp_path, "--steps", "2", "--warmup-steps", "0", "--crop", crop) == 0
+    notes = re.findall("note: setting changed: (.*)", capsys.readouterr().out)
+    assert sorted(notes) == [*told, "steps 1 in the checkpoint, 2 now"]
 
 
 def test_a_complete_run_is_left_alone_and_more_steps_go_on(videos, tmp_path, capsys):
@@ -426,6 +447,7 @@ def test_wrong_lists_are_named_and_nothing_is_written(tmp_path, capsys, name):
         ("--resume gone.pth", "gone.pth does not exist"),
         ("--data-root gone", "gone"),
         ("--sampling uniform", "unknown sampling 'uniform'; known: published, exact, fps"),
+        ("--crop middle", "unknown crop 'middle'; known: published, center"),
         ("--sampling fps", "sampling by fps needs `fps` above 0"),
         ("--fps 8", "sampling by fps needs `fps` above 0"),
         ("--resize nearest", "unknown resize 'nearest'; known: torch, pil"),

@@ -1,5 +1,5 @@
 """Where to cut a clip and how to resize it: TSN's multi-scale crop (Wang et al., ECCV 2016), as VideoMAE V2
-uses it.
+uses it, or a centre crop.
 
 One box for all frames of a clip, no flip, no colour changes.
 """
@@ -34,6 +34,7 @@ POSITIONS = (
 )
 SNAP_PIXELS = 3
 RESIZERS = ("torch", "pil")
+CROPS = ("published", "center")
 
 
 class CropBox(NamedTuple):
@@ -111,6 +112,21 @@ def sample_crop(
     sizes = crop_sizes(width, height, input_size)
     size, position = sizes[int(rng.integers(len(sizes)))], POSITIONS[int(rng.integers(len(POSITIONS)))]
     return _place(size, position, width, height)
+
+
+def center_crop(width: int, height: int, input_size: int | tuple[int, int]) -> CropBox:
+    """The largest centred box of the input's shape in a `width` x `height` frame.
+
+    Args:
+        input_size: side, or (height, width), of the clip after resizing.
+
+    Raises:
+        InputError: a non-positive input size.
+    """
+    input_height, input_width = image_hw(input_size)
+    scale = min(height / input_height, width / input_width)
+    box_width, box_height = max(round(input_width * scale), 1), max(round(input_height * scale), 1)
+    return CropBox((width - box_width) // 2, (height - box_height) // 2, box_width, box_height)
 
 
 def crop_and_resize(

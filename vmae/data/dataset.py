@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vmae.config import MaskConfig
-from vmae.data.augment import CropBox, crop_and_resize, image_hw, sample_crop
+from vmae.data.augment import CROPS, CropBox, center_crop, crop_and_resize, image_hw, sample_crop
 from vmae.data.decode import open_video
 from vmae.data.guarded import guarded_each
 from vmae.data.manifest import VideoEntry
@@ -100,6 +100,7 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
         sampling: "published", "exact" (the stride is kept exactly, and a clip may reach the last frame) or
             "fps" (frames `fps` to a second; where a video, or a folder, tells no rate, its stride).
         fps: frames a second of the clips, for "fps".
+        crop: "published" (random, multi-scale: see `sample_crop`) or "center" (see `center_crop`).
         flip: mirror half of the clips; off as published, and never right where left and right mean something
             (SSv2).
         min_frames: a video of fewer counts as bad.
@@ -125,6 +126,7 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
         resize: str = "torch",
         sampling: str = "published",
         fps: float | None = None,
+        crop: str = "published",
         flip: bool = False,
         min_frames: int = 1,
     ) -> None:
@@ -139,12 +141,14 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
         )
         if sampling not in SAMPLINGS:
             raise InputError(f"unknown sampling {sampling!r}; known: {', '.join(SAMPLINGS)}")
+        if crop not in CROPS:
+            raise InputError(f"unknown crop {crop!r}; known: {', '.join(CROPS)}")
         if (sampling == "fps") != (fps is not None) or (fps is not None and not 0 < fps < float("inf")):
             raise InputError(
                 f"sampling by fps needs `fps` above 0, and only that does; not {sampling!r} with fps {fps}"
             )
         clip_starts(1, num_frames, stride)
-        self.sampling, self.fps, self.flip = sampling, fps, flip
+        self.sampling, self.fps, self.crop, self.flip = sampling, fps, crop, flip
         self.num_frames, self.stride, self.image_size = num_frames, stride, image_hw(image_size)
         self.grid, self.mask = grid, mask
         self.sample_mask(0, 0)
@@ -186,8 +190,11 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
         self, width: int, height: int, epoch: int, index: int, attempt: int = 0
     ) -> list[tuple[CropBox, bool]]:
         """Box of each of a sample's S clips in frames of `width` x `height`, and whether it is mirrored."""
-        rng = numpy_rng(self.seed, epoch, index, attempt, Purpose.CROPS)
-        boxes = [sample_crop(width, height, self.image_size, rng) for _ in range(self.num_sample)]
+        if self.crop == "center":
+            boxes = [center_crop(width, height, self.image_size)] * self.num_sample
+        else:
+            rng = numpy_rng(self.seed, epoch, index, attempt, Purpose.CROPS)
+            boxes = [sample_crop(width, height, self.image_size, rng) for _ in range(self.num_sample)]
         flips = numpy_rng(self.seed, epoch, index, attempt, Purpose.FLIPS).integers(2, size=self.num_sample)
         return [(box, bool(flip) and self.flip) for box, flip in zip(boxes, flips, strict=True)]
 

@@ -16,7 +16,8 @@ from vmae.checkpoint.arguments import add_source_arguments
 from vmae.checkpoint.models import to_model
 from vmae.checkpoint.source import read_checkpoint
 from vmae.config import ModelConfig
-from vmae.data import CropBox, crop_and_resize, open_video
+from vmae.data import crop_and_resize, open_video
+from vmae.data.augment import center_crop
 from vmae.data.guarded import guarded
 from vmae.data.sampling import clip_starts, sample_sparse_indices, walk_frames
 from vmae.flags import add_settings
@@ -137,8 +138,5 @@ def _decode_middle(
         else:
             indices = walk_frames(starts[len(starts) // 2], len(reader), config.num_frames, stride)
         frames = reader.frames(indices)
-    (height, width), (frame_height, frame_width) = config.image_hw, frames.shape[1:3]
-    scale = min(frame_height / height, frame_width / width)
-    box_width, box_height = max(round(width * scale), 1), max(round(height * scale), 1)
-    box = CropBox((frame_width - box_width) // 2, (frame_height - box_height) // 2, box_width, box_height)
+    box = center_crop(frames.shape[2], frames.shape[1], config.image_hw)
     return torch.from_numpy(crop_and_resize(frames, box, config.image_hw))[None], indices.tolist()

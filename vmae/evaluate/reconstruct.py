@@ -168,8 +168,7 @@ def mask_config(settings: dict[str, Any], args: argparse.Namespace) -> MaskConfi
 
 @torch.no_grad()
 def reconstruct(model: Pretrainer, clip: Tensor, mask: DualMask) -> Reconstruction:
-    """Predict every hidden tubelet of a clip: the picked ones, then, in a second pass, those that were not
-    picked.
+    """Predict every hidden tubelet of a clip: those that the mask decodes, and, in a second pass, the others.
 
     Args:
         model: in eval mode.
@@ -180,16 +179,16 @@ def reconstruct(model: Pretrainer, clip: Tensor, mask: DualMask) -> Reconstructi
     tokens = torch.arange(config.num_tokens, dtype=torch.int32, device=clip.device)[None]
     size = (config.patch_size, config.tubelet_size)
     target_NP = patch_targets_ref(clip, tokens, *size, model.normalize_target)[0]
-    visible, picked = (~masked[0] for masked in mask.to_bool())
+    visible, decoded = (~masked[0] for masked in mask.to_bool())
     predicted_NP = torch.zeros_like(target_NP)
-    rest = ~(visible | picked)
-    for selection in (rest, picked):
+    rest = ~(visible | decoded)
+    for selection in (rest, decoded):
         if selection.any():
             chosen = DualMask.from_bool(~visible[None], ~selection[None]).to(clip.device)
             predicted_NP[selection] = model.predict(clip, chosen)[0].float()
     trivial = trivial_losses(clip, mask, config, model.normalize_target)
     panels = _panels(
-        model, clip, visible=visible, picked=picked, predicted_NP=predicted_NP, target_NP=target_NP
+        model, clip, visible=visible, decoded=decoded, predicted_NP=predicted_NP, target_NP=target_NP
     )
     loss = model(clip, mask).item()
     return Reconstruction(
@@ -202,7 +201,7 @@ def _panels(
     clip: Tensor,
     *,
     visible: Tensor,
-    picked: Tensor,
+    decoded: Tensor,
     predicted_NP: Tensor,
     target_NP: Tensor,
 ) -> list[Panel]:
@@ -221,7 +220,8 @@ def _panels(
         grey = difference_NP.abs().unflatten(1, (-1, 3)).mean(2, keepdim=True).expand(-1, -1, 3).flatten(1)
         return panel(caption, torch.where(visible[:, None], 0.0, 255 / white * grey), None, True)
 
-    passes = "" if bool((picked | visible).all()) else "; tubelets that were not picked: a second pass"
+    whole = bool((decoded | visible).all())
+    passes = "" if whole else "; tubelets that the mask does not decode: a second pass"
     borrowed = " (with the input's statistics)" if model.normalize_target else ""
     pixel_error = (
         f"error in pixels (reconstruction{borrowed} minus input; black: none, white: {WHITE_ERROR} of 255 or "
@@ -231,9 +231,9 @@ def _panels(
         panel("input", pixels_NP),
         panel("encoder view (hidden tubelets grey)", pixels_NP, visible),
         panel(
-            "decoder selection (picked tubelets shown, others grey; outlined: seen by the encoder)",
+            "decoded tubelets (others grey; outlined: visible to the encoder)",
             pixels_NP,
-            picked,
+            decoded,
             True,
         ),
     ]

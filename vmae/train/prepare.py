@@ -24,7 +24,7 @@ from vmae.train.loop import LoopConfig
 from vmae.train.optim import CosineSchedule, OptimConfig
 from vmae.train.parallel import Parallel
 from vmae.train.pretrain_settings import RunConfig
-from vmae.train.resume import choose_checkpoint, setting_changes
+from vmae.train.resume import choose_checkpoint, setting_changes, with_defaults
 from vmae.train.task import Task, TaskConfig
 
 # Settings under `model` that a resumed run may change: they concern training only.
@@ -217,7 +217,8 @@ def find_start(task: Task, notes: list[str]) -> tuple[Path | None, int, dict[str
             notes.append(task.start())
         return None, 0, listing
     manifest = read_manifest(path)
-    changes = setting_changes(manifest["config"], json.loads(json.dumps(task.config.to_dict())))
+    before = with_defaults(manifest["config"], task.config)
+    changes = setting_changes(before, json.loads(json.dumps(task.config.to_dict())))
     _check_fit(task, path, manifest, changes)
     notes.append(f"resuming from {path}, step {manifest['step']}")
     notes += [f"note: setting changed: {text}" for text in changes.values()]

@@ -22,7 +22,7 @@ from vmae.config import (
     SpeedConfig,
     _Checked,
 )
-from vmae.data.augment import RESIZERS
+from vmae.data.augment import CROPS, RESIZERS
 from vmae.data.loaders import LOADERS
 from vmae.data.sampling import SAMPLINGS
 from vmae.errors import InputError
@@ -100,6 +100,11 @@ class PretrainConfig(TrainingConfig):
         OneOf("sampling", SAMPLINGS),
     )
     fps: float | None = setting(None, "frames a second of the clips, with --sampling fps", FPS)
+    crop: str = setting(
+        "published",
+        "published (random, multi-scale); center (the largest centred box of the clips' shape)",
+        OneOf("crop", CROPS),
+    )
     flip: bool = setting(
         False, "mirror half of the clips; wrong where left and right mean something, as in SSv2"
     )

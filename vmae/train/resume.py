@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 from vmae.checkpoint.folder import CheckpointFolder
 from vmae.checkpoint.format import find_damage
+from vmae.config import _Checked
 from vmae.errors import InputError
 from vmae.files.folder_lock import refuse_if_locked
 from vmae.train.parallel import Parallel
@@ -56,6 +59,19 @@ def choose_checkpoint(
             f"checkpoint {path} is damaged: {text}. --resume last-good goes on from the newest that is not"
         )
     return path
+
+
+def with_defaults(saved: dict[str, Any], config: _Checked) -> dict[str, Any]:
+    """Settings of a checkpoint as JSON holds them, with the defaults of fields that came after it."""
+    whole = dict(saved)
+    for field in dataclasses.fields(config):
+        own = getattr(config, field.name)
+        if field.name not in saved:
+            if field.default is not dataclasses.MISSING:
+                whole[field.name] = json.loads(json.dumps(field.default))
+        elif isinstance(own, _Checked) and isinstance(saved[field.name], dict):
+            whole[field.name] = with_defaults(saved[field.name], own)
+    return whole
 
 
 def setting_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -61,6 +61,7 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
             repeat=config.repeat,
             sampling=config.sampling,
             fps=config.fps,
+            crop=config.crop,
             flip=config.flip,
             resize=config.resize,
         )
