@@ -33,7 +33,7 @@ from vmae.train.optim import clip_gradients, set_learning_rate
 from vmae.train.parallel import Parallel, bare
 from vmae.train.signals import STOP_SIGNALS, StopSignals
 from vmae.train.state import Companion, TrainingState
-from vmae.train.step import StepRecord, TrainingBatch, seed_random
+from vmae.train.step import Exchange, StepRecord, TrainingBatch, seed_random
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NONFINITE_NAME = "nonfinite.json"
@@ -230,30 +230,30 @@ class Trainer:
         """
         start = time.perf_counter()
         batch = self._next_batch(batches)
-        weight, counts, sources = 1.0, [0, 0], [0] * len(self.sources)
+        weight, counts, sources = 1.0, (0, 0), [0] * len(self.sources)
         if batch is not None:
-            counts = [batch.clips.shape[0], len(batch.replaced)]
+            counts = (batch.clips.shape[0], len(batch.replaced))
             if self.weigh is not None:
                 weight = self.weigh(batch)
             if self.count_sources is not None:
                 sources = [*self.count_sources(batch)]
         own_stops = [self.stop.received == number for number in STOP_SIGNALS]
         waited = time.perf_counter() - start
-        everyone = self.parallel.exchange([batch is not None, *own_stops, waited, weight, *counts, *sources])
-        present, sums = everyone[:, 0], everyone[:, 5:].sum(0).tolist()
-        stops = everyone[:, 1:4].amax(0).tolist()
-        asked = next((number for number, set_ in zip(STOP_SIGNALS, stops) if set_), None)
-        if asked is not None and (part == 0 or not present.all()):
+        own = Exchange.row(batch is not None, own_stops, waited, weight, counts, sources)
+        ranks = Exchange.of(self.parallel.exchange(own), len(STOP_SIGNALS))
+        asked = next((number for number, received in zip(STOP_SIGNALS, ranks.stops) if received), None)
+        if asked is not None and (part == 0 or not ranks.all_present):
             self.stopped_by = asked
             return None
-        if batch is None or not present.all():
+        if batch is None or not ranks.all_present:
             raise InputError(next(error for error in self.parallel.gather(self._data_error) if error))
-        self._note_failures(batch.replaced, int(sums[2]))
+        self._note_failures(batch.replaced, ranks.replaced)
         if device_is_idle(self.device):  # else it had work all the while
-            record.data_s += everyone[:, 4].max().item()
-        record.weight += sums[0]
-        record.clips, record.replaced = record.clips + int(sums[1]), record.replaced + int(sums[2])
-        record.samples = [a + int(b) for a, b in zip(record.samples, sums[3:])]
+            record.data_s += ranks.waited_s
+        record.weight += ranks.weight
+        record.clips += ranks.clips
+        record.replaced += ranks.replaced
+        record.samples = [before + more for before, more in zip(record.samples, ranks.samples)]
         record.ids += batch.ids
         return self._to_device(batch), weight
 

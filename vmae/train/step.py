@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -45,6 +45,58 @@ class StepRecord:
     data_s: float = 0.0
     step_s: float = 0.0
     numbers: LateNumbers | None = None
+
+
+class Exchange(NamedTuple):
+    """What every rank knows of all ranks' micro-batches.
+
+    Attributes:
+        all_present: whether every rank has a batch.
+        stops: for each stop signal, whether a rank received it.
+        waited_s: the longest wait for a batch, in seconds.
+        weight, clips, replaced: sums over the ranks.
+        samples: clips by source, summed over the ranks.
+    """
+
+    all_present: bool
+    stops: list[bool]
+    waited_s: float
+    weight: float
+    clips: int
+    replaced: int
+    samples: list[int]
+
+    @staticmethod
+    def row(
+        present: bool,
+        stops: list[bool],
+        waited_s: float,
+        weight: float,
+        counts: tuple[int, int],
+        samples: list[int],
+    ) -> list[float]:
+        """Numbers that a rank sends; `counts` are its clips and replaced videos."""
+        return [present, waited_s, weight, *counts, *stops, *samples]
+
+    @classmethod
+    def of(cls, rows: Tensor, signals: int) -> Exchange:
+        """From `row` of every rank, float64 [ranks, 5 + signals + sources]."""
+        (present, _, weight, clips, replaced), stops, samples = _split(rows.sum(0).tolist(), signals)
+        longest = rows[:, 1].max().item()
+        return cls(
+            present == len(rows),
+            [count > 0 for count in stops],
+            longest,
+            weight,
+            int(clips),
+            int(replaced),
+            [int(count) for count in samples],
+        )
+
+
+def _split(row: list[float], signals: int) -> tuple[list[float], list[float], list[float]]:
+    """Fixed numbers, those by signal, and those by source."""
+    return row[:5], row[5 : 5 + signals], row[5 + signals :]
 
 
 def seed_random(seed: int, step: int, part: int) -> None:
