@@ -66,7 +66,7 @@ class TrainingConfig(_Checked):
     dtype: str = setting("float32", "float32, or bfloat16 (autocast) with float32 weights and loss", DTYPE)
     init: str | None = setting(
         None,
-        "start from these weights (.pth or .safetensors, published names)",
+        "weights to start from: a run's folder, a checkpoint, or a file (.pth, .safetensors)",
         metavar="WEIGHTS",
         group=DATA,
     )
