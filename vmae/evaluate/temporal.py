@@ -29,7 +29,6 @@ from vmae.files.json_files import parse_json
 
 _T = TypeVar("_T")
 THUMOS_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
-FINEACTION_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 
 
 @dataclass(frozen=True)
