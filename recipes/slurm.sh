@@ -3,7 +3,7 @@
 #
 #   DATA=hybrid.yaml OUTPUT=runs/g GPUS=64 recipes/slurm.sh recipes/pretrain_vitg.sh --checkpointing selective
 #
-# GPUS (8) and NODES (GPUS / 8) as in recipes/common.sh; CPUS_PER_GPU (12); SBATCH_ARGS: more words for sbatch, such as
+# GPUS (8) and NODES (GPUS / 8) as in recipes/common.sh; CPUS_PER_GPU (12); SBATCH_ARGS: more arguments of sbatch, such as
 # "--partition=video --time=48:00:00". Five minutes before the end of its time a job gets SIGUSR1, on which the run writes a
 # checkpoint and ends; the same line goes on from there. Written from Slurm's documentation, not run on a cluster yet.
 set -euo pipefail
@@ -17,7 +17,7 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   export GPUS=${GPUS:-8}
   export NODES=${NODES:-$(((GPUS + 7) / 8))}
   here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-  # shellcheck disable=SC2086  # SBATCH_ARGS are words
+  # shellcheck disable=SC2086  # SBATCH_ARGS are arguments
   exec sbatch --job-name "$(basename "$1" .sh)" --nodes "$NODES" --ntasks-per-node 1 --gpus-per-node $((GPUS / NODES)) \
     --cpus-per-task $((GPUS / NODES * ${CPUS_PER_GPU:-12})) --signal USR1@300 --requeue --open-mode append --export ALL \
     ${SBATCH_ARGS:-} "$here/slurm.sh" "$@"
