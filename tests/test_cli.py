@@ -106,3 +106,15 @@ def test_completion_without_its_package(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["--print-completion", "zsh"]) == 2
     assert capsys.readouterr().err == "error: completion needs the package shtab: `pip install shtab`\n"
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """As in `vmae doctor | head -1`."""
+    code = (
+        "import sys, types, vmae.cli as cli; made = types.ModuleType('made'); sys.modules['made'] = made; "
+        "made.add_arguments = lambda parser: None; made.run = lambda args: print('line\\n' * 100_000); "
+        "cli.COMMANDS['doctor'] = ('made', 'text'); sys.exit(cli.main(['doctor']))"
+    )
+    shell = f'{sys.executable} -c "{code}" | head -1; echo "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("line\n141\n", "")

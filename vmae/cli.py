@@ -11,7 +11,9 @@ import difflib
 import importlib
 import importlib.metadata
 import logging
+import os
 import platform
+import select
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -240,6 +242,15 @@ def _refuse_unknown(command: str, prog: str) -> None:
     raise InputError(f"no command {command!r}; {advice}`{prog} --help` lists all commands")
 
 
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more, as after `vmae doctor | head -1`."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -255,10 +266,17 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser(command, prog=prog).parse_args(argv)
         if "settings" in args:
             args.settings.complete(args)
-        return importlib.import_module(args.module).run(args) or 0
+        code = importlib.import_module(args.module).run(args) or 0
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes
+        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -282,11 +282,9 @@ class Settings:
 
     def resolved(self, args: argparse.Namespace, *configs: DataclassInstance) -> dict[str, Any]:
         """All settings of a run by key: what was given, and what the configurations made of it."""
-        values = dict(args.given)
-        for config in configs:
-            values |= flat(config)
-        if values.get("effective_batch") is not None:
-            values.pop("accumulate", None)  # it follows, for any number of ranks
+        values = args.given | settled(*configs)
+        if "effective_batch" in values:
+            values.pop("accumulate", None)
         return {name: values[name] for name in self.keys if values.get(name) is not None}
 
 
@@ -318,6 +316,16 @@ def flat(config: DataclassInstance) -> dict[str, Any]:
             values |= flat(value)
         elif about.help is not None:
             values[about.name or field.name] = value
+    return values
+
+
+def settled(*configs: DataclassInstance) -> dict[str, Any]:
+    """What a settings file that repeats a run holds of its configurations, by key."""
+    values: dict[str, Any] = {}
+    for config in configs:
+        values |= {name: value for name, value in flat(config).items() if value is not None}
+    if "effective_batch" in values:
+        values.pop("accumulate", None)  # it follows, for any number of ranks
     return values
 
 

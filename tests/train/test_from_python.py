@@ -60,6 +60,9 @@ def test_it_is_the_command(labelled_world, tmp_path, capsys):
     )
     assert (result.folder, result.steps, result.stopped_by) == (tmp_path / "python", 3, None)
     assert result.loss == losses(tmp_path / "python")[-1] and result.weights.is_file()
+    again = ["--config", str(tmp_path / "python" / "config.yaml"), "--output", str(tmp_path / "again")]
+    assert vmae.cli.main(["pretrain", *again]) == 0
+    assert losses(tmp_path / "again") == losses(tmp_path / "python")
     capsys.readouterr()
     run = RunConfig(output=str(tmp_path / "python"), batch_size=4, device="cpu")
     assert vmae.train(config, run, num_workers=0) == result

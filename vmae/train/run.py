@@ -23,6 +23,7 @@ from vmae.data.quarantine import QUARANTINE_NAME
 from vmae.errors import InputError
 from vmae.files.folder_lock import FolderLock
 from vmae.files.yaml_files import write_settings
+from vmae.flags import settled
 from vmae.train.activations import prepare_blocks
 from vmae.train.loop import LoopConfig, Trainer
 from vmae.train.metrics import LOG_NAME, add_to_run_file, describe_start, read_log, write_run_file
@@ -71,7 +72,10 @@ def train(task: Task | TaskConfig, run: RunConfig | None = None, **settings: Any
     task = task if isinstance(task, Task) else task_of(task)
     run = _run_config(run, settings)
     with open_parallel(run.speed.parallel, run.device, shard_size=run.speed.shard_size) as parallel:
-        return carry_out(prepare(task, run, parallel))
+        prepared = prepare(task, run, parallel)
+        if own := settled(prepared.config):  # none where no command has these settings
+            prepared.settings = own | settled(prepared.run)
+        return carry_out(prepared)
 
 
 def _run_config(run: RunConfig | None, settings: dict[str, Any]) -> RunConfig:
