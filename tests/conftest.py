@@ -7,8 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+# Before torch is imported: test ranks are forks, and a fork of a process with OpenMP threads hangs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():  # before anything imports triton, which reads it once
     os.environ.setdefault("TRITON_INTERPRET", "1")
