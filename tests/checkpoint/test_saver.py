@@ -11,6 +11,7 @@ import signal
 import pytest
 import torch
 
+import vmae.checkpoint.saver as saver_module
 from vmae import InputError
 from vmae.checkpoint.folder import CheckpointFolder
 from vmae.checkpoint.format import (
@@ -21,7 +22,7 @@ from vmae.checkpoint.format import (
     read_manifest,
     tensor_layouts,
 )
-from vmae.checkpoint.saver import Saver
+from vmae.checkpoint.saver import Saver, share_of
 from vmae.files.atomic import why_not_written, write_atomically
 
 
@@ -55,6 +56,46 @@ def test_a_background_save_holds_what_was_there_when_it_began(tmp_path):
     saver.save(2, tensors, {"config": {}})  # waits for the first
     saver.finish()
     assert [read_group(path)["a.w"].unique().item() for path in saver.folder.paths()] == [1.0, 5.0]
+
+
+def test_copies_share_the_tensors_by_bytes():
+    tensors = {"model": {f"m{n}": torch.zeros(n) for n in range(40)}, "ema": {"only": torch.zeros(100)}}
+    shares = [share_of(tensors, copy, 3) for copy in range(3)]
+    sizes = [sum(x.numel() for group in share.values() for x in group.values()) for share in shares]
+    assert sum(sizes) == 880 and max(sizes) - min(sizes) <= 100
+    names = [name for share in shares for group in share.values() for name in group]
+    assert sorted(names) == sorted([*tensors["model"], "only"])
+    assert share_of(tensors, 0, 1) == tensors and share_of({"model": {}}, 0, 1) == {}
+
+
+def test_copies_of_a_gpus_tensors_are_staged_in_memory_that_is_kept(tmp_path, monkeypatch):
+    """The GPU and its page-locked memory are stood in for."""
+    made, closed, given = [], [], []
+
+    class Stager:
+        def __init__(self, options):
+            made.append(options)
+
+        def close(self):
+            closed.append(True)
+
+    def async_save(tensors, *, async_stager=None, **where):
+        given.append(async_stager)
+        return real(tensors, **where)
+
+    real = saver_module.dcp.async_save
+    monkeypatch.setattr(saver_module, "DefaultStager", Stager)
+    monkeypatch.setattr(saver_module.dcp, "async_save", async_save)
+    saver = Saver(CheckpointFolder(tmp_path), background=True)
+    saver.save(1, content(), {"config": {}})
+    assert given == [None]
+    monkeypatch.setattr(saver_module, "on_gpu", lambda tensor: True)
+    for step in (2, 3):
+        saver.save(step, content(), {"config": {}})
+    assert len(made) == 1 and isinstance(given[1], Stager) and given[1] is given[2] and not closed
+    assert made[0].use_pinned_memory and not made[0].use_async_staging
+    saver.close()
+    assert closed == [True] and len(saver.folder.paths()) == 3
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ generator."""
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vmae.data.augment_classify import (
     OPERATIONS,
@@ -145,7 +147,7 @@ def test_all_clips_of_a_micro_batch_are_mixed_as_published(videos, num_sample, k
     """ViT-g's 3 videos of 2 clips a GPU, and 1 video, too."""
     clips, targets = batch(videos, num_sample)
     for seed in range(4):
-        mixing = draw_mixing(len(clips), KEY, SIZE, AugmentConfig(**kind), seed)
+        mixing = draw_mixing(KEY, SIZE, AugmentConfig(**kind), seed)
         assert (mixing.box is None) == ("cutmix" in kind)
         expected, labels = published(clips, targets, mixing.weight, mixing.box)
         assert (mix_clips(clips, mixing).float() - expected).abs().max() <= 0.5 + 1e-4
@@ -156,7 +158,7 @@ def test_all_clips_of_a_micro_batch_are_mixed_as_published(videos, num_sample, k
 def test_the_middle_clip_of_an_odd_count_is_mixed_with_the_first(count):
     """The published formula would mix it with itself; the others are mixed as published."""
     clips, targets = batch(count)
-    mixing = draw_mixing(count, KEY, SIZE, AugmentConfig(cutmix=0.0), seed=1)
+    mixing = draw_mixing(KEY, SIZE, AugmentConfig(cutmix=0.0), seed=1)
     middle, own = count // 2, mixing.weight
     expected, labels = published(clips, targets, own, None)
     expected[middle] = own * clips[middle].float() + (1 - own) * clips[0].float()
@@ -169,21 +171,40 @@ def test_the_middle_clip_of_an_odd_count_is_mixed_with_the_first(count):
 def test_a_single_clip_has_no_partner():
     clips, targets = batch(1)
     for config in (AugmentConfig(mixup=0.0), AugmentConfig(cutmix=0.0)):
-        mixing = draw_mixing(1, KEY, SIZE, config, seed=0)
+        mixing = draw_mixing(KEY, SIZE, config, seed=0)
         assert torch.equal(mix_clips(clips, mixing), clips) and torch.equal(
             mix_targets(targets, mixing, 0.0), targets
         )
 
 
+class NoHostTensor(TorchDispatchMode):
+    """Raises where an operation reads a tensor of the host: on a GPU that is a copy that the host waits for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        assert all(x.device.type == "meta" for x in read), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [dict(cutmix=0.0), dict(mixup=0.0)], ids=["mixup", "cutmix"])
+@pytest.mark.parametrize("count", [4, 5])
+def test_mixing_copies_nothing_from_the_host(count, kind):
+    clips, targets = (x.to("meta") for x in batch(count))
+    mixing = draw_mixing(KEY, SIZE, AugmentConfig(**kind), seed=0)
+    with NoHostTensor():
+        assert mix_clips(clips, mixing).shape == clips.shape
+        assert mix_targets(targets, mixing, 0.1).shape == targets.shape
+
+
 def test_one_of_the_two_for_each_micro_batch():
-    draws = [draw_mixing(2, (0, n), SIZE, AugmentConfig(), 0) for n in range(400)]
+    draws = [draw_mixing((0, n), SIZE, AugmentConfig(), 0) for n in range(400)]
     assert 0.42 < np.mean([draw.box is None for draw in draws]) < 0.58
     assert len({draw.weight for draw in draws}) > 100
 
 
 def test_mixing_is_a_function_of_the_seed_and_the_micro_batch():
     draws = [
-        draw_mixing(4, key, SIZE, AugmentConfig(), seed)
+        draw_mixing(key, SIZE, AugmentConfig(), seed)
         for key, seed in ((KEY, 5), (KEY, 5), (KEY, 6), ((2, 6), 5))
     ]
     drawn = [(draw.weight, draw.box) for draw in draws]
@@ -193,7 +214,7 @@ def test_mixing_is_a_function_of_the_seed_and_the_micro_batch():
 def test_smoothing():
     targets = torch.eye(4)[:1]
     assert mix_targets(targets, None, 0.1)[0].tolist() == pytest.approx([0.925, 0.025, 0.025, 0.025])
-    assert draw_mixing(4, KEY, SIZE, AugmentConfig.none(), 0) is None
+    assert draw_mixing(KEY, SIZE, AugmentConfig.none(), 0) is None
 
 
 @pytest.mark.parametrize(

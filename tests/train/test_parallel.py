@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch.distributed import checkpoint as dcp
 
 from vmae import DualMask, InputError, MaskConfig, ModelConfig, build_pretrainer
 from vmae.checkpoint.folder import CheckpointFolder
+from vmae.checkpoint.format import find_damage, read_group
 from vmae.checkpoint.saver import Saver
 from vmae.train.activations import prepare_blocks
 from vmae.train.loop import LoopConfig, NonFiniteError, Trainer
@@ -187,6 +189,42 @@ def test_a_run_goes_on_with_other_ranks(straight, tmp_path, run_ranks, before, a
     assert CheckpointFolder(tmp_path).latest().name == "checkpoint-00000007"
     found = run_ranks(after[0], train, after[1], tmp_path, None, True)
     assert_agrees(found[0], straight)
+
+
+def save_twice(kind, folder, shard_size):
+    """(names given to torch by each of two background saves, global plans that were made)."""
+    given, plans = [], []
+    make_plan, async_save = dcp.DefaultSavePlanner._create_global_plan, dcp.async_save
+
+    def plan(self, all_plans):
+        plans.append(sum(len(one.items) for one in all_plans))
+        return make_plan(self, all_plans)
+
+    def save(tensors, **options):
+        given.append({f"{group}.{name}" for group, values in tensors.items() for name in values})
+        return async_save(tensors, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dcp.DefaultSavePlanner, "_create_global_plan", plan)
+        patch.setattr(dcp, "async_save", save)
+        train(kind, folder, {"background": True, "save_every": 1, "total_steps": 2}, False, shard_size)
+    return given, plans
+
+
+@pytest.mark.parametrize(("count", "kind", "copies"), [(3, "ddp", 3), (4, "hybrid", 2), (2, "fsdp", 1)])
+def test_each_tensor_is_copied_and_planned_once(tmp_path, run_ranks, count, kind, copies):
+    found = run_ranks(count, save_twice, kind, tmp_path, 2 if kind == "hybrid" else None)
+    names = set().union(*(given[0] for given, _ in found))
+    assert {"model.mask_token", "optimizer.mask_token.exp_avg"} < names
+    for turn in (0, 1):
+        assert sum(len(given[turn]) for given, _ in found) == len(names) * count // copies
+        assert set().union(*(given[turn] for given, _ in found)) == names
+    made = found[0][1]  # by rank 0, for all: at the first save alone
+    assert len(made) == 1
+    if kind == "ddp":
+        assert made == [len(names)]
+    last = CheckpointFolder(tmp_path).latest()
+    assert {f"model.{name}" for name in read_group(last)} < names and find_damage(last) == []
 
 
 def test_fsdp_resumes_bit_for_bit(tmp_path, run_ranks):

@@ -1,5 +1,8 @@
 """Writing of checkpoints by all ranks, at once or in the background: complete or absent, whatever happens.
 
+Each tensor is copied and written once in the world: where ranks hold copies of the whole model, each of them
+takes a share of the tensors, so neither host memory nor planning grows with the number of ranks.
+
 A checkpoint is written to `.checkpoint-N.unfinished/`, every file forced to the disk, then the manifest; and
 when every rank is done, rank 0 renames the folder. Only then are older ones deleted.
 """
@@ -7,6 +10,7 @@ when every rank is done, rank 0 renames the folder. Only then are older ones del
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import threading
@@ -17,6 +21,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from vmae.checkpoint.folder import CheckpointFolder
 from vmae.checkpoint.format import MANIFEST, NamedTensors, file_facts, make_manifest
@@ -32,6 +37,9 @@ class Ranks(Protocol):
     save_group: Any
 
     @property
+    def copy(self) -> tuple[int, int]: ...
+
+    @property
     def is_main(self) -> bool: ...
 
     def gather(self, value: Any, group: Any = None) -> list[Any]: ...
@@ -40,10 +48,42 @@ class Ranks(Protocol):
 class OneProcess:
     """The only process of a run."""
 
-    rank, world_size, is_main, save_group = 0, 1, True, None
+    rank, world_size, is_main, save_group, copy = 0, 1, True, None, (0, 1)
 
     def gather(self, value: Any, group: Any = None) -> list[Any]:
         return [value]
+
+
+def bytes_of(value: Any) -> int:
+    """Of a whole tensor, on all ranks; 0 of anything else."""
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def share_of(tensors: NamedTensors, copy: int, copies: int) -> NamedTensors:
+    """What the ranks of one of several copies of the model write: in order, each tensor goes to the copy that
+    has the fewest bytes so far. Groups without a tensor are left out."""
+    loads = [0] * copies
+    found: NamedTensors = {}
+    for group, values in tensors.items():
+        for name, value in values.items():
+            taker = loads.index(min(loads))
+            loads[taker] += bytes_of(value)
+            if taker == copy:
+                found.setdefault(group, {})[name] = value
+    return found
+
+
+def on_gpu(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_cuda
+
+
+_NUMBERS = itertools.count()
+
+
+def _caching_planner() -> type[dcp.DefaultSavePlanner]:
+    """torch's planner, whose plans are agreed on once and hold while tensors, shapes and ranks stay. It keeps
+    them for the whole process by the name of its class: each run has a class of its own."""
+    return type(f"SavePlanner{next(_NUMBERS)}", (dcp.DefaultSavePlanner,), {})
 
 
 class Saver:
@@ -63,6 +103,8 @@ class Saver:
         self._writing: threading.Thread | None = None
         self._error: InputError | None = None
         self._wanted = 0  # bytes of the tensors that are being written
+        self._planner = _caching_planner()
+        self._stager: DefaultStager | None = None
 
     def save(self, step: int, tensors: NamedTensors, about: dict[str, Any]) -> None:
         """Write the checkpoint of `step`, then delete those that are too old.
@@ -77,19 +119,23 @@ class Saver:
         self.finish()
         path = self.folder.path_of(step)
         beside = path.with_name(f".{path.name}.unfinished")
-        held = [value for group in tensors.values() for value in group.values() if isinstance(value, Tensor)]
-        self._wanted = sum(tensor.numel() * tensor.element_size() for tensor in held)
+        held = [value for group in tensors.values() for value in group.values()]
+        self._wanted = sum(map(bytes_of, held))
         self._together(lambda: self._make_room(beside) if self.parallel.is_main else None, path)
-        where = dict(
+        where: dict[str, Any] = dict(
             storage_writer=dcp.FileSystemWriter(beside),
+            planner=self._planner(enable_plan_caching=True),
             process_group=self._group,
             no_dist=self._group is None,
         )
+        share = share_of(tensors, *self.parallel.copy)
         if not self.background:
-            self._together(lambda: dcp.save(tensors, **where), path)
+            self._together(lambda: dcp.save(share, **where), path)
             self._complete(beside, path, step, about)
             return
-        done = dcp.async_save(tensors, **where)
+        if any(map(on_gpu, held)):
+            where["async_stager"] = self._pinned_stager()
+        done = dcp.async_save(share, **where)
         assert isinstance(done, Future)  # another class comes with an asynchronous stager only
 
         def complete() -> None:
@@ -115,6 +161,18 @@ class Saver:
         if error is not None:
             raise error
 
+    def _pinned_stager(self) -> DefaultStager:
+        """Page-locked memory for the copies, taken once: copying to it runs at the bus's speed."""
+        if self._stager is None:
+            options = StagingOptions(
+                use_pinned_memory=True,
+                use_shared_memory=False,  # a thread of this process writes
+                use_async_staging=False,  # the next step changes the tensors
+                use_non_blocking_copy=True,
+            )
+            self._stager = DefaultStager(options)
+        return self._stager
+
     def close(
         self, kind: type | None = None, error: BaseException | None = None, trace: object = None
     ) -> None:
@@ -124,6 +182,10 @@ class Saver:
         except InputError:
             if error is None:
                 raise
+        finally:
+            if self._stager is not None:
+                self._stager.close()
+                self._stager = None
 
     @property
     def _group(self) -> Any:

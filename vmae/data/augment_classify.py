@@ -224,43 +224,34 @@ def erase_box(clip: np.ndarray, probability: float, rng: np.random.Generator) ->
 
 @dataclass(frozen=True)
 class Mixing:
-    """How the clips of a micro-batch are mixed, each with a partner.
+    """How the clips of a micro-batch are mixed, each with a partner (`partners`).
 
     Attributes:
-        partner: int64 [B], which clip each is mixed with.
         weight: a clip's own share of its label, and of its pixels where all are mixed.
         box: the partner's pixels for cutmix; None where all pixels are mixed.
     """
 
-    partner: Tensor
     weight: float
     box: CropBox | None
 
 
 def draw_mixing(
-    batch: int, key: tuple[int, int], size: tuple[int, int], config: AugmentConfig, seed: int
+    key: tuple[int, int], size: tuple[int, int], config: AugmentConfig, seed: int
 ) -> Mixing | None:
     """Mixup or cutmix for all clips of a micro-batch; None where the configuration has neither.
 
-    As published (timm's `Mixup` in batch mode): one draw for the micro-batch, and clip i is mixed with clip B
-    - 1 - i, clips of the same video too. There an odd count is an error. Here the clip in the middle, its own
-    partner, takes the first one instead, so that none stays as it is; a single clip does.
+    As published (timm's `Mixup` in batch mode): one draw for the micro-batch.
 
     The draw is a function of the seed and the first video, so a run that goes on with the same micro-batches,
     on whatever ranks, mixes the same. Micro-batches of another size mix other clips.
 
     Args:
-        batch: clips of the micro-batch.
-        key: (epoch, index) of its first video.
+        key: (epoch, index) of the micro-batch's first video.
         size: (height, width) of the clips in pixels.
     """
     if not config.mixup and not config.cutmix:
         return None
-    weight, box = _draw_share(config, size, numpy_rng(seed, *key, Purpose.MIXING))
-    partner = torch.arange(batch - 1, -1, -1)
-    if batch % 2:
-        partner[batch // 2] = 0
-    return Mixing(partner, weight, box)
+    return Mixing(*_draw_share(config, size, numpy_rng(seed, *key, Purpose.MIXING)))
 
 
 def _draw_share(
@@ -281,17 +272,30 @@ def _draw_share(
     return 1 - box.width * box.height / (width * height), box
 
 
+def partners(rows: Tensor) -> Tensor:
+    """[B, ...]: of each clip's row, the row of the clip that it is mixed with.
+
+    Clip i goes with clip B - 1 - i, also one of the same video, as published. There an odd count is an error;
+    here the clip in the middle, its own partner, takes the first one instead, so that none stays as it is; a
+    single clip does. No index goes to the device.
+    """
+    turned, middle = rows.flip(0), len(rows) // 2
+    if len(rows) % 2:
+        turned[middle] = rows[0]
+    return turned
+
+
 def mix_clips(clips: Tensor, mixing: Mixing) -> Tensor:
     """uint8 [B, T, H, W, 3] of clips mixed with their partners (rounded to whole levels)."""
-    mixed, box = clips.clone(), mixing.box
-    for i, partner in enumerate(mixing.partner.tolist()):
-        if box is not None:
-            rows, columns = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
-            mixed[i, :, rows, columns] = clips[partner, :, rows, columns]
-        else:
-            mixed[i] = (
-                torch.lerp(clips[partner].float(), clips[i].float(), mixing.weight).round_().to(torch.uint8)
-            )
+    box = mixing.box
+    if box is not None:
+        mixed = clips.clone()
+        rows, columns = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
+        mixed[:, :, rows, columns] = partners(clips[:, :, rows, columns])
+        return mixed
+    mixed = partners(clips)
+    for own, other in zip(clips, mixed):  # one at a time: as float32 a clip is four times as large
+        other.copy_(torch.lerp(other.float(), own.float(), mixing.weight).round_())
     return mixed
 
 
@@ -304,4 +308,4 @@ def mix_targets(targets: Tensor, mixing: Mixing | None, smoothing: float) -> Ten
     smooth = targets * (1 - smoothing) + smoothing / targets.shape[1]
     if mixing is None:
         return smooth
-    return smooth * mixing.weight + smooth[mixing.partner.to(targets.device)] * (1 - mixing.weight)
+    return smooth * mixing.weight + partners(smooth) * (1 - mixing.weight)

@@ -18,7 +18,8 @@ class TensorBatch:
     """A micro-batch: a dataclass of tensors [B, ...] and of lists.
 
     The loop needs three of the fields: `clips` (what the model sees), `ids` ((epoch, index, path) of each
-    sample) and `replaced` (a `Failure` for each video that could not be read).
+    sample) and `replaced` (a `Failure` for each video that could not be read). A field that some tasks do not
+    have is None, by default.
     """
 
     @classmethod
@@ -28,6 +29,8 @@ class TensorBatch:
         joined: dict[str, Tensor | list] = {}
         for name in (field.name for field in dataclasses.fields(cls)):
             parts = [getattr(batch, name) for batch in batches]
+            if parts[0] is None:
+                continue
             if isinstance(parts[0], Tensor):
                 joined[name] = _cat_padded(parts)
             else:
@@ -38,12 +41,17 @@ class TensorBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self: _B) -> _B:
-        return self._each(Tensor.pin_memory)
+        return self._each(pinned)
 
     def _each(self: _B, change: Callable[[Tensor], Tensor]) -> _B:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
         return dataclasses.replace(self, **changed)
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """`tensor` in page-locked host memory, unless it lies on a GPU: copies to one then wait for nothing."""
+    return tensor if tensor.is_cuda else tensor.pin_memory()
 
 
 def _cat_padded(parts: Sequence[Tensor]) -> Tensor:

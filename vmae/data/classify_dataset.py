@@ -105,12 +105,14 @@ class LabelledBatch(TensorBatch):
         ids: (epoch, index, path) of each of the B videos; `path` is the one that was decoded.
         replaced: each video that could not be decoded, and that another one stands in for (with its own
             label).
+        taught: float32 [B*S, K], a teacher's stored logits; None where there are none.
     """
 
     clips: Tensor
     targets: Tensor
     ids: list[tuple[int, int, str]]
     replaced: list[Failure] = field(default_factory=list)
+    taught: Tensor | None = None
 
 
 class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
@@ -123,6 +125,7 @@ class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
         augment: settings of the augmentation.
         num_sample: S.
         cycle: epochs after which the same samples come again; None means never.
+        read_logits: (epoch, index) keys -> stored logits of these samples, for `LabelledBatch.taught`.
         options: arguments of `VideoDataset`.
     """
 
@@ -134,10 +137,12 @@ class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
         *,
         num_sample: int = 1,
         cycle: int | None = None,
+        read_logits: Callable[[Sequence[SampleKey]], Tensor] | None = None,
         **options,
     ):
         super().__init__(labelled.entries, num_sample=num_sample, **options)
         self.labelled, self.clip, self.augment, self.cycle = labelled, clip, augment, cycle
+        self.read_logits = read_logits
 
     def describe_labels(self, number: int) -> str:
         return ";".join(map(str, sorted(self.labelled.labels[number])))
@@ -148,7 +153,9 @@ class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
             epoch %= self.cycle
         clips, video, replaced = self._decode_with_replacement(epoch, index)
         targets = self.labelled.targets([video]).expand(self.num_sample, -1)
-        return LabelledBatch(clips, targets, [(epoch, index, self.entries[video].path)], replaced)
+        ids = [(epoch, index, self.entries[video].path)]
+        taught = self.read_logits([(epoch, index)]) if self.read_logits else None
+        return LabelledBatch(clips, targets, ids, replaced, taught)
 
     def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
         key = (self.seed, epoch, index, attempt)

@@ -142,7 +142,7 @@ class DaliLoader:
         except InputError:
             self.close()
             raise
-        return batch
+        return batch.pin_memory() if self.device.type == "cuda" else batch  # the masks; clips are there
 
     # --- what DALI is asked for ---
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vmae.config import MaskConfig
 from vmae.data.augment import CROPS, CropBox, center_crop, crop_and_resize, image_hw, sample_crop
+from vmae.data.batches import pinned
 from vmae.data.decode import open_video
 from vmae.data.guarded import guarded_each
 from vmae.data.manifest import VideoEntry
@@ -71,7 +72,7 @@ class Batch:
         return dataclasses.replace(self, clips=self.clips.to(device, non_blocking=non_blocking), mask=mask)
 
     def pin_memory(self) -> Batch:
-        return dataclasses.replace(self, clips=self.clips.pin_memory(), mask=self.mask.pin_memory())
+        return dataclasses.replace(self, clips=pinned(self.clips), mask=self.mask.pin_memory())
 
 
 class PretrainDataset(VideoDataset[VideoEntry, Tensor]):

@@ -52,6 +52,8 @@ class Prefetcher:
             self._thread.start()
 
     def _fill(self) -> None:
+        if self._side is not None:  # a thread starts at GPU 0, where pinning would make a context
+            torch.cuda.set_device(self.device)
         item: tuple[Any, Any] = (None, None)
         while not self._closing and item[1] is None:
             try:
@@ -79,7 +81,7 @@ class Prefetcher:
         if self._over or self._closing:
             raise StopIteration
         if self._thread is None:
-            return next(self.source).to(self.device)
+            return next(self.source).to(self.device, non_blocking=True)
         content, error = self._ready.get()
         if error is not None:
             self._over = True

@@ -23,9 +23,11 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights of the step just done in."""
-        for name, parameter in self.model.named_parameters():
-            self.average[name].lerp_(parameter.detach(), 1 - self.decay)
+        """Take the weights of the step just done in: a launch for many tensors, not one for each."""
+        weights = dict(self.model.named_parameters())
+        torch._foreach_lerp_(
+            list(self.average.values()), [weights[name] for name in self.average], 1 - self.decay
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.average)

@@ -61,6 +61,15 @@ class Parallel:
         return self.rank == 0
 
     @property
+    def copy(self) -> tuple[int, int]:
+        """(which copy of the model this rank holds, or a part of, how many copies there are)."""
+        if self.kind == "ddp":
+            return self.rank, self.world_size
+        if self.kind == "hybrid":
+            return self.mesh.get_local_rank("copies"), self.mesh.size(0)
+        return 0, 1
+
+    @property
     def sharded(self) -> bool:
         return self.kind in ("fsdp", "hybrid")
 

@@ -39,24 +39,28 @@ class Lengths:
     @functools.cached_property
     def starts(self) -> Tensor:
         """int32 [B + 1]: where each sequence starts, and where the last ends (`cu_seqlens`)."""
-        ends = torch.tensor((0, *self.counts)).cumsum(0)
-        return ends.to(device=self.device, dtype=torch.int32)
+        return self._placed(torch.tensor((0, *self.counts)).cumsum(0).int())
 
     @functools.cached_property
     def owner(self) -> Tensor:
         """int64 [T]: the sequence of each token."""
         counts = torch.tensor(self.counts)
-        return torch.repeat_interleave(torch.arange(len(self.counts)), counts).to(self.device)
+        return self._placed(torch.repeat_interleave(torch.arange(len(self.counts)), counts))
 
     @functools.cached_property
     def padded_rows(self) -> Tensor:
         """int64 [T]: each token's row among B x longest rows."""
-        return torch.cat([torch.arange(n) + i * self.longest for i, n in enumerate(self.counts)]).to(
-            self.device
-        )
+        rows = [torch.arange(n) + i * self.longest for i, n in enumerate(self.counts)]
+        return self._placed(torch.cat(rows))
 
     @functools.cached_property
     def key_mask(self) -> Tensor:
         """bool [B, 1, 1, longest]: True where a padded row holds a token."""
         counts = torch.tensor(self.counts)[:, None]
-        return (torch.arange(self.longest) < counts)[:, None, None].to(self.device)
+        return self._placed((torch.arange(self.longest) < counts)[:, None, None])
+
+    def _placed(self, made: Tensor) -> Tensor:
+        """What was made on the host, on the device; no copy that the host would wait for."""
+        if self.device.type == "cuda":
+            made = made.pin_memory()
+        return made.to(self.device, non_blocking=True)

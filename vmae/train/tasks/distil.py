@@ -145,7 +145,7 @@ class DistilTask(FinetuneTask):
             InputError: it is of other views, or not complete; an epoch is less than a batch.
         """
         store = open_store(self.config, labelled.entries)
-        self.store, self.cycle = store, store.about["epochs"]
+        self.store, self.cycle, self.read_logits = store, store.about["epochs"], store.read
         self.config = dataclasses.replace(self.config, stored_epochs=self.cycle)
         missing = store.missing()
         if missing:
@@ -168,8 +168,8 @@ class DistilTask(FinetuneTask):
 
     def teach(self, batch: LabelledBatch, clips: Tensor) -> Tensor:
         """The teacher's logits [B, K] of the clips that the student saw."""
-        if self.store is not None:
-            return self.store.read([(epoch, index) for epoch, index, _ in batch.ids]).to(clips.device)
+        if batch.taught is not None:
+            return batch.taught
         assert self.teacher is not None
         with torch.no_grad():
             return self.teacher.model(clips)

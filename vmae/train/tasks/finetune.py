@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from vmae.data.augment_classify import draw_mixing, mix_clips, mix_targets
 from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
 from vmae.data.dataset import check_decodable
 from vmae.data.labels import LabelledList, read_class_names, read_label_map, read_labelled_list
+from vmae.data.video_dataset import SampleKey
 from vmae.errors import InputError
 from vmae.model import Classifier, build_classifier
 from vmae.train.ema import WeightAverage
@@ -82,6 +84,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
 
     model: Classifier
     cycle: int | None = None  # epochs after which the same samples come again
+    read_logits: Callable[[Sequence[SampleKey]], Tensor] | None = None  # reads a teacher's stored logits
 
     @property
     def averaged(self) -> bool:
@@ -126,6 +129,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
             self.config.augment,
             num_sample=self.config.num_sample,
             cycle=self.cycle,
+            read_logits=self.read_logits,
             seed=self.config.seed,
             repeat=self.config.repeat,
         )
@@ -173,7 +177,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
 
     def compute_loss(self, model: nn.Module, batch: LabelledBatch) -> Tensor:
         augment, size = self.config.augment, image_hw(self.config.clip.image_size)
-        mixing = draw_mixing(len(batch.clips), batch.ids[0][:2], size, augment, self.config.seed)
+        mixing = draw_mixing(batch.ids[0][:2], size, augment, self.config.seed)
         clips = batch.clips if mixing is None else mix_clips(batch.clips, mixing)
         logits = model(clips)
         targets = mix_targets(batch.targets, mixing, augment.smoothing)
