@@ -10,6 +10,7 @@ from vmae.checkpoint.folder import export_weights
 from vmae.cli import main
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.manifest import VideoEntry
+from vmae.evaluate import features
 from vmae.evaluate.features import (
     WindowConfig,
     extract,
@@ -20,6 +21,7 @@ from vmae.evaluate.features import (
     windows,
 )
 from vmae.synthetic.samples import sample_videos
+from vmae.train.guard import LateNumbers
 
 CONFIG = ModelConfig(img_size=32, num_frames=8, embed_dim=48, depth=2, num_heads=3)
 
@@ -150,6 +152,34 @@ def test_a_video_shorter_than_a_window(model, video):
     config = WindowConfig(frames=200, step=4, size=(32, 32))
     with pytest.raises(InputError, match="has 120 frames, fewer than a window of 200"):
         extract(model, VideoEntry(video), config, batch_size=5, device=torch.device("cpu"))
+
+
+def test_the_next_windows_are_read_while_a_batch_is_computed(model, monkeypatch):
+    """Results are waited for one batch late."""
+    events = []
+
+    class Late(LateNumbers):
+        def __init__(self, values):
+            super().__init__(values)
+            events.append("launched")
+
+        def wait(self):
+            events.append("waited")
+            return super().wait()
+
+    def frames(count):
+        for number in range(count):
+            if number % 16 == 15:  # the last frame of a batch of two windows of eight
+                events.append("read")
+            yield np.full((40, 40, 3), number, np.uint8)
+
+    monkeypatch.setattr(features, "LateNumbers", Late)
+    config = WindowConfig(frames=8, step=8, size=(32, 32))
+    found = list(
+        features_of(model, [frames(32), frames(16)], config, batch_size=2, device=torch.device("cpu"))
+    )
+    assert [len(one) for one in found] == [4, 2]
+    assert events == ["read", "launched"] + ["read", "launched", "waited"] * 2 + ["waited"]
 
 
 def test_batches_span_videos_and_skip_a_bad_one(model, video, tmp_path, monkeypatch):

@@ -54,6 +54,11 @@ def pinned(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_cuda else tensor.pin_memory()
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, in a copy that the host does not wait for."""
+    return (pinned(tensor) if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def _cat_padded(parts: Sequence[Tensor]) -> Tensor:
     """[B, M, ...] each -> [sum of B, most M, ...]"""
     if parts[0].ndim < 2:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from vmae.checkpoint.arguments import add_model_arguments, load_from_args
 from vmae.checkpoint.identity import frames_identity, model_identity, settle
 from vmae.config import DTYPE, IMAGENET_MEAN, IMAGENET_STD, SpeedConfig, _Checked
+from vmae.data.batches import sent
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.files import path_kind
 from vmae.data.guarded import guarded_streams
@@ -41,6 +42,7 @@ from vmae.flags import add_settings
 from vmae.model import Classifier
 from vmae.settings import BATCH, FRAMES, SIDE, STRIDE, limits, ranged
 from vmae.train.checks import check_backend, check_output
+from vmae.train.guard import LateNumbers
 from vmae.train.parallel import open_parallel
 from vmae.train.pretrain_settings import RunConfig, TrainingConfig
 
@@ -182,6 +184,7 @@ def features_of(
     """Features of each video, float32 [windows, D] on the CPU, in order; or the error met while reading its
     frames.
 
+    While a GPU works on a batch, the windows of the next one are read: results are fetched one batch late.
     A batch holds `batch_size` windows: the last windows of a video and the first of the next one share a
     batch. Where the step lets windows share tubelets, each tubelet is embedded once: the patch embedding does
     not depend on the tubelet's position in the window. The blocks do, so their work is not shared.
@@ -192,17 +195,30 @@ def features_of(
     shares = config.step < config.frames and config.step % model.config.tubelet_size == 0
     windows_of = _embedded if shares else _clips
     waiting: list[tuple[int, Tensor]] = []
+    running: list[tuple[list[int], LateNumbers]] = []  # the batch that was launched last: its videos, features
     done: dict[int, list[Tensor]] = {}  # features of each window, by video; videos in order
     errors: dict[int, DecodeError] = {}
 
     def flush() -> None:
         clips = torch.stack([clip for _, clip in waiting])
-        for (video, _), features in zip(waiting, _features(model, clips, config, shares)):
-            done[video].append(features)
+        launched = ([video for video, _ in waiting], _features(model, clips, config, shares))
         waiting.clear()
+        settle()
+        running.append(launched)
+
+    def settle() -> None:
+        for videos_of_batch, late in running:
+            found = late.wait()
+            if found.isnan().any():
+                raise InputError(f"features are not numbers (NaN); {NO_NUMBERS}")
+            for video, features in zip(videos_of_batch, found):
+                done[video].append(features)
+        running.clear()
 
     def complete(before: int) -> Iterator[Tensor | DecodeError]:
-        """Results of the videos before this one; they have no window left in `waiting`."""
+        """Results of the videos before this one that have no window left in `running`; none of them has one
+        in `waiting`."""
+        before = min([before, *(video for videos_of_batch, _ in running for video in videos_of_batch)])
         while done and (video := next(iter(done))) < before:
             features = done.pop(video)
             if video in errors:
@@ -228,6 +244,7 @@ def features_of(
             yield from complete(number + 1)
     if waiting:
         flush()
+    settle()
     yield from complete(number + 1)
 
 
@@ -236,7 +253,7 @@ def _clips(
 ) -> Iterator[Tensor]:
     """Clip of each window, float32 [3, T, H, W]."""
     for window in windows(frames, config):
-        yield torch.stack(window, dim=1).to(device)
+        yield sent(torch.stack(window, dim=1), device)
 
 
 def _embedded(
@@ -246,7 +263,7 @@ def _embedded(
 
     @torch.inference_mode()
     def embed(some: list[Frame]) -> Iterable[Tensor]:
-        clip = resized(some, config).to(device).transpose(0, 1)[None]
+        clip = sent(resized(some, config), device).transpose(0, 1)[None]
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             return model.embed(clip)[0].chunk(len(some) // model.config.tubelet_size)
 
@@ -255,14 +272,11 @@ def _embedded(
 
 
 @torch.inference_mode()
-def _features(model: Classifier, clips: Tensor, config: WindowConfig, embedded: bool) -> Tensor:
-    """Features of a batch of windows, float32 [B, D] on the CPU."""
+def _features(model: Classifier, clips: Tensor, config: WindowConfig, embedded: bool) -> LateNumbers:
+    """Features of a batch of windows, float32 [B, D], on their way to the CPU."""
     features_of_batch = model.features_of_embedded if embedded else model.features
     with torch.autocast(clips.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        found = features_of_batch(clips).float().cpu()
-    if found.isnan().any():
-        raise InputError(f"features are not numbers (NaN); {NO_NUMBERS}")
-    return found
+        return LateNumbers(features_of_batch(clips).float())
 
 
 # --- the command --------------------------------------------------------------------------------------------

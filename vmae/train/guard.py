@@ -20,10 +20,14 @@ class LateNumbers:
         self._event = torch.cuda.Event()
         self._event.record()
 
-    def read(self) -> list[float]:
+    def wait(self) -> Tensor:
+        """The copy, once it is there."""
         if self._event is not None:
             self._event.synchronize()
-        return self._host.tolist()
+        return self._host
+
+    def read(self) -> list[float]:
+        return self.wait().tolist()
 
 
 def device_is_idle(device: torch.device) -> bool:
