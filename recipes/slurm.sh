@@ -25,5 +25,7 @@ fi
 
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # whole: `| head` may end it by SIGPIPE, and pipefail the job
 export MASTER_ADDR=${hosts%%$'\n'*}
+# srun does not take --cpus-per-task over from sbatch: without this all decoders of a node would share one core.
+export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-$((GPUS / NODES * ${CPUS_PER_GPU:-12}))}}
 # shellcheck disable=SC2016  # SLURM_NODEID is known on each node only
 exec srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' recipe "$@"

@@ -225,6 +225,12 @@ class ModelConfig(_Checked):
         return cls.from_dict({**PRESETS[name], **overrides})
 
     @property
+    def clip_bytes(self) -> int:
+        """Of a clip in uint8."""
+        height, width = self.image_hw
+        return 3 * self.num_frames * height * width
+
+    @property
     def image_hw(self) -> tuple[int, int]:
         return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
 

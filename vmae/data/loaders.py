@@ -11,6 +11,7 @@ import torch
 from vmae.data.dali import DaliLoader, dali_missing
 from vmae.data.dataset import Batch, EpochSampler, PretrainDataset
 from vmae.data.quarantine import Quarantine
+from vmae.data.shared_memory import PREFETCH
 from vmae.data.video_dataset import SampleKey, VideoDataset
 from vmae.data.workers import WorkerPool, hang_limit
 from vmae.errors import InputError
@@ -139,7 +140,7 @@ def build_loader(
     total_steps: int | None = None,
     epochs: int | None = None,
     pin_memory: bool = False,
-    prefetch: int = 2,
+    prefetch: int = PREFETCH,
     rank: int = 0,
     world_size: int = 1,
     accumulate: int = 1,

@@ -19,7 +19,7 @@ from vmae.errors import InputError
 from vmae.model import build_pretrainer
 from vmae.model.cost import masked_macs
 from vmae.planning.memory import Activations, Memory, count_activations, state_bytes
-from vmae.settings import BATCH, SHARE_ABOVE_0, SHARE_BELOW_1, STEPS, Real, Whole, ranged, setting
+from vmae.settings import BATCH, SHARE_ABOVE_0, SHARE_BELOW_1, STEPS, WORKERS, Real, Whole, ranged, setting
 
 UNLABELED_HYBRID = 1_350_000  # videos, VideoMAE V2, section 4.1
 # The fewest clips on a GPU at once that a recommendation avoids recomputation for: below, its matrix products
@@ -117,6 +117,7 @@ class Workload(_Checked):
         videos: of the list, times its repeats.
         epochs: of the run; `steps` instead of epochs where it is given.
         dtype: "bfloat16" (autocast or FSDP's mixed precision) or "float32".
+        num_workers: processes of a GPU that decode.
     """
 
     group = MACHINES
@@ -130,6 +131,7 @@ class Workload(_Checked):
     epochs: int = ranged(300, Whole(1, 10**9))
     steps: int | None = ranged(None, STEPS)
     dtype: str = ranged("bfloat16", DTYPE)
+    num_workers: int = ranged(1, WORKERS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

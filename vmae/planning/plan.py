@@ -18,6 +18,8 @@ from typing import Any
 
 from vmae.config import ModelSettings
 from vmae.data import VideoEntry, read_data
+from vmae.data.shared_memory import FOLDER, batches_bytes, remedy
+from vmae.data.shared_memory import describe as describe_bytes
 from vmae.errors import InputError
 from vmae.flags import Settings, chosen
 from vmae.model.cost import peak_flops, token_counts
@@ -126,6 +128,7 @@ def plan_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, Plan, Sequ
         epochs=config.epochs,
         steps=config.steps,
         dtype=config.dtype,
+        num_workers=settings.speed.num_workers,
     )
     plan = make_plan(
         config.model,
@@ -176,6 +179,27 @@ def report(plan: Plan, config: PretrainConfig, args: argparse.Namespace) -> list
         "",
         assumptions(cluster),
         recommendation(plan),
+        *shared_memory(plan, config),
+    ]
+
+
+def node_batches_bytes(plan: Plan, config: PretrainConfig) -> int:
+    """The most that the workers' batches take of a node's shared memory."""
+    work, ranks = plan.workload, min(plan.cluster.gpus_per_node, plan.cluster.gpus)
+    clips = work.batch_size * work.num_sample
+    if config.loader != "cpu":
+        return 0
+    return ranks * batches_bytes(clips * plan.config.clip_bytes, work.num_workers)
+
+
+def shared_memory(plan: Plan, config: PretrainConfig) -> list[str]:
+    """What the workers' batches take of /dev/shm, in a line; nothing where there are no workers."""
+    needed = node_batches_bytes(plan, config)
+    if not needed:
+        return []
+    return [
+        f"shared memory of a node: {describe_bytes(needed)} at most for the batches of "
+        f"{plan.workload.num_workers} workers a GPU; where {FOLDER} has less, {remedy(needed)}"
     ]
 
 
@@ -288,6 +312,7 @@ def describe(plan: Plan, config: PretrainConfig) -> dict[str, Any]:
             "peak_lr": config.optim.scaled_to(work.effective_batch).lr,
         },
         "model_flops_per_step": plan.model_flops,
+        "shared_memory_per_node": node_batches_bytes(plan, config),
         "rows": rows,
         "recommended": None
         if best is None

@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 
+from vmae.config import ModelConfig
 from vmae.data.dali import dali_missing
 from vmae.data.decode import BACKENDS as VIDEO_BACKENDS
 from vmae.data.decode import video_backends
+from vmae.data.shared_memory import FOLDER, SharedMemory, batches_bytes, describe, find_shared_memory, remedy
 from vmae.errors import InputError
 from vmae.flags import add_settings
 from vmae.model.attention.choice import BACKENDS, auto_order, runnable
@@ -272,7 +274,7 @@ def look_at_video() -> dict[str, Any]:
 
 def look_at_machine(device: torch.device) -> dict[str, Any]:
     """Record of the machine: Python, torch, GPUs, and what the fused operations run with."""
-    gpus = []
+    gpus, shared = [], find_shared_memory()
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -289,6 +291,7 @@ def look_at_machine(device: torch.device) -> dict[str, Any]:
         "hip": torch.version.hip,
         "cudnn": torch.backends.cudnn.version(),
         "gpus": gpus,
+        "shared_memory": shared and shared._asdict(),
         "kernels": resolve_backend("auto", "embed_visible", torch.empty(0, device=device)),
         "kernels_note": WHY_MISSING or (why_too_old(device) if device.type == "cuda" else None),
     }
@@ -359,10 +362,20 @@ def _report_machine(machine: dict[str, Any], say: Callable[[str], None]) -> None
         say(f"GPU: {gpu['name']}, compute capability {gpu['capability']}, {gpu['gib']} GiB")
     if not machine["gpus"]:
         say("no GPU: everything runs on the CPU")
+    if machine["shared_memory"]:
+        _report_shared_memory(SharedMemory(**machine["shared_memory"]), say)
     runs_with = machine["kernels"]
     if machine["kernels_note"]:
         runs_with += f" ({machine['kernels_note']})"
     say(f"fused operations: {runs_with}")
+
+
+def _report_shared_memory(found: SharedMemory, say: Callable[[str], None]) -> None:
+    say(f"shared memory: {FOLDER} has {describe(found.free)} free of {describe(found.total)}")
+    clip = ModelConfig.preset("vit_b").clip_bytes
+    needed = batches_bytes(32 * clip, 4)
+    if found.free < needed:
+        say(f"  little: 4 workers with batches of 32 clips may fill {describe(needed)}; {remedy(needed)}")
 
 
 def _report_attention(found: dict[str, Any], say: Callable[[str], None]) -> None:

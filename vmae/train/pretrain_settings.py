@@ -205,6 +205,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_ranks() -> int:
+    """Those of them on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def run_from_args(args: argparse.Namespace) -> RunConfig:
     """Where and how; with an effective batch, and no `accumulate`, the micro-batches that make it up.
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from vmae.checkpoint.folder import WEIGHTS_NAME
 from vmae.config import ModelConfig
+from vmae.data.shared_memory import check_shared_memory
 from vmae.data.video_dataset import VideoDataset
 from vmae.train.checks import check_backend, check_speed
 from vmae.train.optim import OptimConfig, build_adamw
 from vmae.train.parallel import Parallel
-from vmae.train.pretrain_settings import RunConfig
+from vmae.train.pretrain_settings import RunConfig, local_ranks
 from vmae.train.state import Companion
 from vmae.train.step import TrainingBatch
 
@@ -201,7 +202,13 @@ class ModelTask(Task[ModelConfigT, BatchT]):
     def check(self) -> list[str]:
         check_backend(self.run.speed.backend, self.parallel.device)
         check_speed(self.run.speed, self.config.model, self.config.dtype, self.parallel.device)
+        if self.loader == "cpu":
+            check_shared_memory(self.batch_bytes(), self.run.speed.num_workers, local_ranks())
         return super().check()
+
+    def batch_bytes(self) -> int:
+        """Of a micro-batch's clips, uint8."""
+        return self.run.batch_size * self.config.num_sample * self.config.model.clip_bytes
 
     def describe_model(self) -> str:
         model = self.config.model
