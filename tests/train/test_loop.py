@@ -17,7 +17,7 @@ from vmae.train.loop import LoopConfig, NonFiniteError, StepRecord, Trainer
 from vmae.train.metrics import read_log
 from vmae.train.optim import CosineSchedule
 from vmae.train.signals import StopSignals
-from vmae.train.step import Exchange
+from vmae.train.step import Exchange, Read
 
 
 @dataclass
@@ -317,8 +317,8 @@ def test_cuda_graphs_learn_where_a_forward_begins(tmp_path, monkeypatch):
 
 
 def test_ranks_exchange_named_numbers():
-    one = Exchange.row(True, [False, True, False], 0.5, 1.0, (4, 1), [3, 1])
-    other = Exchange.row(True, [False, False, False], 2.0, 0.5, (2, 0), [2, 0])
+    one = Read(True, 0.5, 1.0, 4, ["a failure"], [3, 1]).row([False, True, False])
+    other = Read(True, 2.0, 0.5, 2, [], [2, 0]).row([False, False, False])
     rows = torch.tensor([one, other], dtype=torch.float64)
     assert Exchange.of(rows, 3) == Exchange(True, [False, True, False], 2.0, 1.5, 6, 1, [5, 1])
     rows[1, 0] = 0

@@ -301,6 +301,64 @@ def leave_before_the_model():
     return any(group is model.process_group for group in _LEFT)
 
 
+class Counting(Trainer):
+    """Counts what the ranks tell each other in a step."""
+
+    exchanges = 0
+
+    def train_step(self, batches):
+        exchange, self.exchanges = self.parallel.exchange, 0
+
+        def counting(numbers):
+            self.exchanges += 1
+            return exchange(numbers)
+
+        self.parallel.exchange = counting
+        try:
+            super().train_step(batches)
+        finally:
+            self.parallel.exchange = exchange
+
+
+def broken_after(good):
+    """`batches` of which rank 1 has only so many."""
+
+    def open_batches(parallel, accumulate, start_step):
+        for number, batch in enumerate(batches(parallel, accumulate, start_step)):
+            if parallel.rank == 1 and number == good:
+                raise InputError("the disk is gone")
+            yield batch
+
+    return open_batches
+
+
+def fail_in_a_step(kind, folder, good):
+    """(error, steps done, exchanges of the last step, whether the weights are those of the steps done)."""
+    os.makedirs(folder, exist_ok=True)
+    with open_parallel(kind, "cpu") as parallel:
+        options = {"accumulate": 4, "open_batches": broken_after(good), "total_steps": 5, "save_every": 1}
+        trainer = make_trainer(parallel, folder, trainer_class=Counting, **options)
+        try:
+            trainer.run()
+        except InputError as error:
+            text = str(error)
+        saved = read_group(CheckpointFolder(folder).latest())
+        own = trainer.state.tensors()["model"]
+        same = all(torch.equal(whole(value), saved[name]) for name, value in own.items())
+        return text, trainer.step, trainer.exchanges, same
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("good", "exchanges"), [(8, 1), (9, 2), (11, 2)])
+def test_a_rank_without_its_micro_batch_ends_all_between_two_steps(
+    tmp_path, run_ranks, kind, good, exchanges
+):
+    """In the first of a step's four, all know before they compute; in a later one, once they have."""
+    for text, steps, told, same in run_ranks(2, fail_in_a_step, kind, tmp_path, good):
+        assert text == "rank 1: the disk is gone"
+        assert (steps, told, same) == (2, exchanges, True)
+
+
 def test_a_group_is_held_longer_than_models_that_use_it(run_ranks):
     """Else the model would take it down holding Python's lock, and some ranks never end."""
     assert run_ranks(2, leave_before_the_model) == [True, True]

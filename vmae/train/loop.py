@@ -33,7 +33,7 @@ from vmae.train.optim import clip_gradients, set_learning_rate
 from vmae.train.parallel import Parallel, bare
 from vmae.train.signals import STOP_SIGNALS, StopSignals
 from vmae.train.state import Companion, TrainingState
-from vmae.train.step import Exchange, StepRecord, TrainingBatch, seed_random
+from vmae.train.step import Exchange, Read, StepRecord, TrainingBatch, seed_random
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NONFINITE_NAME = "nonfinite.json"
@@ -199,12 +199,17 @@ class Trainer:
         start = time.perf_counter()
         record = StepRecord(self.step, self.schedule(self.step), samples=[0] * len(self.sources))
         self.optimizer.zero_grad(set_to_none=True)
-        for part in range(self.config.accumulate):
-            fetched = self.fetch(batches, record, part)
-            if fetched is None:
-                self.optimizer.zero_grad(set_to_none=True)
+        parts, batch = self.config.accumulate, None
+        read = Read(samples=[0] * len(self.sources))
+        for part in range(parts):
+            batch, weight = self.fetch(batches, record, read, instead=batch)
+            if part == 0 and not self.agree(record, read, stop=True):
                 return
-            self.forward_backward(*fetched, record, part)
+            assert batch is not None  # all ranks have one
+            self.forward_backward(batch, weight, record, part)
+        if parts > 1 and not self.agree(record, read, stop=False):
+            self.optimizer.zero_grad(set_to_none=True)
+            return
         norm = self.clip(record)
         self.optimizer_step(record, norm)
         self.step += 1
@@ -218,44 +223,58 @@ class Trainer:
             self.checkpoint()
 
     def fetch(
-        self, batches: Iterator[TrainingBatch], record: StepRecord, part: int
-    ) -> tuple[TrainingBatch, float] | None:
-        """The next micro-batch on the device, and its weight; None when any rank was asked to stop.
+        self,
+        batches: Iterator[TrainingBatch],
+        record: StepRecord,
+        read: Read,
+        instead: TrainingBatch | None,
+    ) -> tuple[TrainingBatch | None, float]:
+        """The next micro-batch on the device, and its weight; `instead`, of weight 0, where there is none:
+        the others gather weights and gradients with this rank until all know (`agree`), and drop the step."""
+        start = time.perf_counter()
+        batch = self._next_batch(batches) if read.present else None
+        waited_s = time.perf_counter() - start
+        if batch is None:
+            read.present = False
+            return instead, 0.0
+        if device_is_idle(self.device):  # else it had work all the while
+            read.waited_s += waited_s
+        weight = 1.0 if self.weigh is None else self.weigh(batch)
+        read.weight += weight
+        read.clips += batch.clips.shape[0]
+        read.replaced += batch.replaced
+        if self.count_sources is not None:
+            read.samples = [before + more for before, more in zip(read.samples, self.count_sources(batch))]
+        record.ids += batch.ids
+        return self._to_device(batch), weight
 
-        All ranks learn of all: a stop is taken between two steps, or at once where a rank's workers went down
-        with it.
+    def agree(self, record: StepRecord, read: Read, *, stop: bool) -> bool:
+        """Let all ranks know what each has read, and add it to the step's record; False where the run stops
+        instead. Twice a step at most, however many micro-batches it has.
+
+        Args:
+            stop: whether a step begins, so that a stop is taken now; else it is where a rank's workers went
+                down with it.
 
         Raises:
             InputError: on every rank, where one has no batch because of its data.
         """
-        start = time.perf_counter()
-        batch = self._next_batch(batches)
-        weight, counts, sources = 1.0, (0, 0), [0] * len(self.sources)
-        if batch is not None:
-            counts = (batch.clips.shape[0], len(batch.replaced))
-            if self.weigh is not None:
-                weight = self.weigh(batch)
-            if self.count_sources is not None:
-                sources = [*self.count_sources(batch)]
         own_stops = [self.stop.received == number for number in STOP_SIGNALS]
-        waited = time.perf_counter() - start
-        own = Exchange.row(batch is not None, own_stops, waited, weight, counts, sources)
-        ranks = Exchange.of(self.parallel.exchange(own), len(STOP_SIGNALS))
+        ranks = Exchange.of(self.parallel.exchange(read.row(own_stops)), len(STOP_SIGNALS))
         asked = next((number for number, received in zip(STOP_SIGNALS, ranks.stops) if received), None)
-        if asked is not None and (part == 0 or not ranks.all_present):
+        if asked is not None and (stop or not ranks.all_present):
             self.stopped_by = asked
-            return None
-        if batch is None or not ranks.all_present:
+            return False
+        if not ranks.all_present:
             raise InputError(next(error for error in self.parallel.gather(self._data_error) if error))
-        self._note_failures(batch.replaced, ranks.replaced)
-        if device_is_idle(self.device):  # else it had work all the while
-            record.data_s += ranks.waited_s
+        self._note_failures(read.replaced, ranks.replaced)
+        record.data_s += ranks.waited_s
         record.weight += ranks.weight
         record.clips += ranks.clips
         record.replaced += ranks.replaced
         record.samples = [before + more for before, more in zip(record.samples, ranks.samples)]
-        record.ids += batch.ids
-        return self._to_device(batch), weight
+        read.clear()
+        return True
 
     def _next_batch(self, batches: Iterator[TrainingBatch]) -> TrainingBatch | None:
         self.stop.waiting = True

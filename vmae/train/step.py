@@ -47,11 +47,39 @@ class StepRecord:
     numbers: LateNumbers | None = None
 
 
+@dataclass
+class Read:
+    """What a rank has read since the ranks last told each other.
+
+    Attributes:
+        present: whether it had every micro-batch that it wanted; stays False.
+        waited_s: that its device had nothing to do, in seconds.
+        weight: sum over the micro-batches.
+        samples: clips by source.
+    """
+
+    present: bool = True
+    waited_s: float = 0.0
+    weight: float = 0.0
+    clips: int = 0
+    replaced: list = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+
+    def row(self, stops: list[bool]) -> list[float]:
+        """Numbers that a rank sends."""
+        counts = (self.clips, len(self.replaced))
+        return [self.present, self.waited_s, self.weight, *counts, *stops, *self.samples]
+
+    def clear(self) -> None:
+        self.waited_s = self.weight = 0.0
+        self.clips, self.replaced, self.samples = 0, [], [0] * len(self.samples)
+
+
 class Exchange(NamedTuple):
     """What every rank knows of all ranks' micro-batches.
 
     Attributes:
-        all_present: whether every rank has a batch.
+        all_present: whether every rank has had all its micro-batches.
         stops: for each stop signal, whether a rank received it.
         waited_s: the longest wait for a batch, in seconds.
         weight, clips, replaced: sums over the ranks.
@@ -66,21 +94,9 @@ class Exchange(NamedTuple):
     replaced: int
     samples: list[int]
 
-    @staticmethod
-    def row(
-        present: bool,
-        stops: list[bool],
-        waited_s: float,
-        weight: float,
-        counts: tuple[int, int],
-        samples: list[int],
-    ) -> list[float]:
-        """Numbers that a rank sends; `counts` are its clips and replaced videos."""
-        return [present, waited_s, weight, *counts, *stops, *samples]
-
     @classmethod
     def of(cls, rows: Tensor, signals: int) -> Exchange:
-        """From `row` of every rank, float64 [ranks, 5 + signals + sources]."""
+        """From `Read.row` of every rank, float64 [ranks, 5 + signals + sources]."""
         (present, _, weight, clips, replaced), stops, samples = _split(rows.sum(0).tolist(), signals)
         longest = rows[:, 1].max().item()
         return cls(
