@@ -178,7 +178,7 @@ def test_a_single_clip_has_no_partner():
 
 
 class NoHostTensor(TorchDispatchMode):
-    """Raises where an operation reads a tensor of the host: on a GPU that is a copy that the host waits for."""
+    """Raises where an operation reads a tensor of the host: on a GPU, a copy that the host waits for."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]

@@ -48,8 +48,8 @@ def test_a_run_says_it_before_it_writes(monkeypatch, tmp_path, capsys, workers):
     mount(monkeypatch, 1 << 20)
     (tmp_path / "list.txt").write_text("".join(f"{path} 0 -1\n" for path in sample_videos()))
     code = main(
-        ["pretrain", "--data", str(tmp_path / "list.txt"), "--output", str(tmp_path / "run"), "--model"]
-        + ["vit_tiny", "--batch-size", "2", "--steps", "1", "--workers", workers, "--device", "cpu", "--dry-run"]
+        ["pretrain", "--data", str(tmp_path / "list.txt"), "--output", str(tmp_path / "run"), "--dry-run"]
+        + f"--model vit_tiny --batch-size 2 --steps 1 --device cpu --workers {workers}".split()
     )
     said = capsys.readouterr()
     assert not (tmp_path / "run").exists()

@@ -172,7 +172,8 @@ def test_slurm_starts_one_torchrun_on_each_node(tmp_path):
     for name, text in {
         "sbatch": 'printf "%s\\n" "$@" > sbatch.txt',
         "scontrol": "echo node7; echo node8",
-        "srun": 'echo "cpus: $SRUN_CPUS_PER_TASK"; shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+        "srun": 'echo "cpus: $SRUN_CPUS_PER_TASK"; shift; '
+        'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
     }.items():
         (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tools / name).chmod(0o755)
@@ -193,7 +194,8 @@ def test_slurm_starts_one_torchrun_on_each_node(tmp_path):
     wanted = "--job-name pretrain_vitl --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 --cpus-per-task 96"
     assert " ".join(asked).startswith(wanted)
     assert asked[-7:-4] == ["--partition=video", "-t", "9"]
-    job = dict(PATH=path, GPUS=16, NODES=2, DATA="x", SLURM_CPUS_PER_TASK=96, SLURM_JOB_ID=1, SLURM_JOB_NODELIST="node[7-8]")
+    job = dict(PATH=path, GPUS=16, NODES=2, DATA="x", SLURM_JOB_ID=1, SLURM_JOB_NODELIST="node[7-8]")
+    job["SLURM_CPUS_PER_TASK"] = 96
     started = run("slurm.sh", recipe, "--seed", "3", cwd=tmp_path, **job)
     assert "cpus: 96\n" in started.stdout  # srun takes nothing over from sbatch
     launches = [line for line in started.stdout.splitlines() if "torch.distributed.run" in line]

@@ -3,6 +3,7 @@ model."""
 
 import json
 import os
+import resource
 import signal
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from vmae.train.activations import prepare_blocks
 from vmae.train.loop import LoopConfig, NonFiniteError, Trainer
 from vmae.train.metrics import read_log
 from vmae.train.optim import CosineSchedule, OptimConfig, build_adamw
-from vmae.train.parallel import _LEFT, open_parallel, resolve_kind
+from vmae.train.parallel import _LEFT, allow_connections, open_parallel, resolve_kind
 
 MODEL = ModelConfig(
     img_size=32,
@@ -390,6 +391,22 @@ def test_logs_count_all_ranks_and_go_on_counting(tmp_path, run_ranks):
     assert {record["replaced"] for record in records} == {3}
     assert records[-1]["samples"] == {"even": 16, "odd": 16}
     assert records[-1]["clips_per_s"] == pytest.approx(GLOBAL_BATCH / records[-1]["step_s"])
+
+
+def limit_files(soft, hard, ranks):
+    """(what is said, the limits after), in a process of its own."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return allow_connections(ranks), resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def test_many_ranks_may_open_many_connections(run_ranks):
+    """Two to each other rank, and 1,024 files of the rest of the run."""
+    assert run_ranks(1, limit_files, 1024, 4096, 1)[0] == (None, (1024, 4096))
+    said, limits = run_ranks(1, limit_files, 1024, 4096, 1000)[0]
+    assert limits == (3022, 4096) and "raised the limit of open files from 1024 to 3022" in said
+    said, limits = run_ranks(1, limit_files, 1024, 2048, 1000)[0]
+    assert limits == (2048, 2048) and "limited to 2048, and 1000 ranks need 3022" in said
+    assert "ulimit -Hn 3022" in said
 
 
 def test_kinds_are_checked(monkeypatch):

@@ -195,7 +195,7 @@ def features_of(
     shares = config.step < config.frames and config.step % model.config.tubelet_size == 0
     windows_of = _embedded if shares else _clips
     waiting: list[tuple[int, Tensor]] = []
-    running: list[tuple[list[int], LateNumbers]] = []  # the batch that was launched last: its videos, features
+    running: list[tuple[list[int], LateNumbers]] = []  # videos and features of the batch launched last
     done: dict[int, list[Tensor]] = {}  # features of each window, by video; videos in order
     errors: dict[int, DecodeError] = {}
 
@@ -203,10 +203,10 @@ def features_of(
         clips = torch.stack([clip for _, clip in waiting])
         launched = ([video for video, _ in waiting], _features(model, clips, config, shares))
         waiting.clear()
-        settle()
+        collect()
         running.append(launched)
 
-    def settle() -> None:
+    def collect() -> None:
         for videos_of_batch, late in running:
             found = late.wait()
             if found.isnan().any():
@@ -244,7 +244,7 @@ def features_of(
             yield from complete(number + 1)
     if waiting:
         flush()
-    settle()
+    collect()
     yield from complete(number + 1)
 
 

@@ -233,6 +233,37 @@ def _meeting_place() -> dict[str, Any]:
     return {}
 
 
+# Of a rank beside its connections to the others: data workers' pipes, shared tensors, libraries, files.
+_OTHER_FILES = 1024
+_GROUPS = 2  # over all ranks: the default one, and that of background saves
+
+
+def allow_connections(ranks: int) -> str | None:
+    """Let this process open a connection to each of the other ranks in each group (gloo connects all pairs):
+    raise the soft limit of open files, which most systems set to 1024.
+
+    Returns:
+        What was done, or what is still too low, in a line; None where the limit was high enough.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    needed = _GROUPS * (ranks - 1) + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return None
+    reached = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (reached, hard))
+    why = f"{ranks} ranks need {needed}: {_GROUPS} connections to each other one, and {_OTHER_FILES} more"
+    if reached < needed:
+        return (
+            f"warning: open files are limited to {hard}, and {why}; raise the hard limit "
+            f"(`ulimit -Hn {needed}`, LimitNOFILE= in slurmd's unit, `docker run --ulimit nofile=...`)"
+        )
+    return f"note: raised the limit of open files from {soft} to {reached}; {why}"
+
+
 @contextlib.contextmanager
 def open_parallel(
     kind: str = "auto", device: str = "auto", *, shard_size: int | None = None
@@ -257,6 +288,9 @@ def open_parallel(
     if kind == "none":
         yield Parallel(device=found)
         return
+    said = allow_connections(ranks)
+    if said is not None and os.environ.get("RANK", "0") == "0":
+        print(said, flush=True)
     dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo", **_meeting_place())
     mesh = None
     if shape is not None:
