@@ -1,6 +1,7 @@
 """Batches made ahead: in order, with errors in their place, and nothing left running; the CPU stands in for
 the GPU."""
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass
@@ -140,3 +141,30 @@ def test_on_a_gpu():
         for one, two in zip(plain, ahead, strict=True):
             assert all(tensor.is_cuda for tensor in _tensors(two))
             assert all(torch.equal(a, b.cpu()) for a, b in zip(_tensors(one), _tensors(two), strict=True))
+
+
+def test_the_thread_uses_the_gpu_that_the_batches_go_to(monkeypatch):
+    """A thread starts at GPU 0, whatever the one that made it has chosen: pinning there makes a context."""
+    used = []
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+
+        def record_event(self):
+            return None
+
+    class OneBatch(Number):
+        def to(self, device, non_blocking=False):
+            used.append(("copied", threading.current_thread().name))
+            return self
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: used.append((str(device), threading.current_thread().name))
+    )
+    source = iter([OneBatch(torch.tensor(1))])
+    with Prefetcher(source, "cuda:3") as batches:
+        assert int(next(batches).value) == 1
+    assert used == [("cuda:3", "prefetch"), ("copied", "prefetch")]
