@@ -163,6 +163,8 @@ def inputs(preset: str, dtype: torch.dtype, float_clips: bool) -> dict[str, Tens
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
     return {
+        "tokens": learned(2, shown, width), "block_weight": learned(width).float(),
+        "block_bias": learned(width).float(),
         "clips": clips, "visible": index(shown), "decode": index(decoded), "counted": index(counted),
         "weight": learned(width, 3, 2, patch, patch), "bias": learned(width),
         "pos": learned(tokens, width).float(),
@@ -179,6 +181,7 @@ ARGUMENTS = {
     "embed_visible": ("clips", "visible", "weight", "bias", "pos"),
     "head_patch_loss": ("rows", "head_weight", "head_bias", "clips", "counted", "token_weight"),
     "patch_loss": ("pixels", "clips", "counted", "token_weight"),
+    "layer_norm": ("tokens", "block_weight", "block_bias"),
     "select_decoded": ("hidden", "norm_weight", "norm_bias", "counted"),
     "assemble_decoder_tokens": ("encoded", "mask_token", "decoder_pos", "visible", "decode"),
 }
