@@ -95,15 +95,17 @@ def test_rows_far_from_zero_keep_their_deviation(device):
     check(ours, layer_norm_ref, layer_norm_ref, inputs, upstream)
 
 
-def test_strided_rows(device):
+# Two clips whose rows lie apart are copied; one clip's rows are read where they are.
+@pytest.mark.parametrize("clips", [1, 2])
+def test_strided_rows(clips, device):
     """Rows cut out of something larger in each way, and an upstream gradient with gaps."""
-    inputs, upstream = problem((2, 20, 33), torch.float32, device)
+    inputs, upstream = problem((clips, 20, 33), torch.float32, device)
     plain = run(ours, inputs, upstream)
     whole = torch.full((3, 24, 40), float("nan"), device=device)
-    columns, clips = whole.mT.contiguous().mT, whole.transpose(0, 1).contiguous().transpose(0, 1)
-    cuts = [whole[1:, 2:22, 3:36], columns[:2, :20, :33], clips[:2, 4:, :33]]
+    columns, across = whole.mT.contiguous().mT, whole.transpose(0, 1).contiguous().transpose(0, 1)
     gaps = torch.stack([upstream, torch.full_like(upstream, float("nan"))], -1)[..., 0]
-    for x in cuts:
+    for x in (whole[1:, 2:22, 3:36], columns[:, :20, :33], across[:, 4:, :33]):
+        x = x[:clips]
         x.copy_(inputs["x"])
         x = x.detach().requires_grad_()
         result = layer_norm(x, inputs["weight"], inputs["bias"], backend="triton")
