@@ -111,6 +111,12 @@ def _assemble_decoder_tokens(s: Shape) -> tuple[Work, Work]:
     return Work(bytes=moved, vector=both * s.decoder), Work(bytes=2 * decoded, vector=decoded)
 
 
+def _layer_norm(s: Shape) -> tuple[Work, Work]:
+    """Of an encoder block."""
+    moved = s.batch * s.visible * s.width
+    return Work(bytes=2 * 2 * moved, vector=8 * moved), Work(bytes=2 * 3 * moved, vector=16 * moved)
+
+
 def _select_decoded(s: Shape) -> tuple[Work, Work]:
     rows = s.batch * s.counted * s.decoder
     moved = 2 * (2 * rows + s.batch * (s.visible + s.decoded) * s.decoder)
@@ -132,6 +138,7 @@ def _head_patch_loss(s: Shape) -> tuple[Work, Work]:
 _WORK = {
     "embed_visible": _embed_visible,
     "assemble_decoder_tokens": _assemble_decoder_tokens,
+    "layer_norm": _layer_norm,
     "select_decoded": _select_decoded,
     "patch_loss": _patch_loss,
     "head_patch_loss": _head_patch_loss,

@@ -58,6 +58,8 @@ def make_inputs(operation: str, s: Shape, device: str, dtype: torch.dtype) -> In
     if operation == "assemble_decoder_tokens":
         encoded, mask_token = learned(s.batch, s.visible, s.decoder), learned(1, 1, s.decoder)
         return encoded, mask_token, _positions(s, s.decoder, device), visible, decode
+    if operation == "layer_norm":
+        return learned(s.batch, s.visible, s.width), learned(s.width), learned(s.width)
     if operation == "select_decoded":
         keep = s.visible + _indices(s, s.counted, s.decoded, device)
         hidden = learned(s.batch, s.visible + s.decoded, s.decoder)

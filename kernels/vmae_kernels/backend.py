@@ -34,6 +34,7 @@ class Operation:
 OPERATIONS = {
     "embed_visible": Operation(("weight", "bias", "pos"), ("clips",), ("visible",)),
     "assemble_decoder_tokens": Operation(("encoded", "mask_token"), ("pos",), ("visible", "decode")),
+    "layer_norm": Operation(("x", "weight", "bias"), (), ()),
     "select_decoded": Operation(("hidden", "weight", "bias"), (), ("keep",)),
     "patch_loss": Operation(("pixels",), ("clips", "weight"), ("decode",)),
     "head_patch_loss": Operation(("hidden", "head_weight", "head_bias"), ("clips", "weight"), ("decode",)),

@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import vmae_kernels
 from vmae_kernels import device
+from vmae_kernels.layer_norm import layer_norm_bwd
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -163,6 +164,8 @@ def inputs(preset: str, dtype: torch.dtype, float_clips: bool) -> dict[str, Tens
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
     return {
+        "tokens": learned(clips.shape[0], shown, width), "block_weight": learned(width).float(),
+        "block_bias": learned(width).float(),
         "clips": clips, "visible": index(shown), "decode": index(decoded), "counted": index(counted),
         "weight": learned(width, 3, 2, patch, patch), "bias": learned(width),
         "pos": learned(tokens, width).float(),
@@ -179,9 +182,21 @@ ARGUMENTS = {
     "embed_visible": ("clips", "visible", "weight", "bias", "pos"),
     "head_patch_loss": ("rows", "head_weight", "head_bias", "clips", "counted", "token_weight"),
     "patch_loss": ("pixels", "clips", "counted", "token_weight"),
+    "layer_norm": ("tokens", "block_weight", "block_bias"),
     "select_decoded": ("hidden", "norm_weight", "norm_bias", "counted"),
     "assemble_decoder_tokens": ("encoded", "mask_token", "decoder_pos", "visible", "decode"),
 }
+
+
+def layer_norm_again(x: dict[str, Tensor]) -> None:
+    """The backward of `norm_linear`, which gives the forward's result again."""
+    tokens, weight, bias = (x[name].detach() for name in ARGUMENTS["layer_norm"])
+    rows = torch.zeros(tokens.shape[0] * tokens.shape[1])
+    layer_norm_bwd(tokens, tokens, weight, bias, rows, rows)
+
+
+# Launches of training that the public function does not make, after its own.
+ALSO = {"layer_norm": layer_norm_again}
 
 
 def call_operation(operation: str, x: dict[str, Tensor]) -> None:
@@ -189,6 +204,8 @@ def call_operation(operation: str, x: dict[str, Tensor]) -> None:
     arguments = [x[name] for name in ARGUMENTS[operation]]
     result = getattr(vmae_kernels, operation)(*arguments, backend="triton")
     result.backward(torch.ones_like(result))
+    if operation in ALSO:
+        ALSO[operation](x)
 
 
 def build_one(job: tuple[str, str, str, str, bool, int]) -> list[dict]:
@@ -204,7 +221,7 @@ def build_one(job: tuple[str, str, str, str, bool, int]) -> list[dict]:
         options = {
             key: value for key, value in launch.kwargs.items() if not key.isupper() or key.startswith("BLOCK")
         }
-        key = (name, *options.items())
+        key = (name, *launch.kwargs.items())
         if key in seen or (candidate and not tunable):
             continue
         seen.add(key)

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from vmae_kernels.backend import OPERATIONS
+
 
 def test_counts_intervals_and_floors(benches, tmp_path, capsys):
     words = ["--presets", "vit_s", "--variants", "reference", "triton", "--json", str(tmp_path / "r.json")]
@@ -19,7 +21,7 @@ def test_counts_intervals_and_floors(benches, tmp_path, capsys):
             assert 0 < span["fast"] < span["slow"]
         assert record["predicted_step_ms"]["A100"]["fast"] > record["predicted_step_ms"]["H100"]["fast"]
     floors = [r for r in content["records"] if r["kind"] == "floor"]
-    assert len(floors) == 10 and all(r["floor_us"]["H100"] > 0 for r in floors)
+    assert len(floors) == 2 * len(OPERATIONS) and all(r["floor_us"]["H100"] > 0 for r in floors)
     assert content["assumptions"]["fast"]["matrix_share"] > content["assumptions"]["slow"]["matrix_share"]
     assert "PREDICTED, not measured" in capsys.readouterr().out
 

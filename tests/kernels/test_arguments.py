@@ -46,6 +46,11 @@ def operands(name, device, batch=2, shown=2, hidden=2, clips="uint8"):
             "visible": visible,
             "decode": decode,
         },
+        "layer_norm": {
+            "x": random(batch, hidden, DECODER),
+            "weight": random(DECODER),
+            "bias": random(DECODER),
+        },
         "select_decoded": {
             "hidden": random(batch, 8, DECODER),
             "weight": random(DECODER),
@@ -190,6 +195,7 @@ def test_strided_arguments_pass_opcheck_and_compile(name, device):
     assert all(map(torch.equal, expected, found))
     extra = {
         "embed_visible": (torch.float32,),
+        "layer_norm": (1e-6, torch.float32),
         "select_decoded": (1e-6, torch.float32),
         "patch_loss": (True, 2),
     }

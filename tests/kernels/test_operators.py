@@ -44,6 +44,7 @@ def operands(device, batch=2, dtype=torch.float32):
             learned(total, WIDTH),
         ),
         "assemble_decoder_tokens": (learned(batch, 4, DECODER), learned(1, 1, DECODER), pos, visible, decode),
+        "layer_norm": (learned(batch, 5, DECODER), learned(DECODER), learned(DECODER)),
         "select_decoded": (learned(batch, 10, DECODER), learned(DECODER), learned(DECODER), keep),
         "patch_loss": (learned(batch, 6, values), clips, decode, weight),
         "head_patch_loss": (
@@ -61,6 +62,7 @@ def operands(device, batch=2, dtype=torch.float32):
 EXTRA = {
     "embed_visible": (torch.float32,),
     "assemble_decoder_tokens": (),
+    "layer_norm": (1e-6, torch.float32),
     "select_decoded": (1e-6, torch.float32),
     "patch_loss": (True, 2),
     "head_patch_loss": (True, 2, torch.float32, True),
@@ -81,7 +83,7 @@ def test_autocast(name, device):
     with torch.autocast(device, dtype=torch.bfloat16):
         result = getattr(vmae_kernels, name)(*arguments, backend="triton")
         expected = getattr(vmae_kernels, name)(*arguments, backend="torch")
-    if name in ("embed_visible", "select_decoded"):
+    if name in ("embed_visible", "layer_norm", "select_decoded"):
         assert result.dtype == torch.bfloat16
     else:
         assert result.dtype == expected.dtype
@@ -292,13 +294,14 @@ def test_triton_on_a_cpu_says_what_to_do(monkeypatch):
 
 
 def test_nothing_saved_that_need_not_be(device):
-    """What autograd keeps, by operation: never the weight of the embedding, any statistics, or the head's
-    input."""
+    """What autograd keeps, by operation: never the weight of the embedding, statistics of `select_decoded`,
+    or the head's input."""
     arguments = operands(device)
     saved: list[torch.Tensor] = []
     expected = {
         "embed_visible": {0, 1},
         "assemble_decoder_tokens": set(),
+        "layer_norm": {0, 1},
         "select_decoded": {0, 1, 3},
         "patch_loss": {0, 1, 2, 3},
         "head_patch_loss": set(),
@@ -313,6 +316,7 @@ def test_nothing_saved_that_need_not_be(device):
         extra = sum(x.numel() for x in saved if x.data_ptr() not in {y.data_ptr() for y in arguments[name]})
         hidden, head = arguments["head_patch_loss"][:2]
         assert extra == {
+            "layer_norm": 2 * 2 * 5,  # mean, and one over the deviation, of each row
             "patch_loss": 1,
             "head_patch_loss": 1 + hidden.numel() + head.numel() + head.shape[0],
         }.get(name, 0)

@@ -6,12 +6,13 @@ Legend: B clips, N tokens, D width.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmae.config import ModelConfig
 from vmae.model.attention import Attention
 from vmae.model.attention.packed import Lengths
-from vmae.model.recompute import gelu_linear, norm_linear
+from vmae.model.recompute import LayerNorm, compute_dtype, gelu_linear, norm_linear, padded, padded_width
 
 
 def init_xavier(module: nn.Module) -> None:
@@ -43,25 +44,37 @@ class DropPath(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, of which rows run as multiples of 16 bytes
+    (`vmae.model.recompute`); `pad = False` leaves them as they are."""
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)
+        self.pad = True
 
     def forward(self, x_BND: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
         """The MLP of x, or of `norm(x)` keeping neither its result nor GELU's for the backward."""
+        fc1, fc2 = self.fc1, self.fc2
         if norm is None:
-            return self.fc2(self.act(self.fc1(x_BND)))
-        hidden = norm_linear(x_BND, norm, self.fc1.weight, self.fc1.bias)
-        return gelu_linear(hidden, self.fc2.weight, self.fc2.bias)
+            dtype = compute_dtype(x_BND)
+            width = padded_width(fc1.out_features, dtype)
+            if width == fc1.out_features or not self.pad:
+                return fc2(self.act(fc1(x_BND)))
+            wide = padded(fc1.weight, (width, fc1.in_features), dtype), padded(fc1.bias, (width,), dtype)
+            hidden = self.act(F.linear(x_BND, *wide))
+            return F.linear(hidden, padded(fc2.weight, (fc2.out_features, width), dtype), fc2.bias)
+        hidden = norm_linear(x_BND, norm, fc1.weight, fc1.bias, pad=self.pad)
+        return gelu_linear(hidden, fc2.weight, fc2.bias)
 
 
 class Block(nn.Module):
     """Pre-norm block: attention and MLP, each with optional layer scale (`gamma_1`, `gamma_2`) and stochastic
     depth.
 
-    With `recompute`, LayerNorm's and GELU's results are made again in the backward instead of being kept.
+    With `recompute`, LayerNorm's and GELU's results are made again in the backward instead of being kept, the
+    norms by `backend` ("torch", "triton", "auto").
     """
 
     def __init__(
@@ -72,10 +85,11 @@ class Block(nn.Module):
         drop_path: float,
         attention: str = "auto",
         recompute: bool = False,
+        backend: str = "auto",
     ):
         super().__init__()
         self.recompute = recompute
-        self.norm1 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.norm1 = LayerNorm(dim, config.layer_norm_eps, backend)
         self.attn = Attention(
             dim,
             num_heads,
@@ -85,7 +99,7 @@ class Block(nn.Module):
             backend=attention,
         )
         self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.norm2 = LayerNorm(dim, config.layer_norm_eps, backend)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
         scaled = config.init_values > 0
         self.gamma_1 = nn.Parameter(torch.full((dim,), config.init_values)) if scaled else None
@@ -111,7 +125,8 @@ def build_blocks(
     num_heads: int,
     attention: str = "auto",
     recompute: bool = False,
+    backend: str = "auto",
 ) -> nn.ModuleList:
     """`depth` blocks whose stochastic depth rises linearly from 0 to `config.drop_path_rate`."""
     rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-    return nn.ModuleList(Block(config, dim, num_heads, rate, attention, recompute) for rate in rates)
+    return nn.ModuleList(Block(config, dim, num_heads, rate, attention, recompute, backend) for rate in rates)

@@ -87,7 +87,7 @@ class Classifier(nn.Module):
         self.patch_embed = PatchEmbed(config)
         register_positions(self, config)
         self.blocks = build_blocks(
-            config, config.embed_dim, config.depth, config.num_heads, attention, recompute
+            config, config.embed_dim, config.depth, config.num_heads, attention, recompute, backend
         )
         norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.norm = norm if pooling == "first" else nn.Identity()

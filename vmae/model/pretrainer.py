@@ -19,7 +19,7 @@ from vmae.masking import DualMask
 from vmae.model.blocks import build_blocks, init_xavier
 from vmae.model.embed import PatchEmbed, register_positions, sine_cosine_positions
 from vmae.model.packed import packed_loss, packed_predict
-from vmae.model.recompute import norm_linear
+from vmae.model.recompute import LayerNorm, norm_linear
 from vmae_kernels import assemble_decoder_tokens, embed_visible, head_patch_loss, select_decoded
 
 
@@ -28,24 +28,24 @@ class Encoder(nn.Module):
 
     pos_embed: Tensor
 
-    def __init__(self, config: ModelConfig, attention: str, recompute: bool):
+    def __init__(self, config: ModelConfig, attention: str, recompute: bool, backend: str):
         super().__init__()
         self.patch_embed = PatchEmbed(config)
         register_positions(self, config)
         self.blocks = build_blocks(
-            config, config.embed_dim, config.depth, config.num_heads, attention, recompute
+            config, config.embed_dim, config.depth, config.num_heads, attention, recompute, backend
         )
-        self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+        self.norm = LayerNorm(config.embed_dim, config.layer_norm_eps, backend)
         self.apply(init_xavier)
 
 
 class Decoder(nn.Module):
     """Blocks, norm and the head that predicts a tubelet's values."""
 
-    def __init__(self, config: ModelConfig, attention: str, recompute: bool):
+    def __init__(self, config: ModelConfig, attention: str, recompute: bool, backend: str):
         super().__init__()
         dim, heads = config.decoder_embed_dim, config.decoder_num_heads
-        self.blocks = build_blocks(config, dim, config.decoder_depth, heads, attention, recompute)
+        self.blocks = build_blocks(config, dim, config.decoder_depth, heads, attention, recompute, backend)
         self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.head = nn.Linear(dim, config.tubelet_pixels)
         self.apply(init_xavier)
@@ -79,8 +79,8 @@ class Pretrainer(nn.Module):
         self.backend = backend
         self.normalize_target = normalize_target
         self.recompute = recompute
-        self.encoder = Encoder(config, attention, recompute)
-        self.decoder = Decoder(config, attention, recompute)
+        self.encoder = Encoder(config, attention, recompute, backend)
+        self.decoder = Decoder(config, attention, recompute, backend)
         # Left at torch's default initialisation, as in the published code, whose `apply` covers the two
         # halves only.
         self.encoder_to_decoder = nn.Linear(config.embed_dim, config.decoder_embed_dim, bias=False)

@@ -29,6 +29,8 @@ class ReferencePretrainer(nn.Module):
         self.config = config
         self.normalize_target = normalize_target
         self.encoder, self.decoder = parts.encoder, parts.decoder
+        for block in (*self.encoder.blocks, *self.decoder.blocks):
+            block.mlp.pad = False
         self.encoder_to_decoder, self.mask_token = parts.encoder_to_decoder, parts.mask_token
         self.register_buffer("pos_embed", parts.pos_embed, persistent=False)
 
