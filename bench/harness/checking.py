@@ -10,14 +10,16 @@ cancel: it counts as having an error of 2^-11 in bfloat16, and of 2^-20 in float
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from harness.progress import at
 from harness.results.steps import Check
 from harness.stepping import SEED, Gradients, StepJob, draw_mask, norm_of, repeated
 from harness.variants import named_gradients, resolve_variant
@@ -56,10 +58,8 @@ class Expected:
             name: FACTOR * max(self.errors[name], GRADIENT_FLOOR[self.dtype]) + allowance for name in norms
         }
         errors = {name: _relative(norm, self.precise.norms[name]) for name, norm in norms.items()}
-        # NaN is further out than anything.
-        worst = max(
-            errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name] / bounds[name]
-        )
+        parts = {name: error / bounds[name] for name, error in errors.items()}
+        worst = max(parts, key=lambda name: math.inf if math.isnan(parts[name]) else parts[name])
         return Check(
             loss_error=_relative(found.loss, self.precise.loss),
             loss_bound=FACTOR * max(self.loss_error, LOSS_FLOOR[self.dtype]) + allowance,
@@ -142,7 +142,7 @@ def _normalised(clips: Tensor) -> Tensor:
     return ((clips.double() / 255 - mean) / std).permute(0, 4, 1, 2, 3)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
     """Float32 products in float32, also on a GPU."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -154,31 +154,23 @@ def _without_tf32() -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-def expect(job: StepJob, masking: str) -> Expected:
-    """`Reference.expected` in a process of its own, which is gone afterwards.
+def expect(job: StepJob, maskings: Sequence[str]) -> dict[str, Expected]:
+    """`Reference.expected` of each masking, in a process of its own, which is gone afterwards.
 
     Raises:
         WorkerError: not even a clip at a time fits, or it failed.
     """
     for at_once in AT_ONCE:
-        worker = Worker(_ReferenceOf(at_once), job, f"reference {masking}")
-        try:
-            worker.wait_ready()
-            found: Expected = worker.ask("expected", masking)
-            return found
-        except WorkerError as error:
-            if not error.out_of_memory or at_once == AT_ONCE[-1]:
-                raise
-        finally:
-            worker.close()
-    raise AssertionError("unreachable")
-
-
-@dataclass(frozen=True)
-class _ReferenceOf:
-    """Makes a `Reference`; a worker's `make` must be found by name."""
-
-    at_once: int
-
-    def __call__(self, job: StepJob) -> Reference:
-        return Reference(job, self.at_once)
+        worker = Worker(partial(Reference, at_once=at_once), job, "reference")
+        with contextlib.closing(worker):
+            try:
+                worker.wait_ready()
+                found = {}
+                for masking in maskings:
+                    at(f"what the reference gives, {masking}")
+                    found[masking] = worker.ask("expected", masking)
+                return found
+            except WorkerError as error:
+                if not error.out_of_memory or at_once == AT_ONCE[-1]:
+                    raise
+    raise AssertionError("AT_ONCE is empty")

@@ -212,7 +212,7 @@ class Stepper:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self.clips, self.mask = self.all_clips[:0], None
+            del self.clips, self.mask
             return None
         rate = batch / sorted(times)[len(times) // 2] * 1e3
         return SweptBatch(batch=batch, step_ms=times, memory=self.memory(), clips_per_s=rate)

@@ -61,9 +61,7 @@ Results = dict[str, Measured]  # by the job's name
 
 def measure(jobs: Sequence[StepJob], steps: int, warmup: int) -> tuple[list[Measured], dict[str, str]]:
     """Runs of all jobs in the same turns, and why some have none."""
-    results: Results = {}
-    for results in measure_in_groups(jobs, steps, warmup, len(jobs)):
-        pass
+    *_, results = measure_in_groups(jobs, steps, warmup, len(jobs))
     reasons = {job.name: results[job.name].lost for job in jobs}
     return [results[job.name] for job in jobs], {name: why for name, why in reasons.items() if why}
 
@@ -74,14 +72,10 @@ def measure_in_groups(
     """What is known of all jobs, after each check and each timed round."""
     jobs = [replace(job, parked=job.device.startswith("cuda")) for job in jobs]
     results: Results = {}
-    expected: dict[str, Expected | WorkerError] = {}
+    expected = _expected(jobs)
     anchor = jobs[0]
     for number, others in enumerate(make_groups(jobs, resident)):
         members = [anchor, *others]
-        for masking in dict.fromkeys(job.masking for job in members):
-            if masking not in expected:
-                at(f"reference, {masking}")
-                expected[masking] = _expected(jobs[0], masking)
         known = results
         for found in take_turns(members, expected, number, steps, warmup):
             results = {**found, **known}  # an anchor's first group counts
@@ -93,7 +87,7 @@ def measure_in_groups(
 def make_groups(jobs: Sequence[StepJob], resident: int) -> list[list[StepJob]]:
     """The jobs that take turns with the first one: all of them, or some of one masking, at most `resident`
     with the first; dual masking comes first."""
-    first, others = jobs[0], jobs[1:]
+    others = jobs[1:]
     if len(jobs) <= resident:
         return [[*others]]
     groups, size = [], max(resident - 1, 1)
@@ -103,9 +97,10 @@ def make_groups(jobs: Sequence[StepJob], resident: int) -> list[list[StepJob]]:
     return groups
 
 
-def _expected(job: StepJob, masking: str) -> Expected | WorkerError:
+def _expected(jobs: Sequence[StepJob]) -> dict[str, Expected] | WorkerError:
+    """What each masking must give; the error where the reference itself failed."""
     try:
-        return expect(job, masking)
+        return expect(jobs[0], list(dict.fromkeys(job.masking for job in jobs)))
     except WorkerError as error:
         return error
 
@@ -144,7 +139,7 @@ class Group:
 
 def take_turns(
     jobs: Sequence[StepJob],
-    expected: dict[str, Expected | WorkerError],
+    expected: dict[str, Expected] | WorkerError,
     number: int,
     steps: int,
     warmup: int,
@@ -152,13 +147,13 @@ def take_turns(
     """What is known of a group's jobs, after the check and after each timed round."""
 
     def check(worker: StepWorker, found: Measured) -> None:
-        truth = expected[worker.job.masking]
-        if isinstance(truth, WorkerError):
-            found.failed = f"not checked: {truth}"
+        if isinstance(expected, WorkerError):
+            found.failed = f"not checked: {expected}"
             return
         gradients: Gradients = worker.ask("gradients")
         found.loss = gradients.loss
-        found.check = truth.check(gradients, resolve_variant(worker.job.variant).allowance)
+        allowance = resolve_variant(worker.job.variant).allowance
+        found.check = expected[worker.job.masking].check(gradients, allowance)
         found.wrong = found.check.why_wrong(worker.job.dtype)
 
     def remember(worker: StepWorker, found: Measured) -> None:

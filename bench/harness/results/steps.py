@@ -47,11 +47,11 @@ class Check:
     def why_wrong(self, dtype: str) -> str | None:
         """The reason where an error is over its bound."""
         parts = [("loss", self.loss_error, self.loss_bound)]
-        parts.append((f"gradient of {self.parameter}", self.gradient_error, self.gradient_bound))
+        parts.append((f"gradient's norm of {self.parameter}", self.gradient_error, self.gradient_bound))
         for what, error, bound in parts:
             if not error <= bound:  # NaN too
-                text = "the norm of its " if what != "loss" else "its "
-                return f"{text}{what} differs from the reference's by {error:.1e}, {bound:.1e} allowed in {dtype}"
+                allowed = f"{error:.1e}, {bound:.1e} allowed in {dtype}"
+                return f"{what} differs from the reference's by {allowed}"
         return None
 
 
