@@ -21,7 +21,7 @@ from torch import Tensor
 
 from harness.progress import at
 from harness.results.steps import Check
-from harness.stepping import SEED, Gradients, StepJob, draw_mask, norm_of, repeated
+from harness.stepping import SEED, Gradients, StepJob, draw_mask, norm_of, repeated, use_device
 from harness.variants import named_gradients, resolve_variant
 from harness.worker import Worker, WorkerError
 from vmae import DualMask
@@ -81,9 +81,7 @@ class Reference:
 
     def __init__(self, job: StepJob, at_once: int):
         torch.set_num_threads(job.threads)
-        self.job, self.at_once, self.device = job, at_once, torch.device(job.device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        self.job, self.at_once, self.device = job, at_once, use_device(job.device)
         self.clips = repeated(torch.load(job.clips, weights_only=True), job.batch)
         torch.manual_seed(SEED)
         self.model = resolve_variant("reference").build(job.config).to(self.device)

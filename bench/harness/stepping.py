@@ -81,15 +81,21 @@ def norm_of(gradient: Tensor) -> float:
     return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
 
 
+def use_device(name: str) -> torch.device:
+    """The device, which is this process's own from now on where it has a number ("cuda:1")."""
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
 class Stepper:
     """A model, its optimizer, and training steps: one at a time, or a turn of some."""
 
     def __init__(self, job: StepJob):
         torch.set_num_threads(job.threads)
         self.job = job
-        self.device = torch.device(job.device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        self.device = use_device(job.device)
         self.autocast_dtype = getattr(torch, job.dtype)
         self.all_clips = torch.load(job.clips, weights_only=True)
         self.base = resident_bytes(peak=False)

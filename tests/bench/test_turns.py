@@ -265,6 +265,15 @@ def test_on_a_gpu_events_are_read_after_the_last_step(turns, job, monkeypatch):
     assert runs == [{"step": 3.0, "forward": 1.0, "backward": 1.0, "optimizer": 1.0}] * 2
 
 
+def test_a_numbered_gpu_becomes_the_process_s_own(turns, monkeypatch):
+    from harness.stepping import use_device
+
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [use_device(name).type for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda"]
+    assert chosen == [torch.device("cuda:1")]  # torch refuses one without a number
+
+
 def test_a_sweep_ends_where_memory_does(turns, job, monkeypatch):
     from harness.worker import WorkerError
 
