@@ -28,7 +28,6 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.26",
-        "einops>=0.8",
         "pillow>=10",
         "tqdm>=4.66",
         "matplotlib>=3.8",

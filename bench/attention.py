@@ -63,8 +63,9 @@ from harness.results.attention import (
     ModelRecord,
     backend_table,
 )
-from harness.stepping import StepJob, measure
+from harness.stepping import StepJob
 from harness.table import show
+from harness.turns import measure
 from harness.worker import Worker
 
 from vmae import InputError, ModelConfig

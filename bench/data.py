@@ -42,7 +42,6 @@ from harness.results.data import (
 from harness.table import show
 from harness.variants import PUBLISHED_PRESETS
 from harness.videos import ENCODERS, encode, group_options, size_of, true_frames
-from PIL import Image
 
 from vmae import InputError, MaskConfig, ModelConfig
 from vmae.data import DecodeError, crop_and_resize, open_video, sample_crop, sample_frame_indices
@@ -68,6 +67,7 @@ ASSUMED_GPU, ASSUMED_MFU = "H100", 0.4
 def published_clip(path: str, rng: np.random.Generator) -> np.ndarray:
     """Clip of the published code: decord, then PIL for each frame."""
     import decord
+    from PIL import Image
 
     reader = decord.VideoReader(path, num_threads=1, ctx=decord.cpu(0))
     indices = sample_frame_indices(len(reader), NUM_FRAMES, STRIDE, rng)

@@ -1,9 +1,14 @@
 """What dual masking saves over encoder-only masking, and what this code saves over the published way of doing
 both.
 
-Each (variant, masking) runs in a process of its own, so that its memory is its own; the processes take single
-training steps in turn (A B C D A B C D ...), so that what disturbs the machine disturbs all. Losses are
-compared first, in float32 on the same clips, masks and weights; a variant whose loss is off gets no speed.
+Each (variant, masking) runs in a process of its own, so that its memory is its own; the processes take turns
+(A B C D A B C D ...), so that what disturbs the machine disturbs all. On a GPU each leaves the device between
+its turns, and no more than --resident of them exist at once (bench/harness/turns.py). What does not fit is
+told, and the others go on; the results file is whole after every round.
+
+Loss and gradients are compared first, as they are timed: in that dtype, on the same batch, masks and weights.
+An error over twice the reference's own gets no speed (bench/harness/checking.py). Exit code 1: something has
+no speed, and the tables say why.
 
     python bench/dual_vs_encoder.py                       # finds the device, under 3 minutes
     python bench/dual_vs_encoder.py --model vit_g --count # bytes and MACs only, no timing
@@ -16,7 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -32,14 +37,15 @@ from harness.command import (
     set_defaults,
     write_result,
 )
-from harness.environment import find_environment
+from harness.environment import Environment, find_environment
 from harness.paper import compare_with_paper
 from harness.plots import plot_steps
 from harness.progress import at
-from harness.records import compare, count, make_record
+from harness.records import Counts, compare, count, make_record
 from harness.results.steps import StepRecord, StepsResult, Sweep
-from harness.stepping import Measured, StepJob, measure, sweep_batches
+from harness.stepping import StepJob
 from harness.table import show
+from harness.turns import RESIDENT, Results, measure_in_groups, sweep_batches
 from harness.variants import MASKINGS, VARIANTS, default_variants, resolve_variant
 
 from vmae import InputError, ModelConfig
@@ -52,11 +58,15 @@ CPU = dict(model="vit_s", batch=4, steps=5, warmup=1, dtype="float32")
 
 @dataclass
 class Outcome:
-    """Results of all jobs (None where nothing was run), the variants that were wrong, the sweeps."""
+    """What was measured so far, by the job's name, and the sweeps."""
 
-    measured: Sequence[Measured | None]
-    wrong: dict[str, str] = field(default_factory=dict)
+    measured: Results = field(default_factory=dict)
     sweeps: list[Sweep] = field(default_factory=list)
+
+    def reasons(self, kind: str) -> dict[str, str]:
+        """Jobs without a speed that are "wrong", or have "failed", with the reason."""
+        found = {name: getattr(one, kind) for name, one in self.measured.items()}
+        return {name: why for name, why in found.items() if why}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -70,7 +80,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     dtypes = ("float32", "bfloat16")
     add("--dtype", choices=dtypes, help="default: float32 on a CPU, bfloat16 on a GPU")
     texts = "; ".join(f"{name}: {known.text}" for name, known in VARIANTS.items())
-    default = "default: reference+sdpa, torch on a CPU, all on a GPU"
+    default = "default: reference+sdpa, reference, huggingface, torch on a CPU, all on a GPU"
     yours = "NAME=MODULE:FUNCTION: your own"
     add("--variants", help=f"comma-separated; the first is the baseline ({default}). {texts}; {yours}")
     maskings = f"comma-separated: {', '.join(MASKINGS)}; or all"
@@ -79,6 +89,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--count", action="store_true", help="count activations and MACs only, time nothing")
     sweep = "also time batches of 1, 2, 4, ... up to this, or to what fits"
     add("--sweep", type=int, metavar="N", help=sweep)
+    add("--resident", type=int, default=RESIDENT, help=f"processes at once, at most ({RESIDENT})")
     add_json(parser)
     add("--plot", metavar="FILE", help="draw them there (PNG)")
     args = parser.parse_args(argv)
@@ -86,6 +97,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     defaults = GPU if args.device.startswith("cuda") else CPU
     set_defaults(args, {**defaults, "variants": ",".join(default_variants(args.device))})
     check_least(args, "batch", "steps", "sweep")
+    check_least(args, "warmup", least=0)
+    check_least(args, "resident", least=2)
     return args
 
 
@@ -122,29 +135,54 @@ def make_job(args: argparse.Namespace, masking: str, variant: str) -> StepJob:
     )
 
 
-def run_jobs(jobs: list[StepJob], args: argparse.Namespace) -> Outcome:
-    """Time the jobs, and sweep those that were right."""
+def run_jobs(jobs: list[StepJob], args: argparse.Namespace) -> Iterator[Outcome]:
+    """Time the jobs, then sweep those that ran; the outcome so far, again and again."""
+    outcome = Outcome()
     if args.count:
-        return Outcome([None] * len(jobs))
+        return
     source = choose_input(args.input)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "clips.pt")
         torch.save(load_clips(source, args.batch, jobs[0].config), path)
         jobs = [replace(job, clips=path) for job in jobs]
-        measured, wrong = measure(jobs, args.steps, args.warmup)
-        swept = [job for job in jobs if args.sweep and job.variant not in wrong]
-        sweeps = [sweep(job, max(args.steps // 2, 1), args.sweep) for job in swept]
-    return Outcome(measured, wrong, sweeps)
+        for outcome.measured in measure_in_groups(jobs, args.steps, args.warmup, args.resident):
+            yield outcome
+        for job in jobs if args.sweep else ():
+            if not outcome.measured[job.name].wrong:
+                outcome.sweeps.append(sweep(job, max(args.steps // 2, 1), args.sweep))
+                yield outcome
 
 
 def sweep(job: StepJob, steps: int, largest: int) -> Sweep:
+    batches, ended = sweep_batches(job, steps, largest)
     return Sweep(
         model=job.model,
         masking=job.masking,
         variant=job.variant,
         device=job.device,
         dtype=job.dtype,
-        batches=sweep_batches(job, steps, largest),
+        batches=batches,
+        ended=ended,
+    )
+
+
+def make_result(
+    jobs: list[StepJob], counts: list[Counts], outcome: Outcome, known: Environment, complete: bool
+) -> StepsResult:
+    """Records of all jobs, what is compared, and what has no speed."""
+    measured = [outcome.measured.get(job.name) for job in jobs]
+    records = [make_record(*parts) for parts in zip(jobs, counts, measured)]
+    records = [with_mfu(record, known.device) for record in records]
+    ratios = compare(records)
+    return StepsResult(
+        environment=known,
+        records=records,
+        ratios=ratios,
+        rejected=outcome.reasons("wrong"),
+        failed=outcome.reasons("failed"),
+        sweeps=outcome.sweeps,
+        paper=compare_with_paper(jobs[0].model, records, ratios),
+        complete=complete,
     )
 
 
@@ -164,24 +202,18 @@ def run(args: argparse.Namespace) -> int:
     for job in jobs:
         at(f"counting {job.name}")
         counts.append(count(job.variant, job.masking, job.config, job.dtype))
-    outcome = run_jobs(jobs, args)
-    made = [make_record(*parts) for parts in zip(jobs, counts, outcome.measured)]
-    records = [with_mfu(record, known.device) for record in made]
-    ratios = compare(records)
-    result = StepsResult(
-        environment=known,
-        records=records,
-        ratios=ratios,
-        rejected=outcome.wrong,
-        sweeps=outcome.sweeps,
-        paper=compare_with_paper(args.model, records, ratios),
-    )
+    outcome = Outcome()
+    for outcome in run_jobs(jobs, args):
+        if args.json:
+            make_result(jobs, counts, outcome, known, complete=False).write(args.json)
+    result = make_result(jobs, counts, outcome, known, complete=True)
     show(*result.tables())
-    say_wrong(outcome.wrong)
+    lost = {**result.rejected, **result.failed}
+    say_wrong(lost)
     write_result(result, args.json)
     title = f"{args.model}, batch {args.batch}, {args.dtype}, {known.device}: grey is encoder-only, blue dual"
-    draw(args.plot, lambda path: plot_steps(path, records, title))
-    return 1 if outcome.wrong else 0
+    draw(args.plot, lambda path: plot_steps(path, result.records, title))
+    return 1 if lost else 0
 
 
 def main(argv: list[str] | None = None) -> int:

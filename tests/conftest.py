@@ -28,6 +28,24 @@ SCRIPTS = (ROOT / "experiments", ROOT / "bench")
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
+# Tests that interpret kernels where there is no GPU.
+INTERPRETING = ("kernels/", "model/test_triton_backend.py", "bench/test_operations_bench.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what would interpret kernels where that cannot work, with the reason."""
+    here = Path(__file__).parent
+    found = [item for item in items if item.path.is_relative_to(here)]
+    found = [item for item in found if item.path.relative_to(here).as_posix().startswith(INTERPRETING)]
+    if not found:
+        return
+    from interpreter import why_not_interpreted
+
+    if reason := why_not_interpreted():
+        for item in found:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

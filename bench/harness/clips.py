@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from harness.stepping import SEED
 from vmae import InputError, MaskConfig, ModelConfig
-from vmae.data import PretrainDataset, VideoEntry, read_list
+
+if TYPE_CHECKING:
+    from vmae.data import PretrainDataset, VideoEntry
 
 STRIDE = 4
 
@@ -39,6 +42,7 @@ def choose_input(source: str) -> str:
 
 def read_entries(source: str) -> list[VideoEntry]:
     """Entries of the sample videos ("real") or of a list file."""
+    from vmae.data import read_list
     from vmae.synthetic.samples import write_sample_list
 
     with tempfile.TemporaryDirectory() as folder:
@@ -49,6 +53,8 @@ def read_entries(source: str) -> list[VideoEntry]:
 
 def open_dataset(source: str, batch: int, config: ModelConfig) -> PretrainDataset:
     """Dataset of at least `batch` samples an epoch, with the default masks."""
+    from vmae.data import PretrainDataset
+
     entries = read_entries(source)
     return PretrainDataset(
         entries,

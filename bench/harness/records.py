@@ -8,7 +8,8 @@ import torch
 
 from harness.json_records import Runs, Spread
 from harness.results.steps import PARTS, StepRatio, StepRecord
-from harness.stepping import Measured, StepJob
+from harness.stepping import StepJob
+from harness.turns import Measured
 from harness.variants import MASKINGS, VARIANTS, resolve_variant
 from vmae import ModelConfig
 from vmae.model.cost import masked_macs, saved_activation_bytes_per_clip
@@ -62,23 +63,30 @@ def make_record(job: StepJob, counts: Counts, measured: Measured | None) -> Step
         optimizer_ms=times.get("optimizer"),
         clips_per_s=rate,
         model_flops_per_s=FLOPS_PER_MAC * counts.forward_macs * rate if rate else None,
+        check=measured.check if measured else None,
+        failed=measured.failed if measured else None,
+        group=measured.group if measured else 0,
+        anchor=measured.anchor if measured else "",
+        anchor_ms=[run["step"] for run in measured.anchor_runs] if measured else [],
     )
 
 
 def compare(records: list[StepRecord]) -> list[StepRatio]:
     """Variant over baseline (under 1 is less), run by run.
 
-    Every record against the first variant's, encoder-only and dual; every dual record against its own
-    encoder-only; and those of this code against the fastest competitor with the same masking.
+    Those of this code against the fastest competitor with the same masking come first; then every record
+    against the first variant's, encoder-only and dual, and every dual record against its own encoder-only.
     """
     by_key = {(r.variant, r.masking): r for r in records}
     first = records[0].variant
-    pairs = {(key, (first, base)): False for key in by_key for base in ("encoder_only", "dual")}
-    pairs |= {((v, m), (v, "encoder_only")): False for v, m in by_key}
+    pairs = {}
     for variant, masking in by_key:
         fastest = fastest_competitor(records, masking)
         if fastest and resolve_variant(variant).ours:
             pairs[(variant, masking), (fastest, masking)] = True
+    others = [(key, (first, base)) for key in by_key for base in ("encoder_only", "dual")]
+    others += [((v, m), (v, "encoder_only")) for v, m in by_key]
+    pairs |= {pair: False for pair in others if pair not in pairs}
     ratios = []
     for (key, base_key), is_fastest in pairs.items():
         base = by_key.get(base_key)
@@ -89,19 +97,41 @@ def compare(records: list[StepRecord]) -> list[StepRatio]:
 
 
 def fastest_competitor(records: list[StepRecord], masking: str) -> str | None:
-    """The timed variant with that masking that is not this code's and has the least time; None where none
-    was timed."""
-    times = {r.variant: r.step_ms.median for r in records if r.masking == masking and r.step_ms}
-    others = {name: ms for name, ms in times.items() if name in VARIANTS and not VARIANTS[name].ours}
-    return min(others, key=others.__getitem__) if others else None
+    """The timed variant with that masking that is not this code's and has the least time, run by run; None
+    where none was timed."""
+    timed = [r for r in records if r.masking == masking and r.step_ms]
+    others = [r for r in timed if r.variant in VARIANTS and not VARIANTS[r.variant].ours]
+    if not others:
+        return None
+    first = others[0]
+    times = {r.variant: ratio.median if (ratio := speedup_of(first, r)[0]) else 0.0 for r in others}
+    return max(times, key=times.__getitem__)
+
+
+def speedup_of(base: StepRecord, record: StepRecord) -> tuple[Spread | None, str]:
+    """How many times as fast as `base`, run by run: of the same turns, or else through the anchor's runs of
+    the turns of each, whose key is returned too. None where they have no turns in common with one anchor."""
+    if not base.step_ms or not record.step_ms:
+        return None, ""
+    if base.group == record.group:
+        return Spread.of_ratios(base.step_ms.runs, record.step_ms.runs), ""
+    if base.anchor != record.anchor or not base.anchor:
+        return None, ""
+    bases, ours = (
+        [ms / anchor for ms, anchor in zip(r.step_ms.runs, r.anchor_ms, strict=True)]
+        for r in (base, record)
+        if r.step_ms
+    )
+    common = min(len(bases), len(ours))  # a run that was cut off
+    through = "" if base.anchor in (base.key, record.key) else base.anchor
+    return Spread.of_ratios(bases[:common], ours[:common]), through
 
 
 def make_ratio(ours: StepRecord, base: StepRecord, fastest_competitor: bool) -> StepRatio:
     saved, saved_base = ours.saved_activation_bytes_per_clip, base.saved_activation_bytes_per_clip
-    time = speedup = memory = None
-    if ours.step_ms and base.step_ms:
-        time = Spread.of_ratios(ours.step_ms.runs, base.step_ms.runs)
-        speedup = Spread.of_ratios(base.step_ms.runs, ours.step_ms.runs)
+    memory = None
+    speedup, through = speedup_of(base, ours)
+    time, _ = speedup_of(ours, base)
     if ours.peak_memory_bytes and base.peak_memory_bytes:
         memory = ours.peak_memory_bytes / base.peak_memory_bytes
     return StepRatio(
@@ -113,4 +143,5 @@ def make_ratio(ours: StepRecord, base: StepRecord, fastest_competitor: bool) -> 
         time=time,
         speedup=speedup,
         memory=memory,
+        through=through,
     )

@@ -1,30 +1,23 @@
-"""Training steps of several variants, each in a process of its own, in turn.
-
-A process of its own gives each its own memory; turns (A B C A B C ...) make what disturbs the machine disturb
-all. Losses are compared first, in float32 on the same clips, masks and weights; a variant whose loss is off
-takes no timed step.
-"""
+"""A model with its optimizer, and training steps of it, in a process of its own."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from harness.progress import at
-from harness.results.steps import Memory, SweptBatch
-from harness.variants import MASKINGS, optimizer_bytes, parameter_bytes, resolve_variant
-from harness.worker import Worker
-from vmae import DualMask, ModelConfig
+from harness.results.steps import PARTS, Memory, SweptBatch
+from harness.variants import MASKINGS, named_gradients, optimizer_bytes, parameter_bytes, resolve_variant
+from harness.worker import Worker, is_out_of_memory
+from vmae import DualMask, InputError, ModelConfig
 from vmae.train.optim import OptimConfig, build_adamw
 
 LOSS_TOLERANCE = 1e-4
 SEED = 0
-Losses = dict[str, dict[str, float]]  # by masking and variant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +29,7 @@ class StepJob:
         dtype: of autocast; "float32" means none.
         threads: of the process.
         clips: file of uint8 [B, T, H, W, 3].
+        parked: leave the device between turns (`Stepper.park`).
     """
 
     model: str
@@ -47,10 +41,19 @@ class StepJob:
     batch: int
     threads: int
     clips: str = ""
+    parked: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.variant} {self.masking}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """A loss, and the 2-norm of each gradient by parameter name."""
+
+    loss: float
+    norms: dict[str, float]
 
 
 def resident_bytes(peak: bool) -> int:
@@ -62,52 +65,134 @@ def resident_bytes(peak: bool) -> int:
     return 0
 
 
+def repeated(clips: Tensor, batch: int) -> Tensor:
+    """`batch` clips: the given ones, over and over."""
+    return clips[torch.arange(batch) % clips.shape[0]]
+
+
+def draw_mask(job: StepJob, batch: int) -> DualMask:
+    """The job's masks of `batch` clips, the same every time."""
+    mask = MASKINGS[job.masking].to_dict()
+    return DualMask.sample(batch, job.config.grid, **mask, generator=torch.Generator().manual_seed(SEED))
+
+
+def norm_of(gradient: Tensor) -> float:
+    """2-norm, summed in float64."""
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+
+
+def use_device(name: str) -> torch.device:
+    """The device, which is this process's own from now on where it has a number ("cuda:1")."""
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
 class Stepper:
-    """A model, its optimizer, and one training step at a time."""
+    """A model, its optimizer, and training steps: one at a time, or a turn of some."""
 
     def __init__(self, job: StepJob):
         torch.set_num_threads(job.threads)
         self.job = job
-        self.device = torch.device(job.device)
+        self.device = use_device(job.device)
         self.autocast_dtype = getattr(torch, job.dtype)
         self.all_clips = torch.load(job.clips, weights_only=True)
         self.base = resident_bytes(peak=False)
         torch.manual_seed(SEED)
-        self.model = resolve_variant(job.variant).build(job.config).to(self.device)
+        self.variant = resolve_variant(job.variant)
+        self.model = self.variant.build(job.config)
         self.optimizer = build_adamw(self.model, OptimConfig(), fused=job.variant != "reference")
-        self.resize(self.all_clips.shape[0])
+        self.batch = self.all_clips.shape[0]
+        self.seen: Memory | None = None
+        if job.parked:
+            self.fresh = [(tensor, tensor.data) for tensor in self._tensors()]
+        else:
+            self.model.to(self.device)
+            self.resize(self.batch)
 
     def resize(self, batch: int) -> None:
-        """Steps of `batch` clips from now on: the given ones, over and over."""
-        places = torch.arange(batch) % self.all_clips.shape[0]
-        mask = MASKINGS[self.job.masking].to_dict()
-        generator = torch.Generator().manual_seed(SEED)
-        drawn = DualMask.sample(batch, self.job.config.grid, **mask, generator=generator)
-        self.clips, self.mask = self.all_clips[places].to(self.device), drawn.to(self.device)
+        """Steps of `batch` clips from now on: the given ones, over and over. What was compiled for another
+        shape is forgotten, so that nothing is compiled for a range of shapes."""
+        if batch != self.batch:
+            torch._dynamo.reset()
+        self.batch = batch
+        self.clips = repeated(self.all_clips, batch).to(self.device)
+        self.mask = draw_mask(self.job, batch).to(self.device)
+
+    # --- on the device and off it ---
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    def resume(self) -> None:
+        """Come back to the device, with the fresh weights."""
+        for tensor, fresh in self.fresh:
+            tensor.data = fresh.to(self.device, copy=True)
+        self.resize(self.batch)
+
+    def park(self) -> None:
+        """Leave the device but for what its driver keeps: weights, gradients, moments, clips and the
+        allocator's memory go; what was compiled stays."""
+        self.seen = self.memory()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+        for tensor, fresh in self.fresh:
+            tensor.data = fresh
+        del self.clips, self.mask
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def _on_device(self):
+        if not self.job.parked:
+            yield
+            return
+        self.resume()
+        yield
+        self.park()
+
+    # --- what a worker is asked ---
 
     def loss(self) -> float:
-        """Loss in float32 of the first two clips, with the fresh weights: what variants must agree on."""
+        """Loss in float32 of the first two clips, with the fresh weights."""
         with torch.no_grad():
             return float(self.model(self.clips[:2], self.mask[:2]))
 
+    def gradients(self) -> Gradients:
+        """Loss and gradients of the timed batch in the timed dtype, with the fresh weights: what variants
+        must agree on. Under the names of `Pretrainer`, where the variant knows them."""
+        with self._on_device():
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self._forward()
+            loss.backward()
+            try:
+                found = self.variant.gradients(self.model)
+            except InputError:
+                found = named_gradients(self.model)
+            result = Gradients(
+                loss=float(loss.detach()), norms={name: norm_of(value) for name, value in found.items()}
+            )
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return result
+
     def step(self) -> dict[str, float]:
         """Milliseconds of one training step and of its parts."""
-        marks = [self._now()]
-        self.optimizer.zero_grad(set_to_none=True)
-        enabled = self.autocast_dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=enabled):
-            loss = self.model(self.clips, self.mask)
-        marks.append(self._now())
-        loss.backward()
-        marks.append(self._now())
-        self.optimizer.step()
-        marks.append(self._now())
-        names = ("forward", "backward", "optimizer")
-        parts = {name: (b - a) * 1e3 for name, a, b in zip(names, marks, marks[1:])}
-        return {"step": sum(parts.values()), **parts}
+        return self._times(1)[0]
+
+    def turn(self, steps: int) -> list[dict[str, float]]:
+        """Milliseconds of some training steps, one after the other; a parked model takes one more before
+        them, which brings back its moments and the allocator's memory."""
+        with self._on_device():
+            if self.job.parked:
+                self._times(1)
+            return self._times(steps)
 
     def memory(self) -> Memory:
         """The peak so far, and its parts."""
+        if self.job.parked and not self.optimizer.state and self.seen:
+            return self.seen
         parameters, moments = parameter_bytes(self.model), optimizer_bytes(self.optimizer)
         peak = resident_bytes(peak=True) - self.base
         if self.device.type == "cuda":
@@ -121,25 +206,64 @@ class Stepper:
         )
 
     def try_batch(self, batch: int, steps: int) -> SweptBatch | None:
-        """Steps of `batch` clips; None where they don't fit the GPU."""
+        """Steps of `batch` clips; None where they don't fit."""
         try:
             self.optimizer.zero_grad(set_to_none=True)
             self.resize(batch)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(self.device)
-            self.step()
-            times = [self.step()["step"] for _ in range(steps)]
-        except torch.OutOfMemoryError:
+            self._times(1)
+            times = [parts["step"] for parts in self._times(steps)]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             del self.clips, self.mask
             return None
         rate = batch / sorted(times)[len(times) // 2] * 1e3
         return SweptBatch(batch=batch, step_ms=times, memory=self.memory(), clips_per_s=rate)
 
-    def _now(self) -> float:
+    # --- a step ---
+
+    def _forward(self) -> Tensor:
+        enabled = self.autocast_dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=enabled):
+            return self.model(self.clips, self.mask)
+
+    def _times(self, steps: int) -> list[dict[str, float]]:
+        """Milliseconds of each step and of its parts. On a GPU between events on its stream: the host waits
+        after the last step only, as in training."""
+        marks = []
+        for _ in range(steps):
+            marks.append(self._mark())
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self._forward()
+            marks.append(self._mark())
+            loss.backward()
+            marks.append(self._mark())
+            self.optimizer.step()
+            marks.append(self._mark())
+            del loss
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        found = []
+        for first in range(0, len(marks), len(PARTS)):
+            ends = marks[first : first + len(PARTS)]
+            parts = [self._between(*pair) for pair in zip(ends, ends[1:])]
+            found.append(dict(zip(PARTS, [sum(parts), *parts])))
+        return found
+
+    def _mark(self):
+        """This moment: of the device's stream, or of this process's clock."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start, end) -> float:
+        """Milliseconds from one mark to another."""
+        return (end - start) * 1e3 if self.device.type != "cuda" else start.elapsed_time(end)
 
 
 class StepWorker(Worker[StepJob]):
@@ -147,80 +271,3 @@ class StepWorker(Worker[StepJob]):
 
     def __init__(self, job: StepJob):
         super().__init__(Stepper, job, job.name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What one job gave; no runs and no memory where its loss was wrong."""
-
-    loss: float
-    runs: list[dict[str, float]]
-    memory: Memory | None
-
-
-def disagreeing(losses: Losses, tolerance: float = LOSS_TOLERANCE) -> dict[str, str]:
-    """Variants whose loss differs from the first one's, with the reason."""
-    reasons: dict[str, str] = {}
-    for masking, by_variant in losses.items():
-        first, expected = next(iter(by_variant.items()))
-        for variant, loss in by_variant.items():
-            error = abs(loss - expected) / abs(expected)
-            if not error <= tolerance:
-                text = f"loss {loss:.6f} with {masking} masking differs from {first}'s {expected:.6f}"
-                reasons.setdefault(variant, f"{text} by {error:.1e} relative")
-    return reasons
-
-
-def measure(jobs: Sequence[StepJob], steps: int, warmup: int) -> tuple[list[Measured], dict[str, str]]:
-    """Runs of every job in turn, and the variants that failed the check (which were not timed)."""
-    with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(contextlib.closing(StepWorker(job))) for job in jobs]
-        losses = find_losses(workers)
-        wrong = disagreeing(losses)
-        timed = [worker for worker in workers if worker.job.variant not in wrong]
-        runs: dict[str, list[dict[str, float]]] = {worker.name: [] for worker in workers}
-        for turn in range(warmup + steps):
-            for worker in timed:
-                at(f"round {turn + 1} of {warmup + steps}, {worker.name}")
-                parts = worker.ask("step")
-                if turn >= warmup:
-                    runs[worker.name].append(parts)
-        memory = {worker.name: worker.ask("memory") for worker in timed}
-    measured = []
-    for job in jobs:
-        loss = losses[job.masking][job.variant]
-        measured.append(Measured(loss=loss, runs=runs[job.name], memory=memory.get(job.name)))
-    return measured, wrong
-
-
-def find_losses(workers: Sequence[StepWorker]) -> Losses:
-    """Loss of every worker."""
-    for worker in workers:
-        at(f"building {worker.name}")
-        worker.wait_ready()
-    losses: Losses = {}
-    for worker in workers:
-        at(f"loss of {worker.name}")
-        losses.setdefault(worker.job.masking, {})[worker.job.variant] = worker.ask("loss")
-    return losses
-
-
-def sweep_batches(job: StepJob, steps: int, largest: int) -> list[SweptBatch]:
-    """Steps at 1, 2, 4, ... clips up to `largest` or to what fits, then at one batch between the last two;
-    the smallest first."""
-    found: list[SweptBatch] = []
-    with contextlib.closing(StepWorker(job)) as worker:
-        worker.wait_ready()
-        batch = 1
-        while batch <= largest:
-            at(f"{worker.name}, batches of {batch}")
-            result = worker.ask("try_batch", batch, steps)
-            if result is None:
-                break
-            found.append(result)
-            batch *= 2
-        between = 3 * batch // 4
-        if found and batch <= largest and between > found[-1].batch:
-            result = worker.ask("try_batch", between, steps)
-            found += [result] if result else []
-    return sorted(found, key=lambda run: run.batch)

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
+import torch
+
 Job = TypeVar("Job")
+# What torch, CUDA and cuBLAS say of memory in errors that have no type of their own.
+NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+class WorkerError(RuntimeError):
+    """A request failed, or the process died; it answers no further request.
+
+    Attributes:
+        reason: without the worker's name.
+        out_of_memory: memory was the reason, as far as can be told: a process that was killed counts.
+    """
+
+    def __init__(self, name: str, reason: str, out_of_memory: bool):
+        super().__init__(f"{name}: {reason}")
+        self.reason, self.out_of_memory = reason, out_of_memory
 
 
 class Worker(Generic[Job]):
@@ -30,20 +48,23 @@ class Worker(Generic[Job]):
         """The method's result.
 
         Raises:
-            RuntimeError: it raised, or the process died.
+            WorkerError: it raised, or the process died.
         """
-        self.pipe.send((method, arguments))
+        with contextlib.suppress(OSError):  # a dead process: `_receive` tells
+            self.pipe.send((method, arguments))
         return self._receive()
 
     def _receive(self) -> Any:
         try:
             good, result = self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self.process.join()
-            code = self.process.exitcode
-            raise RuntimeError(f"{self.name}: its process died with code {code} (out of memory?)") from None
+            code = self.process.exitcode or 0
+            killed = code in (-getattr(signal, "SIGKILL", 9), -signal.SIGTERM)
+            reason = "was killed (out of memory?)" if killed else f"died with code {code}"
+            raise WorkerError(self.name, f"its process {reason}", killed) from None
         if not good:
-            raise RuntimeError(f"{self.name}: {result}")
+            raise WorkerError(self.name, *result)
         return result
 
     def close(self) -> None:
@@ -52,10 +73,18 @@ class Worker(Generic[Job]):
         self.process.join(10)
         if self.process.is_alive():
             self.process.kill()
+            self.process.join()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of the device or of the machine, was what lacked."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
 
 
 def _serve(make: Callable[[Any], Any], job: Any, pipe: Connection) -> None:
-    """Answer each request with (True, result) or (False, message), until None comes."""
+    """Answer each request with (True, result), until None comes or one fails: (False, (message, whether
+    memory lacked))."""
     try:
         served = make(job)
         pipe.send((True, None))
@@ -64,6 +93,6 @@ def _serve(make: Callable[[Any], Any], job: Any, pipe: Connection) -> None:
             pipe.send((True, getattr(served, method)(*arguments)))
     except EOFError:
         pass
-    except BaseException as error:  # the parent reports it and stops the others
+    except BaseException as error:  # the parent reports it
         with contextlib.suppress(OSError):
-            pipe.send((False, f"{type(error).__name__}: {error}"))
+            pipe.send((False, (f"{type(error).__name__}: {error}", is_out_of_memory(error))))

@@ -241,4 +241,9 @@ def select_decoded(
         return select_decoded_op(hidden, weight, bias, keep.to(torch.int32), eps, dtype)
     if dev.checking_indices():
         dev.check_indices(keep, hidden.shape[1], "keep")
+    if hidden.device.type == "cpu" and hidden.dtype != torch.float32:
+        # torch's LayerNorm sums the gradients of weight and bias in the rows' dtype there: in bfloat16, over
+        # 1,400 rows, 40 % off.
+        weight, bias = weight.float(), bias.float()
+        return select_decoded_ref(hidden.float(), weight, bias, keep, eps).to(hidden.dtype)
     return select_decoded_ref(hidden, weight, bias, keep, eps)

@@ -15,7 +15,7 @@ def test_every_committed_result_is_shown(benches):
     from harness.results import read_result
 
     for path in FILES:
-        result = read_result(path, path.stem.removesuffix("_long"))
+        result = read_result(path, path.stem.removesuffix("_long").removesuffix("_bfloat16"))
         tables = result.tables()
         assert tables and all(table.rows for table in tables[:1]), path
         for table in tables:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from vmae.errors import InputError
 
@@ -175,6 +174,8 @@ def _resize_torch(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _resize_pil(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    from PIL import Image
+
     resized = np.empty((frames.shape[0], height, width, 3), dtype=np.uint8)
     for source, target in zip(frames, resized, strict=True):
         target[...] = np.asarray(Image.fromarray(source).resize((width, height), Image.Resampling.BILINEAR))

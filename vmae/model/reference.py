@@ -10,7 +10,6 @@ Legend: B clips, T frames, N tokens, Nv visible, Nd decoded, D width, P values o
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
@@ -79,12 +78,15 @@ class ReferencePretrainer(nn.Module):
             for x in (IMAGENET_MEAN, IMAGENET_STD)
         )
         pixels = images * std + mean
-        size = dict(p0=self.config.tubelet_size, p1=self.config.patch_size, p2=self.config.patch_size)
-        pixels = rearrange(pixels, "b c (t p0) (h p1) (w p2) -> b (t h w) (p0 p1 p2) c", **size)
+        depth, patch = self.config.tubelet_size, self.config.patch_size
+        time, height, width = self.config.grid
+        pixels = pixels.reshape(-1, 3, time, depth, height, patch, width, patch)
+        # [B, N, pixels of a tubelet, 3]
+        pixels = pixels.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4, 6).flatten(1, 3)
         if self.normalize_target:
             spread = pixels.var(dim=-2, unbiased=True, keepdim=True).sqrt() + 1e-6
             pixels = (pixels - pixels.mean(dim=-2, keepdim=True)) / spread
-        return rearrange(pixels, "b n p c -> b n (p c)")
+        return pixels.flatten(2)
 
 
 def build_reference(config: ModelConfig, **options) -> ReferencePretrainer:

@@ -10,8 +10,6 @@ import argparse
 import importlib.metadata
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
 from vmae.data.decode import open_video
 from vmae.errors import InputError
 from vmae.settings import SIDE
@@ -73,6 +71,8 @@ def write_sample_frames(
     Raises:
         InputError: see `sample_videos`, or a file cannot be written.
     """
+    from PIL import Image, ImageOps
+
     folder, path, lines = Path(folder).absolute(), Path(path), []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
 
 from vmae.data.files import check_regular
 from vmae.data.manifest import VideoEntry
@@ -23,6 +22,8 @@ class FrameFolderReader(VideoReader):
         return self._entry.total
 
     def _decode(self, indices: np.ndarray) -> np.ndarray:
+        from PIL import Image
+
         images: list[np.ndarray] = []
         for index in indices.tolist():
             path = self._entry.frame_path(index)
