@@ -55,6 +55,11 @@ class Lengths:
             self.device
         )
 
+    def padded(self, x: Tensor) -> Tensor:
+        """[T, ...] -> [B, longest, ...]: zeros after the end of each sequence."""
+        rows = x.new_zeros(len(self.counts) * self.longest, *x.shape[1:])
+        return rows.index_copy(0, self.padded_rows, x).unflatten(0, (-1, self.longest))
+
     @functools.cached_property
     def key_mask(self) -> Tensor:
         """bool [B, 1, 1, longest]: True where a padded row holds a token."""

@@ -1,0 +1,104 @@
+"""Some rows of a sequence: those that the decoder's last block computes.
+
+Beside its attention, no layer of a block mixes rows. So the last block needs keys and values of all rows, and
+the rest (queries, attention rows, projection, MLP) of those alone that something reads afterwards: those that
+the loss counts.
+
+Legend: B clips, M rows, Nk rows to compute, D width in, E width out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmae.model.recompute import _compute_dtype, _linear_gradients
+from vmae_kernels import resolve_backend
+
+if TYPE_CHECKING:
+    from vmae.model.attention.packed import Lengths
+
+
+class Rows(NamedTuple):
+    """Rows of [B, M, D] that a block computes.
+
+    Attributes:
+        keep: int32 [B, Nk], rows of each clip, in any order.
+        uses: int32 [B, M], its inverse (see `vmae_kernels.select_decoded`); None where a row may occur twice.
+        backend: of `select_decoded`.
+        lengths: of packed clips (B is 1): rows kept of each.
+    """
+
+    keep: Tensor
+    uses: Tensor | None = None
+    backend: str = "auto"
+    lengths: Lengths | None = None
+
+
+def _rows_of(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the rows `keep`: clips [B, 1] and rows [B, Nk]."""
+    return torch.arange(x.shape[0], device=x.device)[:, None], keep.long()
+
+
+class _SelectLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, keep, uses, norm_weight, norm_bias, eps, weight, bias, dtype, triton):
+        ctx.save_for_backward(x, keep, uses, norm_weight, norm_bias, weight, bias)
+        ctx.eps, ctx.dtype, ctx.triton = eps, dtype, triton
+        with torch.autocast(x.device.type, enabled=False):
+            if triton:
+                rows, normed = torch.ops.vmae.select_decoded(
+                    x, norm_weight, norm_bias, keep, uses, eps, dtype
+                )
+            else:
+                rows = x[_rows_of(x, keep)]
+                norm = (norm_weight.float(), norm_bias.float())
+                normed = F.layer_norm(rows.float(), norm_weight.shape, *norm, eps).to(dtype)
+            return rows, F.linear(normed, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx, grad_rows, grad):
+        x, keep, uses, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
+        if ctx.triton:
+            normed = torch.ops.vmae.select_decoded_normed(x, norm_weight, norm_bias, keep, ctx.eps, ctx.dtype)
+            grad_normed, grad_weight, grad_bias = _linear_gradients(grad, normed, weight, bias)
+            grad_x, grad_norm = torch.ops.vmae.select_decoded_backward(
+                grad_rows, grad_normed, x, norm_weight, keep, uses, ctx.eps
+            )
+            grad_norm_weight, grad_norm_bias = grad_norm
+        else:
+            rows, shape = x[_rows_of(x, keep)].float(), norm_weight.shape
+            norm = (norm_weight.float(), norm_bias.float())
+            normed, mean, rstd = torch.native_layer_norm(rows, shape, *norm, ctx.eps)
+            grad_normed, grad_weight, grad_bias = _linear_gradients(grad, normed.to(ctx.dtype), weight, bias)
+            grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
+                grad_normed.float(), rows, shape, mean, rstd, *norm, [True, True, True]
+            )
+            grad_x = torch.zeros_like(x).index_put_(
+                _rows_of(x, keep), (grad_x + grad_rows).to(x.dtype), accumulate=uses is None
+            )
+        grad_norm = grad_norm_weight.to(norm_weight.dtype), grad_norm_bias.to(norm_bias.dtype)
+        return grad_x, None, None, *grad_norm, None, grad_weight, grad_bias, None, None
+
+
+def select_linear(
+    x: Tensor, rows: Rows, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The rows, and `F.linear(norm(rows), weight, bias)`, keeping x alone for the backward.
+
+    Args:
+        x: [B, M, D].
+        norm: LayerNorm over D with weight and bias.
+        weight: [E, D]; bias: [E] or None.
+
+    Returns:
+        [B, Nk, D] in the dtype of `x`; [B, Nk, E] in autocast's dtype, or that of `x`.
+    """
+    dtype = _compute_dtype(x)
+    triton = resolve_backend(rows.backend, "select_decoded", x, dtype) == "triton"
+    return _SelectLinear.apply(
+        x, rows.keep, rows.uses, norm.weight, norm.bias, norm.eps, weight, bias, dtype, triton
+    )
