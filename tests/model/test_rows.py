@@ -88,6 +88,17 @@ def test_packed_clips(backend, recompute):
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
 
 
+def test_stochastic_depth_drops_the_same_packed_clips():
+    block, x, cpu = make_block(drop_path=0.5).train(), torch.randn(1, 12, DIM), torch.device("cpu")
+    keep, lengths = torch.tensor([[0, 3, 5, 6, 10, 11]], dtype=torch.int32), Lengths((4, 7, 1), cpu)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        expected = block(x, lengths)[:, keep[0].long()]
+        torch.manual_seed(seed)
+        got = block(x, lengths, Rows(keep, lengths=Lengths((2, 3, 1), cpu)))
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
 def test_keeps_its_input_only():
     norm, linear = nn.LayerNorm(DIM), nn.Linear(DIM, 2 * DIM)
     x = torch.randn(2, 9, DIM, requires_grad=True)
