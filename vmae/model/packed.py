@@ -43,6 +43,8 @@ class Parts(Protocol):
 
     def narrow(self, encoded: Tensor, /) -> Tensor: ...
 
+    def final_norm(self, rows: Tensor, /) -> Tensor: ...
+
 
 # --- the pre-trainer on groups of clips ---------------------------------------------------------------------
 
@@ -174,7 +176,7 @@ def packed_loss(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[
     losses, weights = [], []
     for rows, group, mask in zip(_decoded(model, clips, masks, counted), clips, masks):
         loss = head_patch_loss(
-            model.decoder.norm(rows),
+            model.final_norm(rows),
             head.weight,
             head.bias,
             group,
@@ -194,4 +196,4 @@ def packed_predict(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequen
     """Predicted tubelets [B, Nd, P] of each group; see `packed_loss`."""
     clips = _checked(model, clips, masks)
     decoded = [Rows(mask.decoded_rows, None, model.backend) for mask in masks]
-    return [model.decoder.head(model.decoder.norm(x)) for x in _decoded(model, clips, masks, decoded)]
+    return [model.decoder.head(model.final_norm(x)) for x in _decoded(model, clips, masks, decoded)]

@@ -118,6 +118,10 @@ class Pretrainer(nn.Module):
             x = block(x)
         return last(x, rows=rows)
 
+    def final_norm(self, rows: Tensor) -> Tensor:
+        """The decoder's final norm of the rows that its last block gave, in their dtype."""
+        return self.decoder.norm(rows).to(rows.dtype)  # autocast on a GPU makes norms float32
+
     def forward(self, clips: Tensor | Sequence[Tensor], mask: DualMask | Sequence[DualMask]) -> Tensor:
         """The loss, a float32 scalar, over counted tokens: the decoded ones that the encoder did not see
         (equation 5).
@@ -134,7 +138,7 @@ class Pretrainer(nn.Module):
         rows = self.decode(self.encode(clips, mask), mask, counted)
         head = self.decoder.head
         return head_patch_loss(
-            self.decoder.norm(rows),
+            self.final_norm(rows),
             head.weight,
             head.bias,
             clips,
@@ -161,7 +165,7 @@ class Pretrainer(nn.Module):
             return packed_predict(self, clips, mask)
         decoded = Rows(mask.decoded_rows, None, self.backend)
         rows = self.decode(self.encode(self._checked(clips, mask), mask), mask, decoded)
-        return self.decoder.head(self.decoder.norm(rows))
+        return self.decoder.head(self.final_norm(rows))
 
     def _checked(self, clips: Tensor | Sequence[Tensor], mask: DualMask) -> Tensor:
         """`clips`, or InputError where they do not fit the model or the mask."""

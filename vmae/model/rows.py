@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmae.model.recompute import _compute_dtype, _linear_gradients
 from vmae_kernels import resolve_backend
+from vmae_kernels.device import working_dtype
 
 if TYPE_CHECKING:
     from vmae.model.attention.packed import Lengths
@@ -43,11 +43,14 @@ def _rows_of(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(x.shape[0], device=x.device)[:, None], keep.long()
 
 
+def _normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm, mean and one over the deviation, all in float32."""
+    return torch.native_layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps)
+
+
 class _SelectLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, keep, uses, norm_weight, norm_bias, eps, weight, bias, dtype, triton):
-        ctx.save_for_backward(x, keep, uses, norm_weight, norm_bias, weight, bias)
-        ctx.eps, ctx.dtype, ctx.triton = eps, dtype, triton
         with torch.autocast(x.device.type, enabled=False):
             if triton:
                 rows, normed = torch.ops.vmae.select_decoded(
@@ -55,31 +58,36 @@ class _SelectLinear(torch.autograd.Function):
                 )
             else:
                 rows = x[_rows_of(x, keep)]
-                norm = (norm_weight.float(), norm_bias.float())
-                normed = F.layer_norm(rows.float(), norm_weight.shape, *norm, eps).to(dtype)
-            return rows, F.linear(normed, weight.to(dtype), None if bias is None else bias.to(dtype))
+                normed = _normalise(rows, norm_weight, norm_bias, eps)[0].to(dtype)
+            cast = weight.to(dtype)
+            ctx.save_for_backward(x, keep, uses, norm_weight, norm_bias, cast)
+            ctx.eps, ctx.triton, ctx.dtype = eps, triton, weight.dtype
+            ctx.bias_dtype = None if bias is None else bias.dtype
+            return rows, F.linear(normed, cast, None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx, grad_rows, grad):
-        x, keep, uses, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
+        x, keep, uses, norm_weight, norm_bias, weight = ctx.saved_tensors
+        grad_bias = None if ctx.bias_dtype is None else grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        grad_normed = grad @ weight
         if ctx.triton:
-            normed = torch.ops.vmae.select_decoded_normed(x, norm_weight, norm_bias, keep, ctx.eps, ctx.dtype)
-            grad_normed, grad_weight, grad_bias = _linear_gradients(grad, normed, weight, bias)
-            grad_x, grad_norm = torch.ops.vmae.select_decoded_backward(
+            normed = torch.ops.vmae.select_decoded_normed(
+                x, norm_weight, norm_bias, keep, ctx.eps, weight.dtype
+            )
+            grad_x, (grad_norm_weight, grad_norm_bias) = torch.ops.vmae.select_decoded_backward(
                 grad_rows, grad_normed, x, norm_weight, keep, uses, ctx.eps
             )
-            grad_norm_weight, grad_norm_bias = grad_norm
         else:
-            rows, shape = x[_rows_of(x, keep)].float(), norm_weight.shape
-            norm = (norm_weight.float(), norm_bias.float())
-            normed, mean, rstd = torch.native_layer_norm(rows, shape, *norm, ctx.eps)
-            grad_normed, grad_weight, grad_bias = _linear_gradients(grad, normed.to(ctx.dtype), weight, bias)
+            rows = x[_rows_of(x, keep)].float()
+            normed, mean, rstd = _normalise(rows, norm_weight, norm_bias, ctx.eps)
+            norm, normed = (norm_weight.float(), norm_bias.float()), normed.to(weight.dtype)
             grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
-                grad_normed.float(), rows, shape, mean, rstd, *norm, [True, True, True]
+                grad_normed.float(), rows, norm_weight.shape, mean, rstd, *norm, [True, True, True]
             )
             grad_x = torch.zeros_like(x).index_put_(
                 _rows_of(x, keep), (grad_x + grad_rows).to(x.dtype), accumulate=uses is None
             )
+        grad_weight = (grad.flatten(0, -2).T @ normed.flatten(0, -2)).to(ctx.dtype)
         grad_norm = grad_norm_weight.to(norm_weight.dtype), grad_norm_bias.to(norm_bias.dtype)
         return grad_x, None, None, *grad_norm, None, grad_weight, grad_bias, None, None
 
@@ -97,7 +105,7 @@ def select_linear(
     Returns:
         [B, Nk, D] in the dtype of `x`; [B, Nk, E] in autocast's dtype, or that of `x`.
     """
-    dtype = _compute_dtype(x)
+    dtype = working_dtype(x.device.type, x.dtype)
     triton = resolve_backend(rows.backend, "select_decoded", x, dtype) == "triton"
     return _SelectLinear.apply(
         x, rows.keep, rows.uses, norm.weight, norm.bias, norm.eps, weight, bias, dtype, triton
