@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from harness.floors import Shape
 from vmae_kernels.select_decoded import places_of
 from vmae_kernels.tubelets import normalise
 
-Call = Callable[..., Tensor | tuple[Tensor, ...]]
+Call = Callable[..., Any]  # gives a tensor, or several
 Inputs = tuple[Tensor, ...]
 
 CHECK_SHAPES = (

@@ -177,7 +177,7 @@ class Attention(nn.Module):
         query, kv = query.unflatten(-1, (self.num_heads, -1)), kv.unflatten(-1, (2, self.num_heads, -1))
         scale = self.qk_scale
         if self.scale is not None:
-            query, k, v = self._cosine(query, *kv.unbind(2), self.scale)
+            query, k, v = self._cosine((query, *kv.unbind(2)), self.scale)
             kv, scale = torch.stack([k, v], dim=2), 1.0
         if lengths is None:
             out = attention(kv, self.backend, scale, query=query)
@@ -206,7 +206,7 @@ class Attention(nn.Module):
             qkv = norm_linear(x_BND, norm, self.qkv.weight, bias)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         if self.scale is not None:
-            return torch.stack(self._cosine(*qkv.unbind(2), self.scale), dim=2), 1.0
+            return torch.stack(self._cosine(qkv.unbind(2), self.scale), dim=2), 1.0
         return qkv, self.qk_scale
 
     def _bias(self) -> Tensor | None:
@@ -222,7 +222,8 @@ class Attention(nn.Module):
             return None
         return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
 
-    def _cosine(self, q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _cosine(self, qkv: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv
         temperature = scale.clamp(max=LOG_100).exp().transpose(0, 1)  # [1, H, 1]
         q = F.normalize(q, dim=-1) * temperature
         # Autocast may have made norms float32: attention gets one dtype, that of the linear layer.

@@ -91,8 +91,9 @@ def varlen(
     [T, H, d] each."""
     from torch.nn.attention.varlen import varlen_attn
 
-    starts, longest = _both(lengths, query_lengths)
-    return _output(varlen_attn(*_parts(qkv, query, 1), *starts, *longest, scale=scale))
+    (starts_q, starts), (longest_q, longest) = _both(lengths, query_lengths)
+    q, k, v = _parts(qkv, query, 1)
+    return _output(varlen_attn(q, k, v, starts_q, starts, longest_q, longest, scale=scale))
 
 
 def _both(lengths: Lengths, query_lengths: Lengths | None) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -197,8 +198,8 @@ def flash4_packed(
 
     starts, longest = _both(lengths, query_lengths)
     ragged = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), starts))
-    ragged |= zip(("max_seqlen_q", "max_seqlen_k"), longest)
-    return _output(flash_attn_varlen_func(*_parts(qkv, query, 1), **ragged, softmax_scale=scale))
+    most = dict(zip(("max_seqlen_q", "max_seqlen_k"), longest))
+    return _output(flash_attn_varlen_func(*_parts(qkv, query, 1), **ragged, **most, softmax_scale=scale))
 
 
 def xformers(qkv: Tensor, scale: float, query: Tensor | None = None) -> Tensor:
