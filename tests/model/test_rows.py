@@ -10,7 +10,8 @@ from vmae.model.attention.packed import Lengths
 from vmae.model.attention.probes import Workload
 from vmae.model.blocks import Block
 from vmae.model.cost import count_saved_bytes
-from vmae.model.rows import Rows, select_linear
+from vmae.model.rows import Rows, norm_rows, select_linear
+from vmae_kernels import select_decoded
 
 DIM, HEADS = 24, 3
 KEEP = torch.tensor([[1, 3, 4, 8], [0, 2, 6, 7]], dtype=torch.int32)
@@ -97,6 +98,41 @@ def test_stochastic_depth_drops_the_same_packed_clips():
         torch.manual_seed(seed)
         got = block(x, lengths, Rows(keep, lengths=Lengths((2, 3, 1), cpu)))
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+def relative_error(got, true):
+    return ((got.double() - true).norm() / true.norm()).item()
+
+
+def test_gradients_of_norms_over_many_rows_in_bfloat16():
+    """Sums over 1,400 rows: in bfloat16, the dtype of the rows, they would be tens of per cent off."""
+    norm, exact = nn.LayerNorm(16), nn.LayerNorm(16).double()
+    x = torch.randn(2, 700, 16).bfloat16()
+    upstream = torch.randn(2, 700, 16).bfloat16() + 1
+    keep = torch.arange(700, dtype=torch.int32).expand(2, -1).contiguous()
+
+    def selected(x, norm):
+        return select_decoded(x, norm.weight, norm.bias, keep, backend="torch")[1]
+
+    def linear(x, norm):
+        return select_linear(x, Rows(keep, keep), norm, torch.eye(16), None)[1]
+
+    truth = torch.autograd.grad(exact(x.double()), list(exact.parameters()), upstream.double())
+    for way in (norm_rows, selected, linear):
+        for stream in (x, x.clone().requires_grad_()):
+            found = torch.autograd.grad(way(stream, norm), list(norm.parameters()), upstream)
+            assert all(relative_error(*pair) < 0.01 for pair in zip(found, truth)), way
+
+
+def test_norm_of_rows_keeps_them_only():
+    norm, x = nn.LayerNorm(DIM), torch.randn(2, 9, DIM, requires_grad=True)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    assert count_saved_bytes(lambda: norm_rows(x, norm), norm) == x.numel() * 4
+    upstream, wanted = torch.randn(2, 9, DIM), [x, *norm.parameters()]
+    for got, expected in zip(
+        *(torch.autograd.grad(out, wanted, upstream) for out in (norm_rows(x, norm), norm(x)))
+    ):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_keeps_its_input_only():

@@ -20,7 +20,7 @@ from vmae.model.blocks import build_blocks, init_xavier
 from vmae.model.embed import PatchEmbed, register_positions, sine_cosine_positions
 from vmae.model.packed import packed_loss, packed_predict
 from vmae.model.recompute import norm_linear
-from vmae.model.rows import Rows
+from vmae.model.rows import Rows, norm_rows
 from vmae_kernels import assemble_decoder_tokens, embed_visible, head_patch_loss
 
 
@@ -120,7 +120,7 @@ class Pretrainer(nn.Module):
 
     def final_norm(self, rows: Tensor) -> Tensor:
         """The decoder's final norm of the rows that its last block gave, in their dtype."""
-        return self.decoder.norm(rows).to(rows.dtype)  # autocast on a GPU makes norms float32
+        return norm_rows(rows, self.decoder.norm)
 
     def forward(self, clips: Tensor | Sequence[Tensor], mask: DualMask | Sequence[DualMask]) -> Tensor:
         """The loss, a float32 scalar, over counted tokens: the decoded ones that the encoder did not see

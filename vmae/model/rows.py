@@ -2,7 +2,8 @@
 
 Beside its attention, no layer of a block mixes rows. So the last block needs keys and values of all rows, and
 the rest (queries, attention rows, projection, MLP) of those alone that something reads afterwards: those that
-the loss counts.
+the loss counts. For the backward it keeps x, k and v of all rows, and of these q, attention's output, the
+sum after it and the MLP's 4: 3 M + 7 Nk widths where another block keeps 10 M.
 
 Legend: B clips, M rows, Nk rows to compute, D width in, E width out.
 """
@@ -90,6 +91,34 @@ class _SelectLinear(torch.autograd.Function):
         grad_weight = (grad.flatten(0, -2).T @ normed.flatten(0, -2)).to(ctx.dtype)
         grad_norm = grad_norm_weight.to(norm_weight.dtype), grad_norm_bias.to(norm_bias.dtype)
         return grad_x, None, None, *grad_norm, None, grad_weight, grad_bias, None, None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.eps = eps
+        with torch.autocast(x.device.type, enabled=False):
+            return _normalise(x, weight, bias, eps)[0].to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias = ctx.saved_tensors
+        _, mean, rstd = _normalise(x, weight, bias, ctx.eps)
+        norm = (weight.shape, mean, rstd, weight.float(), bias.float())
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+            grad.float(), x.float(), *norm, [True, True, True]
+        )
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None
+
+
+def norm_rows(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """`norm(x)` in the dtype of `x`, keeping x alone for the backward.
+
+    Computed in float32: torch's own, in bfloat16 on a CPU, sums the gradients of weight and bias in bfloat16,
+    where rows beyond some hundreds are lost.
+    """
+    return _Norm.apply(x, norm.weight, norm.bias, norm.eps)
 
 
 def select_linear(
