@@ -110,6 +110,11 @@ def test_every_pair_agrees_with_its_booleans(encoder, decoder):
     assert torch.equal(counted, mask.weight)
     assert torch.equal(mask.target, mask.decode.gather(1, mask.keep.long()))
     assert torch.equal(mask.hidden_rows, mask.keep + mask.visible.shape[1])
+    assert torch.equal(mask.decoded_rows.gather(1, mask.keep.long()), mask.hidden_rows)
+    uses, count = mask.hidden_uses, mask.keep.shape[1]
+    places = torch.arange(count, dtype=torch.int32).expand_as(mask.keep)
+    assert torch.equal(uses.gather(1, mask.hidden_rows.long()), places) and uses.dtype == torch.int32
+    assert ((uses == count).sum(1) == uses.shape[1] - count).all()
     again = DualMask.from_bool(hidden, dropped)
     assert torch.equal(again.visible, mask.visible) and torch.equal(again.decode, mask.decode)
     assert torch.equal(again.weight, mask.weight)

@@ -280,6 +280,20 @@ class DualMask:
         return self.keep + self.visible.shape[1]
 
     @property
+    def hidden_uses(self) -> Tensor:
+        """int32 [B, Nv + Nd]: the inverse of `hidden_rows`: each row's only place there, Nk where it has
+        none."""
+        rows, count = self.hidden_rows.long(), self.keep.shape[1]
+        places = torch.arange(count, dtype=torch.int32, device=rows.device).expand_as(rows)
+        every = places.new_full((self.batch, self.visible.shape[1] + self.decode.shape[1]), count)
+        return every.scatter_(1, rows, places)
+
+    @property
+    def decoded_rows(self) -> Tensor:
+        """int32 [B, Nd]: the rows of all decoded tokens in the decoder's sequence."""
+        return _all_rows(self.decode) + self.visible.shape[1]
+
+    @property
     def batch(self) -> int:
         return self.visible.shape[0]
 
@@ -343,7 +357,8 @@ def _complement(indices: Tensor, num_tokens: int) -> Tensor:
 
 
 def _all_rows(decode: Tensor) -> Tensor:
-    return torch.arange(decode.shape[1], dtype=torch.int32).expand(decode.shape[0], -1).contiguous()
+    rows = torch.arange(decode.shape[1], dtype=torch.int32, device=decode.device)
+    return rows.expand(decode.shape[0], -1).contiguous()
 
 
 def _tokens_of_frames(frames: Tensor, per_frame: int) -> Tensor:

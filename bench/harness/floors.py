@@ -119,8 +119,8 @@ def _layer_norm(s: Shape) -> tuple[Work, Work]:
 
 def _select_decoded(s: Shape) -> tuple[Work, Work]:
     rows = s.batch * s.counted * s.decoder
-    moved = 2 * (2 * rows + s.batch * (s.visible + s.decoded) * s.decoder)
-    return Work(bytes=2 * 2 * rows, vector=8 * rows), Work(bytes=moved, vector=16 * rows)
+    moved = 2 * (3 * rows + s.batch * (s.visible + s.decoded) * s.decoder)
+    return Work(bytes=2 * 3 * rows, vector=8 * rows), Work(bytes=moved, vector=17 * rows)
 
 
 def _patch_loss(s: Shape) -> tuple[Work, Work]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,10 @@ from torch import Tensor
 
 import vmae_kernels
 from harness.floors import Shape
+from vmae_kernels.select_decoded import places_of
 from vmae_kernels.tubelets import normalise
 
-Call = Callable[..., Tensor]
+Call = Callable[..., Any]  # gives a tensor, or several
 Inputs = tuple[Tensor, ...]
 
 CHECK_SHAPES = (
@@ -63,7 +65,7 @@ def make_inputs(operation: str, s: Shape, device: str, dtype: torch.dtype) -> In
     if operation == "select_decoded":
         keep = s.visible + _indices(s, s.counted, s.decoded, device)
         hidden = learned(s.batch, s.visible + s.decoded, s.decoder)
-        return hidden, learned(s.decoder), learned(s.decoder), keep
+        return hidden, learned(s.decoder), learned(s.decoder), keep, places_of(keep, hidden.shape[1])[0]
     if operation == "patch_loss":
         return learned(s.batch, s.counted, s.values), clips, counted, weight
     head = learned(s.values, s.decoder, scale=0.05), learned(s.values)
@@ -125,17 +127,18 @@ def error_ratios(
 
 
 def _outcome(call: Call, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
-    """Result and gradients of one call in `dtype`, with the same upstream gradient for every variant."""
+    """Results and gradients of one call in `dtype`, with the same upstream gradients for every variant."""
     leaves = []
     for x in inputs:
         is_learned = x.is_floating_point() and x.requires_grad
         leaf = x.detach().to(dtype if is_learned else x.dtype)
         leaves.append(leaf.requires_grad_(x.requires_grad))
-    result = call(*leaves)
+    given = call(*leaves)
+    results = given if isinstance(given, tuple) else (given,)
     generator = torch.Generator().manual_seed(1)
-    upstream = torch.randn(result.shape, generator=generator).to(result.device, result.dtype)
+    upstream = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in results]
     learned = [x for x in leaves if x.requires_grad]
-    return [result.detach(), *torch.autograd.grad(result, learned, upstream)]
+    return [*(x.detach() for x in results), *torch.autograd.grad(results, learned, upstream)]
 
 
 def _error(value: Tensor, truth: Tensor) -> float:

@@ -35,7 +35,7 @@ OPERATIONS = {
     "embed_visible": Operation(("weight", "bias", "pos"), ("clips",), ("visible",)),
     "assemble_decoder_tokens": Operation(("encoded", "mask_token"), ("pos",), ("visible", "decode")),
     "layer_norm": Operation(("x", "weight", "bias"), (), ()),
-    "select_decoded": Operation(("hidden", "weight", "bias"), (), ("keep",)),
+    "select_decoded": Operation(("hidden", "weight", "bias"), (), ("keep", "uses")),
     "patch_loss": Operation(("pixels",), ("clips", "weight"), ("decode",)),
     "head_patch_loss": Operation(("hidden", "head_weight", "head_bias"), ("clips", "weight"), ("decode",)),
 }
@@ -114,7 +114,7 @@ def choose_backend(
                 "device"
             )
     for name in known.indices:
-        if given[name].dtype not in _INTEGERS:
+        if name in given and given[name].dtype not in _INTEGERS:
             raise ValueError(f"{operation}: {name} must hold integers, not {given[name].dtype}")
     if backend != "torch" and torch.is_grad_enabled():
         for name in known.constant:

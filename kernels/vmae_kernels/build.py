@@ -171,6 +171,7 @@ def inputs(preset: str, dtype: torch.dtype, float_clips: bool) -> dict[str, Tens
         "pos": learned(tokens, width).float(),
         "encoded": learned(2, shown, decoder), "mask_token": learned(1, 1, decoder),
         "decoder_pos": torch.zeros(tokens, decoder), "hidden": learned(2, shown + decoded, decoder),
+        "uses": index(shown + decoded),
         "norm_weight": learned(decoder), "norm_bias": learned(decoder), "pixels": learned(2, counted, values),
         "token_weight": torch.ones(2, counted), "rows": learned(2, counted, decoder),
         "head_weight": learned(values, decoder), "head_bias": learned(values),
@@ -183,7 +184,7 @@ ARGUMENTS = {
     "head_patch_loss": ("rows", "head_weight", "head_bias", "clips", "counted", "token_weight"),
     "patch_loss": ("pixels", "clips", "counted", "token_weight"),
     "layer_norm": ("tokens", "block_weight", "block_bias"),
-    "select_decoded": ("hidden", "norm_weight", "norm_bias", "counted"),
+    "select_decoded": ("hidden", "norm_weight", "norm_bias", "counted", "uses"),
     "assemble_decoder_tokens": ("encoded", "mask_token", "decoder_pos", "visible", "decode"),
 }
 
@@ -202,8 +203,9 @@ ALSO = {"layer_norm": layer_norm_again}
 def call_operation(operation: str, x: dict[str, Tensor]) -> None:
     """Forward and backward of one public function."""
     arguments = [x[name] for name in ARGUMENTS[operation]]
-    result = getattr(vmae_kernels, operation)(*arguments, backend="triton")
-    result.backward(torch.ones_like(result))
+    results = getattr(vmae_kernels, operation)(*arguments, backend="triton")
+    results = results if isinstance(results, tuple) else (results,)
+    torch.autograd.backward(results, [torch.ones_like(result) for result in results])
     if operation in ALSO:
         ALSO[operation](x)
 

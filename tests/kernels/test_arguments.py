@@ -13,13 +13,16 @@ import vmae_kernels
 from vmae_kernels import device as kernel_device
 from vmae_kernels import resolve_backend
 from vmae_kernels.backend import OPERATIONS
+from vmae_kernels.select_decoded import places_of
 
 GRID, PATCH, WIDTH, DECODER = (2, 2, 3), 2, 8, 16
 TOTAL, VALUES = 12, 6 * PATCH * PATCH
 
 
 def call(name, backend, arguments):
-    return getattr(vmae_kernels, name)(**arguments, backend=backend)
+    """The result, several ones of one shape as one tensor."""
+    result = getattr(vmae_kernels, name)(**arguments, backend=backend)
+    return torch.stack(result) if isinstance(result, tuple) else result
 
 
 def operands(name, device, batch=2, shown=2, hidden=2, clips="uint8"):
@@ -29,6 +32,7 @@ def operands(name, device, batch=2, shown=2, hidden=2, clips="uint8"):
         return torch.randn(*shape, device=device)
 
     visible, decode = tokens_of(batch, shown, TOTAL, device), tokens_of(batch, hidden, TOTAL, device)
+    keep = tokens_of(batch, hidden, 8, device)
     loss = {"clips": make_clips(clips, batch, GRID, PATCH, 2, device), "decode": decode}
     loss |= {"weight": torch.rand(batch, hidden, device=device) + 0.1}
     return {
@@ -55,7 +59,8 @@ def operands(name, device, batch=2, shown=2, hidden=2, clips="uint8"):
             "hidden": random(batch, 8, DECODER),
             "weight": random(DECODER),
             "bias": random(DECODER),
-            "keep": tokens_of(batch, hidden, 8, device),
+            "keep": keep,
+            "uses": places_of(keep, 8)[0],
         },
         "patch_loss": {"pixels": random(batch, hidden, VALUES), **loss},
         "head_patch_loss": {

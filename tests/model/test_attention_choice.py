@@ -73,12 +73,16 @@ def check(x, dims, dtypes=HALF, heads=None):
     assert heads is None or x.shape[-2] == heads
 
 
-def each(parts, starts, scale):
-    """Sequence by sequence of [T, H, d] parts."""
-    assert starts.dtype == torch.int32 and starts.is_contiguous() and starts.dim() == 1
-    ends = starts.tolist()
-    assert ends[0] == 0 and ends[-1] == parts[0].shape[0]
-    return torch.cat([plain(*(x[a:b] for x in parts), scale) for a, b in zip(ends, ends[1:])])
+def each(parts, starts, scale, key_starts=None, longest=None):
+    """Sequence by sequence of [T, H, d] parts; `longest` as the caller gave them, of queries and keys."""
+    q, k, v = parts
+    both = starts, (starts if key_starts is None else key_starts)
+    for x, ends, given in zip((q, k), both, longest or (None, None)):
+        assert ends.dtype == torch.int32 and ends.is_contiguous() and ends.dim() == 1
+        assert ends[0] == 0 and ends[-1] == x.shape[0] and ends.shape == starts.shape
+        assert given is None or (type(given) is int and given == int(ends.diff().max()))
+    cuts = [zip(ends.tolist(), ends[1:].tolist()) for ends in both]
+    return torch.cat([plain(q[a:b], k[c:d], v[c:d], scale) for (a, b), (c, d) in zip(*cuts)])
 
 
 class Calls(list):
@@ -136,9 +140,50 @@ def fake_flash2(monkeypatch, version="2.8.3"):
         calls.note(qkv)
         return each(qkv.unbind(1), cu_seqlens, softmax_scale).to(qkv.dtype)
 
+    def flash_attn_kvpacked_func(
+        q,
+        kv,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+    ):
+        check(q, 4), check(kv, 5)
+        assert kv.shape[2] == 2 and dropout_p == 0.0 and not causal
+        calls.note(q, kv)
+        return plain(q, *kv.unbind(2), softmax_scale).to(q.dtype)
+
+    def flash_attn_varlen_kvpacked_func(
+        q,
+        kv,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+    ):
+        check(q, 3), check(kv, 4)
+        assert kv.shape[1] == 2 and dropout_p == 0.0 and not causal
+        calls.note(q, kv)
+        longest = max_seqlen_q, max_seqlen_k
+        return each((q, *kv.unbind(1)), cu_seqlens_q, softmax_scale, cu_seqlens_k, longest).to(q.dtype)
+
     functions = dict(
         flash_attn_qkvpacked_func=flash_attn_qkvpacked_func,
+        flash_attn_kvpacked_func=flash_attn_kvpacked_func,
         flash_attn_varlen_qkvpacked_func=flash_attn_varlen_qkvpacked_func,
+        flash_attn_varlen_kvpacked_func=flash_attn_varlen_kvpacked_func,
     )
     module(monkeypatch, "flash_attn", __version__=version, **functions)
     return calls
@@ -197,14 +242,39 @@ def fake_flash3(monkeypatch, version="3.0.0", with_lse=False):
     ):
         for x in (q, k, v):
             check(x, 3)
-        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max()) and torch.equal(
-            cu_seqlens_q, cu_seqlens_k
-        )
         calls.note(q, k, v)
-        return answer(each((q, k, v), cu_seqlens_q, softmax_scale).to(q.dtype))
+        longest = max_seqlen_q, max_seqlen_k
+        return answer(each((q, k, v), cu_seqlens_q, softmax_scale, cu_seqlens_k, longest).to(q.dtype))
+
+    def flash_attn_func(
+        q,
+        k,
+        v,
+        softmax_scale=None,
+        causal=False,
+        qv=None,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        window_size=(-1, -1),
+        attention_chunk=0,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        deterministic=False,
+        sm_margin=0,
+        return_attn_probs=False,
+    ):
+        for x in (q, k, v):
+            check(x, 4)
+        assert not causal and qv is None
+        calls.note(q, k, v)
+        return answer(plain(q, k, v, softmax_scale).to(q.dtype))
 
     functions = dict(
-        flash_attn_qkvpacked_func=flash_attn_qkvpacked_func, flash_attn_varlen_func=flash_attn_varlen_func
+        flash_attn_qkvpacked_func=flash_attn_qkvpacked_func,
+        flash_attn_func=flash_attn_func,
+        flash_attn_varlen_func=flash_attn_varlen_func,
     )
     return calls, module(monkeypatch, "flash_attn_interface", __version__=version, **functions)
 
@@ -252,10 +322,10 @@ def fake_flash4(monkeypatch, version="4.0.0b36"):
     ):
         for x in (q, k, v):
             check(x, 3)
-        assert qv is None and max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
-        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert qv is None and not causal
         calls.note(q, k, v)
-        return each((q, k, v), cu_seqlens_q, softmax_scale).to(q.dtype), None
+        longest = max_seqlen_q, max_seqlen_k
+        return each((q, k, v), cu_seqlens_q, softmax_scale, cu_seqlens_k, longest).to(q.dtype), None
 
     if "flash_attn" not in sys.modules:
         module(monkeypatch, "flash_attn")  # flash-attn-4 alone leaves a bare namespace there
@@ -268,13 +338,13 @@ def fake_xformers(monkeypatch, version="0.0.35", loads=True):
     calls = Calls()
 
     class BlockDiagonalMask:
-        def __init__(self, lengths):
-            self.lengths = lengths
+        def __init__(self, *lengths):
+            self.starts = [torch.tensor([0, *counts]).cumsum(0).int() for counts in lengths]
 
         @classmethod
         def from_seqlens(cls, q_seqlen, kv_seqlen=None):
-            assert type(q_seqlen) is list and kv_seqlen is None
-            return cls(q_seqlen)
+            assert type(q_seqlen) is list and (kv_seqlen is None or len(kv_seqlen) == len(q_seqlen))
+            return cls(q_seqlen, q_seqlen if kv_seqlen is None else kv_seqlen)
 
     def memory_efficient_attention(
         query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
@@ -284,9 +354,9 @@ def fake_xformers(monkeypatch, version="0.0.35", loads=True):
         calls.note(query, key, value)
         if attn_bias is None:
             return plain(query, key, value, scale).to(query.dtype)
-        assert query.shape[0] == 1 and sum(attn_bias.lengths) == query.shape[1]
-        starts = torch.tensor([0, *attn_bias.lengths]).cumsum(0).int()
-        return each((query[0], key[0], value[0]), starts, scale).to(query.dtype)[None]
+        assert query.shape[0] == 1
+        starts, key_starts = attn_bias.starts
+        return each((query[0], key[0], value[0]), starts, scale, key_starts).to(query.dtype)[None]
 
     class FwOp:
         @classmethod
@@ -348,6 +418,35 @@ def test_called_as_documented_without_a_copy(name, head_dim, on_hopper, monkeypa
 
 
 @pytest.mark.parametrize("name", FAKES)
+def test_fewer_queries_than_keys_called_as_documented(name, on_hopper, monkeypatch):
+    calls = FAKES[name](monkeypatch)
+    query, kv = torch.randn(2, 4, 2, 80).bfloat16(), torch.randn(2, 9, 2, 2, 80).bfloat16()
+    leaves = query.requires_grad_(), kv.requires_grad_()
+    out, expected = (attention(kv, way, 0.3, query=query) for way in (name, "softmax"))
+    assert out.shape == (2, 4, 2, 80) and len(calls) == 1
+    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+    upstream = torch.randn_like(out)
+    found = [torch.autograd.grad(x, leaves, upstream, retain_graph=True) for x in (out, expected)]
+    for got, true in zip(*found):
+        torch.testing.assert_close(got, true, atol=5e-2, rtol=5e-2)
+    (given,) = calls
+    assert given[0][0] == query.data_ptr() and given[1][0] == kv.data_ptr()  # no copy of either
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_fewer_packed_queries_called_as_documented(name, on_hopper, monkeypatch):
+    calls = FAKES[name](monkeypatch)
+    query, kv = torch.randn(6, 2, 80).bfloat16(), torch.randn(10, 2, 2, 80).bfloat16()
+    lengths, query_lengths = (Lengths(counts, torch.device("cpu")) for counts in ((3, 1, 6), (2, 1, 3)))
+    out, expected = (
+        packed_attention(kv, lengths, way, query=query, query_lengths=query_lengths)
+        for way in (name, "softmax")
+    )
+    assert out.shape == (6, 2, 80) and len(calls) == 1
+    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", FAKES)
 def test_scale_is_passed_on(name, on_hopper, monkeypatch):
     FAKES[name](monkeypatch)
     qkv = torch.randn(1, 5, 3, 1, 64).bfloat16()
@@ -393,9 +492,8 @@ def test_torch_varlen_called_as_documented(on_hopper, monkeypatch):
     ):
         for x in (query, key, value):
             check(x, 3)
-        assert max_q == max_k == 6 and torch.equal(cu_seq_q, cu_seq_k)
         seen.append(scale)
-        return each((query, key, value), cu_seq_q, scale).to(query.dtype)
+        return each((query, key, value), cu_seq_q, scale, cu_seq_k, (max_q, max_k)).to(query.dtype)
 
     assert list(inspect.signature(varlen.varlen_attn).parameters) == list(
         inspect.signature(varlen_attn).parameters
@@ -405,7 +503,13 @@ def test_torch_varlen_called_as_documented(on_hopper, monkeypatch):
     qkv = torch.randn(10, 3, 2, 88).bfloat16()
     out = packed_attention(qkv, lengths, "varlen")
     torch.testing.assert_close(out, packed_attention(qkv, lengths, "softmax"), atol=2e-2, rtol=2e-2)
-    assert seen == [88**-0.5]
+    query, query_lengths = torch.randn(5, 2, 88).bfloat16(), Lengths((1, 1, 3), torch.device("cpu"))
+    found = [
+        packed_attention(qkv[:, 1:], lengths, name, query=query, query_lengths=query_lengths)
+        for name in ("varlen", "softmax")
+    ]
+    torch.testing.assert_close(*found, atol=2e-2, rtol=2e-2)
+    assert seen == [88**-0.5] * 2
     with pytest.raises(
         InputError, match="'varlen' cannot run .*: for sequences of unequal lengths only. These can: "
     ):

@@ -10,6 +10,9 @@ from vmae.model.attention import choice as backends
 from vmae.model.attention.packed import Lengths
 from vmae.model.attention.probes import Workload
 from vmae.model.blocks import Block, DropPath
+from vmae.model.packed import _pack_rows
+from vmae.model.rows import Rows
+from vmae_kernels.select_decoded import places_of
 
 CPU = torch.device("cpu")
 RUNS = backends.runnable(Workload(packed=True))
@@ -122,6 +125,20 @@ def test_loss_gradients_and_predictions_equal_those_of_each_group_alone(tiny, cl
     for name, gradient in gradients.items():
         error = (gradient - expected_gradients[name]).norm() / expected_gradients[name].norm()
         assert error < 1e-4, name
+
+
+def test_rows_of_packed_groups(tiny, clips_of):
+    """Rows of the packed tokens and their inverse, across groups of other lengths and counts."""
+    masks = [mask for _, _, mask in groups_of(tiny, clips_of, SIZES, (2, 1, 3, 1))]
+    sequences = [torch.empty(*mask.hidden_uses.shape, 3) for mask in masks]
+    rows = _pack_rows([Rows(mask.hidden_rows, mask.hidden_uses) for mask in masks], sequences)
+    tokens = torch.cat([torch.cat([mask.visible, mask.decode], 1).flatten() for mask in masks])
+    assert torch.equal(tokens[rows.keep[0].long()], torch.cat([mask.target.flatten() for mask in masks]))
+    uses, following = places_of(rows.keep, rows.uses.shape[1])
+    assert torch.equal(rows.uses, uses) and (following == rows.keep.shape[1]).all()
+    assert rows.lengths.counts == tuple(m.keep.shape[1] for m in masks for _ in range(m.batch))
+    assert rows.keep.numel() == rows.lengths.total
+    assert _pack_rows([Rows(mask.decoded_rows) for mask in masks], sequences).uses is None
 
 
 def test_equal_masks_give_the_loss_of_a_plain_batch(tiny, clips_of):

@@ -29,6 +29,7 @@ ARCHITECTURES = {
     "rectangle": dict(img_size=(32, 96)),
     "5 token frames": dict(num_frames=10),
     "tubelets of 4 frames": dict(tubelet_size=4, num_frames=16),
+    "one block in the decoder": dict(decoder_depth=1, cos_attn=True, init_values=0.1),
 }
 MASKS = {
     "dual": MaskConfig(encoder_ratio=0.75),
@@ -74,6 +75,21 @@ def test_loss_gradients_and_predictions_equal_the_reference(architecture, maskin
         error = (gradient - expected_grads[name]).norm() / expected_grads[name].norm()
         assert error < 1e-4, name
     torch.testing.assert_close(fast.predict(clips, mask), plain.predict(clips, mask), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_stochastic_depth_draws_what_the_reference_draws(recompute, clips_of):
+    config = ModelConfig(**SMALL, drop_path_rate=0.5)
+    plain, fast = build_reference(config), build_pretrainer(config, recompute=recompute)
+    fast.load_state_dict(plain.state_dict())
+    clips, mask = clips_of(config, 3), draw(config, MASKS["dual"])
+    found = []
+    for model in (fast, plain):
+        torch.manual_seed(3)
+        found.append(gradients(model.train(), clips, mask))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=0)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_reference_takes_the_published_booleans(tiny, clips_of):

@@ -13,6 +13,7 @@ from vmae.config import ModelConfig
 from vmae.model.attention import Attention
 from vmae.model.attention.packed import Lengths
 from vmae.model.recompute import LayerNorm, compute_dtype, gelu_linear, norm_linear, padded, padded_width
+from vmae.model.rows import Rows
 
 
 def init_xavier(module: nn.Module) -> None:
@@ -105,14 +106,19 @@ class Block(nn.Module):
         self.gamma_1 = nn.Parameter(torch.full((dim,), config.init_values)) if scaled else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), config.init_values)) if scaled else None
 
-    def forward(self, x_BND: Tensor, lengths: Lengths | None = None) -> Tensor:
+    def forward(self, x_BND: Tensor, lengths: Lengths | None = None, rows: Rows | None = None) -> Tensor:
         """With `lengths`, x is [1, T, D]: clips of those lengths one after the other
-        (`vmae.model.packed`)."""
-        if self.recompute:
-            x_BND = x_BND + self._branch(self.attn(x_BND, self.norm1, lengths), self.gamma_1, lengths)
-            return x_BND + self._branch(self.mlp(x_BND, self.norm2), self.gamma_2, lengths)
-        x_BND = x_BND + self._branch(self.attn(self.norm1(x_BND), None, lengths), self.gamma_1, lengths)
-        return x_BND + self._branch(self.mlp(self.norm2(x_BND)), self.gamma_2, lengths)
+        (`vmae.model.packed`). With `rows`, the result is those of x's alone, [B, Nk, D]: the same numbers."""
+        if rows is not None:
+            x_BND, update = self.attn.of_rows(x_BND, self.norm1, rows, self.recompute, lengths)
+            lengths = rows.lengths
+        elif self.recompute:
+            update = self.attn(x_BND, self.norm1, lengths)
+        else:
+            update = self.attn(self.norm1(x_BND), None, lengths)
+        x_BND = x_BND + self._branch(update, self.gamma_1, lengths)
+        update = self.mlp(x_BND, self.norm2) if self.recompute else self.mlp(self.norm2(x_BND))
+        return x_BND + self._branch(update, self.gamma_2, lengths)
 
     def _branch(self, update: Tensor, gamma: Tensor | None, lengths: Lengths | None) -> Tensor:
         return self.drop_path(update if gamma is None else gamma * update, lengths)

@@ -59,9 +59,11 @@ def token_counts(config: ModelConfig, mask: MaskConfig) -> TokenCounts:
     return TokenCounts(config.num_tokens, drawn.visible.shape[1], drawn.decode.shape[1], drawn.keep.shape[1])
 
 
-def _block_macs(tokens: int, dim: int, mlp_ratio: float) -> int:
-    projections = tokens * dim * (4 * dim + 2 * int(dim * mlp_ratio))
-    return projections + 2 * tokens * tokens * dim
+def _block_macs(tokens: int, dim: int, mlp_ratio: float, rows: int | None = None) -> int:
+    """Of a block on that many tokens, or on `rows` of them after keys and values of all."""
+    rows = tokens if rows is None else rows
+    projections = 2 * tokens * dim * dim + rows * dim * (2 * dim + 2 * int(dim * mlp_ratio))
+    return projections + 2 * rows * tokens * dim
 
 
 def forward_macs(
@@ -72,9 +74,10 @@ def forward_macs(
     Args:
         encoder_ratio: of the tube mask.
         decoder_ratio: of the running-cell mask; 0 is encoder-only masking.
-        fused: count what this code's model does (visible tokens embedded, counted tokens reach the head)
-            instead of the published algorithm (every token embedded, every decoded token predicted; the
-            paper's table 1 counts that one).
+        fused: count what this code's model does (visible tokens embedded, counted tokens through the rest of
+            the last block, after its keys and values, and the head) instead of the published algorithm (every
+            token embedded and through each block, every decoded token predicted; the paper's table 1 counts
+            that one).
     """
     decoder = "running_cell" if decoder_ratio else "none"
     mask = MaskConfig(
@@ -86,12 +89,16 @@ def forward_macs(
 def masked_macs(config: ModelConfig, mask: MaskConfig, *, fused: bool = True) -> int:
     """`forward_macs` for any mask."""
     counts = token_counts(config, mask)
-    embedded, predicted = (counts.visible, counts.counted) if fused else (counts.total, counts.decoded)
+    tokens = counts.visible + counts.decoded
+    embedded, predicted, last = counts.total, counts.decoded, tokens
+    if fused:
+        embedded, predicted, last = counts.visible, counts.counted, counts.counted
     dim, decoder_dim = config.embed_dim, config.decoder_embed_dim
     macs = embedded * config.tubelet_pixels * dim
     macs += config.depth * _block_macs(counts.visible, dim, config.mlp_ratio)
     macs += counts.visible * dim * decoder_dim
-    macs += config.decoder_depth * _block_macs(counts.visible + counts.decoded, decoder_dim, config.mlp_ratio)
+    macs += (config.decoder_depth - 1) * _block_macs(tokens, decoder_dim, config.mlp_ratio)
+    macs += _block_macs(tokens, decoder_dim, config.mlp_ratio, last)
     return macs + predicted * decoder_dim * config.tubelet_pixels
 
 

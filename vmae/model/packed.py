@@ -24,7 +24,8 @@ from vmae.errors import InputError
 from vmae.masking import DualMask
 from vmae.model.attention.packed import Lengths
 from vmae.model.embed import sine_cosine_positions
-from vmae_kernels import assemble_decoder_tokens, embed_visible, head_patch_loss, select_decoded
+from vmae.model.rows import Rows
+from vmae_kernels import assemble_decoder_tokens, embed_visible, head_patch_loss
 
 
 class Parts(Protocol):
@@ -41,6 +42,8 @@ class Parts(Protocol):
     def mask_token(self) -> Tensor: ...
 
     def narrow(self, encoded: Tensor, /) -> Tensor: ...
+
+    def final_norm(self, rows: Tensor, /) -> Tensor: ...
 
 
 # --- the pre-trainer on groups of clips ---------------------------------------------------------------------
@@ -110,8 +113,26 @@ def _unpack(x: Tensor, groups: list[Tensor]) -> list[Tensor]:
     return [part.unflatten(0, group.shape[:2]) for part, group in zip(parts, groups)]
 
 
-def _decoded(model: Parts, clips: list[Tensor], masks: Sequence[DualMask]) -> list[Tensor]:
-    """The decoder's output [B, Nv + Nd, Dd] of each group, before its final norm."""
+def _pack_rows(groups: list[Rows], sequences: list[Tensor]) -> Rows:
+    """Rows of groups of sequences [B, N, D] as rows of the packed ones, [1, T, D]."""
+    device, total = sequences[0].device, sum(rows.keep.numel() for rows in groups)
+    keep, uses, first, place = [], [], 0, 0
+    for rows, sequence in zip(groups, sequences):
+        (batch, tokens), count = sequence.shape[:2], rows.keep.shape[1]
+        clip = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
+        keep.append((rows.keep + clip * tokens + first).flatten())
+        if rows.uses is not None:
+            uses.append(torch.where(rows.uses < count, rows.uses + clip * count + place, total).flatten())
+        first, place = first + batch * tokens, place + batch * count
+    lengths = Lengths(tuple(rows.keep.shape[1] for rows in groups for _ in range(rows.keep.shape[0])), device)
+    inverse = torch.cat(uses)[None] if uses else None
+    return Rows(torch.cat(keep)[None], inverse, groups[0].backend, lengths)
+
+
+def _decoded(
+    model: Parts, clips: list[Tensor], masks: Sequence[DualMask], groups_of_rows: list[Rows]
+) -> list[Tensor]:
+    """Those rows of the decoder's output [B, Nv + Nd, Dd] of each group, before its final norm."""
     encoder, proj, backend = model.encoder, model.encoder.patch_embed.proj, model.backend
     groups = []
     for group, mask in zip(clips, masks):
@@ -130,9 +151,11 @@ def _decoded(model: Parts, clips: list[Tensor], masks: Sequence[DualMask]) -> li
             )
         )
     x, lengths = _pack(sequences)
-    for block in model.decoder.blocks:
+    *blocks, last = model.decoder.blocks
+    for block in blocks:
         x = block(x, lengths)
-    return _unpack(x, sequences)
+    x = last(x, lengths, _pack_rows(groups_of_rows, sequences))
+    return _unpack(x, [rows.keep for rows in groups_of_rows])
 
 
 def packed_loss(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> Tensor:
@@ -148,14 +171,12 @@ def packed_loss(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[
         InputError: clips and masks that do not fit each other, or another size where positions are learned.
     """
     clips = _checked(model, clips, masks)
-    norm, head = model.decoder.norm, model.decoder.head
+    head = model.decoder.head
+    counted = [Rows(mask.hidden_rows, mask.hidden_uses, model.backend) for mask in masks]
     losses, weights = [], []
-    for hidden, group, mask in zip(_decoded(model, clips, masks), clips, masks):
-        rows = select_decoded(
-            hidden, norm.weight, norm.bias, mask.hidden_rows, norm.eps, backend=model.backend
-        )
+    for rows, group, mask in zip(_decoded(model, clips, masks, counted), clips, masks):
         loss = head_patch_loss(
-            rows,
+            model.final_norm(rows),
             head.weight,
             head.bias,
             group,
@@ -174,7 +195,5 @@ def packed_loss(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[
 def packed_predict(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> list[Tensor]:
     """Predicted tubelets [B, Nd, P] of each group; see `packed_loss`."""
     clips = _checked(model, clips, masks)
-    decoded = _decoded(model, clips, masks)
-    return [
-        model.decoder.head(model.decoder.norm(x[:, m.visible.shape[1] :])) for x, m in zip(decoded, masks)
-    ]
+    decoded = [Rows(mask.decoded_rows, None, model.backend) for mask in masks]
+    return [model.decoder.head(model.final_norm(x)) for x in _decoded(model, clips, masks, decoded)]

@@ -20,7 +20,8 @@ from vmae.model.blocks import build_blocks, init_xavier
 from vmae.model.embed import PatchEmbed, register_positions, sine_cosine_positions
 from vmae.model.packed import packed_loss, packed_predict
 from vmae.model.recompute import LayerNorm, norm_linear
-from vmae_kernels import assemble_decoder_tokens, embed_visible, head_patch_loss, select_decoded
+from vmae.model.rows import Rows, norm_rows
+from vmae_kernels import assemble_decoder_tokens, embed_visible, head_patch_loss
 
 
 class Encoder(nn.Module):
@@ -105,15 +106,21 @@ class Pretrainer(nn.Module):
             return norm_linear(encoded, self.encoder.norm, self.encoder_to_decoder.weight, None)
         return self.encoder_to_decoder(self.encoder.norm(encoded))
 
-    def decode(self, encoded: Tensor, mask: DualMask) -> Tensor:
-        """Decoder's sequence [B, Nv + Nd, Dd] before its final norm."""
+    def decode(self, encoded: Tensor, mask: DualMask, rows: Rows) -> Tensor:
+        """`rows` of the decoder's sequence [B, Nv + Nd, Dd] before its final norm: its last block computes no
+        others."""
         x = self.narrow(encoded)
         x = assemble_decoder_tokens(
             x, self.mask_token, self.pos_embed, mask.visible, mask.decode, backend=self.backend
         )
-        for block in self.decoder.blocks:
+        *blocks, last = self.decoder.blocks
+        for block in blocks:
             x = block(x)
-        return x
+        return last(x, rows=rows)
+
+    def final_norm(self, rows: Tensor) -> Tensor:
+        """The decoder's final norm of the rows that its last block gave, in their dtype."""
+        return norm_rows(rows, self.decoder.norm, self.backend)
 
     def forward(self, clips: Tensor | Sequence[Tensor], mask: DualMask | Sequence[DualMask]) -> Tensor:
         """The loss, a float32 scalar, over counted tokens: the decoded ones that the encoder did not see
@@ -127,13 +134,11 @@ class Pretrainer(nn.Module):
         if not isinstance(mask, DualMask):
             return packed_loss(self, clips, mask)
         clips = self._checked(clips, mask)
-        hidden = self.decode(self.encode(clips, mask), mask)
-        norm, head = self.decoder.norm, self.decoder.head
-        rows = select_decoded(
-            hidden, norm.weight, norm.bias, mask.hidden_rows, norm.eps, backend=self.backend
-        )
+        counted = Rows(mask.hidden_rows, mask.hidden_uses, self.backend)
+        rows = self.decode(self.encode(clips, mask), mask, counted)
+        head = self.decoder.head
         return head_patch_loss(
-            rows,
+            self.final_norm(rows),
             head.weight,
             head.bias,
             clips,
@@ -158,8 +163,9 @@ class Pretrainer(nn.Module):
         """
         if not isinstance(mask, DualMask):
             return packed_predict(self, clips, mask)
-        hidden = self.decode(self.encode(self._checked(clips, mask), mask), mask)
-        return self.decoder.head(self.decoder.norm(hidden[:, mask.visible.shape[1] :]))
+        decoded = Rows(mask.decoded_rows, None, self.backend)
+        rows = self.decode(self.encode(self._checked(clips, mask), mask), mask, decoded)
+        return self.decoder.head(self.final_norm(rows))
 
     def _checked(self, clips: Tensor | Sequence[Tensor], mask: DualMask) -> Tensor:
         """`clips`, or InputError where they do not fit the model or the mask."""

@@ -18,6 +18,8 @@ from vmae.model.attention.choice import BACKENDS, NAMES, backend_of, choose, cho
 from vmae.model.attention.packed import Lengths
 from vmae.model.attention.probes import Workload
 from vmae.model.recompute import norm_linear
+from vmae.model.rows import Rows, select_linear
+from vmae_kernels import select_decoded
 
 __all__ = ["ATTENTION_BACKENDS", "Attention", "Lengths", "attention", "packed_attention", "softmax_attention"]
 
@@ -36,17 +38,20 @@ def _chosen(*key) -> str:
 _chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attribute set on a function
 
 
-def attention(qkv: Tensor, backend: str = "auto", scale: float | None = None) -> Tensor:
+def attention(
+    qkv: Tensor, backend: str = "auto", scale: float | None = None, *, query: Tensor | None = None
+) -> Tensor:
     """`softmax(q k^T * scale) v` for every head.
 
     Args:
-        qkv: [B, N, 3, H, d], packed, any strides.
+        qkv: [B, N, 3, H, d], packed, any strides; with `query` k and v alone, [B, N, 2, H, d].
         backend: a name in `ATTENTION_BACKENDS`; "auto" takes the fastest that is installed and fits the
             device, the dtype and the head dim, and logs once which.
         scale: factor on the scores; None means `d ** -0.5`.
+        query: [B, Nq, H, d], of fewer tokens than the keys.
 
     Returns:
-        [B, N, H, d].
+        [B, N, H, d], or [B, Nq, H, d].
 
     Raises:
         InputError: an unknown backend, or one that can't run here: the message says why, and what would.
@@ -59,30 +64,39 @@ def attention(qkv: Tensor, backend: str = "auto", scale: float | None = None) ->
     name = _chosen(backend, device.type, device.index, qkv.dtype, qkv.shape[-1], training, compiled)
     call = BACKENDS[name].call
     assert call is not None  # `choose` refuses backends of packed sequences only
-    return call(qkv, qkv.shape[-1] ** -0.5 if scale is None else scale)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    return call(qkv, scale) if query is None else call(qkv, scale, query=query)
 
 
 def packed_attention(
-    qkv: Tensor, lengths: Lengths, backend: str = "auto", scale: float | None = None
+    qkv: Tensor,
+    lengths: Lengths,
+    backend: str = "auto",
+    scale: float | None = None,
+    *,
+    query: Tensor | None = None,
+    query_lengths: Lengths | None = None,
 ) -> Tensor:
     """`softmax(q k^T * scale) v` for every head, each sequence for itself.
 
     Args:
-        qkv: [T, 3, H, d], sequences one after the other.
+        qkv: [T, 3, H, d], sequences one after the other; with `query` k and v alone, [T, 2, H, d].
         lengths: of the sequences, T in total.
         backend, scale: as for `vmae.model.attention.attention`. A backend without a function for packed
             sequences pads them (B x longest rows) and hides the padding with a key mask.
+        query, query_lengths: [Tq, H, d], of the same sequences, but fewer tokens of each.
 
     Returns:
-        [T, H, d].
+        [T, H, d], or [Tq, H, d].
 
     Raises:
         InputError: an unknown backend, one that can't do this here, or `lengths` of another total.
     """
-    if qkv.shape[0] != lengths.total:
-        raise InputError(
-            f"{qkv.shape[0]} packed tokens do not fit sequences of {lengths.total} tokens in total"
-        )
+    for given, counts in ((qkv, lengths), (query, query_lengths)):
+        if given is not None and counts is not None and given.shape[0] != counts.total:
+            raise InputError(
+                f"{given.shape[0]} packed tokens do not fit sequences of {counts.total} tokens in total"
+            )
     training = torch.is_grad_enabled() and qkv.requires_grad
     workload = Workload.on(
         qkv.device, dtype=qkv.dtype, head_dim=qkv.shape[-1], training=training, packed=True
@@ -90,12 +104,11 @@ def packed_attention(
     chosen = choose(backend, workload)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if chosen.packed is not None:
-        return chosen.packed(qkv, lengths, scale)
-    rows = len(lengths.counts) * lengths.longest
-    padded = qkv.new_zeros(rows, *qkv.shape[1:]).index_copy(0, lengths.padded_rows, qkv)
+        return chosen.packed(qkv, lengths, scale, query, query_lengths)
     assert chosen.call is not None  # it has one of the two
-    out = chosen.call(padded.unflatten(0, (-1, lengths.longest)), scale, lengths.key_mask)
-    return out.flatten(0, 1).index_select(0, lengths.padded_rows)
+    padded_query = None if query is None or query_lengths is None else query_lengths.padded(query)
+    out = chosen.call(lengths.padded(qkv), scale, lengths.key_mask, padded_query)
+    return out.flatten(0, 1).index_select(0, (query_lengths or lengths).padded_rows)
 
 
 class Attention(nn.Module):
@@ -143,6 +156,37 @@ class Attention(nn.Module):
             out = packed_attention(qkv[0], lengths, self.backend, scale)[None]
         return self.proj(out.flatten(2))
 
+    def of_rows(
+        self, x_BND: Tensor, norm: nn.LayerNorm, rows: Rows, recompute: bool, lengths: Lengths | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Some rows of x, [B, Nk, D], and the attention that they pay to `norm(x)`, all rows of it.
+
+        With `recompute` x alone is kept for the backward of both. With `lengths`, x is [1, T, D].
+        """
+        bias, parts = self._bias(), [x_BND.shape[2], 2 * x_BND.shape[2]]
+        q_weight, kv_weight = self.qkv.weight.split(parts)
+        q_bias, kv_bias = (None, None) if bias is None else bias.split(parts)
+        if recompute:
+            picked, query = select_linear(x_BND, rows, norm, q_weight, q_bias)
+            kv = norm_linear(x_BND, norm, kv_weight, kv_bias)
+        else:
+            picked, normed = select_decoded(
+                x_BND, norm.weight, norm.bias, rows.keep, rows.uses, norm.eps, backend=rows.backend
+            )
+            query, kv = F.linear(normed, q_weight, q_bias), F.linear(norm(x_BND), kv_weight, kv_bias)
+        query, kv = query.unflatten(-1, (self.num_heads, -1)), kv.unflatten(-1, (2, self.num_heads, -1))
+        scale = self.qk_scale
+        if self.scale is not None:
+            query, k, v = self._cosine((query, *kv.unbind(2)), self.scale)
+            kv, scale = torch.stack([k, v], dim=2), 1.0
+        if lengths is None:
+            out = attention(kv, self.backend, scale, query=query)
+        else:
+            out = packed_attention(
+                kv[0], lengths, self.backend, scale, query=query[0], query_lengths=rows.lengths
+            )[None]
+        return picked, self.proj(out.flatten(2))
+
     def weights(self, x_BND: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
         """float32 [B, H, N, N]: how much each token (row) takes from each (column) in `forward`; rows sum to
         1.
@@ -162,7 +206,7 @@ class Attention(nn.Module):
             qkv = norm_linear(x_BND, norm, self.qkv.weight, bias)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         if self.scale is not None:
-            return self._cosine(qkv, self.scale), 1.0
+            return torch.stack(self._cosine(qkv.unbind(2), self.scale), dim=2), 1.0
         return qkv, self.qk_scale
 
     def _bias(self) -> Tensor | None:
@@ -178,9 +222,9 @@ class Attention(nn.Module):
             return None
         return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
 
-    def _cosine(self, qkv: Tensor, scale: Tensor) -> Tensor:
-        q, k, v = qkv.unbind(2)
+    def _cosine(self, qkv: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv
         temperature = scale.clamp(max=LOG_100).exp().transpose(0, 1)  # [1, H, 1]
         q = F.normalize(q, dim=-1) * temperature
         # Autocast may have made norms float32: attention gets one dtype, that of the linear layer.
-        return torch.stack([q.to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), v], dim=2)
+        return q.to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), v

@@ -53,6 +53,11 @@ class Lengths:
         rows = [torch.arange(n) + i * self.longest for i, n in enumerate(self.counts)]
         return self._placed(torch.cat(rows))
 
+    def padded(self, x: Tensor) -> Tensor:
+        """[T, ...] -> [B, longest, ...]: zeros after the end of each sequence."""
+        rows = x.new_zeros(len(self.counts) * self.longest, *x.shape[1:])
+        return rows.index_copy(0, self.padded_rows, x).unflatten(0, (-1, self.longest))
+
     @functools.cached_property
     def key_mask(self) -> Tensor:
         """bool [B, 1, 1, longest]: True where a padded row holds a token."""

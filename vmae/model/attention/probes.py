@@ -153,14 +153,15 @@ def probe_anywhere(workload: Workload) -> str | None:
 
 
 def probe_flash2(workload: Workload) -> str | None:
-    functions = ("flash_attn_qkvpacked_func", "flash_attn_varlen_qkvpacked_func")
+    both = ("flash_attn_qkvpacked_func", "flash_attn_kvpacked_func")
+    functions = (*both, "flash_attn_varlen_qkvpacked_func", "flash_attn_varlen_kvpacked_func")
     # 2.7 registered its kernels as torch operators, which torch.compile needs.
     reason = lacks_package("flash_attn", "flash-attn", functions, "2.7")
     return reason or lacks_gpu(workload, nvidia=False) or lacks_shape(workload)
 
 
 def probe_flash3(workload: Workload) -> str | None:
-    functions = ("flash_attn_qkvpacked_func", "flash_attn_varlen_func")
+    functions = ("flash_attn_qkvpacked_func", "flash_attn_func", "flash_attn_varlen_func")
     reason = lacks_package("flash_attn_interface", "flash_attn_3", functions)
     reason = reason or lacks_gpu(workload, majors=(9,)) or lacks_shape(workload) or _no_dropout(workload)
     if reason is None and workload.compiled:
