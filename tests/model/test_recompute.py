@@ -194,7 +194,8 @@ def test_mean_and_deviation_are_the_8_bytes_a_row_that_the_kernels_add():
     config = ModelConfig.preset("vit_tiny")
     counts = token_counts(config, MaskConfig())
     rows = (2 * config.depth + 1) * counts.visible  # the encoder's final norm is the one more
-    rows += 2 * config.decoder_depth * (counts.visible + counts.decoded)
+    rows += (2 * config.decoder_depth - 1) * (counts.visible + counts.decoded)
+    rows += counts.counted  # the last norm before an MLP
 
     def kept(recompute_backend):
         def build(config):
