@@ -154,7 +154,11 @@ def reduce_partials_kernel(
 
 
 COLUMN_SUM = {"BLOCK_R": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 2}
-REDUCE_PARTIALS = {"BLOCK_R": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
+# A tile of REDUCE_TILE values, as high as there are parts (at most 32): few parts of many columns are not
+# cut into tens of thousands of programs.
+REDUCE_TILE = 2048
+# More parts than this are summed in groups first, side by side.
+MANY_PARTS = 256
 
 
 def column_sum_partials(x_BND: Tensor, first: int = 0) -> Tensor:
@@ -173,9 +177,15 @@ def column_sum_partials(x_BND: Tensor, first: int = 0) -> Tensor:
 
 def reduce_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum of float32 [parts, D] over its rows, in a fixed order."""
-    out = scratch(partial.shape[1:], dtype, partial.device)
-    grid = (triton.cdiv(partial.shape[1], REDUCE_PARTIALS["BLOCK_D"]),)
-    reduce_partials_kernel[grid](partial, out, partial.shape[0], partial.shape[1], **REDUCE_PARTIALS)
+    if partial.shape[0] > MANY_PARTS:
+        partial = column_sum_partials(partial[None])
+    parts, width = partial.shape
+    out = scratch((width,), dtype, partial.device)
+    block_r = min(32, triton.next_power_of_2(parts))
+    block_d = REDUCE_TILE // block_r
+    reduce_partials_kernel[(triton.cdiv(width, block_d),)](
+        partial, out, parts, width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=4, num_stages=2
+    )
     return out
 
 
