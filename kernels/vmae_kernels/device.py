@@ -122,19 +122,20 @@ def column_sum_kernel(
 ):  # fmt: skip
     """First stage of a deterministic sum: partial[i] = sum of rows i * rows_per_program ... of x[:,
     first:]."""
-    i_part = tl.program_id(1).to(tl.int64)
+    i_part = tl.program_id(1)
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < n_columns
     b_sum = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for o_row in range(0, rows_per_program, BLOCK_R):
         o_r = o_row + tl.arange(0, BLOCK_R)
-        i_row = i_part * rows_per_program + o_r
+        i_row = i_part * rows_per_program + o_r  # 32 bits: a division of 64 costs some 100 instructions
         m_r = (o_r < rows_per_program) & (i_row < n_rows)
-        o_x = (i_row // n_per_clip) * tl.cast(stride_b, tl.int64) + (first + i_row % n_per_clip) * stride_row
+        o_clip = (i_row // n_per_clip) * tl.cast(stride_b, tl.int64)
+        o_x = o_clip + (first + i_row % n_per_clip) * tl.cast(stride_row, tl.int64)
         b_sum += tl.load(p_x + o_x[:, None] + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0.0).to(
             tl.float32
         )
-    tl.store(p_partial + i_part * n_columns + o_d, tl.sum(b_sum, 0), mask=m_d)
+    tl.store(p_partial + i_part.to(tl.int64) * n_columns + o_d, tl.sum(b_sum, 0), mask=m_d)
 
 
 @triton.jit

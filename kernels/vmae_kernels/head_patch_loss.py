@@ -69,14 +69,14 @@ def head_error_kernel(
     n_tokens, columns, per_frame, stride_b, stride_t, stride_h, stride_c,
     PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, NORMALIZE: tl.constexpr,
     WITH_GRAD: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A chunk's predictions become weighted errors, in place. Of each program's tokens: the errors' column
     sums, the loss and the sum of the weights."""
     P: tl.constexpr = 3 * DEPTH * PATCH * PATCH
-    o_p, m_p = tubelet_places(P, BLOCK_S, BLOCK_Q)
-    m_slice = tl.arange(0, BLOCK_S)[:, None, None, None] * (BLOCK_Q * 8) < P
-    b_columns = tl.zeros([BLOCK_S, BLOCK_R, BLOCK_Q, 8], tl.float32)
+    o_p, m_p = tubelet_places(P, BLOCK_S, BLOCK_Q, BLOCK_N)
+    m_slice = tl.arange(0, BLOCK_S)[:, None, None, None] * (BLOCK_Q * BLOCK_N) < P
+    b_columns = tl.zeros([BLOCK_S, BLOCK_R, BLOCK_Q, BLOCK_N], tl.float32)
     b_loss = tl.zeros([BLOCK_R, BLOCK_Q], tl.float32)
     b_total = tl.zeros([BLOCK_R], tl.float32)
     for o_row in range(0, ROWS, BLOCK_R):
@@ -86,7 +86,7 @@ def head_error_kernel(
         b_weight = tl.load(p_weight + first_row + i_row, mask=m_row, other=0.0).to(tl.float32)
         b_error = load_error(
             p_row, p_clips, p_tokens, first_row + i_row, n_tokens, columns, per_frame,
-            stride_b, stride_t, stride_h, stride_c, PATCH, DEPTH, UINT8, NORMALIZE, BLOCK_S, BLOCK_Q,
+            stride_b, stride_t, stride_h, stride_c, PATCH, DEPTH, UINT8, NORMALIZE, BLOCK_S, BLOCK_Q, BLOCK_N,
         )  # fmt: skip
         b_loss += tl.sum(tl.sum(b_error * b_error, 3), 0) * b_weight[:, None]
         b_total += b_weight
@@ -140,7 +140,7 @@ def head_pass(
     """Loss, sum of weights, and gradients but for their common factor: of `hidden` [rows, D], of the head
     [P, D] and of its bias [P], the latter two float32."""
     rows, (values, width) = hidden.shape[0], head.shape
-    patch = patch_size_of(values, depth)
+    patch, uint8 = patch_size_of(values, depth), clips.dtype == torch.uint8
     clips, where = dev.clip_arguments(clips, decode.shape[1], clip_grid(clips, patch, depth))
     chunk, programs = chunk_rows(rows, values * hidden.element_size()), triton.cdiv(rows, ROWS)
 
@@ -156,8 +156,8 @@ def head_pass(
         predict(hidden[some], head, bias, errors[:count])
         head_error_kernel[(triton.cdiv(count, ROWS),)](
             errors, clips, decode, weight, partial, bias_partial, first, count, *where,
-            PATCH=patch, DEPTH=depth, UINT8=clips.dtype == torch.uint8, NORMALIZE=normalize,
-            WITH_GRAD=with_grad, ROWS=ROWS, **loss_config(values),
+            PATCH=patch, DEPTH=depth, UINT8=uint8, NORMALIZE=normalize, WITH_GRAD=with_grad, ROWS=ROWS,
+            **loss_config(values, errors.element_size(), uint8),
         )  # fmt: skip
         if with_grad:
             torch.mm(errors[:count], head, out=hidden_grad[some])

@@ -8,8 +8,11 @@ Nk * P` bytes in both passes with bf16 predictions. Forming it in the forward wo
 weigh, and cost a pass to scale it: 9. Saved: predictions, clip, indices, weights, one sum.
 
 A target is affine in the stored pixel, `(x - centre) * scale` with one centre and scale per tubelet and
-channel: normalised or not, uint8 or float. Sums over uint8 pixels are exact integers, so mean and variance
-take one pass over registers.
+channel. Sums over uint8 pixels are exact integers, so mean and variance take one pass over registers.
+
+Tubelets lie in blocks [S, R, Q, N]: R tokens, each cut in S slices of Q threads' N neighbours. R is spread
+over warps, Q over a warp's threads; S and N are registers of one thread. So sums over a tubelet stay in its
+warp, and loads and stores are 16 bytes of predictions a thread and adjacent among threads.
 
 Legend: B clips, Nk counted tokens, P = 3 * t * p * p values of a tubelet in order (t, h, w, c).
 """
@@ -102,11 +105,11 @@ def check_tokens(decode: Tensor, clips: Tensor, values: int, tubelet_size: int) 
 
 
 @triton.jit
-def tubelet_places(P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """Number of the value at each place of a block [BLOCK_S, 1, BLOCK_Q, 8], and which places hold one."""
-    o_slice = tl.arange(0, BLOCK_S)[:, None, None, None] * (BLOCK_Q * 8)
-    o_octet = tl.arange(0, BLOCK_Q)[None, None, :, None] * 8
-    o_p = o_slice + o_octet + tl.arange(0, 8)[None, None, None, :]
+def tubelet_places(P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Number of the value at each place of a block [S, 1, Q, N], and which places hold one."""
+    o_slice = tl.arange(0, BLOCK_S)[:, None, None, None] * (BLOCK_Q * BLOCK_N)
+    o_piece = tl.arange(0, BLOCK_Q)[None, None, :, None] * BLOCK_N
+    o_p = o_slice + o_piece + tl.arange(0, BLOCK_N)[None, None, None, :]
     return o_p, (o_slice < P) & (o_p < P)
 
 
@@ -150,17 +153,19 @@ def float_scale(b_square, STD: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def normalized_target(
-    b_x, m_p, P: tl.constexpr, UINT8: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr
-):
+    b_x, m_p, P: tl.constexpr, UINT8: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """(x - centre) * scale, with a centre and a scale of each tubelet and channel.
 
-    Channel of a place: (o_kind + o_turn) % 3. A thread's slices and octets make up `o_kind`, which is known
-    when the kernel is compiled: choosing by it costs nothing. Its place in the slice makes up `o_turn`.
+    Channel of a place: (o_kind + o_turn) % 3. `o_kind` follows from the slice and the neighbour, which a
+    thread runs through: it is known when the kernel is compiled, and choosing by it costs nothing. `o_turn`
+    follows from the thread.
     """
     COUNT: tl.constexpr = P // 3
-    o_slice = tl.arange(0, BLOCK_S)[:, None, None, None] * (BLOCK_Q * 8)
-    o_kind = (o_slice + tl.arange(0, 8)[None, None, None, :]) % 3
-    o_turn = (tl.arange(0, BLOCK_Q) * 8 % 3)[None, :]
+    o_slice = tl.arange(0, BLOCK_S)[:, None, None, None] * (BLOCK_Q * BLOCK_N)
+    o_kind = (o_slice + tl.arange(0, BLOCK_N)[None, None, None, :]) % 3
+    o_turn = (tl.arange(0, BLOCK_Q) * BLOCK_N % 3)[None, :]
     b_r, b_g, b_b = channel_sums(b_x, o_kind, o_turn)
     b_centre = at_places(o_kind, o_turn, b_r / COUNT, b_g / COUNT, b_b / COUNT)
     if UINT8:
@@ -180,12 +185,12 @@ def normalized_target(
 def load_error(
     p_pred, p_clips, p_tokens, i_row, n_tokens, columns, per_frame, stride_b, stride_t, stride_h, stride_c,
     PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, NORMALIZE: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Predictions at `p_pred` (pointers, [BLOCK_R]) minus the targets of tokens `i_row`: [BLOCK_S, BLOCK_R,
-    BLOCK_Q, 8], zero where there is no value."""
+    """Predictions at `p_pred` (pointers, [BLOCK_R]) minus the targets of tokens `i_row`: [S, R, Q, N], zero
+    where there is no value."""
     P: tl.constexpr = 3 * DEPTH * PATCH * PATCH
-    o_p, m_p = tubelet_places(P, BLOCK_S, BLOCK_Q)
+    o_p, m_p = tubelet_places(P, BLOCK_S, BLOCK_Q, BLOCK_N)
     b_pred = tl.load(p_pred[None, :, None, None] + o_p, mask=m_p, other=0.0)
     o_base = tubelet_offsets(
         p_tokens, i_row, n_tokens, columns, per_frame, stride_b, stride_t, stride_h, PATCH, DEPTH, UINT8
@@ -196,7 +201,7 @@ def load_error(
     else:
         b_x = tl.load(p_clips + o_x, mask=m_p, other=0.0).to(tl.float32)
     if NORMALIZE:
-        b_target = normalized_target(b_x, m_p, P, UINT8, BLOCK_S, BLOCK_Q)
+        b_target = normalized_target(b_x, m_p, P, UINT8, BLOCK_S, BLOCK_Q, BLOCK_N)
     elif UINT8:
         b_target = b_x.to(tl.float32) * (1 / 255)
     else:
@@ -212,6 +217,7 @@ def patch_loss_fwd_kernel(
     n_tokens, columns, per_frame, stride_b, stride_t, stride_h, stride_c,
     PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, NORMALIZE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """First stage: the weighted errors and the weights of ROWS tokens, summed."""
     P: tl.constexpr = 3 * DEPTH * PATCH * PATCH
@@ -223,7 +229,7 @@ def patch_loss_fwd_kernel(
         b_weight = tl.load(p_weight + i_row, mask=m_row, other=0.0).to(tl.float32)
         b_error = load_error(
             p_pred + i_row.to(tl.int64) * P, p_clips, p_tokens, i_row, n_tokens, columns, per_frame,
-            stride_b, stride_t, stride_h, stride_c, PATCH, DEPTH, UINT8, NORMALIZE, BLOCK_S, BLOCK_Q,
+            stride_b, stride_t, stride_h, stride_c, PATCH, DEPTH, UINT8, NORMALIZE, BLOCK_S, BLOCK_Q, BLOCK_N,
         )  # fmt: skip
         b_loss += tl.sum(tl.sum(b_error * b_error, 3), 0) * b_weight[:, None]
         b_total += b_weight
@@ -252,11 +258,12 @@ def patch_loss_bwd_kernel(
     n_tokens, columns, per_frame, stride_b, stride_t, stride_h, stride_c,
     PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, NORMALIZE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of ROWS tokens' predictions."""
     P: tl.constexpr = 3 * DEPTH * PATCH * PATCH
     b_factor = tl.load(p_upstream) * (2.0 / P) / tl.load(p_total)
-    o_p, m_p = tubelet_places(P, BLOCK_S, BLOCK_Q)
+    o_p, m_p = tubelet_places(P, BLOCK_S, BLOCK_Q, BLOCK_N)
     for o_row in range(0, ROWS, BLOCK_R):
         i_row = tl.program_id(0) * ROWS + o_row + tl.arange(0, BLOCK_R)
         m_row, i_row = i_row < n_rows, tl.minimum(i_row, n_rows - 1)
@@ -264,22 +271,26 @@ def patch_loss_bwd_kernel(
         b_weight = tl.load(p_weight + i_row, mask=m_row, other=0.0).to(tl.float32)
         b_error = load_error(
             p_pred + o_pred, p_clips, p_tokens, i_row, n_tokens, columns, per_frame,
-            stride_b, stride_t, stride_h, stride_c, PATCH, DEPTH, UINT8, NORMALIZE, BLOCK_S, BLOCK_Q,
+            stride_b, stride_t, stride_h, stride_c, PATCH, DEPTH, UINT8, NORMALIZE, BLOCK_S, BLOCK_Q, BLOCK_N,
         )  # fmt: skip
         b_grad = round_to(b_error * (b_weight * b_factor)[None, :, None, None], p_grad.dtype.element_ty)
         tl.store(p_grad + o_pred[None, :, None, None] + o_p, b_grad, mask=m_p & m_row[None, :, None, None])
 
 
-def loss_config(values: int) -> dict:
-    """A warp for each of four tokens of up to 2048 values: no sum over a tubelet leaves its warp."""
-    warps = max(1, triton.next_power_of_2(triton.cdiv(values, 2048)))
-    tokens = max(1, 4 // warps)
-    slices = triton.next_power_of_2(triton.cdiv(values, 256 * warps))
-    return {"BLOCK_S": slices, "BLOCK_R": tokens, "BLOCK_Q": 32 * warps, "num_warps": min(8, warps * tokens)}
-
-
 # Tokens of a program.
 ROWS = 16
+
+
+def loss_config(values: int, itemsize: int, uint8: bool) -> dict:
+    """A thread takes 16 bytes of predictions at a time, `N` neighbours, and 64 bf16 or 32 float32 values of a
+    tubelet in all. So a warp takes a whole tubelet of up to 2048 bf16 values, and no sum leaves it. Float
+    clips count as float32: their pixels have an address each."""
+    neighbours = 16 // itemsize
+    warps = triton.next_power_of_2(triton.cdiv(values * (itemsize if uint8 else 4), 4096))
+    slices = triton.next_power_of_2(triton.cdiv(values, 32 * warps * neighbours))
+    tokens = max(1, 4 // warps)
+    blocks = {"BLOCK_S": slices, "BLOCK_R": tokens, "BLOCK_Q": 32 * warps, "BLOCK_N": neighbours}
+    return blocks | {"num_warps": min(8, warps * tokens)}
 
 
 def weighted_mean_of(partial: Tensor, values: int) -> tuple[Tensor, Tensor]:
@@ -308,7 +319,8 @@ def patch_loss_fwd(
     partial = dev.scratch((triton.cdiv(rows, ROWS), 2), torch.float32, pixels.device)
     patch_loss_fwd_kernel[(partial.shape[0],)](
         pixels, clips, decode, weight, partial, rows, *where,
-        PATCH=patch, DEPTH=depth, UINT8=uint8, NORMALIZE=normalize, ROWS=ROWS, **loss_config(values),
+        PATCH=patch, DEPTH=depth, UINT8=uint8, NORMALIZE=normalize, ROWS=ROWS,
+        **loss_config(values, pixels.element_size(), uint8),
     )  # fmt: skip
     return weighted_mean_of(partial, values)
 
@@ -334,7 +346,8 @@ def patch_loss_bwd(
     clips, where = dev.clip_arguments(clips, decode.shape[1], clip_grid(clips, patch, depth))
     patch_loss_bwd_kernel[(triton.cdiv(rows, ROWS),)](
         upstream, total, pixels, clips, decode, weight, grad, rows, *where,
-        PATCH=patch, DEPTH=depth, UINT8=uint8, NORMALIZE=normalize, ROWS=ROWS, **loss_config(values),
+        PATCH=patch, DEPTH=depth, UINT8=uint8, NORMALIZE=normalize, ROWS=ROWS,
+        **loss_config(values, pixels.element_size(), uint8),
     )  # fmt: skip
     return grad
 
