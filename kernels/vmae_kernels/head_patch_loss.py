@@ -17,8 +17,7 @@ Saved: the gradient of `hidden` (B * Nk * D), float32 P * D and P values, one su
 predictions in the working dtype (18 MiB at most, and never all of them), float32 P * D values a chunk and P
 values every 16 tokens.
 
-Predicted for an H100 and batch 32, not measured (docs/results.md, "Head and loss"): the projection fused
-with the errors in a Triton kernel, as it was before, takes longer than cuBLAS and a kernel between.
+Fusing projection and errors in one Triton kernel is predicted to take longer (kernels/README.md).
 
 Legend: B clips, Nk counted tokens, D decoder width, P values of a tubelet in order (t, h, w, c).
 """
