@@ -79,6 +79,7 @@ def head_error_kernel(
     b_loss = tl.zeros([BLOCK_R, BLOCK_Q], tl.float32)
     b_total = tl.zeros([BLOCK_R], tl.float32)
     for o_row in range(0, ROWS, BLOCK_R):
+        # Rows beyond the chunk are copies of its last one, of weight zero: predictions, or errors already.
         i_row = tl.program_id(0) * ROWS + o_row + tl.arange(0, BLOCK_R)
         m_row, i_row = i_row < n_rows, tl.minimum(i_row, n_rows - 1)
         p_row = p_pred + i_row.to(tl.int64) * P
@@ -107,8 +108,8 @@ CHUNK_BYTES = 18 << 20
 
 
 def chunk_rows(rows: int, row_bytes: int) -> int:
-    """Rows of a chunk, a multiple of what a program takes: even chunks of at most CHUNK_BYTES, and two at
-    least where there are more rows than that multiple, so that never all predictions exist."""
+    """Rows of a chunk, a multiple of 64: even chunks of CHUNK_BYTES at most (but for that multiple), and two
+    at least where there are more than 64 rows, so that never all predictions exist."""
     chunks = max(2, triton.cdiv(rows * row_bytes, CHUNK_BYTES))
     return triton.cdiv(triton.cdiv(rows, chunks), 4 * ROWS) * 4 * ROWS
 

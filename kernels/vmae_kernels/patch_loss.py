@@ -115,12 +115,13 @@ def tubelet_places(P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr
 
 @triton.jit
 def sum_of_kind(b_x, o_kind, kind: tl.constexpr):
+    """[R, Q] sums over a thread's values of one kind (see `normalized_target`)."""
     return tl.sum(tl.sum(tl.where(o_kind == kind, b_x, 0), 3), 0)
 
 
 @triton.jit
 def channel_sums(b_x, o_kind, o_turn):
-    """[BLOCK_R] sums of each channel; `b_x` is zero where there is no value."""
+    """[R] sums of each channel; `b_x` is zero where there is no value."""
     b_0, b_1, b_2 = sum_of_kind(b_x, o_kind, 0), sum_of_kind(b_x, o_kind, 1), sum_of_kind(b_x, o_kind, 2)
     b_r = tl.sum(by_channel(o_turn, b_0, b_2, b_1), 1)
     b_g = tl.sum(by_channel(o_turn, b_1, b_0, b_2), 1)
@@ -130,7 +131,7 @@ def channel_sums(b_x, o_kind, o_turn):
 
 @triton.jit
 def at_places(o_kind, o_turn, b_r, b_g, b_b):
-    """[BLOCK_R] numbers of each channel, at its places."""
+    """[R] numbers of each channel, at its places."""
     b_r, b_g, b_b = b_r[:, None], b_g[:, None], b_b[:, None]
     b_0 = by_channel(o_turn, b_r, b_g, b_b)[None, :, :, None]
     b_1 = by_channel(o_turn, b_g, b_b, b_r)[None, :, :, None]
@@ -187,7 +188,7 @@ def load_error(
     PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Predictions at `p_pred` (pointers, [BLOCK_R]) minus the targets of tokens `i_row`: [S, R, Q, N], zero
+    """Predictions at `p_pred` ([R] pointers) minus the targets of tokens `i_row`: [S, R, Q, N], zero
     where there is no value."""
     P: tl.constexpr = 3 * DEPTH * PATCH * PATCH
     o_p, m_p = tubelet_places(P, BLOCK_S, BLOCK_Q, BLOCK_N)
@@ -205,9 +206,8 @@ def load_error(
     elif UINT8:
         b_target = b_x.to(tl.float32) * (1 / 255)
     else:
-        b_target = b_x * by_channel(o_p % 3, STD_R, STD_G, STD_B) + by_channel(
-            o_p % 3, MEAN_R, MEAN_G, MEAN_B
-        )
+        b_std, b_mean = by_channel(o_p % 3, STD_R, STD_G, STD_B), by_channel(o_p % 3, MEAN_R, MEAN_G, MEAN_B)
+        b_target = b_x * b_std + b_mean
     return tl.where(m_p, b_pred.to(tl.float32) - b_target, 0.0)
 
 
