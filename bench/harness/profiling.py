@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-_OURS = (
-    r"embed_visible|assemble_decoder|select_decoded|patch_loss|head_(error|weight)|target_affine|_partials"
-)
+_OURS = r"embed_visible|assemble_decoder|select_decoded|patch_loss|head_error|weighted_mean|_partials"
 _COPIES = r"copy|memcpy|memset|\bto\b|cat|index|gather|scatter|fill|zero|arange|sort|stack|contiguous|clone"
 # The first pattern that a kernel's or operator's name matches decides its kind.
 KINDS = (

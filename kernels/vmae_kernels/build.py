@@ -44,8 +44,6 @@ TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942":
 PROJECTIONS = (
     "embed_visible_fwd_kernel",
     "embed_visible_bwd_weight_kernel",
-    "head_error_kernel",
-    "head_weight_grad_kernel",
 )
 # patch, encoder width, decoder width, visible, decoded and counted tokens; 16 x 224 x 224 pixels, masks of 90
 # and 50 %.

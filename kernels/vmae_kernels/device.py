@@ -122,19 +122,20 @@ def column_sum_kernel(
 ):  # fmt: skip
     """First stage of a deterministic sum: partial[i] = sum of rows i * rows_per_program ... of x[:,
     first:]."""
-    i_part = tl.program_id(1).to(tl.int64)
+    i_part = tl.program_id(1)
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < n_columns
     b_sum = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for o_row in range(0, rows_per_program, BLOCK_R):
         o_r = o_row + tl.arange(0, BLOCK_R)
-        i_row = i_part * rows_per_program + o_r
+        i_row = i_part * rows_per_program + o_r  # 32 bits: a division of 64 costs some 100 instructions
         m_r = (o_r < rows_per_program) & (i_row < n_rows)
-        o_x = (i_row // n_per_clip) * tl.cast(stride_b, tl.int64) + (first + i_row % n_per_clip) * stride_row
+        o_clip = (i_row // n_per_clip) * tl.cast(stride_b, tl.int64)
+        o_x = o_clip + (first + i_row % n_per_clip) * tl.cast(stride_row, tl.int64)
         b_sum += tl.load(p_x + o_x[:, None] + o_d[None, :], mask=m_r[:, None] & m_d[None, :], other=0.0).to(
             tl.float32
         )
-    tl.store(p_partial + i_part * n_columns + o_d, tl.sum(b_sum, 0), mask=m_d)
+    tl.store(p_partial + i_part.to(tl.int64) * n_columns + o_d, tl.sum(b_sum, 0), mask=m_d)
 
 
 @triton.jit
@@ -154,7 +155,11 @@ def reduce_partials_kernel(
 
 
 COLUMN_SUM = {"BLOCK_R": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 2}
-REDUCE_PARTIALS = {"BLOCK_R": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
+# A tile of REDUCE_TILE values, as high as there are parts (at most 32): few parts of many columns are not
+# cut into tens of thousands of programs.
+REDUCE_TILE = 2048
+# More parts than this are summed in groups first, side by side.
+MANY_PARTS = 256
 
 
 def column_sum_partials(x_BND: Tensor, first: int = 0) -> Tensor:
@@ -173,9 +178,15 @@ def column_sum_partials(x_BND: Tensor, first: int = 0) -> Tensor:
 
 def reduce_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum of float32 [parts, D] over its rows, in a fixed order."""
-    out = scratch(partial.shape[1:], dtype, partial.device)
-    grid = (triton.cdiv(partial.shape[1], REDUCE_PARTIALS["BLOCK_D"]),)
-    reduce_partials_kernel[grid](partial, out, partial.shape[0], partial.shape[1], **REDUCE_PARTIALS)
+    if partial.shape[0] > MANY_PARTS:
+        partial = column_sum_partials(partial[None])
+    parts, width = partial.shape
+    out = scratch((width,), dtype, partial.device)
+    block_r = min(32, triton.next_power_of_2(parts))
+    block_d = REDUCE_TILE // block_r
+    reduce_partials_kernel[(triton.cdiv(width, block_d),)](
+        partial, out, parts, width, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=4, num_stages=2
+    )
     return out
 
 

@@ -8,8 +8,11 @@ Nk * P` bytes in both passes with bf16 predictions. Forming it in the forward wo
 weigh, and cost a pass to scale it: 9. Saved: predictions, clip, indices, weights, one sum.
 
 A target is affine in the stored pixel, `(x - centre) * scale` with one centre and scale per tubelet and
-channel: normalised or not, uint8 or float. Sums over uint8 pixels are exact integers, so mean and variance
-take one pass over registers.
+channel. Sums over uint8 pixels are exact integers, so mean and variance take one pass over registers.
+
+Tubelets lie in blocks [S, R, Q, N]: R tokens, each cut in S slices of Q threads' N neighbours. R is spread
+over warps, Q over a warp's threads; S and N are registers of one thread. So sums over a tubelet stay in its
+warp, and loads and stores are 16 bytes of predictions a thread and adjacent among threads.
 
 Legend: B clips, Nk counted tokens, P = 3 * t * p * p values of a tubelet in order (t, h, w, c).
 """
@@ -102,139 +105,199 @@ def check_tokens(decode: Tensor, clips: Tensor, values: int, tubelet_size: int) 
 
 
 @triton.jit
-def channel_affine(
-    b_x, o_p, m_p, STD: tl.constexpr, channel: tl.constexpr, COUNT: tl.constexpr, UINT8: tl.constexpr
-):
-    """Centre and scale of one channel's normalised target: unbiased deviation of its COUNT stored values."""
-    m_c = m_p & (o_p % 3 == channel)
+def tubelet_places(P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Number of the value at each place of a block [S, 1, Q, N], and which places hold one."""
+    o_slice = tl.arange(0, BLOCK_S)[:, None, None, None] * (BLOCK_Q * BLOCK_N)
+    o_piece = tl.arange(0, BLOCK_Q)[None, None, :, None] * BLOCK_N
+    o_p = o_slice + o_piece + tl.arange(0, BLOCK_N)[None, None, None, :]
+    return o_p, (o_slice < P) & (o_p < P)
+
+
+@triton.jit
+def sum_of_kind(b_x, o_kind, kind: tl.constexpr):
+    """[R, Q] sums over a thread's values of one kind (see `normalized_target`)."""
+    return tl.sum(tl.sum(tl.where(o_kind == kind, b_x, 0), 3), 0)
+
+
+@triton.jit
+def channel_sums(b_x, o_kind, o_turn):
+    """[R] sums of each channel; `b_x` is zero where there is no value."""
+    b_0, b_1, b_2 = sum_of_kind(b_x, o_kind, 0), sum_of_kind(b_x, o_kind, 1), sum_of_kind(b_x, o_kind, 2)
+    b_r = tl.sum(by_channel(o_turn, b_0, b_2, b_1), 1)
+    b_g = tl.sum(by_channel(o_turn, b_1, b_0, b_2), 1)
+    b_b = tl.sum(by_channel(o_turn, b_2, b_1, b_0), 1)
+    return b_r, b_g, b_b
+
+
+@triton.jit
+def at_places(o_kind, o_turn, b_r, b_g, b_b):
+    """[R] numbers of each channel, at its places."""
+    b_r, b_g, b_b = b_r[:, None], b_g[:, None], b_b[:, None]
+    b_0 = by_channel(o_turn, b_r, b_g, b_b)[None, :, :, None]
+    b_1 = by_channel(o_turn, b_g, b_b, b_r)[None, :, :, None]
+    b_2 = by_channel(o_turn, b_b, b_r, b_g)[None, :, :, None]
+    return by_channel(o_kind, b_0, b_1, b_2)
+
+
+@triton.jit
+def uint8_scale(b_sum, b_square, COUNT: tl.constexpr):
+    """1 / (unbiased deviation of COUNT stored values + 1e-6), from their exact sums."""
+    b_spread = COUNT * b_square.to(tl.int64) - b_sum.to(tl.int64) * b_sum
+    return 1 / (tl.sqrt_rn(b_spread.to(tl.float32) / (COUNT * (COUNT - 1.0))) + 255e-6)
+
+
+@triton.jit
+def float_scale(b_square, STD: tl.constexpr, COUNT: tl.constexpr):
+    """The same of normalised values, from the sum of their squared distances to the mean."""
+    return 1 / (tl.sqrt_rn(b_square / (COUNT - 1.0)) + 1e-6 / STD)
+
+
+@triton.jit
+def normalized_target(
+    b_x, m_p, P: tl.constexpr, UINT8: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(x - centre) * scale, with a centre and a scale of each tubelet and channel.
+
+    Channel of a place: (o_kind + o_turn) % 3. `o_kind` follows from the slice and the neighbour, which a
+    thread runs through: it is known when the kernel is compiled, and choosing by it costs nothing. `o_turn`
+    follows from the thread.
+    """
+    COUNT: tl.constexpr = P // 3
+    o_slice = tl.arange(0, BLOCK_S)[:, None, None, None] * (BLOCK_Q * BLOCK_N)
+    o_kind = (o_slice + tl.arange(0, BLOCK_N)[None, None, None, :]) % 3
+    o_turn = (tl.arange(0, BLOCK_Q) * BLOCK_N % 3)[None, :]
+    b_r, b_g, b_b = channel_sums(b_x, o_kind, o_turn)
+    b_centre = at_places(o_kind, o_turn, b_r / COUNT, b_g / COUNT, b_b / COUNT)
     if UINT8:
-        b_sum = tl.sum(tl.where(m_c, b_x, 0))
-        b_square = tl.sum(tl.where(m_c, b_x * b_x, 0)).to(tl.int64)
-        b_variance = (COUNT * b_square - b_sum.to(tl.int64) * b_sum).to(tl.float32) / (COUNT * (COUNT - 1.0))
-        return b_sum.to(tl.float32) / COUNT, 1 / (tl.sqrt_rn(b_variance) + 255e-6)
+        b_rr, b_gg, b_bb = channel_sums(b_x * b_x, o_kind, o_turn)
+        b_sr, b_sg = uint8_scale(b_r, b_rr, COUNT), uint8_scale(b_g, b_gg, COUNT)
+        b_sb = uint8_scale(b_b, b_bb, COUNT)
+        b_off = b_x.to(tl.float32) - b_centre
     else:
-        b_mean = tl.sum(tl.where(m_c, b_x, 0.0)) / COUNT
-        b_off = tl.where(m_c, b_x - b_mean, 0.0)
-        return b_mean, 1 / (tl.sqrt_rn(tl.sum(b_off * b_off) / (COUNT - 1.0)) + 1e-6 / STD)
+        b_off = tl.where(m_p, b_x - b_centre, 0.0)
+        b_rr, b_gg, b_bb = channel_sums(b_off * b_off, o_kind, o_turn)
+        b_sr, b_sg = float_scale(b_rr, STD_R, COUNT), float_scale(b_gg, STD_G, COUNT)
+        b_sb = float_scale(b_bb, STD_B, COUNT)
+    return b_off * at_places(o_kind, o_turn, b_sr, b_sg, b_sb)
 
 
 @triton.jit
-def target_affine(b_x, o_p, m_p, COUNT: tl.constexpr, UINT8: tl.constexpr, NORMALIZE: tl.constexpr):
-    """Centres and scales of the three channels: target = (x - centre) * scale."""
-    if NORMALIZE:
-        b_cr, b_sr = channel_affine(b_x, o_p, m_p, STD_R, 0, COUNT, UINT8)
-        b_cg, b_sg = channel_affine(b_x, o_p, m_p, STD_G, 1, COUNT, UINT8)
-        b_cb, b_sb = channel_affine(b_x, o_p, m_p, STD_B, 2, COUNT, UINT8)
-        return b_cr, b_cg, b_cb, b_sr, b_sg, b_sb
-    elif UINT8:
-        return 0.0, 0.0, 0.0, 1 / 255, 1 / 255, 1 / 255
-    else:
-        return -MEAN_R / STD_R, -MEAN_G / STD_G, -MEAN_B / STD_B, STD_R * 1.0, STD_G * 1.0, STD_B * 1.0
-
-
-@triton.jit
-def load_target_pixels(p_x, m_x, UINT8: tl.constexpr):
-    """Stored pixels: int32 from uint8, float32 from float."""
-    if UINT8:
-        return tl.load(p_x, mask=m_x, other=0).to(tl.int32)
-    else:
-        return tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_difference(
+def load_error(
     p_pred, p_clips, p_tokens, i_row, n_tokens, columns, per_frame, stride_b, stride_t, stride_h, stride_c,
     PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, NORMALIZE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Prediction minus target of token `i_row`, [BLOCK_P], zero beyond the tubelet's P values."""
+    """Predictions at `p_pred` ([R] pointers) minus the targets of tokens `i_row`: [S, R, Q, N], zero
+    where there is no value."""
     P: tl.constexpr = 3 * DEPTH * PATCH * PATCH
-    o_p = tl.arange(0, BLOCK_P)
-    m_p = o_p < P
+    o_p, m_p = tubelet_places(P, BLOCK_S, BLOCK_Q, BLOCK_N)
+    b_pred = tl.load(p_pred[None, :, None, None] + o_p, mask=m_p, other=0.0)
     o_base = tubelet_offsets(
         p_tokens, i_row, n_tokens, columns, per_frame, stride_b, stride_t, stride_h, PATCH, DEPTH, UINT8
     )
-    o_pixel = target_offsets(o_p, stride_t, stride_h, stride_c, PATCH, UINT8)
-    b_x = load_target_pixels(p_clips + o_base + o_pixel, m_p, UINT8)
-    b_pred = tl.load(p_pred + i_row * P + o_p, mask=m_p, other=0.0).to(tl.float32)
-    b_cr, b_cg, b_cb, b_sr, b_sg, b_sb = target_affine(b_x, o_p, m_p, P // 3, UINT8, NORMALIZE)
-    b_target = (b_x - by_channel(o_p % 3, b_cr, b_cg, b_cb)) * by_channel(o_p % 3, b_sr, b_sg, b_sb)
-    return tl.where(m_p, b_pred - b_target, 0.0)
+    o_x = o_base[None, :, None, None] + target_offsets(o_p, stride_t, stride_h, stride_c, PATCH, UINT8)
+    if UINT8:
+        b_x = tl.load(p_clips + o_x, mask=m_p, other=0).to(tl.int32)
+    else:
+        b_x = tl.load(p_clips + o_x, mask=m_p, other=0.0).to(tl.float32)
+    if NORMALIZE:
+        b_target = normalized_target(b_x, m_p, P, UINT8, BLOCK_S, BLOCK_Q, BLOCK_N)
+    elif UINT8:
+        b_target = b_x.to(tl.float32) * (1 / 255)
+    else:
+        b_std, b_mean = by_channel(o_p % 3, STD_R, STD_G, STD_B), by_channel(o_p % 3, MEAN_R, MEAN_G, MEAN_B)
+        b_target = b_x * b_std + b_mean
+    return tl.where(m_p, b_pred.to(tl.float32) - b_target, 0.0)
 
 
 @triton.jit
 def patch_loss_fwd_kernel(
-    p_pred, p_clips, p_tokens, p_weight, p_partial,
-    n_rows, n_tokens, columns, per_frame, stride_b, stride_t, stride_h, stride_c,
+    p_pred, p_clips, p_tokens, p_weight, p_partial, n_rows,
+    n_tokens, columns, per_frame, stride_b, stride_t, stride_h, stride_c,
     PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, NORMALIZE: tl.constexpr,
-    BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """First stage: the weighted errors of ROWS tokens."""
-    b_loss = 0.0
-    for o_row in range(0, ROWS):
-        i_row = tl.program_id(0).to(tl.int64) * ROWS + o_row
-        b_weight = tl.load(p_weight + i_row, mask=i_row < n_rows, other=0.0).to(tl.float32)
-        b_diff = load_difference(
-            p_pred, p_clips, p_tokens, tl.minimum(i_row, n_rows - 1), n_tokens, columns, per_frame,
-            stride_b, stride_t, stride_h, stride_c, PATCH, DEPTH, UINT8, NORMALIZE, BLOCK_P,
+    """First stage: the weighted errors and the weights of ROWS tokens, summed."""
+    P: tl.constexpr = 3 * DEPTH * PATCH * PATCH
+    b_loss = tl.zeros([BLOCK_R, BLOCK_Q], tl.float32)
+    b_total = tl.zeros([BLOCK_R], tl.float32)
+    for o_row in range(0, ROWS, BLOCK_R):
+        i_row = tl.program_id(0) * ROWS + o_row + tl.arange(0, BLOCK_R)
+        m_row, i_row = i_row < n_rows, tl.minimum(i_row, n_rows - 1)
+        b_weight = tl.load(p_weight + i_row, mask=m_row, other=0.0).to(tl.float32)
+        b_error = load_error(
+            p_pred + i_row.to(tl.int64) * P, p_clips, p_tokens, i_row, n_tokens, columns, per_frame,
+            stride_b, stride_t, stride_h, stride_c, PATCH, DEPTH, UINT8, NORMALIZE, BLOCK_S, BLOCK_Q, BLOCK_N,
         )  # fmt: skip
-        b_loss += tl.where(i_row < n_rows, tl.sum(b_diff * b_diff) * b_weight, 0.0)
-    tl.store(p_partial + tl.program_id(0), b_loss)
+        b_loss += tl.sum(tl.sum(b_error * b_error, 3), 0) * b_weight[:, None]
+        b_total += b_weight
+    tl.store(p_partial + 2 * tl.program_id(0), tl.sum(tl.sum(b_loss, 1)))
+    tl.store(p_partial + 2 * tl.program_id(0) + 1, tl.sum(b_total))
 
 
 @triton.jit
-def weighted_mean_kernel(
-    p_partial, p_weight, p_loss, p_total, n_partial, n_weight, values, BLOCK: tl.constexpr
-):
+def weighted_mean_kernel(p_partial, p_loss, p_total, n_partial, values, BLOCK: tl.constexpr):
     """Second stage, one program: sum of the partial losses over `values` * sum of the weights."""
-    b_loss = tl.zeros([BLOCK], tl.float32)
+    o_pair = tl.arange(0, 2)[None, :]
+    b_sums = tl.zeros([BLOCK, 2], tl.float32)
     for o_part in range(0, n_partial, BLOCK):
-        o_x = o_part + tl.arange(0, BLOCK)
-        b_loss += tl.load(p_partial + o_x, mask=o_x < n_partial, other=0.0)
-    b_weight = tl.zeros([BLOCK], tl.float32)
-    for o_part in range(0, n_weight, BLOCK):
-        o_x = o_part + tl.arange(0, BLOCK)
-        b_weight += tl.load(p_weight + o_x, mask=o_x < n_weight, other=0.0).to(tl.float32)
-    b_total = tl.sum(b_weight)
+        o_x = (o_part + tl.arange(0, BLOCK))[:, None]
+        b_sums += tl.load(p_partial + 2 * o_x + o_pair, mask=o_x < n_partial, other=0.0)
+    b_sums = tl.sum(b_sums, 0)
+    b_loss = tl.sum(tl.where(tl.arange(0, 2) == 0, b_sums, 0.0))
+    b_total = tl.sum(tl.where(tl.arange(0, 2) == 1, b_sums, 0.0))
     tl.store(p_total, b_total)
-    tl.store(p_loss, tl.sum(b_loss) / (b_total * values))
+    tl.store(p_loss, b_loss / (b_total * values))
 
 
 @triton.jit
 def patch_loss_bwd_kernel(
-    p_upstream, p_total, p_pred, p_clips, p_tokens, p_weight, p_grad,
+    p_upstream, p_total, p_pred, p_clips, p_tokens, p_weight, p_grad, n_rows,
     n_tokens, columns, per_frame, stride_b, stride_t, stride_h, stride_c,
     PATCH: tl.constexpr, DEPTH: tl.constexpr, UINT8: tl.constexpr, NORMALIZE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one token's predictions."""
+    """Gradient of ROWS tokens' predictions."""
     P: tl.constexpr = 3 * DEPTH * PATCH * PATCH
-    i_row = tl.program_id(0).to(tl.int64)
-    b_scale = tl.load(p_upstream) * tl.load(p_weight + i_row).to(tl.float32) * (2.0 / P) / tl.load(p_total)
-    b_diff = load_difference(
-        p_pred, p_clips, p_tokens, i_row, n_tokens, columns, per_frame,
-        stride_b, stride_t, stride_h, stride_c, PATCH, DEPTH, UINT8, NORMALIZE, BLOCK_P,
-    )  # fmt: skip
-    o_p = tl.arange(0, BLOCK_P)
-    tl.store(p_grad + i_row * P + o_p, round_to(b_diff * b_scale, p_grad.dtype.element_ty), mask=o_p < P)
+    b_factor = tl.load(p_upstream) * (2.0 / P) / tl.load(p_total)
+    o_p, m_p = tubelet_places(P, BLOCK_S, BLOCK_Q, BLOCK_N)
+    for o_row in range(0, ROWS, BLOCK_R):
+        i_row = tl.program_id(0) * ROWS + o_row + tl.arange(0, BLOCK_R)
+        m_row, i_row = i_row < n_rows, tl.minimum(i_row, n_rows - 1)
+        o_pred = i_row.to(tl.int64) * P
+        b_weight = tl.load(p_weight + i_row, mask=m_row, other=0.0).to(tl.float32)
+        b_error = load_error(
+            p_pred + o_pred, p_clips, p_tokens, i_row, n_tokens, columns, per_frame,
+            stride_b, stride_t, stride_h, stride_c, PATCH, DEPTH, UINT8, NORMALIZE, BLOCK_S, BLOCK_Q, BLOCK_N,
+        )  # fmt: skip
+        b_grad = round_to(b_error * (b_weight * b_factor)[None, :, None, None], p_grad.dtype.element_ty)
+        tl.store(p_grad + o_pred[None, :, None, None] + o_p, b_grad, mask=m_p & m_row[None, :, None, None])
 
 
-ROWS_PER_PROGRAM = 4
+# Tokens of a program.
+ROWS = 16
 
 
-def loss_config(values: int) -> dict:
-    """A tubelet in registers: 16 values a thread."""
-    block = triton.next_power_of_2(values)
-    return {"BLOCK_P": block, "num_warps": max(1, min(8, block // 512))}
+def loss_config(values: int, itemsize: int, uint8: bool) -> dict:
+    """A thread takes 16 bytes of predictions at a time, `N` neighbours, and 64 bf16 or 32 float32 values of a
+    tubelet in all. So a warp takes a whole tubelet of up to 2048 bf16 values, and no sum leaves it. Float
+    clips count as float32: their pixels have an address each."""
+    neighbours = 16 // itemsize
+    warps = triton.next_power_of_2(triton.cdiv(values * (itemsize if uint8 else 4), 4096))
+    slices = triton.next_power_of_2(triton.cdiv(values, 32 * warps * neighbours))
+    tokens = max(1, 4 // warps)
+    blocks = {"BLOCK_S": slices, "BLOCK_R": tokens, "BLOCK_Q": 32 * warps, "BLOCK_N": neighbours}
+    return blocks | {"num_warps": min(8, warps * tokens)}
 
 
-def weighted_mean_of(partial: Tensor, weight: Tensor, values: int) -> tuple[Tensor, Tensor]:
-    """float32 scalars: the loss, and the sum of the weights."""
-    loss = dev.scratch((), torch.float32, weight.device)
-    total = dev.scratch((), torch.float32, weight.device)
-    weighted_mean_kernel[(1,)](
-        partial, weight, loss, total, partial.numel(), weight.numel(), values, BLOCK=4096, num_warps=8
-    )
+def weighted_mean_of(partial: Tensor, values: int) -> tuple[Tensor, Tensor]:
+    """float32 scalars: the loss, and the sum of the weights, from [programs, 2]."""
+    loss = dev.scratch((), torch.float32, partial.device)
+    total = dev.scratch((), torch.float32, partial.device)
+    weighted_mean_kernel[(1,)](partial, loss, total, partial.shape[0], values, BLOCK=2048, num_warps=8)
     return loss, total
 
 
@@ -253,13 +316,13 @@ def patch_loss_fwd(
         )
     uint8 = clips.dtype == torch.uint8
     clips, where = dev.clip_arguments(clips, decode.shape[1], grid)
-    partial = dev.scratch((triton.cdiv(rows, ROWS_PER_PROGRAM),), torch.float32, pixels.device)
-    patch_loss_fwd_kernel[(partial.numel(),)](
+    partial = dev.scratch((triton.cdiv(rows, ROWS), 2), torch.float32, pixels.device)
+    patch_loss_fwd_kernel[(partial.shape[0],)](
         pixels, clips, decode, weight, partial, rows, *where,
-        PATCH=patch, DEPTH=depth, UINT8=uint8, NORMALIZE=normalize, ROWS=ROWS_PER_PROGRAM,
-        **loss_config(values),
+        PATCH=patch, DEPTH=depth, UINT8=uint8, NORMALIZE=normalize, ROWS=ROWS,
+        **loss_config(values, pixels.element_size(), uint8),
     )  # fmt: skip
-    return weighted_mean_of(partial, weight, values)
+    return weighted_mean_of(partial, values)
 
 
 @dev.launcher()
@@ -274,16 +337,17 @@ def patch_loss_bwd(
     depth: int,
 ) -> Tensor:
     """Launches the backward."""
-    values = pixels.shape[-1]
+    rows, values = decode.numel(), pixels.shape[-1]
     patch = patch_size_of(values, depth)
     grad = dev.scratch(pixels.shape, pixels.dtype, pixels.device)
     if grad.numel() == 0:
         return grad
     uint8 = clips.dtype == torch.uint8
     clips, where = dev.clip_arguments(clips, decode.shape[1], clip_grid(clips, patch, depth))
-    patch_loss_bwd_kernel[(decode.numel(),)](
-        upstream, total, pixels, clips, decode, weight, grad, *where,
-        PATCH=patch, DEPTH=depth, UINT8=uint8, NORMALIZE=normalize, **loss_config(values),
+    patch_loss_bwd_kernel[(triton.cdiv(rows, ROWS),)](
+        upstream, total, pixels, clips, decode, weight, grad, rows, *where,
+        PATCH=patch, DEPTH=depth, UINT8=uint8, NORMALIZE=normalize, ROWS=ROWS,
+        **loss_config(values, pixels.element_size(), uint8),
     )  # fmt: skip
     return grad
 

@@ -64,12 +64,27 @@ def test_pixels_in_unit_range_without_bias(device):
     check_head(clips, tokens, weight, inputs, False, 4, 2)
 
 
-def test_several_splits_of_the_weight_gradient(device, monkeypatch):
-    """300 rows: a chunk of 192 is cut into three parts, each adding to its own float32 sum over both
-    chunks."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_chunks(dtype, device, monkeypatch):
+    """300 rows in chunks of 64: each adds to the loss and to all gradients; the last one is not full."""
     shape = ("uint8", 2, (2, 10, 10), 150, 2, 2, 8)
-    monkeypatch.setattr(sys.modules["vmae_kernels.head_patch_loss"], "SPLIT_ROWS", 64)
-    check_head(*problem(shape, torch.bfloat16, device), True, 2, 2)
+    monkeypatch.setattr(sys.modules["vmae_kernels.head_patch_loss"], "CHUNK_BYTES", 3 << 10)
+    assert chunk_rows(300, 48) == 64
+    check_head(*problem(shape, dtype, device), True, 2, 2)
+
+
+def test_many_partial_sums(device, monkeypatch):
+    """More programs than a sum in one step takes."""
+    shape = ("uint8", 2, (2, 10, 10), 150, 2, 2, 8)
+    monkeypatch.setattr(sys.modules["vmae_kernels.device"], "MANY_PARTS", 4)
+    check_head(*problem(shape, torch.float32, device), True, 2, 2)
+
+
+def test_product_in_float32_is_a_call_that_torch_knows():
+    """cuBLAS' product of bf16 rows in float32: made on a GPU alone, but its call is understood anywhere."""
+    errors, rows, out = torch.ones(4, 3).bfloat16(), torch.ones(4, 5).bfloat16(), torch.zeros(3, 5)
+    with pytest.raises(NotImplementedError, match=r"aten::mm\.dtype_out"):
+        torch.mm(errors.t(), rows, out_dtype=torch.float32, out=out)
 
 
 def test_weights_of_zero_and_duplicates(device):
@@ -82,10 +97,11 @@ def test_weights_of_zero_and_duplicates(device):
 
 
 def test_never_all_predictions():
-    """A chunk of errors is smaller than all predictions wherever these exceed a tile, and bounded."""
+    """A chunk is smaller than all predictions wherever these are more than 64 rows, and bounded."""
     for rows in (65, 128, 1000, 8192, 8193, 22528, 29440, 10**6):
-        assert chunk_rows(rows, 64) < rows and chunk_rows(rows, 64) <= 8192
-    assert chunk_rows(22528, 64) == 7552
+        assert chunk_rows(rows, 3072) < rows and chunk_rows(rows, 3072) * 3072 <= (18 << 20) + 64 * 3072
+    # ViT-B and ViT-g, 32 clips, bf16: 4 chunks, 16 launches in all.
+    assert chunk_rows(22528, 3072) == 5632 and chunk_rows(29440, 2352) == 7360
 
 
 def leaves(inputs):

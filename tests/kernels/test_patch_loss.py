@@ -10,6 +10,8 @@ from vmae_kernels import patch_loss, patch_loss_ref
 SHAPES = {
     "patch 16": ("uint8", 2, (2, 2, 3), 5, 16, 2),
     "patch 14: a tubelet is no power of two": ("uint8", 2, (2, 2, 3), 5, 14, 2),
+    "a tubelet of 2400 values: two warps": ("uint8", 1, (1, 1, 2), 2, 20, 2),
+    "float clip, a tubelet of 2400 values": ("float", 1, (1, 1, 2), 2, 20, 2),
     "one clip, one token": ("uint8", 1, (1, 1, 1), 1, 4, 2),
     "token count no multiple of a program's": ("uint8", 3, (2, 3, 3), 17, 4, 2),
     "depth 1": ("uint8", 2, (3, 2, 2), 6, 4, 1),
