@@ -292,12 +292,12 @@ def test_triton_on_a_cpu_says_what_to_do(monkeypatch):
 
 
 def test_nothing_saved_that_need_not_be(device):
-    """What autograd keeps, by operation: never the weight of the embedding, any statistics, or the head's
-    input."""
+    """What autograd keeps, by operation: never the clip or the weight of the embedding (but the visible
+    pixels, a byte each), any statistics, or the head's input."""
     arguments = operands(device)
     saved: list[torch.Tensor] = []
     expected = {
-        "embed_visible": {0, 1},
+        "embed_visible": {1},
         "assemble_decoder_tokens": set(),
         "select_decoded": {0, 1, 3},
         "patch_loss": {0, 1, 2, 3},
@@ -313,6 +313,7 @@ def test_nothing_saved_that_need_not_be(device):
         extra = sum(x.numel() for x in saved if x.data_ptr() not in {y.data_ptr() for y in arguments[name]})
         hidden, head = arguments["head_patch_loss"][:2]
         assert extra == {
+            "embed_visible": 2 * 4 * 6 * PATCH * PATCH,
             "patch_loss": 1,
             "head_patch_loss": 1 + hidden.numel() + head.numel() + head.shape[0],
         }.get(name, 0)
