@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from vmae_kernels import autotune
 from vmae_kernels.optional_triton import tl, triton
 from vmae_kernels.tubelets import MEAN, STD, clip_strides
 
@@ -359,22 +360,18 @@ def padded_width(width: int) -> int:
     return triton.cdiv(width, 8) * 8
 
 
-_CHOSEN: dict[tuple, dict] = {}
-
-
 def choose_config(
     kernel: str, candidates: list[dict], key: tuple, device: torch.device, launch: Callable[[dict], object]
 ) -> dict:
     """The launch configuration of a projection kernel: the first candidate, or with VMAE_AUTOTUNE=1 the
-    fastest.
+    fastest (`autotune`).
 
-    Off by default: timing waits for the device, and another tile order moves the last bits of a sum.
+    Off by default: timing waits for the device, and another tile order moves the last bits of a sum. Nothing
+    is timed while a CUDA graph is captured: what was chosen before goes into it, else the first.
     """
     if BUILD_TARGET is not None:
         return candidates[min(BUILD_CANDIDATE, len(candidates) - 1)]
     if INTERPRET or os.environ.get("VMAE_AUTOTUNE") != "1" or len(candidates) == 1:
         return candidates[0]
-    key = (kernel, *key)
-    if key not in _CHOSEN:
-        _CHOSEN[key] = min(candidates, key=lambda config: triton.testing.do_bench(lambda: launch(config)))
-    return _CHOSEN[key]
+    timer = None if torch.cuda.is_current_stream_capturing() else autotune.device_milliseconds
+    return autotune.choose(torch.cuda.get_device_name(device), kernel, candidates, key, launch, timer)

@@ -443,8 +443,8 @@ def weight_and_bias_grads(
     configs = bwd_configs(grad.dtype, descriptor)
     partial = launch(dev.choose_config("embed_visible_bwd", configs, key, grad.device, launch))
     embed_visible_bwd_finish_kernel[(width,)](
-        partial, sums, found, bias_grad, sums.shape[0], width, SPLITS=partial.shape[0], UINT8=uint8, K=values, BLOCK_K=triton.next_power_of_2(values),
-        BLOCK_R=triton.next_power_of_2(sums.shape[0]), num_warps=4,
+        partial, sums, found, bias_grad, sums.shape[0], width, SPLITS=partial.shape[0], UINT8=uint8, K=values,
+        BLOCK_K=triton.next_power_of_2(values), BLOCK_R=triton.next_power_of_2(sums.shape[0]), num_warps=4,
     )  # fmt: skip
     return found, bias_grad
 

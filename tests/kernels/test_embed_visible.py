@@ -174,7 +174,7 @@ def test_splits_of_the_weight_gradient():
     assert [splits(5120, 768, 1536, dev.PROCESSORS[t]) for t in ("sm_80", "sm_90", "sm_100")] == [3, 3, 2]
     assert [splits(6656, 1408, 1176, dev.PROCESSORS[t]) for t in ("sm_80", "sm_90", "sm_100")] == [2, 2, 2]
     assert splits(511, 768, 1536, 132) == 1 and splits(512, 8, 24, 132) == 2
-    assert splits(1 << 20, 4096, 4096, 132) == 1
+    assert splits(6400, 132 * 128, 2 * 128, 132) == 1
 
 
 def test_folding(device):
