@@ -1,9 +1,9 @@
-"""Choices among launch configurations, kept on disk: VMAE_AUTOTUNE=1 times each configuration of a kernel once
-for each device, shape, dtype, version of Triton and state of this package's source.
+"""Choices among launch configurations, kept on disk: VMAE_AUTOTUNE=1 times each configuration of a kernel
+once for each device, shape, dtype, version of Triton and state of this package's source.
 
-The file is `autotune.json` in `$XDG_CACHE_HOME/vmae` (`~/.cache/vmae`), or what VMAE_AUTOTUNE_CACHE names. All
-processes that share it launch the same configurations: the first to write a choice wins, and one that timed
-meanwhile takes the winner's. It is replaced in one step, under a lock, with the choices of others kept.
+The file is `autotune.json` in `$XDG_CACHE_HOME/vmae` (`~/.cache/vmae`), or what VMAE_AUTOTUNE_CACHE names.
+All processes that share it launch the same configurations: the first to write a choice wins, and one that
+timed meanwhile takes the winner's. It is replaced in one step, under a lock, with the choices of others kept.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def source_hash() -> str:
 
 
 def choice_key(device: str, kernel: str, key: tuple) -> str:
-    """Everything that a choice depends on, for people to read: `device` is the GPU model's name, `key` sizes and
-    dtypes."""
+    """Everything that a choice depends on, for people to read: `device` is the GPU model's name, `key` sizes
+    and dtypes."""
     parts = (str(part).removeprefix("torch.") for part in key)
     return " | ".join((device, f"triton {triton.__version__}", source_hash(), kernel, " ".join(parts)))
 

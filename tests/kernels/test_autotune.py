@@ -85,10 +85,18 @@ def test_a_configuration_that_is_none_of_the_candidates_is_not_launched(file):
     assert choose(Clock(m128=1.0), candidates=CANDIDATES[:1]) == CANDIDATES[0]
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"schema": "other/1", "choices": {}}', '{"schema": "vmae-autotune/1"}',
-                '{"schema": "vmae-autotune/1", "choices": {"a": 3}}', '{"schema": "vmae-autotune/1", "choices": []}']
-)  # fmt: skip
+BROKEN = [
+    "",
+    "{",
+    "[]",
+    '{"schema": "other/1", "choices": {}}',
+    '{"schema": "vmae-autotune/1"}',
+    '{"schema": "vmae-autotune/1", "choices": {"a": 3}}',
+    '{"schema": "vmae-autotune/1", "choices": []}',
+]
+
+
+@pytest.mark.parametrize("content", BROKEN)
 def test_a_broken_file_is_replaced(file, content):
     file.parent.mkdir()
     file.write_text(content)
