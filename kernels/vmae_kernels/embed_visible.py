@@ -224,8 +224,10 @@ def embed_visible_bwd_weight_kernel(
             b_grad = tl.load(p_grad + o_m[:, None] * width + o_n[None, :], mask=m_m & m_n[None, :], other=0.0)
         b_x = pixel_operand(b_x, DTYPE, PTX) if UINT8 else operand(b_x, DTYPE)
         b_acc = tl.dot(tl.trans(operand(b_grad, DTYPE)), b_x, b_acc, input_precision=PRECISION)
-    p_out = p_partial + i_split.to(tl.int64) * width * K
-    tl.store(p_out + (o_n[:, None] * K + o_k[None, :]), b_acc, mask=m_n[:, None] & m_k[None, :])
+    # Offsets inside a tile are constants of the thread.
+    p_tile = p_partial + (i_split.to(tl.int64) * width + i_n * BLOCK_N) * K + i_k * BLOCK_K
+    p_out = p_tile + (tl.arange(0, BLOCK_N)[:, None] * K + tl.arange(0, BLOCK_K)[None, :])
+    tl.store(p_out, b_acc, mask=m_n[:, None] & m_k[None, :])
 
 
 @triton.jit
