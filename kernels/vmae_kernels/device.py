@@ -356,8 +356,8 @@ def clip_arguments(clips: Tensor, tokens: int, grid: tuple[int, int, int]) -> tu
 
 
 def padded_width(width: int) -> int:
-    """Row length that keeps rows of 2-byte values aligned to 16 bytes, which the copy engine demands."""
-    return triton.cdiv(width, 8) * 8
+    """Row length that keeps rows of bytes aligned to 16, which the copy engine demands."""
+    return triton.cdiv(width, 16) * 16
 
 
 def choose_config(

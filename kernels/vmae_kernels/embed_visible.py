@@ -317,15 +317,9 @@ def bwd_configs(dtype: torch.dtype, descriptor: bool) -> list[dict]:
     return BWD_CONFIGS if descriptor else BWD_CONFIGS_POINTER
 
 
-def row_length(values: int) -> int:
-    """Length of a row of `values` pixels or weights that keeps rows of bytes aligned to 16, which the copy
-    engine demands."""
-    return triton.cdiv(values, 16) * 16
-
-
 def gather_rows(clips: Tensor, visible: Tensor, patch: int, depth: int, dtype: torch.dtype) -> Tensor:
     """Pixels of the visible tubelets, [B * Nv, K padded]: uint8, or `dtype` of float clips."""
-    row = row_length(3 * depth * patch * patch)
+    row = dev.padded_width(3 * depth * patch * patch)
     uint8 = clips.dtype == torch.uint8
     rows = dev.scratch((visible.numel(), row), torch.uint8 if uint8 else dtype, clips.device)
     if rows.numel() == 0:
@@ -344,7 +338,7 @@ def fold_weight(
     """The weight as the forward kernel reads it, [D, K padded], and its float32 scale and shift, [D]."""
     width, values = weight.shape[0], weight[0].numel()
     kind = torch.float16 if uint8 and dtype != torch.float32 else dtype
-    folded = dev.scratch((width, row_length(values)), kind, weight.device)
+    folded = dev.scratch((width, dev.padded_width(values)), kind, weight.device)
     scale, shift = (dev.scratch((width,), torch.float32, weight.device) for _ in range(2))
     embed_visible_fold_kernel[(width,)](
         weight, bias, folded, scale, shift, HAS_BIAS=bias is not None, UINT8=uint8,
@@ -486,7 +480,7 @@ def embed_visible_op(
 @embed_visible_op.register_fake
 def _(clips, visible, weight, bias, pos, dtype):
     kind = torch.uint8 if clips.dtype == torch.uint8 else dtype
-    rows = clips.new_empty((visible.numel(), row_length(weight[0].numel())), dtype=kind)
+    rows = clips.new_empty((visible.numel(), dev.padded_width(weight[0].numel())), dtype=kind)
     return clips.new_empty((*visible.shape, weight.shape[0]), dtype=dtype), rows
 
 
