@@ -120,9 +120,9 @@ def choose(
     path, name = cache_file(), choice_key(device, kernel, key)
     if (path, name) not in _chosen:
         config = read_choices(path).get(name)
-        if config not in candidates and milliseconds is None:
-            return candidates[0]
         if config not in candidates:
+            if milliseconds is None:
+                return candidates[0]
             config = keep_choice(path, name, fastest(candidates, launch, milliseconds))
         _chosen[path, name] = config if config in candidates else candidates[0]
     return _chosen[path, name]

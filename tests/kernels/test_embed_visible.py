@@ -59,6 +59,12 @@ def test_against_float64(shape, dtype, device):
     check_embed(*problem(shape, dtype, device))
 
 
+@pytest.mark.parametrize("kind", ["uint8", "float"])
+def test_float16(kind, device):
+    """The other half precision: pixels, weight and gradient are fp16 on both ways."""
+    check_embed(*problem((kind, 2, (1, 2, 2), 3, 4, 2, 24), torch.float16, device))
+
+
 def test_weight_by_pointer(device, monkeypatch):
     """The way of devices without a copy engine."""
     monkeypatch.setenv("VMAE_NO_DESCRIPTOR", "1")
