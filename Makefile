@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_FLAGS ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
-.PHONY: help setup demo progressive detection temporal test test-slow test-all test-decoders test-interop test-browser lint docs notebook wheel clean
+.PHONY: help setup demo progressive detection temporal test test-slow test-all test-decoders test-interop test-browser lint docs notebook wheel build-versions clean
 
 help:
 	@echo "make demo       set up, benchmark dual against encoder-only masking, pre-train a small model, draw a reconstruction"
@@ -18,6 +18,7 @@ help:
 	@echo "make docs       build the documentation site in site/"
 	@echo "make notebook   run docs/first_steps.ipynb"
 	@echo "make wheel      build the wheel in dist/, install it in an empty environment, use it away from the tree"
+	@echo "make build-versions  build the kernels for NVIDIA GPUs with triton 3.6, 3.7 and 3.9 (2.5 GB); no GPU is needed"
 	@echo "make test-decoders  install torchcodec (which needs FFmpeg's libraries) and DALI, run the tests that want them"
 	@echo "make test-interop   install transformers and ONNX, run the tests that want them; ten releases of transformers (1 GB)"
 	@echo "make test-browser   install selenium, try the page of \`serve\` in Chromium (which must be there, with chromedriver)"
@@ -89,6 +90,10 @@ notebook: setup
 
 wheel: setup
 	@PYTHON=$(abspath $(BIN))/python PIP_FLAGS="$(PIP_FLAGS)" .ci/try_wheel.sh
+
+# The oldest release that setup.py allows, that of constraints.txt, the newest.
+build-versions: setup
+	@PYTHON=$(abspath $(BIN))/python PIP_FLAGS="$(PIP_FLAGS)" .ci/build_versions.sh $(VENV)/triton 3.6.0 3.7.1 3.9.0
 
 clean:
 	rm -rf $(VENV) demo progressive detection temporal mask_ablation build dist site *.egg-info

@@ -18,13 +18,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from vmae_kernels import autotune
 from vmae_kernels.optional_triton import tl, triton
 from vmae_kernels.tubelets import MEAN, STD, clip_strides
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
-# A uint8 pixel minus CENTRE is an integer of at most 8 bits, exact in bf16, fp16 and tf32.
+# A uint8 pixel minus CENTRE is an integer of at most 8 bits: exact in bf16, fp16 and tf32, and still so when
+# divided by PIXEL_UNIT, a power of two.
 CENTRE = tl.constexpr(114)
+PIXEL_UNIT = tl.constexpr(64.0)
 MEAN_R, MEAN_G, MEAN_B = (tl.constexpr(value) for value in MEAN)
 STD_R, STD_G, STD_B = (tl.constexpr(value) for value in STD)
 
@@ -97,22 +100,40 @@ def target_offsets(o_p, stride_t, stride_h, stride_c, PATCH: tl.constexpr, CHANN
         return o_pixel + o_p // 3 % PATCH + o_p % 3 * stride_c
 
 
+# Four bytes to four operands, `(x - CENTRE) / PIXEL_UNIT`, in as many instructions: no conversion from
+# integers, of which a processor does 16 a cycle. A byte under 0x64 is the fp16 number 1024 + x; a byte under
+# 0 the (subnormal) bf16 number x * 2**-133. `tests/kernels/test_embed_visible.py` evaluates both for every
+# byte.
+FP16_PIXELS = tl.constexpr("""{
+    .reg .b32 high, unit, shift, low_pair, high_pair;
+    mov.b32 high, 0x64646464; mov.b32 unit, 0x24002400; mov.b32 shift, 0xcc72cc72;
+    prmt.b32 low_pair, $2, high, 0x4140; prmt.b32 high_pair, $2, high, 0x4342;
+    fma.rn.f16x2 $0, low_pair, unit, shift; fma.rn.f16x2 $1, high_pair, unit, shift;
+}""")
+BF16_PIXELS = tl.constexpr("""{
+    .reg .b32 high, unit, shift, low_pair, high_pair;
+    mov.b32 high, 0x00000000; mov.b32 unit, 0x7f007f00; mov.b32 shift, 0xbfe4bfe4;
+    prmt.b32 low_pair, $2, high, 0x4140; prmt.b32 high_pair, $2, high, 0x4342;
+    fma.rn.bf16x2 $0, low_pair, unit, shift; fma.rn.bf16x2 $1, high_pair, unit, shift;
+}""")
+
+
 @triton.jit
-def load_pixels(p_pixels, m_pixels, CHANNELS_LAST: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr):
-    """Pixels as a matrix operand: uint8 minus CENTRE, exact in every dtype; float as it is. Masked ones are
-    zero."""
-    if CHANNELS_LAST:
-        if MASKED:
-            b_pixels = tl.load(p_pixels, mask=m_pixels, other=CENTRE)
-        else:
-            b_pixels = tl.load(p_pixels)
-        return operand((b_pixels.to(tl.int16) - CENTRE).to(tl.float32), DTYPE)
+def pixel_operand(b_x, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """uint8 pixels as a matrix operand: `(x - CENTRE) / PIXEL_UNIT`, exact in DTYPE. `PTX`: the device is
+    NVIDIA's."""
+    if PTX and DTYPE == tl.float16:
+        return tl.inline_asm_elementwise(
+            FP16_PIXELS, "=r,=r,r", [b_x], dtype=tl.float16, is_pure=True, pack=4
+        )
+    elif PTX and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            BF16_PIXELS, "=r,=r,r", [b_x], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
     else:
-        if MASKED:
-            b_pixels = tl.load(p_pixels, mask=m_pixels, other=0.0)
-        else:
-            b_pixels = tl.load(p_pixels)
-        return operand(b_pixels.to(tl.float32), DTYPE)
+        # The byte as the last of a float32 number: 2**23 + x.
+        b_x = (b_x.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True)
+        return operand((b_x - (8388608.0 + CENTRE)) * (1 / PIXEL_UNIT), DTYPE)
 
 
 @triton.jit
@@ -227,10 +248,11 @@ def launcher(*by_rows: str) -> Callable[[Callable], Callable]:
 
 
 def scratch(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that kernels will write: uninitialised, or NaN with VMAE_NAN_SCRATCH=1, so that a gap is
-    seen."""
+    """Memory that kernels will write: uninitialised, or NaN (the largest integer) with VMAE_NAN_SCRATCH=1, so
+    that a gap is seen."""
     if os.environ.get("VMAE_NAN_SCRATCH") == "1":
-        return torch.full(tuple(shape), float("nan"), dtype=dtype, device=device)
+        gap = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+        return torch.full(tuple(shape), gap, dtype=dtype, device=device)
     return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
@@ -302,6 +324,26 @@ def is_nvidia(target: str) -> bool:
     return target.startswith("sm_")
 
 
+# Streaming multiprocessors (compute units) of the models that a target's binaries run on: A100, H100 SXM,
+# B200, MI300X. For builds; interpreting takes the H100's.
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "cpu": 132}
+
+_processors = functools.cache(lambda device: torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def processors_of(device: torch.device) -> int:
+    """Processors of the device, for which grids are sized. Sums in two stages depend on it: the same bits
+    come from one GPU model every time, other last bits from another model."""
+    if BUILD_TARGET is not None or device.type != "cuda":
+        return PROCESSORS[target_of(device)]
+    return _processors(device)
+
+
+def takes_ptx(device: torch.device) -> bool:
+    """Whether kernels may hold PTX: they are built for NVIDIA, and not interpreted."""
+    return is_nvidia(target_of(device))
+
+
 def dot_precision(device: torch.device) -> str:
     """How float32 is multiplied: three tf32 products on NVIDIA (error near float32's own), exactly
     elsewhere."""
@@ -325,24 +367,22 @@ def clip_arguments(clips: Tensor, tokens: int, grid: tuple[int, int, int]) -> tu
 
 
 def padded_width(width: int) -> int:
-    """Row length that keeps rows of 2-byte values aligned to 16 bytes, which the copy engine demands."""
-    return triton.cdiv(width, 8) * 8
+    """Row length that keeps rows of bytes aligned to 16, which the copy engine demands."""
+    return triton.cdiv(width, 16) * 16
 
 
-_CHOSEN: dict[tuple, dict] = {}
-
-
-def choose_config(kernel: str, candidates: list[dict], key: tuple, launch: Callable[[dict], object]) -> dict:
+def choose_config(
+    kernel: str, candidates: list[dict], key: tuple, device: torch.device, launch: Callable[[dict], object]
+) -> dict:
     """The launch configuration of a projection kernel: the first candidate, or with VMAE_AUTOTUNE=1 the
-    fastest.
+    fastest (`autotune`).
 
-    Off by default: timing waits for the device, and another tile order moves the last bits of a sum.
+    Off by default: timing waits for the device, and another tile order moves the last bits of a sum. Nothing
+    is timed while a CUDA graph is captured: what was chosen before goes into it, else the first.
     """
     if BUILD_TARGET is not None:
         return candidates[min(BUILD_CANDIDATE, len(candidates) - 1)]
     if INTERPRET or os.environ.get("VMAE_AUTOTUNE") != "1" or len(candidates) == 1:
         return candidates[0]
-    key = (kernel, *key)
-    if key not in _CHOSEN:
-        _CHOSEN[key] = min(candidates, key=lambda config: triton.testing.do_bench(lambda: launch(config)))
-    return _CHOSEN[key]
+    timer = None if torch.cuda.is_current_stream_capturing() else autotune.device_milliseconds
+    return autotune.choose(torch.cuda.get_device_name(device), kernel, candidates, key, launch, timer)

@@ -300,12 +300,12 @@ def test_triton_on_a_cpu_says_what_to_do(monkeypatch):
 
 
 def test_nothing_saved_that_need_not_be(device):
-    """What autograd keeps, by operation: never the weight of the embedding, statistics of `select_decoded`,
-    or the head's input."""
+    """What autograd keeps, by operation: never the clip or the weight of the embedding (but the visible
+    pixels, a byte each), statistics of `select_decoded`, or the head's input."""
     arguments = operands(device)
     saved: list[torch.Tensor] = []
     expected = {
-        "embed_visible": {0, 1},
+        "embed_visible": {1},
         "assemble_decoder_tokens": set(),
         "layer_norm": {0, 1},
         "select_decoded": {0, 1, 3},
@@ -323,6 +323,7 @@ def test_nothing_saved_that_need_not_be(device):
         hidden, head = arguments["head_patch_loss"][:2]
         assert extra == {
             "layer_norm": 2 * 2 * 5,  # mean, and one over the deviation, of each row
+            "embed_visible": 2 * 4 * 6 * PATCH * PATCH,
             "patch_loss": 1,
             "head_patch_loss": 1 + hidden.numel() + head.numel() + head.shape[0],
         }.get(name, 0)
