@@ -339,9 +339,9 @@ class SpeedConfig(_Checked):
     )
     recompute: str = setting(
         "auto",
-        "LayerNorm's and GELU's results: on (made again in the backward), off (kept), budget (compiled blocks "
-        "keep what torch's partitioner chooses, about as much as with on); auto: on a GPU off where the "
-        "batch fits, else budget or on; on a CPU on",
+        "LayerNorm's and GELU's results: on (made again in the backward), off (kept), budget (of compiled "
+        "blocks torch's partitioner keeps about as much as on does); auto: on a GPU off where the batch "
+        "fits, else budget or on; on a CPU on",
         OneOf("recompute", RECOMPUTE),
     )
     parallel: str = setting(

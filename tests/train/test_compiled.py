@@ -1,4 +1,4 @@
-"""Compiled blocks: few graphs whatever the drop rates, on one process and on two; what is counted and said."""
+"""Compiled blocks: few graphs whatever the drop rates, on one process and on two; counts of them."""
 
 import io
 

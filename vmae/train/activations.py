@@ -8,8 +8,8 @@ What a block of width D keeps for each token, beside attention's row sums, in wi
 
     none        16 D   x, its norm, q, k, v, attention's output, x, its norm, the MLP's 4 D before and after
                        GELU (--recompute off)
-                10 D   without the norms' and GELU's results, which are made again (on: `vmae.model.recompute`;
-                       budget: torch's partitioner, in compiled blocks)
+                10 D   without the norms' and GELU's results, which are made again (on:
+                       `vmae.model.recompute`; budget: torch's partitioner, in compiled blocks)
     selective    6 D   the MLP runs again from x: two products of the block's four, 22 % more FLOPs a step
                        (ViT-g, counted)
     full         1 D   x alone; the whole block runs again, 33 % more FLOPs a step

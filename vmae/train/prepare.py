@@ -152,7 +152,8 @@ def resolve_recompute(task: Task) -> None:
     """Decide `--recompute` for the task's model, batch and device."""
     run, parallel, speed, config = task.run, task.parallel, task.run.speed, task.config
     need, model = None, getattr(config, "model", None)
-    if speed.recompute == "auto" and parallel.device.type == "cuda" and isinstance(model, ModelConfig):
+    asks = speed.recompute == "auto" and speed.checkpointing == "none" and parallel.device.type == "cuda"
+    if asks and isinstance(model, ModelConfig) and task.block_tokens():
         need = need_without(
             task.model,
             model,

@@ -18,10 +18,6 @@ from vmae.model.blocks import Block
 from vmae.model.cost import count_saved_bytes
 
 RESERVE = 0.08  # of the memory: CUDA, NCCL, the allocator; as `plan` assumes
-# What auto takes where the batch fits without recomputation. On a CPU nothing is won without: a step of ViT-S
-# at batch 4 took 0.95 to 1.03 x the time with it (bfloat16, one core of an AMD EPYC, medians of 9 in turns).
-# On a GPU expected, not measured: kept results are read once, made again they are read, computed and written.
-WHERE_IT_FITS = {"cpu": "on", "cuda": "off"}
 
 
 @dataclass(frozen=True)
@@ -95,20 +91,31 @@ def need_without(
     return Need(state, kept, 2 * max(sizes.values(), default=0))
 
 
-def choose_recompute(asked: str, device: torch.device, *, compiled: bool, need: Need | None) -> str:
-    """What `--recompute` stands for here: "on", "off" or "budget".
+def recompute_ways(asked: str, device: str, *, compiled: bool) -> tuple[str, ...]:
+    """What `--recompute` stands for on a type of device, in order: the first that fits is taken, else the
+    last.
 
-    Args:
-        need: of `need_without`; None where that is not known, which is taken as too much.
+    On a CPU nothing is won by keeping: a step of ViT-S at batch 4 took 0.95 to 1.03 x the time when norms and
+    GELUs were made again (bfloat16 and float32, one shared core of an AMD EPYC, medians of 9 and 7 turns). On
+    a GPU expected, not measured: what is kept is read, what is made again is read, computed and written.
     """
     if asked != "auto":
-        return asked
-    usual = WHERE_IT_FITS.get(device.type, "on")
-    if usual == "on":
-        return "on"
-    if need is not None and need.total <= memory_of(device) * (1 - RESERVE):
-        return usual
-    return "budget" if compiled else "on"
+        return (asked,)
+    if device == "cpu":
+        return ("on",)
+    return ("off", "budget" if compiled else "on")
+
+
+def choose_recompute(asked: str, device: torch.device, *, compiled: bool, need: Need | None) -> str:
+    """The one of `recompute_ways` that a run takes.
+
+    Args:
+        need: of `need_without`; None where that is not known, or checkpointing says that memory is short:
+            taken as too much.
+    """
+    ways = recompute_ways(asked, device.type, compiled=compiled)
+    fits = need is not None and need.total <= memory_of(device) * (1 - RESERVE)
+    return ways[0] if fits else ways[-1]
 
 
 def memory_of(device: torch.device) -> float:

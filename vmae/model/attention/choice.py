@@ -257,15 +257,16 @@ _register(
 
 NAMES = ("auto", *BACKENDS)
 
-# What auto tries, fastest first, by device class and dtype; `sdpa` and `softmax` end every list, and what forms
-# the softmax matrix comes last where sequences are long or padded.
-#  Measured on one shared core of an AMD EPYC (AVX-512 bf16), torch 2.13, in turns, medians of ratios. A step of
-# ViT-S, batch 4, dual masking: in float32 sdpa, which takes the flash kernel, is 1.18 x as fast as softmax (7
-# turns; 1.12 x another day); in bfloat16 softmax is 1.25 x as fast as sdpa (9 turns; 1.18 x another day).
-# Attention alone in bfloat16, forward and backward, softmax against sdpa: 1.2 to 2.5 x at 160 tokens, 1.27 x
-# at 944, 1.2 x at 1568; in float32 0.9, 0.6 and 0.64 x. What it costs there, in MiB that a block of ViT-S keeps for a clip: 0.2 more at 160 tokens (6 heads), 4.7
-# at 944 (3 heads), 28 at 1568 (6 heads): there the matrix of 12 blocks is a third of a GiB, for 1.2 x of a part
-# of the step, so `LONG` sequences stay with sdpa. sdpa_flash is the same kernel; sdpa_math is 0.8 to 1.0 x.
+# What auto tries, fastest first, by device class and dtype; `sdpa` and `softmax` end every list, and what
+# forms the softmax matrix comes last where sequences are long or padded.
+#  Measured on one shared core of an AMD EPYC (AVX-512 bf16), torch 2.13, in turns, medians of ratios. A step
+# of ViT-S, batch 4, dual masking: in float32 sdpa, which takes the flash kernel, is 1.18 x as fast as softmax
+# (7 turns; 1.12 x another day); in bfloat16 softmax is 1.25 x as fast as sdpa (9 turns; 1.18 x another day).
+# Attention alone, forward and backward, softmax against sdpa: in bfloat16 1.2 to 2.5 x at 160 tokens, 1.27 x
+# at 944, 1.2 x at 1568; in float32 0.9, 0.6 and 0.64 x. A block of ViT-S then keeps more for each clip, in
+# MiB: 0.2 at 160 tokens (6 heads), 4.7 at 944 (3 heads), 28 at 1568 (6 heads). There 12 blocks keep a third
+# of a GiB a clip more, for 1.2 x of a part of the step: `LONG` sequences stay with sdpa. sdpa_flash is the
+# same kernel; sdpa_math is 0.8 to 1.0 x.
 MEASURED_ORDER: dict[tuple[str, torch.dtype], tuple[str, ...]] = {
     ("cpu", torch.float32): ("sdpa", "softmax"),
     ("cpu", torch.bfloat16): ("softmax", "sdpa"),
