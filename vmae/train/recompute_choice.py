@@ -26,7 +26,7 @@ class Need:
 
     Attributes:
         state: weights, gradients, AdamW's moments, an average of the weights; what FSDP gathers.
-        kept: by blocks, between forward and backward.
+        kept: by blocks, between forward and backward; a bit less where they are compiled.
         working: about what the backward of one block takes beside.
     """
 
@@ -88,6 +88,8 @@ def need_without(
     )
     sizes = {kind: clips * kept_bytes(config, *kind, dtype, False) for kind in kinds}
     kept = sum(number * sizes[kind] for kind, number in kinds.items())
+    if dtype == "bfloat16":  # copies of the weights, which the backward reads
+        kept += 2 * sum(p.numel() for block in blocks for p in block.parameters() if p.requires_grad)
     return Need(state, kept, 2 * max(sizes.values(), default=0))
 
 
