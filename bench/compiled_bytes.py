@@ -1,8 +1,8 @@
 """What compiled blocks keep for their backward, counted from the graphs that torch's partitioner makes.
 
 Needs no GPU, times nothing. Three ways (`--recompute`): LayerNorm's and GELU's results made again by hand,
-kept as the partitioner likes, or kept within its memory budget. By hand counts only where torch does not merge
-what is computed twice (`cse`): with it, the hand-made backward is the plain one, and keeps as much.
+kept as the partitioner likes, or kept within its memory budget. By hand counts only where torch does not
+merge what is computed twice (`cse`): with it, the hand-made backward is the plain one, and keeps as much.
 
     python bench/compiled_bytes.py                  # ViT-B and ViT-g, bfloat16, 32 clips
 """
@@ -61,7 +61,8 @@ def saved_tensors(block: nn.Module, x: Tensor, dtype: str) -> dict[int, int]:
         forward, _ = min_cut_rematerialization_partition(
             joint, inputs, num_fwd_outputs=num_fwd_outputs, **more
         )
-        for node in forward.graph.output_node().args[0][num_fwd_outputs:]:
+        outputs: Any = forward.graph.output_node().args[0]
+        for node in outputs[num_fwd_outputs:]:
             value = node.meta.get("val")
             if isinstance(value, Tensor) and (node.op != "placeholder" or value.shape == x.shape):
                 storage = value.untyped_storage()

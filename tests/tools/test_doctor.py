@@ -51,7 +51,7 @@ def test_prints_backends_packages_and_what_is_missing(capsys, tmp_path):
 def test_blocks_are_compiled_where_they_can_be(monkeypatch):
     said = []
     for reason in (None, "Triton needs a C compiler (gcc or clang), which is not there"):
-        monkeypatch.setattr(doctor, "why_not_compiled", lambda device: reason)
+        monkeypatch.setattr(doctor, "why_not_compiled", lambda device, reason=reason: reason)
         doctor._report_machine(doctor.look_at_machine(CPU), said.append)
     lines = [line for line in said if line.startswith("blocks: ")]
     assert "compiled unless --no-compile" in lines[0]

@@ -44,17 +44,17 @@ class DropPath(nn.Module):
         if self.share is None or not self.training:
             return x
         clips = x.shape[0] if lengths is None else len(lengths.counts)
-        keep = self._drawn(x.new_empty((clips,) + (1,) * (x.ndim - 1)))
+        keep = self._drawn(x.new_empty((clips,) + (1,) * (x.ndim - 1)), self.share)
         return x * (keep if lengths is None else keep[lengths.owner].transpose(0, 1))
 
-    def _drawn(self, empty: Tensor) -> Tensor:
-        """`empty` filled with 0 or 1 / share.
+    def _drawn(self, empty: Tensor, share: Tensor) -> Tensor:
+        """`empty` filled with 0 or, with probability `share`, 1 / share.
 
         torch.compile makes a constant of a number that a module holds, so every rate would be a compilation
         (8 at most), and takes the share from a tensor. Its draws are others than without it.
         """
         if torch.compiler.is_compiling():
-            return torch.rand_like(empty, dtype=torch.float32).lt(self.share).to(empty.dtype) / self.share
+            return torch.rand_like(empty, dtype=torch.float32).lt(share).to(empty.dtype) / share
         return empty.bernoulli_(1 - self.rate).div_(1 - self.rate)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DropPath:

@@ -367,9 +367,7 @@ def _report_machine(machine: dict[str, Any], say: Callable[[str], None]) -> None
     say(f"fused operations: {runs_with}")
     note = machine["compile_note"]
     if note is None:
-        say(
-            "blocks: compiled unless --no-compile; norms and GELU kept where the batch fits (--recompute auto)"
-        )
+        say("blocks: compiled unless --no-compile; norms and GELU kept where that fits (--recompute auto)")
     else:
         say(f"blocks: not compiled unless --compile: {note}")
 
