@@ -153,6 +153,8 @@ class Key:
 
 
 def _checked(value: Any, within: Limits, name: str) -> Any:
+    if isinstance(value, bool) and within.allows(word := "on" if value else "off"):
+        return word  # YAML 1.1 reads these two words as yes and no
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = within.read(value)

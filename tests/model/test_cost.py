@@ -111,4 +111,4 @@ def test_counted_is_fused_attention_whatever_a_cpu_would_take():
 
         return saved_activation_bytes_per_clip(build, config, MaskConfig(), torch.bfloat16)
 
-    assert kept() == kept(attention="sdpa") < kept(attention="softmax")
+    assert kept() == kept(attention="sdpa") != kept(attention="softmax")

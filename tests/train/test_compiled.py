@@ -225,7 +225,7 @@ def test_flags_and_files_say_yes_no_or_nothing(tmp_path):
 
     assert [asked(*words).compile for words in ([], ["--compile"], ["--no-compile"])] == [None, True, False]
     for text, value in (("false", False), ("true", True), ("null", None)):
-        (tmp_path / "a.yaml").write_text(f"compile: {text}\nrecompute: 'off'\n")
+        (tmp_path / "a.yaml").write_text(f"compile: {text}\nrecompute: off\n")
         speed = asked("--config", str(tmp_path / "a.yaml"))
         assert (speed.compile, speed.recompute) == (value, "off")
     (tmp_path / "a.yaml").write_text("compile: maybe\n")
