@@ -90,7 +90,8 @@ def test_twelve_drop_rates_are_a_few_graphs(options):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_so_they_are_on_two_ranks(run_ranks, kind):
+def test_so_they_are_on_two_ranks(run_ranks, monkeypatch, kind):
+    monkeypatch.setattr(compiled, "BACKEND", "eager")  # traced the same, in half the time
     for now, told, _ in run_ranks(2, count_run, kind, "bfloat16"):
         assert_few(now, told)
 
