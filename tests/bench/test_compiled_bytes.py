@@ -30,7 +30,7 @@ def test_by_hand_and_by_budget_keep_less_than_plain_modules(module):
     plain, by_hand, by_budget = (widths(module, recompute) for recompute in ("off", "on", "budget"))
     assert plain == pytest.approx(17 + STATISTICS, abs=0.01)
     assert by_budget == pytest.approx(11 + STATISTICS, abs=0.01)
-    assert by_hand == pytest.approx(11 + 4 / WIDTH, abs=0.01)
+    assert 11 < by_hand < 11 + STATISTICS + 0.01
 
 
 def test_what_is_made_again_by_hand_is_kept_where_torch_merges_it(module, monkeypatch):
