@@ -59,7 +59,7 @@ def _row(of: dict[str, Key], commands: int) -> str:
     default = "; ".join(f"{', '.join(names)}: {words}" for words, names in defaults.items())
     if len(defaults) == 1:
         default = next(iter(defaults))
-    values = str(key.type or {"bool": "true, false"}.get(key.kind, "text"))
+    values = str(key.type or ("true, false" if key.is_switch else "text"))
     others = [flag for flag in key.about.aliases if flag.strip("-") != key.name]
     others += [flag for flags, _, _ in key.about.constants for flag in flags]
     where = "all" if len(of) == commands else ", ".join(of)

@@ -79,6 +79,7 @@ PUBLISHED_CLASSIFIERS = {
 USUAL_MODEL = "vit_b"
 MODEL = OneOf("model preset", PRESETS, PUBLISHED_MODELS | PUBLISHED_CLASSIFIERS)
 CHECKPOINTING = ("none", "selective", "full")
+RECOMPUTE = ("auto", "on", "off", "budget")
 POOLINGS = ("mean", "first", "attentive")
 PARALLEL = ("auto", "none", "ddp", "fsdp", "hybrid")
 DTYPE = OneOf("dtype", ("float32", "bfloat16"))
@@ -333,12 +334,21 @@ class SpeedConfig(_Checked):
         OneOf("backend", ("auto", "torch", "triton")),
     )
     attention: str = setting("auto", "attention: auto, or a name that `vmae doctor` lists")
-    compile: bool = setting(False, "compile the blocks with torch.compile")
+    compile: bool | None = setting(
+        None, "compile the blocks with torch.compile", unset="on a GPU with Triton and a C compiler"
+    )
     cuda_graphs: bool = setting(False, "replay compiled blocks as CUDA graphs; a GPU only (not run yet)")
     checkpointing: str = setting(
         "none",
         "made again in the backward: none, selective (MLPs' hidden layers), full (all but blocks' inputs)",
         OneOf("checkpointing", CHECKPOINTING),
+    )
+    recompute: str = setting(
+        "auto",
+        "LayerNorm's and GELU's results: on (made again in the backward), off (kept), budget (of compiled "
+        "blocks torch's partitioner keeps about as much as on does); auto: on a GPU off where the batch "
+        "fits, else budget or on; on a CPU on",
+        OneOf("recompute", RECOMPUTE),
     )
     parallel: str = setting(
         "auto",
@@ -358,8 +368,10 @@ class SpeedConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cuda_graphs and not self.compile:
+        if self.cuda_graphs and self.compile is False:
             raise InputError("CUDA graphs are of compiled blocks: cuda_graphs needs compile")
+        if self.recompute == "budget" and self.compile is False:
+            raise InputError("--recompute budget is of compiled blocks: leave --no-compile out, or take on")
 
 
 # --- What configurations are made from: settings of commands, not kept themselves ---

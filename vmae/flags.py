@@ -64,6 +64,11 @@ class Key:
     group: str
 
     @property
+    def is_switch(self) -> bool:
+        """Whether it is on or off, perhaps as something else decides."""
+        return self.kind in ("bool", "bool | None")
+
+    @property
     def flags(self) -> list[str]:
         return [f"--{self.name.replace('_', '-')}", *self.about.aliases]
 
@@ -108,7 +113,7 @@ class Key:
         about = self.about
         text = SUPPRESS if about.hidden else self.help.replace("%", "%%")
         common = {"dest": self.name, "default": default, "help": text}
-        if self.kind == "bool":
+        if self.is_switch:
             parser.add_argument(*self.flags, action=argparse.BooleanOptionalAction, **common)
             return
         count: int | str | None = "?" if about.bare is not None else None
@@ -130,9 +135,9 @@ class Key:
         within = self.about.within
         if value is None and "None" in self.kind:
             return None
-        if self.kind == "bool" or within is None:
-            if not isinstance(value, bool if self.kind == "bool" else str):
-                wanted = "true or false" if self.kind == "bool" else "text"
+        if self.is_switch or within is None:
+            if not isinstance(value, bool if self.is_switch else str):
+                wanted = "true or false" if self.is_switch else "text"
                 raise InputError(f"{self.name} must be {wanted}, not {shown(value)}")
             return value
         if "tuple" in self.kind and (isinstance(value, list) or self.kind.startswith("tuple")):
@@ -148,6 +153,8 @@ class Key:
 
 
 def _checked(value: Any, within: Limits, name: str) -> Any:
+    if isinstance(value, bool) and within.allows(word := "on" if value else "off"):
+        return word  # YAML 1.1 reads these two words as yes and no
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = within.read(value)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from vmae import DualMask, InputError, MaskConfig, ModelConfig, build_pretrainer, build_reference
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD, PUBLISHED_MODELS
 from vmae.model.attention import Attention
+from vmae.model.blocks import Block
+from vmae.train.compiled import set_compiler
 
 PUBLISHED_PRESETS = tuple(PUBLISHED_MODELS.values())
 MASKINGS = {
@@ -89,6 +91,16 @@ def compile_blocks(model: nn.Module, backend: str | Callable = "inductor") -> nn
     return model
 
 
+def compile_choosing(model: nn.Module, recompute: str) -> nn.Module:
+    """`compile_blocks` with LayerNorm's and GELU's results made again by hand ("on"), or as torch's
+    partitioner chooses within its memory budget ("budget"); sets that for this process."""
+    set_compiler(recompute)
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = recompute == "on"
+    return compile_blocks(model)
+
+
 class HuggingFace(nn.Module):
     """transformers' VideoMAEForPreTraining with the weights that `build_pretrainer` would begin with."""
 
@@ -153,8 +165,14 @@ VARIANTS: dict[str, Variant] = {
     "torch": Variant(build_torch, "this code, PyTorch operations"),
     "triton": Variant(build_triton, "this code, Triton kernels", needs_gpu=True),
     "triton+compile": Variant(
-        lambda config: compile_blocks(build_triton(config)),
-        "the same, blocks compiled",
+        lambda config: compile_choosing(build_triton(config), "on"),
+        "the same, blocks compiled, norms and GELU made again by hand",
+        needs_gpu=True,
+        countable=False,
+    ),
+    "triton+compile+budget": Variant(
+        lambda config: compile_choosing(build_triton(config), "budget"),
+        "the same, but what is made again is torch's choice within a memory budget",
         needs_gpu=True,
         countable=False,
     ),

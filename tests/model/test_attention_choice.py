@@ -694,6 +694,34 @@ def test_auto_takes_the_first_that_runs(monkeypatch):
     assert choose("auto", Workload(device="mps")).name == "sdpa"
 
 
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({}, "softmax"),
+        ({"dtype": torch.float32}, "sdpa"),
+        ({"dtype": torch.float16}, "sdpa"),  # not measured
+        ({"long": True}, "sdpa"),  # the softmax matrix would be large
+        ({"packed": True}, "sdpa"),  # and padded
+    ],
+)
+def test_auto_on_a_cpu_is_by_dtype_and_length(changes, name):
+    workload = replace(Workload(dtype=torch.bfloat16), **changes)
+    assert choose("auto", workload).name == name
+    assert backends.auto_order(workload)[1] == (not workload.packed and workload.dtype != torch.float16)
+
+
+@pytest.mark.parametrize("tokens, name", [(probes.LONG, "softmax"), (probes.LONG + 1, "sdpa")])
+def test_long_sequences_are_told_by_their_tokens(monkeypatch, tokens, name):
+    called = []
+    for other in ("sdpa", "softmax"):
+        fake = replace(
+            BACKENDS[other], call=lambda qkv, scale, other=other: called.append(other) or qkv[:, :, 0]
+        )
+        monkeypatch.setitem(BACKENDS, other, fake)
+    attention(torch.zeros(1, tokens, 3, 1, 8, dtype=torch.bfloat16))
+    assert called == [name]
+
+
 def test_auto_pads_only_where_nothing_takes_packed_sequences(monkeypatch):
     packed = replace(AMPERE, packed=True)
     assert choose("auto", packed).name == "varlen"

@@ -16,7 +16,7 @@ DUAL, ENCODER_ONLY = MaskConfig(), MaskConfig(decoder="none")
 
 
 def build_torch(config):
-    return build_pretrainer(config, backend="torch")
+    return build_pretrainer(config, backend="torch", attention="sdpa")
 
 
 @pytest.mark.parametrize("model, decoder_ratio, paper", PAPER_GMACS)
@@ -104,3 +104,15 @@ def test_peak_flops_by_the_devices_own_name():
     assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "float32") == 19.5e12
     assert peak_flops("cpu", "bfloat16") is None
+
+
+def test_counted_is_fused_attention_whatever_a_cpu_would_take():
+    config = ModelConfig.preset("vit_tiny", img_size=64, num_frames=8)
+
+    def kept(**options):
+        def build(config):
+            return build_pretrainer(config, backend="torch", **options)
+
+        return saved_activation_bytes_per_clip(build, config, MaskConfig(), torch.bfloat16)
+
+    assert kept() == kept(attention="sdpa") != kept(attention="softmax")

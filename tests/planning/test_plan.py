@@ -72,12 +72,40 @@ def test_the_largest_batch_fits_and_one_more_does_not(number):
     assert fits(largest) and not fits(largest + 1)
 
 
+def test_norms_are_made_again_where_the_batch_does_not_fit_without():
+    def rows(memory: float, **more):
+        cluster = dataclasses.replace(NODES, memory=memory, reserve=0.0)
+        return make_plan(TINY, MASK, cluster, WORK, parallel="ddp", **more).rows
+
+    kept, again, *others = (*rows(2**30, recompute=["off"]), *rows(2**30, recompute=["on"]))[::3]
+    assert not others and 1.2 < kept.memory.activations / again.memory.activations < 2
+    roomy, tight = rows(kept.memory.total)[0], rows(kept.memory.total - 1)[0]
+    assert (roomy.recompute, tight.recompute) == ("off", "budget") and roomy.fits and tight.fits
+    assert roomy.memory == kept.memory and tight.memory == again.memory
+    assert {row.recompute for row in rows(kept.memory.total)[1:]} == {"budget"}  # memory is short there
+    tight, *_ = rows(1.0)
+    assert tight.recompute == "budget" and not tight.fits
+    assert rows(kept.memory.total)[0].largest_batch == again_largest(kept.memory.total)
+
+
+def again_largest(memory: float) -> int:
+    cluster = dataclasses.replace(NODES, memory=memory, reserve=0.0)
+    return make_plan(TINY, MASK, cluster, WORK, parallel="ddp", recompute=["on"]).rows[0].largest_batch
+
+
+def test_flags_say_which_ways_are_planned():
+    assert {row.recompute for row in plan_of("--gpus", "8").rows} == {"off", "budget"}
+    assert {row.recompute for row in plan_of("--gpus", "8", "--no-compile").rows} == {"off", "on"}
+    assert {row.recompute for row in plan_of("--gpus", "8", "--recompute", "on").rows} == {"on"}
+    assert {row.recompute for row in plan_of("--device", "cpu").rows} == {"on"}
+
+
 def test_recommended_is_the_least_work_that_fits():
     def best(memory: float):
         return make_plan(TINY, MASK, dataclasses.replace(NODES, memory=memory), WORK).best
 
     assert (best(2**30).checkpointing, best(2**30).sharding) == ("none", "ddp")
-    plan = make_plan(TINY, MASK, NODES, WORK)
+    plan = make_plan(TINY, MASK, NODES, WORK, recompute=["budget"])
     by_kind = {(row.checkpointing, row.sharding): row.memory.total / 0.9 for row in plan.rows}
     row = best(by_kind["none", "fsdp"] * 1.001)  # too little for a whole copy of the state
     assert (row.checkpointing, row.sharding) == ("none", "fsdp")
@@ -114,10 +142,10 @@ def test_table_and_json_say_the_same(tmp_path, capsys):
     assert "25% of 312 TFLOP/s" in text and "run: 124 steps" in text and f"json: {out}" in text
     assert content["schema"] == "vmae-plan/1" and content["workload"]["total_steps"] == 124
     lines = [line.split() for line in text.splitlines() if line.startswith(CHECKPOINTING)]
-    assert [line[:2] for line in lines] == [
-        [row["checkpointing"], row["sharding"]] for row in content["rows"]
+    assert [line[:3] for line in lines] == [
+        [row["checkpointing"], row["recompute"], row["sharding"]] for row in content["rows"]
     ]
-    assert [int(line[10]) for line in lines] == [row["largest_batch"] for row in content["rows"]]
+    assert [int(line[11]) for line in lines] == [row["largest_batch"] for row in content["rows"]]
     memory = content["rows"][0]["memory"]
     assert memory["total"] == sum(memory[key] for key in memory if key != "total")
     assert "recommendation: --parallel ddp --checkpointing none --batch-size 4 --accumulate 2: " in text

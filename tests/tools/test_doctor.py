@@ -25,6 +25,7 @@ def test_prints_backends_packages_and_what_is_missing(capsys, tmp_path):
     ):
         assert word in shown, word
     found = json.loads((tmp_path / "d.json").read_text())
+    assert "blocks: not compiled unless --compile: " in shown and "GPU" in found["machine"]["compile_note"]
     assert found["schema"] == "vmae-doctor/1" and found["machine"]["torch"] == torch.__version__
     records = {record["name"]: record for record in found["attention"]}
     assert records.keys() == BACKENDS.keys()
@@ -45,6 +46,21 @@ def test_prints_backends_packages_and_what_is_missing(capsys, tmp_path):
         and found["video"]["note"] is None
     )
     assert f"auto decodes with the first of {', '.join(found['video']['order'])}" in shown
+
+
+def test_blocks_are_compiled_where_they_can_be(monkeypatch):
+    said = []
+    for reason in (None, "Triton needs a C compiler (gcc or clang), which is not there"):
+        monkeypatch.setattr(doctor, "why_not_compiled", lambda device, reason=reason: reason)
+        doctor._report_machine(doctor.look_at_machine(CPU), said.append)
+    lines = [line for line in said if line.startswith("blocks: ")]
+    assert "compiled unless --no-compile" in lines[0]
+    assert "needs a C compiler" in lines[1]
+
+
+def test_auto_on_a_cpu_depends_on_the_dtype():
+    for dtype, name in ((torch.float32, "sdpa"), (torch.bfloat16, "softmax")):
+        assert doctor.look_at_auto(CPU, dtype, (64,))["takes"] == {64: name}
 
 
 def test_two_decord_packages_get_a_note(capsys, monkeypatch):

@@ -15,6 +15,7 @@ from vmae.cli import COMMANDS
 from vmae.config import _Checked
 from vmae.data.augment_classify import AugmentConfig
 from vmae.data.classify_dataset import ClipConfig
+from vmae.train import compiled
 from vmae.train.optim import OptimConfig
 from vmae.train.pretrain_settings import PretrainConfig, RunConfig
 from vmae.train.tasks import TASKS, task_of
@@ -67,6 +68,39 @@ def test_it_is_the_command(labelled_world, tmp_path, capsys):
     run = RunConfig(output=str(tmp_path / "python"), batch_size=4, device="cpu")
     assert vmae.train(config, run, num_workers=0) == result
     assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asked, recompute", [("auto", "on"), ("budget", "budget")])
+def test_a_compiled_run_tells_what_was_decided_and_compiled(
+    labelled_world, tmp_path, capsys, monkeypatch, asked, recompute
+):
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    torch.compiler.reset()
+    config = supervised(FinetuneConfig, labelled_world, model=MODEL.replace(drop_path_rate=0.3))
+    try:
+        vmae.train(config, output=tmp_path / "run", compile=True, recompute=asked, **RUN)
+    finally:
+        torch.compiler.reset()
+        compiled.set_compiler()
+    output = capsys.readouterr()
+    assert f"checkpointing none, recompute {recompute}, blocks compiled, " in output.out
+    assert "compiled by step 1: 2 graphs, 1 recompilations, 0 graph breaks" in output.err
+    (start,) = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert start["config"]["run"]["speed"]["recompute"] == recompute
+    kept = (tmp_path / "run" / "config.yaml").read_text()
+    assert f"recompute: {asked}\n" in kept and "compile: true\n" in kept  # as asked, for other machines
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    counts = {"graphs": 2, "recompilations": 1, "breaks": 0, "failed": 0}
+    assert [record.get("compiled") for record in records] == [counts, None, None]
+
+
+def test_by_default_nothing_is_compiled_on_a_cpu(labelled_world, tmp_path, capsys):
+    vmae.train(supervised(FinetuneConfig, labelled_world), output=tmp_path / "run", **RUN)
+    assert "checkpointing none, recompute on, 0 workers" in capsys.readouterr().out
+    kept = (tmp_path / "run" / "config.yaml").read_text()
+    assert "recompute: auto\n" in kept and "compile:" not in kept
+    (start,) = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    assert start["config"]["run"]["speed"]["compile"] is False
 
 
 def test_a_stop_is_told_and_the_next_call_goes_on(labelled_world, tmp_path, monkeypatch):

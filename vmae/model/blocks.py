@@ -5,9 +5,12 @@ Legend: B clips, N tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vmae.config import ModelConfig
 from vmae.model.attention import Attention
@@ -31,25 +34,46 @@ class DropPath(nn.Module):
     """Stochastic depth: drops a residual branch for whole clips (Huang et al., 2016), scaled to keep its
     mean."""
 
+    share: Tensor | None  # of the clips that keep the branch, a scalar; None where all do
+
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
+        self.register_buffer("share", torch.tensor(1.0 - rate) if rate else None, persistent=False)
 
     def forward(self, x: Tensor, lengths: Lengths | None = None) -> Tensor:
         """`x` [B, ...], or [1, T, D] of packed clips of those lengths."""
-        if self.rate == 0 or not self.training:
+        if self.share is None or not self.training:
             return x
         clips = x.shape[0] if lengths is None else len(lengths.counts)
-        keep = x.new_empty((clips,) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate).div_(1 - self.rate)
+        keep = self._drawn(x.new_empty((clips,) + (1,) * (x.ndim - 1)), self.share)
         return x * (keep if lengths is None else keep[lengths.owner].transpose(0, 1))
+
+    def _drawn(self, empty: Tensor, share: Tensor) -> Tensor:
+        """`empty` filled with 0 or, with probability `share`, 1 / share.
+
+        torch.compile makes a constant of a number that a module holds, so every rate would be a compilation
+        (8 at most), and takes the share from a tensor. Its draws are others than without it.
+        """
+        if torch.compiler.is_compiling():
+            return torch.rand_like(empty, dtype=torch.float32).lt(share).to(empty.dtype) / share
+        return empty.bernoulli_(1 - self.rate).div_(1 - self.rate)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DropPath:
+        super()._apply(fn, recurse)
+        if self.share is not None:
+            self.share.fill_(1.0 - self.rate)  # `to_empty` leaves it without a value
+        return self
 
 
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them, of which rows run as multiples of 16 bytes
-    (`vmae.model.recompute`); `pad = False` leaves them as they are."""
+    (`vmae.model.recompute`); `pad = False` leaves them as they are. With `again`, all of it runs again in the
+    backward, from its input."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
+        self.again = False
         self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)
@@ -57,6 +81,11 @@ class Mlp(nn.Module):
 
     def forward(self, x_BND: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
         """The MLP of x, or of `norm(x)` keeping neither its result nor GELU's for the backward."""
+        if self.again:
+            return checkpoint(self._forward, x_BND, norm, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x_BND, norm)
+
+    def _forward(self, x_BND: Tensor, norm: nn.LayerNorm | None) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
         if norm is None:
             dtype = compute_dtype(x_BND)

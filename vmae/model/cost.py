@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from vmae.config import MaskConfig, ModelConfig
 from vmae.masking import DualMask
+from vmae.model.attention import Attention
 from vmae.model.reference import ReferencePretrainer
 
 # Dense peak FLOP/s by a part of the device's name, from the vendors' datasheets (no sparsity): bfloat16,
@@ -155,11 +156,16 @@ def on_paper(
     to go back through.
 
     Args:
-        build: makes the model; its forward takes uint8 clips and a `DualMask`.
+        build: makes the model; its forward takes uint8 clips and a `DualMask`. Attention that is "auto" in it
+            becomes "sdpa", which keeps what fused kernels on a GPU do; on a CPU, in bfloat16, auto takes one
+            that keeps more.
         dtype: float32, or bfloat16 for autocast.
     """
     with torch.device("meta"):  # initialisation reads values, which meta tensors allow and fake ones do not
         model = build(config)
+    for module in model.modules():
+        if isinstance(module, Attention) and module.backend == "auto":
+            module.backend = "sdpa"
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model.to_empty(device="cpu")
 

@@ -7,8 +7,11 @@ is measured.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,15 +164,18 @@ class Row:
     """One way to run: a checkpointing and a sharding, at the requested batch.
 
     Attributes:
+        recompute: "on", "off" or "budget", see `vmae.train.activations`; bytes of budget are those of on.
         memory: at `batch_size` videos.
         fits: into the GPU's memory, less the reserve.
-        largest_batch: videos that fit; 0 where the state alone is too large.
+        largest_batch: videos that fit, with recomputation where they ask for it; 0 where the state alone is
+            too large.
         executed_flops: of an optimizer step on all GPUs, recomputation included.
         mfu: what is left of the assumed utilisation when recomputed FLOPs don't count.
         step_s, hours, clips_per_s: at the assumed utilisation of what is executed; None without a known peak.
     """
 
     checkpointing: str
+    recompute: str
     sharding: str
     batch_size: int
     memory: Memory
@@ -217,27 +223,40 @@ def make_plan(
     *,
     checkpointing: str | None = None,
     parallel: str = "auto",
+    recompute: Sequence[str] = ("off", "budget"),
 ) -> Plan:
     """Every checkpointing with every sharding, or the named ones. Seconds for any model; nothing of its size
-    is allocated."""
+    is allocated.
+
+    Args:
+        recompute: the first of these that fits, else the last, stands in a row without checkpointing; the
+            last in the others.
+    """
     shardings = cluster.shardings(parallel)
     with torch.device("meta"):
         model = build_pretrainer(config, backend="torch")
     model_flops = 6.0 * masked_macs(config, mask) * workload.clips_per_step
-    plain = count_activations(config, mask, workload.dtype, "none")
+    counted = functools.lru_cache(count_activations)
+    plain = counted(config, mask, workload.dtype, "none")
     rows = []
     for name in [checkpointing] if checkpointing else CHECKPOINTING:
-        activations = plain if name == "none" else count_activations(config, mask, workload.dtype, name)
-        recomputed = (activations.flops - plain.flops) * workload.clips_per_step
         for sharding, sharers in shardings.items():
             state = state_bytes(model, sharers, workload.dtype, workload.accumulate(cluster.gpus))
-            rows.append(_row(name, sharding, state, activations, model_flops, recomputed, cluster, workload))
+            ways = []
+            for way in recompute if name == "none" else recompute[-1:]:
+                activations = counted(config, mask, workload.dtype, name, recompute=way != "off")
+                recomputed = (activations.flops - plain.flops) * workload.clips_per_step
+                kind = (name, way, sharding)
+                ways.append(_row(*kind, state, activations, model_flops, recomputed, cluster, workload))
+            row = next((row for row in ways if row.fits), ways[-1])
+            rows.append(dataclasses.replace(row, largest_batch=max(row.largest_batch for row in ways)))
     parameters = sum(p.numel() for p in model.parameters())
     return Plan(config, mask, cluster, workload, parameters, model_flops, rows)
 
 
 def _row(
     checkpointing: str,
+    recompute: str,
     sharding: str,
     state: tuple[int, int, int, int],
     activations: Activations,
@@ -256,6 +275,7 @@ def _row(
     step_s = executed / rate if rate else None
     return Row(
         checkpointing,
+        recompute,
         sharding,
         workload.batch_size,
         memory,

@@ -38,7 +38,12 @@ class Activations:
 
 
 def count_activations(
-    config: ModelConfig, mask: MaskConfig, dtype: str, checkpointing: str, backend: str = "triton"
+    config: ModelConfig,
+    mask: MaskConfig,
+    dtype: str,
+    checkpointing: str,
+    backend: str = "triton",
+    recompute: bool = True,
 ) -> Activations:
     """Counted on fake tensors at two batches and two depths; everything else is a straight line.
 
@@ -46,11 +51,12 @@ def count_activations(
 
     Args:
         backend: of the fused operations; "triton" is what runs on a GPU.
+        recompute: norms and GELUs are made again in the backward, see `vmae.train.activations`.
     """
 
     def step(depth: int, clips: int) -> StepCount:
         def build(smaller: ModelConfig) -> Pretrainer:
-            model = build_pretrainer(smaller, backend=backend, attention="sdpa")
+            model = build_pretrainer(smaller, backend=backend, attention="sdpa", recompute=recompute)
             prepare_blocks((*model.encoder.blocks, *model.decoder.blocks), checkpointing=checkpointing)
             return model
 

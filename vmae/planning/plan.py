@@ -36,6 +36,7 @@ from vmae.planning.budget import (
 from vmae.settings import Real, setting
 from vmae.train import pretrain_settings
 from vmae.train.pretrain_settings import PretrainConfig, RunConfig
+from vmae.train.recompute_choice import recompute_ways
 
 SCHEMA = "vmae-plan/1"
 _MEMORY = ("parameters", "gradients", "optimizer", "gathered", "activations", "working")
@@ -137,6 +138,7 @@ def plan_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, Plan, Sequ
         workload,
         checkpointing=given.get("checkpointing"),
         parallel=args.parallel,
+        recompute=recompute_ways(args.recompute, args.device, compiled=args.compile is not False),
     )
     return config, plan, entries
 
@@ -232,15 +234,15 @@ def gib(size: float) -> str:
 def table(plan: Plan) -> list[str]:
     """One line a row, columns aligned."""
     titles = ["TFLOP", "MFU %", "s/step", "hours", "clips/s"]
-    lines = [["checkpointing", "sharding", *_MEMORY, "total", "fits", "largest batch", *titles]]
+    lines = [["checkpointing", "recompute", "sharding", *_MEMORY, "total", "fits", "largest batch", *titles]]
     for row in plan.rows:
         memory = [gib(getattr(row.memory, name)) for name in _MEMORY]
         cost = [row.executed_flops / 1e12, 100 * row.mfu, row.step_s, row.hours, row.clips_per_s]
         fits = [gib(row.memory.total), "yes" if row.fits else "no", str(row.largest_batch)]
-        lines.append([row.checkpointing, row.sharding, *memory, *fits, *map(_number, cost)])
+        lines.append([row.checkpointing, row.recompute, row.sharding, *memory, *fits, *map(_number, cost)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     aligned = [
-        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths)))
+        "  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths)))
         for line in lines
     ]
     return [aligned[0], "-" * len(aligned[0]), *aligned[1:]]

@@ -30,6 +30,7 @@ from vmae.flags import add_settings
 from vmae.model.attention.choice import BACKENDS, auto_order, runnable
 from vmae.model.attention.probes import Workload
 from vmae.settings import Whole
+from vmae.train.compiled import why_not_compiled
 from vmae.train.pretrain_settings import RunConfig
 from vmae_kernels import resolve_backend
 from vmae_kernels.device import why_too_old
@@ -293,6 +294,7 @@ def look_at_machine(device: torch.device) -> dict[str, Any]:
         "gpus": gpus,
         "shared_memory": shared and shared._asdict(),
         "kernels": resolve_backend("auto", "embed_visible", torch.empty(0, device=device)),
+        "compile_note": why_not_compiled(device),
         "kernels_note": WHY_MISSING or (why_too_old(device) if device.type == "cuda" else None),
     }
 
@@ -368,6 +370,11 @@ def _report_machine(machine: dict[str, Any], say: Callable[[str], None]) -> None
     if machine["kernels_note"]:
         runs_with += f" ({machine['kernels_note']})"
     say(f"fused operations: {runs_with}")
+    note = machine["compile_note"]
+    if note is None:
+        say("blocks: compiled unless --no-compile; norms and GELU kept where that fits (--recompute auto)")
+    else:
+        say(f"blocks: not compiled unless --compile: {note}")
 
 
 def _report_shared_memory(found: SharedMemory, say: Callable[[str], None]) -> None:

@@ -3,12 +3,15 @@
 Both replace a block's `forward`, inside of what `fully_shard` and DDP hook onto a block's call. So parameters
 are gathered outside of the compiled or recomputed part, and their names stay.
 
-What a block of width D keeps for each token, beside attention's row sums:
+What a block of width D keeps for each token, beside attention's row sums, in widths of the working dtype
+(under autocast, x counts twice: it stays float32):
 
-    none        10 D   x, q, k, v, attention's output, x, the MLP's 4 D (norms and GELU are made again:
-    `vmae.model.recompute`)
+    none        16 D   x, its norm, q, k, v, attention's output, x, its norm, the MLP's 4 D before and after
+                       GELU (--recompute off)
+                10 D   without the norms' and GELU's results, which are made again (on:
+                       `vmae.model.recompute`; budget: torch's partitioner, in compiled blocks)
     selective    6 D   the MLP runs again from x: two products of the block's four, 22 % more FLOPs a step
-    (ViT-g, counted)
+                       (ViT-g, counted)
     full         1 D   x alone; the whole block runs again, 33 % more FLOPs a step
 """
 
@@ -17,13 +20,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vmae.config import CHECKPOINTING
 from vmae.errors import InputError
 from vmae.model.blocks import Block
+from vmae.train.compiled import compile_forward, set_compiler
 
 
 def prepare_blocks(
@@ -32,6 +35,7 @@ def prepare_blocks(
     checkpointing: str = "none",
     compiled: bool = False,
     cuda_graphs: bool = False,
+    recompute: str | None = None,
 ) -> None:
     """Set up every block (mostly a `vmae.model.blocks.Block`) for training, before it is sharded.
 
@@ -39,22 +43,31 @@ def prepare_blocks(
     their shapes stay and torch finds nothing that forbids it; the loop calls
     `torch.compiler.cudagraph_mark_step_begin` before each forward.
 
+    Args:
+        recompute: LayerNorm's and GELU's results are made again in the backward ("on"), kept ("off"), or, of
+            compiled blocks, as torch's partitioner decides within a budget ("budget"); None leaves blocks as
+            they were built.
+
     Raises:
         InputError: an unknown kind of checkpointing, or one that these blocks do not have.
     """
     if checkpointing not in CHECKPOINTING:
         raise InputError(f"unknown checkpointing {checkpointing!r}; known: {', '.join(CHECKPOINTING)}")
+    if compiled:
+        set_compiler(recompute or "on")
     for block in blocks:
+        if isinstance(block, Block) and recompute is not None:
+            block.recompute = recompute == "on"
         if checkpointing == "selective":
             if not isinstance(block, Block):
                 raise InputError(
                     f"--checkpointing selective is for transformer blocks, not {type(block).__name__}"
                 )
-            _recompute(block.mlp, has_randomness=False)
+            block.mlp.again = True
         elif checkpointing == "full":
             _recompute(block, has_randomness=not isinstance(block, Block) or block.drop_path.rate > 0)
         if compiled:
-            block.forward = torch.compile(block.forward, mode="reduce-overhead" if cuda_graphs else None)
+            block.forward = compile_forward(block.forward, cuda_graphs=cuda_graphs)
 
 
 def _recompute(module: nn.Module, *, has_randomness: bool) -> None:

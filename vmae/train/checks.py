@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from vmae.errors import InputError
 from vmae.masking import DualMask
 from vmae.model.attention.choice import choose
 from vmae.model.attention.probes import Workload
+from vmae.train.compiled import why_not_compiled
 from vmae_kernels import resolve_backend
 from vmae_kernels.backend import OPERATIONS
 
@@ -65,6 +67,24 @@ def check_mask(mask: MaskConfig, grid: tuple[int, int, int]) -> None:
         )
 
 
+def resolve_compile(speed: SpeedConfig, device: torch.device) -> tuple[SpeedConfig, list[str]]:
+    """`speed` with `compile` decided for `device`, and a line for the user where a GPU runs uncompiled.
+
+    Raises:
+        InputError: what was asked for needs compiled blocks, and they cannot be.
+    """
+    if speed.compile is not None:
+        return speed, []
+    reason = why_not_compiled(device)
+    if reason is None:
+        return dataclasses.replace(speed, compile=True), []
+    if speed.recompute == "budget" or (speed.cuda_graphs and device.type == "cuda"):
+        flag = "--cuda-graphs" if speed.cuda_graphs else "--recompute budget"
+        raise InputError(f"{flag} needs compiled blocks, and these are not: {reason}; give --compile")
+    notes = [f"note: blocks are not compiled: {reason}"] if device.type == "cuda" else []
+    return dataclasses.replace(speed, compile=False), notes
+
+
 def check_speed(speed: SpeedConfig, model: ModelConfig, dtype_name: str, device: torch.device) -> None:
     """Raises InputError where the named attention does not run at the model's head dims ("auto" always does),
     or where CUDA graphs are asked for without a GPU."""
@@ -80,7 +100,8 @@ def check_speed(speed: SpeedConfig, model: ModelConfig, dtype_name: str, device:
         (model.decoder_embed_dim, model.decoder_num_heads),
     ):
         choose(
-            speed.attention, Workload.on(device, dtype=dtype, head_dim=dim // heads, compiled=speed.compile)
+            speed.attention,
+            Workload.on(device, dtype=dtype, head_dim=dim // heads, compiled=bool(speed.compile)),
         )
 
 

@@ -7,6 +7,7 @@ Legend: B clips, Nk counted tokens, Nv visible tokens, P values of a tubelet.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import json
@@ -32,6 +33,7 @@ from vmae.files.atomic import why_not_written, write_atomically
 from vmae.files.json_files import read_json, read_json_lines
 from vmae.masking import DualMask
 from vmae.model.cost import peak_flops
+from vmae.train.compiled import CompileWatch
 from vmae_kernels import patch_loss, patch_targets_ref
 
 try:
@@ -142,6 +144,7 @@ class RunLog:
     quiet_s: float = 10.0
     check: Callable[[], None] = lambda: None
     whole_run: StepMeter = field(default_factory=StepMeter)
+    compiled: CompileWatch = field(default_factory=CompileWatch)
 
     def __post_init__(self) -> None:
         self.stream = self.stream or sys.stderr
@@ -159,6 +162,7 @@ class RunLog:
         )
         self._next_line = 0.0
         self._warned = False
+        self._logged = self.compiled.now
 
     def _cut_back(self) -> None:
         """Leave the records up to the start step in `log.jsonl`, and all lines that are none in
@@ -203,6 +207,7 @@ class RunLog:
 
     def step(self, done: int, *, loss: float, clips: int, step_s: float, data_s: float) -> None:
         """Show progress after step number `done`."""
+        self._tell_compiled(done)
         # The first steps of a start wait for the workers to come up; they say nothing about the data's pace.
         if done > self.start_step + 3:
             self.whole_run.add(loss=loss, clips=clips, step_s=step_s, data_s=data_s)
@@ -224,7 +229,11 @@ class RunLog:
             )
 
     def record(self, values: dict[str, Any]) -> None:
-        """Write one line of the logs; `values` has `step` and numbers."""
+        """Write one line of the logs; `values` has `step` and numbers. What torch.compile has done so far is
+        added where it has changed since the last line."""
+        if self.compiled.now != self._logged:
+            self._logged = self.compiled.now
+            values = {**values, "compiled": dataclasses.asdict(self._logged)}
         self._append((json.dumps(values) + "\n").encode())
         if self._writer is not None:
             for key, value in values.items():
@@ -267,6 +276,14 @@ class RunLog:
             raise InputError(
                 f"cannot write {path}: {why_not_written(error, path)}; of the checkpoints, {whole}"
             ) from error
+
+    def _tell_compiled(self, done: int) -> None:
+        """Say what torch.compile did since the last step, and why where it went wrong."""
+        before = self.compiled.now
+        for reason in self.compiled.look():
+            self.say(f"warning: torch.compile: {reason}")
+        if self.compiled.now != before:
+            self.say(f"compiled by step {done}: {self.compiled.now}")
 
     def _warn_about_data(self) -> None:
         run = self.whole_run

@@ -14,16 +14,18 @@ from torch import nn
 from vmae.checkpoint.folder import CheckpointFolder
 from vmae.checkpoint.format import read_manifest, shapes_of, tensor_layouts
 from vmae.checkpoint.published import check_shapes
+from vmae.config import ModelConfig
 from vmae.data.dataset import EpochSampler
 from vmae.data.list_identity import identify_list, list_changes
 from vmae.data.video_dataset import VideoDataset
 from vmae.errors import InputError
 from vmae.files.folder_lock import FolderLock
-from vmae.train.checks import check_output
+from vmae.train.checks import check_output, resolve_compile
 from vmae.train.loop import LoopConfig
 from vmae.train.optim import CosineSchedule, OptimConfig
 from vmae.train.parallel import Parallel
 from vmae.train.pretrain_settings import RunConfig
+from vmae.train.recompute_choice import choose_recompute, need_without
 from vmae.train.resume import choose_checkpoint, setting_changes, with_defaults
 from vmae.train.task import Task, TaskConfig
 
@@ -131,9 +133,10 @@ def prepare(task: Task, run: RunConfig, parallel: Parallel) -> Prepared:
     Raises:
         InputError: names what is wrong: data, settings, output folder, device, weights, checkpoint.
     """
-    task.run, task.parallel = run, parallel
+    speed, notes = resolve_compile(run.speed, parallel.device)
+    task.run, task.parallel = dataclasses.replace(run, speed=speed), parallel
     check_output(Path(run.output))
-    notes = task.check()
+    notes += task.check()
     task.dataset, about_data = task.read_data()
     notes += about_data
     optim, steps_per_epoch = resolve_lengths(task)
@@ -141,7 +144,29 @@ def prepare(task: Task, run: RunConfig, parallel: Parallel) -> Prepared:
     task.model = task.build_model()
     checkpoint, start_step, listing = find_start(task, notes)
     task.model.to(parallel.device)
+    resolve_recompute(task)
     return Prepared(task, optim, steps_per_epoch, checkpoint, start_step, notes, listing)
+
+
+def resolve_recompute(task: Task) -> None:
+    """Decide `--recompute` for the task's model, batch and device."""
+    run, parallel, speed, config = task.run, task.parallel, task.run.speed, task.config
+    need, model = None, getattr(config, "model", None)
+    asks = speed.recompute == "auto" and speed.checkpointing == "none" and parallel.device.type == "cuda"
+    if asks and isinstance(model, ModelConfig) and task.block_tokens():
+        need = need_without(
+            task.model,
+            model,
+            task.blocks(),
+            task.block_tokens(),
+            clips=run.batch_size * config.num_sample,
+            dtype=config.dtype,
+            sharers=parallel.mesh.shape[-1] if parallel.sharded else 1,
+            accumulate=run.accumulate,
+            averaged=task.averaged,
+        )
+    chosen = choose_recompute(speed.recompute, parallel.device, compiled=bool(speed.compile), need=need)
+    task.run = dataclasses.replace(run, speed=dataclasses.replace(speed, recompute=chosen))
 
 
 # --- Lengths ---

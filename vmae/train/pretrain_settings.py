@@ -169,6 +169,17 @@ class RunConfig(_Checked):
         "list",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.speed.cuda_graphs and self.accumulate > 1:
+            # torch issue 169545: a replay writes into the gradients of the micro-batch before, which raises
+            # or (seen there) adds them up wrongly.
+            raise InputError(
+                f"--cuda-graphs does not go with --accumulate {self.accumulate}: a replayed backward writes "
+                "over the gradients that it should add to; leave --cuda-graphs out, or take --accumulate 1 "
+                "with a larger --batch-size or more ranks"
+            )
+
     def videos_per_step(self, ranks: int) -> int:
         """The effective batch."""
         return self.batch_size * self.accumulate * ranks

@@ -22,7 +22,7 @@ def banner(prepared: Prepared) -> list[str]:
     micro = f"{run.batch_size} x {run.accumulate} micro-batches x {prepared.parallel.world_size} ranks"
     epochs = f"{prepared.total_steps / prepared.steps_per_epoch:g} epochs"
     threads = f", {torch.get_num_threads()} threads" if prepared.device.type == "cpu" else ""
-    compiled = ", compiled" if speed.compile else ""
+    compiled = ", blocks compiled" if speed.compile else ""
     return [
         f"model: {_thousands(derived['parameters'])} parameters{task.describe_model()}",
         f"data: {data}, {prepared.steps_per_epoch} steps an epoch",
@@ -31,7 +31,8 @@ def banner(prepared: Prepared) -> list[str]:
         f"clips a step; {task.describe_rates(prepared.optim)}",
         f"steps: {prepared.start_step} to {prepared.total_steps} ({epochs}), warm-up {config.warmup_steps}",
         f"device: {prepared.device}{threads}, {config.dtype}, parallel {prepared.parallel.kind}, backend "
-        f"{speed.backend}, checkpointing {speed.checkpointing}{compiled}, {speed.num_workers} workers a rank",
+        f"{speed.backend}, checkpointing {speed.checkpointing}, recompute {speed.recompute}{compiled}, "
+        f"{speed.num_workers} workers a rank",
     ]
 
 

@@ -74,7 +74,7 @@ def train(task: Task | TaskConfig, run: RunConfig | None = None, **settings: Any
     with open_parallel(run.speed.parallel, run.device, shard_size=run.speed.shard_size) as parallel:
         prepared = prepare(task, run, parallel)
         if own := settled(prepared.config):  # none where no command has these settings
-            prepared.settings = own | settled(prepared.run)
+            prepared.settings = own | settled(run)
         return carry_out(prepared)
 
 
@@ -106,7 +106,7 @@ def run_task(task: Task, run: RunConfig, args: argparse.Namespace) -> int:
     speed = run.speed
     with open_parallel(speed.parallel, run.device, shard_size=speed.shard_size) as parallel:
         prepared = prepare(task, run, parallel)
-        prepared.settings = args.settings.resolved(args, prepared.config, prepared.run)
+        prepared.settings = args.settings.resolved(args, prepared.config, run)
         if args.dry_run:
             if parallel.is_main:
                 print(json.dumps(prepared.describe(), indent=2))
@@ -187,8 +187,9 @@ def build_trainer(prepared: Prepared) -> Trainer:
     prepare_blocks(
         blocks,
         checkpointing=run.speed.checkpointing,
-        compiled=run.speed.compile,
+        compiled=bool(run.speed.compile),
         cuda_graphs=run.speed.cuda_graphs,
+        recompute=run.speed.recompute,
     )
     model = prepared.parallel.wrap(prepared.model, blocks, config.dtype)
     trainer = Trainer(

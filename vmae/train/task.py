@@ -134,6 +134,10 @@ class Task(abc.ABC, Generic[ConfigT, BatchT]):
         """Parts of `model` to compile, checkpoint and shard one at a time, in the order in which they run."""
         return ()
 
+    def block_tokens(self) -> Sequence[int]:
+        """Tokens of a clip in each of `blocks`; none where that is not known."""
+        return ()
+
     def build_optimizer(self, optim: OptimConfig) -> torch.optim.Optimizer:
         """The optimizer of `model`, which is sharded already."""
         return build_adamw(self.model, optim)

@@ -16,7 +16,7 @@ from vmae.errors import InputError
 from vmae.model.attention.calls import softmax_attention
 from vmae.model.attention.choice import BACKENDS, NAMES, backend_of, choose, choose_name
 from vmae.model.attention.packed import Lengths
-from vmae.model.attention.probes import Workload
+from vmae.model.attention.probes import LONG, Workload
 from vmae.model.recompute import norm_linear
 from vmae.model.rows import Rows, select_linear
 from vmae_kernels import select_decoded
@@ -61,7 +61,8 @@ def attention(
     device, compiled = qkv.device, torch.compiler.is_compiling()
     if qkv.stride(-1) != 1:
         qkv = qkv.contiguous()  # what every fused kernel asks for; qkv out of a linear layer has it
-    name = _chosen(backend, device.type, device.index, qkv.dtype, qkv.shape[-1], training, compiled)
+    long = qkv.shape[1] > LONG
+    name = _chosen(backend, device.type, device.index, qkv.dtype, qkv.shape[-1], training, compiled, long)
     call = BACKENDS[name].call
     assert call is not None  # `choose` refuses backends of packed sequences only
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale

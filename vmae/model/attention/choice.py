@@ -46,6 +46,7 @@ class AttentionBackend:
         call: of `calls`, on equal sequences; None for packed sequences only.
         packed: of `calls`, on packed sequences; None where it has none.
         masks: `call` takes a key mask, so that packed sequences can be padded for it.
+        matrix: forms the softmax matrix [B, H, N, N], and keeps it for the backward.
         probe: None, or the reason why it does not run.
         tiles: (head dim, on a GPU) -> widths in which Q K^T and P V are multiplied; None where that is not
             published.
@@ -60,6 +61,7 @@ class AttentionBackend:
     call: Callable | None = None
     packed: Callable | None = None
     masks: bool = False
+    matrix: bool = False
     tiles: Callable[[int, bool], tuple[int, int] | None] = lambda head_dim, gpu: (head_dim, head_dim)
     package: str | None = None
     install: str | None = None
@@ -242,6 +244,7 @@ _register(
     probes.probe_anywhere,
     call=calls.sdpa_math,
     masks=True,
+    matrix=True,
 )
 _register(
     "softmax",
@@ -249,16 +252,25 @@ _register(
     probes.probe_anywhere,
     call=calls.softmax,
     masks=True,
+    matrix=True,
 )
 
 NAMES = ("auto", *BACKENDS)
 
-# What auto tries, fastest first, by device class; `sdpa` and `softmax` end every list.
-#  Measured (bench/attention.py, float32, torch 2.13, 1 and 2 shared cores of an AMD EPYC), forward and
-# backward against the plain one: sdpa, which takes the flash kernel, is 0.8 to 1.0 x as fast at 160 tokens,
-# 1.1 to 1.2 x at 944, 1.5 to 1.7 x at 1232; over a step of ViT-B level, and it keeps 0.59 x the bytes.
-# sdpa_flash is the same kernel; sdpa_math is 0.8 to 1.0 x.
-MEASURED_ORDER = {"cpu": ("sdpa", "softmax")}
+# What auto tries, fastest first, by device class and dtype; `sdpa` and `softmax` end every list, and what
+# forms the softmax matrix comes last where sequences are long or padded.
+#  Measured on one shared core of an AMD EPYC (AVX-512 bf16), torch 2.13, in turns, medians of ratios. A step
+# of ViT-S, batch 4, dual masking: in float32 sdpa, which takes the flash kernel, is 1.18 x as fast as softmax
+# (7 turns; 1.12 x another day); in bfloat16 softmax is 1.25 x as fast as sdpa (9 turns; 1.18 x another day).
+# Attention alone, forward and backward, softmax against sdpa: in bfloat16 1.2 to 2.5 x at 160 tokens, 1.27 x
+# at 944, 1.2 x at 1568; in float32 0.9, 0.6 and 0.64 x. A block of ViT-S then keeps more for each clip, in
+# MiB: 0.2 at 160 tokens (6 heads), 4.7 at 944 (3 heads), 28 at 1568 (6 heads). There 12 blocks keep a third
+# of a GiB a clip more, for 1.2 x of a part of the step: `LONG` sequences stay with sdpa. sdpa_flash is the
+# same kernel; sdpa_math is 0.8 to 1.0 x.
+MEASURED_ORDER: dict[tuple[str, torch.dtype], tuple[str, ...]] = {
+    ("cpu", torch.float32): ("sdpa", "softmax"),
+    ("cpu", torch.bfloat16): ("softmax", "sdpa"),
+}
 # Expected, measured by nobody in this project: no GPU has run these. On Hopper and Blackwell the kernels
 # written for them come first (FlashAttention-3, arXiv 2407.08608; flash-attn-4's readme names both). On
 # Blackwell torch's choice comes next, since flash2 has no kernel for it. Elsewhere flash2 comes before
@@ -278,11 +290,13 @@ EXPECTED_ORDER = {
 
 def auto_order(workload: Workload) -> tuple[tuple[str, ...], bool]:
     """Names that `auto` tries, in order, and whether that order was measured on this class of device."""
-    kind = workload.device_class
-    first = MEASURED_ORDER.get(kind) or EXPECTED_ORDER.get(kind, ())
-    names = dict.fromkeys((*first, "sdpa", "softmax"))
+    measured = MEASURED_ORDER.get((workload.device_class, workload.dtype))
+    first = measured or EXPECTED_ORDER.get(workload.device_class, ())
+    names = list(dict.fromkeys((*first, "sdpa", "softmax")))
+    if workload.long or workload.packed:
+        names.sort(key=lambda name: BACKENDS[name].matrix)
     if not workload.packed:
-        return tuple(names), kind in MEASURED_ORDER
+        return tuple(names), measured is not None
     # Padding costs the longest sequence for every one: it comes after what takes them as they are.
     ragged = [name for name in names if BACKENDS[name].packed is not None]
     return (*ragged, "varlen", *(name for name in names if name not in ragged)), False
@@ -339,10 +353,13 @@ def choose_name(
     head_dim: int,
     training: bool,
     compiled: bool,
+    long: bool,
 ) -> str:
     """`choose(...).name` for equal sequences, from properties of a tensor: the only lookup of a step."""
     where = torch.device(device) if index is None else torch.device(device, index)
-    workload = Workload.on(where, dtype=dtype, head_dim=head_dim, training=training, compiled=compiled)
+    workload = Workload.on(
+        where, dtype=dtype, head_dim=head_dim, training=training, compiled=compiled, long=long
+    )
     return choose(name, workload).name
 
 

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import attention as torch_attention
 
 HALF = (torch.float16, torch.bfloat16)
+LONG = 1280  # tokens; pre-training's sequences have fewer (ViT-g's decoder 1232), whole clips more (1568)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class Workload:
         dropout: on the softmax matrix (no published model uses any, and no call here passes any).
         compiled: inside torch.compile, where only what torch can trace runs.
         packed: sequences of unequal lengths.
+        long: equal sequences of more than `LONG` tokens.
     """
 
     device: str = "cpu"
@@ -49,6 +51,7 @@ class Workload:
     dropout: bool = False
     compiled: bool = False
     packed: bool = False
+    long: bool = False
 
     @classmethod
     def on(cls, device: torch.device | str, **settings) -> Workload:
@@ -75,7 +78,7 @@ class Workload:
             device += f" sm_{self.capability[0]}{self.capability[1]}"
         parts = [device, str(self.dtype).removeprefix("torch."), f"head dim {self.head_dim}"]
         parts += ["training" if self.training else "inference"]
-        parts += [name for name in ("dropout", "compiled", "packed") if getattr(self, name)]
+        parts += [name for name in ("dropout", "compiled", "packed", "long") if getattr(self, name)]
         return ", ".join(parts)
 
 

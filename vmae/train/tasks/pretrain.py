@@ -90,6 +90,11 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
     def blocks(self) -> Sequence[nn.Module]:
         return [*self.model.encoder.blocks, *self.model.decoder.blocks]
 
+    def block_tokens(self) -> Sequence[int]:
+        visible, decoded = self.one.visible.shape[1], self.one.decode.shape[1]
+        encoder, decoder = self.config.model.depth, self.config.model.decoder_depth
+        return [visible] * encoder + [visible + decoded] * decoder
+
     def flops_per_clip(self) -> float:
         return 6.0 * masked_macs(self.config.model, self.config.mask)
 

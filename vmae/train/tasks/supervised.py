@@ -76,6 +76,9 @@ class SupervisedTask(ModelTask[SupervisedConfigT, BatchT]):
         assert isinstance(blocks, nn.ModuleList)
         return list(blocks)
 
+    def block_tokens(self) -> Sequence[int]:
+        return [self.config.model.num_tokens] * self.config.model.depth
+
     def build_optimizer(self, optim: OptimConfig) -> torch.optim.Optimizer:
         return build_layer_adamw(self.model, optim, self.config.model.depth, self.config.layer_decay)
 
