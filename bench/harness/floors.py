@@ -111,6 +111,11 @@ def _assemble_decoder_tokens(s: Shape) -> tuple[Work, Work]:
     return Work(bytes=moved, vector=both * s.decoder), Work(bytes=2 * decoded, vector=decoded)
 
 
+def _layer_norm(s: Shape) -> tuple[Work, Work]:
+    rows = s.batch * s.visible * s.width
+    return Work(bytes=2 * 2 * rows, vector=8 * rows), Work(bytes=2 * 3 * rows, vector=16 * rows)
+
+
 def _select_decoded(s: Shape) -> tuple[Work, Work]:
     rows = s.batch * s.counted * s.decoder
     moved = 2 * (2 * rows + s.batch * (s.visible + s.decoded) * s.decoder)
@@ -132,9 +137,10 @@ def _head_patch_loss(s: Shape) -> tuple[Work, Work]:
 _WORK = {
     "embed_visible": _embed_visible,
     "assemble_decoder_tokens": _assemble_decoder_tokens,
+    "layer_norm": _layer_norm,
     "select_decoded": _select_decoded,
     "patch_loss": _patch_loss,
     "head_patch_loss": _head_patch_loss,
 }
-if _WORK.keys() != OPERATIONS.keys():
-    raise RuntimeError(f"floors of {', '.join(_WORK)}; operations are {', '.join(OPERATIONS)}")
+if lacking := OPERATIONS.keys() - _WORK.keys():
+    raise RuntimeError(f"no floor for {', '.join(sorted(lacking))}")
