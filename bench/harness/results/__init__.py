@@ -42,12 +42,14 @@ ALIASES = {"steps": "dual_vs_encoder", "masks": "mask_ablation", "kernels": "ope
 
 
 def result_type(name: str) -> type[Result]:
-    """Type of a command's results.
+    """Type of a command's results; what follows a dot tells several of one command apart
+    ("dual_vs_encoder.vit_g").
 
     Raises:
         ValueError: an unknown name.
     """
-    kind = RESULTS.get(ALIASES.get(name, name))
+    command = name.partition(".")[0]
+    kind = RESULTS.get(ALIASES.get(command, command))
     if kind is None:
         raise ValueError(f"unknown result {name!r}; known: {', '.join([*RESULTS, *ALIASES])}")
     return kind
