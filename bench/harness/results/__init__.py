@@ -20,6 +20,7 @@ from harness.results.scaling import ScalingResult
 from harness.results.step import ProfileResult
 from harness.results.steps import StepsResult
 from harness.results.temporal import TemporalResult
+from harness.results.training_run import TrainingResult
 
 # By the command that writes it.
 RESULTS: dict[str, type[Result]] = {
@@ -32,6 +33,7 @@ RESULTS: dict[str, type[Result]] = {
     "predict": PredictResult,
     "features": FeaturesResult,
     "loop": LoopResult,
+    "training_run": TrainingResult,
     "progressive": ProgressiveResult,
     "mask_ablation": MaskResult,
     "temporal": TemporalResult,
