@@ -181,14 +181,15 @@ def check(operation: str, shape: Shape, dtype: torch.dtype, device: str) -> Chec
 def make_records(args: argparse.Namespace, device: str) -> Records:
     """Checks, or times on a GPU, or floors without one."""
     if args.check:
-        pairs = [(shape, operation) for shape in CHECK_SHAPES for operation in args.operations]
-        dtypes = (torch.bfloat16, torch.float32)
+        shapes = CHECK_SHAPES[:1] if args.one_shape else CHECK_SHAPES
+        pairs = [(shape, operation) for shape in shapes for operation in args.operations]
+        dtypes = (DTYPE,) if args.one_shape else (DTYPE, torch.float32)
         yield from (check(operation, shape, dtype, device) for shape, operation in pairs for dtype in dtypes)
         return
-    shapes = [preset_shape(name, args.batch) for name in args.presets]
+    presets = [preset_shape(name, args.batch) for name in args.presets]
     if rehearsing():
-        shapes = [CHECK_SHAPES[0]]
-    pairs = [(shape, operation) for shape in shapes for operation in args.operations]
+        presets = [CHECK_SHAPES[0]]
+    pairs = [(shape, operation) for shape in presets for operation in args.operations]
     if device == "cpu" and not rehearsing():
         works = [(operation, shape, direction) for shape, operation in pairs for direction in DIRECTIONS]
         yield from (floor_record(*work, GPUS["H100"]) for work in works)
@@ -216,6 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--check", action="store_true", help="verify, time nothing")
+    add("--one-shape", action="store_true", help="verify at one small shape, in bfloat16 alone")
     add_json(parser)
     add("--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS), help="all")
     add("--presets", nargs="+", choices=PUBLISHED_PRESETS, default=["vit_b", "vit_g"])

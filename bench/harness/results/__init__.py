@@ -9,13 +9,17 @@ from harness.json_records import from_json
 from harness.results.attention import AttentionResult
 from harness.results.base import Result
 from harness.results.data import DataResult
+from harness.results.device_tests import DeviceTestsResult
 from harness.results.features import FeaturesResult
+from harness.results.gpu import GpuResult
+from harness.results.kernel_scores import KernelScoresResult
 from harness.results.kill_runs import KillResult
 from harness.results.loop import LoopResult
 from harness.results.mask_ablation import MaskResult
 from harness.results.operations import OperationsResult
 from harness.results.predict import PredictResult
 from harness.results.progressive import ProgressiveResult
+from harness.results.sanitize import SanitizerResult
 from harness.results.scaling import ScalingResult
 from harness.results.step import ProfileResult
 from harness.results.steps import StepsResult
@@ -34,6 +38,10 @@ RESULTS: dict[str, type[Result]] = {
     "features": FeaturesResult,
     "loop": LoopResult,
     "training_run": TrainingResult,
+    "device_tests": DeviceTestsResult,
+    "sanitize": SanitizerResult,
+    "kernel_scores": KernelScoresResult,
+    "gpu": GpuResult,
     "progressive": ProgressiveResult,
     "mask_ablation": MaskResult,
     "temporal": TemporalResult,

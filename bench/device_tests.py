@@ -1,0 +1,103 @@
+"""Runs the kernels' tests and those that only a device can run, and writes each outcome as it comes.
+
+python bench/device_tests.py --json FILE              # tests/kernels and tests/device
+python bench/device_tests.py --json FILE -- tests/kernels -k embed_visible
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from harness import ROOT
+from harness.command import add_json, exit_code, write_partial, write_result
+from harness.environment import find_environment, rehearsing
+from harness.progress import at
+from harness.results.device_tests import DeviceTestsResult, TestOutcome
+from harness.table import show
+
+from vmae import InputError
+
+USUAL = ["tests/device", "tests/kernels", "-m", "device or not slow"]
+# Tests of a GPU beside those, which need packages that a bare machine may lack.
+MORE = {"tests/data/test_prefetch.py": ("PIL",), "tests/data/test_dali.py": ("PIL", "av", "nvidia.dali")}
+WRITE_EVERY_S = 2.0
+
+
+class Outcomes:
+    """pytest's plugin: notes each outcome."""
+
+    def __init__(self, result: DeviceTestsResult, path: str | None) -> None:
+        self.result, self.path, self._written = result, path, 0.0
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self._add(report.nodeid, "error", 0.0, _last_line(report))
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or not report.passed:
+            outcome = report.outcome if report.when == "call" or report.skipped else "error"
+            reason = "" if report.passed else _last_line(report)
+            self._add(report.nodeid, outcome, report.duration, reason)
+            at(report.nodeid)
+
+    def _add(self, name: str, outcome: str, seconds: float, reason: str) -> None:
+        self.result.records.append(TestOutcome(name=name, outcome=outcome, seconds=seconds, reason=reason))
+        if time.monotonic() - self._written > WRITE_EVERY_S:
+            write_partial(self.result, self.path)
+            self._written = time.monotonic()
+
+
+def _last_line(report: Any) -> str:
+    """The reason of a skip, or what an error says of itself."""
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2]).removeprefix("Skipped: ")
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = crash.message if crash else str(report.longrepr)
+    return (text.strip().splitlines() or ["no reason given"])[0][:300]
+
+
+def usual_arguments() -> list[str]:
+    """Paths and selection, for the packages that are here."""
+
+    def there(name: str) -> bool:
+        try:
+            return importlib.util.find_spec(name) is not None
+        except ImportError:  # a dotted name whose parent is absent
+            return False
+
+    more = [path for path, needs in MORE.items() if all(there(name) for name in needs)]
+    return [*USUAL[:2], *more, *USUAL[2:]]
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        import pytest
+    except ImportError:
+        raise InputError("pytest is not installed: `pip install pytest`") from None
+    os.chdir(ROOT)
+    words = args.arguments or usual_arguments()
+    device = "cuda" if torch.cuda.is_available() and not rehearsing() else "cpu"
+    result = DeviceTestsResult(environment=find_environment(device), records=[], arguments=words)
+    code = pytest.main([*words, "-p", "no:cacheprovider"], plugins=[Outcomes(result, args.json)])
+    result = replace(result, complete=code in (0, 1))
+    show(*result.tables())
+    write_result(result, args.json)
+    return int(code)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_json(parser)
+    parser.add_argument("arguments", nargs="*", help=f"of pytest, after -- ({' '.join(USUAL)})")
+    args = parser.parse_args(argv)
+    return exit_code(lambda: run(args))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
