@@ -159,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"  without {name}: {cost}")
     start = time.monotonic()
     for letter in args.stage:
+        shutil.rmtree(day.folder / "two_ranks", ignore_errors=True)  # of a start that was ended
         print(f"\n===== stage {letter}: {STAGES[letter].title} =====", flush=True)
         result = run_stage(letter, day, result)
         shutil.rmtree(day.folder / "two_ranks", ignore_errors=True)  # weights and checkpoints

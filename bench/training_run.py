@@ -160,6 +160,7 @@ def planned_bytes(args: argparse.Namespace, ranks: int) -> float:
 
 def train(args: argparse.Namespace, folder: Path) -> TimedTask:
     """The run; its log is in `folder / "run"`."""
+    folder.mkdir(parents=True, exist_ok=True)
     data = str(packed_list(folder)) if args.input == "packed" else str(folder / "noise.txt")
     if args.input == "synthetic":
         Path(data).write_text("noise\n", encoding="utf-8")
