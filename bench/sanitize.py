@@ -67,7 +67,7 @@ def record_of(tool: str, status: str, code: int | None, seconds: float, text: st
     """
     counts = [int(found[1] or found[2]) for found in SUMMARY.finditer(text)]
     errors = max(counts) if counts else None
-    lines = [line.removeprefix("=========").strip() for line in text.splitlines() if line.startswith("====")]
+    lines = [line.lstrip("=").strip() for line in text.splitlines() if line.startswith("====")]
     first = [line for line in lines if re.search(r"Invalid|Error:|Race reported|hazard|leaked", line)]
     known = dict(tool=tool, seconds=seconds, errors=errors)
     if status == "cut off":
