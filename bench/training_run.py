@@ -36,6 +36,7 @@ from harness.json_records import Spread
 from harness.profiling import summarise
 from harness.progress import at
 from harness.results.training_run import TrainingRecord, TrainingResult
+from harness.stand_ins import NOTES
 from harness.table import show
 
 import vmae
@@ -91,6 +92,12 @@ class TimedTask(PretrainTask):
         )
         return dataset, []
 
+    def describe_data(self) -> list[str]:
+        """Noise has no length to look for."""
+        if self.args.input == "synthetic":
+            return ["noise, made by the workers"]
+        return super().describe_data()
+
     def after_step(self, step: int) -> None:
         super().after_step(step)
         now = time.monotonic()
@@ -101,7 +108,8 @@ class TimedTask(PretrainTask):
         elif step == self.counted_from and self.profiler is not None:
             self._end_profile()
         at(f"step {step}, {now - self.first:.0f} of {self.args.seconds:.0f} s")
-        if now - self.first >= self.args.seconds and step > self.counted_from:
+        enough = self.counted_from + 2 * LOG_EVERY  # one line of the log at least
+        if now - self.first >= self.args.seconds and step >= enough:
             os.kill(os.getpid(), signal.SIGTERM)  # the loop ends as it does when a job's time is over
 
     def _start_profile(self) -> None:
@@ -283,7 +291,7 @@ def run(args: argparse.Namespace) -> int:
             record = replace(record, host_gap_share=task.gap_share)
     if rank:
         return 0
-    result = TrainingResult(environment=known, records=[record])
+    result = TrainingResult(environment=known, records=[record], notes=NOTES)
     show(*result.tables())
     write_result(result, args.json)
     return 1 if record.reason else 0

@@ -316,6 +316,28 @@ def test_noise_is_a_function_of_the_sample(benches):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+BARE = """
+import sys
+for name in ("tqdm", "yaml", "tensorboard", "av", "decord", "matplotlib"):
+    sys.modules[name] = None  # as if it were not installed
+sys.path.insert(0, "bench")
+import training_run
+sys.exit(training_run.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_training_where_small_helpers_are_missing(tmp_path):
+    words = ["--device", "cpu", "--seconds", "1", "--batch", "1", "--warmup", "1", "--workers", "0"]
+    command = [sys.executable, "-c", BARE, *words, "--json", str(tmp_path / "t.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads((tmp_path / "t.json").read_text())
+    assert content["notes"] == ["without tqdm: a stand-in.", "without yaml: a stand-in."]
+    (record,) = content["records"]
+    assert record["steps"] >= 5 and record["clips_per_s"] > 0 and record["reason"] is None
+
+
 def test_several_ranks_need_one_folder(benches, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert benches("training_run").main(["--device", "cpu"]) == 2

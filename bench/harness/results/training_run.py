@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -65,7 +66,7 @@ class TrainingResult(Result):
         for r in self.records:
             row = [f"{r.model}, batch {r.batch} x {r.ranks}, {r.dtype}, {r.input}"]
             if r.reason:
-                rows.append([*row, r.reason, *["-"] * 9])
+                rows.append([*row, textwrap.shorten(r.reason, 60), *["-"] * 9])
                 continue
             row += [str(r.steps), spread_text(r.step_ms, 1), number(r.clips_per_s, 1, 1)]
             row += [number(r.data_share, 0.01, 1, " %"), number(r.host_gap_share, 0.01, 1, " %")]
