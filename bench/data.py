@@ -410,8 +410,11 @@ def measure(args: argparse.Namespace, variants: list[str]) -> DataResult:
                 clips += measure_kind(kind, paths, variants, seeds, args.rounds)
                 at(f"parts of {kind}")
                 parts.append(time_parts(kind, paths, seeds))
-                records = [CropsRecord(error_levels=crops), *clips, *parts]
-                so_far = DataResult(environment=find_environment(), records=records, ratios=compare(clips))
+                so_far = DataResult(
+                    environment=find_environment(),
+                    records=[CropsRecord(error_levels=crops), *clips, *parts],
+                    ratios=compare(clips),
+                )
                 write_partial(so_far, args.json)
         workers = measure_workers(kinds, clips, seeds, args.workers, 1.0 if args.quick else 4.0)
     feeds = feed_records(clips, parts, args.gpu_flops)

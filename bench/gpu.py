@@ -23,6 +23,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import ROOT
@@ -68,7 +69,9 @@ def run_stage(letter: str, day: Day, result: GpuResult) -> GpuResult:
 
 def run_one(command: Command, day: Day, left_s: float) -> CommandRecord:
     """Run a command within its own time and the stage's; a reason where it cannot run."""
-    known = dict(name=command.name, limit_s=command.limit_s, environment=dict(command.environment))
+    known: dict[str, Any] = dict(
+        name=command.name, limit_s=command.limit_s, environment=dict(command.environment)
+    )
     try:
         reason = command.needs(day)
     except Exception as error:  # a broken package must not end the day
@@ -123,7 +126,7 @@ def write_page(day: Day, result: GpuResult) -> Path:
     parts = []
     for command in (command for stage in result.records for command in stage.commands):
         if command.name.partition(".")[0] in RESULTS:
-            known = dict(name=command.name, status=command.status, reason=command.reason)
+            known: dict[str, Any] = dict(name=command.name, status=command.status, reason=command.reason)
             parts.append(PartRecord(**known, seconds=command.seconds, file=command.file))
     suite = SuiteResult(environment=result.environment, parts=parts, missing=result.missing)
     return write_report(day.folder, suite)

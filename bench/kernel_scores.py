@@ -106,7 +106,9 @@ def score(
             continue
         us, (low, high) = measured[key], prediction["predicted_us"]
         place = "faster" if us < low else "slower" if us > high else "inside"
-        known = dict(operation=operation, preset=preset, batch=batch, direction=direction, kernel=kernel)
+        known: dict[str, Any] = dict(
+            operation=operation, preset=preset, batch=batch, direction=direction, kernel=kernel
+        )
         over = us / max((low + high) / 2, 1e-9)
         scores.append(KernelScore(**known, **prediction, measured_us=us, place=place, over=over))
     if not scores:

@@ -100,7 +100,9 @@ def measure(
         del timers
         if OURS in right:
             works = [one.work(right[OURS], direction == "both") for one in sets]
-            known = dict(operation=operation, shape=shape.name, batch=shape.batch, direction=direction)
+            known: dict[str, Any] = dict(
+                operation=operation, shape=shape.name, batch=shape.batch, direction=direction
+            )
             for kernel, us in clock.kernels_us(works).items():
                 yield KernelRecord(**known, kernel=kernel, us=us)
 

@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness.command import add_json, exit_code, write_partial, write_result
@@ -69,7 +70,7 @@ def record_of(tool: str, status: str, code: int | None, seconds: float, text: st
     errors = max(counts) if counts else None
     lines = [line.lstrip("=").strip() for line in text.splitlines() if line.startswith("====")]
     first = [line for line in lines if re.search(r"Invalid|Error:|Race reported|hazard|leaked", line)]
-    known = dict(tool=tool, seconds=seconds, errors=errors)
+    known: dict[str, Any] = dict(tool=tool, seconds=seconds, errors=errors)
     if status == "cut off":
         return SanitizerRecord(**known, status="cut off", reason="the time was over", first=first[:10])
     if code == ERRORS or errors:

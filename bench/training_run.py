@@ -39,7 +39,6 @@ from harness.results.training_run import TrainingRecord, TrainingResult
 from harness.stand_ins import NOTES
 from harness.table import show
 
-import vmae
 from vmae import InputError, MaskConfig, ModelConfig
 from vmae.config import PRESETS
 from vmae.data import PretrainDataset, VideoEntry
@@ -47,6 +46,7 @@ from vmae.data.video_dataset import Purpose, numpy_rng
 from vmae.planning.budget import Cluster, Workload, make_plan
 from vmae.train.metrics import LOG_NAME, read_log
 from vmae.train.optim import OptimConfig
+from vmae.train.run import train as run_training
 from vmae.train.tasks.pretrain import PretrainConfig, PretrainTask
 
 GPU = dict(model="vit_b", batch=32, workers=12, warmup=20, profiled=5)
@@ -182,7 +182,7 @@ def train(args: argparse.Namespace, folder: Path) -> TimedTask:
         dtype=args.dtype,
     )
     task = TimedTask(config, args)
-    vmae.train(
+    run_training(
         task,
         output=folder / "run",
         batch_size=args.batch,
@@ -224,7 +224,7 @@ def with_log(
         values = [line[key] for line in counted if line.get(key) is not None]
         return sum(values) / len(values) if values else None
 
-    compiled = next((line["compiled"] for line in reversed(lines) if "compiled" in line), {})
+    compiled: dict[str, int] = next((line["compiled"] for line in reversed(lines) if "compiled" in line), {})
     return replace(
         record,
         seconds=seconds,

@@ -221,18 +221,19 @@ class DeviceTimer:
     """
 
     def __init__(self, clock: DeviceClock, works: Sequence[Work], turn_us: float = TURN_US) -> None:
-        self.clock = clock
+        self.clock, self._works = clock, works
         for work in works:  # compiled, loaded, memory at hand
             clock.launch(work)
         clock.wait()
         self.host_us = self._launch_us(works)
         self._dry = False
         try:
+            self._launch: Work
             captured = [*works] * max(1, math.ceil(GRAPH_CALLS / len(works)))
             self._launch, self._batch, self._how = clock.capture(captured), len(captured), "graph"
             launch_us = self._graph_launch_us()
         except CannotCapture as error:
-            self._launch = lambda: [clock.launch(work) for work in works]
+            self._launch = self._launch_each
             self._batch, self._how = len(works), f"events: {error}"
             launch_us = self.host_us * self._batch
         most = MOST_LAUNCHES if self._how == "graph" else max(1, MOST_LAUNCHES // 8 // self._batch)
@@ -259,6 +260,10 @@ class DeviceTimer:
             self._hold_us = min(2 * self._hold_us, HOLD_LIMIT_US)
         self._dry = True
         return us
+
+    def _launch_each(self) -> None:
+        for work in self._works:
+            self.clock.launch(work)
 
     def _timed(self) -> tuple[float, bool]:
         """Microseconds of one call, and whether all were launched before the device came to the first."""

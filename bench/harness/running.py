@@ -40,7 +40,12 @@ def run_command(
     start = time.monotonic()
     with open(log, "w", encoding="utf-8") as output, _started(command, environment) as process:
         expired = threading.Event()
-        timer = threading.Timer(limit_s, lambda: (expired.set(), end(process))) if limit_s else None
+
+        def expire() -> None:
+            expired.set()
+            end(process)
+
+        timer = threading.Timer(limit_s, expire) if limit_s else None
         if timer:
             timer.start()
         try:

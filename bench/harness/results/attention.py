@@ -184,11 +184,10 @@ def cost_table(predictions: list[BackendPrediction], measured: list[BackendRecor
         forward, both, record = modes["forward"], modes.get("forward_backward"), records.get(key)
         row = [f"{forward.batch} x {forward.shape}", forward.backend, str(forward.head_dim_padded)]
         row += [number(forward.head_dim_factor, 1, 2), *(_tokens(p) for p in (forward, both))]
-        row += [number(p and p.flop_factor, 1, 2) for p in (forward, both)]
-        row += [number(p and p.bytes, 1e6, 0) for p in (forward, both)]
+        row += [number(p.flop_factor if p else None, 1, 2) for p in (forward, both)]
+        row += [number(p.bytes if p else None, 1e6, 0) for p in (forward, both)]
         row += [str(forward.programs)]
-        for p in (forward, both):
-            row.append(f"{p.predicted_us.fast:.0f} to {p.predicted_us.slow:.0f}" if p else "-")
+        row += [_span(p) for p in (forward, both)]
         times = (record.forward_ms, record.forward_backward_ms) if record else (None, None)
         rows.append([*row, *(number(median_of(found), 1e-3, 1) for found in times)])
     head = ["batch x tokens x heads x head dim", "backend", "head dim padded to", "FLOPs by that, x"]
@@ -201,6 +200,10 @@ def cost_table(predictions: list[BackendPrediction], measured: list[BackendRecor
     note += "backward that computes the scores again does 1.25 x of its own. Bytes: the stacking of three "
     note += 'gradients into one counts. "-": tiles not looked up; sdpa_cudnn publishes none.'
     return Table(title, head, rows, note)
+
+
+def _span(p: BackendPrediction | None) -> str:
+    return f"{p.predicted_us.fast:.0f} to {p.predicted_us.slow:.0f}" if p else "-"
 
 
 def _tokens(p: BackendPrediction | None) -> str:
