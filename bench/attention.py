@@ -90,7 +90,9 @@ SMALL = dict(turns=2, model="vit_tiny", model_batch=1)
 def shape_record(shape: Shape, job: BackendJob, found: Found) -> BackendRecord:
     """A backend on a shape; no times where it was wrong."""
     tiles = BACKENDS[job.backend].tiles(shape.head_dim, job.device.startswith("cuda"))
-    prepared, errors = found.prepared, found.prepared.errors
+    prepared = found.prepared
+    assert prepared is not None  # one that failed has no record
+    errors = prepared.errors
     values: dict[str, Any] = asdict(shape) | {"used_by": list(shape.used_by)}
     for mode in MODES:
         times, flops = Runs.of(found.runs[mode]) if found.runs[mode] else None, shape.flops(mode)
@@ -179,7 +181,7 @@ def measure_shapes(args: argparse.Namespace, shapes: list[Shape], names: list[st
         for index, shape in enumerate(shapes):
             at(f"shape {index + 1} of {len(shapes)}, {shape.name}")
             found = measure_shape(workers, index, args.turns, DTYPES[args.dtype])
-            made = [shape_record(shape, jobs[name], each) for name, each in found.items()]
+            made = [shape_record(shape, jobs[name], each) for name, each in found.items() if each.prepared]
             wrong = {f"{name}, {shape.name}": each.wrong for name, each in found.items() if each.wrong}
             result.records.extend(made)
             backends = [r for r in result.records if isinstance(r, BackendRecord)]

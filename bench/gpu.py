@@ -59,7 +59,7 @@ def run_stage(letter: str, day: Day, result: GpuResult) -> GpuResult:
     record = StageRecord(stage=letter, title=stage.title, limit_s=STAGE_S)
     for command in stage.commands:
         at(f"stage {letter}, {command.name}")
-        left = STAGE_S - (time.monotonic() - start)
+        left = STAGE_S * day.patience - (time.monotonic() - start)
         done = run_one(command, day, left)
         record = replace(record, commands=[*record.commands, done], seconds=time.monotonic() - start)
         result = with_stage(result, record)
@@ -85,7 +85,7 @@ def run_one(command: Command, day: Day, left_s: float) -> CommandRecord:
     target, line = day.file(command.name), command.line(day)
     if command.writes:
         target.unlink(missing_ok=True)  # of an earlier run
-    limit = min(command.limit_s, left_s)
+    limit = min(command.limit_s * day.patience, left_s)
     extra = {**(OF_A_REHEARSAL if day.rehearsed else {}), **command.environment}
     outcome = run_command(line, day.folder / f"{command.name}.log", limit, extra)
     return CommandRecord(

@@ -81,11 +81,19 @@ def input_sets(operation: str, shape: Shape, device: str) -> list[Prepared]:
 
 
 def measure(
-    operation: str, shape: Shape, ceilings: Rates, clock: DeviceClock, device: str, rounds: int
+    operation: str,
+    shape: Shape,
+    ceilings: Rates,
+    clock: DeviceClock,
+    device: str,
+    rounds: int,
+    ours_only: bool = False,
 ) -> Records:
     """Check, then time, all variants of an operation at a shape; then the kernels of ours."""
     at(f"{operation} {shape.name}, checked")
-    calls = variants(operation, compiled=True, device=device)
+    calls = variants(operation, compiled=not ours_only, device=device)
+    if ours_only:
+        calls = {OURS: calls[OURS]}
     ratios = error_ratios(operation, shape, calls, device, DTYPE)
     right = {name: call for name, call in calls.items() if ratios[name] <= 1}
     sets = input_sets(operation, shape, device)
@@ -199,7 +207,7 @@ def make_records(args: argparse.Namespace, device: str) -> Records:
     clock = clock_of(device)
     ceilings = measured_ceilings(clock, device)
     for shape, operation in pairs:
-        yield from measure(operation, shape, ceilings, clock, device, args.rounds)
+        yield from measure(operation, shape, ceilings, clock, device, args.rounds, args.ours)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -220,6 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--check", action="store_true", help="verify, time nothing")
     add("--one-shape", action="store_true", help="verify at one small shape, in bfloat16 alone")
+    add("--ours", action="store_true", help="time our kernels only, not the other ways")
     add_json(parser)
     add("--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS), help="all")
     add("--presets", nargs="+", choices=PUBLISHED_PRESETS, default=["vit_b", "vit_g"])

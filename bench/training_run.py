@@ -49,8 +49,9 @@ from vmae.train.optim import OptimConfig
 from vmae.train.run import train as run_training
 from vmae.train.tasks.pretrain import PretrainConfig, PretrainTask
 
-GPU = dict(model="vit_b", batch=32, workers=12, warmup=20, profiled=5)
+GPU = dict(model="vit_b", batch=32, warmup=20, profiled=5)
 CPU = dict(model="vit_tiny", batch=2, workers=1, warmup=2, profiled=1)
+MOST_WORKERS = 12
 INPUTS = ("synthetic", "packed")
 NOISE_CLIPS = 4096
 LOG_EVERY = 5
@@ -129,6 +130,24 @@ class TimedTask(PretrainTask):
 
 
 # --- one run ------------------------------------------------------------------------------------------------
+
+
+def usual_workers(model: str, batch: int, cores: int, shared_bytes: int | None) -> int:
+    """Workers of a rank on a GPU: one a core, two cores left, and no more than shared memory has room for
+    (three batches each: one that is made, two that wait)."""
+    config = ModelConfig.preset(model)
+    of_batch = batch * config.num_frames * config.image_hw[0] * config.image_hw[1] * 3
+    fitting = MOST_WORKERS if shared_bytes is None else int(0.8 * shared_bytes) // (3 * of_batch)
+    return max(0, min(MOST_WORKERS, cores - 2, fitting))
+
+
+def shared_memory() -> int | None:
+    """Free bytes of /dev/shm, through which workers hand over batches; None where there is none."""
+    try:
+        found = os.statvfs("/dev/shm")
+    except (OSError, AttributeError):
+        return None
+    return found.f_bavail * found.f_frsize
 
 
 def packed_list(folder: Path) -> Path:
@@ -252,7 +271,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=90.0, help="from the first step on (90)")
     add("--model", choices=list(PRESETS), help="default: vit_tiny on a CPU, vit_b on a GPU")
     add("--batch", type=int, help="clips of a rank (default: 2 on a CPU, 32 on a GPU)")
-    add("--workers", type=int, help="processes that make clips, a rank (default: 1 on a CPU, 12 on a GPU)")
+    add(
+        "--workers",
+        type=int,
+        help="processes that make clips, a rank (default: 1 on a CPU; on a GPU up to 12)",
+    )
     add("--warmup", type=int, help="steps before the profiled ones (default: 2 on a CPU, 20 on a GPU)")
     add("--profiled", type=int, help="profiled steps (default: 1 on a CPU, 5 on a GPU)")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile blocks (default: on a GPU)")
@@ -263,6 +286,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.device = find_device(args.device)
     on_gpu = args.device.startswith("cuda")
     set_defaults(args, GPU if on_gpu else CPU)
+    if args.workers is None:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores, shared = (os.cpu_count() or 1) // ranks, shared_memory()
+        args.workers = usual_workers(
+            args.model, args.batch, cores, None if shared is None else shared // ranks
+        )
     args.compile = on_gpu if args.compile is None else args.compile
     args.dtype = "bfloat16" if on_gpu else "float32"
     check_least(args, "batch", "warmup", "profiled")

@@ -253,10 +253,10 @@ def _relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 @dataclass
 class Found:
-    """A backend on a shape: what `prepare` found, the reason if it was not timed, how it was, and
-    milliseconds by mode."""
+    """A backend on a shape: what `prepare` found (None: it failed), the reason if it was not timed, how it
+    was, and milliseconds by mode."""
 
-    prepared: Prepared
+    prepared: Prepared | None
     wrong: str | None
     timed_by: dict[str, str] = field(default_factory=dict)
     runs: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
@@ -265,10 +265,15 @@ class Found:
 def measure_shape(
     workers: Sequence[Worker[BackendJob]], index: int, turns: int, dtype: torch.dtype
 ) -> dict[str, Found]:
-    """Results by backend; those that are right take turns."""
+    """Results by backend; those that are right take turns. One whose process fails is left out from there
+    on."""
     found = {}
     for worker in workers:
-        prepared: Prepared = worker.ask("prepare", index)
+        try:
+            prepared: Prepared = worker.ask("prepare", index)
+        except (RuntimeError, OSError) as error:  # out of memory, a library's own; a dead process
+            found[worker.name] = Found(None, f"it failed: {str(error).splitlines()[0]}")
+            continue
         found[worker.name] = Found(prepared, prepared.errors.why_wrong(dtype))
     for _ in range(turns):
         for mode in MODES:

@@ -36,6 +36,11 @@ class Day:
     device_name: str
     gpus: int
 
+    @property
+    def patience(self) -> float:
+        """By which limits are multiplied: a rehearsal may run beside much else."""
+        return 5.0 if self.rehearsed else 1.0
+
     def file(self, name: str) -> Path:
         return self.folder / f"{name}.json"
 
@@ -165,6 +170,7 @@ def two_rank_words(*arguments: str) -> Callable[[Day], list[str]]:
     return lambda day: [*launcher, script, "--folder", str(day.folder / "two_ranks"), *arguments]
 
 
+RIVALS = ["--variants", "reference+sdpa,reference+compile,triton,triton+compile"]
 GIANT = ["--model", "vit_g", "--batch", "8", "--steps", "5", "--warmup", "2", "--masking", "dual"]
 GIANT += ["--variants", "reference+compile,triton,triton+compile"]
 TINY_STEPS = ["--steps", "1", "--warmup", "0", "--input", "synthetic", "--variants", "reference+sdpa,torch"]
@@ -178,26 +184,26 @@ STAGES: dict[str, Stage] = {
         commands=(
             Command(
                 name="device_tests",
-                limit_s=170,
+                limit_s=140,
                 words=words("device_tests.py"),
                 rehearsed=words("device_tests.py", *FEW_TESTS),
             ),
             Command(
                 name="dual_vs_encoder",
-                limit_s=120,
-                words=words("dual_vs_encoder.py", "--steps", "10", "--warmup", "3"),
+                limit_s=170,
+                words=words("dual_vs_encoder.py", "--steps", "10", "--warmup", "3", *RIVALS),
                 rehearsed=words("dual_vs_encoder.py", *TINY, *TINY_STEPS),
             ),
             Command(
                 name="dual_vs_encoder.vit_g",
-                limit_s=100,
+                limit_s=90,
                 words=words("dual_vs_encoder.py", *GIANT),
                 rehearsed=words("dual_vs_encoder.py", *TINY, *TINY_STEPS),
             ),
             Command(
                 name="sanitize",
-                limit_s=90,
-                words=words("sanitize.py", "--limit", "42"),
+                limit_s=80,
+                words=words("sanitize.py", "--limit", "37"),
                 rehearsed=words("sanitize.py", "--limit", "60", "--tools", "memcheck"),
             ),
         ),
@@ -207,21 +213,21 @@ STAGES: dict[str, Stage] = {
         commands=(
             Command(
                 name="operations",
-                limit_s=180,
+                limit_s=250,
                 words=words("operations.py", "--rounds", "20"),
                 rehearsed=words("operations.py", "--rounds", "2"),
             ),
             Command(
                 name="attention",
-                limit_s=150,
+                limit_s=140,
                 words=words("attention.py", "--turns", "15", "--model", "none"),
                 rehearsed=words("attention.py", "--quick", "--model", "none", "--backends", "sdpa"),
             ),
             Command(
                 name="operations.autotuned",
-                limit_s=150,
-                words=words("operations.py", "--rounds", "10"),
-                rehearsed=words("operations.py", "--rounds", "1", "--operations", "embed_visible"),
+                limit_s=90,
+                words=words("operations.py", "--rounds", "10", "--ours"),
+                rehearsed=words("operations.py", "--rounds", "1", "--ours", "--operations", "embed_visible"),
                 environment={"VMAE_AUTOTUNE": "1"},
             ),
         ),

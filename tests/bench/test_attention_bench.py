@@ -205,6 +205,8 @@ class FakeWorker:
 
     def ask(self, *request):
         self.asked.append(request)
+        if self.error is None:
+            raise RuntimeError(f"{self.name}: CUDA out of memory.\nTried to allocate")
         if request[0] == "turn":
             return 1.0
         if request[0] == "timed_by":
@@ -224,6 +226,14 @@ def test_a_wrong_backend_gets_no_speed_and_the_others_take_turns(runs):
     turns = [("turn", "forward"), ("turn", "forward_backward")] * 3
     assert workers[3].asked == [("prepare", 0), *turns, *(("timed_by", mode) for mode in runs.MODES)]
     assert found["good"].timed_by["forward"] == "how forward was timed" and found["off"].timed_by == {}
+
+
+def test_a_backend_that_fails_is_left_out_with_the_reason(runs, bench, monkeypatch):
+    workers = [FakeWorker(runs, name, error) for name, error in {"softmax": 1e-7, "large": None}.items()]
+    found = runs.measure_shape(workers, 0, 2, torch.float32)
+    assert found["large"].wrong == "it failed: large: CUDA out of memory." and found["large"].prepared is None
+    assert found["softmax"].wrong is None and found["softmax"].runs["forward"] == [1.0, 1.0]
+    assert workers[1].asked == [("prepare", 0)]
 
 
 def test_order_is_the_geometric_mean(bench):

@@ -298,6 +298,15 @@ def test_what_the_log_of_a_run_says(benches):
     assert late.reason == "only 5 steps in 7 s" and late.step_ms is None
 
 
+def test_workers_that_cores_and_shared_memory_have_room_for(benches):
+    workers = benches("training_run").usual_workers
+    of_batch = 32 * 16 * 224 * 224 * 3
+    assert workers("vit_b", 32, 64, None) == workers("vit_b", 32, 14, 2**40) == 12
+    assert workers("vit_b", 32, 8, None) == 6 and workers("vit_b", 32, 1, None) == 0
+    assert workers("vit_b", 32, 64, 64 << 20) == 0  # a container's usual 64 MiB
+    assert workers("vit_b", 32, 64, int(4 * 3 * of_batch / 0.8) + 1) == 4
+
+
 def test_noise_is_a_function_of_the_sample(benches):
     run = benches("training_run")
     from vmae import MaskConfig

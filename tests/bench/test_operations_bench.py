@@ -126,6 +126,14 @@ def test_measuring_times_what_is_right(benches, monkeypatch):
     assert rows[2][-4:] == ["wrong", "-", "-", "-"] and rows[3][-4] == "CUDA out of memory."
 
 
+def test_ours_alone(benches, monkeypatch):
+    operations, timing = benches("operations"), benches("device_timing")
+    monkeypatch.setattr(operations, "cache_bytes", lambda device: 0)
+    shape, rates = benches("operation_calls").CHECK_SHAPES[0], operations.GPUS["H100"]
+    made = operations.measure("select_decoded", shape, rates, timing.FakeClock(), "cpu", 1, ours_only=True)
+    assert {r.variant for r in made if r.kind == "time"} == {"triton"}
+
+
 def test_a_timed_call_builds_no_tensor(benches):
     """But for what the operation returns: no gradient of ones, no constants."""
     from torch.overrides import TorchFunctionMode
