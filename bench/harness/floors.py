@@ -112,8 +112,9 @@ def _assemble_decoder_tokens(s: Shape) -> tuple[Work, Work]:
 
 
 def _layer_norm(s: Shape) -> tuple[Work, Work]:
-    rows = s.batch * s.visible * s.width
-    return Work(bytes=2 * 2 * rows, vector=8 * rows), Work(bytes=2 * 3 * rows, vector=16 * rows)
+    """Of an encoder block."""
+    moved = s.batch * s.visible * s.width
+    return Work(bytes=2 * 2 * moved, vector=8 * moved), Work(bytes=2 * 3 * moved, vector=16 * moved)
 
 
 def _select_decoded(s: Shape) -> tuple[Work, Work]:

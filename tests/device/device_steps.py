@@ -144,6 +144,7 @@ def arguments_of(seed: int) -> dict[str, Arguments]:
         "assemble_decoder_tokens": (
             normal(BATCH, 6, 24), normal(1, 1, 24), normal(32, 24), tokens(6, 32), tokens(8, 32),
         ),
+        "layer_norm": (normal(BATCH, 7, 40), normal(40), normal(40)),
         "select_decoded": (normal(BATCH, 14, 24), normal(24), normal(24), 6 + tokens(5, 8)),
         "patch_loss": (normal(BATCH, 5, 96), clips, counted, weight),
         "head_patch_loss": head,
