@@ -1,4 +1,5 @@
-"""Training where its small helpers are not installed: tqdm shows progress, yaml writes a run's settings.
+"""Training where its small helpers are not installed: tqdm shows progress, yaml writes a run's settings, PIL
+reads images (a run on noise has none).
 
 A machine with a GPU may have torch, triton, numpy and pytest, and no network. Importing this, before anything
 of training, puts stand-ins in the place of what is missing; `NOTES` says so. Nothing that is measured passes
@@ -46,6 +47,21 @@ class Quiet:
         print(text, file=file or sys.stdout, flush=True)
 
 
+class Absent:
+    """Whatever is asked of a package that is not there; calling it is an error."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, name: str) -> Absent:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Absent(f"{self.name}.{name}")
+
+    def __call__(self, *arguments: object, **settings: object) -> object:
+        raise ImportError(f"{self.name} is not installed")
+
+
 def as_json(content: object, *rest: object, **settings: object) -> str:
     """JSON, which is YAML too."""
     return json.dumps(content, indent=1) + "\n"
@@ -54,6 +70,7 @@ def as_json(content: object, *rest: object, **settings: object) -> str:
 STAND_INS: dict[str, dict[str, Any]] = {
     "tqdm": {"tqdm": Quiet},
     "yaml": {"safe_dump": as_json, "YAMLError": ValueError},
+    "PIL": {name: Absent(f"PIL.{name}") for name in ("Image", "ImageEnhance", "ImageOps")},
 }
 
 

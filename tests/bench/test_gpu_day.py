@@ -327,7 +327,7 @@ def test_noise_is_a_function_of_the_sample(benches):
 
 BARE = """
 import sys
-for name in ("tqdm", "yaml", "tensorboard", "av", "decord", "matplotlib"):
+for name in ("tqdm", "yaml", "PIL", "tensorboard", "av", "decord", "matplotlib"):
     sys.modules[name] = None  # as if it were not installed
 sys.path.insert(0, "bench")
 import training_run
@@ -342,7 +342,7 @@ def test_training_where_small_helpers_are_missing(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "t.json").read_text())
-    assert content["notes"] == ["without tqdm: a stand-in.", "without yaml: a stand-in."]
+    assert content["notes"] == [f"without {name}: a stand-in." for name in ("tqdm", "yaml", "PIL")]
     (record,) = content["records"]
     assert record["steps"] >= 5 and record["clips_per_s"] > 0 and record["reason"] is None
 
