@@ -233,10 +233,13 @@ class DeviceTimer:
             self._launch, self._batch, self._how = clock.capture(captured), len(captured), "graph"
             launch_us = self._graph_launch_us()
         except CannotCapture as error:
+            most = min(MOST_LAUNCHES // 8, int(HOLD_LIMIT_US / 4 / max(self.host_us, 1.0)))
+            self._works = works[: max(most, 1)]  # what the device can be held for
             self._launch = self._launch_each
-            self._batch, self._how = len(works), f"events: {error}"
+            self._batch, self._how = len(self._works), f"events: {error}"
             launch_us = self.host_us * self._batch
-        most = MOST_LAUNCHES if self._how == "graph" else max(1, MOST_LAUNCHES // 8 // self._batch)
+        most = MOST_LAUNCHES if self._how == "graph" else MOST_LAUNCHES // 8 // self._batch
+        most = max(1, min(most, int((HOLD_LIMIT_US - 50) / 2 / max(launch_us, 0.1))))
         self._repeats, self._hold_us = 1, 50.0 + 2 * launch_us
         once = self.turn() * self._batch
         self._repeats = min(most, max(1, math.ceil(turn_us / max(once, 0.1))))

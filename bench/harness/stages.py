@@ -185,8 +185,8 @@ STAGES: dict[str, Stage] = {
             Command(
                 name="device_tests",
                 limit_s=140,
-                words=words("device_tests.py"),
-                rehearsed=words("device_tests.py", *FEW_TESTS),
+                words=words("device_tests.py", "--jobs", "8"),
+                rehearsed=words("device_tests.py", "--jobs", "2", *FEW_TESTS),
             ),
             Command(
                 name="dual_vs_encoder",

@@ -36,6 +36,13 @@ def test_what_cannot_be_captured_is_launched_into_a_full_queue(timing):
     assert timer.timed_by == "events: operation not permitted when stream is capturing"
 
 
+def test_no_more_is_launched_than_the_device_can_be_held_for(timing):
+    clock = timing.FakeClock(device_us=10.0, host_us=2000.0, captures=False)
+    timer = timing.DeviceTimer(clock, [lambda: None for _ in range(64)])
+    assert timer.turn() == pytest.approx(10.0) and timer.timed_by.endswith("capturing")
+    assert timer.calls * 2000 <= timing.HOLD_LIMIT_US
+
+
 def test_a_hold_that_was_too_short_is_doubled(timing):
     clock = timing.FakeClock(device_us=10.0, host_us=100.0, captures=False)
     timer = timing.DeviceTimer(clock, [work])

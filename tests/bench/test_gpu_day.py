@@ -187,6 +187,24 @@ def test_outcomes_of_tests_are_written_as_they_come(benches, tmp_path, capsys):
     assert bench.usual_arguments()[:2] == ["tests/device", "tests/kernels"]
 
 
+def test_files_of_tests_run_at_once_and_their_outcomes_are_one_result(benches, tmp_path):
+    bench = benches("device_tests")
+    for name, text in {"good": "pass", "bad": "assert False", "other": "pass"}.items():
+        (tmp_path / f"test_{name}.py").write_text(f"def test_{name}(): {text}\n")
+    path = tmp_path / "t.json"
+    words = [str(tmp_path), "--rootdir", str(tmp_path), "-c", os.devnull, "-k", "not other"]
+    assert bench.split(words)[0] == [str(tmp_path / f"test_{name}.py") for name in ("bad", "good", "other")]
+    command = [sys.executable, str(ROOT / "bench" / "device_tests.py"), "--jobs", "2", "--json", str(path)]
+    done = subprocess.run([*command, "--", *words], capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    content = json.loads(path.read_text())
+    assert {r["name"].rpartition("::")[2]: r["outcome"] for r in content["records"]} == {
+        "test_good": "passed",
+        "test_bad": "failed",
+    }
+    assert content["complete"] and "assert False" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("status", "code", "text", "expected"),
     [
