@@ -47,6 +47,8 @@ def written(folder):
 
 def test_failure_is_a_record_and_the_next_command_runs(gpu, tmp_path, capsys):
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "bad.json").write_text("{}")  # of an earlier run: no result of this one
     assert gpu.main(["--rehearse", "--output", str(out)]) == 1
     stages = written(out)
     first = stages["a"]
