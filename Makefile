@@ -7,7 +7,13 @@ BIN := $(VENV)/bin
 PIP_FLAGS ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
-.PHONY: help setup demo progressive detection temporal test test-slow test-all test-decoders test-interop test-browser lint docs notebook wheel build-versions clean
+# Of `make gpu`, which sets nothing up: PYTHON, else that of .venv, else python3.
+GPU_PYTHON = $(or $(PYTHON),$(wildcard $(BIN)/python),python3)
+# Of `make gpu`: stages (a b c d; unset: all), and more arguments, such as --rehearse or --output DIR.
+STAGE ?=
+GPU_FLAGS ?=
+
+.PHONY: help setup gpu demo progressive detection temporal test test-slow test-all test-decoders test-interop test-browser lint docs notebook wheel build-versions clean
 
 help:
 	@echo "make demo       set up, benchmark dual against encoder-only masking, pre-train a small model, draw a reconstruction"
@@ -19,6 +25,7 @@ help:
 	@echo "make notebook   run docs/first_steps.ipynb"
 	@echo "make wheel      build the wheel in dist/, install it in an empty environment, use it away from the tree"
 	@echo "make build-versions  build the kernels for NVIDIA GPUs with triton 3.6, 3.7 and 3.9 (2.5 GB); no GPU is needed"
+	@echo "make gpu        on a machine with a GPU: test, measure, score, in four stages of at most 8 minutes; sets nothing up (STAGE=a: one)"
 	@echo "make test-decoders  install torchcodec (which needs FFmpeg's libraries) and DALI, run the tests that want them"
 	@echo "make test-interop   install transformers and ONNX, run the tests that want them; ten releases of transformers (1 GB)"
 	@echo "make test-browser   install selenium, try the page of \`serve\` in Chromium (which must be there, with chromedriver)"
@@ -38,6 +45,9 @@ $(VENV)/.ready: setup.py constraints.txt
 
 demo: setup
 	@PYTHON=$(BIN)/python recipes/demo.sh
+
+gpu:
+	@$(GPU_PYTHON) bench/gpu.py $(if $(STAGE),--stage $(STAGE)) $(GPU_FLAGS)
 
 progressive: setup
 	@$(BIN)/python experiments/progressive.py --out progressive

@@ -8,6 +8,11 @@ single measurements in turn (A B C A B C ...), so that what disturbs the machine
     python bench/attention.py           # a choice of shapes on a CPU (under 2 minutes), all of them on a GPU
     python bench/attention.py --full    # all shapes
     python bench/attention.py --quick   # seconds: that it works
+    python bench/attention.py --predict # what each backend pays on a GPU, predicted; nothing is measured
+
+On a GPU a call's time is that of CUDA-graph replays, on inputs that go past the L2
+(bench/harness/device_timing.py); what the host takes to launch a call is a number of its own. The result is
+written after every shape.
 
 FLOPs are the useful ones: 4 B H N^2 d forward, 12 B H N^2 d with the backward (a flash backward computes the
 scores once more, which counts as time, not as work). Ideal bytes: q, k, v and the output once, 4 B N H d
@@ -25,6 +30,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from harness.attention_cost import predict
 from harness.attention_runs import (
     BASELINE,
     CPU_CHOICE,
@@ -49,14 +55,17 @@ from harness.command import (
     find_device,
     say_wrong,
     set_defaults,
+    write_partial,
     write_result,
 )
 from harness.environment import find_environment
+from harness.floors import GPUS
 from harness.json_records import Runs, Spread
 from harness.progress import at
 from harness.records import compare, count, make_record
 from harness.results.attention import (
     AttentionResult,
+    BackendPrediction,
     BackendRatio,
     BackendRecord,
     ModelRatio,
@@ -73,6 +82,7 @@ from vmae.config import PRESETS
 from vmae.model.attention.choice import BACKENDS, auto_order, runnable
 from vmae.model.attention.probes import Workload
 
+PREDICTED_BATCH = 32
 GPU = dict(dtype="bfloat16", batch=32, turns=20, model="vit_b", model_batch=32)
 CPU = dict(dtype="float32", batch=1, turns=5, model="vit_b", model_batch=1)
 SMALL = dict(turns=2, model="vit_tiny", model_batch=1)
@@ -81,7 +91,9 @@ SMALL = dict(turns=2, model="vit_tiny", model_batch=1)
 def shape_record(shape: Shape, job: BackendJob, found: Found) -> BackendRecord:
     """A backend on a shape; no times where it was wrong."""
     tiles = BACKENDS[job.backend].tiles(shape.head_dim, job.device.startswith("cuda"))
-    prepared, errors = found.prepared, found.prepared.errors
+    prepared = found.prepared
+    assert prepared is not None  # one that failed has no record
+    errors = prepared.errors
     values: dict[str, Any] = asdict(shape) | {"used_by": list(shape.used_by)}
     for mode in MODES:
         times, flops = Runs.of(found.runs[mode]) if found.runs[mode] else None, shape.flops(mode)
@@ -103,6 +115,8 @@ def shape_record(shape: Shape, job: BackendJob, found: Found) -> BackendRecord:
         saved_bytes=prepared.saved_bytes,
         peak_bytes=prepared.peak_bytes,
         calls_per_turn=prepared.calls_per_turn,
+        timed_by=found.timed_by or prepared.timed_by,
+        host_us=prepared.host_us,
         **values,
     )
 
@@ -142,10 +156,10 @@ def measured_order(ratios: list[BackendRatio]) -> list[tuple[str, float]]:
 
 
 def measure_shapes(args: argparse.Namespace, shapes: list[Shape], names: list[str]) -> AttentionResult:
-    """Every backend on every shape, shown as they come."""
+    """Every backend on every shape, shown and written as they come."""
     span = 0.0 if args.quick else 50.0
     if args.device.startswith("cuda"):
-        span = 20.0
+        span = 2.0
     shared = BackendJob(
         backend=BASELINE,
         shapes=shapes,
@@ -155,8 +169,10 @@ def measure_shapes(args: argparse.Namespace, shapes: list[Shape], names: list[st
         threads=torch.get_num_threads(),
     )
     jobs = {name: replace(shared, backend=name) for name in names}
-    records: list[BackendRecord] = []
-    wrong: dict[str, str] = {}
+    batch = args.batch if args.device.startswith("cuda") else PREDICTED_BATCH
+    result = AttentionResult(
+        environment=find_environment(args.device), records=[*predictions(args.gpu, batch)]
+    )
     with contextlib.ExitStack() as stack:
         workers = [Worker(Runner, job, name) for name, job in jobs.items()]
         for worker in workers:
@@ -166,19 +182,22 @@ def measure_shapes(args: argparse.Namespace, shapes: list[Shape], names: list[st
         for index, shape in enumerate(shapes):
             at(f"shape {index + 1} of {len(shapes)}, {shape.name}")
             found = measure_shape(workers, index, args.turns, DTYPES[args.dtype])
-            made = [shape_record(shape, jobs[name], result) for name, result in found.items()]
-            reasons = {f"{name}, {shape.name}": result.wrong for name, result in found.items()}
-            wrong |= {name: reason for name, reason in reasons.items() if reason}
-            records += made
+            made = [shape_record(shape, jobs[name], each) for name, each in found.items() if each.prepared]
+            wrong = {f"{name}, {shape.name}": each.wrong for name, each in found.items() if each.wrong}
+            result.records.extend(made)
+            backends = [r for r in result.records if isinstance(r, BackendRecord)]
+            ratios = ratios_of(backends)
+            order = measured_order(ratios)
+            result = replace(result, ratios=[*ratios], rejected=result.rejected | wrong, order=order)
+            write_partial(result, args.json)
             show(replace(backend_table(made), title=f"{shape.name}: {', '.join(shape.used_by)}"))
-    ratios = ratios_of(records)
-    return AttentionResult(
-        environment=find_environment(args.device),
-        records=[*records],
-        ratios=[*ratios],
-        rejected=wrong,
-        order=measured_order(ratios),
-    )
+    return result
+
+
+def predictions(gpu: str, batch: int) -> list[BackendPrediction]:
+    """What every backend pays on `gpu` at the shapes of `CPU_CHOICE`, by shape."""
+    shapes = [shape for shape in preset_shapes(batch) if set(shape.used_by) & set(CPU_CHOICE)]
+    return [p for shape in shapes for name in BACKENDS for p in predict(name, shape, gpu, GPUS[gpu])]
 
 
 def with_model(result: AttentionResult, args: argparse.Namespace) -> AttentionResult:
@@ -227,12 +246,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--model", choices=[*PRESETS, "none"], help="of the whole-model part (default: vit_b)")
     add("--model-batch", type=int, help="clips a step (default: 1 on a CPU, 32 on a GPU)")
     add("--full", action="store_true", help="all shapes of all presets")
+    add("--predict", action="store_true", help="what each backend pays on a GPU; measure nothing")
+    add("--gpu", choices=list(GPUS), default="H100", help="of the predictions (H100)")
     add("--quick", action="store_true", help="two tiny shapes and a tiny model")
     add_json(parser)
     args = parser.parse_args(argv)
     args.device = find_device(args.device)
     if args.quick:
         set_defaults(args, SMALL)
+    if args.predict:
+        set_defaults(args, {"batch": PREDICTED_BATCH})
     set_defaults(args, GPU if args.device.startswith("cuda") else CPU)
     check_least(args, "batch", "turns", "model_batch")
     return args
@@ -242,9 +265,10 @@ def choose_shapes(args: argparse.Namespace) -> list[Shape]:
     if args.quick:
         return QUICK
     shapes = preset_shapes(args.batch)
+    first = [shape for shape in shapes if set(shape.used_by) & set(CPU_CHOICE)]
     if args.full or args.device.startswith("cuda"):
-        return shapes
-    return [shape for shape in shapes if set(shape.used_by) & set(CPU_CHOICE)]
+        return [*first, *(shape for shape in shapes if shape not in first)]
+    return first
 
 
 def choose_backends(args: argparse.Namespace, shapes: list[Shape]) -> tuple[list[str], dict[str, str]]:
@@ -283,6 +307,12 @@ def say_order(args: argparse.Namespace, shape: Shape, order: list[tuple[str, flo
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.predict:
+        made = predictions(args.gpu, args.batch)
+        result = AttentionResult(environment=find_environment(), records=[*made])
+        show(*result.tables())
+        write_result(result, args.json)
+        return 0
     shapes = choose_shapes(args)
     names, skipped = choose_backends(args, shapes)
     known = find_environment(args.device)

@@ -25,7 +25,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness.command import add_json, check_least, exit_code, one_core, say_wrong, set_defaults, write_result
+from harness.command import (
+    add_json,
+    check_least,
+    exit_code,
+    one_core,
+    say_wrong,
+    set_defaults,
+    write_partial,
+    write_result,
+)
 from harness.environment import find_environment
 from harness.json_records import Runs, Spread
 from harness.progress import at
@@ -401,6 +410,12 @@ def measure(args: argparse.Namespace, variants: list[str]) -> DataResult:
                 clips += measure_kind(kind, paths, variants, seeds, args.rounds)
                 at(f"parts of {kind}")
                 parts.append(time_parts(kind, paths, seeds))
+                so_far = DataResult(
+                    environment=find_environment(),
+                    records=[CropsRecord(error_levels=crops), *clips, *parts],
+                    ratios=compare(clips),
+                )
+                write_partial(so_far, args.json)
         workers = measure_workers(kinds, clips, seeds, args.workers, 1.0 if args.quick else 4.0)
     feeds = feed_records(clips, parts, args.gpu_flops)
     return DataResult(

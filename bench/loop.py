@@ -25,6 +25,7 @@ from harness.environment import find_environment
 from harness.json_records import Runs, Spread
 from harness.progress import at
 from harness.results.loop import CLOCKS, LoopRatio, LoopRecord, LoopResult
+from harness.stand_ins import NOTES
 from harness.stepping import StepJob, Stepper
 from harness.table import show
 
@@ -156,6 +157,8 @@ def run(args: argparse.Namespace) -> int:
         times = measure(bare, make_trainer(bare, args.dtype, folder), args.steps, args.warmup)
     result = make_result(args, times, device)
     show(*result.tables())
+    for note in NOTES:
+        print(note)
     write_result(result, args.json)
     return 0
 

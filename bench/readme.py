@@ -27,12 +27,14 @@ def rewritten(text: str, root: Path = ROOT) -> str:
     """`text` with every marked table made anew.
 
     Raises:
-        ValueError: an unknown kind, or a file that is no result.
+        ValueError: an unknown kind, a file that is no result, or that of a rehearsal.
     """
 
     def replace(found: re.Match) -> str:
-        table = read_result(root / found["path"], found["kind"]).tables()[0]
-        return f"{found[1]}{table.to_markdown()}{found[4]}"
+        result = read_result(root / found["path"], found["kind"])
+        if result.environment.rehearsed:
+            raise ValueError(f"{found['path']}: a rehearsal, nothing in it was measured")
+        return f"{found[1]}{result.tables()[0].to_markdown()}{found[4]}"
 
     return _BLOCK.sub(replace, text)
 

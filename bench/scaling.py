@@ -17,6 +17,7 @@ import contextlib
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from harness.command import (
     exit_code,
     find_device,
     set_defaults,
+    write_partial,
     write_result,
 )
 from harness.environment import find_environment
@@ -176,8 +178,13 @@ def measure_ranks(job: StepJob, ranks: int, steps: int) -> Measured:
     return Measured(step_ms=times, clips_per_s=ranks * job.batch / times.median * 1e3)
 
 
-def measure_axis(args: argparse.Namespace, axis: str, folder: str) -> list[Point]:
-    """Its points; the first that is measured has its loss checked."""
+def measure_axis(
+    args: argparse.Namespace,
+    axis: str,
+    folder: str,
+    keep: Callable[[list[Point]], None] = lambda points: None,
+) -> list[Point]:
+    """Its points; the first that is measured has its loss checked. `keep` gets those so far, after each."""
     points = POINTS[axis]
     kind = "cuda" if args.device.startswith("cuda") else "cpu"
     here = points["quick" if args.quick else kind]
@@ -201,6 +208,7 @@ def measure_axis(args: argparse.Namespace, axis: str, folder: str) -> list[Point
             measured=measured,
         )
         records.append(point)
+        keep(with_predicted_times(records))
     return with_predicted_times(records)
 
 
@@ -264,10 +272,14 @@ def run(args: argparse.Namespace) -> int:
     known = find_environment(args.device)
     about = f"{args.model}, {args.variant}, dual masking, batch {args.batch}, {args.dtype}"
     print(f"{about}, {known.device}", flush=True)
-    records = []
+    records: list[Point] = []
+
+    def keep(points: list[Point]) -> None:
+        write_partial(ScalingResult(environment=known, records=[*records, *points]), args.json)
+
     with tempfile.TemporaryDirectory() as folder:
         for axis in args.axes:
-            records += measure_axis(args, axis, folder)
+            records += measure_axis(args, axis, folder, keep)
     result = ScalingResult(environment=known, records=records)
     show(*result.tables())
     write_result(result, args.json)

@@ -4,9 +4,9 @@
     python bench/suite.py             # longer, larger
     python bench/suite.py --only step data
 
-What matters most comes first, each part is a process of its own, and its file is whole or absent: a suite
-that is cut off, by someone or by its own time limit, leaves the parts that were done. Results go to
-bench/results/DEVICE/DATE-COMMIT/.
+What matters most comes first. Each part is a process of its own with its share of the time, and writes its
+file, whole, after every record: a part that is cut off, by someone or by the limit, keeps what it has.
+Results go to bench/results/DEVICE/DATE-COMMIT/.
 """
 
 from __future__ import annotations
@@ -14,22 +14,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO
 
 import torch
-from harness import ROOT
 from harness.environment import Environment, find_environment
 from harness.json_records import to_json, write_json
-from harness.progress import at, said, telling
+from harness.progress import at, telling
 from harness.report import write_report
 from harness.results.suite import PartRecord, SuiteResult
+from harness.running import ended_by_sigterm, run_command
 from harness.table import show
 
 HERE = Path(__file__).resolve().parent
@@ -50,10 +47,22 @@ QUICK_S = {"cpu": 290, "cuda": 470}
 
 @dataclass(frozen=True)
 class Part:
-    """One script, with its arguments for quick and full runs, on a CPU and on a GPU; None leaves it out."""
+    """One script, with its arguments for quick and full runs, on a CPU and on a GPU; None leaves it out.
+
+    Attributes:
+        variety: what tells it from another part of the same script.
+        quick_s: seconds of a quick run on a GPU, at most.
+    """
 
     script: str
     arguments: Mapping[str, list[str] | None] = field(default_factory=dict)
+    variety: str = ""
+    quick_s: float | None = None
+
+    @property
+    def name(self) -> str:
+        """SCRIPT or SCRIPT.VARIETY, of its result and its log too."""
+        return f"{self.script}.{self.variety}" if self.variety else self.script
 
     def command(self, key: str) -> list[str] | None:
         arguments = self.arguments.get(key, [])
@@ -62,9 +71,6 @@ class Part:
 
 def parts_for(device: str) -> list[Part]:
     """Parts in order: what matters most first."""
-    kernels = Part(
-        "operations", {"cpu-quick": ["--check"], "cpu": ["--check"], "cuda-quick": ["--rounds", "20"]}
-    )
     steps = Part(
         "dual_vs_encoder",
         {
@@ -72,16 +78,38 @@ def parts_for(device: str) -> list[Part]:
             "cuda-quick": ["--steps", "10", "--warmup", "3"],
             "cuda": ["--sweep", "512"],
         },
+        quick_s=120,
     )
-    attention = Part("attention", {"cpu-quick": ["--quick"]})
-    step = Part("step", {"cpu-quick": ["--batch", "1", "--steps", "2"]})
-    data = Part("data", {"cpu-quick": ["--quick"], "cuda-quick": ["--quick"]})
+    two = ["--variants", "reference+compile,triton+compile", "--masking", "dual"]
+    giant = Part(
+        "dual_vs_encoder",
+        {
+            "cuda-quick": ["--model", "vit_g", "--batch", "8", "--steps", "5", "--warmup", "2", *two],
+            "cuda": ["--model", "vit_g", "--batch", "16", *two],
+        },
+        variety="vit_g",
+        quick_s=100,
+    )
+    kernels = Part(
+        "operations",
+        {"cpu-quick": ["--check"], "cpu": ["--check"], "cuda-quick": ["--rounds", "10"]},
+        quick_s=80,
+    )
+    attention = Part(
+        "attention",
+        {"cpu-quick": ["--quick"], "cuda-quick": ["--turns", "10", "--model", "none"]},
+        quick_s=70,
+    )
+    step = Part("step", {"cpu-quick": ["--batch", "1", "--steps", "2"]}, quick_s=40)
+    data = Part("data", {"cpu-quick": ["--quick"], "cuda-quick": ["--quick"]}, quick_s=30)
     scaling = Part(
-        "scaling", {"cpu-quick": ["--quick", "--axes", "batch", "frames"], "cuda-quick": ["--axes", "batch"]}
+        "scaling",
+        {"cpu-quick": ["--quick", "--axes", "batch", "frames"], "cuda-quick": ["--axes", "batch"]},
+        quick_s=30,
     )
     predict = Part("predict", {"cpu-quick": ["--presets", "vit_b", "vit_g"], "cuda-quick": None})
     if device == "cuda":
-        return [kernels, steps, step, attention, scaling, data, predict]
+        return [steps, giant, kernels, attention, step, scaling, data, predict]
     return [steps, predict, step, kernels, attention, data, scaling]
 
 
@@ -104,59 +132,42 @@ def missing_packages() -> dict[str, str]:
 
 
 def run_part(part: Part, key: str, folder: Path, limit_s: float | None) -> PartRecord:
-    """Run one script; its `file` is named only where a whole result is there."""
+    """Run one script; its `file` is named where it wrote one, complete or up to where it was ended."""
     command = part.command(key)
     if command is None:
-        return PartRecord(name=part.script, reason="not part of this run")
+        return PartRecord(name=part.name, reason="not part of this run")
     script = HERE / command[0]
     if not script.is_file():
-        return PartRecord(name=part.script, reason="no such benchmark here")
-    start, target, log = time.monotonic(), folder / f"{part.script}.json", folder / f"{part.script}.log"
-    print(f"\n== {part.script} ==", flush=True)
-    with open(log, "w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(script), *command[1:], "--json", str(target)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-        )
-        code = _follow(process, output, limit_s)
-    status, reason = "ran", ""
-    if code is None:
-        status, reason = "cut off", "the time of a quick run was over"
-    elif code:
-        status, reason = "failed", f"it ended with code {code}; see {log.name}"
+        return PartRecord(name=part.name, reason="no such benchmark here")
+    target, log = folder / f"{part.name}.json", folder / f"{part.name}.log"
+    target.unlink(missing_ok=True)  # of an earlier run
+    print(f"\n== {part.name} ==", flush=True)
+    outcome = run_command([sys.executable, str(script), *command[1:], "--json", str(target)], log, limit_s)
+    reason = outcome.reason
+    if outcome.status == "cut off":
+        reason = "the time of a quick run was over" + ("; what it had is kept" if target.is_file() else "")
     return PartRecord(
-        name=part.script,
-        status=status,
+        name=part.name,
+        status=outcome.status,
         reason=reason,
-        seconds=time.monotonic() - start,
+        seconds=outcome.seconds,
         command=command,
         file=target.name if target.is_file() else None,
     )
 
 
-def _follow(process: subprocess.Popen[str], output: IO[str], limit_s: float | None) -> int | None:
-    """Show and keep what the process prints; its exit code, or None if it had to be ended."""
-    timer = threading.Timer(limit_s, process.kill) if limit_s else None
-    if timer:
-        timer.start()
-    for line in process.stdout or ():
-        print(line, end="", flush=True)
-        said()
-        output.write(line)
-    code = process.wait()
-    if timer is None:
-        return code
-    expired = not timer.is_alive()
-    timer.cancel()
-    return None if expired and code != 0 else code
+def limit_of(part: Part, device: str, used_s: float) -> float:
+    """Seconds that a part of a quick run may take: what is left, and on a GPU no more than its share."""
+    left = max(QUICK_S[device] - used_s, 1.0)
+    return min(left, part.quick_s) if device == "cuda" and part.quick_s else left
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add, names = parser.add_argument, [part.script for part in parts_for("cpu")]
+    add, names = (
+        parser.add_argument,
+        list(dict.fromkeys(part.name for kind in QUICK_S for part in parts_for(kind))),
+    )
     add("--quick", action="store_true", help="a CPU: under 5 minutes; a GPU: under 8")
     add("--only", nargs="+", metavar="PART", help=f"these parts alone: {', '.join(names)}")
     where = "where results go (bench/results/DEVICE/DATE-COMMIT)"
@@ -179,12 +190,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"  without {name}: {cost}")
     start, path = time.monotonic(), folder / "report.html"
     for part in parts_for(device):
-        if args.only and part.script not in args.only:
+        if args.only and part.name not in args.only:
             continue
-        limit = None
-        if args.quick:
-            limit = max(QUICK_S[device] - (time.monotonic() - start), 1.0)
-        at(part.script)
+        limit = limit_of(part, device, time.monotonic() - start) if args.quick else None
+        at(part.name)
         record = run_part(part, f"{device}-quick" if args.quick else device, folder, limit)
         suite = replace(suite, parts=[*suite.parts, record])
         path = save(folder, suite)
@@ -202,7 +211,7 @@ def save(folder: Path, suite: SuiteResult) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    with telling():
+    with telling(), ended_by_sigterm():
         return run(args)
 
 

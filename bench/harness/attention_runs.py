@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
+from harness.device_timing import (
+    DeviceTimer,
+    HostTimer,
+    Work,
+    cache_bytes,
+    clock_of,
+    sets_past_cache,
+)
+from harness.environment import rehearsing
 from harness.stepping import resident_bytes
 from harness.variants import PUBLISHED_PRESETS
 from harness.worker import Worker
@@ -117,12 +124,18 @@ class Errors(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What needs no turns; `peak_bytes` is None where it cannot be measured."""
+    """What needs no turns; `peak_bytes` is None where it cannot be measured, `host_us` on a CPU.
+
+    Attributes:
+        calls_per_turn, timed_by, host_us: by mode, see `harness.device_timing`.
+    """
 
     errors: Errors
     saved_bytes: int
     peak_bytes: int | None
     calls_per_turn: dict[str, int]
+    timed_by: dict[str, str]
+    host_us: dict[str, float | None]
 
 
 class Runner:
@@ -134,43 +147,51 @@ class Runner:
         self.device, self.dtype, self.span = torch.device(job.device), DTYPES[job.dtype], job.span
 
     def prepare(self, index: int) -> Prepared:
-        """Make the shape's tensors, and measure what needs no turns."""
+        """Make the shape's tensors and timers, and measure what needs no turns."""
         shape = self.shapes[index]
         generator = torch.Generator().manual_seed(index)
         self.qkv = torch.randn(shape.size, generator=generator).to(self.device, self.dtype).requires_grad_()
         out_size = (*shape.size[:2], *shape.size[3:])
         self.upstream = torch.randn(out_size, generator=generator).to(self.device, self.dtype)
-        self.inner = dict.fromkeys(MODES, 1)
+        self.timers: dict[str, DeviceTimer | HostTimer] = {}  # those of the shape before go
         errors, saved, peak = self._errors(), self._saved(), self._peak()
-        for mode in MODES:  # short calls are repeated, so that a turn is long enough to time
-            self.turn(mode)
-            self.inner[mode] = max(1, math.ceil(self.span / max(self.turn(mode), 1e-3)))
-        return Prepared(errors, saved, peak, dict(self.inner))
+        self.timers = {mode: self._timer(mode) for mode in MODES}
+        return Prepared(
+            errors,
+            saved,
+            peak,
+            {mode: timer.calls for mode, timer in self.timers.items()},
+            {mode: timer.timed_by for mode, timer in self.timers.items()},
+            {mode: timer.host_us for mode, timer in self.timers.items()},
+        )
+
+    def _timer(self, mode: str) -> DeviceTimer | HostTimer:
+        """On a GPU the calls go round sets of inputs, past the L2."""
+        if self.device.type != "cuda" and not rehearsing():
+            return HostTimer(self._work(mode, self.qkv), 1e3 * self.span)
+        size = self.qkv.numel() * self.qkv.element_size()
+        count = sets_past_cache(size, cache_bytes(self.device))
+        others = [torch.randn_like(self.qkv, requires_grad=True) for _ in range(count - 1)]
+        works = [self._work(mode, qkv) for qkv in (self.qkv, *others)]
+        return DeviceTimer(clock_of(self.device), works, 1e3 * self.span)
+
+    def _work(self, mode: str, qkv: torch.Tensor) -> Work:
+        def forward() -> object:
+            with torch.no_grad():
+                return attention(qkv, self.backend)
+
+        def both() -> object:
+            return torch.autograd.grad(attention(qkv, self.backend), qkv, self.upstream)
+
+        return forward if mode == "forward" else both
 
     def turn(self, mode: str) -> float:
-        """Milliseconds of one call, over `inner` calls."""
-        step = self._forward if mode == "forward" else self._forward_backward
-        count = self.inner[mode]
-        if self.device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize(self.device)
-            start.record()
-            for _ in range(count):
-                step()
-            end.record()
-            torch.cuda.synchronize(self.device)
-            return start.elapsed_time(end) / count
-        began = time.perf_counter()
-        for _ in range(count):
-            step()
-        return (time.perf_counter() - began) * 1e3 / count
+        """Milliseconds of one call, a mean over `calls_per_turn`."""
+        return self.timers[mode].turn() / 1e3
 
-    def _forward(self) -> None:
-        with torch.no_grad():
-            attention(self.qkv, self.backend)
-
-    def _forward_backward(self) -> None:
-        torch.autograd.grad(attention(self.qkv, self.backend), self.qkv, self.upstream)
+    def timed_by(self, mode: str) -> str:
+        """How it was timed, known for sure after the turns."""
+        return self.timers[mode].timed_by
 
     def _errors(self) -> Errors:
         """Errors of one clip."""
@@ -189,17 +210,18 @@ class Runner:
 
     def _peak(self) -> int | None:
         """Bytes that a forward and backward need at their highest, over what is there before."""
-        self._forward_backward()
+        step = self._work("forward_backward", self.qkv)
+        step()
         _release_free_memory()
         if not _reset_peak(self.device):
             return None
         if self.device.type == "cuda":
             before = torch.cuda.memory_allocated(self.device)
-            self._forward_backward()
+            step()
             torch.cuda.synchronize(self.device)
             return torch.cuda.max_memory_allocated(self.device) - before
         before = resident_bytes(peak=False)
-        self._forward_backward()
+        step()
         return max(resident_bytes(peak=True) - before, 0)
 
 
@@ -231,26 +253,36 @@ def _relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 @dataclass
 class Found:
-    """A backend on a shape: what `prepare` found, the reason if it was not timed, milliseconds by mode."""
+    """A backend on a shape: what `prepare` found (None: it failed), the reason if it was not timed, how it
+    was, and milliseconds by mode."""
 
-    prepared: Prepared
+    prepared: Prepared | None
     wrong: str | None
+    timed_by: dict[str, str] = field(default_factory=dict)
     runs: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
 
 
 def measure_shape(
     workers: Sequence[Worker[BackendJob]], index: int, turns: int, dtype: torch.dtype
 ) -> dict[str, Found]:
-    """Results by backend; those that are right take turns."""
+    """Results by backend; those that are right take turns. One whose process fails is left out from there
+    on."""
     found = {}
     for worker in workers:
-        prepared: Prepared = worker.ask("prepare", index)
+        try:
+            prepared: Prepared = worker.ask("prepare", index)
+        except (RuntimeError, OSError) as error:  # out of memory, a library's own; a dead process
+            found[worker.name] = Found(None, f"it failed: {str(error).splitlines()[0]}")
+            continue
         found[worker.name] = Found(prepared, prepared.errors.why_wrong(dtype))
     for _ in range(turns):
         for mode in MODES:
             for worker in workers:
                 if found[worker.name].wrong is None:
                     found[worker.name].runs[mode].append(worker.ask("turn", mode))
+    for worker in workers:
+        if found[worker.name].wrong is None:
+            found[worker.name].timed_by = {mode: worker.ask("timed_by", mode) for mode in MODES}
     return found
 
 

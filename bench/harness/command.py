@@ -67,6 +67,12 @@ def check_least(args: argparse.Namespace, *names: str, least: int = 1) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}")
 
 
+def write_partial(result: Result, path: str | None) -> None:
+    """Write what there is so far where `--json` was given: a command that is ended keeps it."""
+    if path:
+        result.write(path)
+
+
 def write_result(result: Result, path: str | None) -> None:
     """Write the result where `--json` was given."""
     if path:

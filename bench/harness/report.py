@@ -53,20 +53,32 @@ def picture(result: Result) -> str:
 
 def part_html(name: str, result: Result) -> str:
     """Heading, what was wrong, picture and tables of a part."""
-    lines = [f'<h2 id="{name}">{result.title}</h2>']
+    variety = name.partition(".")[2]
+    heading = f"{result.title}: {variety}" if variety else result.title
+    lines = [f'<h2 id="{name}">{html.escape(heading)}</h2>']
     for variant, why in getattr(result, "rejected", {}).items():
         lines.append(f'<p class="bad">{html.escape(f"NO SPEED for {variant}: {why}")}</p>')
     return "\n".join([*lines, picture(result), *(table.to_html() for table in result.tables())])
 
 
+def read_part(path: Path, name: str) -> str:
+    """`part_html` of a file; a line where a part was ended before its first record."""
+    try:
+        return part_html(name, read_result(path, name))
+    except ValueError as error:
+        return f'<p class="bad">{html.escape(str(error))}</p>'
+
+
 def write_report(folder: Path, suite: SuiteResult) -> Path:
     """Write `folder/report.html` from the results in `folder`, and return its path."""
     body = ["<h1>vmae: what was measured</h1>", suite.parts_table().to_html()]
+    if suite.environment.rehearsed:
+        body.insert(1, '<p class="bad">A rehearsal: nothing here was measured.</p>')
     if suite.missing:
         body.append(suite.missing_table().to_html())
     for part in suite.parts:
         if part.file:
-            body.append(part_html(part.name, read_result(folder / part.file, part.name)))
+            body.append(read_part(folder / part.file, part.name))
     facts = [[name, str(value)] for name, value in asdict(suite.environment).items() if value is not None]
     body.append(f"<h2>Environment</h2>{Table('Where', ['', ''], facts).to_html()}")
     path = folder / "report.html"

@@ -77,23 +77,134 @@ def test_a_wrong_variant_is_found_and_gets_no_time(benches):
 
 
 def test_measuring_times_what_is_right(benches, monkeypatch):
-    """As on a GPU, but for the clock and the inputs."""
-    operations = benches("operations")
-    from harness.results.operations import floor_table
+    """As on a GPU, but for the clock, which knows how long each variant takes."""
+    operations, timing = benches("operations"), benches("device_timing")
+    from harness.results.operations import KernelRecord, floor_table
 
-    shape, rates = benches("floors").preset_shape("vit_s", 1), operations.GPUS["H100"]
-    monkeypatch.setattr(operations, "variants", lambda operation, compiled: {"triton": None, "eager": None})
-    monkeypatch.setattr(operations, "error_ratios", lambda *arguments: {"triton": 0.5, "eager": 1.5})
-    monkeypatch.setattr(operations, "input_sets", lambda operation, shape: [()])
-    monkeypatch.setattr(operations, "time_call", lambda call, inputs, backward: 8.0 if backward else 4.0)
-    records = operations.measure("patch_loss", shape, rates, rounds=3)
-    found = {(r.variant, r.direction): r.median for r in records}
+    shape, rates = benches("operation_calls").CHECK_SHAPES[0], operations.GPUS["H100"]
+    truth = operations.variants("patch_loss", compiled=False)
+
+    def broken(*inputs):
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    calls = {"triton": truth["eager"], "eager": truth["eager"], "wrong": truth["eager"], "large": broken}
+    monkeypatch.setattr(operations, "variants", lambda operation, compiled, device: calls)
+    ratios = {"triton": 0.5, "eager": 0.9, "wrong": 1.5, "large": 0.1}
+    monkeypatch.setattr(operations, "error_ratios", lambda *arguments: ratios)
+    monkeypatch.setattr(operations, "cache_bytes", lambda device: 0)
+    clock = timing.FakeClock(device_us=lambda work: 8.0 if work.__name__ == "both" else 4.0)
+    records = list(operations.measure("patch_loss", shape, rates, clock, "cpu", rounds=3))
+    kernels = [r for r in records if isinstance(r, KernelRecord)]
+    times = [r for r in records if not isinstance(r, KernelRecord)]
+    found = {(r.variant, r.direction): r.median for r in times}
     assert found == {
         ("triton", "forward"): 4.0,
-        ("eager", "forward"): None,
+        ("eager", "forward"): 4.0,
+        ("wrong", "forward"): None,
+        ("large", "forward"): None,
         ("triton", "both"): 8.0,
-        ("eager", "both"): None,
+        ("eager", "both"): 8.0,
+        ("wrong", "both"): None,
+        ("large", "both"): None,
     }
-    assert records[0].gb_per_s == pytest.approx(records[0].bytes / 4.0 / 1e3)
-    rows = floor_table(records, "here").rows
-    assert [row[3] for row in rows] == ["triton", "eager"] * 2 and rows[1][-2:] == ["wrong", "-"]
+    assert times[0].gb_per_s == pytest.approx(times[0].bytes / 4.0 / 1e3)
+    assert (times[0].timed_by, times[0].host_us, times[0].rounds, times[0].input_sets) == (
+        "graph",
+        100.0,
+        3,
+        2,
+    )
+    assert {(r.direction, r.kernel, r.us) for r in kernels} == {
+        ("forward", "first_kernel", 3.0),
+        ("forward", "second_kernel", 1.0),
+        ("both", "first_kernel", 6.0),
+        ("both", "second_kernel", 2.0),
+    }
+    rows = floor_table(times, "here").rows
+    assert [row[3] for row in rows] == ["triton", "eager", "wrong", "large"] * 2
+    assert rows[0][-4:] == ["4.0", f"{times[0].over_floor:.2f} x", "100", "graph"]
+    assert rows[2][-4:] == ["wrong", "-", "-", "-"] and rows[3][-4] == "CUDA out of memory."
+
+
+def test_ours_alone(benches, monkeypatch):
+    operations, timing = benches("operations"), benches("device_timing")
+    monkeypatch.setattr(operations, "cache_bytes", lambda device: 0)
+    shape, rates = benches("operation_calls").CHECK_SHAPES[0], operations.GPUS["H100"]
+    made = operations.measure("select_decoded", shape, rates, timing.FakeClock(), "cpu", 1, ours_only=True)
+    assert {r.variant for r in made if r.kind == "time"} == {"triton"}
+
+
+def test_a_timed_call_builds_no_tensor(benches):
+    """But for what the operation returns: no gradient of ones, no constants."""
+    from torch.overrides import TorchFunctionMode
+
+    calls_of = benches("operation_calls")
+    made = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), keywords=None):
+            if getattr(function, "__name__", "") in ("tensor", "ones_like", "zeros_like", "ones", "zeros"):
+                made.append(function.__name__)
+            return function(*arguments, **(keywords or {}))
+
+    shape = calls_of.CHECK_SHAPES[0]
+    for operation in calls_of.OPERATIONS:
+        prepared = calls_of.prepare(operation, shape, "cpu", torch.float32)
+        eager = calls_of.variants(operation, compiled=False)["eager"]
+        with Watch():
+            gradients = prepared.work(eager, backward=True)()
+            results = prepared.work(eager, backward=False)()
+        assert made == [], operation
+        assert len(gradients) == sum(x.requires_grad for x in prepared.inputs)
+        assert calls_of.differentiable(results) == []
+
+
+def test_our_eager_baseline_is_the_reference(benches):
+    import vmae_kernels
+
+    calls_of = benches("operation_calls")
+    for operation in calls_of.OPERATIONS:
+        inputs = calls_of.make_inputs(operation, calls_of.CHECK_SHAPES[1], "cpu", torch.float32)
+        eager = calls_of.variants(operation, compiled=False)["eager"]
+        reference = getattr(vmae_kernels, f"{operation}_ref")
+        both = [calls_of.differentiable(call(*inputs)) for call in (eager, reference)]
+        assert all(torch.equal(x, y) for x, y in zip(*both, strict=True)) and both[0], operation
+
+
+def test_several_results_are_checked_and_differentiated(benches):
+    calls_of = benches("operation_calls")
+    x = torch.ones(3, requires_grad=True)
+    assert [y.shape for y in calls_of.differentiable((2 * x, torch.ones(2), None, x.sum()))] == [(3,), ()]
+
+
+def test_a_shape_is_compiled_for_itself(benches):
+    """A second shape would be compiled with symbolic sizes."""
+    calls_of = benches("operation_calls")
+    compiled = []
+
+    def note(call, **settings):
+        compiled.append(settings)
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch, "compile", lambda call=None, **s: note(call, **s) if call else lambda f: note(f, **s)
+        )
+        calls_of.variants("embed_visible", compiled=True)
+    assert compiled == [{"dynamic": False}] * 2
+
+
+def test_every_record_is_written_as_it_comes(benches, monkeypatch, tmp_path):
+    operations = benches("operations")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    written = []
+    make = operations.make_records
+
+    def watched(args, device):
+        for record in make(args, device):
+            yield record
+            written.append(len(json.loads((tmp_path / "o.json").read_text())["records"]))
+
+    monkeypatch.setattr(operations, "make_records", watched)
+    words = ["--presets", "vit_s", "--operations", "patch_loss", "--json", str(tmp_path / "o.json")]
+    assert operations.main(words) == 0 and written == [1, 2]

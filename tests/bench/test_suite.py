@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,25 @@ json.dump({"environment": environment, "records": [record]}, open(sys.argv[-1], 
 """
 
 
+HANGS = """
+import json, os, subprocess, sys, time
+environment = {"device": "cpu", "cpu": "a cpu", "cores": 2, "torch": "2", "commit": None, "clean": None}
+environment["date"] = "2026-01-02"
+record = {"kind": "clip", "videos": "half of them", "variant": "v", "default": False, "error_levels": 1}
+json.dump({"environment": environment, "records": [record]}, open(sys.argv[-1], "w"))
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print('begun', child.pid, flush=True)
+time.sleep(60)
+"""
+
+
 @pytest.fixture
 def suite(benches, tmp_path, monkeypatch):
     """The suite with four parts: one that works, one that fails, one that hangs, one that is not there."""
     module = benches("suite")
     (tmp_path / "step.py").write_text(GOOD)
     (tmp_path / "attention.py").write_text("raise SystemExit(3)")
-    (tmp_path / "data.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
+    (tmp_path / "data.py").write_text(HANGS)
     names = ("step", "attention", "data", "operations")
     monkeypatch.setattr(module, "HERE", tmp_path)
     monkeypatch.setattr(module, "parts_for", lambda device: [module.Part(name) for name in names])
@@ -51,11 +64,74 @@ def test_what_is_done_stays_and_the_rest_says_why(suite, tmp_path, capsys):
         "operations": "skipped",
     }
     assert "code 3" in parts["attention"]["reason"] and parts["data"]["seconds"] < 30
-    assert "begun" in (tmp_path / "out" / "data.log").read_text()
+    assert parts["data"]["file"] == "data.json" and "what it had is kept" in parts["data"]["reason"]
+    log = (tmp_path / "out" / "data.log").read_text()
+    assert "begun" in log and ended(int(log.split()[1]))  # nothing that it started goes on
+    assert (
+        parts["attention"]["file"] is None
+        and "half of them" in (tmp_path / "out" / "report.html").read_text()
+    )
     page = (tmp_path / "out" / "report.html").read_text()
     assert "matrix products" in page and "7.2" in page and "cut off" in page
     assert 'src="' not in page and "<script" not in page and "<link" not in page  # nothing from a network
     assert "page:" in capsys.readouterr().out
+
+
+def ended(process: int) -> bool:
+    """Whether a process has ended; one that nobody waits for stays as a zombie."""
+    for _ in range(50):
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_file_of_an_earlier_run_is_no_result_of_this_one(suite, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "attention.json").write_text("{}")
+    assert suite.main(["--only", "attention", "--output", str(tmp_path / "out")]) == 1
+    (part,) = json.loads((tmp_path / "out" / "suite.json").read_text())["parts"]
+    assert (part["status"], part["file"]) == ("failed", None)
+
+
+def test_a_part_that_wrote_no_record_is_told_on_the_page(suite, tmp_path):
+    environment = json.dumps(ENVIRONMENT)
+    empty = (
+        f"import sys; open(sys.argv[-1], 'w').write('{{\"environment\": {environment}, \"records\": []}}')"
+    )
+    (tmp_path / "step.py").write_text(empty)
+    assert suite.main(["--only", "step", "--output", str(tmp_path / "out")]) == 0
+    assert "it has no records" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_on_a_gpu_no_part_takes_the_time_of_the_others(benches):
+    suite = benches("suite")
+    parts = suite.parts_for("cuda")
+    assert [part.name for part in parts[:4]] == [
+        "dual_vs_encoder",
+        "dual_vs_encoder.vit_g",
+        "operations",
+        "attention",
+    ]
+    assert all(part.quick_s for part in parts if part.command("cuda-quick"))
+    assert sum(part.quick_s or 0 for part in parts) <= suite.QUICK_S["cuda"]
+    assert suite.limit_of(parts[0], "cuda", 0.0) == parts[0].quick_s
+    assert suite.limit_of(parts[0], "cuda", 460.0) == 10.0 and suite.limit_of(parts[0], "cuda", 500.0) == 1.0
+    assert suite.limit_of(parts[0], "cpu", 10.0) == suite.QUICK_S["cpu"] - 10
+
+
+def test_two_parts_of_one_command_have_names_of_their_own(benches):
+    suite = benches("suite")
+    from harness.results import RESULTS, result_type
+    from harness.results.suite import PartRecord, SuiteResult
+
+    assert result_type("dual_vs_encoder.vit_g") is RESULTS["dual_vs_encoder"] is result_type("steps.other")
+    known = suite.Environment(**ENVIRONMENT)
+    table = SuiteResult(environment=known, parts=[PartRecord(name="dual_vs_encoder.vit_g")]).parts_table()
+    assert table.rows[0][0] == "Dual against encoder-only masking: vit_g"
 
 
 def test_a_part_that_is_silent(suite, benches, tmp_path, monkeypatch, capsys):

@@ -177,6 +177,7 @@ def test_an_unknown_loader_is_named(vp9_videos):
 
 
 @needs_dali
+@pytest.mark.device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_nvdec(bar_videos):
     videos: list[Path] = [bar_videos[name] for name in ("h264_closed", "hevc_closed", "vp9", "vfr")]

@@ -135,6 +135,7 @@ def test_close_does_not_wait_for_a_worker_that_hangs(monkeypatch):
     assert not any(process.is_alive() for process in processes)
 
 
+@pytest.mark.device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
     with loader(0, epochs=2) as plain, Prefetcher(loader(1, epochs=2, pin_memory=True), "cuda") as ahead:

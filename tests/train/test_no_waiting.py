@@ -9,7 +9,7 @@ from vmae.model.attention.packed import Lengths
 from vmae.train.guard import FiniteGuard, LateNumbers
 from vmae.train.optim import OptimConfig, build_adamw, clip_gradients
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.device, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 @pytest.fixture

@@ -9,17 +9,22 @@ from harness.json_records import from_json
 from harness.results.attention import AttentionResult
 from harness.results.base import Result
 from harness.results.data import DataResult
+from harness.results.device_tests import DeviceTestsResult
 from harness.results.features import FeaturesResult
+from harness.results.gpu import GpuResult
+from harness.results.kernel_scores import KernelScoresResult
 from harness.results.kill_runs import KillResult
 from harness.results.loop import LoopResult
 from harness.results.mask_ablation import MaskResult
 from harness.results.operations import OperationsResult
 from harness.results.predict import PredictResult
 from harness.results.progressive import ProgressiveResult
+from harness.results.sanitize import SanitizerResult
 from harness.results.scaling import ScalingResult
 from harness.results.step import ProfileResult
 from harness.results.steps import StepsResult
 from harness.results.temporal import TemporalResult
+from harness.results.training_run import TrainingResult
 
 # By the command that writes it.
 RESULTS: dict[str, type[Result]] = {
@@ -32,6 +37,11 @@ RESULTS: dict[str, type[Result]] = {
     "predict": PredictResult,
     "features": FeaturesResult,
     "loop": LoopResult,
+    "training_run": TrainingResult,
+    "device_tests": DeviceTestsResult,
+    "sanitize": SanitizerResult,
+    "kernel_scores": KernelScoresResult,
+    "gpu": GpuResult,
     "progressive": ProgressiveResult,
     "mask_ablation": MaskResult,
     "temporal": TemporalResult,
@@ -42,12 +52,14 @@ ALIASES = {"steps": "dual_vs_encoder", "masks": "mask_ablation", "kernels": "ope
 
 
 def result_type(name: str) -> type[Result]:
-    """Type of a command's results.
+    """Type of a command's results; what follows a dot tells several of one command apart
+    ("dual_vs_encoder.vit_g").
 
     Raises:
         ValueError: an unknown name.
     """
-    kind = RESULTS.get(ALIASES.get(name, name))
+    command = name.partition(".")[0]
+    kind = RESULTS.get(ALIASES.get(command, command))
     if kind is None:
         raise ValueError(f"unknown result {name!r}; known: {', '.join([*RESULTS, *ALIASES])}")
     return kind

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from harness.environment import Environment
+from harness.environment import Environment, with_gpu_after
 from harness.json_records import SCHEMA, to_json, write_json
 from harness.table import Table
 
@@ -34,4 +34,5 @@ class Result:
         return self.environment.conditions
 
     def write(self, path: str | Path) -> None:
-        write_json(path, to_json(self))
+        """Complete or absent; with the state of the GPU, where one was measured on."""
+        write_json(path, to_json(replace(self, environment=with_gpu_after(self.environment))))

@@ -17,7 +17,7 @@ class PartRecord:
     Attributes:
         status: ran, failed, cut off, or skipped.
         reason: why it did not run to its end.
-        file: its result, beside `suite.json`; None where there is no whole one.
+        file: its result, beside `suite.json`, up to where it was ended; None where it wrote none.
     """
 
     name: str
@@ -46,8 +46,15 @@ class SuiteResult:
         rows = []
         for part in self.parts:
             status = part.status + (f": {part.reason}" if part.reason else "")
-            title = result_type(part.name).title
-            rows.append([title, status, f"{part.seconds:.0f} s", part.file or "-"])
+            title, variety = result_type(part.name).title, part.name.partition(".")[2]
+            rows.append(
+                [
+                    f"{title}: {variety}" if variety else title,
+                    status,
+                    f"{part.seconds:.0f} s",
+                    part.file or "-",
+                ]
+            )
         return Table("What ran, and what was left out", ["part", "status", "took", "result"], rows)
 
     def missing_table(self) -> Table:
