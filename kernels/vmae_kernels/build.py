@@ -30,6 +30,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import vmae_kernels
 from vmae_kernels import device
+from vmae_kernels import predict as model
+from vmae_kernels.sass import read_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -60,19 +62,19 @@ AMD_OPS = r"\b(v_mfma\w*|(?:global|buffer)_load_\w+|global_store_\w+|scratch_(?:
 
 
 class Launch:
-    """One caught launch."""
+    """One caught launch; `grid`: programs along its axes."""
 
-    def __init__(self, function: JITFunction, args: tuple, kwargs: dict):
-        self.function, self.args, self.kwargs = function, args, kwargs
+    def __init__(self, function: JITFunction, args: tuple, kwargs: dict, grid: tuple[int, ...] = ()):
+        self.function, self.args, self.kwargs, self.grid = function, args, kwargs, grid
 
 
-def catch_launches(call) -> list[Launch]:
-    """Runs `call` with every kernel launch noted and not done."""
-    caught: list[Launch] = []
+def catch_launches(call, caught: list | None = None) -> list:
+    """Runs `call` with every kernel launch noted (in `caught`) and not done."""
+    caught = [] if caught is None else caught
     run = JITFunction.run
 
     def note(self, *args, grid, warmup, **kwargs):
-        caught.append(Launch(self, args, kwargs))
+        caught.append(Launch(self, args, kwargs, tuple(grid(kwargs) if callable(grid) else grid)))
 
     JITFunction.run = note
     try:
@@ -95,7 +97,8 @@ def compile_launch(launch: Launch, target: str):
     return triton.compile(source, target=TARGETS[target], options=options.__dict__)
 
 
-def read_nvidia(binary: bytes) -> dict:
+def disassemble(binary: bytes) -> tuple[str, str]:
+    """What cuobjdump says of an NVIDIA binary's resources, and its instructions."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
@@ -106,6 +109,11 @@ def read_nvidia(binary: bytes) -> dict:
         code = subprocess.run(
             [tool, "--dump-sass", file.name], capture_output=True, text=True, check=True
         ).stdout
+    return usage, code
+
+
+def read_nvidia(binary: bytes) -> dict:
+    usage, code = disassemble(binary)
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
     return {
         "registers": int(registers),
@@ -148,16 +156,16 @@ def tensor_core_count(record: dict) -> int:
     return sum(count for op, count in record["instructions"].items() if op.split(".")[0] == name)
 
 
-def inputs(preset: str, dtype: torch.dtype, float_clips: bool) -> dict[str, Tensor]:
-    """Tensors of two clips. Their values do not matter; index 0 is always legal."""
+def inputs(preset: str, dtype: torch.dtype, float_clips: bool, batch: int = 2) -> dict[str, Tensor]:
+    """Tensors of `batch` clips. Their values do not matter; index 0 is always legal."""
     patch, width, decoder, shown, decoded, counted = PRESETS[preset]
     tokens, values = 8 * (224 // patch) ** 2, 6 * patch * patch
-    clips = torch.zeros(2, 16, 224, 224, 3, dtype=torch.uint8)
+    clips = torch.zeros(batch, 16, 224, 224, 3, dtype=torch.uint8)
     if float_clips:
         clips = clips.permute(0, 4, 1, 2, 3).to(dtype).contiguous()
 
     def index(count: int) -> Tensor:
-        return torch.zeros(2, count, dtype=torch.int32)
+        return torch.zeros(batch, count, dtype=torch.int32)
 
     def learned(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
@@ -166,10 +174,10 @@ def inputs(preset: str, dtype: torch.dtype, float_clips: bool) -> dict[str, Tens
         "clips": clips, "visible": index(shown), "decode": index(decoded), "counted": index(counted),
         "weight": learned(width, 3, 2, patch, patch), "bias": learned(width),
         "pos": learned(tokens, width).float(),
-        "encoded": learned(2, shown, decoder), "mask_token": learned(1, 1, decoder),
-        "decoder_pos": torch.zeros(tokens, decoder), "hidden": learned(2, shown + decoded, decoder),
-        "norm_weight": learned(decoder), "norm_bias": learned(decoder), "pixels": learned(2, counted, values),
-        "token_weight": torch.ones(2, counted), "rows": learned(2, counted, decoder),
+        "encoded": learned(batch, shown, decoder), "mask_token": learned(1, 1, decoder),
+        "decoder_pos": torch.zeros(tokens, decoder), "hidden": learned(batch, shown + decoded, decoder),
+        "norm_weight": learned(decoder), "norm_bias": learned(decoder), "pixels": learned(batch, counted, values),
+        "token_weight": torch.ones(batch, counted), "rows": learned(batch, counted, decoder),
         "head_weight": learned(values, decoder), "head_bias": learned(values),
     }  # fmt: skip
 
@@ -218,6 +226,77 @@ def build_one(job: tuple[str, str, str, str, bool, int]) -> list[dict]:
             "widest_load_bits": widest_load(found["instructions"]), "instructions": found["instructions"],
         })  # fmt: skip
     return records
+
+
+def call_forward_and_backward(operation: str, x: dict[str, Tensor], recorder: model.Recorder) -> None:
+    """As `call_operation`, with both directions apart and gradients not stored."""
+    arguments = [x[name] for name in ARGUMENTS[operation]]
+    learned = [tensor for tensor in arguments if tensor.requires_grad]
+    found = getattr(vmae_kernels, operation)(*arguments, backend="triton")
+    results = [y for y in (found if isinstance(found, tuple) else (found,)) if y.requires_grad]
+    recorder.direction = "backward"
+    upstream = [torch.empty_like(y) for y in results]
+    torch.autograd.grad(results, learned, upstream)
+
+
+def predict_one(job: tuple[str, str, str, int]) -> list[dict]:
+    """Records of one operation: each of its kernels, and the whole. Runs in a process of its own."""
+    operation, gpu_name, preset, batch = job
+    torch.set_num_threads(1)
+    gpu = model.GPUS[gpu_name]
+    device.BUILD_TARGET, device.BUILD_CANDIDATE = gpu.target, 0
+    x = inputs(preset, torch.bfloat16, False, batch)
+    x["pos"] = x["pos"].detach()  # fixed positions, as pre-training has them
+    recorder = model.Recorder()
+    with recorder:
+        catch_launches(lambda: call_forward_and_backward(operation, x, recorder), recorder)
+    parts = []
+    for direction, event in recorder.events:
+        if isinstance(event, Launch):
+            event = build_for_model(event, gpu.target)
+        parts.append((direction, event))
+    named = {
+        "operation": operation,
+        "preset": preset,
+        "target": gpu.target,
+        "device": gpu_name,
+        "batch": batch,
+    }
+    return model.records_of(parts, gpu, named)
+
+
+def build_for_model(launch: Launch, target: str) -> model.Built:
+    """A caught launch with what its binary says."""
+    kernel = compile_launch(launch, target)
+    usage, code = disassemble(kernel.asm["cubin"])
+    programs = 1
+    for side in launch.grid:
+        programs *= int(side)
+    options = {key: value for key, value in launch.kwargs.items()}
+    return model.Built(
+        kernel=launch.function.__name__,
+        programs=programs,
+        warps=kernel.metadata.num_warps,
+        stages=kernel.metadata.num_stages,
+        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
+        shared_bytes=kernel.metadata.shared,
+        arguments=model.arguments_of(launch.function.arg_names, launch.args, launch.kwargs),
+        options=options,
+        code=read_kernel(code),
+    )
+
+
+def show_predictions(options: argparse.Namespace) -> int:
+    presets = options.presets or ["vit_b", "vit_g"]
+    work = [(o, options.device, preset, options.batch) for preset in presets for o in options.operations]
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        records = [record for found in pool.imap(predict_one, work) for record in found]
+    print(model.table(records, model.GPUS[options.device]))
+    if options.json:
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
+        content = {"schema": "vmae-predict/1", "versions": versions, "records": records}
+        options.json.write_text(json.dumps(content, indent=1))
+    return 0
 
 
 def jobs(targets: list[str], presets: list[str], full: bool) -> list[tuple]:
@@ -293,10 +372,16 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="all presets, dtypes and configurations")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--presets", nargs="+", choices=PRESETS)
+    parser.add_argument("--predict", action="store_true", help="microseconds at batch 32, predicted")
+    parser.add_argument("--device", choices=model.GPUS, default="h100", help="whose prediction (h100)")
+    parser.add_argument("--batch", type=int, default=32, help="clips of the prediction (32)")
+    parser.add_argument("--operations", nargs="+", choices=ARGUMENTS, default=list(ARGUMENTS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     options = parser.parse_args()
     if device.INTERPRET:
         sys.exit("TRITON_INTERPRET=1 is set: interpreting and building need separate processes; unset it")
+    if options.predict:
+        return show_predictions(options)
     presets = options.presets or (list(PRESETS) if options.full else ["vit_b", "vit_g"])
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         records = [

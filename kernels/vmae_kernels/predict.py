@@ -1,0 +1,519 @@
+"""A static model of the kernels: how long each launch should take on a GPU that is not there, as an interval.
+
+`python -m vmae_kernels.build --predict` catches what a training step launches at batch 32, builds it, reads
+the loops of the binary (vmae_kernels.sass) and counts what one program executes: code outside loops once,
+each loop as often as `LOOPS` says from the launch's own arguments. The largest of these wins:
+
+    issue       warp instructions over 4 a cycle and processor
+    each pipe   warp instructions over the pipe's rate; conversions at 16 lanes a cycle, tensor cores at peak
+    bytes       every tensor of the launch once, at the bandwidth that streaming kernels reach
+    latency     (upper end only) rounds to memory that nothing hides, times the waves of programs
+
+Lower end: rates reached in full, and what an earlier kernel of the operation left in the L2 free. Upper end:
+`REACHED` of the instruction rates, all bytes from memory. Programs are spread over the processors, the
+busiest one counts. Nothing here was measured: the records are kept to be scored by the first measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vmae_kernels import sass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What a device does at most.
+
+    Attributes:
+        target: of the build.
+        clock_hz: under load.
+        bytes_per_s: reached by kernels that stream; `peak_bytes_per_s` of the datasheet, for floors.
+        l2_bytes_per_s, l2_bytes: of the cache.
+        matrix_flops: bf16 peak of the datasheet; `matrix_flops_per_cycle` of a processor.
+        float_rate: float32 warp instructions a cycle and processor.
+        shared_bytes: of a processor.
+    """
+
+    target: str
+    processors: int
+    clock_hz: float
+    bytes_per_s: float
+    peak_bytes_per_s: float
+    l2_bytes_per_s: float
+    l2_bytes: int
+    matrix_flops: float
+    matrix_flops_per_cycle: int
+    float_rate: float
+    shared_bytes: int
+    source: str
+
+
+GPUS = {
+    "h100": Gpu(
+        target="sm_90", processors=132, clock_hz=1.75e9, bytes_per_s=2.7e12, peak_bytes_per_s=3.35e12,
+        l2_bytes_per_s=5.5e12, l2_bytes=50 << 20, matrix_flops=989e12, matrix_flops_per_cycle=4096,
+        float_rate=4, shared_bytes=228 << 10,
+        source="H100 SXM datasheet; 1.75 GHz under load and 2.7 TB/s reached are assumptions",
+    ),
+    "a100": Gpu(
+        target="sm_80", processors=108, clock_hz=1.41e9, bytes_per_s=1.65e12, peak_bytes_per_s=2.04e12,
+        l2_bytes_per_s=3.5e12, l2_bytes=40 << 20, matrix_flops=312e12, matrix_flops_per_cycle=2048,
+        float_rate=2, shared_bytes=164 << 10,
+        source="A100 SXM 80 GB datasheet; 1.65 TB/s reached is an assumption",
+    ),
+}  # fmt: skip
+
+# Warp instructions a cycle and processor: four schedulers, one instruction each; 16-lane and 32-lane pipes.
+ISSUE, ALU_RATE, INTEGER_PRODUCT_RATE, MEMORY_RATE, SLOW_RATE = 4.0, 2.0, 2.0, 1.0, 0.5
+REGISTERS, WARPS, PROGRAMS = 65536, 64, 32  # of a processor
+REACHED = 0.65  # share of the instruction rates at the interval's upper end
+# Cycles from a load to its value (memory, not L2), between dependent instructions of one warp, and
+# microseconds between two kernels of a queue or a graph: assumptions.
+LOAD_CYCLES, DEPENDENT_CYCLES, GAP_US = 700, 4, (0.5, 1.5)
+PRODUCT_SHARE = (0.75, 0.60)  # of the matrix peak that products outside the kernels reach
+
+Arguments = SimpleNamespace
+Formula = Callable[[Arguments], float]
+
+
+class Loop:
+    """A loop of a kernel's source: `extent` over `step` turns; `inner` are the loops within, in order."""
+
+    def __init__(self, extent: Formula, step: Formula = lambda a: 1, *inner: Loop):
+        self.extent, self.step, self.inner = extent, step, inner
+
+    def turns(self, a: Arguments) -> float:
+        return math.ceil(self.extent(a) / self.step(a))
+
+
+def _tubelet(a: Arguments) -> int:
+    return 3 * a.DEPTH * a.PATCH**2
+
+
+_SUM_ROWS = Loop(lambda a: a.rows_per_program, lambda a: a.BLOCK_R)
+_USES = Loop(lambda a: a.n_keep, lambda a: a.BLOCK_U)
+
+# Loops of every kernel by argument names, checked against those of the binary: one that is not there, or one
+# too many, is an error.
+LOOPS: dict[str, tuple[Loop, ...]] = {
+    "embed_visible_fold_kernel": (),
+    "embed_visible_fwd_kernel": (Loop(_tubelet, lambda a: a.BLOCK_K),),
+    "embed_visible_bwd_weight_kernel": (Loop(lambda a: a.rows_per_split, lambda a: a.BLOCK_M),),
+    "embed_visible_bwd_finish_kernel": (
+        Loop(lambda a: a.n_parts, lambda a: a.BLOCK_R),
+        Loop(lambda a: a.n_splits),
+    ),
+    # One use of a position in the mean: as many rows as there are, over positions.
+    "embed_visible_bwd_pos_kernel": (Loop(lambda a: a.p_order.numel() / (a.p_bounds.numel() - 1)),),
+    "column_sum_kernel": (_SUM_ROWS,),
+    "reduce_partials_kernel": (Loop(lambda a: a.n_parts, lambda a: a.BLOCK_R),),
+    "target_affine_kernel": (),
+    "head_error_kernel": (Loop(lambda a: a.width, lambda a: a.BLOCK_K),),
+    "head_weight_grad_kernel": (Loop(lambda a: a.rows_per_split, lambda a: a.BLOCK_M),),
+    "weighted_mean_kernel": (
+        Loop(lambda a: a.n_partial, lambda a: a.BLOCK),
+        Loop(lambda a: a.n_weight, lambda a: a.BLOCK),
+    ),
+    "patch_loss_fwd_kernel": (Loop(lambda a: a.ROWS),),
+    "patch_loss_bwd_kernel": (),
+    "select_decoded_fwd_kernel": (),
+    # A row is kept once at most, and of a block's rows one is in nearly all cases: one turn of `while`.
+    "select_decoded_bwd_kernel": (
+        Loop(lambda a: a.rows_per_program, lambda a: a.BLOCK_R, _USES, Loop(lambda a: 1, lambda a: 1, _USES)),
+    ),
+    "assemble_decoder_tokens_fwd_kernel": (),
+}
+
+
+def _clip_rows(a: Arguments) -> float:
+    rows = getattr(a, "n_rows", None)
+    return rows if rows is not None else getattr(a, "p_tokens", getattr(a, "p_visible", None)).numel()
+
+
+# Elements of an argument that a launch touches, where these are not all: by argument, or kernel and argument.
+TOUCHED: dict[str, Formula] = {
+    "p_clips": lambda a: _clip_rows(a) * _tubelet(a),
+    "p_pos": lambda a: min(a.p_pos.numel(), a.n_rows * a.width),
+    "head_error_kernel.p_hidden": lambda a: a.n_rows * a.width,
+    "head_error_kernel.p_error": lambda a: a.n_rows * _tubelet(a),
+    "head_weight_grad_kernel.p_hidden": lambda a: a.n_rows * a.width,
+    "head_weight_grad_kernel.p_error": lambda a: a.n_rows * a.values,
+    "head_weight_grad_kernel.p_partial": lambda a: a.p_partial.numel() * (2 if a.ADD else 1),
+    "select_decoded_fwd_kernel.p_hidden": lambda a: a.n_rows * a.width,
+    "select_decoded_bwd_kernel.p_hidden": lambda a: a.p_keep.numel() * a.width,
+    "column_sum_kernel.p_x": lambda a: a.n_rows * a.n_columns,
+}
+
+
+class Mismatch(Exception):
+    """The table of loops and the binary do not fit."""
+
+
+@dataclass
+class Turn:
+    """A loop of the binary and how often its body runs in one program."""
+
+    loop: sass.Loop
+    times: float
+
+
+def match_loops(kernel: str, found: list[sass.Loop], known: tuple[Loop, ...], a: Arguments) -> list[Turn]:
+    """How often each loop of the binary runs, inner ones after their outer one.
+
+    A loop that the assembler unrolled is there several times, the widest first: the counter's step tells by
+    how much. One whose turns are constant may be gone.
+    """
+    turns: list[Turn] = []
+    _match(kernel, found, known, a, 1.0, turns)
+    return turns
+
+
+def _match(kernel, found, known, a, times, turns) -> None:
+    if len(found) < len(known):
+        if found or any(loop.turns(a) > 8 for loop in known):
+            where = ", ".join(f"{loop.header:#x}" for loop in found) or "none"
+            raise Mismatch(f"{kernel}: {len(known)} loops by the table, {len(found)} in the binary ({where})")
+        return
+    if found and not known:
+        where = ", ".join(f"{loop.header:#x}" for loop in found)
+        raise Mismatch(f"{kernel}: loops at {where} that the table does not know")
+    rest = list(found)
+    for i, source in enumerate(known):
+        later = len(known) - i - 1
+        left = source.turns(a)
+        group = [rest.pop(0)]
+        while len(rest) > later and _unrolled(rest[0], source, a) < _unrolled(group[-1], source, a):
+            group.append(rest.pop(0))
+        for loop in group:
+            unrolled = _unrolled(loop, source, a)
+            runs = left // unrolled if unrolled > 1 else left
+            left -= runs * unrolled
+            turns.append(Turn(loop, times * runs))
+            _match(kernel, loop.inner, source.inner, a, times * runs, turns)
+    if rest:
+        where = ", ".join(f"{loop.header:#x}" for loop in rest)
+        raise Mismatch(f"{kernel}: loops at {where} that the table does not know")
+
+
+def _unrolled(loop: sass.Loop, source: Loop, a: Arguments) -> int:
+    """Turns of the source in one of the binary: its counter's step over the source's."""
+    step = int(source.step(a))
+    factors = [found // step for found in loop.steps if found % step == 0 and 1 <= found // step <= 16]
+    return min(factors, default=1)
+
+
+@dataclass
+class Work:
+    """What one warp of a program executes, and what one thread of it loads."""
+
+    instructions: float = 0
+    pipes: Counter = field(default_factory=Counter)
+    slow: float = 0
+    memory_cycles: float = 0
+    integer_products: float = 0
+    flops: float = 0
+
+    def add(self, code: Iterable[sass.Instruction], times: float) -> None:
+        for x in code:
+            self.instructions += times
+            self.pipes[x.pipe] += times
+            if x.pipe in ("conversion", "special"):
+                self.slow += times
+            if x.pipe == "memory" and not x.issued_only:
+                self.memory_cycles += times * max(1, x.bits // 32)
+            if x.stem == "IMAD":
+                self.integer_products += times
+            self.flops += times * sass.matrix_flops(x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What the model needs to know of one launch: its grid, its arguments, its binary."""
+
+    kernel: str
+    programs: int
+    warps: int
+    stages: int
+    registers: int
+    shared_bytes: int
+    arguments: Arguments
+    options: dict[str, Any]
+    code: sass.Kernel
+
+
+def arguments_of(names: list[str], args: tuple, kwargs: dict) -> Arguments:
+    """Values of a launch by the names of the kernel's parameters."""
+    return SimpleNamespace(**(dict(zip(names, args)) | kwargs))
+
+
+def tensor_bytes(kernel: str, a: Arguments) -> dict[str, tuple[Tensor, float]]:
+    """Tensors of a launch, and the bytes of each that it touches."""
+    found = {}
+    for name, value in vars(a).items():
+        tensor = getattr(value, "base", value)  # of a descriptor
+        if isinstance(tensor, Tensor):
+            formula = TOUCHED.get(f"{kernel}.{name}", TOUCHED.get(name))
+            count = tensor.numel() if formula is None else formula(a)
+            found[name] = (tensor, count * tensor.element_size())
+    return found
+
+
+def storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def programs_per_processor(launch: Built, gpu: Gpu) -> int:
+    """Programs that fit a processor at once: registers (in steps of 256 a warp), shared memory, warps."""
+    registers = math.ceil(launch.registers * 32 / 256) * 256 * launch.warps
+    shared = launch.shared_bytes + 1024
+    return max(1, min(REGISTERS // registers, gpu.shared_bytes // shared, WARPS // launch.warps, PROGRAMS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One launch, predicted.
+
+    Attributes:
+        bounds_us: lower and upper microseconds of each thing that may bind.
+        binds: the one that does at the lower end, and at the upper.
+    """
+
+    instructions_per_program: float
+    conversions_in_loop: int
+    narrow_loads_in_loop: int
+    loops: list[dict]
+    programs_per_sm: int
+    waves: int
+    bounds_us: dict[str, tuple[float, float]]
+    us: tuple[float, float]
+    binds: tuple[str, str]
+    floor_us: float
+    bytes: float
+    flops: float
+
+
+def predict(launch: Built, gpu: Gpu, inner: frozenset[int] = frozenset()) -> Prediction:
+    """The interval of one launch on `gpu`.
+
+    Args:
+        inner: storages that earlier kernels of the same operation wrote.
+
+    Raises:
+        Mismatch: the kernel is not in `LOOPS`, or its loops are others.
+    """
+    if launch.kernel not in LOOPS:
+        raise Mismatch(f"{launch.kernel}: no loops in vmae_kernels.predict.LOOPS; add how often each runs")
+    code = launch.code
+    turns = match_loops(launch.kernel, code.loops, LOOPS[launch.kernel], launch.arguments)
+    work = Work()
+    work.add(code.straight, 1)
+    for turn in turns:
+        work.add(turn.loop.body, turn.times)
+    resident = programs_per_processor(launch, gpu)
+    waves = math.ceil(launch.programs / (gpu.processors * resident))
+    busiest = math.ceil(launch.programs / gpu.processors) * launch.warps  # warps of the busiest processor
+    sizes = tensor_bytes(launch.kernel, launch.arguments)
+    everything = sum(size for _, size in sizes.values())
+    kept = sum(
+        size for tensor, size in sizes.values() if storage_of(tensor) in inner and size <= gpu.l2_bytes / 2
+    )
+
+    def us(cycles: float) -> tuple[float, float]:
+        return 1e6 * cycles / gpu.clock_hz, 1e6 * cycles / gpu.clock_hz / REACHED
+
+    bounds = {
+        "issue": us(busiest * work.instructions / ISSUE),
+        "float": us(busiest * work.pipes["fma"] / gpu.float_rate),
+        "integer products": us(busiest * work.integer_products / INTEGER_PRODUCT_RATE),
+        "integer": us(busiest * work.pipes["alu"] / ALU_RATE),
+        "conversions": us(busiest * work.slow / SLOW_RATE),
+        "memory pipe": us(busiest * work.memory_cycles / MEMORY_RATE),
+        "tensor": us(busiest * work.flops / gpu.matrix_flops_per_cycle),
+        "bytes": (
+            1e6 * max((everything - kept) / gpu.bytes_per_s, everything / gpu.l2_bytes_per_s),
+            1e6 * everything / gpu.bytes_per_s,
+        ),
+        "latency": (0.0, 1e6 * waves * latency_cycles(launch, turns) / gpu.clock_hz),
+    }
+    low = max(bounds, key=lambda name: bounds[name][0])
+    high = max(bounds, key=lambda name: bounds[name][1])
+    flops = work.flops * launch.warps * launch.programs
+    inside = [x for loop in code.all_loops for x in loop.body]
+    return Prediction(
+        instructions_per_program=work.instructions * launch.warps,
+        conversions_in_loop=sass.conversions(inside),
+        narrow_loads_in_loop=sass.narrow_loads(inside),
+        loops=[summary_of(turn) for turn in turns],
+        programs_per_sm=resident,
+        waves=waves,
+        bounds_us=bounds,
+        us=(bounds[low][0] + GAP_US[0], bounds[high][1] + GAP_US[1]),
+        binds=(low, high),
+        floor_us=1e6 * max(everything / gpu.peak_bytes_per_s, flops / gpu.matrix_flops),
+        bytes=everything,
+        flops=flops,
+    )
+
+
+def latency_cycles(launch: Built, turns: list[Turn]) -> float:
+    """Cycles of one program alone: two rounds to memory outside loops, one a turn where a loop waits for what
+    it loads (divided by the copies in flight where it does not), and its own dependent instructions."""
+    straight = sum(x.stem in sass.LOADS for x in launch.code.straight)
+    cycles = LOAD_CYCLES * min(2, straight) + DEPENDENT_CYCLES * len(launch.code.straight) / 2
+    for turn in turns:
+        stems = {x.stem for x in turn.loop.body if not x.issued_only}
+        own = DEPENDENT_CYCLES * len(turn.loop.body) / 2
+        rounds = 0.0
+        if "LDG" in stems:
+            rounds = LOAD_CYCLES
+        elif stems & set(sass.COPIES):
+            rounds = LOAD_CYCLES / max(1, launch.stages - 1)
+        cycles += turn.times * max(rounds, own)
+    return cycles
+
+
+def summary_of(turn: Turn) -> dict:
+    """A loop as a record: pipes, loads by width, copies."""
+    body = turn.loop.body
+    widths = Counter(f"{x.stem}.{x.bits}" for x in body if x.stem in sass.LOADS and not x.issued_only)
+    return {
+        "at": f"{turn.loop.header:#x}", "turns": turn.times, "instructions": len(body),
+        "pipes": dict(sass.by_pipe(body)), "loads": dict(widths),
+        "copies": sum(x.stem in sass.COPIES for x in body), "conversions": sass.conversions(body),
+    }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchCall:
+    """What PyTorch does between the kernels: a product of cuBLAS, or a pass over memory."""
+
+    name: str
+    bytes: float
+    flops: float
+
+    def predict(self, gpu: Gpu) -> tuple[float, float]:
+        moved = 1e6 * self.bytes / gpu.bytes_per_s
+        low, high = (1e6 * self.flops / (share * gpu.matrix_flops) for share in PRODUCT_SHARE)
+        return max(moved, low) + GAP_US[0], max(moved, high) + GAP_US[1]
+
+
+class Recorder(TorchDispatchMode):
+    """Notes what runs, in order: `events` of (direction, launch or TorchCall). Products are not done.
+
+    The operators of this package are entered, so that PyTorch's calls within are seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.direction = "forward"
+        self.events: list[tuple[str, Any]] = []
+
+    def append(self, launch: Any) -> None:
+        self.events.append((self.direction, launch))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "vmae":
+            with self:  # The function behind the operator: the dispatcher would hide what it calls.
+                return torch._library.custom_ops.OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        given = {storage_of(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        if func is torch.ops.aten.mm.out:
+            result = kwargs["out"]
+        elif func is torch.ops.aten.mm.default:
+            result = args[0].new_empty((args[0].shape[0], args[1].shape[1]))
+        else:
+            result = func(*args, **kwargs)
+        made = {storage_of(x): x for x in tree_leaves(result) if isinstance(x, Tensor)}
+        is_product = func.overloadpacket is torch.ops.aten.mm
+        written = func._schema.is_mutable or not made.keys() <= given.keys()
+        if is_product or (written and given and "empty" not in func.name()):
+            flops = 2.0 * args[0].numel() * args[1].shape[1] if is_product else 0.0
+            size = sum(x.numel() * x.element_size() for x in (given | made).values())
+            name = func.name().removeprefix("aten::")
+            self.events.append((self.direction, TorchCall(name=name, bytes=size, flops=flops)))
+        return result
+
+
+def records_of(parts: list[tuple[str, Any]], gpu: Gpu, named: dict) -> list[dict]:
+    """Records of an operation's kernels (launches that differ in nothing but sizes together), of PyTorch's
+    calls, and of both directions as a whole."""
+    kernels: dict[tuple, dict] = {}
+    inner: set[int] = set()
+    totals: dict[str, list[float]] = {}
+    for direction, part in parts:
+        if isinstance(part, TorchCall):
+            us, floor, launches = part.predict(gpu), 0.0, 1
+            floor = 1e6 * max(part.bytes / gpu.peak_bytes_per_s, part.flops / gpu.matrix_flops)
+            key, fields = (part.name, direction), {"kernel": part.name, "by": "torch"}
+        else:
+            found = predict(part, gpu, frozenset(inner))
+            us, floor = found.us, found.floor_us
+            key = (part.kernel, direction, *sorted((k, str(v)) for k, v in part.options.items()))
+            fields = {
+                "kernel": part.kernel, "by": "triton", "options": part.options, "programs": part.programs,
+                "warps": part.warps, "registers": part.registers, "shared_bytes": part.shared_bytes,
+                "instructions_per_unit": round(found.instructions_per_program), "unit": "program",
+                "conversions_in_loop": found.conversions_in_loop,
+                "narrow_loads_in_loop": found.narrow_loads_in_loop,
+                "programs_per_sm": found.programs_per_sm, "waves": found.waves, "loops": found.loops,
+                "bounds_us": found.bounds_us, "binds": found.binds,
+            }  # fmt: skip
+            for tensor, _ in tensor_bytes(part.kernel, part.arguments).values():
+                inner.add(storage_of(tensor))
+        record = kernels.setdefault(
+            key,
+            {
+                **named,
+                **fields,
+                "direction": direction,
+                "launches": 0,
+                "predicted_us": [0, 0],
+                "floor_us": 0.0,
+            },
+        )
+        record["launches"] += 1
+        record["predicted_us"] = [a + b for a, b in zip(record["predicted_us"], us)]
+        record["floor_us"] += floor
+        for name in (direction, "both"):
+            total = totals.setdefault(name, [0.0, 0.0])
+            totals[name] = [a + b for a, b in zip(total, us)]
+    whole = [
+        {**named, "kernel": "all", "direction": name, "predicted_us": us, "by": "sum"}
+        for name, us in totals.items()
+    ]
+    return [*kernels.values(), *whole]
+
+
+def table(records: list[dict], gpu: Gpu) -> str:
+    """Markdown: a line a kernel, a line for each direction of an operation."""
+    head = (
+        "operation", "preset", "kernel", "launches", "programs x warps", "instructions a program", "loops",
+        "conversions", "narrow loads", "registers", "programs an SM", "waves", "binds", "predicted us", "floor us",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for r in records:
+        span = f"{r['predicted_us'][0]:.1f} to {r['predicted_us'][1]:.1f}"
+        floor = f"{r['floor_us']:.1f}" if "floor_us" in r else ""
+        row = [r["operation"], r["preset"], f"{r['kernel'].removesuffix('_kernel')} {r['direction']}"]
+        if r["by"] == "triton":
+            if r["options"].get("ADD"):
+                row[-1] += " ADD"
+            loops = ", ".join(f"{x['turns']:g} x {x['instructions']}" for x in r["loops"])
+            row += [r["launches"], f"{r['programs']} x {r['warps']}", r["instructions_per_unit"], loops]
+            row += [r["conversions_in_loop"], r["narrow_loads_in_loop"], r["registers"]]
+            row += [r["programs_per_sm"], r["waves"], " / ".join(r["binds"])]
+        else:
+            row += [r.get("launches", ""), *[""] * 9]
+        lines.append("| " + " | ".join(str(cell) for cell in [*row, span, floor]) + " |")
+    return "\n".join([*lines, "", f"PREDICTED, not measured. {gpu.source}."])
