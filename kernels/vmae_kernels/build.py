@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -176,7 +177,8 @@ def inputs(preset: str, dtype: torch.dtype, float_clips: bool, batch: int = 2) -
         "pos": learned(tokens, width).float(),
         "encoded": learned(batch, shown, decoder), "mask_token": learned(1, 1, decoder),
         "decoder_pos": torch.zeros(tokens, decoder), "hidden": learned(batch, shown + decoded, decoder),
-        "norm_weight": learned(decoder), "norm_bias": learned(decoder), "pixels": learned(batch, counted, values),
+        "norm_weight": learned(decoder), "norm_bias": learned(decoder),
+        "pixels": learned(batch, counted, values),
         "token_weight": torch.ones(batch, counted), "rows": learned(batch, counted, decoder),
         "head_weight": learned(values, decoder), "head_bias": learned(values),
     }  # fmt: skip
@@ -228,15 +230,20 @@ def build_one(job: tuple[str, str, str, str, bool, int]) -> list[dict]:
     return records
 
 
-def call_forward_and_backward(operation: str, x: dict[str, Tensor], recorder: model.Recorder) -> None:
-    """As `call_operation`, with both directions apart and gradients not stored."""
+def call_recorded(operation: str, x: dict[str, Tensor], recorder: model.Recorder, **backend: str) -> None:
+    """As `call_operation`, recorded: directions apart, gradients not stored. Without `backend`: the
+    reference."""
     arguments = [x[name] for name in ARGUMENTS[operation]]
     learned = [tensor for tensor in arguments if tensor.requires_grad]
-    found = getattr(vmae_kernels, operation)(*arguments, backend="triton")
-    results = [y for y in (found if isinstance(found, tuple) else (found,)) if y.requires_grad]
-    recorder.direction = "backward"
-    upstream = [torch.empty_like(y) for y in results]
-    torch.autograd.grad(results, learned, upstream)
+    recorder.given(*arguments)
+    call = getattr(vmae_kernels, operation if backend else f"{operation}_ref")
+    with recorder:
+        found = call(*arguments, **backend)
+        results = [y for y in (found if isinstance(found, tuple) else (found,)) if y.requires_grad]
+        upstream = [torch.empty_like(y) for y in results]
+        recorder.direction = "backward"
+        grads = torch.autograd.grad(results, learned, upstream)
+    recorder.given(*results, *upstream, *grads)
 
 
 def predict_one(job: tuple[str, str, str, int]) -> list[dict]:
@@ -247,14 +254,16 @@ def predict_one(job: tuple[str, str, str, int]) -> list[dict]:
     device.BUILD_TARGET, device.BUILD_CANDIDATE = gpu.target, 0
     x = inputs(preset, torch.bfloat16, False, batch)
     x["pos"] = x["pos"].detach()  # fixed positions, as pre-training has them
-    recorder = model.Recorder()
-    with recorder:
-        catch_launches(lambda: call_forward_and_backward(operation, x, recorder), recorder)
-    parts = []
-    for direction, event in recorder.events:
-        if isinstance(event, Launch):
-            event = build_for_model(event, gpu.target)
-        parts.append((direction, event))
+    ours, rival = model.Recorder(), model.Recorder()
+    catch_launches(lambda: call_recorded(operation, x, ours, backend="triton"), ours)
+    on_meta = {
+        name: tensor.detach().to("meta").requires_grad_(tensor.requires_grad) for name, tensor in x.items()
+    }
+    call_recorded(operation, on_meta, rival)
+    parts = [
+        (direction, build_for_model(event, gpu.target) if isinstance(event, Launch) else event)
+        for direction, event in ours.events
+    ]
     named = {
         "operation": operation,
         "preset": preset,
@@ -262,7 +271,9 @@ def predict_one(job: tuple[str, str, str, int]) -> list[dict]:
         "device": gpu_name,
         "batch": batch,
     }
-    return model.records_of(parts, gpu, named)
+    records = model.records_of(parts, gpu, named)
+    moved = model.outer_bytes(parts, ours.outer)
+    return records + model.whole_records(records, moved, rival, gpu, named)
 
 
 def build_for_model(launch: Launch, target: str) -> model.Built:
@@ -280,23 +291,35 @@ def build_for_model(launch: Launch, target: str) -> model.Built:
         stages=kernel.metadata.num_stages,
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         shared_bytes=kernel.metadata.shared,
-        arguments=model.arguments_of(launch.function.arg_names, launch.args, launch.kwargs),
+        arguments=model.Arguments(launch.function.arg_names, launch.args, launch.kwargs),
         options=options,
         code=read_kernel(code),
     )
 
 
 def show_predictions(options: argparse.Namespace) -> int:
+    """Predicts, prints and writes; 1 where a kernel's loops are not known."""
     presets = options.presets or ["vit_b", "vit_g"]
-    work = [(o, options.device, preset, options.batch) for preset in presets for o in options.operations]
+    work = [
+        (name, options.device, preset, options.batch) for preset in presets for name in options.operations
+    ]
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        records = [record for found in pool.imap(predict_one, work) for record in found]
+        try:
+            records = [record for found in pool.imap(predict_one, work) for record in found]
+        except model.Mismatch as error:
+            print(f"FAIL\n{error}")
+            return 1
     print(model.table(records, model.GPUS[options.device]))
     if options.json:
-        versions = {"torch": torch.__version__, "triton": triton.__version__}
-        content = {"schema": "vmae-predict/1", "versions": versions, "records": records}
-        options.json.write_text(json.dumps(content, indent=1))
+        assumed = {"gpu": asdict(model.GPUS[options.device]), **model.assumptions()}
+        write_json(options.json, "vmae-predict/1", records, assumptions=assumed)
     return 0
+
+
+def write_json(path: Path, schema: str, records: list[dict], **more: object) -> None:
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    content = {"schema": schema, "versions": versions, **more, "records": records}
+    path.write_text(json.dumps(content, indent=1))
 
 
 def jobs(targets: list[str], presets: list[str], full: bool) -> list[tuple]:
@@ -395,10 +418,7 @@ def main() -> int:
         "widest global load"
     )
     if options.json:
-        versions = {"torch": torch.__version__, "triton": triton.__version__}
-        options.json.write_text(
-            json.dumps({"schema": "vmae-build/1", "versions": versions, "records": records}, indent=1)
-        )
+        write_json(options.json, "vmae-build/1", records)
     wrong = failures(records)
     print(
         "\n".join(["FAIL", *wrong])

@@ -20,7 +20,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -83,7 +82,30 @@ REACHED = 0.65  # share of the instruction rates at the interval's upper end
 LOAD_CYCLES, DEPENDENT_CYCLES, GAP_US = 700, 4, (0.5, 1.5)
 PRODUCT_SHARE = (0.75, 0.60)  # of the matrix peak that products outside the kernels reach
 
-Arguments = SimpleNamespace
+
+def assumptions() -> dict[str, Any]:
+    """What the model takes for granted beside the device's rates."""
+    return {
+        "reached": REACHED, "load_cycles": LOAD_CYCLES, "dependent_cycles": DEPENDENT_CYCLES, "gap_us": GAP_US,
+        "product_share": PRODUCT_SHARE, "issue": ISSUE, "alu_rate": ALU_RATE,
+        "integer_product_rate": INTEGER_PRODUCT_RATE, "memory_rate": MEMORY_RATE, "slow_rate": SLOW_RATE,
+    }  # fmt: skip
+
+
+class Arguments:
+    """Values of a launch by the names of the kernel's parameters, found in upper case too: a size that became
+    a `constexpr` keeps its formula."""
+
+    def __init__(self, names: Iterable[str], args: tuple, kwargs: dict):
+        self.by_name = dict(zip(names, args)) | kwargs
+
+    def __getattr__(self, name: str) -> Any:
+        for known in (name, name.upper(), name.lower()):
+            if known in self.by_name:
+                return self.by_name[known]
+        raise AttributeError(f"no argument {name} among {', '.join(self.by_name)}")
+
+
 Formula = Callable[[Arguments], float]
 
 
@@ -175,7 +197,10 @@ def match_loops(kernel: str, found: list[sass.Loop], known: tuple[Loop, ...], a:
     how much. One whose turns are constant may be gone.
     """
     turns: list[Turn] = []
-    _match(kernel, found, known, a, 1.0, turns)
+    try:
+        _match(kernel, found, known, a, 1.0, turns)
+    except AttributeError as error:
+        raise Mismatch(f"{kernel}: a formula in LOOPS asks for what the launch has not: {error}") from None
     return turns
 
 
@@ -252,15 +277,10 @@ class Built:
     code: sass.Kernel
 
 
-def arguments_of(names: list[str], args: tuple, kwargs: dict) -> Arguments:
-    """Values of a launch by the names of the kernel's parameters."""
-    return SimpleNamespace(**(dict(zip(names, args)) | kwargs))
-
-
 def tensor_bytes(kernel: str, a: Arguments) -> dict[str, tuple[Tensor, float]]:
     """Tensors of a launch, and the bytes of each that it touches."""
     found = {}
-    for name, value in vars(a).items():
+    for name, value in a.by_name.items():
         tensor = getattr(value, "base", value)  # of a descriptor
         if isinstance(tensor, Tensor):
             formula = TOUCHED.get(f"{kernel}.{name}", TOUCHED.get(name))
@@ -270,7 +290,8 @@ def tensor_bytes(kernel: str, a: Arguments) -> dict[str, tuple[Tensor, float]]:
 
 
 def storage_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """A storage's identity, of meta tensors too (as long as it lives)."""
+    return tensor.untyped_storage()._cdata
 
 
 def programs_per_processor(launch: Built, gpu: Gpu) -> int:
@@ -396,16 +417,37 @@ def summary_of(turn: Turn) -> dict:
 
 @dataclass(frozen=True, kw_only=True)
 class TorchCall:
-    """What PyTorch does between the kernels: a product of cuBLAS, or a pass over memory."""
+    """What PyTorch does between the kernels: a product of cuBLAS, or a pass over memory.
+
+    Attributes:
+        read, made: bytes by storage.
+        reduces: a value of the result needs many of the input.
+    """
 
     name: str
-    bytes: float
-    flops: float
+    read: dict[int, float]
+    made: dict[int, float]
+    flops: float = 0.0
+    reduces: bool = False
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.read.values()) + sum(self.made.values())
 
     def predict(self, gpu: Gpu) -> tuple[float, float]:
-        moved = 1e6 * self.bytes / gpu.bytes_per_s
-        low, high = (1e6 * self.flops / (share * gpu.matrix_flops) for share in PRODUCT_SHARE)
-        return max(moved, low) + GAP_US[0], max(moved, high) + GAP_US[1]
+        return products_or_bytes_us(self.flops, self.bytes, self.bytes, gpu)
+
+
+def products_or_bytes_us(flops: float, low: float, high: float, gpu: Gpu) -> tuple[float, float]:
+    """Microseconds of one call: FLOPs at `PRODUCT_SHARE` of the peak, or `low` to `high` bytes."""
+    fast, slow = (1e6 * flops / (share * gpu.matrix_flops) for share in PRODUCT_SHARE)
+    return max(1e6 * low / gpu.bytes_per_s, fast) + GAP_US[0], max(
+        1e6 * high / gpu.bytes_per_s, slow
+    ) + GAP_US[1]
+
+
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+_REDUCTIONS = ("sum", "mean", "var_mean", "native_layer_norm", "native_layer_norm_backward", "max", "min")
 
 
 class Recorder(TorchDispatchMode):
@@ -418,102 +460,200 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.direction = "forward"
         self.events: list[tuple[str, Any]] = []
+        self.outer: set[int] = set()  # storages of the operation's arguments, results and their gradients
+        self._kept: list[Any] = []  # a storage that lives keeps its address
 
     def append(self, launch: Any) -> None:
         self.events.append((self.direction, launch))
+
+    def given(self, *tensors: Tensor) -> None:
+        """Notes tensors that the operation gets or gives."""
+        self._kept += tensors
+        self.outer |= {storage_of(x) for x in tensors}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "vmae":
             with self:  # The function behind the operator: the dispatcher would hide what it calls.
                 return torch._library.custom_ops.OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        given = {storage_of(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        if func is torch.ops.aten.mm.out:
-            result = kwargs["out"]
-        elif func is torch.ops.aten.mm.default:
-            result = args[0].new_empty((args[0].shape[0], args[1].shape[1]))
+        name = func.overloadpacket.__name__
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        flops = 0.0
+        if name in _PRODUCTS:
+            left, right = args[-2:] if len(args) > 1 else args
+            flops = 2.0 * left.numel() * right.shape[-1]
+            out = kwargs.get("out")
+            result = left.new_empty((*left.shape[:-1], right.shape[-1])) if out is None else out
         else:
             result = func(*args, **kwargs)
-        made = {storage_of(x): x for x in tree_leaves(result) if isinstance(x, Tensor)}
-        is_product = func.overloadpacket is torch.ops.aten.mm
-        written = func._schema.is_mutable or not made.keys() <= given.keys()
-        if is_product or (written and given and "empty" not in func.name()):
-            flops = 2.0 * args[0].numel() * args[1].shape[1] if is_product else 0.0
-            size = sum(x.numel() * x.element_size() for x in (given | made).values())
-            name = func.name().removeprefix("aten::")
-            self.events.append((self.direction, TorchCall(name=name, bytes=size, flops=flops)))
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self._kept += [*given, *made]
+        mutates = func._schema.is_mutable
+        if mutates or not {storage_of(x) for x in made} <= {storage_of(x) for x in given}:
+            call = _torch_call(name, given, made, flops)
+            if call.read or name.endswith("fill_"):
+                self.events.append((self.direction, call))
         return result
 
 
+def _torch_call(name: str, given: list[Tensor], made: list[Tensor], flops: float) -> TorchCall:
+    written = {storage_of(x): x.numel() * x.element_size() for x in made}
+    if name.startswith(("empty", "new_empty", "zeros_like", "ones_like", "new_zeros", "new_full")):
+        return TorchCall(name=name, read={}, made={})
+    read = {storage_of(x): x.numel() * x.element_size() for x in given if storage_of(x) not in written}
+    if name == "index":  # Reads what it gathers, no more.
+        source, count = given[0], sum(x.numel() for x in made)
+        read[storage_of(source)] = min(source.numel(), count) * source.element_size()
+    return TorchCall(name=name, read=read, made=written, flops=flops, reduces=name in _REDUCTIONS)
+
+
+def rival_us(events: list[tuple[str, Any]], outer: set[int], gpu: Gpu) -> dict[str, tuple[float, float]]:
+    """Microseconds of the reference under torch.compile by direction, from its recorded calls.
+
+    Stated formula: every product is a call of cuBLAS; the calls between two products are one kernel that
+    reads what came from outside and writes what is used later. Upper end: inputs are read once more for each
+    reduction among them, and each reduction ends a kernel.
+    """
+    groups: list[tuple[str, list[TorchCall]]] = []
+    for direction, call in events:
+        fits = groups and groups[-1][0] == direction and not groups[-1][1][-1].flops and not call.flops
+        if fits:
+            groups[-1][1].append(call)
+        else:
+            groups.append((direction, [call]))
+    found: dict[str, tuple[float, float]] = {}
+    for i, (direction, calls) in enumerate(groups):
+        later = outer | {key for _, rest in groups[i + 1 :] for call in rest for key in call.read}
+        made: dict[int, float] = {}
+        read: dict[int, float] = {}
+        for call in calls:
+            for key, size in call.read.items():
+                if key not in made:
+                    read[key] = max(read.get(key, 0.0), size)
+            made |= call.made
+        wrote = sum(size for key, size in made.items() if key in later)
+        passes = 1 + sum(call.reduces for call in calls)
+        low, high = sum(read.values()) + wrote, passes * sum(read.values()) + wrote
+        us = products_or_bytes_us(sum(call.flops for call in calls), low, high, gpu)
+        us = us[0], us[1] + GAP_US[1] * (passes - 1)
+        for name in (direction, "both"):
+            found[name] = add(found.get(name, (0.0, 0.0)), us)
+    return found
+
+
+def add(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    return a[0] + b[0], a[1] + b[1]
+
+
+def outer_bytes(events: list[tuple[str, Any]], outer: set[int]) -> dict[str, float]:
+    """Bytes that an operation must move by direction: each of its arguments, results and gradients once."""
+    found: dict[str, dict[int, float]] = {}
+    for direction, part in events:
+        sizes = found.setdefault(direction, {})
+        touched = part.read | part.made if isinstance(part, TorchCall) else storage_bytes(part)
+        for key, size in touched.items():
+            if key in outer:
+                sizes[key] = max(sizes.get(key, 0.0), size)
+    return {direction: sum(sizes.values()) for direction, sizes in found.items()}
+
+
+def storage_bytes(launch: Built) -> dict[int, float]:
+    return {storage_of(x): size for x, size in tensor_bytes(launch.kernel, launch.arguments).values()}
+
+
 def records_of(parts: list[tuple[str, Any]], gpu: Gpu, named: dict) -> list[dict]:
-    """Records of an operation's kernels (launches that differ in nothing but sizes together), of PyTorch's
-    calls, and of both directions as a whole."""
+    """Records of an operation's kernels (launches that differ in nothing but sizes together) and of PyTorch's
+    calls."""
     kernels: dict[tuple, dict] = {}
     inner: set[int] = set()
-    totals: dict[str, list[float]] = {}
     for direction, part in parts:
         if isinstance(part, TorchCall):
-            us, floor, launches = part.predict(gpu), 0.0, 1
+            us = part.predict(gpu)
             floor = 1e6 * max(part.bytes / gpu.peak_bytes_per_s, part.flops / gpu.matrix_flops)
             key, fields = (part.name, direction), {"kernel": part.name, "by": "torch"}
         else:
             found = predict(part, gpu, frozenset(inner))
-            us, floor = found.us, found.floor_us
+            us, floor, fields = found.us, found.floor_us, kernel_fields(part, found)
             key = (part.kernel, direction, *sorted((k, str(v)) for k, v in part.options.items()))
-            fields = {
-                "kernel": part.kernel, "by": "triton", "options": part.options, "programs": part.programs,
-                "warps": part.warps, "registers": part.registers, "shared_bytes": part.shared_bytes,
-                "instructions_per_unit": round(found.instructions_per_program), "unit": "program",
-                "conversions_in_loop": found.conversions_in_loop,
-                "narrow_loads_in_loop": found.narrow_loads_in_loop,
-                "programs_per_sm": found.programs_per_sm, "waves": found.waves, "loops": found.loops,
-                "bounds_us": found.bounds_us, "binds": found.binds,
-            }  # fmt: skip
-            for tensor, _ in tensor_bytes(part.kernel, part.arguments).values():
-                inner.add(storage_of(tensor))
-        record = kernels.setdefault(
-            key,
-            {
-                **named,
-                **fields,
-                "direction": direction,
-                "launches": 0,
-                "predicted_us": [0, 0],
-                "floor_us": 0.0,
-            },
-        )
+            inner |= storage_bytes(part).keys()
+        start = {"direction": direction, "launches": 0, "predicted_us": (0.0, 0.0), "floor_us": 0.0}
+        record = kernels.setdefault(key, {**named, **fields, **start})
         record["launches"] += 1
-        record["predicted_us"] = [a + b for a, b in zip(record["predicted_us"], us)]
+        record["predicted_us"] = add(record["predicted_us"], us)
         record["floor_us"] += floor
-        for name in (direction, "both"):
-            total = totals.setdefault(name, [0.0, 0.0])
-            totals[name] = [a + b for a, b in zip(total, us)]
-    whole = [
-        {**named, "kernel": "all", "direction": name, "predicted_us": us, "by": "sum"}
-        for name, us in totals.items()
-    ]
-    return [*kernels.values(), *whole]
+    return list(kernels.values())
+
+
+def kernel_fields(launch: Built, found: Prediction) -> dict:
+    return {
+        "kernel": launch.kernel, "by": "triton", "options": launch.options, "programs": launch.programs,
+        "warps": launch.warps, "stages": launch.stages, "registers": launch.registers,
+        "shared_bytes": launch.shared_bytes,
+        "instructions_per_unit": round(found.instructions_per_program), "unit": "program",
+        "conversions_in_loop": found.conversions_in_loop, "narrow_loads_in_loop": found.narrow_loads_in_loop,
+        "programs_per_sm": found.programs_per_sm, "waves": found.waves, "loops": found.loops,
+        "bounds_us": found.bounds_us, "binds": found.binds,
+    }  # fmt: skip
+
+
+def whole_records(
+    records: list[dict], moved: dict[str, float], rival: Recorder, gpu: Gpu, named: dict
+) -> list[dict]:
+    """Forward, backward and both of an operation: sums of its kernels, beside floor and rival.
+
+    Args:
+        moved: of `outer_bytes`.
+        rival: the reference's calls; its products are the FLOPs of the floor.
+    """
+    times = rival_us(rival.events, rival.outer, gpu)
+    floors: dict[str, float] = {}
+    for direction, size in moved.items():
+        flops = sum(call.flops for name, call in rival.events if name == direction)
+        floors[direction] = 1e6 * max(size / gpu.peak_bytes_per_s, flops / gpu.matrix_flops)
+    found = []
+    for direction in (*moved, "both"):
+        parts = [r["predicted_us"] for r in records if direction in (r["direction"], "both")]
+        if direction == "both":
+            parts = [r["predicted_us"] for r in records]
+        us = (sum(low for low, _ in parts), sum(high for _, high in parts))
+        floor = sum(floors.values()) if direction == "both" else floors[direction]
+        record = {"kernel": "all", "by": "sum", "direction": direction, "predicted_us": us, "floor_us": floor}
+        found.append(
+            {**named, **record, "rival": "torch.compile", "rival_us": times.get(direction, (0.0, 0.0))}
+        )
+    return found
 
 
 def table(records: list[dict], gpu: Gpu) -> str:
     """Markdown: a line a kernel, a line for each direction of an operation."""
     head = (
         "operation", "preset", "kernel", "launches", "programs x warps", "instructions a program", "loops",
-        "conversions", "narrow loads", "registers", "programs an SM", "waves", "binds", "predicted us", "floor us",
+        "conversions", "narrow loads", "registers", "programs an SM", "waves", "binds", "predicted us",
+        "floor us", "rival us",
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in records:
-        span = f"{r['predicted_us'][0]:.1f} to {r['predicted_us'][1]:.1f}"
-        floor = f"{r['floor_us']:.1f}" if "floor_us" in r else ""
-        row = [r["operation"], r["preset"], f"{r['kernel'].removesuffix('_kernel')} {r['direction']}"]
+        variant = "".join(
+            f" {key}" for key, value in r.get("options", {}).items() if value is True and key == "ADD"
+        )
+        row = [
+            r["operation"],
+            r["preset"],
+            f"{r['kernel'].removesuffix('_kernel')} {r['direction']}{variant}",
+        ]
         if r["by"] == "triton":
-            if r["options"].get("ADD"):
-                row[-1] += " ADD"
             loops = ", ".join(f"{x['turns']:g} x {x['instructions']}" for x in r["loops"])
             row += [r["launches"], f"{r['programs']} x {r['warps']}", r["instructions_per_unit"], loops]
             row += [r["conversions_in_loop"], r["narrow_loads_in_loop"], r["registers"]]
             row += [r["programs_per_sm"], r["waves"], " / ".join(r["binds"])]
         else:
             row += [r.get("launches", ""), *[""] * 9]
-        lines.append("| " + " | ".join(str(cell) for cell in [*row, span, floor]) + " |")
-    return "\n".join([*lines, "", f"PREDICTED, not measured. {gpu.source}."])
+        rival = as_span(r["rival_us"]) if "rival_us" in r else ""
+        cells = [*row, as_span(r["predicted_us"]), f"{r['floor_us']:.1f}", rival]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    note = f"PREDICTED, not measured. Loops: turns x instructions. {gpu.source}."
+    return "\n".join([*lines, "", note])
+
+
+def as_span(us: tuple[float, float]) -> str:
+    return f"{us[0]:.1f} to {us[1]:.1f}"
