@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import vmae_kernels
 from vmae_kernels import device
 from vmae_kernels import predict as model
+from vmae_kernels.recording import Recorder
 from vmae_kernels.sass import read_kernel
 
 TARGETS = {
@@ -230,7 +231,7 @@ def build_one(job: tuple[str, str, str, str, bool, int]) -> list[dict]:
     return records
 
 
-def call_recorded(operation: str, x: dict[str, Tensor], recorder: model.Recorder, **backend: str) -> None:
+def call_recorded(operation: str, x: dict[str, Tensor], recorder: Recorder, **backend: str) -> None:
     """As `call_operation`, recorded: directions apart, gradients not stored. Without `backend`: the
     reference."""
     arguments = [x[name] for name in ARGUMENTS[operation]]
@@ -254,15 +255,17 @@ def predict_one(job: tuple[str, str, str, int]) -> list[dict]:
     device.BUILD_TARGET, device.BUILD_CANDIDATE = gpu.target, 0
     x = inputs(preset, torch.bfloat16, False, batch)
     x["pos"] = x["pos"].detach()  # fixed positions, as pre-training has them
-    ours, rival = model.Recorder(), model.Recorder()
+    ours, rival = Recorder(enter=True, compute=False), Recorder(enter=False)
     catch_launches(lambda: call_recorded(operation, x, ours, backend="triton"), ours)
     on_meta = {
         name: tensor.detach().to("meta").requires_grad_(tensor.requires_grad) for name, tensor in x.items()
     }
     call_recorded(operation, on_meta, rival)
-    parts = [
-        (direction, build_for_model(event, gpu.target) if isinstance(event, Launch) else event)
-        for direction, event in ours.events
+    events = [
+        replace(event, what=build_for_model(event.what, gpu.target))
+        if isinstance(event.what, Launch)
+        else event
+        for event in ours.events
     ]
     named = {
         "operation": operation,
@@ -271,8 +274,8 @@ def predict_one(job: tuple[str, str, str, int]) -> list[dict]:
         "device": gpu_name,
         "batch": batch,
     }
-    records = model.records_of(parts, gpu, named)
-    moved = model.outer_bytes(parts, ours.outer)
+    records = model.records_of(events, gpu, named)
+    moved = model.outer_bytes(events, ours.outer)
     return records + model.whole_records(records, moved, rival, gpu, named)
 
 

@@ -22,12 +22,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vmae_kernels import sass
+from vmae_kernels.recording import Event, OperatorCall, Recorder, TorchCall, fused, storage_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +84,8 @@ PRODUCT_SHARE = (0.75, 0.60)  # of the matrix peak that products outside the ker
 def assumptions() -> dict[str, Any]:
     """What the model takes for granted beside the device's rates."""
     return {
-        "reached": REACHED, "load_cycles": LOAD_CYCLES, "dependent_cycles": DEPENDENT_CYCLES, "gap_us": GAP_US,
+        "reached": REACHED, "load_cycles": LOAD_CYCLES, "dependent_cycles": DEPENDENT_CYCLES,
+        "gap_us": GAP_US,
         "product_share": PRODUCT_SHARE, "issue": ISSUE, "alu_rate": ALU_RATE,
         "integer_product_rate": INTEGER_PRODUCT_RATE, "memory_rate": MEMORY_RATE, "slow_rate": SLOW_RATE,
     }  # fmt: skip
@@ -107,6 +106,7 @@ class Arguments:
 
 
 Formula = Callable[[Arguments], float]
+Span = tuple[float, float]  # lower and upper end
 
 
 class Loop:
@@ -289,11 +289,6 @@ def tensor_bytes(kernel: str, a: Arguments) -> dict[str, tuple[Tensor, float]]:
     return found
 
 
-def storage_of(tensor: Tensor) -> int:
-    """A storage's identity, of meta tensors too (as long as it lives)."""
-    return tensor.untyped_storage()._cdata
-
-
 def programs_per_processor(launch: Built, gpu: Gpu) -> int:
     """Programs that fit a processor at once: registers (in steps of 256 a warp), shared memory, warps."""
     registers = math.ceil(launch.registers * 32 / 256) * 256 * launch.warps
@@ -316,8 +311,8 @@ class Prediction:
     loops: list[dict]
     programs_per_sm: int
     waves: int
-    bounds_us: dict[str, tuple[float, float]]
-    us: tuple[float, float]
+    bounds_us: dict[str, Span]
+    us: Span
     binds: tuple[str, str]
     floor_us: float
     bytes: float
@@ -350,7 +345,7 @@ def predict(launch: Built, gpu: Gpu, inner: frozenset[int] = frozenset()) -> Pre
         size for tensor, size in sizes.values() if storage_of(tensor) in inner and size <= gpu.l2_bytes / 2
     )
 
-    def us(cycles: float) -> tuple[float, float]:
+    def us(cycles: float) -> Span:
         return 1e6 * cycles / gpu.clock_hz, 1e6 * cycles / gpu.clock_hz / REACHED
 
     bounds = {
@@ -415,173 +410,77 @@ def summary_of(turn: Turn) -> dict:
     }  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class TorchCall:
-    """What PyTorch does between the kernels: a product of cuBLAS, or a pass over memory.
-
-    Attributes:
-        read, made: bytes by storage.
-        reduces: a value of the result needs many of the input.
-    """
-
-    name: str
-    read: dict[int, float]
-    made: dict[int, float]
-    flops: float = 0.0
-    reduces: bool = False
-
-    @property
-    def bytes(self) -> float:
-        return sum(self.read.values()) + sum(self.made.values())
-
-    def predict(self, gpu: Gpu) -> tuple[float, float]:
-        return products_or_bytes_us(self.flops, self.bytes, self.bytes, gpu)
+def torch_us(call: TorchCall, gpu: Gpu, passes: int = 1) -> Span:
+    """Microseconds of one call of PyTorch: FLOPs at `PRODUCT_SHARE` of the peak, or its bytes. With `passes`
+    over its inputs at the upper end, each one kernel more."""
+    fast, slow = (1e6 * call.flops / (share * gpu.matrix_flops) for share in PRODUCT_SHARE)
+    wrote = sum(call.made.values())
+    low, high = (1e6 * (n * (call.bytes - wrote) + wrote) / gpu.bytes_per_s for n in (1, passes))
+    return max(low, fast) + GAP_US[0], max(high, slow) + passes * GAP_US[1]
 
 
-def products_or_bytes_us(flops: float, low: float, high: float, gpu: Gpu) -> tuple[float, float]:
-    """Microseconds of one call: FLOPs at `PRODUCT_SHARE` of the peak, or `low` to `high` bytes."""
-    fast, slow = (1e6 * flops / (share * gpu.matrix_flops) for share in PRODUCT_SHARE)
-    return max(1e6 * low / gpu.bytes_per_s, fast) + GAP_US[0], max(
-        1e6 * high / gpu.bytes_per_s, slow
-    ) + GAP_US[1]
-
-
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
-_REDUCTIONS = ("sum", "mean", "var_mean", "native_layer_norm", "native_layer_norm_backward", "max", "min")
-
-
-class Recorder(TorchDispatchMode):
-    """Notes what runs, in order: `events` of (direction, launch or TorchCall). Products are not done.
-
-    The operators of this package are entered, so that PyTorch's calls within are seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.direction = "forward"
-        self.events: list[tuple[str, Any]] = []
-        self.outer: set[int] = set()  # storages of the operation's arguments, results and their gradients
-        self._kept: list[Any] = []  # a storage that lives keeps its address
-
-    def append(self, launch: Any) -> None:
-        self.events.append((self.direction, launch))
-
-    def given(self, *tensors: Tensor) -> None:
-        """Notes tensors that the operation gets or gives."""
-        self._kept += tensors
-        self.outer |= {storage_of(x) for x in tensors}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.namespace == "vmae":
-            with self:  # The function behind the operator: the dispatcher would hide what it calls.
-                return torch._library.custom_ops.OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        name = func.overloadpacket.__name__
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        flops = 0.0
-        if name in _PRODUCTS:
-            left, right = args[-2:] if len(args) > 1 else args
-            flops = 2.0 * left.numel() * right.shape[-1]
-            out = kwargs.get("out")
-            result = left.new_empty((*left.shape[:-1], right.shape[-1])) if out is None else out
-        else:
-            result = func(*args, **kwargs)
-        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        self._kept += [*given, *made]
-        mutates = func._schema.is_mutable
-        if mutates or not {storage_of(x) for x in made} <= {storage_of(x) for x in given}:
-            call = _torch_call(name, given, made, flops)
-            if call.read or name.endswith("fill_"):
-                self.events.append((self.direction, call))
-        return result
-
-
-def _torch_call(name: str, given: list[Tensor], made: list[Tensor], flops: float) -> TorchCall:
-    written = {storage_of(x): x.numel() * x.element_size() for x in made}
-    if name.startswith(("empty", "new_empty", "zeros_like", "ones_like", "new_zeros", "new_full")):
-        return TorchCall(name=name, read={}, made={})
-    read = {storage_of(x): x.numel() * x.element_size() for x in given if storage_of(x) not in written}
-    if name == "index":  # Reads what it gathers, no more.
-        source, count = given[0], sum(x.numel() for x in made)
-        read[storage_of(source)] = min(source.numel(), count) * source.element_size()
-    return TorchCall(name=name, read=read, made=written, flops=flops, reduces=name in _REDUCTIONS)
-
-
-def rival_us(events: list[tuple[str, Any]], outer: set[int], gpu: Gpu) -> dict[str, tuple[float, float]]:
-    """Microseconds of the reference under torch.compile by direction, from its recorded calls.
-
-    Stated formula: every product is a call of cuBLAS; the calls between two products are one kernel that
-    reads what came from outside and writes what is used later. Upper end: inputs are read once more for each
-    reduction among them, and each reduction ends a kernel.
-    """
-    groups: list[tuple[str, list[TorchCall]]] = []
-    for direction, call in events:
-        fits = groups and groups[-1][0] == direction and not groups[-1][1][-1].flops and not call.flops
-        if fits:
-            groups[-1][1].append(call)
-        else:
-            groups.append((direction, [call]))
-    found: dict[str, tuple[float, float]] = {}
-    for i, (direction, calls) in enumerate(groups):
-        later = outer | {key for _, rest in groups[i + 1 :] for call in rest for key in call.read}
-        made: dict[int, float] = {}
-        read: dict[int, float] = {}
-        for call in calls:
-            for key, size in call.read.items():
-                if key not in made:
-                    read[key] = max(read.get(key, 0.0), size)
-            made |= call.made
-        wrote = sum(size for key, size in made.items() if key in later)
-        passes = 1 + sum(call.reduces for call in calls)
-        low, high = sum(read.values()) + wrote, passes * sum(read.values()) + wrote
-        us = products_or_bytes_us(sum(call.flops for call in calls), low, high, gpu)
-        us = us[0], us[1] + GAP_US[1] * (passes - 1)
+def rival_us(rival: Recorder, gpu: Gpu) -> dict[str, Span]:
+    """Microseconds of the reference under torch.compile by direction: its calls, `fused`."""
+    found: dict[str, Span] = {}
+    for direction, call, passes in fused(rival.events, rival.outer):
+        us = torch_us(call, gpu, passes)
         for name in (direction, "both"):
             found[name] = add(found.get(name, (0.0, 0.0)), us)
     return found
 
 
-def add(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+def add(a: Span, b: Span) -> Span:
     return a[0] + b[0], a[1] + b[1]
 
 
-def outer_bytes(events: list[tuple[str, Any]], outer: set[int]) -> dict[str, float]:
+def outer_bytes(events: list[Event], outer: set[int]) -> dict[str, float]:
     """Bytes that an operation must move by direction: each of its arguments, results and gradients once."""
     found: dict[str, dict[int, float]] = {}
-    for direction, part in events:
-        sizes = found.setdefault(direction, {})
-        touched = part.read | part.made if isinstance(part, TorchCall) else storage_bytes(part)
-        for key, size in touched.items():
+    for event in events:
+        sizes = found.setdefault(event.direction, {})
+        for key, size in touched_bytes(event.what).items():
             if key in outer:
                 sizes[key] = max(sizes.get(key, 0.0), size)
     return {direction: sum(sizes.values()) for direction, sizes in found.items()}
 
 
-def storage_bytes(launch: Built) -> dict[int, float]:
-    return {storage_of(x): size for x, size in tensor_bytes(launch.kernel, launch.arguments).values()}
+def touched_bytes(what: Any) -> dict[int, float]:
+    """Bytes by storage of a launch or a call."""
+    if isinstance(what, Built):
+        return {storage_of(x): size for x, size in tensor_bytes(what.kernel, what.arguments).values()}
+    return what.read | what.made if isinstance(what, TorchCall) else {}
 
 
-def records_of(parts: list[tuple[str, Any]], gpu: Gpu, named: dict) -> list[dict]:
-    """Records of an operation's kernels (launches that differ in nothing but sizes together) and of PyTorch's
-    calls."""
+def records_of(events: list[Event], gpu: Gpu, named: dict) -> list[dict]:
+    """Records of an operation's kernels (launches that differ in nothing but sizes together), of PyTorch's
+    calls, and of the operators that these are parts of."""
     kernels: dict[tuple, dict] = {}
+    operators: dict[str, dict] = {}
     inner: set[int] = set()
-    for direction, part in parts:
-        if isinstance(part, TorchCall):
-            us = part.predict(gpu)
-            floor = 1e6 * max(part.bytes / gpu.peak_bytes_per_s, part.flops / gpu.matrix_flops)
-            key, fields = (part.name, direction), {"kernel": part.name, "by": "torch"}
+    for event in events:
+        what = event.what
+        if isinstance(what, OperatorCall):
+            start = {"elements": what.elements, "predicted_us": (0.0, 0.0), "floor_us": 0.0}
+            operators[what.name] = {
+                **named, "kernel": what.name, "by": "operator", "direction": event.direction, **start,
+            }  # fmt: skip
+            continue
+        if isinstance(what, TorchCall):
+            us = torch_us(what, gpu)
+            floor = 1e6 * max(what.bytes / gpu.peak_bytes_per_s, what.flops / gpu.matrix_flops)
+            key, fields = (what.name, event.direction), {"kernel": what.name, "by": "torch"}
         else:
-            found = predict(part, gpu, frozenset(inner))
-            us, floor, fields = found.us, found.floor_us, kernel_fields(part, found)
-            key = (part.kernel, direction, *sorted((k, str(v)) for k, v in part.options.items()))
-            inner |= storage_bytes(part).keys()
-        start = {"direction": direction, "launches": 0, "predicted_us": (0.0, 0.0), "floor_us": 0.0}
+            found = predict(what, gpu, frozenset(inner))
+            us, floor, fields = found.us, found.floor_us, kernel_fields(what, found)
+            key = (what.kernel, event.direction, *sorted((k, str(v)) for k, v in what.options.items()))
+            inner |= touched_bytes(what).keys()
+        start = {"direction": event.direction, "launches": 0, "predicted_us": (0.0, 0.0), "floor_us": 0.0}
         record = kernels.setdefault(key, {**named, **fields, **start})
         record["launches"] += 1
-        record["predicted_us"] = add(record["predicted_us"], us)
-        record["floor_us"] += floor
-    return list(kernels.values())
+        for sum_of in [record] + ([operators[event.operator]] if event.operator else []):
+            sum_of["predicted_us"] = add(sum_of["predicted_us"], us)
+            sum_of["floor_us"] += floor
+    return [*kernels.values(), *operators.values()]
 
 
 def kernel_fields(launch: Built, found: Prediction) -> dict:
@@ -605,17 +504,17 @@ def whole_records(
         moved: of `outer_bytes`.
         rival: the reference's calls; its products are the FLOPs of the floor.
     """
-    times = rival_us(rival.events, rival.outer, gpu)
+    times = rival_us(rival, gpu)
+    parts = [r for r in records if r["by"] != "operator"]
     floors: dict[str, float] = {}
     for direction, size in moved.items():
-        flops = sum(call.flops for name, call in rival.events if name == direction)
+        flops = sum(event.what.flops for event in rival.events if event.direction == direction)
         floors[direction] = 1e6 * max(size / gpu.peak_bytes_per_s, flops / gpu.matrix_flops)
     found = []
     for direction in (*moved, "both"):
-        parts = [r["predicted_us"] for r in records if direction in (r["direction"], "both")]
-        if direction == "both":
-            parts = [r["predicted_us"] for r in records]
-        us = (sum(low for low, _ in parts), sum(high for _, high in parts))
+        us = (0.0, 0.0)
+        for r in parts:
+            us = add(us, r["predicted_us"]) if direction in (r["direction"], "both") else us
         floor = sum(floors.values()) if direction == "both" else floors[direction]
         record = {"kernel": "all", "by": "sum", "direction": direction, "predicted_us": us, "floor_us": floor}
         found.append(
@@ -633,6 +532,8 @@ def table(records: list[dict], gpu: Gpu) -> str:
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in records:
+        if r["by"] == "operator":
+            continue
         variant = "".join(
             f" {key}" for key, value in r.get("options", {}).items() if value is True and key == "ADD"
         )
@@ -655,5 +556,5 @@ def table(records: list[dict], gpu: Gpu) -> str:
     return "\n".join([*lines, "", note])
 
 
-def as_span(us: tuple[float, float]) -> str:
+def as_span(us: Span) -> str:
     return f"{us[0]:.1f} to {us[1]:.1f}"
