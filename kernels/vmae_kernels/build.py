@@ -14,12 +14,14 @@ import argparse
 import json
 import multiprocessing
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict, replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -320,8 +322,13 @@ def show_predictions(options: argparse.Namespace) -> int:
 
 
 def write_json(path: Path, schema: str, records: list[dict], **more: object) -> None:
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    content = {"schema": schema, "versions": versions, **more, "records": records}
+    environment = {
+        "device": "cpu", "cpu": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
+        "triton": triton.__version__, "python": platform.python_version(), "commit": None, "clean": None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    content = {"schema": schema, "environment": environment, **more, "records": records}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1))
 
 

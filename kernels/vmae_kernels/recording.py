@@ -1,5 +1,5 @@
-"""Notes what a step does, call by call, on tensors that hold nothing: what PyTorch runs and moves, which of this
-package's operators are called, which kernels are launched. And what a compiler would leave of those calls.
+"""Notes what a step does, call by call, on tensors that hold nothing: what PyTorch runs and moves, which of
+this package's operators are called, which kernels are launched; and what a compiler would leave of it.
 """
 
 from __future__ import annotations
