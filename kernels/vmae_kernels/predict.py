@@ -10,7 +10,7 @@ each loop as often as `LOOPS` says from the launch's own arguments. The largest 
     latency     (upper end only) rounds to memory that nothing hides, times the waves of programs
 
 Lower end: rates reached in full, and what an earlier kernel of the operation left in the L2 free. Upper end:
-`REACHED` of the instruction rates, all bytes from memory. Programs are spread over the processors, the
+`REACHED` of the instruction rates, all bytes from memory at `BYTES_REACHED`. Programs are spread over the processors, the
 busiest one counts. Nothing here was measured: the records are kept to be scored by the first measurement.
 """
 
@@ -25,7 +25,15 @@ from typing import Any
 from torch import Tensor
 
 from vmae_kernels import sass
-from vmae_kernels.recording import Event, OperatorCall, Recorder, TorchCall, fused, storage_of
+from vmae_kernels.recording import (
+    Event,
+    OperatorCall,
+    Recorder,
+    TorchCall,
+    fused,
+    joined_products,
+    storage_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +82,8 @@ GPUS = {
 # Warp instructions a cycle and processor: four schedulers, one instruction each; 16-lane and 32-lane pipes.
 ISSUE, ALU_RATE, INTEGER_PRODUCT_RATE, MEMORY_RATE, SLOW_RATE = 4.0, 2.0, 2.0, 1.0, 0.5
 REGISTERS, WARPS, PROGRAMS = 65536, 64, 32  # of a processor
-REACHED = 0.65  # share of the instruction rates at the interval's upper end
+# Shares at the interval's upper end: of the instruction rates, of the bytes a second.
+REACHED, BYTES_REACHED = 0.65, 0.85
 # Cycles from a load to its value (memory, not L2), between dependent instructions of one warp, and
 # microseconds between two kernels of a queue or a graph: assumptions.
 LOAD_CYCLES, DEPENDENT_CYCLES, GAP_US = 700, 4, (0.5, 1.5)
@@ -84,7 +93,7 @@ PRODUCT_SHARE = (0.75, 0.60)  # of the matrix peak that products outside the ker
 def assumptions() -> dict[str, Any]:
     """What the model takes for granted beside the device's rates."""
     return {
-        "reached": REACHED, "load_cycles": LOAD_CYCLES, "dependent_cycles": DEPENDENT_CYCLES,
+        "reached": REACHED, "bytes_reached": BYTES_REACHED, "load_cycles": LOAD_CYCLES, "dependent_cycles": DEPENDENT_CYCLES,
         "gap_us": GAP_US,
         "product_share": PRODUCT_SHARE, "issue": ISSUE, "alu_rate": ALU_RATE,
         "integer_product_rate": INTEGER_PRODUCT_RATE, "memory_rate": MEMORY_RATE, "slow_rate": SLOW_RATE,
@@ -123,37 +132,29 @@ def _tubelet(a: Arguments) -> int:
     return 3 * a.DEPTH * a.PATCH**2
 
 
-_SUM_ROWS = Loop(lambda a: a.rows_per_program, lambda a: a.BLOCK_R)
-_USES = Loop(lambda a: a.n_keep, lambda a: a.BLOCK_U)
+_ROWS = Loop(lambda a: a.rows_per_program, lambda a: a.BLOCK_R)
+_TOKENS = Loop(lambda a: a.ROWS, lambda a: a.BLOCK_R)
 
 # Loops of every kernel by argument names, checked against those of the binary: one that is not there, or one
 # too many, is an error.
 LOOPS: dict[str, tuple[Loop, ...]] = {
+    "embed_visible_rows_kernel": (),
     "embed_visible_fold_kernel": (),
-    "embed_visible_fwd_kernel": (Loop(_tubelet, lambda a: a.BLOCK_K),),
+    "embed_visible_fwd_kernel": (Loop(lambda a: a.K, lambda a: a.BLOCK_K),),
     "embed_visible_bwd_weight_kernel": (Loop(lambda a: a.rows_per_split, lambda a: a.BLOCK_M),),
-    "embed_visible_bwd_finish_kernel": (
-        Loop(lambda a: a.n_parts, lambda a: a.BLOCK_R),
-        Loop(lambda a: a.n_splits),
-    ),
+    "embed_visible_bwd_finish_kernel": (),
     # One use of a position in the mean: as many rows as there are, over positions.
     "embed_visible_bwd_pos_kernel": (Loop(lambda a: a.p_order.numel() / (a.p_bounds.numel() - 1)),),
-    "column_sum_kernel": (_SUM_ROWS,),
+    "column_sum_kernel": (_ROWS,),
     "reduce_partials_kernel": (Loop(lambda a: a.n_parts, lambda a: a.BLOCK_R),),
-    "target_affine_kernel": (),
-    "head_error_kernel": (Loop(lambda a: a.width, lambda a: a.BLOCK_K),),
-    "head_weight_grad_kernel": (Loop(lambda a: a.rows_per_split, lambda a: a.BLOCK_M),),
-    "weighted_mean_kernel": (
-        Loop(lambda a: a.n_partial, lambda a: a.BLOCK),
-        Loop(lambda a: a.n_weight, lambda a: a.BLOCK),
-    ),
-    "patch_loss_fwd_kernel": (Loop(lambda a: a.ROWS),),
-    "patch_loss_bwd_kernel": (),
+    "layer_norm_fwd_kernel": (_ROWS,),
+    "layer_norm_bwd_kernel": (_ROWS,),
+    "head_error_kernel": (_TOKENS,),
+    "weighted_mean_kernel": (Loop(lambda a: a.n_partial, lambda a: a.BLOCK),),
+    "patch_loss_fwd_kernel": (_TOKENS,),
+    "patch_loss_bwd_kernel": (_TOKENS,),
     "select_decoded_fwd_kernel": (),
-    # A row is kept once at most, and of a block's rows one is in nearly all cases: one turn of `while`.
-    "select_decoded_bwd_kernel": (
-        Loop(lambda a: a.rows_per_program, lambda a: a.BLOCK_R, _USES, Loop(lambda a: 1, lambda a: 1, _USES)),
-    ),
+    "select_decoded_bwd_kernel": (_ROWS,),
     "assemble_decoder_tokens_fwd_kernel": (),
 }
 
@@ -167,13 +168,13 @@ def _clip_rows(a: Arguments) -> float:
 TOUCHED: dict[str, Formula] = {
     "p_clips": lambda a: _clip_rows(a) * _tubelet(a),
     "p_pos": lambda a: min(a.p_pos.numel(), a.n_rows * a.width),
-    "head_error_kernel.p_hidden": lambda a: a.n_rows * a.width,
-    "head_error_kernel.p_error": lambda a: a.n_rows * _tubelet(a),
-    "head_weight_grad_kernel.p_hidden": lambda a: a.n_rows * a.width,
-    "head_weight_grad_kernel.p_error": lambda a: a.n_rows * a.values,
-    "head_weight_grad_kernel.p_partial": lambda a: a.p_partial.numel() * (2 if a.ADD else 1),
+    "head_error_kernel.p_pred": lambda a: a.n_rows * _tubelet(a) * 2,  # read, and written in place
+    "head_error_kernel.p_weight": lambda a: a.n_rows,
+    "head_error_kernel.p_tokens": lambda a: a.n_rows,
+    "head_error_kernel.p_partial": lambda a: a.n_rows / a.ROWS * 2,
+    "head_error_kernel.p_bias_partial": lambda a: a.n_rows / a.ROWS * _tubelet(a),
     "select_decoded_fwd_kernel.p_hidden": lambda a: a.n_rows * a.width,
-    "select_decoded_bwd_kernel.p_hidden": lambda a: a.p_keep.numel() * a.width,
+    "select_decoded_bwd_kernel.p_hidden": lambda a: a.p_grad_normed.numel(),
     "column_sum_kernel.p_x": lambda a: a.n_rows * a.n_columns,
 }
 
@@ -342,7 +343,9 @@ def predict(launch: Built, gpu: Gpu, inner: frozenset[int] = frozenset()) -> Pre
     sizes = tensor_bytes(launch.kernel, launch.arguments)
     everything = sum(size for _, size in sizes.values())
     kept = sum(
-        size for tensor, size in sizes.values() if storage_of(tensor) in inner and size <= gpu.l2_bytes / 2
+        size
+        for tensor, size in sizes.values()
+        if storage_of(tensor) in inner and tensor.numel() * tensor.element_size() <= gpu.l2_bytes / 2
     )
 
     def us(cycles: float) -> Span:
@@ -358,7 +361,7 @@ def predict(launch: Built, gpu: Gpu, inner: frozenset[int] = frozenset()) -> Pre
         "tensor": us(busiest * work.flops / gpu.matrix_flops_per_cycle),
         "bytes": (
             1e6 * max((everything - kept) / gpu.bytes_per_s, everything / gpu.l2_bytes_per_s),
-            1e6 * everything / gpu.bytes_per_s,
+            1e6 * everything / gpu.bytes_per_s / BYTES_REACHED,
         ),
         "latency": (0.0, 1e6 * waves * latency_cycles(launch, turns) / gpu.clock_hz),
     }
@@ -416,7 +419,7 @@ def torch_us(call: TorchCall, gpu: Gpu, passes: int = 1) -> Span:
     fast, slow = (1e6 * call.flops / (share * gpu.matrix_flops) for share in PRODUCT_SHARE)
     wrote = sum(call.made.values())
     low, high = (1e6 * (n * (call.bytes - wrote) + wrote) / gpu.bytes_per_s for n in (1, passes))
-    return max(low, fast) + GAP_US[0], max(high, slow) + passes * GAP_US[1]
+    return max(low, fast) + GAP_US[0], max(high / BYTES_REACHED, slow) + passes * GAP_US[1]
 
 
 def rival_us(rival: Recorder, gpu: Gpu) -> dict[str, Span]:
@@ -457,7 +460,7 @@ def records_of(events: list[Event], gpu: Gpu, named: dict) -> list[dict]:
     kernels: dict[tuple, dict] = {}
     operators: dict[str, dict] = {}
     inner: set[int] = set()
-    for event in events:
+    for event in joined_products(events):
         what = event.what
         if isinstance(what, OperatorCall):
             start = {"elements": what.elements, "predicted_us": (0.0, 0.0), "floor_us": 0.0}
@@ -469,6 +472,7 @@ def records_of(events: list[Event], gpu: Gpu, named: dict) -> list[dict]:
             us = torch_us(what, gpu)
             floor = 1e6 * max(what.bytes / gpu.peak_bytes_per_s, what.flops / gpu.matrix_flops)
             key, fields = (what.name, event.direction), {"kernel": what.name, "by": "torch"}
+            inner |= what.made.keys()
         else:
             found = predict(what, gpu, frozenset(inner))
             us, floor, fields = found.us, found.floor_us, kernel_fields(what, found)

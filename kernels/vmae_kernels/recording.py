@@ -5,7 +5,7 @@ this package's operators are called, which kernels are launched; and what a comp
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ class TorchCall:
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorCall:
-    """A call of one of this package's operators ("embed_visible_backward"), and the elements it returned."""
+    """A call of one of this package's operators ("embed_visible_backward"), and the elements of its tensor
+    arguments and results."""
 
     name: str
     elements: int
@@ -125,9 +126,9 @@ class Recorder(TorchDispatchMode):
         else:
             result = func(*args, **kwargs)
         self.operator = outside
-        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        self._kept += [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-        call = OperatorCall(name=name, elements=sum(x.numel() for x in made))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        self._kept += tensors
+        call = OperatorCall(name=name, elements=sum(x.numel() for x in tensors))
         self.events.insert(at, Event(direction=self.direction, what=call, operator=name))
         return result
 
@@ -159,6 +160,25 @@ def torch_call(func: Any, name: str, args: tuple, kwargs: dict, result: Any) -> 
     return TorchCall(
         name=name, read=read, made=written, flops=flops, shape=shape, reduces=name in _REDUCTIONS
     )
+
+
+def joined_products(events: list[Event]) -> list[Event]:
+    """Without the copy of a product into float32 that an operator makes on a CPU, where cuBLAS writes float32
+    itself."""
+    found: list[Event] = []
+    for event in events:
+        before, call = found[-1].what if found else None, event.what
+        is_copy = isinstance(call, TorchCall) and call.name == "copy_" and event.operator is not None
+        if (
+            is_copy
+            and isinstance(before, TorchCall)
+            and before.flops
+            and call.read.keys() == before.made.keys()
+        ):
+            found[-1] = replace(found[-1], what=replace(before, made=call.made))
+        else:
+            found.append(event)
+    return found
 
 
 def fused(events: list[Event], outer: set[int]) -> list[tuple[str, TorchCall, int]]:
