@@ -10,8 +10,9 @@ each loop as often as `LOOPS` says from the launch's own arguments. The largest 
     latency     (upper end only) rounds to memory that nothing hides, times the waves of programs
 
 Lower end: rates reached in full, and what an earlier kernel of the operation left in the L2 free. Upper end:
-`REACHED` of the instruction rates, all bytes from memory at `BYTES_REACHED`. Programs are spread over the processors, the
-busiest one counts. Nothing here was measured: the records are kept to be scored by the first measurement.
+`REACHED` of the instruction rates, all bytes from memory, `BYTES_REACHED` of that rate. Programs are spread
+over the processors, the busiest one counts. Nothing here was measured: the records are kept to be scored by
+the first measurement.
 """
 
 from __future__ import annotations
@@ -93,9 +94,8 @@ PRODUCT_SHARE = (0.75, 0.60)  # of the matrix peak that products outside the ker
 def assumptions() -> dict[str, Any]:
     """What the model takes for granted beside the device's rates."""
     return {
-        "reached": REACHED, "bytes_reached": BYTES_REACHED, "load_cycles": LOAD_CYCLES, "dependent_cycles": DEPENDENT_CYCLES,
-        "gap_us": GAP_US,
-        "product_share": PRODUCT_SHARE, "issue": ISSUE, "alu_rate": ALU_RATE,
+        "reached": REACHED, "bytes_reached": BYTES_REACHED, "load_cycles": LOAD_CYCLES,
+        "dependent_cycles": DEPENDENT_CYCLES, "gap_us": GAP_US, "product_share": PRODUCT_SHARE, "issue": ISSUE, "alu_rate": ALU_RATE,
         "integer_product_rate": INTEGER_PRODUCT_RATE, "memory_rate": MEMORY_RATE, "slow_rate": SLOW_RATE,
     }  # fmt: skip
 
