@@ -96,8 +96,8 @@ def predictable(variant: str) -> bool:
 
 @cache
 def record_step(variant: str, masking: str, preset: str, batch: int) -> RecordedStep:
-    """Forward and backward of a variant in bfloat16, recorded."""
-    build = _builder(COMPILED.get(variant, variant))
+    """Forward and backward of a variant in bfloat16, recorded; a compiled one is recorded as it is eager."""
+    build = _builder(variant)
     with on_paper(build, ModelConfig.preset(preset), MASKINGS[masking], torch.bfloat16) as (model, loss_of):
         recorder = StepRecorder()
         with recorder:
@@ -163,7 +163,7 @@ def operator_us(call: OperatorCall, preset: str, device: str) -> tuple[float, fl
 
 
 def product_us(call: TorchCall, gpu: Gpu) -> tuple[float, float]:
-    """A product: FLOPs at a share of the peak that its tiles and the length of its sums leave, or its bytes."""
+    """A product: FLOPs at the share of the peak that tiles and length of sums leave, or its bytes."""
     if len(call.shape) == 3:
         rows, columns, terms = call.shape
         efficiency = tile_efficiency(rows, columns, terms, gpu)
@@ -294,14 +294,14 @@ def step_interval(variant: str, masking: str, preset: str, batch: int, device: s
     """
     if not predictable(variant):
         raise InputError(f"variant {variant!r}: its steps cannot be recorded")
-    step = record_step(variant, masking, preset, batch)
+    step = record_step(COMPILED.get(variant, variant), masking, preset, batch)
     return interval_of(step_parts(step, device, variant in COMPILED))
 
 
 def part_records(variant: str, masking: str, preset: str, batch: int, gpu: str) -> list[PredictedPart]:
     """Records of all parts of a step, host and optimizer too."""
     device = gpu.lower()
-    step = record_step(variant, masking, preset, batch)
+    step = record_step(COMPILED.get(variant, variant), masking, preset, batch)
     parts = step_parts(step, device, variant in COMPILED)
     named = {"model": preset, "variant": variant, "masking": masking, "batch": batch, "gpu": gpu}
     records = []
