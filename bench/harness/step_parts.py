@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -303,13 +303,16 @@ def part_records(variant: str, masking: str, preset: str, batch: int, gpu: str) 
     device = gpu.lower()
     step = record_step(COMPILED.get(variant, variant), masking, preset, batch)
     parts = step_parts(step, device, variant in COMPILED)
-    named = {"model": preset, "variant": variant, "masking": masking, "batch": batch, "gpu": gpu}
+    named = PredictedPart(
+        model=preset, variant=variant, masking=masking, batch=batch, gpu=gpu,
+        part="", source="", ms=Interval(fast=0.0, slow=0.0), launches=0,
+    )  # fmt: skip
     records = []
     for name, part in sorted(parts.items(), key=lambda item: -item[1].ms[1]):
         passes = {*_KINDS.values(), "other passes"}
         source = SOURCES.get(name, "bytes moved" if name in passes else "static model of the kernels")
         ms = Interval(fast=part.ms[0], slow=part.ms[1])
-        records.append(PredictedPart(**named, part=name, source=source, ms=ms, launches=part.launches))
+        records.append(replace(named, part=name, source=source, ms=ms, launches=part.launches))
     host = [sum(part.host_us[end] for part in parts.values()) / 1e3 for end in (0, 1)]
     launches = sum(part.launches for part in parts.values())
     for name, ms in (
@@ -318,5 +321,5 @@ def part_records(variant: str, masking: str, preset: str, batch: int, gpu: str) 
         ("step", interval_of(parts)),
     ):
         source = SOURCES.get(name, "longer of device and host, without optimizer")
-        records.append(PredictedPart(**named, part=name, source=source, ms=ms, launches=launches))
+        records.append(replace(named, part=name, source=source, ms=ms, launches=launches))
     return records
