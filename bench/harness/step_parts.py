@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -96,8 +96,8 @@ def predictable(variant: str) -> bool:
 
 @cache
 def record_step(variant: str, masking: str, preset: str, batch: int) -> RecordedStep:
-    """Forward and backward of a variant in bfloat16, recorded."""
-    build = _builder(COMPILED.get(variant, variant))
+    """Forward and backward of a variant in bfloat16, recorded; a compiled one is recorded as it is eager."""
+    build = _builder(variant)
     with on_paper(build, ModelConfig.preset(preset), MASKINGS[masking], torch.bfloat16) as (model, loss_of):
         recorder = StepRecorder()
         with recorder:
@@ -163,7 +163,7 @@ def operator_us(call: OperatorCall, preset: str, device: str) -> tuple[float, fl
 
 
 def product_us(call: TorchCall, gpu: Gpu) -> tuple[float, float]:
-    """A product: FLOPs at a share of the peak that its tiles and the length of its sums leave, or its bytes."""
+    """A product: FLOPs at the share of the peak that tiles and length of sums leave, or its bytes."""
     if len(call.shape) == 3:
         rows, columns, terms = call.shape
         efficiency = tile_efficiency(rows, columns, terms, gpu)
@@ -294,22 +294,25 @@ def step_interval(variant: str, masking: str, preset: str, batch: int, device: s
     """
     if not predictable(variant):
         raise InputError(f"variant {variant!r}: its steps cannot be recorded")
-    step = record_step(variant, masking, preset, batch)
+    step = record_step(COMPILED.get(variant, variant), masking, preset, batch)
     return interval_of(step_parts(step, device, variant in COMPILED))
 
 
 def part_records(variant: str, masking: str, preset: str, batch: int, gpu: str) -> list[PredictedPart]:
     """Records of all parts of a step, host and optimizer too."""
     device = gpu.lower()
-    step = record_step(variant, masking, preset, batch)
+    step = record_step(COMPILED.get(variant, variant), masking, preset, batch)
     parts = step_parts(step, device, variant in COMPILED)
-    named = {"model": preset, "variant": variant, "masking": masking, "batch": batch, "gpu": gpu}
+    named = PredictedPart(
+        model=preset, variant=variant, masking=masking, batch=batch, gpu=gpu,
+        part="", source="", ms=Interval(fast=0.0, slow=0.0), launches=0,
+    )  # fmt: skip
     records = []
     for name, part in sorted(parts.items(), key=lambda item: -item[1].ms[1]):
         passes = {*_KINDS.values(), "other passes"}
         source = SOURCES.get(name, "bytes moved" if name in passes else "static model of the kernels")
         ms = Interval(fast=part.ms[0], slow=part.ms[1])
-        records.append(PredictedPart(**named, part=name, source=source, ms=ms, launches=part.launches))
+        records.append(replace(named, part=name, source=source, ms=ms, launches=part.launches))
     host = [sum(part.host_us[end] for part in parts.values()) / 1e3 for end in (0, 1)]
     launches = sum(part.launches for part in parts.values())
     for name, ms in (
@@ -318,5 +321,5 @@ def part_records(variant: str, masking: str, preset: str, batch: int, gpu: str) 
         ("step", interval_of(parts)),
     ):
         source = SOURCES.get(name, "longer of device and host, without optimizer")
-        records.append(PredictedPart(**named, part=name, source=source, ms=ms, launches=launches))
+        records.append(replace(named, part=name, source=source, ms=ms, launches=launches))
     return records

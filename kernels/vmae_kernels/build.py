@@ -23,6 +23,7 @@ from collections import Counter
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -72,8 +73,8 @@ class Launch:
         self.function, self.args, self.kwargs, self.grid = function, args, kwargs, grid
 
 
-def catch_launches(call, caught: list | None = None) -> list:
-    """Runs `call` with every kernel launch noted (in `caught`) and not done."""
+def catch_launches(call, caught: Any = None) -> Any:
+    """Runs `call` with every kernel launch noted in `caught` (a list by default) and not done."""
     caught = [] if caught is None else caught
     run = JITFunction.run
 

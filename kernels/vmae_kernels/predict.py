@@ -18,7 +18,7 @@ the first measurement.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,8 +160,10 @@ LOOPS: dict[str, tuple[Loop, ...]] = {
 
 
 def _clip_rows(a: Arguments) -> float:
-    rows = getattr(a, "n_rows", None)
-    return rows if rows is not None else getattr(a, "p_tokens", getattr(a, "p_visible", None)).numel()
+    for name in ("p_tokens", "p_visible"):
+        if not hasattr(a, "n_rows") and hasattr(a, name):
+            return getattr(a, name).numel()
+    return a.n_rows
 
 
 # Elements of an argument that a launch touches, where these are not all: by argument, or kernel and argument.
@@ -244,7 +246,7 @@ class Work:
     """What one warp of a program executes, and what one thread of it loads."""
 
     instructions: float = 0
-    pipes: Counter = field(default_factory=Counter)
+    pipes: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     slow: float = 0
     memory_cycles: float = 0
     integer_products: float = 0

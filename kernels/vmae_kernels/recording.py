@@ -142,7 +142,8 @@ def torch_call(func: Any, name: str, args: tuple, kwargs: dict, result: Any) -> 
     made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
     written = {storage_of(x): float(x.numel() * x.element_size()) for x in made}
     read = {storage_of(x): float(x.numel() * x.element_size()) for x in given if storage_of(x) not in written}
-    flops, shape = 0.0, ()
+    flops = 0.0
+    shape: tuple[int, ...] = ()
     if name in _PRODUCTS:
         left, right = [x for x in args if isinstance(x, Tensor)][-2:]
         shape = (left.numel() // left.shape[-1], right.shape[-1], left.shape[-1])

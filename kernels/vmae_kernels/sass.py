@@ -124,8 +124,8 @@ def basic_blocks(instructions: list[Instruction]) -> dict[int, Block]:
             current = blocks[instruction.address] = Block([])
         current.instructions.append(instruction)
     order = sorted(blocks)
-    for start, following in zip(order, [*order[1:], None]):
-        found = _successors(blocks[start].instructions[-1], following)
+    for start, after in zip(order, (*order[1:], None)):
+        found = _successors(blocks[start].instructions[-1], after)
         blocks[start].successors = [
             address
             for address in found

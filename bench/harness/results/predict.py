@@ -71,8 +71,8 @@ class PredictedPart:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictedKernel:
-    """What `python -m vmae_kernels.build --predict` says of a kernel, of an operator (`by` "operator") or of a
-    whole operation ("sum"); a file has more of each.
+    """What `python -m vmae_kernels.build --predict` says of a kernel, of an operator (`by` "operator") or of
+    a whole operation ("sum"); a file has more of each.
 
     Attributes:
         predicted_us: lower and upper end.
