@@ -95,7 +95,8 @@ def assumptions() -> dict[str, Any]:
     """What the model takes for granted beside the device's rates."""
     return {
         "reached": REACHED, "bytes_reached": BYTES_REACHED, "load_cycles": LOAD_CYCLES,
-        "dependent_cycles": DEPENDENT_CYCLES, "gap_us": GAP_US, "product_share": PRODUCT_SHARE, "issue": ISSUE, "alu_rate": ALU_RATE,
+        "dependent_cycles": DEPENDENT_CYCLES, "gap_us": GAP_US, "product_share": PRODUCT_SHARE,
+        "issue": ISSUE, "alu_rate": ALU_RATE,
         "integer_product_rate": INTEGER_PRODUCT_RATE, "memory_rate": MEMORY_RATE, "slow_rate": SLOW_RATE,
     }  # fmt: skip
 
