@@ -28,7 +28,7 @@ from harness.results.predict import Interval, PredictedKernelsResult, PredictedP
 from harness.variants import MASKINGS, VARIANTS, resolve_variant
 from vmae import InputError, ModelConfig, build_pretrainer
 from vmae.model.cost import on_paper
-from vmae_kernels.predict import GPUS, Gpu
+from vmae_kernels.predict import BYTES_REACHED, GPUS, Gpu
 from vmae_kernels.recording import Event, OperatorCall, Recorder, TorchCall, fused
 
 KERNELS = ROOT / "bench" / "results" / "predicted"
@@ -174,8 +174,8 @@ def product_us(call: TorchCall, gpu: Gpu) -> tuple[float, float]:
     shares = ASSUMED["unaligned_share" if unaligned else "product_share"]
     low = 1e6 * call.flops / (gpu.matrix_flops * shares[0] * efficiency)
     high = 1e6 * call.flops / (gpu.matrix_flops * shares[1] * efficiency * long_sums)
-    moved = 1e6 * call.bytes / gpu.bytes_per_s
-    return max(low, bytes_us(call, gpu)[0]), max(high, moved)
+    moved = bytes_us(call, gpu)
+    return max(low, moved[0]), max(high, moved[1])
 
 
 def tile_efficiency(rows: int, columns: int, terms: int, gpu: Gpu) -> float:
@@ -193,10 +193,10 @@ def tile_efficiency(rows: int, columns: int, terms: int, gpu: Gpu) -> float:
 
 def attention_us(call: TorchCall, gpu: Gpu) -> tuple[float, float]:
     """Fused attention: whole tiles of queries and keys, head dims as the kernels pad them."""
-    clips, heads, tokens, head_dim = call.shape
-    queries, keys = (math.ceil(tokens / side) * side for side in ATTENTION_TILE)
-    padded = next(size for size in (32, 64, 96, 128, 192, 256) if head_dim <= size)
-    flops = call.flops * queries * keys / tokens**2 * padded / head_dim
+    _, _, queries, head_dim, keys = call.shape
+    whole = [math.ceil(count / side) * side for count, side in zip((queries, keys), ATTENTION_TILE)]
+    padded = next((size for size in (32, 64, 96, 128, 192) if head_dim <= size), 256)
+    flops = call.flops * math.prod(whole) / (queries * keys) * padded / head_dim
     direction = "backward" if "backward" in call.name else "forward"
     fast, slow = (
         1e6 * flops / (share * gpu.matrix_flops) for share in ASSUMED[f"attention_{direction}_share"]
@@ -212,7 +212,7 @@ def bytes_us(call: TorchCall, gpu: Gpu, passes: int = 1) -> tuple[float, float]:
         for size in sizes.values():
             rate = gpu.l2_bytes_per_s if size <= gpu.l2_bytes / 4 else gpu.bytes_per_s
             low += size / rate
-            high += times * size / gpu.bytes_per_s
+            high += times * size / (BYTES_REACHED * gpu.bytes_per_s)
     return 1e6 * low, 1e6 * high
 
 

@@ -26,8 +26,8 @@ class TorchCall:
 
     Attributes:
         read, made: bytes by storage.
-        flops, shape: of a product (rows, columns, terms of a sum) or of attention (clips, heads, tokens,
-            head dim).
+        flops, shape: of a product (rows, columns, terms of a sum) or of attention (clips, heads, queries,
+            head dim, keys).
         reduces: a value of the result needs many of the input.
     """
 
@@ -151,10 +151,10 @@ def torch_call(func: Any, name: str, args: tuple, kwargs: dict, result: Any) -> 
     elif func.overloadpacket in flop_registry:
         flops = float(flop_registry[func.overloadpacket](*args, **kwargs, out_val=result))
     elif "dot_product" in name:
-        query = given[1] if "backward" in name else given[0]
-        shape = tuple(query.shape)
-        # Two products of tokens x tokens x head dim forward, five backward.
-        flops = (5 if "backward" in name else 2) * 2.0 * math.prod(shape) * shape[2]
+        query, key = given[1:3] if "backward" in name else given[:2]
+        shape = (*query.shape, key.shape[2])
+        # Two products of queries x keys x head dim forward, five backward.
+        flops = (5 if "backward" in name else 2) * 2.0 * math.prod(shape)
     if name == "index":  # Reads what it gathers, no more.
         source, count = given[0], sum(x.numel() for x in made)
         read[storage_of(source)] = float(min(source.numel(), count) * source.element_size())
