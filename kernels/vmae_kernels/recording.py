@@ -45,11 +45,12 @@ class TorchCall:
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorCall:
-    """A call of one of this package's operators ("embed_visible_backward"), and the elements of its tensor
-    arguments and results."""
+    """A call of one of this package's operators ("embed_visible_backward"), and the elements and bytes of its
+    tensor arguments and results."""
 
     name: str
     elements: int
+    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,8 @@ class Recorder(TorchDispatchMode):
         self.operator = outside
         tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
         self._kept += tensors
-        call = OperatorCall(name=name, elements=sum(x.numel() for x in tensors))
+        size = sum(x.numel() * x.element_size() for x in tensors)
+        call = OperatorCall(name=name, elements=sum(x.numel() for x in tensors), bytes=size)
         self.events.insert(at, Event(direction=self.direction, what=call, operator=name))
         return result
 
