@@ -218,7 +218,8 @@ def build_one(job: tuple[str, str, str, str, bool, int]) -> list[dict]:
         options = {
             key: value for key, value in launch.kwargs.items() if not key.isupper() or key.startswith("BLOCK")
         }
-        key = (name, *options.items())
+        flags = {key: value for key, value in launch.kwargs.items() if isinstance(value, bool)}
+        key = (name, *options.items(), *flags.items())
         if key in seen or (candidate and not tunable):
             continue
         seen.add(key)
@@ -227,6 +228,7 @@ def build_one(job: tuple[str, str, str, str, bool, int]) -> list[dict]:
         records.append({
             "kernel": name, "operation": operation, "target": target, "shape": preset, "dtype": dtype,
             "clips": "float" if float_clips else "uint8", "default": candidate == 0, "config": options,
+            "flags": flags,
             "registers": found["registers"], "stack_bytes": found["stack_bytes"],
             "shared_bytes": kernel.metadata.shared,
             "widest_load_bits": widest_load(found["instructions"]), "instructions": found["instructions"],
@@ -366,13 +368,29 @@ def failures(records: list[dict]) -> list[str]:
     return found
 
 
+def variants(records: list[dict]) -> dict[int, str]:
+    """Of records of a kernel that was launched in several variants: the flags that tell it apart, by place
+    ("AGAIN")."""
+    groups: dict[tuple, list[int]] = {}
+    for i, record in enumerate(records):
+        kind = (record[name] for name in ("kernel", "operation", "target", "shape", "dtype", "clips"))
+        groups.setdefault((*kind, *record["config"].items()), []).append(i)
+    found = {}
+    for places in groups.values():
+        flags = [records[i]["flags"] for i in places]
+        differing = [name for name in flags[0] if len({one.get(name) for one in flags}) > 1]
+        found |= {i: " ".join(name for name in differing if records[i]["flags"].get(name)) for i in places}
+    return found
+
+
 def table(records: list[dict]) -> str:
     """Markdown, a line per kernel, shape and configuration; a cell per target: registers / stack / shared KiB
     / tensor-core instructions / widest load in bits."""
     targets = [target for target in TARGETS if any(record["target"] == target for record in records)]
     rows: dict[tuple, dict[str, str]] = {}
-    for record in records:
-        name = record["kernel"].removesuffix("_kernel")
+    names = variants(records)
+    for i, record in enumerate(records):
+        name = f"{record['kernel'].removesuffix('_kernel')} {names[i]}".rstrip()
         blocks = "x".join(str(value) for key, value in record["config"].items() if key.startswith("BLOCK"))
         kind = (
             ""

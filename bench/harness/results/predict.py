@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from harness.results.base import Result
 from harness.results.operations import Rates
@@ -145,7 +145,7 @@ class PredictResult(Result):
     title: ClassVar[str] = "Without a GPU: counted and predicted"
 
     records: list[PredictedStep | PredictedPart | PredictedFloor | Score]
-    assumptions: dict[str, list[float]] = field(default_factory=dict)
+    assumptions: dict[str, Any] = field(default_factory=dict)
     gpus: dict[str, Rates] = field(default_factory=dict)
 
     def tables(self) -> list[Table]:
@@ -177,7 +177,7 @@ class PredictResult(Result):
             spans = [r.predicted_step_ms.get(gpu) for gpu in self.gpus]
             cells = [f"{span.fast:.1f} to {span.slow:.1f}" if span else "-" for span in spans]
             rows.append([r.model, r.name, *cells])
-        assumed = [f"{name} {low:g} or {high:g}" for name, (low, high) in self.assumptions.items()]
+        assumed = [assumption_text(name, value) for name, value in self.assumptions.items()]
         title = f"PREDICTED, not measured: ms a step of {steps[0].batch} clips, bf16, optimizer left out"
         note = f"Shorter and longer end: {'; '.join(assumed)}."
         return Table(title, ["model", "variant, masking", *self.gpus], rows, note)
@@ -188,6 +188,13 @@ class PredictResult(Result):
             rows.append([r.model, r.operation, r.direction, *(f"{r.floor_us[gpu]:.1f}" for gpu in self.gpus)])
         title = f"Floors of the fused operations at datasheet rates, microseconds, batch {floors[0].batch}"
         return Table(title, ["model", "operation", "direction", *self.gpus], rows)
+
+
+def assumption_text(name: str, value: Any) -> str:
+    """One assumption in words: [shorter, longer]; of files before the parts, settings of one end."""
+    if isinstance(value, list):
+        return f"{name} {' or '.join(f'{end:g}' for end in value)}"
+    return f"{name} ({', '.join(f'{key} {number:g}' for key, number in value.items())})"
 
 
 def parts_table(parts: list[PredictedPart]) -> Table:
