@@ -2,6 +2,7 @@
 loops hold what they promise. Nothing here is a measurement."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_kernel_build import build_report
 from vmae_kernels import predict, sass
 from vmae_kernels.build import ARGUMENTS
 from vmae_kernels.predict import GPUS, Arguments, Built, Loop, Mismatch
-from vmae_kernels.recording import Recorder, fused
+from vmae_kernels.recording import Recorder, fused, joined_products
 
 # As cuobjdump prints it: 2 instructions, a loop of 7 that counts up by 4 and one of 3 within it, a call that
 # no healthy run makes, a loop that waits for a copy.
@@ -138,6 +139,45 @@ def test_a_compiler_joins_passes_between_products():
     before, product, after = (call for _, call, _ in found)
     assert before.bytes == 2 * 64 * 64 * 4 and product.flops == 2 * 64**3
     assert after.bytes == 64 * 64 * 4 + 4
+
+
+def recorded(call, *tensors) -> list:
+    recorder = Recorder(enter=False)
+    with recorder:
+        call(*tensors)
+    return recorder.events
+
+
+def test_attention_of_fewer_queries_than_keys_is_counted_whole():
+    query, key = (torch.empty(2, 3, tokens, 64, requires_grad=True) for tokens in (5, 7))
+
+    def attend(q, k):
+        torch.nn.functional.scaled_dot_product_attention(q, k, k).sum().backward()
+
+    calls = [event.what for event in recorded(attend, query, key) if "dot_product" in event.what.name]
+    if not calls:
+        pytest.skip("this torch has no fused attention on a CPU")
+    assert [call.shape for call in calls] == [(2, 3, 5, 64, 7)] * 2
+    assert [call.flops for call in calls] == [2 * products * 2 * 3 * 5 * 7 * 64 for products in (2, 5)]
+
+
+def test_what_a_product_is_copied_into_is_its_own_result():
+    """An operator's float32 copy on a CPU: cuBLAS writes it itself. A copy outside operators stays."""
+    a, out = torch.ones(4, 4, dtype=torch.bfloat16, device="meta"), torch.ones(4, 4, device="meta")
+    events = recorded(lambda: out.copy_(a @ a))
+    assert [event.what.name for event in joined_products(events)] == ["mm", "copy_"]
+    inside = [replace(event, operator="head_patch_loss") for event in events]
+    (product,) = joined_products(inside)
+    assert product.what.name == "mm" and sum(product.what.made.values()) == 4 * 4 * 4
+
+
+def test_what_an_operators_call_wrote_is_read_from_the_l2(loops):
+    buffer = torch.empty(1 << 20)
+    one = launch(rows=4, p_x=buffer)
+    cold = predict.predict(one, GPUS["h100"])
+    warm = predict.predict(one, GPUS["h100"], frozenset(predict.touched_bytes(one)))
+    assert warm.bounds_us["bytes"][0] < cold.bounds_us["bytes"][0]
+    assert warm.bounds_us["bytes"][1] == cold.bounds_us["bytes"][1]
 
 
 # --- The kernels themselves, built for an H100 ---
