@@ -1,9 +1,9 @@
 """What can be said of a GPU without having one: bytes kept, multiply-accumulates, kernel floors, a step's
-time as an interval.
+time as an interval and in parts.
 
 Bytes and multiply-accumulates are exact (counted on fake tensors, any preset). Times are predictions,
-labelled so, with the assumptions they rest on; `--score FILE` holds measured steps (a result of
-dual_vs_encoder.py) against them.
+labelled so, with the assumptions they rest on (`harness.step_parts`); `--score FILE` holds measured steps (a
+result of dual_vs_encoder.py) against them.
 
     python bench/predict.py                                     # all presets and variants
     python bench/predict.py --score bench/results/DEVICE/dual_vs_encoder.json --gpu H100
@@ -14,14 +14,21 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
+from harness import step_parts
 from harness.command import add_json, exit_code, write_result
 from harness.environment import find_environment
 from harness.floors import DIRECTIONS, GPUS, floor_of, preset_shape
 from harness.progress import at
-from harness.records import FLOPS_PER_MAC, count
+from harness.records import count
 from harness.results import read_result
-from harness.results.operations import Rates
-from harness.results.predict import Assumption, Interval, PredictedFloor, PredictedStep, PredictResult, Score
+from harness.results.predict import (
+    Interval,
+    PredictedFloor,
+    PredictedPart,
+    PredictedStep,
+    PredictResult,
+    Score,
+)
 from harness.results.steps import StepsResult
 from harness.table import show
 from harness.variants import PUBLISHED_PRESETS, VARIANTS
@@ -31,33 +38,6 @@ from vmae_kernels.backend import OPERATIONS
 
 MASKINGS = ("encoder_only", "dual")
 DTYPE = "bfloat16"
-# Between these two a step is expected. Each kept byte is at least written once and read once; the eager graph
-# passes over activations several times more. The host's part is hidden behind the device's work, or not.
-ASSUMPTIONS = {
-    "fast": Assumption(
-        matrix_share=0.65, passes_over_kept_bytes=2.0, kernels_per_block=30, us_per_kernel=0.0
-    ),
-    "slow": Assumption(
-        matrix_share=0.30, passes_over_kept_bytes=6.0, kernels_per_block=60, us_per_kernel=5.0
-    ),
-}
-
-
-def step_interval(macs: int, saved_bytes: int, model: str, batch: int, gpu: Rates) -> Interval:
-    """Milliseconds of a training step, optimizer left out.
-
-    Args:
-        macs, saved_bytes: of a clip.
-    """
-    config = ModelConfig.preset(model)
-    blocks = config.depth + config.decoder_depth
-    found = {}
-    for name, assumed in ASSUMPTIONS.items():
-        products = FLOPS_PER_MAC * batch * macs / (assumed.matrix_share * gpu.matrix_flops)
-        traffic = assumed.passes_over_kept_bytes * batch * saved_bytes / gpu.bytes_per_s
-        host = blocks * assumed.kernels_per_block * assumed.us_per_kernel * 1e-6
-        found[name] = 1e3 * (products + traffic + host)
-    return Interval(**found)
 
 
 def predict_steps(presets: list[str], variants: list[str], batch: int) -> list[PredictedStep]:
@@ -68,7 +48,8 @@ def predict_steps(presets: list[str], variants: list[str], batch: int) -> list[P
 
 def predict_step(preset: str, variant: str, masking: str, batch: int) -> PredictedStep:
     at(f"counting {preset} {variant} {masking}")
-    saved, macs = count(variant, masking, ModelConfig.preset(preset), DTYPE)
+    counted = step_parts.COMPILED.get(variant, variant)  # the compiler may keep less
+    saved, macs = count(counted, masking, ModelConfig.preset(preset), DTYPE)
     if saved is None:
         raise InputError(f"variant {variant!r}: what it keeps cannot be counted")
     return PredictedStep(
@@ -80,9 +61,23 @@ def predict_step(preset: str, variant: str, masking: str, batch: int) -> Predict
         forward_macs_per_clip=macs,
         batch=batch,
         predicted_step_ms={
-            name: step_interval(macs, saved, preset, batch, gpu) for name, gpu in GPUS.items()
+            gpu: step_parts.step_interval(variant, masking, preset, batch, gpu.lower())
+            for gpu in GPUS
+            if step_parts.has_records(gpu.lower(), preset)
         },
     )
+
+
+def predict_parts(presets: list[str], variants: list[str], batch: int, gpu: str) -> list[PredictedPart]:
+    """Parts of this code's dual-masked steps on a GPU."""
+    wanted = [name for name in ("triton+compile", "triton") if name in variants][:1]
+    pairs = [(preset, variant) for preset in presets for variant in wanted]
+    return [
+        part
+        for preset, variant in pairs
+        if step_parts.has_records(gpu.lower(), preset)
+        for part in step_parts.part_records(variant, "dual", preset, batch, gpu)
+    ]
 
 
 def with_ratios(steps: list[PredictedStep]) -> list[PredictedStep]:
@@ -115,14 +110,13 @@ def score(measured: StepsResult, gpu: str) -> list[Score]:
     """Measured steps against the interval for their own batch.
 
     Raises:
-        InputError: no record of a timed step of a known preset and countable variant.
+        InputError: no record of a timed step of a known preset and predictable variant.
     """
     found = []
     for r in measured.records:
-        saved = r.saved_activation_bytes_per_clip
-        if not r.step_ms or not r.optimizer_ms or not saved:
+        if not r.step_ms or not r.optimizer_ms or not step_parts.predictable(r.variant):
             continue
-        interval = step_interval(r.forward_macs_per_clip, saved, r.model, r.batch, GPUS[gpu])
+        interval = step_parts.step_interval(r.variant, r.masking, r.model, r.batch, gpu.lower())
         done = r.step_ms.median - r.optimizer_ms.median
         record = Score(
             model=r.model,
@@ -137,7 +131,9 @@ def score(measured: StepsResult, gpu: str) -> list[Score]:
         )
         found.append(record)
     if not found:
-        raise InputError("no timed step with counted bytes in that file: give a result of dual_vs_encoder.py")
+        raise InputError(
+            "no timed step of a predictable variant in that file: give a result of dual_vs_encoder.py"
+        )
     return found
 
 
@@ -167,9 +163,11 @@ def run(args: argparse.Namespace) -> int:
         result = PredictResult(environment=known, records=[*score(read_steps(args.score), args.gpu)])
     else:
         steps = predict_steps(args.presets, args.variants, args.batch)
+        parts = predict_parts(args.presets, args.variants, args.batch, args.gpu)
         floors = predict_floors(args.presets, args.batch)
+        assumed = {name: [*ends] for name, ends in step_parts.ASSUMED.items()}
         result = PredictResult(
-            environment=known, records=[*steps, *floors], assumptions=ASSUMPTIONS, gpus=GPUS
+            environment=known, records=[*steps, *parts, *floors], assumptions=assumed, gpus=GPUS
         )
     show(*result.tables())
     write_result(result, args.json)
@@ -180,8 +178,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--presets", nargs="+", choices=PUBLISHED_PRESETS, default=list(PUBLISHED_PRESETS))
-    countable = [name for name, variant in VARIANTS.items() if variant.countable]
-    add("--variants", nargs="+", choices=countable, default=countable)
+    known = [name for name in VARIANTS if step_parts.predictable(name)]
+    add("--variants", nargs="+", choices=known, default=known)
     add("--batch", type=int, default=32, help="clips of the predicted step (32)")
     measured = "hold the measured steps of this result against the prediction"
     add("--score", metavar="FILE", help=measured)

@@ -14,12 +14,16 @@ import argparse
 import json
 import multiprocessing
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -30,7 +34,10 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import vmae_kernels
 from vmae_kernels import device
+from vmae_kernels import predict as model
 from vmae_kernels.layer_norm import layer_norm_bwd
+from vmae_kernels.recording import Recorder
+from vmae_kernels.sass import read_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -59,19 +66,19 @@ AMD_OPS = r"\b(v_mfma\w*|(?:global|buffer)_load_\w+|global_store_\w+|scratch_(?:
 
 
 class Launch:
-    """One caught launch."""
+    """One caught launch; `grid`: programs along its axes."""
 
-    def __init__(self, function: JITFunction, args: tuple, kwargs: dict):
-        self.function, self.args, self.kwargs = function, args, kwargs
+    def __init__(self, function: JITFunction, args: tuple, kwargs: dict, grid: tuple[int, ...] = ()):
+        self.function, self.args, self.kwargs, self.grid = function, args, kwargs, grid
 
 
-def catch_launches(call) -> list[Launch]:
-    """Runs `call` with every kernel launch noted and not done."""
-    caught: list[Launch] = []
+def catch_launches(call, caught: Any = None) -> Any:
+    """Runs `call` with every kernel launch noted in `caught` (a list by default) and not done."""
+    caught = [] if caught is None else caught
     run = JITFunction.run
 
     def note(self, *args, grid, warmup, **kwargs):
-        caught.append(Launch(self, args, kwargs))
+        caught.append(Launch(self, args, kwargs, tuple(grid(kwargs) if callable(grid) else grid)))
 
     JITFunction.run = note
     try:
@@ -94,7 +101,8 @@ def compile_launch(launch: Launch, target: str):
     return triton.compile(source, target=TARGETS[target], options=options.__dict__)
 
 
-def read_nvidia(binary: bytes) -> dict:
+def disassemble(binary: bytes) -> tuple[str, str]:
+    """What cuobjdump says of an NVIDIA binary's resources, and its instructions."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
@@ -105,6 +113,11 @@ def read_nvidia(binary: bytes) -> dict:
         code = subprocess.run(
             [tool, "--dump-sass", file.name], capture_output=True, text=True, check=True
         ).stdout
+    return usage, code
+
+
+def read_nvidia(binary: bytes) -> dict:
+    usage, code = disassemble(binary)
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
     return {
         "registers": int(registers),
@@ -147,16 +160,16 @@ def tensor_core_count(record: dict) -> int:
     return sum(count for op, count in record["instructions"].items() if op.split(".")[0] == name)
 
 
-def inputs(preset: str, dtype: torch.dtype, float_clips: bool) -> dict[str, Tensor]:
-    """Tensors of two clips. Their values do not matter; index 0 is always legal."""
+def inputs(preset: str, dtype: torch.dtype, float_clips: bool, batch: int = 2) -> dict[str, Tensor]:
+    """Tensors of `batch` clips. Their values do not matter; index 0 is always legal."""
     patch, width, decoder, shown, decoded, counted = PRESETS[preset]
     tokens, values = 8 * (224 // patch) ** 2, 6 * patch * patch
-    clips = torch.zeros(2, 16, 224, 224, 3, dtype=torch.uint8)
+    clips = torch.zeros(batch, 16, 224, 224, 3, dtype=torch.uint8)
     if float_clips:
         clips = clips.permute(0, 4, 1, 2, 3).to(dtype).contiguous()
 
     def index(count: int) -> Tensor:
-        return torch.zeros(2, count, dtype=torch.int32)
+        return torch.zeros(batch, count, dtype=torch.int32)
 
     def learned(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
@@ -167,11 +180,12 @@ def inputs(preset: str, dtype: torch.dtype, float_clips: bool) -> dict[str, Tens
         "clips": clips, "visible": index(shown), "decode": index(decoded), "counted": index(counted),
         "weight": learned(width, 3, 2, patch, patch), "bias": learned(width),
         "pos": learned(tokens, width).float(),
-        "encoded": learned(2, shown, decoder), "mask_token": learned(1, 1, decoder),
-        "decoder_pos": torch.zeros(tokens, decoder), "hidden": learned(2, shown + decoded, decoder),
+        "encoded": learned(batch, shown, decoder), "mask_token": learned(1, 1, decoder),
+        "decoder_pos": torch.zeros(tokens, decoder), "hidden": learned(batch, shown + decoded, decoder),
         "uses": index(shown + decoded),
-        "norm_weight": learned(decoder), "norm_bias": learned(decoder), "pixels": learned(2, counted, values),
-        "token_weight": torch.ones(2, counted), "rows": learned(2, counted, decoder),
+        "norm_weight": learned(decoder), "norm_bias": learned(decoder),
+        "pixels": learned(batch, counted, values),
+        "token_weight": torch.ones(batch, counted), "rows": learned(batch, counted, decoder),
         "head_weight": learned(values, decoder), "head_bias": learned(values),
     }  # fmt: skip
 
@@ -221,6 +235,7 @@ def build_one(job: tuple[str, str, str, str, bool, int]) -> list[dict]:
         options = {
             key: value for key, value in launch.kwargs.items() if not key.isupper() or key.startswith("BLOCK")
         }
+        flags = {key: value for key, value in launch.kwargs.items() if isinstance(value, bool)}
         key = (name, *launch.kwargs.items())
         if key in seen or (candidate and not tunable):
             continue
@@ -230,11 +245,111 @@ def build_one(job: tuple[str, str, str, str, bool, int]) -> list[dict]:
         records.append({
             "kernel": name, "operation": operation, "target": target, "shape": preset, "dtype": dtype,
             "clips": "float" if float_clips else "uint8", "default": candidate == 0, "config": options,
+            "flags": flags,
             "registers": found["registers"], "stack_bytes": found["stack_bytes"],
             "shared_bytes": kernel.metadata.shared,
             "widest_load_bits": widest_load(found["instructions"]), "instructions": found["instructions"],
         })  # fmt: skip
     return records
+
+
+def call_recorded(operation: str, x: dict[str, Tensor], recorder: Recorder, **backend: str) -> None:
+    """As `call_operation`, recorded: directions apart, gradients not stored. Without `backend`: the
+    reference."""
+    arguments = [x[name] for name in ARGUMENTS[operation]]
+    learned = [tensor for tensor in arguments if tensor.requires_grad]
+    recorder.given(*arguments)
+    call = getattr(vmae_kernels, operation if backend else f"{operation}_ref")
+    with recorder:
+        found = call(*arguments, **backend)
+        results = [y for y in (found if isinstance(found, tuple) else (found,)) if y.requires_grad]
+        upstream = [torch.empty_like(y) for y in results]
+        recorder.direction = "backward"
+        grads = torch.autograd.grad(results, learned, upstream)
+    recorder.given(*results, *upstream, *grads)
+
+
+def predict_one(job: tuple[str, str, str, int]) -> list[dict]:
+    """Records of one operation: each of its kernels, and the whole. Runs in a process of its own."""
+    operation, gpu_name, preset, batch = job
+    torch.set_num_threads(1)
+    gpu = model.GPUS[gpu_name]
+    device.BUILD_TARGET, device.BUILD_CANDIDATE = gpu.target, 0
+    x = inputs(preset, torch.bfloat16, False, batch)
+    x["pos"] = x["pos"].detach()  # fixed positions, as pre-training has them
+    ours, rival = Recorder(enter=True, compute=False), Recorder(enter=False)
+    catch_launches(lambda: call_recorded(operation, x, ours, backend="triton"), ours)
+    on_meta = {
+        name: tensor.detach().to("meta").requires_grad_(tensor.requires_grad) for name, tensor in x.items()
+    }
+    call_recorded(operation, on_meta, rival)
+    events = [
+        replace(event, what=build_for_model(event.what, gpu.target))
+        if isinstance(event.what, Launch)
+        else event
+        for event in ours.events
+    ]
+    named = {
+        "operation": operation,
+        "preset": preset,
+        "target": gpu.target,
+        "device": gpu_name,
+        "batch": batch,
+    }
+    records = model.records_of(events, gpu, named)
+    moved = model.outer_bytes(events, ours.outer)
+    return records + model.whole_records(records, moved, rival, gpu, named)
+
+
+def build_for_model(launch: Launch, target: str) -> model.Built:
+    """A caught launch with what its binary says."""
+    kernel = compile_launch(launch, target)
+    usage, code = disassemble(kernel.asm["cubin"])
+    programs = 1
+    for side in launch.grid:
+        programs *= int(side)
+    options = {key: value for key, value in launch.kwargs.items()}
+    return model.Built(
+        kernel=launch.function.__name__,
+        programs=programs,
+        warps=kernel.metadata.num_warps,
+        stages=kernel.metadata.num_stages,
+        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
+        shared_bytes=kernel.metadata.shared,
+        arguments=model.Arguments(launch.function.arg_names, launch.args, launch.kwargs),
+        options=options,
+        code=read_kernel(code),
+    )
+
+
+def show_predictions(options: argparse.Namespace) -> int:
+    """Predicts, prints and writes; 1 where a kernel's loops are not known."""
+    presets = options.presets or ["vit_b", "vit_g"]
+    work = [
+        (name, options.device, preset, options.batch) for preset in presets for name in options.operations
+    ]
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        try:
+            records = [record for found in pool.imap(predict_one, work) for record in found]
+        except model.Mismatch as error:
+            print(f"FAIL\n{error}")
+            return 1
+    print(model.table(records, model.GPUS[options.device]))
+    if options.json:
+        assumed = {"gpu": asdict(model.GPUS[options.device]), **model.assumptions()}
+        write_json(options.json, "vmae-predict/1", records, assumptions=assumed)
+    return 0
+
+
+def write_json(path: Path, schema: str, records: list[dict], **more: object) -> None:
+    environment = {
+        "device": "cpu", "cpu": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
+        "triton": triton.__version__, "python": platform.python_version(), "commit": None, "clean": None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    content = {"schema": schema, "environment": environment, **more, "records": records}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1))
 
 
 def jobs(targets: list[str], presets: list[str], full: bool) -> list[tuple]:
@@ -270,13 +385,29 @@ def failures(records: list[dict]) -> list[str]:
     return found
 
 
+def variants(records: list[dict]) -> dict[int, str]:
+    """Of records of a kernel that was launched in several variants: the flags that tell it apart, by place
+    ("AGAIN")."""
+    groups: dict[tuple, list[int]] = {}
+    for i, record in enumerate(records):
+        kind = (record[name] for name in ("kernel", "operation", "target", "shape", "dtype", "clips"))
+        groups.setdefault((*kind, *record["config"].items()), []).append(i)
+    found = {}
+    for places in groups.values():
+        flags = [records[i]["flags"] for i in places]
+        differing = [name for name in flags[0] if len({one.get(name) for one in flags}) > 1]
+        found |= {i: " ".join(name for name in differing if records[i]["flags"].get(name)) for i in places}
+    return found
+
+
 def table(records: list[dict]) -> str:
     """Markdown, a line per kernel, shape and configuration; a cell per target: registers / stack / shared KiB
     / tensor-core instructions / widest load in bits."""
     targets = [target for target in TARGETS if any(record["target"] == target for record in records)]
     rows: dict[tuple, dict[str, str]] = {}
-    for record in records:
-        name = record["kernel"].removesuffix("_kernel")
+    names = variants(records)
+    for i, record in enumerate(records):
+        name = f"{record['kernel'].removesuffix('_kernel')} {names[i]}".rstrip()
         blocks = "x".join(str(value) for key, value in record["config"].items() if key.startswith("BLOCK"))
         kind = (
             ""
@@ -310,10 +441,16 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="all presets, dtypes and configurations")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--presets", nargs="+", choices=PRESETS)
+    parser.add_argument("--predict", action="store_true", help="microseconds at batch 32, predicted")
+    parser.add_argument("--device", choices=model.GPUS, default="h100", help="whose prediction (h100)")
+    parser.add_argument("--batch", type=int, default=32, help="clips of the prediction (32)")
+    parser.add_argument("--operations", nargs="+", choices=ARGUMENTS, default=list(ARGUMENTS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     options = parser.parse_args()
     if device.INTERPRET:
         sys.exit("TRITON_INTERPRET=1 is set: interpreting and building need separate processes; unset it")
+    if options.predict:
+        return show_predictions(options)
     presets = options.presets or (list(PRESETS) if options.full else ["vit_b", "vit_g"])
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         records = [
@@ -327,10 +464,7 @@ def main() -> int:
         "widest global load"
     )
     if options.json:
-        versions = {"torch": torch.__version__, "triton": triton.__version__}
-        options.json.write_text(
-            json.dumps({"schema": "vmae-build/1", "versions": versions, "records": records}, indent=1)
-        )
+        write_json(options.json, "vmae-build/1", records)
     wrong = failures(records)
     print(
         "\n".join(["FAIL", *wrong])

@@ -8,21 +8,31 @@ from vmae_kernels.backend import OPERATIONS
 
 
 def test_counts_intervals_and_floors(benches, tmp_path, capsys):
-    words = ["--presets", "vit_s", "--variants", "reference", "triton", "--json", str(tmp_path / "r.json")]
+    words = ["--presets", "vit_s", "--variants", "reference", "triton", "triton+compile"]
+    words += ["--json", str(tmp_path / "r.json")]
     assert benches("predict").main(words) == 0
     content = json.loads((tmp_path / "r.json").read_text())
     steps = {(r["variant"], r["masking"]): r for r in content["records"] if r["kind"] == "step"}
-    assert set(steps) == {(v, m) for v in ("reference", "triton") for m in ("encoder_only", "dual")}
+    assert set(steps) == {(v, m) for v in words[3:6] for m in ("encoder_only", "dual")}
     ours, base = steps["triton", "dual"], steps["reference", "encoder_only"]
     expected = ours["saved_activation_bytes_per_clip"] / base["saved_activation_bytes_per_clip"]
     assert ours["over_reference_encoder_only"] == pytest.approx(expected) and expected < 0.25
     for record in steps.values():
+        assert set(record["predicted_step_ms"]) >= {"H100"}
         for span in record["predicted_step_ms"].values():
             assert 0 < span["fast"] < span["slow"]
-        assert record["predicted_step_ms"]["A100"]["fast"] > record["predicted_step_ms"]["H100"]["fast"]
+    fast = {name: record["predicted_step_ms"]["H100"]["fast"] for name, record in steps.items()}
+    assert fast["triton+compile", "dual"] < fast["triton", "dual"] < fast["triton", "encoder_only"]
+    parts = {r["part"]: r for r in content["records"] if r["kind"] == "part"}
+    assert {r["variant"] for r in parts.values()} == {"triton+compile"}
+    assert {"products", "attention backward", "embed_visible", "host", "optimizer", "step"} <= set(parts)
+    done = [r["ms"]["fast"] for name, r in parts.items() if name not in ("host", "optimizer", "step")]
+    assert parts["step"]["ms"]["fast"] == pytest.approx(max(sum(done), parts["host"]["ms"]["fast"]))
+    assert all(r["source"] for r in parts.values())
     floors = [r for r in content["records"] if r["kind"] == "floor"]
     assert len(floors) == 2 * len(OPERATIONS) and all(r["floor_us"]["H100"] > 0 for r in floors)
-    assert content["assumptions"]["fast"]["matrix_share"] > content["assumptions"]["slow"]["matrix_share"]
+    best, worst = content["assumptions"]["product_share"]
+    assert best > worst
     assert "PREDICTED, not measured" in capsys.readouterr().out
 
 
@@ -47,10 +57,12 @@ def write(path, records) -> None:
 
 def test_scoring(benches, tmp_path, capsys):
     predict, path = benches("predict"), tmp_path / "m.json"
-    write(path, [measured(1.0), measured(15.0), measured(1000.0), measured(None)])
+    expected = predict.step_parts.step_interval("triton", "dual", "vit_b", 32, "h100")
+    middle = (expected.fast + expected.slow) / 2
+    write(path, [measured(1.0), measured(middle), measured(1000.0), measured(None)])
     found = predict.score(predict.read_steps(path), "H100")
     assert [r.place for r in found] == ["faster", "inside", "slower"]
-    write(path, [measured(15.0)])
+    write(path, [measured(middle)])
     assert predict.main(["--score", str(path)]) == 0
     assert "inside" in capsys.readouterr().out
 

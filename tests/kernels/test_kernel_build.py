@@ -94,6 +94,21 @@ def test_failures_are_found():
         assert build.failures([good | change | {"default": False}]) == []
 
 
+def test_variants_of_a_kernel_have_a_row_each():
+    """A flag of the kernel makes another binary, which the report counts too."""
+    same = {"kernel": "k_kernel", "operation": "o", "target": "sm_90", "shape": "vit_b", "dtype": "bfloat16",
+            "clips": "uint8", "default": True, "config": {"num_warps": 8}, "stack_bytes": 0,
+            "shared_bytes": 0, "widest_load_bits": 128, "instructions": {}}  # fmt: skip
+    records = [
+        same | {"registers": 97, "flags": {"ADD": False, "UINT8": True}},
+        same | {"registers": 178, "flags": {"ADD": True, "UINT8": True}},
+    ]
+    assert build.variants(records) == {0: "", 1: "ADD"}
+    rows = [line for line in build.table(records).splitlines() if "vit_b" in line]
+    assert [line.split("|")[1].strip() for line in rows] == ["k", "k ADD"]
+    assert "178" in rows[1]
+
+
 def test_widest_load():
     assert build.widest_load({"LDG.E.U8": 3, "LDG.E.64.CONSTANT": 1}) == 64
     assert build.widest_load({"LDGSTS.E.BYPASS.128": 3, "LDG.E": 1}) == 128

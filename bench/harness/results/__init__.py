@@ -17,7 +17,7 @@ from harness.results.kill_runs import KillResult
 from harness.results.loop import LoopResult
 from harness.results.mask_ablation import MaskResult
 from harness.results.operations import OperationsResult
-from harness.results.predict import PredictResult
+from harness.results.predict import PredictedKernelsResult, PredictResult
 from harness.results.progressive import ProgressiveResult
 from harness.results.sanitize import SanitizerResult
 from harness.results.scaling import ScalingResult
@@ -35,6 +35,7 @@ RESULTS: dict[str, type[Result]] = {
     "data": DataResult,
     "scaling": ScalingResult,
     "predict": PredictResult,
+    "predicted_kernels": PredictedKernelsResult,
     "features": FeaturesResult,
     "loop": LoopResult,
     "training_run": TrainingResult,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from harness.results.base import Result
 from harness.results.operations import Rates
@@ -18,22 +17,6 @@ class Interval:
 
     fast: float
     slow: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assumption:
-    """One end of the interval.
-
-    Attributes:
-        matrix_share: of the matrix peak that the products reach.
-        passes_over_kept_bytes: how often each kept byte crosses the memory bus.
-        kernels_per_block, us_per_kernel: the host's part that the device's work does not hide.
-    """
-
-    matrix_share: float
-    passes_over_kept_bytes: float
-    kernels_per_block: int
-    us_per_kernel: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +43,73 @@ class PredictedStep:
     @property
     def name(self) -> str:
         return f"{self.variant}, {hyphened(self.masking)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedPart:
+    """A part of a step on one GPU: launches of one kind, their time on the device, and where it comes from.
+
+    Attributes:
+        part: a kind of call; "host" (launches), "optimizer", and "step" (all but the optimizer).
+    """
+
+    kind: str = "part"
+    model: str
+    variant: str
+    masking: str
+    batch: int
+    gpu: str
+    part: str
+    source: str
+    ms: Interval
+    launches: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}, {hyphened(self.masking)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedKernel:
+    """What `python -m vmae_kernels.build --predict` says of a kernel, of an operator (`by` "operator") or of
+    a whole operation ("sum"); a file has more of each.
+
+    Attributes:
+        predicted_us: lower and upper end.
+        elements: that an operator returns.
+    """
+
+    operation: str
+    preset: str
+    device: str
+    batch: int
+    kernel: str
+    by: str
+    direction: str
+    predicted_us: list[float]
+    floor_us: float
+    elements: int = 0
+    rival_us: list[float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedKernelsResult(Result):
+    """The static model's file, as far as the benchmarks read it."""
+
+    title: ClassVar[str] = "Kernels, predicted"
+
+    records: list[PredictedKernel]
+
+    def tables(self) -> list[Table]:
+        rows = []
+        for r in self.records:
+            if r.by == "sum":
+                spans = [f"{low:.0f} to {high:.0f}" for low, high in (r.predicted_us, r.rival_us or [0, 0])]
+                rows.append([r.operation, r.preset, r.direction, *spans, f"{r.floor_us:.0f}"])
+        device, batch = self.records[0].device, self.records[0].batch
+        head = ["operation", "model", "direction", "predicted", "torch.compile, predicted", "floor"]
+        title = f"PREDICTED, not measured: microseconds of the operations on {device}, batch {batch}, bf16"
+        return [Table(title, head, rows, self.conditions)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +144,17 @@ class Score:
 class PredictResult(Result):
     title: ClassVar[str] = "Without a GPU: counted and predicted"
 
-    records: list[PredictedStep | PredictedFloor | Score]
-    assumptions: dict[str, Assumption] = field(default_factory=dict)
+    records: list[PredictedStep | PredictedPart | PredictedFloor | Score]
+    assumptions: dict[str, Any] = field(default_factory=dict)
     gpus: dict[str, Rates] = field(default_factory=dict)
 
     def tables(self) -> list[Table]:
         steps = [r for r in self.records if isinstance(r, PredictedStep)]
         floors = [r for r in self.records if isinstance(r, PredictedFloor)]
         scores = [r for r in self.records if isinstance(r, Score)]
+        parts = [r for r in self.records if isinstance(r, PredictedPart)]
         tables = [self._kept(steps), self._times(steps)] if steps else []
+        tables += [parts_table(parts)] if parts else []
         tables += [self._floors(floors)] if floors else []
         return tables + ([score_table(scores)] if scores else [])
 
@@ -122,11 +174,12 @@ class PredictResult(Result):
         """Intervals of step times."""
         rows = []
         for r in steps:
-            spans = [r.predicted_step_ms[gpu] for gpu in self.gpus]
-            rows.append([r.model, r.name, *(f"{span.fast:.0f} to {span.slow:.0f}" for span in spans)])
-        assumed = [f"{name}: {json.dumps(asdict(values))}" for name, values in self.assumptions.items()]
+            spans = [r.predicted_step_ms.get(gpu) for gpu in self.gpus]
+            cells = [f"{span.fast:.1f} to {span.slow:.1f}" if span else "-" for span in spans]
+            rows.append([r.model, r.name, *cells])
+        assumed = [assumption_text(name, value) for name, value in self.assumptions.items()]
         title = f"PREDICTED, not measured: ms a step of {steps[0].batch} clips, bf16, optimizer left out"
-        note = f"Assumptions: {'; '.join(assumed)}"
+        note = f"Shorter and longer end: {'; '.join(assumed)}."
         return Table(title, ["model", "variant, masking", *self.gpus], rows, note)
 
     def _floors(self, floors: list[PredictedFloor]) -> Table:
@@ -135,6 +188,23 @@ class PredictResult(Result):
             rows.append([r.model, r.operation, r.direction, *(f"{r.floor_us[gpu]:.1f}" for gpu in self.gpus)])
         title = f"Floors of the fused operations at datasheet rates, microseconds, batch {floors[0].batch}"
         return Table(title, ["model", "operation", "direction", *self.gpus], rows)
+
+
+def assumption_text(name: str, value: Any) -> str:
+    """One assumption in words: [shorter, longer]; of files before the parts, settings of one end."""
+    if isinstance(value, list):
+        return f"{name} {' or '.join(f'{end:g}' for end in value)}"
+    return f"{name} ({', '.join(f'{key} {number:g}' for key, number in value.items())})"
+
+
+def parts_table(parts: list[PredictedPart]) -> Table:
+    """Where the predicted time of a step goes."""
+    rows = []
+    for r in parts:
+        rows.append([r.model, r.name, r.part, f"{r.ms.fast:.2f} to {r.ms.slow:.2f}", r.launches, r.source])
+    title = f"PREDICTED, not measured: parts of a step on {parts[0].gpu}, batch {parts[0].batch}, bf16"
+    head = ["model", "variant, masking", "part", "ms", "launches", "source"]
+    return Table(title, head, [[str(cell) for cell in row] for row in rows])
 
 
 def score_table(scores: list[Score]) -> Table:
