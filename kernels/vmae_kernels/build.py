@@ -392,7 +392,7 @@ def variants(records: list[dict]) -> dict[int, str]:
     for i, record in enumerate(records):
         kind = (record[name] for name in ("kernel", "operation", "target", "shape", "dtype", "clips"))
         groups.setdefault((*kind, *record["config"].items()), []).append(i)
-    found = {}
+    found: dict[int, str] = {}
     for places in groups.values():
         flags = [records[i]["flags"] for i in places]
         differing = [name for name in flags[0] if len({one.get(name) for one in flags}) > 1]
