@@ -248,8 +248,11 @@ GOALS = {
     ("embed_visible", "both"): (55, 100),
     ("select_decoded", "backward"): (40, 60),
 }
-# 60 us: 47 at the rates reached in full, of which 7 are the rows' copy and the fold.
-OVER = {("embed_visible", "both", "vit_b"): pytest.mark.xfail(strict=True, reason="60 us predicted")}
+# At the rates reached in full 47 and 81 us, of which the rows' copy and the fold take 7 and 9.
+OVER = {
+    ("embed_visible", "both", "vit_b"): pytest.mark.xfail(strict=True, reason="62 us predicted"),
+    ("embed_visible", "both", "vit_g"): pytest.mark.xfail(strict=True, reason="103 us predicted"),
+}
 
 
 @pytest.mark.slow
