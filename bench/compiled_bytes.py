@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from harness.command import exit_code
+from harness.progress import at
 from harness.table import Table
 from torch import Tensor, nn
 
@@ -116,6 +117,7 @@ def rows_of(preset: str, clips: int, dtype: str) -> list[list[str]]:
     )
     lines = []
     for recompute, text in WAYS.items():
+        at(f"partitioning {preset}, --recompute {recompute}")
         widths, per_clip, fixed = [], 0.0, 0.0
         for dim, heads, count, depth in sides:
             kept = count_kept(config, dim, heads, count, clips=clips, dtype=dtype, recompute=recompute)
