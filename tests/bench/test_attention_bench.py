@@ -64,6 +64,7 @@ def check_records(result, backends):
     assert by_shape["sdpa"]["saved_bytes"] < by_shape["softmax"]["saved_bytes"]
 
 
+@pytest.mark.slow
 def test_measures_checks_and_writes(tmp_path):
     shown, result = run(tmp_path, "--backends", "sdpa", "--model", "none")
     check_records(result, ("softmax", "sdpa"))

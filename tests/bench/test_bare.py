@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 # What the four bring with them; optree is torch's own choice where it is installed.
 SHOWN = """
@@ -49,6 +51,7 @@ if __name__ == "__main__":  # and not in workers
 """
 
 
+@pytest.mark.slow
 def test_with_torch_triton_numpy_and_pytest_alone(tmp_path):
     """In every process, so that workers lack the others too."""
     (tmp_path / "sitecustomize.py").write_text(HIDE)

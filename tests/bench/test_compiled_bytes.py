@@ -45,6 +45,7 @@ def test_what_is_made_again_by_hand_is_kept_where_torch_merges_it(module, monkey
     assert widths(module, "on") == pytest.approx(plain, abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table(module, capsys):
     assert module.main(["--model", "vit_tiny", "--clips", "8", "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -117,6 +117,7 @@ def run_alone(tmp_path, *words, expect=0):
     return done, result
 
 
+@pytest.mark.slow
 def test_as_a_user_runs_it(tmp_path):
     """Processes of its own, real clips where they are, a picture."""
     words = ["--model", "vit_tiny", "--batch", "1", "--steps", "1", "--warmup", "0", "--device", "cpu"]

@@ -45,6 +45,7 @@ def written(folder):
     return {stage["stage"]: {c["name"]: c for c in stage["commands"]} for stage in content["records"]}
 
 
+@pytest.mark.slow
 def test_failure_is_a_record_and_the_next_command_runs(gpu, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
@@ -69,6 +70,7 @@ def test_failure_is_a_record_and_the_next_command_runs(gpu, tmp_path, capsys):
     assert str(ROOT) not in json.dumps(first["good"]["command"])
 
 
+@pytest.mark.slow
 def test_one_stage_keeps_the_others(gpu, tmp_path):
     out = tmp_path / "out"
     assert gpu.main(["--rehearse", "--output", str(out), "--stage", "b"]) == 0
@@ -77,6 +79,7 @@ def test_one_stage_keeps_the_others(gpu, tmp_path):
     assert gpu.main(["--rehearse", "--output", str(out), "--stage", "b"]) == 0  # of this start alone
 
 
+@pytest.mark.slow
 def test_a_stage_ends_in_time(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "STAGE_S", 1.5)
     out = tmp_path / "out"
@@ -189,6 +192,7 @@ def test_outcomes_of_tests_are_written_as_they_come(benches, tmp_path, capsys):
     assert bench.usual_arguments()[:2] == ["tests/device", "tests/kernels"]
 
 
+@pytest.mark.slow
 def test_files_of_tests_run_at_once_and_their_outcomes_are_one_result(benches, tmp_path):
     bench = benches("device_tests")
     for name, text in {"good": "pass", "bad": "assert False", "other": "pass"}.items():

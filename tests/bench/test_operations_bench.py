@@ -14,6 +14,7 @@ from vmae_kernels.backend import OPERATIONS
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "operations.py"
 
 
+@pytest.mark.slow
 def test_check_mode(tmp_path):
     """From another folder, with nothing of this project on the path."""
     command = [sys.executable, str(SCRIPT), "--check", "--json", str(tmp_path / "check.json")]

@@ -7,6 +7,7 @@ import pytest
 from vmae_kernels.backend import OPERATIONS
 
 
+@pytest.mark.slow
 def test_counts_intervals_and_floors(benches, tmp_path, capsys):
     words = ["--presets", "vit_s", "--variants", "reference", "triton", "triton+compile"]
     words += ["--json", str(tmp_path / "r.json")]

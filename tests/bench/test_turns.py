@@ -326,6 +326,7 @@ class Served:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="signals of POSIX")
 def test_how_a_worker_ends_is_told(benches, tmp_path, monkeypatch):
     worker = benches("worker")

@@ -104,6 +104,7 @@ class OldDropPath(DropPath):
         return x * keep if self.training and self.rate else x
 
 
+@pytest.mark.slow
 def test_a_limit_that_is_hit_is_told_with_its_reason(monkeypatch):
     monkeypatch.setattr("vmae.model.blocks.DropPath", OldDropPath)
     now, told, _ = count_run("none", "float32", steps=1)
