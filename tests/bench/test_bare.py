@@ -73,6 +73,7 @@ raise SystemExit(pytest.main(["tests/kernels/test_patch_loss.py", "-q", "-rs", "
 """
 
 
+@pytest.mark.slow
 def test_kernel_tests_are_skipped_where_the_interpreter_fails():
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", OLD]

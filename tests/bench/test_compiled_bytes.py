@@ -24,6 +24,7 @@ def widths(module, recompute: str) -> float:
     return kept.per_clip / (TOKENS * WIDTH * 2)
 
 
+@pytest.mark.slow
 def test_by_hand_and_by_budget_keep_less_than_plain_modules(module):
     """Plain modules keep x in float32, its norm, q, k, v, attention's output before and after its projection,
     a second norm, and the MLP's hidden layer before and after GELU; the others neither norms nor GELU's."""

@@ -153,6 +153,7 @@ def test_what_is_left_out_says_why(benches, tmp_path):
 # --- the parts ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_outcomes_of_tests_are_written_as_they_come(benches, tmp_path, capsys):
     bench = benches("device_tests")
     (tmp_path / "test_some.py").write_text(
