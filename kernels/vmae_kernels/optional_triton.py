@@ -25,4 +25,11 @@ except ImportError as error:
         constexpr=lambda value: SimpleNamespace(value=value), float32=None, bfloat16=None, float16=None
     )
 
-__all__ = ["WHY_MISSING", "TensorDescriptor", "tl", "triton"]
+
+def triton_version() -> tuple[int, int]:
+    """Major and minor number; (0, 0) without Triton."""
+    major, minor, *_ = getattr(triton, "__version__", "0.0").split(".")
+    return int(major), int(minor)
+
+
+__all__ = ["WHY_MISSING", "TensorDescriptor", "tl", "triton", "triton_version"]

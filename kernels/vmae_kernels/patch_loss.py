@@ -38,7 +38,7 @@ from vmae_kernels.device import (
     target_offsets,
     tubelet_offsets,
 )
-from vmae_kernels.optional_triton import tl, triton
+from vmae_kernels.optional_triton import tl, triton, triton_version
 from vmae_kernels.tubelets import clip_grid, gather_tubelets, unit_pixels
 
 
@@ -281,12 +281,17 @@ def patch_loss_bwd_kernel(
 ROWS = 16
 
 
+# Bytes of predictions that a warp holds. Built by Triton 3.6, the kernels need more registers for as many,
+# and spill.
+WARP_BYTES = 4096 if triton_version() >= (3, 7) else 2048
+
+
 def loss_config(values: int, itemsize: int, uint8: bool) -> dict:
     """A thread takes 16 bytes of predictions at a time, `N` neighbours, and 64 bf16 or 32 float32 values of a
-    tubelet in all. So a warp takes a whole tubelet of up to 2048 bf16 values, and no sum leaves it. Float
-    clips count as float32: their pixels have an address each."""
+    tubelet in all (half of that before Triton 3.7). So a warp takes a whole tubelet of up to 2048 bf16
+    values, and no sum leaves it. Float clips count as float32: their pixels have an address each."""
     neighbours = 16 // itemsize
-    warps = triton.next_power_of_2(triton.cdiv(values * (itemsize if uint8 else 4), 4096))
+    warps = triton.next_power_of_2(triton.cdiv(values * (itemsize if uint8 else 4), WARP_BYTES))
     slices = triton.next_power_of_2(triton.cdiv(values, 32 * warps * neighbours))
     tokens = max(1, 4 // warps)
     blocks = {"BLOCK_S": slices, "BLOCK_R": tokens, "BLOCK_Q": 32 * warps, "BLOCK_N": neighbours}

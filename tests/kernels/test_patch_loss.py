@@ -1,5 +1,7 @@
 """patch_loss: loss and gradient of the predictions, against float64."""
 
+import importlib
+
 import pytest
 import torch
 from bounds import check, float64_targets, make_clips, tokens_of
@@ -51,6 +53,17 @@ def check_loss(clips, tokens, weight, inputs, normalize, depth, patch, kernel_cl
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_against_float64(shape, dtype, normalize, device):
     check_loss(*problem(shape, dtype, device), normalize, shape[-1], shape[-2])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_two_warps_a_token_as_before_triton_3_7(shape, device, monkeypatch):
+    """Built by Triton 3.6, a warp with a whole tubelet would spill."""
+    module = importlib.import_module("vmae_kernels.patch_loss")
+    few = module.loss_config(1536, 2, True)
+    monkeypatch.setattr(module, "WARP_BYTES", module.WARP_BYTES // 2)
+    more = module.loss_config(1536, 2, True)
+    assert more["BLOCK_Q"] == 2 * few["BLOCK_Q"] and more["BLOCK_S"] * 2 == few["BLOCK_S"]
+    test_against_float64(shape, torch.bfloat16, True, device)
 
 
 def test_weights_of_zero_and_duplicates(device):
