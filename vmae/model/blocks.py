@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from vmae.config import ModelConfig
 from vmae.model.attention import Attention
 from vmae.model.attention.packed import Lengths
-from vmae.model.recompute import LayerNorm, compute_dtype, gelu_linear, norm_linear, padded, padded_width
+from vmae.model.recompute import LayerNorm, gelu_linear, norm_linear, padded, padded_width
 from vmae.model.rows import Rows
+from vmae_kernels.device import working_dtype
 
 
 def init_xavier(module: nn.Module) -> None:
@@ -88,7 +89,7 @@ class Mlp(nn.Module):
     def _forward(self, x_BND: Tensor, norm: nn.LayerNorm | None) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
         if norm is None:
-            dtype = compute_dtype(x_BND)
+            dtype = working_dtype(x_BND.device.type, x_BND.dtype)
             width = padded_width(fc1.out_features, dtype)
             if width == fc1.out_features or not self.pad:
                 return fc2(self.act(fc1(x_BND)))

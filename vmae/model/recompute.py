@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmae_kernels.backend import choose_backend
+from vmae_kernels.device import working_dtype
 from vmae_kernels.layer_norm import layer_norm_backward_op, layer_norm_op
 
 
@@ -41,14 +42,6 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, dim: int, eps: float, backend: str = "auto"):
         super().__init__(dim, eps=eps)
         self.backend = backend
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, else that of `x`: what F.linear would compute in."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 def padded_width(width: int, dtype: torch.dtype) -> int:
@@ -155,7 +148,7 @@ def norm_linear(
     Raises:
         ValueError: an unknown backend, "triton" where it cannot run.
     """
-    dtype = compute_dtype(x)
+    dtype = working_dtype(x.device.type, x.dtype)
     backend = getattr(norm, "backend", "auto")
     if torch.compiler.is_compiling():
         backend = "torch"
@@ -174,4 +167,4 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         [..., E] in autocast's dtype, or that of `x`.
     """
-    return _GeluLinear.apply(x, weight, bias, compute_dtype(x))
+    return _GeluLinear.apply(x, weight, bias, working_dtype(x.device.type, x.dtype))

@@ -23,6 +23,7 @@ from vmae.model import build_pretrainer
 from vmae.model.cost import masked_macs
 from vmae.planning.memory import Activations, Memory, count_activations, state_bytes
 from vmae.settings import BATCH, SHARE_ABOVE_0, SHARE_BELOW_1, STEPS, WORKERS, Real, Whole, ranged, setting
+from vmae.train.recompute_choice import RESERVE
 
 UNLABELED_HYBRID = 1_350_000  # videos, VideoMAE V2, section 4.1
 # The fewest clips on a GPU at once that a recommendation avoids recomputation for: below, its matrix products
@@ -72,7 +73,7 @@ class Cluster(_Checked):
     memory: float = setting(
         80.0 * 2**30, "of one GPU: 80GiB, 40GB", MemorySize(above=0, most=2**50), unset="80GiB"
     )
-    reserve: float = setting(0.08, "share left to CUDA, NCCL and the allocator", SHARE_BELOW_1)
+    reserve: float = setting(RESERVE, "share left to CUDA, NCCL and the allocator", SHARE_BELOW_1)
     peak_flops: float | None = ranged(989e12, Real(above=0, most=1e18))
     mfu: float = setting(0.5, "share of the peak FLOP/s that is reached", SHARE_ABOVE_0)
 

@@ -17,7 +17,7 @@ from vmae.config import ModelConfig
 from vmae.model.blocks import Block
 from vmae.model.cost import count_saved_bytes
 
-RESERVE = 0.08  # of the memory: CUDA, NCCL, the allocator; as `plan` assumes
+RESERVE = 0.08  # of the memory: CUDA, NCCL, the allocator; of `plan` too
 
 
 @dataclass(frozen=True)
