@@ -43,6 +43,8 @@ class Source:
         known: architecture, with frames and size of the clips that the weights are of; None where neither
             the checkpoint nor the caller names it.
         note: line on what was assumed about its clips; empty where the checkpoint or the caller says it.
+        changes: lines on what was done to wrappers, names and dtypes while it was read, such as "prefix
+            module. removed from 222 names"; empty where nothing was.
     """
 
     path: Path
@@ -50,6 +52,7 @@ class Source:
     state: dict[str, Tensor]
     known: ModelConfig | None
     note: str = ""
+    changes: tuple[str, ...] = ()
 
     @property
     def config(self) -> ModelConfig:
