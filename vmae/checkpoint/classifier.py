@@ -75,7 +75,7 @@ def load_classifier(
         backend=backend,
         attention=attention,
     )
-    assumed = [read.note] if read.note else []
+    assumed = read.note.splitlines()
     if "clip" not in settings and not {"sampling", "stride"} & clip.keys():
         assumed.append(
             f"{read.path}: it does not say how videos were seen, taken as {seen.sampling} sampling, stride "
@@ -90,6 +90,6 @@ def load_classifier(
         clip=seen,
         class_names=names,
         multi_label=bool(settings.get("multi_label")),
-        note="\n".join([report, *assumed]),
+        note="\n".join([report, *read.lines[: 1 if read.changes else 0], *assumed]),
         assumed=tuple(assumed),
     )

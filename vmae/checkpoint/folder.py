@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmae.checkpoint.foreign import find_foreign
 from vmae.checkpoint.format import MANIFEST, find_damage, is_checkpoint
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
@@ -117,26 +118,42 @@ class CheckpointFolder:
 
 
 def find_weights(checkpoint: str | Path) -> Path:
-    """The path to read: `checkpoint` itself (a file, a training checkpoint's folder, or a folder of
-    transformers), or a run's newest checkpoint, else its weights.
+    """The path to read; see `locate_weights`."""
+    return locate_weights(checkpoint)[0]
+
+
+def locate_weights(checkpoint: str | Path) -> tuple[Path, str]:
+    """The path to read, and a line on why this one of several (empty where there is no choice).
+
+    That is `checkpoint` itself (a file, a training checkpoint's folder, or a folder of transformers), or a
+    run's newest checkpoint, else its weights, else what `find_foreign` finds of a published trainer's.
 
     Raises:
         InputError: there is no such file, or none in the folder.
     """
     path = Path(checkpoint)
-    if path.is_dir() and not is_checkpoint(path):
-        run = CheckpointFolder(path)
-        found = run.latest() or path / WEIGHTS_NAME
-        if not found.exists() and (path / CONFIG_NAME).is_file():
-            return path
-        if not found.exists():
-            raise InputError(f"{path} holds no complete checkpoint and no {WEIGHTS_NAME}")
-        for text in run.passed_over():
-            _LOG.warning("note: passed over, newer than %s: %s", found.name, text)
-        return found
     if not path.exists():
         raise InputError(f"checkpoint {path} does not exist")
-    return path
+    if not path.is_dir() or is_checkpoint(path):
+        return path, ""
+    run = CheckpointFolder(path)
+    found = run.latest() or path / WEIGHTS_NAME
+    if not found.exists() and (path / CONFIG_NAME).is_file():
+        return path, ""
+    if not found.exists():
+        try:
+            foreign = find_foreign(path)
+        except OSError as error:
+            raise InputError(f"folder {path} cannot be read: {error.strerror}") from error
+        if foreign is None:
+            raise InputError(
+                f"{path} holds no complete checkpoint and no {WEIGHTS_NAME} (nor checkpoint-N.pth, or "
+                "DeepSpeed's mp_rank_00_model_states.pt)"
+            )
+        return foreign
+    for text in run.passed_over():
+        _LOG.warning("note: passed over, newer than %s: %s", found.name, text)
+    return found, ""
 
 
 def export_weights(path: str | Path, state: dict[str, Tensor], **about: Any) -> None:

@@ -118,14 +118,6 @@ def to_model(
     classes = 0
     if kind == "classifier":
         classes = head_classes(source) if label_map is None else len(label_map)
-    model = build_classifier(config, classes, pooling=_pooling(source), **speed)
+    model = build_classifier(config, classes, pooling=source.pooling, **speed)
     start = start_classifier(model, source.path, grid=source.grid, label_map=label_map, state=source.state)
     return model.eval(), start.describe(source.path)
-
-
-def _pooling(source: Source) -> str:
-    """How an encoder's tokens are pooled. A pre-trained one ends with a norm over each token, as that of a
-    classifier which pools the first token does."""
-    if source.pretrained:
-        return "first"
-    return source.settings.get("pooling", "first" if "norm.weight" in source.state else "mean")

@@ -1,20 +1,26 @@
 """Files of weights, architectures of the published code, and strict loading that explains every key.
 
 The released checkpoints are `torch.save`d dictionaries whose weights sit under `model` or `module`, beside an
-`argparse.Namespace`. Only that class is allowed to unpickle; anything else in a file is refused unexecuted.
+`argparse.Namespace`; those of the published trainer hold its optimizer too. What may be in a file is in
+`vmae.checkpoint.pickles`, wrappers and prefixes are in `vmae.checkpoint.names`.
 """
 
 from __future__ import annotations
 
 import argparse
-import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vmae.checkpoint.content import SAFETENSORS, check_file, check_safetensors, format_of
+from vmae.checkpoint.foreign import in_parts, is_optimizer_state, is_part
 from vmae.checkpoint.format import read_group, read_manifest
+from vmae.checkpoint.names import open_wrappers, rename
+from vmae.checkpoint.pickles import read_pickle
+from vmae.checkpoint.shapes import describe_shapes, shapes_of, shown_by
 from vmae.config import ModelConfig
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
@@ -43,7 +49,6 @@ _ARCH_FIELDS = {
     "all_frames": "num_frames",
     "cos_attn": "cos_attn",
 }
-_PREFIXES = ("_orig_mod.", "backbone.")  # of torch.compile and of mmaction's models
 # Arguments that change nothing here, or that a model must have exactly so.
 _ARCH_IGNORED = {
     "with_cp",
@@ -88,84 +93,96 @@ def config_from_arch(arch: dict[str, Any], what: str = "arch") -> ModelConfig:
     return config
 
 
-def _read_pth(path: Path) -> Any:
-    """Content of a `.pth`: tensors, plain containers and `argparse.Namespace` only.
-
-    Raises:
-        InputError: the file is missing, damaged, or holds anything else.
-    """
-    if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist or is not a file")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        lines = str(error).strip().splitlines() or [""]
-        hint = next((line for line in lines if "Unsupported" in line or "not an allowed" in line), lines[0])
-        raise InputError(
-            f"checkpoint {path} is damaged, or holds more than weights and was not executed: {hint}"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise InputError(f"checkpoint {path} cannot be read: {reason}") from error
-
-
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a file or of a training checkpoint's folder; see `read_settings_and_weights`."""
     return read_settings_and_weights(path)[1]
 
 
 def read_settings_and_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a `.pth` or `.safetensors` file, or a training checkpoint's folder, says of itself, and its
-    tensors.
+    """Settings and tensors of `read_weights`."""
+    return read_weights(path)[:2]
+
+
+def read_weights(
+    path: str | Path, averaged: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor], tuple[str, ...]]:
+    """What a file of weights, or a training checkpoint's folder, says of itself, and its tensors.
+
+    The format is told by the content: torch's zip and older pickle, or safetensors.
+
+    Args:
+        averaged: the averaged weights that a file of a published trainer holds beside the others.
 
     Returns:
         The settings that a file written here was trained with; of a published one `published`: `num_frames`
             and `img_size`, as far as the arguments of its training tell them; else nothing.
-        Tensors by name, without the wrappers (`model`, `module`) and the prefix `module.`.
+        Tensors by published name, on the CPU, in the file's dtype, without wrappers and prefixes.
+        Lines on what was done to get these names, see `vmae.checkpoint.names`.
 
     Raises:
-        InputError: the file cannot be read or holds no tensors.
+        InputError: the file cannot be read, is none of weights, or holds no tensors.
     """
     path = Path(path)
     if path.is_dir():
         settings, content = read_manifest(path).get("config"), read_group(path)
-    elif path.suffix == ".safetensors":
-        content, settings = _load_safetensors(path)
-    else:
-        content, settings = _unwrapped(_read_pth(path))
-    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    if not state:
+        return known_settings(settings), content, ()
+    check_file(path)
+    if is_part(path):
+        raise InputError(in_parts(path))
+    if is_optimizer_state(path):
         raise InputError(
-            f"checkpoint {path} holds no weights (looked for tensors by name, under 'model' or 'module' too)"
+            f"{path} holds an optimizer's state, no weights: give mp_rank_00_model_states.pt beside it, or the "
+            "folder"
         )
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return known_settings(settings), state
+    kind = format_of(path)
+    if kind == SAFETENSORS:
+        whole, settings = _load_safetensors(path)
+    else:
+        whole = read_pickle(path, kind)
+        settings = _settings_of(whole)
+    inner, opened = open_wrappers(whole, path, averaged)
+    state, renamed = rename(inner, path)
+    if not state:
+        raise InputError(f"checkpoint {path} holds no weights of these models: {'; '.join(renamed)}")
+    if any(value.numel() == 0 for value in state.values()):
+        raise InputError(in_parts(path))
+    ours = known_settings(settings)
+    lines = (*(() if "model" in ours else opened), *renamed, *_describe_dtypes(state))
+    return ours, state, lines
 
 
-def _unwrapped(content: Any) -> tuple[dict[str, Any], Any]:
-    """What a `.pth` holds under `model` or `module` (else all of it), and what it says of itself."""
+def _describe_dtypes(state: dict[str, Tensor]) -> list[str]:
+    """A line on tensors that are not float32, as models here are.
+
+    Raises:
+        InputError: weights as integers, which stand for other numbers.
+    """
+    counts = Counter(str(value.dtype).removeprefix("torch.") for value in state.values())
+    whole = [
+        name for name, value in state.items() if name.endswith(".weight") and not value.is_floating_point()
+    ]
+    if whole:
+        raise InputError(
+            f"the weight {whole[0]} is of {state[whole[0]].dtype}: quantised weights are not read, give those "
+            "they were made from"
+        )
+    counts.pop("float32", None)
+    return [f"{count} tensors of {dtype}; models here hold float32" for dtype, count in counts.items()]
+
+
+def _settings_of(content: Any) -> Any:
+    """What a dictionary of torch.save says of its training."""
     if not isinstance(content, dict):
-        return {}, None
-    settings = content.get("config") or _published(content.get("args"))
-    inner = next(
-        (content[name] for name in ("model", "module") if isinstance(content.get(name), dict)), content
-    )
-    return inner, settings
+        return None
+    return known_settings(content.get("config")) or _published(content.get("args"))
 
 
 def known_settings(settings: Any) -> dict[str, Any]:
     """`settings` if they are a run's or a published training's, else nothing."""
-    known = isinstance(settings, dict) and not {"model", "published"}.isdisjoint(settings)
+    known = isinstance(settings, dict) and (
+        isinstance(settings.get("model"), dict) or "published" in settings
+    )
     return settings if known else {}
-
-
-def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` without the prefixes that torch.compile and mmaction put before names."""
-    for prefix in _PREFIXES:
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
 
 
 def _published(args: Any) -> dict[str, Any]:
@@ -184,8 +201,7 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         from safetensors import safe_open
     except ImportError as error:
         raise InputError(f"reading {path} needs the safetensors package: pip install safetensors") from error
-    if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist or is not a file")
+    check_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
             config = (file.metadata() or {}).get("config", "null")
@@ -211,8 +227,12 @@ def load_into(
     fresh: list[str] = []
     if allow_encoder_only and not any(name.startswith("decoder.") for name in state):
         fresh = [name for name in own if name not in state and not name.startswith("encoder.")]
+    if "head.weight" in state and "encoder_to_decoder.weight" in own:
+        raise InputError(
+            f"{path} is of a classifier; pre-training goes on from pre-trained weights (encoder.*)"
+        )
     wanted = {name: value.shape for name, value in own.items() if name not in fresh}
-    check_shapes(wanted, {name: value.shape for name, value in state.items()}, path)
+    check_shapes(wanted, shapes_of(state), path)
     model.load_state_dict(state, strict=not fresh)
     if fresh:
         return f"{path}: encoder loaded; the file has no decoder, so {len(fresh)} other tensors start fresh"
@@ -228,8 +248,23 @@ def check_shapes(own: dict[str, torch.Size], found: dict[str, torch.Size], path:
         for name, shape in own.items()
         if name in found and found[name] != shape
     ]
+    if tokens := [name for name in extra if name.rpartition(".")[2] == "cls_token"]:
+        raise InputError(
+            f"checkpoint {path} has a class token ({tokens[0]}), which models of VideoMAE do not have: it is of "
+            "another kind of model"
+        )
     if missing or extra or differing:
-        raise InputError(_mismatch(path, missing, extra, differing))
+        raise InputError(_mismatch(path, missing, extra, differing) + _hint(own, found))
+
+
+def _hint(own: dict[str, torch.Size], found: dict[str, torch.Size]) -> str:
+    """A line on the architecture that a file shows, where it is another than the model's."""
+    if found and all("." in name for name in found) and any(name.startswith("videomae.") for name in found):
+        return "\n  its names are those of transformers: give its folder, with config.json"
+    theirs = shown_by(found)
+    if not theirs or theirs == shown_by(own):
+        return ""
+    return f"\n  {describe_shapes(theirs)}"
 
 
 def _fixed_tables_dropped(

@@ -15,14 +15,22 @@ from typing import Any
 
 from torch import Tensor
 
-from vmae.checkpoint.folder import AVERAGED_NAME, find_weights
+from vmae.checkpoint.folder import AVERAGED_NAME, WEIGHTS_NAME, locate_weights
 from vmae.checkpoint.format import is_checkpoint, read_group, read_manifest
 from vmae.checkpoint.huggingface import is_pretrained, read_pretrained
 from vmae.checkpoint.published import (
     is_fixed_table,
     known_settings,
-    plain_names,
     read_settings_and_weights,
+    read_weights,
+)
+from vmae.checkpoint.shapes import (
+    ARCHITECTURE,
+    check_preset,
+    describe_shapes,
+    preset_of,
+    shapes_of,
+    shown_by,
 )
 from vmae.config import PUBLISHED_CLASSIFIERS, PUBLISHED_MODELS, ModelConfig
 from vmae.errors import InputError
@@ -53,6 +61,7 @@ class Source:
     known: ModelConfig | None
     note: str = ""
     changes: tuple[str, ...] = ()
+    unknown: str = ""
 
     @property
     def config(self) -> ModelConfig:
@@ -62,8 +71,16 @@ class Source:
             InputError: the architecture is not known.
         """
         if self.known is None:
-            raise InputError(_no_architecture(self.path))
+            raise InputError(self.unknown or _no_architecture(self.path, self.state))
         return self.known
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """Fields of the architecture of weights that do not say it: those of `config` that decide the
+        shapes; empty where the checkpoint says it."""
+        if "model" in self.settings:
+            return {}
+        return {name: getattr(self.config, name) for name in ARCHITECTURE}
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -75,6 +92,14 @@ class Source:
         """Whether it is of pre-training: its encoder has never seen a whole clip."""
         return any(name.startswith("encoder.") for name in self.state)
 
+    @property
+    def pooling(self) -> str:
+        """How an encoder's tokens are pooled. A pre-trained one ends with a norm over each token, as that of a
+        classifier which pools the first token does (--use_cls)."""
+        if self.pretrained:
+            return "first"
+        return self.settings.get("pooling", "first" if "norm.weight" in self.state else "mean")
+
     def fit(self, model: ModelConfig) -> ModelConfig:
         """`model` with positions of this checkpoint's kind; fixed ones are made for its grid and interpolated
         to the model's."""
@@ -84,8 +109,14 @@ class Source:
         return model.replace(pos_grid=self.grid)
 
     def describe(self, report: str) -> str:
-        """`report` of a load, and the note, a line each."""
-        return "\n".join(filter(None, (report, self.note)))
+        """`report` of a load, what was changed while reading, and the note, a line each."""
+        return "\n".join(filter(None, (report, *self.lines)))
+
+    @property
+    def lines(self) -> list[str]:
+        """What was changed while reading, and what was assumed, a line each, with the file's name."""
+        changed = [f"{self.path}: {'; '.join(self.changes)}"] if self.changes else []
+        return [*changed, *self.note.splitlines()]
 
 
 def read_checkpoint(
@@ -111,34 +142,51 @@ def read_checkpoint(
         InputError: it is missing, damaged, holds no weights or more than weights; contradicts `frames` or
             `size`; or its positions fit no such clips.
     """
-    path = find_weights(checkpoint)
+    path, choice = locate_weights(checkpoint)
+    changes: tuple[str, ...] = ()
     if averaged:
-        path, settings, state = _read_averaged(checkpoint, path)
+        path, settings, state, changes = _read_averaged(checkpoint, path)
     elif is_pretrained(path):
         settings, state = read_pretrained(path)
     else:
-        settings, state = read_settings_and_weights(path)
-    state = plain_names(state)
-    if "model" not in settings and preset is None:
-        return Source(path, settings, state, None)
-    config, note = source_config(settings, state, path, preset, frames, size, **overrides)
-    return Source(path, settings, state, config, note)
+        settings, state, changes = read_weights(path)
+    changes = (*((choice,) if choice else ()), *changes)
+    if "model" in settings or preset is not None:
+        config, note = source_config(settings, state, path, preset, frames, size, **overrides)
+        return Source(path, settings, state, config, note, changes)
+    preset = preset_of(shown_by(shapes_of(state)), overrides)
+    if preset is None:
+        return Source(path, settings, state, None, "", changes)
+    try:
+        config, note = source_config(settings, state, path, preset, frames, size, **overrides)
+    except InputError as error:  # of use to those who need no model
+        return Source(path, settings, state, None, "", changes, unknown=str(error))
+    taken = f"{path}: taken as {preset} by its shapes (--model says otherwise)"
+    return Source(path, settings, state, config, "\n".join(filter(None, (taken, note))), changes)
 
 
-def _read_averaged(checkpoint: str | Path, path: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
-    """The averaged weights of a run: in its checkpoint, or in a file beside its weights."""
+def _read_averaged(
+    checkpoint: str | Path, path: Path
+) -> tuple[Path, dict[str, Any], dict[str, Tensor], tuple[str, ...]]:
+    """The averaged weights of a run: in its checkpoint, in a file beside its weights, or in a file of a
+    published trainer."""
     if is_checkpoint(path):
-        return path, known_settings(read_manifest(path).get("config")), read_group(path, "ema")
+        return path, known_settings(read_manifest(path).get("config")), read_group(path, "ema"), ()
     beside = path.parent / AVERAGED_NAME
-    if path.is_dir() or not beside.is_file():
-        raise InputError(
-            f"{checkpoint} has no averaged weights ({AVERAGED_NAME}); `finetune --ema 0.9999` keeps them"
-        )
-    return beside, *read_settings_and_weights(beside)
+    ours = path.name in (WEIGHTS_NAME, AVERAGED_NAME) or path.suffix == ".safetensors"
+    if path.is_file() and beside.is_file() and ours:
+        return beside, *read_settings_and_weights(beside), ()
+    if path.is_file() and not ours:
+        return path, *read_weights(path, averaged=True)
+    raise InputError(
+        f"{checkpoint} has no averaged weights ({AVERAGED_NAME}); `finetune --ema 0.9999` keeps them"
+    )
 
 
-def _no_architecture(path: str | Path) -> str:
-    return f"{path} does not say which architecture it is of; name it with --model"
+def _no_architecture(path: str | Path, state: dict[str, Tensor]) -> str:
+    shown = shown_by(shapes_of(state))
+    also = f" ({describe_shapes(shown)})" if shown else ""
+    return f"{path} does not say which architecture it is of; name it with --model{also}"
 
 
 def source_config(
@@ -165,14 +213,15 @@ def source_config(
         _check_clip(config, given, path)
         return config, ""
     if preset is None:
-        raise InputError(_no_architecture(path))
+        raise InputError(_no_architecture(path, state))
     name = {**PUBLISHED_CLASSIFIERS, **PUBLISHED_MODELS}.get(preset, preset)
-    found = _shapes_of_embedding(state)
+    found = shown_by(shapes_of(state))
+    check_preset(path, name, overrides, found)
     known = settings.get("published", {}) | given
     clip, assumed = {"num_frames": PUBLISHED_FRAMES, "img_size": PUBLISHED_SIZE, **known}, ""
     table = _find(state, "pos_embed")
     if table is not None:
-        token = {**vars(ModelConfig.preset(name)), **found}
+        token = {**vars(ModelConfig.preset(name, **overrides)), **found}
         clip = _clip_of(table.shape[1], token["tubelet_size"], token["patch_size"], known, path)
         found["learned_pos"] = not is_fixed_table(table)
         assumed = f"its {table.shape[1]} positions are taken as those of "
@@ -181,7 +230,7 @@ def source_config(
     note = ""
     if assumed and len(known) < 2:
         note = f"{path}: {assumed}{_said(clip)} (--init-frames and --init-size say otherwise)"
-    return ModelConfig.preset(name, **overrides, **found, **clip), note
+    return ModelConfig.preset(name, **{**overrides, **found, **clip}), note
 
 
 def _check_clip(config: ModelConfig, given: dict[str, int], path: str | Path) -> None:
@@ -194,15 +243,6 @@ def _check_clip(config: ModelConfig, given: dict[str, int], path: str | Path) ->
             f"{path} says that its weights are of {frames} frames of {height} x {width} pixels, not of "
             f"{_said(given)}; --init-frames and --init-size are for files that do not say"
         )
-
-
-def _shapes_of_embedding(state: dict[str, Tensor]) -> dict[str, Any]:
-    """`tubelet_size` and `patch_size` by the weight of the tubelet embedding [D, 3, t, p, p], where there is
-    one."""
-    weight = _find(state, "patch_embed.proj.weight")
-    if weight is None or weight.ndim != 5:
-        return {}
-    return {"tubelet_size": weight.shape[2], "patch_size": weight.shape[3]}
 
 
 def at_size(config: ModelConfig, **changes: Any) -> ModelConfig:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vmae.checkpoint.published import check_fixed, check_shapes, load_weights, plain_names
+from vmae.checkpoint.published import check_fixed, check_shapes, load_weights
 from vmae.data.labels import HEAD_NAMES, convert_head
 from vmae.errors import InputError
 from vmae.model.classifier import Classifier
@@ -77,15 +77,21 @@ def start_classifier(
             other classes and neither `label_map` nor `new_head`; a map that does not fit.
     """
     report = Start()
-    state = plain_names(load_weights(path) if state is None else state)
+    state = load_weights(path) if state is None else state
     pretrained = any(name.startswith("encoder.") for name in state)
     if pretrained:
         state = _encoder_of(state, report, keep_norm=model.pooling == "first")
+    else:
+        state = _fit_norm(state, model, path, report)
+    headless = not any(name in state for name in HEAD_NAMES)
     state = _fit_head(state, model, path, report, label_map, new_head)
     state = _fit_positions(state, model, grid, report, path)
     own = model.state_dict()
     may_be_fresh = (
-        ("pool.",) + (("head.", "fc_norm.") if pretrained else ()) + (("head.",) if new_head else ())
+        ("pool.",)
+        + (("head.", "fc_norm.") if pretrained else ())
+        + (("head.",) if new_head or headless else ())
+        + (("fc_norm.",) if headless and model.fc_norm is not None and not _norms(state) else ())
     )
     report.fresh = [name for name in own if name not in state and name.startswith(may_be_fresh)]
     wanted = {name: value.shape for name, value in own.items() if name not in report.fresh}
@@ -106,6 +112,37 @@ def _encoder_of(state: dict[str, Tensor], report: Start, *, keep_norm: bool) -> 
         )
         kept = {name: value for name, value in kept.items() if not name.startswith("norm.")}
     return kept
+
+
+def _norms(state: dict[str, Tensor]) -> set[str]:
+    """The last norms that a classifier's file has: "fc_norm" of the mean over tokens, "norm" of each token."""
+    return {name.split(".")[0] for name in state if name.startswith(("fc_norm.", "norm."))}
+
+
+def _fit_norm(
+    state: dict[str, Tensor], model: Classifier, path: str | Path, report: Start
+) -> dict[str, Tensor]:
+    """The tensors of a file of fine-tuning, whose last norm says how it pools tokens.
+
+    Raises:
+        InputError: the model pools otherwise.
+    """
+    norms, pooled = _norms(state), model.fc_norm is not None
+    if norms == {"norm"} and pooled:
+        if not any(name in state for name in HEAD_NAMES):  # an encoder alone: as a pre-trained one
+            names = [name for name in state if name.startswith("norm.")]
+            report.drop("the encoder's final norm, for which fc_norm stands", names)
+            return {name: value for name, value in state.items() if name not in names}
+        raise InputError(
+            f"checkpoint {path} was fine-tuned on the first token (--use_cls: it has norm and no fc_norm), but "
+            f"the model pools {model.pooling!r}; --pooling first goes on as it was"
+        )
+    if norms == {"fc_norm"} and not pooled:
+        raise InputError(
+            f"checkpoint {path} was fine-tuned on the mean over tokens (it has fc_norm and no norm), but the "
+            f"model pools {model.pooling!r}; --pooling mean goes on as it was"
+        )
+    return state
 
 
 def _fit_head(

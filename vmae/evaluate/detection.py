@@ -221,7 +221,7 @@ def load_detector(
             )
         known = dict(zip(settings["action_ids"], settings["action_names"]))
     else:
-        if preset is None or actions is None or "head.weight" not in state:
+        if read.known is None or actions is None or "head.weight" not in state:
             raise InputError(
                 f"{read.path} does not say what it is; name --model and --actions (and it needs a head)"
             )

@@ -34,7 +34,8 @@ class LoadedEncoder:
         path: file of the weights.
         pretrained: whether the weights are pre-trained only, so that the encoder never saw a whole clip.
         sampling, stride: how clips were sampled in training, see `middle_clip`.
-        note: settings that the file does not hold and that were assumed, in one line; or empty.
+        note: what was changed while reading, and settings that the file does not hold and that were assumed,
+            a line each; or empty.
     """
 
     model: Classifier
@@ -105,7 +106,8 @@ def load_encoder(
     clip = read.settings.get("clip", {})
     if stride is None:
         stride = clip.get("stride", read.settings.get("stride", 4))
-    return LoadedEncoder(model, read.path, read.pretrained, clip.get("sampling", "dense"), stride, read.note)
+    note = "\n".join(read.lines)
+    return LoadedEncoder(model, read.path, read.pretrained, clip.get("sampling", "dense"), stride, note)
 
 
 def middle_clip(

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         "source": source,
         "attention": args.attention,
     }
-    model, settings = load_model(path, **given)
+    model, settings = load_model(args.checkpoint, **given)
     mask_settings = mask_config(settings, args)
     stride = settings.get("stride", 4) if args.stride is None else args.stride
     mask = DualMask.sample(
@@ -126,7 +126,7 @@ def _row(name: str, panels: list[Panel], indices: list[int], first: bool) -> lis
 
 
 def load_model(
-    path: Path,
+    path: str | Path,
     *,
     preset: str | None = None,
     decoder_depth: int | None = None,
@@ -148,8 +148,8 @@ def load_model(
     overrides: dict[str, Any] = {} if decoder_depth is None else {"decoder_depth": decoder_depth}
     read = read_checkpoint(path, preset=preset, frames=source[0], size=source[1], **overrides)
     model, _ = to_model(read, "pretrainer", attention=attention)
-    if read.note:
-        print(read.note, flush=True)
+    for line in read.lines:
+        print(line, flush=True)
     return model, read.settings
 
 

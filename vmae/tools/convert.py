@@ -61,11 +61,12 @@ def load_own(source: Source) -> Pretrainer | Classifier:
     Raises:
         InputError: weights that do not say what they are, without a preset; or of another architecture.
     """
-    if source.known is None:
+    if source.known is None and not source.unknown:
         raise InputError(
             f"{source.path} does not say what model it is of; give --model (and --num-frames, --image-size)"
         )
-    if source.note:
-        print(source.note.replace("--init-frames", "--num-frames").replace("--init-size", "--image-size"))
+    if source.lines:
+        text = "\n".join(source.lines)
+        print(text.replace("--init-frames", "--num-frames").replace("--init-size", "--image-size"))
     model, _ = to_model(source, kind_of(source))
     return model

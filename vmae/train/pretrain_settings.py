@@ -240,9 +240,14 @@ def run_from_args(args: argparse.Namespace) -> RunConfig:
     return RunConfig(speed=SpeedConfig(**chosen(SpeedConfig, args)), **given)
 
 
-def model_from_args(args: argparse.Namespace, found: dict | None = None) -> ModelConfig:
+def model_from_args(
+    args: argparse.Namespace, found: dict | None = None, shown: dict | None = None
+) -> ModelConfig:
     """The architecture: the preset named, or the checkpoint's own (`found`, its `config.model`), with what
     was changed.
+
+    Args:
+        shown: fields that the tensors of a checkpoint show which does not say its model.
 
     Raises:
         InputError: an unknown preset, or sizes that do not fit together.
@@ -253,7 +258,7 @@ def model_from_args(args: argparse.Namespace, found: dict | None = None) -> Mode
         changes["drop_path_rate"] = 0.0
     if args.model is None and found is not None:
         return ModelConfig.from_dict(found).replace(**{"pos_grid": None, **changes})
-    return ModelConfig.preset(args.model or USUAL_MODEL, **changes)
+    return ModelConfig.preset(args.model or USUAL_MODEL, **{**(shown or {}), **changes})
 
 
 def training_from_args(

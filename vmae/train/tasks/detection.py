@@ -19,9 +19,8 @@ from vmae.data.detection_dataset import DetectionBatch, DetectionDataset, KeyFra
 from vmae.errors import InputError
 from vmae.model.detector import Detector, build_detector
 from vmae.train.detection_settings import DetectionConfig, add_arguments, configs_from_args
-from vmae.train.finetune_settings import model_from_args
 from vmae.train.run import run_task
-from vmae.train.tasks.supervised import Source, SupervisedTask, source_from_args
+from vmae.train.tasks.supervised import Source, SupervisedTask, model_for, source_from_args
 
 __all__ = ["DetectionConfig", "DetectionTask", "add_arguments", "run"]
 
@@ -29,8 +28,7 @@ __all__ = ["DetectionConfig", "DetectionTask", "add_arguments", "run"]
 def run(args: argparse.Namespace) -> int:
     """The command."""
     source = source_from_args(args)
-    model = model_from_args(args, None if source is None else source.settings.get("model"))
-    config, run_config = configs_from_args(args, model, read_actions(args.actions))
+    config, run_config = configs_from_args(args, model_for(args, source), read_actions(args.actions))
     return run_task(DetectionTask(config, source), run_config, args)
 
 

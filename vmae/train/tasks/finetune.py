@@ -30,12 +30,11 @@ from vmae.train.finetune_settings import (
     add_arguments,
     configs_from_args,
     list_of,
-    model_from_args,
 )
 from vmae.train.pretrain_settings import RunConfig
 from vmae.train.run import run_task
 from vmae.train.state import Companion
-from vmae.train.tasks.supervised import Source, SupervisedTask, source_from_args
+from vmae.train.tasks.supervised import Source, SupervisedTask, model_for, source_from_args
 
 __all__ = ["FinetuneConfig", "FinetuneTask", "add_arguments", "run"]
 
@@ -53,8 +52,11 @@ def settings_of(args: argparse.Namespace) -> tuple[FinetuneConfig, RunConfig, So
         InputError: settings that do not fit together, a checkpoint, list or class list that cannot be read.
     """
     source = source_from_args(args)
-    model = model_from_args(args, None if source is None else source.settings.get("model"))
-    return *configs_from_args(args, model, _count_classes(args)), source
+    config, run_config = configs_from_args(args, model_for(args, source), _count_classes(args))
+    if source is not None and source.pooling == "first" and "pooling" not in args.given:
+        if config.pooling == "mean" and not source.pretrained:  # of --use_cls: goes on as it was
+            config = dataclasses.replace(config, pooling="first")
+    return config, run_config, source
 
 
 def _count_classes(args: argparse.Namespace) -> int:

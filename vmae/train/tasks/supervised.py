@@ -10,11 +10,15 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
+from vmae.checkpoint.shapes import ARCHITECTURE
 from vmae.checkpoint.source import Source, read_checkpoint
 from vmae.checkpoint.start import Start
+from vmae.config import USUAL_MODEL, ModelConfig
+from vmae.flags import chosen
 from vmae.model.cost import classifier_macs
 from vmae.train.layer_decay import build_layer_adamw
 from vmae.train.optim import OptimConfig
+from vmae.train.pretrain_settings import model_from_args
 from vmae.train.task import BatchT, ModelTask, ModelTaskConfig
 
 
@@ -35,9 +39,22 @@ def source_from_args(args: argparse.Namespace) -> Source | None:
     args.settings.complete(args)
     if args.init is None:
         return None
-    return read_checkpoint(
-        args.init, preset=args.model or "vit_b", frames=args.init_frames, size=args.init_size
+    given = {name: value for name, value in chosen(ModelConfig, args).items() if name in ARCHITECTURE}
+    source = read_checkpoint(
+        args.init, preset=args.model, frames=args.init_frames, size=args.init_size, **given
     )
+    if source.known is None and not source.unknown and args.model is None and given:
+        # Shapes of no preset, said by flags: on top of the usual one.
+        frames, size = args.init_frames, args.init_size
+        return read_checkpoint(args.init, preset=USUAL_MODEL, frames=frames, size=size, **given)
+    return source
+
+
+def model_for(args: argparse.Namespace, source: Source | None) -> ModelConfig:
+    """The architecture of a command line and the checkpoint that it names; see `model_from_args`."""
+    if source is None:
+        return model_from_args(args)
+    return model_from_args(args, source.settings.get("model"), shown=source.shown)
 
 
 class SupervisedTask(ModelTask[SupervisedConfigT, BatchT]):
@@ -53,7 +70,8 @@ class SupervisedTask(ModelTask[SupervisedConfigT, BatchT]):
 
     def check(self) -> list[str]:
         if self.source is None and self.config.init is not None:
-            self.source = read_checkpoint(self.config.init, preset="vit_b")
+            own = {name: getattr(self.config.model, name) for name in ARCHITECTURE}
+            self.source = read_checkpoint(self.config.init, preset=USUAL_MODEL, **own)
         if self.source is not None:
             self.config = self.adapt(self.source)
         return super().check()
