@@ -131,8 +131,8 @@ def read_weights(
         raise InputError(in_parts(path))
     if is_optimizer_state(path):
         raise InputError(
-            f"{path} holds an optimizer's state, no weights: give mp_rank_00_model_states.pt beside it, or the "
-            "folder"
+            f"{path} holds an optimizer's state, no weights: give mp_rank_00_model_states.pt beside it, or "
+            "the folder"
         )
     kind = format_of(path)
     if kind == SAFETENSORS:
@@ -163,8 +163,8 @@ def _describe_dtypes(state: dict[str, Tensor]) -> list[str]:
     ]
     if whole:
         raise InputError(
-            f"the weight {whole[0]} is of {state[whole[0]].dtype}: quantised weights are not read, give those "
-            "they were made from"
+            f"the weight {whole[0]} is of {state[whole[0]].dtype}: quantised weights are not read, give "
+            "those they were made from"
         )
     counts.pop("float32", None)
     return [f"{count} tensors of {dtype}; models here hold float32" for dtype, count in counts.items()]
@@ -250,8 +250,8 @@ def check_shapes(own: dict[str, torch.Size], found: dict[str, torch.Size], path:
     ]
     if tokens := [name for name in extra if name.rpartition(".")[2] == "cls_token"]:
         raise InputError(
-            f"checkpoint {path} has a class token ({tokens[0]}), which models of VideoMAE do not have: it is of "
-            "another kind of model"
+            f"checkpoint {path} has a class token ({tokens[0]}), which models of VideoMAE do not have: it is "
+            "of another kind of model"
         )
     if missing or extra or differing:
         raise InputError(_mismatch(path, missing, extra, differing) + _hint(own, found))

@@ -94,8 +94,8 @@ class Source:
 
     @property
     def pooling(self) -> str:
-        """How an encoder's tokens are pooled. A pre-trained one ends with a norm over each token, as that of a
-        classifier which pools the first token does (--use_cls)."""
+        """How an encoder's tokens are pooled. A pre-trained one ends with a norm over each token, as that of
+        a classifier which pools the first token does (--use_cls)."""
         if self.pretrained:
             return "first"
         return self.settings.get("pooling", "first" if "norm.weight" in self.state else "mean")

@@ -115,7 +115,7 @@ def _encoder_of(state: dict[str, Tensor], report: Start, *, keep_norm: bool) -> 
 
 
 def _norms(state: dict[str, Tensor]) -> set[str]:
-    """The last norms that a classifier's file has: "fc_norm" of the mean over tokens, "norm" of each token."""
+    """The last norms of a classifier's file: "fc_norm" of the mean over tokens, "norm" of each token."""
     return {name.split(".")[0] for name in state if name.startswith(("fc_norm.", "norm."))}
 
 
@@ -134,8 +134,8 @@ def _fit_norm(
             report.drop("the encoder's final norm, for which fc_norm stands", names)
             return {name: value for name, value in state.items() if name not in names}
         raise InputError(
-            f"checkpoint {path} was fine-tuned on the first token (--use_cls: it has norm and no fc_norm), but "
-            f"the model pools {model.pooling!r}; --pooling first goes on as it was"
+            f"checkpoint {path} was fine-tuned on the first token (--use_cls: it has norm and no fc_norm), "
+            f"but the model pools {model.pooling!r}; --pooling first goes on as it was"
         )
     if norms == {"fc_norm"} and not pooled:
         raise InputError(
