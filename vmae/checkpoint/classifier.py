@@ -90,6 +90,6 @@ def load_classifier(
         clip=seen,
         class_names=names,
         multi_label=bool(settings.get("multi_label")),
-        note="\n".join([report, *read.lines[: 1 if read.changes else 0], *assumed]),
+        note="\n".join([report, *filter(None, [read.changed]), *assumed]),
         assumed=tuple(assumed),
     )

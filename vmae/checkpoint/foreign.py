@@ -43,8 +43,7 @@ def find_foreign(folder: Path) -> tuple[Path, str] | None:
             return _states_of(folder / tag, _names_in(folder / tag)), why
     if files := {match[1]: name for name in names if (match := _FILE.fullmatch(name))}:
         key = _best_of(list(files))
-        others = f"; there are {len(files) - 1} others" if len(files) > 1 else ""
-        return folder / files[key], f"{files[key]} is taken of this folder, {_reason(key)}{others}"
+        return folder / files[key], f"{files[key]} is taken of this folder, {_reason(key, len(files))}"
     found = next((folder / name for name in _BIN if (folder / name).is_file()), None)
     return None if found is None else (found, f"{found.name} is taken of this folder")
 
@@ -79,8 +78,7 @@ def _choose_tag(folder: Path, tags: list[str]) -> tuple[str | None, str]:
         )
     keys = {tag.rpartition("-")[2] if "-" in tag else tag: tag for tag in tags}
     key = _best_of(list(keys))
-    others = f"; there are {len(tags) - 1} others" if len(tags) > 1 else ""
-    return keys[key], f"{keys[key]} is taken of this folder, {_reason(key)}{others}"
+    return keys[key], f"{keys[key]} is taken of this folder, {_reason(key, len(tags))}"
 
 
 def _number(key: str) -> int:
@@ -93,8 +91,8 @@ def _best_of(keys: list[str]) -> str:
     return next((key for key in ("best", "latest") if key in keys), max(keys, key=_number))
 
 
-def _reason(key: str) -> str:
-    return "the best" if key == "best" else "the newest"
+def _reason(key: str, count: int) -> str:
+    return "the only one" if count == 1 else f"the {'best' if key == 'best' else 'newest'} of {count}"
 
 
 def _states_of(folder: Path, names: Sequence[str]) -> Path:

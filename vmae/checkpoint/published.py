@@ -20,7 +20,7 @@ from vmae.checkpoint.foreign import in_parts, is_optimizer_state, is_part
 from vmae.checkpoint.format import read_group, read_manifest
 from vmae.checkpoint.names import open_wrappers, rename
 from vmae.checkpoint.pickles import read_pickle
-from vmae.checkpoint.shapes import describe_shapes, shapes_of, shown_by
+from vmae.checkpoint.shapes import describe_shapes, flags_for, shapes_of, shown_by
 from vmae.config import ModelConfig
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
@@ -264,7 +264,7 @@ def _hint(own: dict[str, torch.Size], found: dict[str, torch.Size]) -> str:
     theirs = shown_by(found)
     if not theirs or theirs == shown_by(own):
         return ""
-    return f"\n  {describe_shapes(theirs)}"
+    return f"\n  {describe_shapes(theirs)}; flags that fit it: {flags_for(theirs, shown_by(own))}"
 
 
 def _fixed_tables_dropped(

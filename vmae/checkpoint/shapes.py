@@ -23,7 +23,7 @@ _WORDS = {
     "embed_dim": "a width of {}",
     "depth": "{} blocks",
     "num_heads": "{} heads",
-    "mlp_ratio": "an MLP ratio of {:.4g}",
+    "mlp_ratio": "an MLP ratio of {}",
     "decoder_embed_dim": "a decoder's width of {}",
     "decoder_depth": "a decoder of {} blocks",
     "patch_size": "patches of {} pixels",
@@ -94,12 +94,12 @@ def contradictions(config: ModelConfig, shown: Mapping[str, Any], fields: tuple[
         if name == "init_values":
             own, seen = own > 0, seen > 0
         if own != seen:
-            yes = {True: "yes", False: "no"}
-            found.append(
-                f"{_WORDS[name].format(yes.get(seen, seen) if isinstance(seen, bool) else seen)} instead of "
-                f"{yes.get(own, own) if isinstance(own, bool) else f'{own:.4g}'}"
-            )
+            found.append(f"{_WORDS[name].format(_said(seen))} instead of {_said(own)}")
     return found
+
+
+def _said(value: Any) -> str:
+    return ("no", "yes")[value] if isinstance(value, bool) else f"{value:.6g}"
 
 
 def fitting_presets(shown: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> list[str]:
@@ -130,11 +130,38 @@ def preset_of(shown: Mapping[str, Any], overrides: Mapping[str, Any] | None = No
 
 def describe_shapes(shown: Mapping[str, Any]) -> str:
     """What a file shows of its encoder, in words, with the preset's name where one fits."""
-    words = [_WORDS[name].format(shown[name]) for name in DECIDED if name in shown]
+    words = [_WORDS[name].format(_said(shown[name])) for name in DECIDED if name in shown]
     if not words:
         return "it shows no encoder of these models"
     name = preset_of(shown)
     return f"it shows {', '.join(words)}: " + (f"those of {name}" if name else "no preset's")
+
+
+_FLAGS = {
+    "embed_dim": "--embed-dim",
+    "depth": "--depth",
+    "mlp_ratio": "--mlp-ratio",
+    "patch_size": "--patch-size",
+    "tubelet_size": "--tubelet-size",
+    "decoder_embed_dim": "--decoder-embed-dim",
+    "decoder_depth": "--decoder-depth",
+    "init_values": "--layer-scale",
+    "qkv_bias": "--qkv-bias",
+    "cos_attn": "--cos-attn",
+}
+
+
+def flags_for(shown: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    """Flags for a model of what a file shows, where the `model` at hand shows otherwise."""
+    preset, words, base = preset_of(shown), [], dict(model)
+    if preset is not None and any(shown.get(name) != model.get(name) for name in DECIDED):
+        words, base = [f"--model {preset}"], vars(ModelConfig.preset(preset))
+    for name, flag in _FLAGS.items():
+        if name in shown and base.get(name) != shown[name]:
+            yes, no = flag, flag.replace("--", "--no-")
+            value = shown[name]
+            words.append((no, yes)[value] if isinstance(value, bool) else f"{flag} {value:.12g}")
+    return " ".join(words)
 
 
 def check_preset(

@@ -33,6 +33,7 @@ from vmae.checkpoint.shapes import (
     shown_by,
 )
 from vmae.config import PUBLISHED_CLASSIFIERS, PUBLISHED_MODELS, ModelConfig
+from vmae.data.labels import HEAD_NAMES
 from vmae.errors import InputError
 
 PUBLISHED_FRAMES, PUBLISHED_SIZE = 16, 224
@@ -100,6 +101,13 @@ class Source:
             return "first"
         return self.settings.get("pooling", "first" if "norm.weight" in self.state else "mean")
 
+    @property
+    def tuned_pooling(self) -> str | None:
+        """The pooling that a checkpoint of fine-tuning goes on with: "mean" or "first"; None where it is of
+        pre-training, an encoder alone, or a probe's."""
+        headed = HEAD_NAMES[0] in self.state or "pooling" in self.settings
+        return self.pooling if headed and not self.pretrained and self.pooling != "attentive" else None
+
     def fit(self, model: ModelConfig) -> ModelConfig:
         """`model` with positions of this checkpoint's kind; fixed ones are made for its grid and interpolated
         to the model's."""
@@ -113,10 +121,14 @@ class Source:
         return "\n".join(filter(None, (report, *self.lines)))
 
     @property
+    def changed(self) -> str:
+        """`changes` in a line with the file's name; empty where there are none."""
+        return f"{self.path}: {'; '.join(self.changes)}" if self.changes else ""
+
+    @property
     def lines(self) -> list[str]:
-        """What was changed while reading, and what was assumed, a line each, with the file's name."""
-        changed = [f"{self.path}: {'; '.join(self.changes)}"] if self.changes else []
-        return [*changed, *self.note.splitlines()]
+        """What was changed while reading, and what was assumed, a line each."""
+        return [line for line in (self.changed, *self.note.splitlines()) if line]
 
 
 def read_checkpoint(

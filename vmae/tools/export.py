@@ -71,8 +71,8 @@ def export_file(args: argparse.Namespace, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     about = {"config": source.settings} if "model" in source.settings else {}
     export_weights(output, source.state, **about)
-    for line in source.lines[: 1 if source.changes else 0]:
-        print(line)
+    if source.changed:
+        print(source.changed)
     numbers = sum(value.numel() for value in source.state.values())
     print(f"{source.path}: {len(source.state)} tensors, {numbers / 1e6:.1f} M numbers, to {output}")
 

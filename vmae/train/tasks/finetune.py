@@ -53,9 +53,8 @@ def settings_of(args: argparse.Namespace) -> tuple[FinetuneConfig, RunConfig, So
     """
     source = source_from_args(args)
     config, run_config = configs_from_args(args, model_for(args, source), _count_classes(args))
-    if source is not None and source.pooling == "first" and "pooling" not in args.given:
-        if config.pooling == "mean" and not source.pretrained:  # of --use_cls: goes on as it was
-            config = dataclasses.replace(config, pooling="first")
+    if source is not None and config.pooling == "mean" and "pooling" not in args.given:
+        config = dataclasses.replace(config, pooling=source.tuned_pooling or "mean")
     return config, run_config, source
 
 

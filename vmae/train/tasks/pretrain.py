@@ -85,7 +85,8 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
 
     def start(self) -> str:
         source = read_checkpoint(self.config.init or "")
-        return load_into(self.model, source.state, source.path, allow_encoder_only=True)
+        report = load_into(self.model, source.state, source.path, allow_encoder_only=True)
+        return "\n".join(filter(None, (report, source.changed)))
 
     def blocks(self) -> Sequence[nn.Module]:
         return [*self.model.encoder.blocks, *self.model.decoder.blocks]
