@@ -187,7 +187,9 @@ def test_names_that_become_one(tmp_path, classifier):
     source = read_checkpoint(tmp_path / "same.pth")
     assert same(source.state, classifier) and any("there twice" in line for line in source.changes)
     torch.save({**twice, "module.head.bias": state["head.bias"] + 1}, tmp_path / "w.pth")
-    with pytest.raises(InputError, match="w.pth holds head.bias and module.head.bias, which are both head.bia"):
+    with pytest.raises(
+        InputError, match="w.pth holds head.bias and module.head.bias, which are both head.bia"
+    ):
         read_checkpoint(tmp_path / "w.pth")
 
 
@@ -202,7 +204,9 @@ def test_wrappers(tmp_path, classifier, key):
 def test_wrappers_that_do_not_say_which_model(tmp_path, classifier):
     state = classifier.state_dict()
     torch.save({"teacher": state, "student": state, "epoch": 1}, tmp_path / "w.pth")
-    with pytest.raises(InputError, match=r"its keys are: teacher, student, epoch; which of them is the model"):
+    with pytest.raises(
+        InputError, match=r"its keys are: teacher, student, epoch; which of them is the model"
+    ):
         read_checkpoint(tmp_path / "w.pth")
     both = {f"{who}.{name}": value for who in ("student", "teacher") for name, value in state.items()}
     torch.save({"state_dict": both}, tmp_path / "w.pth")
@@ -257,13 +261,16 @@ def test_folders_of_deepspeed(tmp_path, classifier, pretrainer):
         assert loaded.path == best and loaded.model.head.weight.dtype == torch.float32
         assert torch.equal(loaded.model.head.weight, classifier.head.weight.half().float())
         assert "58 tensors of float16; models here hold float32" in loaded.note
-    assert "checkpoint-best is taken of this folder, the best of 3" in load_classifier(
-        tmp_path, source=(4, 32)
-    ).note
+    assert (
+        "checkpoint-best is taken of this folder, the best of 3"
+        in load_classifier(tmp_path, source=(4, 32)).note
+    )
     (tmp_path / "latest").write_text("checkpoint-12")
     source = read_checkpoint(tmp_path)
     assert source.path == newest and find_weights(tmp_path) == newest
-    assert "checkpoint-12 is taken of this folder, the tag in latest; checkpoint-best is there" in source.changed
+    assert (
+        "checkpoint-12 is taken of this folder, the tag in latest; checkpoint-best is there" in source.changed
+    )
     (tmp_path / "latest").write_text("checkpoint-13\n")
     with pytest.raises(InputError, match="latest names 'checkpoint-13', which holds no mp_rank.*there are"):
         read_checkpoint(tmp_path)
@@ -284,7 +291,9 @@ def test_deepspeed_in_parts(tmp_path, classifier):
     states(tmp_path / "b", classifier, "mp_rank_01_model_states.pt")
     with pytest.raises(InputError, match="2 parts of a model-parallel run"):
         read_checkpoint(tmp_path / "b")
-    empty = {name: torch.empty(0) if value.ndim > 1 else value for name, value in classifier.state_dict().items()}
+    empty = {
+        name: torch.empty(0) if value.ndim > 1 else value for name, value in classifier.state_dict().items()
+    }
     torch.save({"module": empty}, tmp_path / "mp_rank_00_model_states.pt")
     with pytest.raises(InputError, match="ZeRO-3"):
         read_checkpoint(tmp_path / "mp_rank_00_model_states.pt")
@@ -349,7 +358,9 @@ def test_every_preset_is_known_by_its_shapes(preset):
 def test_a_preset_that_contradicts_the_file(tmp_path, classifier, pretrainer):
     torch.save(classifier.state_dict(), tmp_path / "w.pth")
     for preset in ("vit_s", "vit_small_patch16_224"):
-        with pytest.raises(InputError, match="a width of 128 instead of 384, 4 blocks.*take --model vit_tiny"):
+        with pytest.raises(
+            InputError, match="a width of 128 instead of 384, 4 blocks.*take --model vit_tiny"
+        ):
             read_checkpoint(tmp_path / "w.pth", preset=preset)
     odd = build_classifier(TINY.replace(depth=3), 3)
     torch.save(odd.state_dict(), tmp_path / "odd.pth")
@@ -368,7 +379,9 @@ def test_a_preset_that_contradicts_the_file(tmp_path, classifier, pretrainer):
 def test_files_of_other_models(tmp_path, classifier):
     state = classifier.state_dict()
     torch.save({**state, "cls_token": torch.zeros(1, 1, 128)}, tmp_path / "w.pth")
-    with pytest.raises(InputError, match=r"w.pth has a class token \(cls_token\), which models of VideoMAE do"):
+    with pytest.raises(
+        InputError, match=r"w.pth has a class token \(cls_token\), which models of VideoMAE do"
+    ):
         load_classifier(tmp_path / "w.pth")
     whole = {name: value.mul(50).to(torch.int8) for name, value in state.items()}
     torch.save(whole, tmp_path / "w.pth")

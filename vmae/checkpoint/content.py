@@ -138,7 +138,7 @@ def check_safetensors(path: Path) -> None:
             wanted += max(ends, default=0)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise InputError(
-                f"checkpoint {path} cannot be read: its safetensors header is damaged"
+                f"checkpoint {path} cannot be read: it has a damaged safetensors header"
             ) from error
     if size < wanted:
         raise InputError(

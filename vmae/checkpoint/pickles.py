@@ -87,7 +87,10 @@ def read_pickle(path: Path, kind: str) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
             warnings.simplefilter("ignore")  # of pickle protocols and old storages
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
+            if path.suffix != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
+            with open(path, "rb") as file:  # by such a name torch.load takes the file for the other format
+                return torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # the bytes are anybody's: whatever its parser stumbles on
