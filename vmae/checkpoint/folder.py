@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from vmae.checkpoint.format import MANIFEST, find_damage, is_checkpoint
+from vmae.checkpoint.hub import fetch
+from vmae.checkpoint.hub_names import is_hub_name, proposal, refuse_pointer
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 
@@ -117,13 +119,13 @@ class CheckpointFolder:
 
 
 def find_weights(checkpoint: str | Path) -> Path:
-    """The path to read: `checkpoint` itself (a file, a training checkpoint's folder, or a folder of
-    transformers), or a run's newest checkpoint, else its weights.
+    """The path to read: `checkpoint` itself (a file, a training checkpoint's folder, or a folder of the hub's
+    format), or a run's newest checkpoint, else its weights. A name of the hub (`hub:OWNER/NAME`) is fetched.
 
     Raises:
-        InputError: there is no such file, or none in the folder.
+        InputError: there is no such file, or none in the folder; or it can't be fetched, see `hub.fetch`.
     """
-    path = Path(checkpoint)
+    path = fetch(checkpoint) if is_hub_name(checkpoint) else Path(checkpoint)
     if path.is_dir() and not is_checkpoint(path):
         run = CheckpointFolder(path)
         found = run.latest() or path / WEIGHTS_NAME
@@ -135,8 +137,16 @@ def find_weights(checkpoint: str | Path) -> Path:
             _LOG.warning("note: passed over, newer than %s: %s", found.name, text)
         return found
     if not path.exists():
-        raise InputError(f"checkpoint {path} does not exist")
+        raise InputError(f"checkpoint {path} does not exist{proposal(checkpoint)}")
+    if path.is_file():
+        refuse_pointer(path)
     return path
+
+
+def folder_beside(checkpoint: str | Path) -> Path:
+    """Where a command writes "beside the checkpoint": the current folder for a name of the hub, whose cache
+    is no place for anything else."""
+    return Path() if is_hub_name(checkpoint) else find_weights(checkpoint).parent
 
 
 def export_weights(path: str | Path, state: dict[str, Tensor], **about: Any) -> None:

@@ -81,11 +81,16 @@ def start_classifier(
     pretrained = any(name.startswith("encoder.") for name in state)
     if pretrained:
         state = _encoder_of(state, report, keep_norm=model.pooling == "first")
+    headless = not any(name in state for name in HEAD_NAMES)
+    normless = not any(name.startswith(("fc_norm.", "norm.")) for name in state)
     state = _fit_head(state, model, path, report, label_map, new_head)
     state = _fit_positions(state, model, grid, report, path)
     own = model.state_dict()
     may_be_fresh = (
-        ("pool.",) + (("head.", "fc_norm.") if pretrained else ()) + (("head.",) if new_head else ())
+        ("pool.",)
+        + (("head.", "fc_norm.") if pretrained else ())
+        + (("head.",) if new_head or headless else ())
+        + (("fc_norm.",) if headless and normless and model.fc_norm is not None else ())
     )
     report.fresh = [name for name in own if name not in state and name.startswith(may_be_fresh)]
     wanted = {name: value.shape for name, value in own.items() if name not in report.fresh}

@@ -10,6 +10,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
+from vmae.checkpoint.folder import CheckpointFolder
+from vmae.checkpoint.hub import cached
+from vmae.checkpoint.hub_names import is_hub_name
 from vmae.checkpoint.source import Source, read_checkpoint
 from vmae.checkpoint.start import Start
 from vmae.model.cost import classifier_macs
@@ -36,8 +39,17 @@ def source_from_args(args: argparse.Namespace) -> Source | None:
     if args.init is None:
         return None
     return read_checkpoint(
-        args.init, preset=args.model or "vit_b", frames=args.init_frames, size=args.init_size
+        settled(args.init, args), preset=args.model or "vit_b", frames=args.init_frames, size=args.init_size
     )
+
+
+def settled(checkpoint: str, args: argparse.Namespace) -> str:
+    """For a run that goes on: the cached copy of what a name of the hub meant when it began, where there is
+    one. The hub is not asked, and what came to the repository since does not count."""
+    goes_on = args.resume is not None and CheckpointFolder(args.output).latest() is not None
+    if not (goes_on and is_hub_name(checkpoint)):
+        return checkpoint
+    return str(cached(checkpoint) or checkpoint)
 
 
 class SupervisedTask(ModelTask[SupervisedConfigT, BatchT]):
