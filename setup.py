@@ -45,6 +45,7 @@ setup(
         "xformers": ["xformers>=0.0.35"],
         "dali": ["nvidia-dali-cuda130>=2.4; platform_system == 'Linux'"],
         "torchcodec": ["torchcodec>=0.13,<0.14"],
+        "hub": ["huggingface_hub>=0.34", "safetensors>=0.5"],
         "hf": ["transformers>=4.50", "safetensors>=0.5"],
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "browser": ["selenium>=4.20"],
@@ -52,6 +53,7 @@ setup(
         "notebook": ["nbclient>=0.10", "ipykernel>=6.29"],
         "dev": [
             "build>=1.2",
+            "huggingface_hub>=1.0",
             "mypy>=2.4",
             "pytest>=8",
             "pytest-xdist>=3.6",

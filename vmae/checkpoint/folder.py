@@ -21,6 +21,8 @@ from torch import Tensor
 
 from vmae.checkpoint.foreign import find_foreign
 from vmae.checkpoint.format import MANIFEST, find_damage, is_checkpoint
+from vmae.checkpoint.hub import fetch
+from vmae.checkpoint.hub_names import is_hub_name, proposal
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 
@@ -125,15 +127,16 @@ def find_weights(checkpoint: str | Path) -> Path:
 def locate_weights(checkpoint: str | Path) -> tuple[Path, str]:
     """The path to read, and a line on why this one of several (empty where there is no choice).
 
-    That is `checkpoint` itself (a file, a training checkpoint's folder, or a folder of transformers), or a
-    run's newest checkpoint, else its weights, else what `find_foreign` finds of a published trainer's.
+    That is `checkpoint` itself (a file, a training checkpoint's folder, or a folder of the hub's format), or
+    a run's newest checkpoint, else its weights, else what `find_foreign` finds of a published trainer's. A
+    name of the hub (`hub:OWNER/NAME`) is fetched.
 
     Raises:
-        InputError: there is no such file, or none in the folder.
+        InputError: there is no such file, or none in the folder; or it can't be fetched, see `hub.fetch`.
     """
-    path = Path(checkpoint)
+    path = fetch(checkpoint) if is_hub_name(checkpoint) else Path(checkpoint)
     if not path.exists():
-        raise InputError(f"checkpoint {path} does not exist")
+        raise InputError(f"checkpoint {path} does not exist{proposal(checkpoint)}")
     if not path.is_dir() or is_checkpoint(path):
         return path, ""
     run = CheckpointFolder(path)
@@ -154,6 +157,12 @@ def locate_weights(checkpoint: str | Path) -> tuple[Path, str]:
     for text in run.passed_over():
         _LOG.warning("note: passed over, newer than %s: %s", found.name, text)
     return found, ""
+
+
+def folder_beside(checkpoint: str | Path) -> Path:
+    """Where a command writes "beside the checkpoint": the current folder for a name of the hub, whose cache
+    is no place for anything else."""
+    return Path() if is_hub_name(checkpoint) else find_weights(checkpoint).parent
 
 
 def export_weights(path: str | Path, state: dict[str, Tensor], **about: Any) -> None:

@@ -1,5 +1,6 @@
 """Conversion of weights and settings to and from transformers' VideoMAE: `VideoMAEForPreTraining` and
-`VideoMAEForVideoClassification`.
+`VideoMAEForVideoClassification`; and reading of all folders of the hub's format: these, the bare
+`VideoMAEModel`, and VideoMAEv2-Base, -Large, -Huge and -giant (the published classifier without a head).
 
 Names change, and the weights of q, k and v are split or joined; no number changes. transformers itself is not
 needed.
@@ -20,7 +21,7 @@ say, so results differ from ours by some 1e-5.
 from __future__ import annotations
 
 import json
-import math
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,27 @@ import torch
 from torch import Tensor
 
 from vmae.checkpoint.folder import CONFIG_NAME, export_weights
-from vmae.checkpoint.published import load_weights
+from vmae.checkpoint.hub_folder import (
+    Fields,
+    is_v2,
+    ratio_of,
+    read_object,
+    read_weights,
+    said,
+    shown_by,
+    v2_config,
+    v2_names,
+)
+from vmae.checkpoint.hub_names import PROCESSOR, WEIGHT_FILES
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
-from vmae.files.json_files import parse_json
 from vmae.model import Classifier, Pretrainer
 
 PRETRAINING, CLASSIFICATION = "VideoMAEForPreTraining", "VideoMAEForVideoClassification"
+BARE, _BASE = "VideoMAEModel", "videomae."  # the encoder alone, whose names lack the prefix of the others
 SEVERAL_LABELS = "multi_label_classification"  # their `problem_type`
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_LOG = logging.getLogger(__name__)
 
 # Inside a block: ours -> theirs.
 _BLOCK = {
@@ -250,41 +262,66 @@ def config_to_huggingface(
     return values
 
 
-def config_from_huggingface(values: dict[str, Any], what: str = "config.json") -> ModelConfig:
+def config_from_huggingface(
+    values: dict[str, Any], what: str = "config.json", shown: dict[str, Any] | None = None
+) -> ModelConfig:
     """`ModelConfig` from the content of `config.json`, with transformers' defaults where a value is missing.
 
+    Args:
+        shown: what the weights show of the same, see `shown_by`.
+
     Raises:
-        InputError: not a VideoMAE, or a setting that this code does not have.
+        InputError: not a VideoMAE, a setting that this code does not have, a value that is none of its kind,
+            or one that the weights contradict.
     """
     if values.get("model_type") != "videomae":
         raise InputError(f"{what}: model_type is {values.get('model_type')!r}, not 'videomae'")
-    get: dict[str, Any] = _DEFAULTS | values
     for name, only in _ONLY.items():
-        if get.get(name, only) != only:
-            raise InputError(f"{what}: {name} is {get[name]!r}; only {only!r} is supported")
-    ratio = get["intermediate_size"] / get["hidden_size"]
-    while int(get["hidden_size"] * ratio) < get["intermediate_size"]:  # rounding of the division
-        ratio = math.nextafter(ratio, math.inf)
-    if int(get["decoder_hidden_size"] * ratio) != get["decoder_intermediate_size"]:
-        raise InputError(
-            f"{what}: the decoder's intermediate_size has another ratio to its width than the encoder's"
-        )
-    size = get.get("image_size", 224)
-    return ModelConfig(
-        img_size=size if isinstance(size, int) else tuple(size),
-        patch_size=get.get("patch_size", 16),
-        num_frames=get.get("num_frames", 16),
-        tubelet_size=get.get("tubelet_size", 2),
-        embed_dim=get["hidden_size"],
-        depth=get.get("num_hidden_layers", 12),
-        num_heads=get.get("num_attention_heads", 12),
-        mlp_ratio=ratio,
-        qkv_bias=get.get("qv_bias", get.get("qkv_bias", True)),
-        layer_norm_eps=get.get("layer_norm_eps", 1e-12),
-        decoder_embed_dim=get["decoder_hidden_size"],
-        decoder_depth=get.get("decoder_num_hidden_layers", 4),
-        decoder_num_heads=get.get("decoder_num_attention_heads", 6),
+        if values.get(name, only) != only:
+            raise InputError(f"{what}: {name} is {values[name]!r}; only {only!r} is supported")
+    told = Fields(values, what, shown)
+    told.agree("num_channels", 3, "in_chans")
+    image, frames = told.side("image_size", 224), told.whole("num_frames", 16)
+    patch, tubelet = told.whole("patch_size", 16, "patch_size"), told.whole("tubelet_size", 2, "tubelet_size")
+    told.check_clip(
+        ("num_frames", frames), ("tubelet_size", tubelet), ("image_size", image), ("patch_size", patch)
     )
+    width, heads, ratio = _widths(told, "", "hidden_size")
+    decoder_width, decoder_heads, _ = _widths(told, "decoder_", "decoder_hidden_size", ratio)
+    try:
+        return ModelConfig(
+            img_size=image,
+            patch_size=patch,
+            num_frames=frames,
+            tubelet_size=tubelet,
+            embed_dim=width,
+            depth=told.whole("num_hidden_layers", 12, "depth"),
+            num_heads=heads,
+            mlp_ratio=ratio,
+            qkv_bias=told.flag("qv_bias" if "qv_bias" in values else "qkv_bias", True, "qkv_bias"),
+            layer_norm_eps=told.real("layer_norm_eps", 1e-12),
+            decoder_embed_dim=decoder_width,
+            decoder_depth=told.whole("decoder_num_hidden_layers", 4, "decoder_depth"),
+            decoder_num_heads=decoder_heads,
+        )
+    except InputError as error:
+        raise InputError(str(error) if what in str(error) else f"{what}: {error}") from None
+
+
+def _widths(told: Fields, part: str, name: str, ratio: float | None = None) -> tuple[int, int, float]:
+    """Width, heads and MLP ratio of the encoder (`part` "") or of the decoder ("decoder_"), whose ratio is
+    the encoder's `ratio`."""
+    width = told.whole(name, _DEFAULTS[name], f"{part}embed_dim")
+    heads = told.whole(f"{part}num_attention_heads", 6 if part else 12)
+    told.divides((f"{part}num_attention_heads", heads), (name, width))
+    hidden = told.whole(f"{part}intermediate_size", _DEFAULTS[f"{part}intermediate_size"], f"{part}hidden")
+    if ratio is None:
+        return width, heads, ratio_of(hidden, width)
+    if int(width * ratio) != hidden:
+        raise InputError(
+            f"{told.where}: the decoder's intermediate_size has another ratio to its width than the encoder's"
+        )
+    return width, heads, ratio
 
 
 def processor_settings(config: ModelConfig) -> dict[str, Any]:
@@ -353,65 +390,125 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def is_pretrained(folder: Path) -> bool:
-    """Whether this is a folder of transformers (its content may still be of another model, or damaged)."""
+    """Whether this is a folder of the hub's format (its content may be of another model, or damaged)."""
     return (folder / CONFIG_NAME).is_file()
 
 
 def read_pretrained(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The settings and tensors of a local folder of transformers, under our names.
+    """The settings and tensors of a local folder of the hub's format, under our names.
+
+    Remote code that `auto_map` names is neither executed nor needed; a line says so.
 
     Args:
-        folder: holds `config.json` beside `model.safetensors` or `pytorch_model.bin`.
+        folder: holds `config.json` beside `model.safetensors` or `pytorch_model.bin`, or beside the several
+            files that an index names.
 
     Returns:
         Settings: `model` (of `ModelConfig`); of a pre-trained model also `normalize_target`, of a classifier
             `num_classes`, `class_names` (None where there are none), `pooling` and `multi_label`.
-        Tensors by published name, of a `Pretrainer` or a `Classifier`, whichever `architectures` names.
+        Tensors by published name: of a `Pretrainer`, of its encoder (`VideoMAEModel`), or of a `Classifier`.
 
     Raises:
-        InputError: a missing or damaged file, another kind of model, or classes that are not named from 0 on.
+        InputError: a missing or damaged file, another kind of model, a value that is none of its kind or that
+            the weights contradict, or classes that are not named from 0 on.
     """
     folder = Path(folder)
     file = folder / CONFIG_NAME
-    values = _read_json(file)
-    settings: dict[str, Any] = {"model": config_from_huggingface(values, str(file)).to_dict()}
-    kind = (values.get("architectures") or [None])[0]
-    if kind not in _OUTER:
-        raise InputError(
-            f"{file}: architectures names {kind}; {PRETRAINING} and {CLASSIFICATION} can be read"
-        )
-    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if path is None:
-        raise InputError(
-            f"{folder} holds none of {', '.join(WEIGHT_FILES)} (weights in several files are not read)"
-        )
-    state = from_huggingface(load_weights(path), kind)
-    if kind == PRETRAINING:
-        return {**settings, "normalize_target": values.get("norm_pix_loss", True)}, state
-    settings |= {
-        "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
-        "class_names": _class_names(values, file),
-        "pooling": "mean" if values.get("use_mean_pooling", True) else "first",
-        "multi_label": values.get("problem_type") == SEVERAL_LABELS,
-    }
+    values = read_object(file)
+    settings, state = (_read_v2 if is_v2(values) else _read_transformers)(values, file)
+    if values.get("auto_map"):
+        _LOG.info("note: %s: auto_map names code of its own: not executed, nor needed", file)
+    _compare_processor(folder)
     return settings, state
+
+
+def _read_v2(values: dict[str, Any], file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    state = v2_names(read_weights(file.parent))
+    config, pooling = v2_config(values, file, state)
+    return {"model": config.to_dict(), **_about_classes(values, file, state), "pooling": pooling}, state
+
+
+def _read_transformers(values: dict[str, Any], file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if values.get("model_type") != "videomae":
+        config_from_huggingface(values, str(file))  # says so
+    kind = _named(values, file)
+    weights = read_weights(file.parent)
+    shows = _kind_shown(weights)
+    if kind not in (None, shows):
+        raise InputError(f"{file}: architectures names {kind}, the weights show {shows}")
+    if shows == BARE:
+        if not any(name.startswith(_BASE) for name in weights):
+            weights = {_BASE + name: value for name, value in weights.items()}
+        state = from_huggingface(weights, CLASSIFICATION)
+    else:
+        state = from_huggingface(weights, shows)
+    table = next(
+        (v for name, v in weights.items() if name.endswith("position_embeddings") and v.ndim == 3), None
+    )
+    shown = shown_by(state) | ({} if table is None else {"positions": table.shape[1]})
+    settings: dict[str, Any] = {"model": config_from_huggingface(values, str(file), shown).to_dict()}
+    told = Fields(values, str(file), shown)
+    if shows == PRETRAINING:
+        return {**settings, "normalize_target": told.flag("norm_pix_loss", True)}, state
+    mean = told.flag("use_mean_pooling", True)
+    if shows == BARE and "norm.weight" in state:  # as the encoder of a pre-trained model
+        return settings, {f"encoder.{name}": value for name, value in state.items()}
+    if shows == CLASSIFICATION and shown["pooling"] != ("mean" if mean else "first"):
+        norms = {"mean": "fc_norm", "first": "videomae.layernorm", None: "no last norm"}
+        raise InputError(
+            f"{file}: use_mean_pooling is {said(mean)}, the weights show {norms[shown['pooling']]}"
+        )
+    return {**settings, **_about_classes(values, file, state), "pooling": "mean" if mean else "first"}, state
+
+
+def _named(values: dict[str, Any], file: Path) -> str | None:
+    """The class that `architectures` names, if any."""
+    names = values.get("architectures")
+    if not names:
+        return None
+    kind = names[0] if isinstance(names, list) else names
+    if kind not in (PRETRAINING, CLASSIFICATION, BARE):
+        raise InputError(
+            f"{file}: architectures names {said(kind)}; {PRETRAINING}, {CLASSIFICATION} and {BARE} can be "
+            "read"
+        )
+    return kind
+
+
+def _kind_shown(weights: dict[str, Tensor]) -> str:
+    """The class that has tensors of these names."""
+    if any(name.startswith("decoder.") for name in weights):
+        return PRETRAINING
+    return CLASSIFICATION if any(name.startswith(("classifier.", "fc_norm.")) for name in weights) else BARE
+
+
+def _about_classes(values: dict[str, Any], file: Path, state: dict[str, Tensor]) -> dict[str, Any]:
+    """Settings on the classes of a head."""
+    classes = state["head.weight"].shape[0] if "head.weight" in state else 0
+    names = _class_names(values, file) if classes else None
+    if names is not None and len(names) != classes:
+        raise InputError(f"{file}: id2label names {len(names)} classes, the weights show {classes}")
+    multi_label = values.get("problem_type") == SEVERAL_LABELS
+    return {"num_classes": classes, "class_names": names, "multi_label": multi_label}
 
 
 def _class_names(values: dict[str, Any], file: Path) -> list[str] | None:
     names = values.get("id2label")
     try:
-        return [names[str(number)] for number in range(len(names))] if names else None
+        return [str(names[str(number)]) for number in range(len(names))] if names else None
     except (KeyError, TypeError) as error:
         raise InputError(f"{file}: id2label does not name the classes from 0 on: {error!r}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = parse_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return values
+def _compare_processor(folder: Path) -> None:
+    """Say so where the folder's images were normalised otherwise than they are here."""
+    file = folder / PROCESSOR
+    if not file.is_file():
+        return
+    values = read_object(file)
+    for name, ours in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
+        theirs = values.get(name)
+        if theirs is not None and theirs != list(ours):
+            _LOG.warning(
+                "note: %s: %s is %s; here it is ImageNet's, %s", file, name, said(theirs), list(ours)
+            )

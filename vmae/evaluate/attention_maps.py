@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmae.checkpoint.folder import find_weights
+from vmae.checkpoint.folder import folder_beside
 from vmae.config import ModelConfig
 from vmae.errors import InputError
 from vmae.evaluate.encoder import add_encoder_arguments, load_encoder_from_args, middle_clip
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command: load the encoder, compute its attention, draw it."""
     device = resolve_device(args.device)
-    default = find_weights(args.checkpoint).parent / f"attention-{Path(args.video).stem}.png"
+    default = folder_beside(args.checkpoint) / f"attention-{Path(args.video).stem}.png"
     outputs = outputs_of(args, default)
     loaded = load_encoder_from_args(args)
     model, config = loaded.model, loaded.model.config

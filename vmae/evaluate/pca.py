@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmae.checkpoint.folder import find_weights
+from vmae.checkpoint.folder import folder_beside
 from vmae.config import ModelConfig
 from vmae.errors import InputError
 from vmae.evaluate.encoder import add_encoder_arguments, load_encoder_from_args, middle_clip
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command: load the encoder, analyse its tokens, draw the components."""
     device = resolve_device(args.device)
-    outputs = outputs_of(args, find_weights(args.checkpoint).parent / f"pca-{Path(args.video).stem}.png")
+    outputs = outputs_of(args, folder_beside(args.checkpoint) / f"pca-{Path(args.video).stem}.png")
     loaded = load_encoder_from_args(args)
     model, config = loaded.model, loaded.model.config
     clip, indices = middle_clip(args.video, config, loaded.stride, loaded.sampling)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vmae.checkpoint.arguments import add_source_arguments
-from vmae.checkpoint.folder import find_weights
+from vmae.checkpoint.folder import folder_beside
 from vmae.checkpoint.models import to_model
 from vmae.checkpoint.source import read_checkpoint
 from vmae.config import MaskConfig, ModelConfig, SpeedConfig
@@ -74,8 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """The command: load, sample, predict, draw, and say where the picture is."""
     device = resolve_device(args.device)
-    path = find_weights(args.checkpoint)
-    outputs = outputs_of(args, path.parent / f"reconstruct-{Path(args.videos[0]).stem}.png")
+    outputs = outputs_of(
+        args, folder_beside(args.checkpoint) / f"reconstruct-{Path(args.videos[0]).stem}.png"
+    )
     source = (args.init_frames, args.init_size)
     given = {
         "preset": args.model,

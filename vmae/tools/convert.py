@@ -6,7 +6,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vmae.checkpoint import Source, export_weights, kind_of, read_checkpoint, save_pretrained, to_model
+from vmae.checkpoint import (
+    Source,
+    export_weights,
+    find_weights,
+    kind_of,
+    read_checkpoint,
+    save_pretrained,
+    to_model,
+)
 from vmae.checkpoint.folder import CONFIG_NAME
 from vmae.checkpoint.huggingface import is_pretrained
 from vmae.config import PRESETS, ModelConfig
@@ -34,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The command: read, write, say what."""
-    folder, output = Path(args.source), Path(args.output)
+    output = Path(args.output)
     check_output(output.parent)
+    folder = find_weights(args.source)
     is_file = output.suffix in SUFFIXES
     if is_pretrained(folder) and not is_file:
         raise InputError(f"output {output}: its name must end with {', '.join(SUFFIXES)}")
@@ -52,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         names, multi_label = settings.get("class_names"), bool(settings.get("multi_label"))
         save_pretrained(model, output, list(names) if names else None, multi_label=multi_label)
-    print(f"{folder}: {len(model.state_dict())} tensors of a {type(model).__name__} to {output}")
+    print(f"{args.source}: {len(model.state_dict())} tensors of a {type(model).__name__} to {output}")
 
 
 def load_own(source: Source) -> Pretrainer | Classifier:

@@ -146,6 +146,14 @@ PARTS = (
         without=".safetensors weights can be neither read nor written",
     ),
     Part(
+        name="huggingface_hub",
+        group="files",
+        module="huggingface_hub",
+        packages=("huggingface_hub",),
+        install="pip install 'vmae[hub]'",
+        without="names of the Hugging Face hub (hub:OWNER/NAME) are refused; files need a download by hand",
+    ),
+    Part(
         name="transformers",
         group="files",
         module="transformers",

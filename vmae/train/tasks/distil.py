@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vmae.checkpoint.classifier import LoadedClassifier, load_classifier
+from vmae.checkpoint.hub_names import is_hub_name
 from vmae.checkpoint.identity import list_hash, model_identity
 from vmae.data.classify_dataset import LabelledBatch
 from vmae.data.labels import LabelledList
@@ -35,7 +36,7 @@ from vmae.train.logit_store import LogitStore, fill_store
 from vmae.train.parallel import Parallel, open_parallel
 from vmae.train.run import run_task
 from vmae.train.tasks.finetune import FinetuneTask, settings_of
-from vmae.train.tasks.supervised import Source
+from vmae.train.tasks.supervised import Source, settled
 
 __all__ = ["DistilConfig", "DistilTask", "add_arguments", "run"]
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     base, run_config, source = settings_of(args)
     speed = run_config.speed
     teacher = load_classifier(
-        args.teacher,
+        settled(args.teacher, args),
         preset=args.teacher_model,
         label_map=args.teacher_map,
         clip=base.clip.to_dict(),
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         attention=speed.attention,
     )
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-    fields["teacher"] = str(teacher.path)
+    fields["teacher"] = args.teacher if is_hub_name(args.teacher) else str(teacher.path)
     config = DistilConfig(
         **{**chosen(DistilConfig, args), **fields}, stored_epochs=args.store if args.logits else None
     )

@@ -10,6 +10,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
+from vmae.checkpoint.folder import CheckpointFolder
+from vmae.checkpoint.hub import cached
+from vmae.checkpoint.hub_names import is_hub_name
 from vmae.checkpoint.shapes import ARCHITECTURE
 from vmae.checkpoint.source import Source, read_checkpoint
 from vmae.checkpoint.start import Start
@@ -40,13 +43,14 @@ def source_from_args(args: argparse.Namespace) -> Source | None:
     if args.init is None:
         return None
     given = {name: value for name, value in chosen(ModelConfig, args).items() if name in ARCHITECTURE}
+    checkpoint = settled(args.init, args)
     source = read_checkpoint(
-        args.init, preset=args.model, frames=args.init_frames, size=args.init_size, **given
+        checkpoint, preset=args.model, frames=args.init_frames, size=args.init_size, **given
     )
     if source.known is None and not source.unknown and args.model is None and given:
         # Shapes of no preset, said by flags: on top of the usual one.
         frames, size = args.init_frames, args.init_size
-        return read_checkpoint(args.init, preset=USUAL_MODEL, frames=frames, size=size, **given)
+        return read_checkpoint(checkpoint, preset=USUAL_MODEL, frames=frames, size=size, **given)
     return source
 
 
@@ -55,6 +59,15 @@ def model_for(args: argparse.Namespace, source: Source | None) -> ModelConfig:
     if source is None:
         return model_from_args(args)
     return model_from_args(args, source.settings.get("model"), shown=source.shown)
+
+
+def settled(checkpoint: str, args: argparse.Namespace) -> str:
+    """For a run that goes on: the cached copy of what a name of the hub meant when it began, where there is
+    one. The hub is not asked, and what came to the repository since does not count."""
+    goes_on = args.resume is not None and CheckpointFolder(args.output).latest() is not None
+    if not (goes_on and is_hub_name(checkpoint)):
+        return checkpoint
+    return str(cached(checkpoint) or checkpoint)
 
 
 class SupervisedTask(ModelTask[SupervisedConfigT, BatchT]):
