@@ -12,9 +12,11 @@ Legend: B clips, T frames, H x W pixels, K classes.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,7 +26,8 @@ from torch import Tensor
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD, _Checked
 from vmae.data.augment import CropBox
 from vmae.data.video_dataset import Purpose, numpy_rng
-from vmae.settings import SHARE, SHARE_BELOW_1, Real, Whole, setting
+from vmae.errors import InputError
+from vmae.settings import SHARE, SHARE_BELOW_1, Limits, OneOf, Real, Whole, setting
 
 _TOP, _GREY = 10, (128, 128, 128)  # largest magnitude; what comes in where a picture is moved
 _AREA, _RATIO = (0.08, 1.0), (0.75, 1.3333)  # of a random resized crop
@@ -32,6 +35,51 @@ _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 _TRIES = 10
 _ALPHA = Real(least=0, most=10_000)
 Operation = Callable[[Image.Image], Image.Image]
+
+
+@dataclass(frozen=True)
+class RandAugmentText(Limits):
+    """RandAugment in the published words: `rand`, then, by dashes and in any order, `m` magnitude (10 without
+    it), `n` operations (2), `mstd` deviation of the magnitude (0) and `inc1`, or `none`.
+
+    As in the published code (timm's `rand_augment_transform`), `inc` with any digit, 0 too, takes the set of
+    operations that change more at a larger magnitude, and a later part replaces an earlier one.
+    """
+
+    example: ClassVar[str] = "rand-m7-n4-mstd0.5-inc1"
+    sets: ClassVar[tuple[str, ...]] = ("operations", "magnitude", "magnitude_std", "increasing")
+
+    @staticmethod
+    def settings(text: str) -> dict[str, Any]:
+        """Fields of `AugmentConfig`, those in `sets`; raises ValueError for a text that means none."""
+        if text == "none":
+            return {"operations": 0}
+        kind, *parts = text.split("-")
+        found = {"m": "10", "n": "2", "mstd": "0"}
+        for part in parts:
+            key, value = re.fullmatch(r"([a-z]+)(\d.*)", part).groups()  # type: ignore[union-attr]
+            found[key] = value
+        drawn = {"operations": int(found.pop("n")), "magnitude": float(int(found.pop("m")))}
+        drawn |= {"magnitude_std": float(found.pop("mstd")), "increasing": found.pop("inc", None) is not None}
+        if kind != "rand" or found:
+            raise ValueError(text)
+        return drawn
+
+    def allows(self, value: Any) -> bool:
+        try:
+            AugmentConfig(**self.settings(value))
+        except (AttributeError, TypeError, ValueError, InputError):
+            return False
+        return True
+
+    def read(self, text: str) -> str:
+        return "none" if text in ("", "None") else text
+
+    def __str__(self) -> str:
+        return (
+            f"{self.example} (m 0 to {_TOP}, n operations, mstd, inc1 or not), or none: there is no v0, "
+            "original, augmix or w0"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +93,66 @@ class AugmentConfig(_Checked):
     )
     magnitude: float = setting(7.0, f"of RandAugment, 0 to {_TOP}", Real(least=0, most=_TOP))
     magnitude_std: float = setting(0.5, "of the normal noise on it", Real(least=0, most=_TOP))
+    increasing: bool = setting(True, "RandAugment changes more at a larger magnitude, all operations")
+    interpolation: str = setting(
+        "bicubic",
+        "of RandAugment's shears, shifts and turns: bicubic, bilinear, random (one of them for each frame)",
+        OneOf("interpolation", ("bicubic", "bilinear", "random")),
+        aliases=("--train_interpolation",),
+    )
     crop: bool = setting(True, "random resized crop; else the whole frame is resized")
     flip: bool = setting(
         True, "mirror half of the clips; not where left and right mean something, as in SSv2"
     )
     erase: float = setting(
-        0.25, "probability that a box of the clip becomes noise", SHARE, aliases=("--reprob",)
+        0.25, "probability that a box of the clip is erased", SHARE, aliases=("--reprob",)
+    )
+    erase_mode: str = setting(
+        "pixel",
+        "what is in the box then: pixel (noise), rand (a random colour in each frame), const (the mean colour)",
+        OneOf("erasing mode", ("pixel", "rand", "const")),
+        aliases=("--remode",),
+    )
+    erase_count: int = setting(
+        1,
+        "boxes at most; with 2 or more, the first 1/count of the frames stay clean, as published",
+        Whole(1, 1000),
+        aliases=("--recount",),
     )
     mixup: float = setting(0.8, "alpha of the Beta distribution; 0: off", _ALPHA)
     cutmix: float = setting(
         1.0, "alpha; 0: off. With mixup on too, each micro-batch gets one of them", _ALPHA
     )
+    cutmix_minmax: tuple[float, float] | None = setting(
+        None,
+        "cutmix with boxes whose sides are this share of the picture's, from the first to the second",
+        SHARE,
+        aliases=("--cutmix_minmax",),
+        unset="as cutmix draws them",
+    )
+    mixup_prob: float = setting(
+        1.0, "probability of mixup or cutmix, where one is on", SHARE, aliases=("--mixup_prob",)
+    )
+    mixup_switch_prob: float = setting(
+        0.5, "probability of cutmix, where both are on", SHARE, aliases=("--mixup_switch_prob",)
+    )
+    mixup_mode: str = setting(
+        "batch",
+        "draws: one for a micro-batch (batch), for each two clips (pair), for each clip (elem)",
+        OneOf("mixing mode", ("batch", "pair", "elem")),
+        aliases=("--mixup_mode",),
+    )
     smoothing: float = setting(0.1, "share of a label that is spread over all classes", SHARE_BELOW_1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cutmix_minmax is not None and not self.cutmix_minmax[0] < self.cutmix_minmax[1]:
+            raise InputError(f"cutmix_minmax must be a smaller and a larger share, not {self.cutmix_minmax}")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether clips are mixed."""
+        return bool(self.mixup or self.cutmix or self.cutmix_minmax)
 
     @classmethod
     def none(cls, **changes) -> AugmentConfig:
