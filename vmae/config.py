@@ -349,8 +349,8 @@ class OptimConfig(_Checked):
             raise InputError(f"warmup_lr {self.warmup_lr:g} is above lr {self.lr:g}, where the warm-up ends")
         if self.weight_decay_end and not self.weight_decay:
             raise InputError(
-                f"weight_decay_end {self.weight_decay_end:g} changes nothing with weight_decay 0: as published, "
-                "only weights that decay follow the schedule"
+                f"weight_decay_end {self.weight_decay_end:g} changes nothing with weight_decay 0: as "
+                "published, only weights that decay follow the schedule"
             )
 
     def scaled_to(self, total_batch: int) -> OptimConfig:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from vmae.config import IMAGENET_MEAN, IMAGENET_STD, _Checked
 from vmae.data.augment import CropBox
 from vmae.data.video_dataset import Purpose, numpy_rng
 from vmae.errors import InputError
-from vmae.settings import SHARE, SHARE_BELOW_1, Limits, OneOf, Real, Whole, setting
+from vmae.settings import SHARE, SHARE_BELOW_1, OneOf, Real, Whole, setting
 
 _TOP, _GREY = 10, (128, 128, 128)  # largest magnitude; what comes in where a picture is moved
 _AREA, _RATIO = (0.08, 1.0), (0.75, 1.3333)  # of a random resized crop
@@ -37,8 +37,7 @@ _ALPHA = Real(least=0, most=10_000)
 Operation = Callable[[Image.Image], Image.Image]
 
 
-@dataclass(frozen=True)
-class RandAugmentText(Limits):
+class RandAugmentText(OneOf):
     """RandAugment in the published words: `rand`, then, by dashes and in any order, `m` magnitude (10 without
     it), `n` operations (2), `mstd` deviation of the magnitude (0) and `inc1`, or `none`.
 
@@ -46,8 +45,11 @@ class RandAugmentText(Limits):
     operations that change more at a larger magnitude, and a later part replaces an earlier one.
     """
 
-    example: ClassVar[str] = "rand-m7-n4-mstd0.5-inc1"
-    sets: ClassVar[tuple[str, ...]] = ("operations", "magnitude", "magnitude_std", "increasing")
+    example = "rand-m7-n4-mstd0.5-inc1"
+    sets = ("operations", "magnitude", "magnitude_std", "increasing")
+
+    def __init__(self) -> None:
+        super().__init__("augmentation", (self.example, "none"))
 
     @staticmethod
     def settings(text: str) -> dict[str, Any]:
@@ -77,7 +79,7 @@ class RandAugmentText(Limits):
 
     def __str__(self) -> str:
         return (
-            f"{self.example} (m 0 to {_TOP}, n operations, mstd, inc1 or not), or none: there is no v0, "
+            f"{self.example} (m up to {_TOP}, n operations, mstd, with inc1 or without), none; there is no v0, "
             "original, augmix or w0"
         )
 
@@ -104,12 +106,10 @@ class AugmentConfig(_Checked):
     flip: bool = setting(
         True, "mirror half of the clips; not where left and right mean something, as in SSv2"
     )
-    erase: float = setting(
-        0.25, "probability that a box of the clip is erased", SHARE, aliases=("--reprob",)
-    )
+    erase: float = setting(0.25, "probability that a box of the clip is erased", SHARE, aliases=("--reprob",))
     erase_mode: str = setting(
         "pixel",
-        "what is in the box then: pixel (noise), rand (a random colour in each frame), const (the mean colour)",
+        "what a box is filled with: pixel (noise), rand (in each frame another colour), const (grey)",
         OneOf("erasing mode", ("pixel", "rand", "const")),
         aliases=("--remode",),
     )

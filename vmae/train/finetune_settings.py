@@ -169,9 +169,10 @@ class FinetuneSettings(StartSettings):
         overrules=("aa", *(field.name for field in dataclasses.fields(AugmentConfig))),
     )
     aa: str = setting(
-        help=f"RandAugment as the published code writes it: {RandAugmentText.example}, say; none: off",
-        within=RandAugmentText(),
-        unset="--operations and --magnitude",
+        RandAugmentText.example,
+        "RandAugment as the published code writes it; none: off",
+        RandAugmentText(),
+        unset="{default}, unless --augment none",
         group=AugmentConfig.group,
         overrules=RandAugmentText.sets,
     )
