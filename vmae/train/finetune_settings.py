@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmae.config import DATA, POOLINGS, START, ModelConfig, OptimConfig, StartSettings
+from vmae.data.augment import image_hw
 from vmae.data.augment_classify import AugmentConfig, RandAugmentText
 from vmae.data.classify_dataset import ClipConfig
 from vmae.data.labels import read_class_names
@@ -150,6 +151,7 @@ class FinetuneConfig(SupervisedConfig):
             raise InputError("--label-map and --new-head are about a checkpoint's head: name it with --init")
         if self.label_map and self.new_head:
             raise InputError("--label-map keeps a checkpoint's head, --new-head leaves it out: choose one")
+        self.augment.check_size(image_hw(self.clip.image_size))
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise InputError(
                 f"the class list has {len(self.class_names)} names, but num_classes is {self.num_classes}"
