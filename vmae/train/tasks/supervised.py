@@ -13,7 +13,7 @@ from torch import nn
 from vmae.checkpoint.source import Source, read_checkpoint
 from vmae.checkpoint.start import Start
 from vmae.model.cost import classifier_macs
-from vmae.train.layer_decay import build_layer_adamw
+from vmae.train.layer_decay import build_layer_optimizer
 from vmae.train.optim import OptimConfig
 from vmae.train.task import BatchT, ModelTask, ModelTaskConfig
 
@@ -80,7 +80,7 @@ class SupervisedTask(ModelTask[SupervisedConfigT, BatchT]):
         return [self.config.model.num_tokens] * self.config.model.depth
 
     def build_optimizer(self, optim: OptimConfig) -> torch.optim.Optimizer:
-        return build_layer_adamw(self.model, optim, self.config.model.depth, self.config.layer_decay)
+        return build_layer_optimizer(self.model, optim, self.config.model.depth, self.config.layer_decay)
 
     def flops_per_clip(self) -> float:
         return 6.0 * classifier_macs(self.config.model, self.config.num_classes)
