@@ -147,6 +147,8 @@ class FinetuneConfig(SupervisedConfig):
         super().__post_init__()
         if self.probe != "none" and self.init is None:
             raise InputError("a probe reads a trained encoder: name its checkpoint with --init")
+        if self.probe != "none" and (self.drop_rate or self.attn_drop_rate):
+            raise InputError("--drop and --attn-drop are for an encoder that is trained; a probe's is frozen")
         if (self.label_map or self.new_head) and self.init is None:
             raise InputError("--label-map and --new-head are about a checkpoint's head: name it with --init")
         if self.label_map and self.new_head:

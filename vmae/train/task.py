@@ -207,10 +207,16 @@ class ModelTask(Task[ModelConfigT, BatchT]):
 
     def check(self) -> list[str]:
         check_backend(self.run.speed.backend, self.parallel.device)
-        check_speed(self.run.speed, self.config.model, self.config.dtype, self.parallel.device)
+        use = (self.config.model, self.config.dtype, self.parallel.device)
+        check_speed(self.run.speed, *use, dropout=self.drops_attention)
         if self.loader == "cpu":
             check_shared_memory(self.batch_bytes(), self.run.speed.num_workers, local_ranks())
         return super().check()
+
+    @property
+    def drops_attention(self) -> bool:
+        """Whether attention has dropout."""
+        return False
 
     def batch_bytes(self) -> int:
         """Of a micro-batch's clips, uint8."""

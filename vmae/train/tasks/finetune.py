@@ -145,6 +145,8 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
             self.config.num_classes,
             pooling=self.config.pooling,
             head_drop_rate=self.config.head_drop_rate,
+            drop_rate=self.config.drop_rate,
+            attn_drop_rate=self.config.attn_drop_rate,
             init_scale=self.config.init_scale,
             backend=self.run.speed.backend,
             attention=self.run.speed.attention,

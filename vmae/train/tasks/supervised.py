@@ -25,6 +25,10 @@ class SupervisedConfig(ModelTaskConfig, Protocol):
     def num_classes(self) -> int: ...
     @property
     def layer_decay(self) -> float: ...
+    @property
+    def drop_rate(self) -> float: ...
+    @property
+    def attn_drop_rate(self) -> float: ...
 
 
 SupervisedConfigT = TypeVar("SupervisedConfigT", bound=SupervisedConfig)
@@ -57,6 +61,10 @@ class SupervisedTask(ModelTask[SupervisedConfigT, BatchT]):
         if self.source is not None:
             self.config = self.adapt(self.source)
         return super().check()
+
+    @property
+    def drops_attention(self) -> bool:
+        return self.config.attn_drop_rate > 0
 
     def adapt(self, source: Source) -> SupervisedConfigT:
         """The settings, with what follows from the checkpoint."""
