@@ -35,7 +35,7 @@ from vmae.checkpoint.saver import Saver
 from vmae.config import PRESETS
 from vmae.train.checks import resolve_device
 from vmae.train.loop import LoopConfig, Trainer
-from vmae.train.optim import OptimConfig, build_adamw
+from vmae.train.optim import OptimConfig, build_optimizer
 from vmae.train.parallel import Parallel
 
 NAMES = ("bare step", "loop")
@@ -66,7 +66,7 @@ def make_trainer(bare: Stepper, dtype: str, folder: str) -> Trainer:
     model = copy.deepcopy(bare.model)
     return Trainer(
         model=model,
-        optimizer=build_adamw(model, OptimConfig()),
+        optimizer=build_optimizer(model, OptimConfig()),
         schedule=lambda step: OptimConfig().lr,
         open_batches=lambda start_step: iter(SameBatch(bare.clips, bare.mask)),
         compute_loss=lambda batch: model(batch.clips, bare.mask),

@@ -144,13 +144,13 @@ def run_rank(rank: int, ranks: int, job: StepJob, steps: int, file: str, results
     from torch.nn.parallel import DistributedDataParallel
 
     from vmae import DualMask
-    from vmae.train.optim import OptimConfig, build_adamw
+    from vmae.train.optim import OptimConfig, build_optimizer
 
     torch.set_num_threads(max(job.threads // ranks, 1))
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
     torch.manual_seed(SEED)
     model = DistributedDataParallel(resolve_variant(job.variant).build(job.config))
-    optimizer = build_adamw(model, OptimConfig())
+    optimizer = build_optimizer(model, OptimConfig())
     clips = torch.load(job.clips, weights_only=True)
     mask = DualMask.sample(clips.shape[0], job.config.grid, **MASKINGS[MASKING].to_dict())
     times = []

@@ -284,6 +284,12 @@ class MaskConfig(_Checked):
 
 
 CLIP_GRAD = Real(above=0, most=1e30)
+# Nesterov's momentum goes by two names in the published code, whose names are read in any case.
+OPTIMIZERS = OneOf(
+    "optimizer",
+    ("adamw", "sgd", "momentum"),
+    {"nesterov": "sgd", "Nesterov": "sgd", "AdamW": "adamw", "SGD": "sgd", "Momentum": "momentum"},
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +299,7 @@ class OptimConfig(_Checked):
 
     group = "optimizer (changes results)"
 
+    opt: str = setting("adamw", "adamw; sgd (Nesterov's momentum); momentum (SGD with plain one)", OPTIMIZERS)
     lr: float = setting(1.5e-4, "peak learning rate for 256 videos a step", Real(above=0, most=10_000))
     min_lr: float = setting(
         1e-5, "final learning rate for 256 videos", Real(least=0, most=10_000), aliases=("--min_lr",)
@@ -305,21 +312,51 @@ class OptimConfig(_Checked):
         unset="{default} in pre-training, 5 in other training; less in short runs",
         overrules=("warmup_steps",),
     )
+    warmup_lr: float = setting(
+        0.0,
+        "the warm-up starts from this learning rate for 256 videos",
+        Real(least=0, most=10_000),
+        aliases=("--warmup_lr",),
+    )
+    momentum: float = setting(0.9, "of sgd and momentum", SHARE_BELOW_1)
     betas: tuple[float, float] = setting((0.9, 0.95), "of AdamW", SHARE_BELOW_1, aliases=("--opt_betas",))
     eps: float = setting(1e-8, "of AdamW", Real(above=0, most=1), aliases=("--opt_eps",))
     weight_decay: float = setting(
         0.05,
-        "of AdamW; none for 1-d parameters, biases, positions and the mask token",
+        "pulls weights to 0; not 1-d parameters, biases, positions and the mask token",
         Real(least=0, most=1000),
         aliases=("--weight_decay",),
+    )
+    weight_decay_end: float | None = setting(
+        None,
+        "weight decay moves to this over the run, along a cosine",
+        Real(least=0, most=1000),
+        aliases=("--weight_decay_end",),
+        unset="it stays",
     )
     clip_grad: float | None = setting(
         None, "largest gradient norm", CLIP_GRAD, aliases=("--clip_grad",), unset="no clipping"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.opt == "sgd" and not self.momentum:
+            raise InputError(
+                "opt sgd has Nesterov's momentum, which must be above 0: --opt momentum --momentum 0 is SGD "
+                "without any"
+            )
+        if self.warmup_lr > self.lr:
+            raise InputError(f"warmup_lr {self.warmup_lr:g} is above lr {self.lr:g}, where the warm-up ends")
+        if self.weight_decay_end and not self.weight_decay:
+            raise InputError(
+                f"weight_decay_end {self.weight_decay_end:g} changes nothing with weight_decay 0: as "
+                "published, only weights that decay follow the schedule"
+            )
+
     def scaled_to(self, total_batch: int) -> OptimConfig:
         """The learning rates of a total batch: `lr * total_batch / 256`."""
-        return self.replace(lr=self.lr * total_batch / 256, min_lr=self.min_lr * total_batch / 256)
+        rates = {name: getattr(self, name) for name in ("lr", "min_lr", "warmup_lr")}
+        return self.replace(**{name: rate * total_batch / 256 for name, rate in rates.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,7 +427,6 @@ class ModelSettings(_Checked):
         unset=f"the checkpoint's, else {USUAL_MODEL}",
         overrules=tuple(dict.fromkeys(name for preset in PRESETS.values() for name in preset)),
     )
-    opt: str = setting("adamw", "the only one there is", OneOf("optimizer", ("adamw",)), hidden=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from harness.results.steps import PARTS, Memory, SweptBatch
 from harness.variants import MASKINGS, named_gradients, optimizer_bytes, parameter_bytes, resolve_variant
 from harness.worker import Worker, is_out_of_memory
 from vmae import DualMask, InputError, ModelConfig
-from vmae.train.optim import OptimConfig, build_adamw
+from vmae.train.optim import OptimConfig, build_optimizer
 
 LOSS_TOLERANCE = 1e-4
 SEED = 0
@@ -102,7 +102,7 @@ class Stepper:
         torch.manual_seed(SEED)
         self.variant = resolve_variant(job.variant)
         self.model = self.variant.build(job.config)
-        self.optimizer = build_adamw(self.model, OptimConfig(), fused=job.variant != "reference")
+        self.optimizer = build_optimizer(self.model, OptimConfig(), fused=job.variant != "reference")
         self.batch = self.all_clips.shape[0]
         self.seen: Memory | None = None
         if job.parked:

@@ -1,6 +1,8 @@
 """Augmentation for classification: the published operations and strengths, and nothing random but by its
 generator."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 from vmae.data.augment_classify import (
     OPERATIONS,
     AugmentConfig,
+    Mixing,
+    RandAugmentText,
     draw_mixing,
     draw_operations,
     erase_box,
@@ -114,6 +118,121 @@ def test_erasing():
     assert 0.2 < np.mean(shares) < 0.3
 
 
+@pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
+def test_what_an_erased_box_is_filled_with(mode):
+    """Published values, in the normalised clip: noise, a colour for each frame and box, or 0."""
+    erased = erase_box(np.zeros((3, 40, 40, 3), np.uint8), 1.0, rng(3), mode=mode)
+    rows, columns = np.flatnonzero(erased.any((0, 2, 3))), np.flatnonzero(erased.any((0, 1, 3)))
+    box = erased[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].reshape(3, -1, 3)
+    colours = [len(np.unique(frame, axis=0)) for frame in box]
+    if mode == "pixel":
+        assert min(colours) > 50
+    elif mode == "rand":
+        assert colours == [1, 1, 1] and len(np.unique(box[:, 0], axis=0)) == 3
+    else:
+        assert np.unique(box.reshape(-1, 3), axis=0).tolist() == [[123, 116, 103]]  # 255 x the mean
+
+
+def test_several_erased_boxes():
+    """The area is shared out, and as published the first T // count frames stay clean."""
+    clip = np.zeros((7, 60, 60, 3), np.uint8)
+    areas = []
+    for seed in range(300):
+        erased = erase_box(clip, 1.0, rng(seed), mode="const", count=3)
+        assert not erased[:2].any()
+        assert np.array_equal(erased[2], erased[6])
+        areas.append(erased[2, ..., 0].astype(bool).mean())
+    assert max(areas) < 1 / 3 * 1.1 and 0.1 < np.mean(areas) < 0.19  # one box alone: 0.177 on average
+    counts = {erase_box(clip, 1.0, rng(seed), count=1)[0].any() for seed in range(20)}
+    assert counts == {True}  # with one box no frame stays clean
+
+
+def test_a_box_for_each_of_the_numbers_up_to_the_count():
+    """rand draws a colour for each box, so the colours of a frame count them (fewer where they overlap)."""
+    seen = set()
+    for seed in range(40):
+        erased = erase_box(np.zeros((2, 90, 90, 3), np.uint8), 1.0, rng(seed), mode="rand", count=3)
+        seen.add(len(np.unique(erased[1].reshape(-1, 3), axis=0)) - 1)
+    assert seen == {1, 2, 3}
+
+
+# --- RandAugment in the published words
+
+
+def test_published_words_of_randaugment():
+    """timm's `rand_augment_transform`: magnitude 10, 2 operations, no noise, the first set without a word."""
+    settings = RandAugmentText.settings
+    usual = AugmentConfig()
+    assert settings("rand-m7-n4-mstd0.5-inc1") == {
+        name: getattr(usual, name) for name in RandAugmentText.sets
+    }
+    assert settings("rand") == dict(operations=2, magnitude=10, magnitude_std=0, increasing=False)
+    assert settings("rand-n3-inc0-m9-mstd1") == dict(
+        operations=3, magnitude=9, magnitude_std=1, increasing=True
+    )  # bool("0") is true there
+    for off in ("", "None", "none"):
+        assert settings(RandAugmentText()(off)) == {"operations": 0}
+
+
+@pytest.mark.parametrize(
+    "text",
+    "v0 original originalr augmix augmix-m3 rand-w0 rand-m9-w0 rand-m11 rand-m7.5 rand-mstd rand- rand-m-n3 "
+    "rand-p0.5 rand-mmax5 RAND-m7 rand-m-1 rand-mstdnan rand-n1e9 3a".split(),
+)
+def test_other_words_are_refused_by_name(text):
+    with pytest.raises(
+        argparse.ArgumentTypeError, match="unknown augmentation .* there is no v0, original"
+    ) as told:
+        RandAugmentText()(text)
+    assert text in str(told.value)
+
+
+def test_the_set_that_does_not_increase():
+    """timm's first set at magnitude 7: enhancements by 1.36, 2 bits stay, solarised from 179 on."""
+    from PIL import Image
+
+    def level(name, share, value):
+        flat = Image.fromarray(np.full((4, 4, 3), value, np.uint8))
+        return int(np.asarray(OPERATIONS[name](share, rng(), increasing=False)(flat))[0, 0, 0])
+
+    assert level("brightness", 0.7, 100) == 136 and level("brightness", 0.0, 100) == 10
+    assert level("posterize", 0.7, 0b11111111) == 0b11000000 and level("posterize", 0.0, 255) == 0
+    assert level("solarize", 0.7, 178) == 178 and level("solarize", 0.7, 180) == 75
+    clip = noise(1)
+    for seed in range(40):  # each of the three above is among the operations
+        drawn = draw_operations(AugmentConfig(increasing=False, magnitude_std=0), rng(seed))
+        if drawn and drawn[0][0] == "brightness":
+            expected = np.clip(1.36 * clip[0].astype(float), 0, 255)
+            assert np.abs(np.asarray(drawn[0][1](Image.fromarray(clip[0]))) - expected).max() <= 1
+            return
+    raise AssertionError("no brightness was drawn")
+
+
+def test_interpolation_of_moved_frames():
+    from PIL import Image
+
+    frame, turn = Image.fromarray(noise(1)[0]), OPERATIONS["rotate"]
+
+    def turned(resample):
+        return np.asarray(frame.rotate(-21.0, resample, fillcolor=(128, 128, 128)))
+
+    def drawn(interpolation, seed):
+        config = AugmentConfig(operations=1, magnitude_std=0, interpolation=interpolation)
+        own = rng(seed)
+        operations = draw_operations(config, own)
+        return operations if operations and operations[0][0] == "rotate" else None
+
+    seed = next(seed for seed in range(500) if drawn("bicubic", seed))
+    sign = -1 if np.array_equal(np.asarray(drawn("bicubic", seed)[0][1](frame)), turned(3)) else 1
+    for name, resample in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
+        expected = np.asarray(frame.rotate(sign * 21.0, resample, fillcolor=(128, 128, 128)))
+        assert np.array_equal(np.asarray(drawn(name, seed)[0][1](frame)), expected)
+    operation = drawn("random", seed)[0][1]
+    results = {np.asarray(operation(frame)).tobytes() for _ in range(20)}
+    assert len(results) == 2  # either, drawn for each frame
+    assert turn is OPERATIONS["rotate"]
+
+
 KEY, SIZE = (2, 5), (8, 10)
 
 
@@ -196,6 +315,102 @@ def test_mixing_copies_nothing_from_the_host(count, kind):
         assert mix_targets(targets, mixing, 0.1).shape == targets.shape
 
 
+# --- the other settings of timm's Mixup
+
+
+def mixed_one_by_one(clips, targets, draws):
+    """timm's `_mix_elem` from its definition: clip i with clip B - 1 - i as it was."""
+    count, out, labels = len(clips), clips.float(), targets.clone()
+    for i, draw in enumerate(draws):
+        other = count - 1 - i
+        if other == i:
+            other = 0  # an odd count is an error there
+        if draw.box is None:
+            out[i] = clips[i].float() * draw.weight + clips[other].float() * (1 - draw.weight)
+        else:
+            left, top, width, height = draw.box
+            out[i, :, top : top + height, left : left + width] = clips[
+                other, :, top : top + height, left : left + width
+            ].float()
+            assert draw.weight == pytest.approx(1 - width * height / (SIZE[0] * SIZE[1]))
+        labels[i] = targets[i] * draw.weight + targets[other] * (1 - draw.weight)
+    return out, labels
+
+
+@pytest.mark.parametrize("mode", ["elem", "pair"])
+@pytest.mark.parametrize("count", [1, 2, 5, 6])
+def test_draws_for_each_clip_or_each_pair(mode, count):
+    clips, targets = batch(count)
+    for seed in range(6):
+        draws = draw_mixing(KEY, SIZE, AugmentConfig(mixup_mode=mode, mixup_prob=0.8), seed, count)
+        assert len(draws) == count
+        if mode == "pair":
+            assert draws == draws[::-1]
+        expected, labels = mixed_one_by_one(clips, targets, draws)
+        assert (mix_clips(clips, draws).float() - expected).abs().max() <= 0.5 + 1e-4
+        torch.testing.assert_close(mix_targets(targets, draws, 0.0), labels)
+        smooth = mix_targets(targets, draws, 0.1)
+        torch.testing.assert_close(smooth, labels * 0.9 + 0.1 / count)  # timm: off s / K, on 1 - s + s / K
+        torch.testing.assert_close(smooth.sum(1), torch.ones(count))
+
+
+def test_clips_draw_for_themselves():
+    draws = [
+        draw for n in range(60) for draw in draw_mixing((0, n), SIZE, AugmentConfig(mixup_mode="elem"), 0, 8)
+    ]
+    assert 0.42 < np.mean([draw.box is None for draw in draws]) < 0.58
+    assert len({draw.weight for draw in draws if draw.box is None}) > 200
+    both = draw_mixing(KEY, SIZE, AugmentConfig(mixup_mode="elem"), 0, 8)
+    assert both == draw_mixing(KEY, SIZE, AugmentConfig(mixup_mode="elem"), 0, 8) and both[0] != both[7]
+
+
+def test_probability_of_mixing():
+    config = AugmentConfig(mixup_prob=0.3)
+    draws = [draw_mixing((0, n), SIZE, config, 0) for n in range(600)]
+    assert 0.25 < np.mean([draw is not None for draw in draws]) < 0.35
+    assert draw_mixing(KEY, SIZE, AugmentConfig(mixup_prob=0.0), 0) is None
+    clips, targets = batch(2)
+    none = draw_mixing(KEY, SIZE, AugmentConfig(mixup_prob=0.0, mixup_mode="elem"), 0, 2)
+    assert none == [Mixing(1.0, None)] * 2
+    assert torch.equal(mix_clips(clips, none), clips) and torch.equal(
+        mix_targets(targets, none, 0.0), targets
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_probability_of_cutmix(share):
+    config = AugmentConfig(mixup_switch_prob=share)
+    draws = [draw_mixing((0, n), SIZE, config, 0) for n in range(600)]
+    assert abs(np.mean([draw.box is not None for draw in draws]) - share) < 0.05
+
+
+def test_cutmix_between_two_shares():
+    """timm: whole boxes inside the picture, each side between the shares, at any place; cutmix is on."""
+    size = (40, 60)
+    config = AugmentConfig(mixup=0.0, cutmix=0.0, cutmix_minmax=(0.25, 0.75))
+    assert config.mixes
+    draws = [draw_mixing((0, n), size, config, 0) for n in range(600)]
+    heights, widths = ({getattr(draw.box, side) for draw in draws} for side in ("height", "width"))
+    assert heights == set(range(10, 30)) and widths == set(range(15, 45))
+    assert all(draw.box.top + draw.box.height < 40 and draw.box.left + draw.box.width < 60 for draw in draws)
+    assert min(draw.box.left for draw in draws) == 0
+    for draw in draws:
+        assert draw.weight == pytest.approx(1 - draw.box.width * draw.box.height / 2400)
+    on = [
+        draw_mixing((0, n), size, AugmentConfig(cutmix=0.0, cutmix_minmax=(0.2, 0.8)), 0) for n in range(300)
+    ]
+    assert 0.4 < np.mean([draw.box is None for draw in on]) < 0.6
+
+
+def test_shares_that_leave_no_box():
+    for wrong in ((0.5, 0.5), (0.8, 0.2)):
+        with pytest.raises(InputError, match="cutmix_minmax must be a smaller and a larger share"):
+            AugmentConfig(cutmix_minmax=wrong)
+    AugmentConfig(cutmix_minmax=(0.3, 0.35)).check_size((16, 16))
+    with pytest.raises(InputError, match="cutmix_minmax 0.3 0.35 leaves no side for a box in 16 x 8 pixels"):
+        AugmentConfig(cutmix_minmax=(0.3, 0.35)).check_size((16, 8))
+
+
 def test_one_of_the_two_for_each_micro_batch():
     draws = [draw_mixing((0, n), SIZE, AugmentConfig(), 0) for n in range(400)]
     assert 0.42 < np.mean([draw.box is None for draw in draws]) < 0.58
@@ -219,7 +434,9 @@ def test_smoothing():
 
 @pytest.mark.parametrize(
     "change",
-    [dict(magnitude=11), dict(erase=2.0), dict(mixup=-1.0), dict(smoothing=1.0), dict(operations=-1)],
+    [dict(magnitude=11), dict(erase=2.0), dict(mixup=-1.0), dict(smoothing=1.0), dict(operations=-1)]
+    + [dict(interpolation="lanczos"), dict(erase_mode="noise"), dict(erase_count=0), dict(mixup_mode="half")]
+    + [dict(mixup_prob=1.1), dict(cutmix_minmax=(0.1, 1.5)), dict(mixup_switch_prob=-0.1)],
 )
 def test_bad_settings(change):
     with pytest.raises(InputError):

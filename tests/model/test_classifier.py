@@ -72,6 +72,85 @@ def test_features_only_and_dropout(tiny, clips_of):
         build_classifier(tiny, -1)
 
 
+DROP, ATTN_DROP, HEAD_DROP = 0.2, 0.3, 0.4
+
+
+def literal_block(block, x, drop):
+    """modeling_finetune.py of VideoMAE and VideoMAE V2: dropout of the softmax matrix, after proj, after fc2
+    (not between fc1 and fc2)."""
+    attn, heads = block.attn, block.attn.num_heads
+    h = F.layer_norm(x, block.norm1.weight.shape, block.norm1.weight, block.norm1.bias, 1e-6)
+    bias = torch.cat([attn.q_bias, torch.zeros_like(attn.v_bias), attn.v_bias])
+    q, k, v = F.linear(h, attn.qkv.weight, bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    weights = drop((q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1), ATTN_DROP)
+    x = x + block.gamma_1 * drop(attn.proj((weights @ v).transpose(1, 2).flatten(2)), DROP)
+    h = F.layer_norm(x, block.norm2.weight.shape, block.norm2.weight, block.norm2.bias, 1e-6)
+    return x + block.gamma_2 * drop(block.mlp.fc2(F.gelu(block.mlp.fc1(h))), DROP)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropouts_are_where_the_published_models_have_them(tiny, clips_of, recompute, monkeypatch):
+    """Each is replaced by a factor of its own rate, so that none can stand elsewhere, or be left out."""
+    model = build_classifier(
+        tiny.replace(init_values=0.7),
+        3,
+        drop_rate=DROP,
+        attn_drop_rate=ATTN_DROP,
+        head_drop_rate=HEAD_DROP,
+        attention="softmax",
+        recompute=recompute,
+    )
+    clips = clips_of(tiny, 3)
+
+    def scaled(x, rate=0.5, training=True, inplace=False):
+        return x * (1 + rate) if training else x
+
+    def literal(drop):
+        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        x = model.patch_embed(((clips / 255 - mean) / std).permute(0, 4, 1, 2, 3)) + model.pos_embed
+        x = drop(x, DROP)
+        for block in model.blocks:
+            x = literal_block(block, x, drop)
+        pooled = F.layer_norm(x.mean(1), model.fc_norm.weight.shape, None, None, 1e-6)
+        return model.head(drop(pooled, HEAD_DROP))
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", scaled)
+    torch.testing.assert_close(model(clips), literal(scaled), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.eval()(clips), literal(lambda x, rate: x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "softmax", "sdpa_math"])
+def test_attention_drops_weights_and_keeps_their_mean(tiny, clips_of, attention):
+    torch.manual_seed(0)
+    model = build_classifier(tiny, 3, attn_drop_rate=0.5, attention=attention)
+    attn, x = model.blocks[0].attn, torch.randn(1, 64, 48)
+    with torch.no_grad():
+        found = torch.stack([attn(x) for _ in range(400)])
+        attn.eval()
+        torch.testing.assert_close(found.mean(0), attn(x), atol=0.03, rtol=0)
+        assert found.std(0).mean() > 1e-3
+
+
+def test_without_rates_nothing_is_drawn(tiny, clips_of):
+    model, clips = build_classifier(tiny, 3), clips_of(tiny)
+    assert model.pos_dropout is None and all(not block.draws for block in model.blocks)
+    state = torch.get_rng_state()
+    model(clips)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_has_no_dropout_is_refused_by_name(tiny, clips_of):
+    model = build_classifier(tiny, 3, attn_drop_rate=0.5, attention="sdpa_flash")
+    with pytest.raises(
+        InputError, match="'sdpa_flash' cannot run .*dropout.*: has no dropout. These can: sdpa"
+    ):
+        model(clips_of(tiny))
+    assert model.eval()(clips_of(tiny)).shape == (2, 3)
+    for wrong in (dict(drop_rate=1.0), dict(attn_drop_rate=-0.1)):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            build_classifier(tiny, 3, **wrong)
+
+
 @pytest.mark.parametrize(
     "pooling, trained", [("mean", {"fc_norm", "head"}), ("attentive", {"fc_norm", "head", "pool"})]
 )

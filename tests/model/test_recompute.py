@@ -12,7 +12,7 @@ from vmae import MaskConfig, ModelConfig, build_classifier, build_pretrainer
 from vmae.model.blocks import Mlp
 from vmae.model.cost import count_saved_bytes, saved_activation_bytes_per_clip, token_counts
 from vmae.model.recompute import LayerNorm, gelu_linear, norm_linear, padded_width
-from vmae.train.optim import OptimConfig, build_adamw
+from vmae.train.optim import OptimConfig, build_optimizer
 
 KINDS = ["norm", "norm, triton", "gelu"]
 
@@ -280,7 +280,7 @@ def test_twenty_steps_padded_and_not_agree_to_5e_6(recompute):
     trained = {}
     for pad in (True, False):
         layer, norm = both = mlp(pad)
-        optimizer = build_adamw(both, OptimConfig(lr=1e-3))
+        optimizer = build_optimizer(both, OptimConfig(lr=1e-3))
         for x in data:
             loss = ((layer(x, norm) if recompute else layer(norm(x))) - x).square().mean()
             loss.backward()

@@ -15,7 +15,7 @@ from vmae.config import CHECKPOINTING
 from vmae.model.cost import count_saved_bytes, count_step
 from vmae.planning.memory import count_activations, state_bytes
 from vmae.train.activations import prepare_blocks
-from vmae.train.optim import OptimConfig, build_adamw
+from vmae.train.optim import OptimConfig, build_optimizer
 
 ROOT = Path(__file__).parents[2]
 MASK = MaskConfig()
@@ -93,7 +93,7 @@ def test_checkpointing_trades_bytes_for_flops():
 
 def test_state_is_that_of_a_real_optimizer():
     model = build_pretrainer(DEEP, backend="torch")
-    optimizer = build_adamw(model, OptimConfig())
+    optimizer = build_optimizer(model, OptimConfig())
     clips = torch.zeros(1, DEEP.num_frames, *DEEP.image_hw, 3, dtype=torch.uint8)
     model(clips, DualMask.sample(1, DEEP.grid, **MASK.to_dict())).backward()
     optimizer.step()
@@ -114,14 +114,14 @@ def test_state_is_that_of_a_real_optimizer():
 SHARDED = """
 import json, sys, torch
 from vmae import DualMask, build_pretrainer
-from vmae.train.optim import OptimConfig, build_adamw
+from vmae.train.optim import OptimConfig, build_optimizer
 from vmae.train.parallel import open_parallel
 from tests.planning.test_memory import DEEP, MASK
 
 with open_parallel("fsdp", "cpu") as parallel:
     model = build_pretrainer(DEEP, backend="torch")
     wrapped = parallel.wrap(model, [*model.encoder.blocks, *model.decoder.blocks])
-    optimizer = build_adamw(model, OptimConfig())
+    optimizer = build_optimizer(model, OptimConfig())
     clips = torch.zeros(1, DEEP.num_frames, *DEEP.image_hw, 3, dtype=torch.uint8)
     wrapped(clips, DualMask.sample(1, DEEP.grid, **MASK.to_dict())).backward()
     optimizer.step()

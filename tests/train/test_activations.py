@@ -52,6 +52,28 @@ def test_gradients_are_the_same_to_the_bit_with_stochastic_depth(checkpointing):
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients()))
 
 
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_dropouts_are_drawn_again_as_they_were(checkpointing):
+    """Without stochastic depth, which alone would make `full` keep the generator's state."""
+    config = CONFIG.replace(drop_path_rate=0.0)
+    blocks = build_blocks(config, 64, 2, 2, attention="sdpa", recompute=True, drop=0.2, attn_drop=0.3)
+    x, upstream = torch.randn(4, 16, 64), torch.randn(4, 16, 64)
+
+    def gradients():
+        torch.manual_seed(1)
+        blocks.zero_grad()
+        blocks[1](blocks[0](x)).backward(upstream)
+        return [p.grad.clone() for p in blocks.parameters()]
+
+    plain = gradients()
+    prepare_blocks(blocks, checkpointing=checkpointing)
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients()))
+    torch.manual_seed(2)
+    other = blocks[0](x)
+    torch.manual_seed(1)
+    assert not torch.equal(blocks[0](x), other)
+
+
 def test_unknown_kinds_are_named():
     with pytest.raises(InputError, match="unknown checkpointing 'some'; known: none, selective, full"):
         prepare_blocks([], checkpointing="some")

@@ -14,7 +14,7 @@ from vmae.checkpoint.saver import Saver
 from vmae.tools.parity import BOUNDS, fill_golden, freeze_untrained, golden_clip
 from vmae.train.loop import LoopConfig, Trainer
 from vmae.train.metrics import read_log
-from vmae.train.optim import OptimConfig, build_adamw
+from vmae.train.optim import OptimConfig, build_optimizer
 
 
 @dataclass
@@ -47,7 +47,7 @@ def test_golden_trajectories(golden, tmp_path, name):
     optim = OptimConfig(**{key: given[key] for key in names if key in given})
     Trainer(
         model=model,
-        optimizer=build_adamw(model, optim),
+        optimizer=build_optimizer(model, optim),
         schedule=lambda step: optim.lr,
         open_batches=lambda start_step: OneBatch(golden_clip(arrays, meta, config), mask),
         compute_loss=lambda batch: model(batch.clips, batch.mask),

@@ -6,7 +6,7 @@ import torch
 from vmae import build_classifier
 from vmae.config import ModelConfig
 from vmae.train.ema import WeightAverage
-from vmae.train.layer_decay import build_layer_adamw, layer_groups, layer_of, layer_scales
+from vmae.train.layer_decay import build_layer_optimizer, layer_groups, layer_of, layer_scales
 from vmae.train.optim import CosineSchedule, OptimConfig, set_learning_rate
 
 
@@ -91,7 +91,7 @@ def test_rates_at_every_step_of_the_published_schedule():
     expected = {0: 0.0, 1: 7.653061224e-06, 49: 3.75e-4, 50: 3.75e-4, 200: 1.876875e-4, 349: 3.8527046e-07}
     assert {step: schedule(step) for step in expected} == pytest.approx(expected, rel=1e-6)
     model = build_classifier(ModelConfig(img_size=32, num_frames=4, embed_dim=24, depth=2, num_heads=2), 3)
-    optimizer = build_layer_adamw(model, optim, 2, 0.9)
+    optimizer = build_layer_optimizer(model, optim, 2, 0.9)
     set_learning_rate(optimizer, schedule(200))
     rates = sorted({group["lr"] for group in optimizer.param_groups})
     assert rates == pytest.approx([1.876875e-4 * 0.9**power for power in (3, 2, 1, 0)])

@@ -15,7 +15,7 @@ from vmae.checkpoint.format import read_manifest
 from vmae.checkpoint.saver import Saver
 from vmae.train.loop import LoopConfig, NonFiniteError, StepRecord, Trainer
 from vmae.train.metrics import read_log
-from vmae.train.optim import CosineSchedule
+from vmae.train.optim import CosineSchedule, OptimConfig, build_optimizer
 from vmae.train.signals import StopSignals
 from vmae.train.step import Exchange, Read
 
@@ -46,13 +46,21 @@ class ToyBatches:
 
 
 def toy_trainer(
-    folder, *, total=8, trainer_class=Trainer, open_batches=ToyBatches, more=None, fused=True, **loop
+    folder,
+    *,
+    total=8,
+    trainer_class=Trainer,
+    open_batches=ToyBatches,
+    more=None,
+    fused=True,
+    opt="adamw",
+    **loop,
 ) -> Trainer:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 8))
     given = dict(
         model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused),
+        optimizer=build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.01, opt=opt), fused=fused),
         schedule=CosineSchedule(lr=0.1, min_lr=0.01, total_steps=total, warmup_steps=2),
         open_batches=open_batches,
         compute_loss=lambda batch: (model(batch.clips) - batch.clips).float().square().mean(),
@@ -126,17 +134,20 @@ def test_log_lines_hold_means_between_them(tmp_path):
     assert third[1]["loss"] == every[5] and third[1]["loss_mean"] == pytest.approx(sum(every[3:6]) / 3)
 
 
-@pytest.mark.parametrize("stop_after", [1, 4, 7])  # in the warm-up, half way, before the last step
-def test_stop_and_resume_is_bit_identical(tmp_path, stop_after):
+@pytest.mark.parametrize(
+    ("stop_after", "opt"),
+    [(1, "adamw"), (4, "adamw"), (7, "adamw"), (1, "sgd"), (4, "momentum")],
+)  # in the warm-up, half way, before the last step
+def test_stop_and_resume_is_bit_identical(tmp_path, stop_after, opt):
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     straight.mkdir()
     halves.mkdir()
-    whole = toy_trainer(straight, clip_grad=0.5)
+    whole = toy_trainer(straight, clip_grad=0.5, opt=opt)
     whole.run()
-    first = toy_trainer(halves, trainer_class=stopping(stop_after, signal.SIGTERM), clip_grad=0.5)
+    first = toy_trainer(halves, trainer_class=stopping(stop_after, signal.SIGTERM), clip_grad=0.5, opt=opt)
     assert first.run() == signal.SIGTERM
     torch.randn(5)  # whatever else draws random numbers must not matter
-    second = toy_trainer(halves, clip_grad=0.5)
+    second = toy_trainer(halves, clip_grad=0.5, opt=opt)
     latest = CheckpointFolder(halves).latest()
     saved = read_manifest(latest)
     assert saved["step"] == stop_after and saved["config"] == {"kind": "toy"}
@@ -232,13 +243,14 @@ class NanBatches(ToyBatches):
         return batch
 
 
+@pytest.mark.parametrize("opt", ["adamw", "sgd"])
 @pytest.mark.parametrize("fused", [True, False])  # looks at the flag on the device; on the host
-def test_nan_is_noticed_a_step_late_with_the_weights_as_before_it(tmp_path, fused):
+def test_nan_is_noticed_a_step_late_with_the_weights_as_before_it(tmp_path, fused, opt):
     """Step 3 fails; step 4 has run by then, and has moved nothing either."""
     (tmp_path / "good").mkdir()
-    good = toy_trainer(tmp_path / "good", total=3, fused=fused)
+    good = toy_trainer(tmp_path / "good", total=3, fused=fused, opt=opt)
     good.schedule = (
-        trainer := toy_trainer(tmp_path, open_batches=NanBatches, save_every=2, fused=fused)
+        trainer := toy_trainer(tmp_path, open_batches=NanBatches, save_every=2, fused=fused, opt=opt)
     ).schedule
     good.run()
     with pytest.raises(NonFiniteError, match=r"step 3: the loss is nan.*nonfinite.json.*checkpoint-00000002"):

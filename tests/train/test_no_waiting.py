@@ -7,7 +7,7 @@ from vmae import DualMask, ModelConfig, build_pretrainer
 from vmae.data.augment_classify import AugmentConfig, draw_mixing, mix_clips, mix_targets
 from vmae.model.attention.packed import Lengths
 from vmae.train.guard import FiniteGuard, LateNumbers
-from vmae.train.optim import OptimConfig, build_adamw, clip_gradients
+from vmae.train.optim import OptimConfig, build_optimizer, clip_gradients
 
 pytestmark = [pytest.mark.device, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -36,7 +36,7 @@ def test_lengths_of_packed_clips(no_waiting):
 def test_a_pretraining_step(request):
     config = ModelConfig.preset("vit_tiny")
     model = build_pretrainer(config).cuda()
-    optimizer = build_adamw(model, OptimConfig())
+    optimizer = build_optimizer(model, OptimConfig())
     guard = FiniteGuard(optimizer, torch.device("cuda"))
     mask = DualMask.sample(2, config.grid, generator=torch.Generator().manual_seed(0)).pin_memory()
     clips = torch.zeros(2, config.num_frames, *config.image_hw, 3, dtype=torch.uint8).pin_memory()

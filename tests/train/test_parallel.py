@@ -18,7 +18,7 @@ from vmae.checkpoint.saver import Saver
 from vmae.train.activations import prepare_blocks
 from vmae.train.loop import LoopConfig, NonFiniteError, Trainer
 from vmae.train.metrics import read_log
-from vmae.train.optim import CosineSchedule, OptimConfig, build_adamw
+from vmae.train.optim import CosineSchedule, OptimConfig, build_optimizer
 from vmae.train.parallel import _LEFT, allow_connections, open_parallel, resolve_kind
 
 MODEL = ModelConfig(
@@ -82,6 +82,7 @@ def make_trainer(
     compiled=False,
     open_batches=batches,
     background=False,
+    optim=None,
     more=None,
     **loop,
 ):
@@ -95,7 +96,7 @@ def make_trainer(
     wrapped = parallel.wrap(model, blocks, config.dtype)
     return trainer_class(
         model=wrapped,
-        optimizer=build_adamw(model, OptimConfig()),
+        optimizer=build_optimizer(model, optim or OptimConfig()),
         schedule=CosineSchedule(lr=1e-3, min_lr=1e-4, total_steps=STEPS, warmup_steps=3),
         open_batches=lambda start_step: open_batches(parallel, accumulate, start_step),
         compute_loss=lambda batch: wrapped(batch.clips, batch.mask),
@@ -160,6 +161,21 @@ def test_ranks_agree(straight, tmp_path, run_ranks, count, kind, options):
     assert_agrees(found[0], straight)
     for name, value in found[0][0].items():
         assert all((other[0][name] == value).all() for other in found), f"{name} differs between ranks"
+
+
+@pytest.mark.parametrize("opt", ["sgd", "momentum"])
+def test_sgd_on_shards_agrees_and_goes_on(tmp_path, run_ranks, opt):
+    """On 2 ranks up to step 7, on 1 from there: the momentum of shards is that of the whole parameters."""
+    options = {"optim": OptimConfig(opt=opt, weight_decay=0.5)}
+    alone = train("none", tmp_path / "alone", options)
+    before = {**options, "trainer_class": stop_after(7)}
+    run_ranks(2, train, "fsdp", tmp_path / "shards", before, False, None)
+    held = {
+        key.rpartition(".")[2]
+        for key in read_group(CheckpointFolder(tmp_path / "shards").latest(), "optimizer")
+    }
+    assert held == {"momentum_buffer"}
+    assert_agrees(train("none", tmp_path / "shards", options, True), alone)
 
 
 def stop_after(step):

@@ -182,7 +182,8 @@ class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
         if config.flip and rngs[Purpose.FLIPS].integers(2):
             clip = np.ascontiguousarray(clip[:, :, ::-1])
         if config.erase:
-            clip = erase_box(clip, config.erase, rngs[Purpose.ERASE])
+            boxes = {"mode": config.erase_mode, "count": config.erase_count}
+            clip = erase_box(clip, config.erase, rngs[Purpose.ERASE], **boxes)
         return clip
 
 

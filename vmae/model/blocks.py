@@ -101,8 +101,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: attention and MLP, each with optional layer scale (`gamma_1`, `gamma_2`) and stochastic
-    depth.
+    """Pre-norm block: attention and MLP, each with optional dropout of its result (`drop`), layer scale
+    (`gamma_1`, `gamma_2`) and stochastic depth. `attn_drop` is the dropout of attention's weights.
 
     With `recompute`, LayerNorm's and GELU's results are made again in the backward instead of being kept, the
     norms by `backend` ("torch", "triton", "auto").
@@ -117,6 +117,8 @@ class Block(nn.Module):
         attention: str = "auto",
         recompute: bool = False,
         backend: str = "auto",
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
     ):
         super().__init__()
         self.recompute = recompute
@@ -128,13 +130,20 @@ class Block(nn.Module):
             qk_scale=config.qk_scale,
             cos_attn=config.cos_attn,
             backend=attention,
+            drop=attn_drop,
         )
+        self.dropout = nn.Dropout(drop) if drop else None
         self.drop_path = DropPath(drop_path)
         self.norm2 = LayerNorm(dim, config.layer_norm_eps, backend)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
         scaled = config.init_values > 0
         self.gamma_1 = nn.Parameter(torch.full((dim,), config.init_values)) if scaled else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), config.init_values)) if scaled else None
+
+    @property
+    def draws(self) -> bool:
+        """Whether a forward in training draws random numbers."""
+        return self.drop_path.rate > 0 or self.attn.drop > 0 or self.dropout is not None
 
     def forward(self, x_BND: Tensor, lengths: Lengths | None = None, rows: Rows | None = None) -> Tensor:
         """With `lengths`, x is [1, T, D]: clips of those lengths one after the other
@@ -151,6 +160,8 @@ class Block(nn.Module):
         return x_BND + self._branch(update, self.gamma_2, lengths)
 
     def _branch(self, update: Tensor, gamma: Tensor | None, lengths: Lengths | None) -> Tensor:
+        if self.dropout is not None:
+            update = self.dropout(update)
         return self.drop_path(update if gamma is None else gamma * update, lengths)
 
 
@@ -162,7 +173,11 @@ def build_blocks(
     attention: str = "auto",
     recompute: bool = False,
     backend: str = "auto",
+    drop: float = 0.0,
+    attn_drop: float = 0.0,
 ) -> nn.ModuleList:
-    """`depth` blocks whose stochastic depth rises linearly from 0 to `config.drop_path_rate`."""
+    """`depth` blocks whose stochastic depth rises linearly from 0 to `config.drop_path_rate`; the others are
+    the same for all."""
     rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-    return nn.ModuleList(Block(config, dim, num_heads, rate, attention, recompute, backend) for rate in rates)
+    own = (attention, recompute, backend, drop, attn_drop)
+    return nn.ModuleList(Block(config, dim, num_heads, rate, *own) for rate in rates)

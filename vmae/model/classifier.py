@@ -55,6 +55,8 @@ class Classifier(nn.Module):
         num_classes: K; 0 gives features only.
         pooling: "mean" over tokens (published default), the "first" token after `norm`, or "attentive".
         head_drop_rate: dropout before the head, in training.
+        drop_rate, attn_drop_rate: dropout, in training, of tokens with their positions and of the results of
+            attention and MLPs; of attention's weights. Where the published code has them.
         init_scale: factor on the head's initial weight.
         recompute: see `Pretrainer`.
     """
@@ -69,6 +71,8 @@ class Classifier(nn.Module):
         *,
         pooling: str = "mean",
         head_drop_rate: float = 0.0,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
         init_scale: float = 1.0,
         backend: str = "auto",
         attention: str = "auto",
@@ -79,16 +83,19 @@ class Classifier(nn.Module):
             raise InputError(f"num_classes must be at least 0, not {num_classes}")
         if pooling not in POOLINGS:
             raise InputError(f"unknown pooling {pooling!r}; known: {', '.join(POOLINGS)}")
-        if not 0 <= head_drop_rate < 1:
-            raise InputError(f"head_drop_rate must be in [0, 1), not {head_drop_rate}")
+        rates = {"head_drop_rate": head_drop_rate, "drop_rate": drop_rate, "attn_drop_rate": attn_drop_rate}
+        for name, rate in rates.items():
+            if not 0 <= rate < 1:
+                raise InputError(f"{name} must be in [0, 1), not {rate}")
         self.config, self.num_classes, self.pooling = config, num_classes, pooling
         self.backend = backend
         self.frozen = False
         self.patch_embed = PatchEmbed(config)
         register_positions(self, config)
-        self.blocks = build_blocks(
-            config, config.embed_dim, config.depth, config.num_heads, attention, recompute, backend
-        )
+        self.pos_dropout = nn.Dropout(drop_rate) if drop_rate else None
+        size = (config.embed_dim, config.depth, config.num_heads)
+        drop = (drop_rate, attn_drop_rate)
+        self.blocks = build_blocks(config, *size, attention, recompute, backend, *drop)
         norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.norm = norm if pooling == "first" else nn.Identity()
         self.fc_norm = None if pooling == "first" else norm
@@ -157,6 +164,8 @@ class Classifier(nn.Module):
         return self._encode(x_BND + self.pos_embed.to(x_BND.dtype))
 
     def _encode(self, x_BND: Tensor) -> Tensor:
+        if self.pos_dropout is not None:
+            x_BND = self.pos_dropout(x_BND)
         for block in self.blocks:
             x_BND = block(x_BND)
         return self.norm(x_BND)

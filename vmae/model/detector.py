@@ -70,7 +70,7 @@ class Detector(Classifier):
         config: the architecture; its decoder is not used.
         num_classes: K, at least 1.
         init_scale: factor on the head's initial weight (published 0.001).
-        options: `backend`, `attention`, `recompute` of `Classifier`.
+        options: `backend`, `attention`, `recompute`, `drop_rate`, `attn_drop_rate` of `Classifier`.
 
     Raises:
         InputError: no classes.

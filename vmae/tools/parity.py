@@ -31,7 +31,7 @@ from vmae.model import (
     build_pretrainer,
     build_reference,
 )
-from vmae.train.optim import OptimConfig, build_adamw, clip_gradients
+from vmae.train.optim import OptimConfig, build_optimizer, clip_gradients
 
 # Largest error allowed in float32 on a CPU, by kind of output.
 BOUNDS = {
@@ -115,7 +115,7 @@ def train_like_published(
         weight_decay=settings["weight_decay"],
         clip_grad=settings.get("clip_grad"),
     )
-    optimizer = build_adamw(model, optim)
+    optimizer = build_optimizer(model, optim)
     losses = []
     for _ in range(settings["steps"]):
         optimizer.zero_grad(set_to_none=True)

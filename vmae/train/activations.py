@@ -65,7 +65,7 @@ def prepare_blocks(
                 )
             block.mlp.again = True
         elif checkpointing == "full":
-            _recompute(block, has_randomness=not isinstance(block, Block) or block.drop_path.rate > 0)
+            _recompute(block, has_randomness=not isinstance(block, Block) or block.draws)
         if compiled:
             block.forward = compile_forward(block.forward, cuda_graphs=cuda_graphs)
 

@@ -85,9 +85,11 @@ def resolve_compile(speed: SpeedConfig, device: torch.device) -> tuple[SpeedConf
     return dataclasses.replace(speed, compile=False), notes
 
 
-def check_speed(speed: SpeedConfig, model: ModelConfig, dtype_name: str, device: torch.device) -> None:
-    """Raises InputError where the named attention does not run at the model's head dims ("auto" always does),
-    or where CUDA graphs are asked for without a GPU."""
+def check_speed(
+    speed: SpeedConfig, model: ModelConfig, dtype_name: str, device: torch.device, *, dropout: bool = False
+) -> None:
+    """Raises InputError where the named attention does not run at the model's head dims, or has no `dropout`
+    that is asked for ("auto" always does), or where CUDA graphs are asked for without a GPU."""
     if speed.cuda_graphs and device.type != "cuda":
         raise InputError(f"--cuda-graphs needs a GPU, and the device is {device}")
     if speed.attention == "auto":
@@ -99,10 +101,8 @@ def check_speed(speed: SpeedConfig, model: ModelConfig, dtype_name: str, device:
         (model.embed_dim, model.num_heads),
         (model.decoder_embed_dim, model.decoder_num_heads),
     ):
-        choose(
-            speed.attention,
-            Workload.on(device, dtype=dtype, head_dim=dim // heads, compiled=bool(speed.compile)),
-        )
+        use = {"head_dim": dim // heads, "compiled": bool(speed.compile), "dropout": dropout}
+        choose(speed.attention, Workload.on(device, dtype=dtype, **use))
 
 
 def check_output(folder: Path) -> None:

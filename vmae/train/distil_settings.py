@@ -43,9 +43,10 @@ class DistilConfig(FinetuneConfig):
             raise InputError(
                 "distillation is for classes that exclude each other, not for several labels a video"
             )
-        if self.logits is not None and (self.augment.mixup or self.augment.cutmix):
+        if self.logits is not None and self.augment.mixes:
             raise InputError(
-                "stored logits are of single clips, which mixup and cutmix would change: --mixup 0 --cutmix 0"
+                "stored logits are of single clips, which mixup and cutmix would change: --mixup 0 --cutmix "
+                "0, and no --cutmix-minmax"
             )
 
 

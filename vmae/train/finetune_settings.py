@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmae.config import DATA, POOLINGS, START, ModelConfig, OptimConfig, StartSettings
-from vmae.data.augment_classify import AugmentConfig
+from vmae.data.augment import image_hw
+from vmae.data.augment_classify import AugmentConfig, RandAugmentText
 from vmae.data.classify_dataset import ClipConfig
 from vmae.data.labels import read_class_names
 from vmae.errors import InputError
@@ -59,6 +60,15 @@ class SupervisedConfig(TrainingConfig):
     init_scale: float = setting(
         0.001, "factor on a new head's weights", Real(least=0, most=1000), aliases=("--init_scale",)
     )
+    drop_rate: float = setting(
+        0.0,
+        "dropout of embedded tokens, of attention's and of the MLPs' results",
+        SHARE_BELOW_1,
+        name="drop",
+    )
+    attn_drop_rate: float = setting(
+        0.0, "dropout of attention's weights", SHARE_BELOW_1, name="attn_drop", aliases=("--attn_drop_rate",)
+    )
     init: str | None = setting_like(
         TrainingConfig,
         "init",
@@ -102,7 +112,12 @@ class FinetuneConfig(SupervisedConfig):
     probe: str = setting(
         "none", "freeze the encoder, train a linear or attentive reader", OneOf("probe", PROBES), group=START
     )
-    pooling: str = setting("mean", "of the tokens: mean, first (after norm)", OneOf("pooling", POOLINGS))
+    pooling: str = setting(
+        "mean",
+        "of the tokens: mean, first (after norm)",
+        OneOf("pooling", POOLINGS),
+        constants=((("--use_mean_pooling",), "mean", None), (("--use_cls",), "first", None)),
+    )
     ema_decay: float | None = setting(
         None,
         "average the weights, 0.9999 say",
@@ -113,7 +128,11 @@ class FinetuneConfig(SupervisedConfig):
         unset="no",
     )
     head_drop_rate: float = setting(
-        0.0, "dropout before the head", SHARE_BELOW_1, name="head_drop", aliases=("--head_drop_rate",)
+        0.0,
+        "dropout before the head",
+        SHARE_BELOW_1,
+        name="head_drop",
+        aliases=("--head_drop_rate", "--fc_drop_rate"),
     )
     num_sample: int = setting_like(PretrainConfig, "num_sample", 2)
     label_map: str | None = setting(
@@ -128,10 +147,13 @@ class FinetuneConfig(SupervisedConfig):
         super().__post_init__()
         if self.probe != "none" and self.init is None:
             raise InputError("a probe reads a trained encoder: name its checkpoint with --init")
+        if self.probe != "none" and (self.drop_rate or self.attn_drop_rate):
+            raise InputError("--drop and --attn-drop are for an encoder that is trained; a probe's is frozen")
         if (self.label_map or self.new_head) and self.init is None:
             raise InputError("--label-map and --new-head are about a checkpoint's head: name it with --init")
         if self.label_map and self.new_head:
             raise InputError("--label-map keeps a checkpoint's head, --new-head leaves it out: choose one")
+        self.augment.check_size(image_hw(self.clip.image_size))
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise InputError(
                 f"the class list has {len(self.class_names)} names, but num_classes is {self.num_classes}"
@@ -148,7 +170,15 @@ class FinetuneSettings(StartSettings):
         "what the others start from: published, none",
         OneOf("augmentation", ("published", "none")),
         group=AugmentConfig.group,
-        overrules=tuple(field.name for field in dataclasses.fields(AugmentConfig)),
+        overrules=("aa", *(field.name for field in dataclasses.fields(AugmentConfig))),
+    )
+    aa: str = setting(
+        RandAugmentText.example,
+        "RandAugment as the published code writes it; none: off",
+        RandAugmentText(),
+        unset="{default}, unless --augment none",
+        group=AugmentConfig.group,
+        overrules=RandAugmentText.sets,
     )
 
 
@@ -172,6 +202,7 @@ def configs_from_args(
     args.settings.complete(args)
     run = run_from_args(args)
     start = AugmentConfig if args.augment == "published" else AugmentConfig.none
+    drawn = {} if args.aa is None else RandAugmentText.settings(args.aa)
     seen = {"num_frames": model.num_frames, "image_size": model.img_size}
     follows = {"data": list_of(args.data), "num_classes": num_classes}
     if args.probe == "attentive":
@@ -179,7 +210,7 @@ def configs_from_args(
     config = FinetuneConfig(
         model=model,
         clip=ClipConfig.from_dict({**seen, **chosen(ClipConfig, args)}),
-        augment=start(**chosen(AugmentConfig, args)),
+        augment=start(**{**drawn, **chosen(AugmentConfig, args)}),
         class_names=tuple(read_class_names(args.classes)) if args.classes else None,
         **{**training_from_args(args, FinetuneConfig, run, usual_warmup(args)), **follows},
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vmae.train.optim import OptimConfig, is_decayed
+from vmae.train.optim import OptimConfig, is_decayed, optimizer_of
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -44,9 +44,8 @@ def layer_groups(model: nn.Module, weight_decay: float, depth: int, decay: float
     return list(groups.values())
 
 
-def build_layer_adamw(
+def build_layer_optimizer(
     model: nn.Module, config: OptimConfig, depth: int, decay: float, *, fused: bool = True
-) -> torch.optim.AdamW:
-    """AdamW over the layers' groups; see `vmae.train.optim.build_adamw`."""
-    groups = layer_groups(model, config.weight_decay, depth, decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+) -> torch.optim.Optimizer:
+    """The optimizer over the layers' groups; see `vmae.train.optim.optimizer_of`."""
+    return optimizer_of(layer_groups(model, config.weight_decay, depth, decay), config, fused=fused)

@@ -29,7 +29,7 @@ from vmae.files.atomic import write_atomically
 from vmae.settings import BATCH, SEED, STEPS, Whole, ranged
 from vmae.train.guard import FiniteGuard, LateNumbers, device_is_idle
 from vmae.train.metrics import NoLog, RunLog, StepMeter, flops_utilisation, peak_memory_bytes
-from vmae.train.optim import clip_gradients, set_learning_rate
+from vmae.train.optim import clip_gradients, set_learning_rate, set_weight_decay
 from vmae.train.parallel import Parallel, bare
 from vmae.train.signals import STOP_SIGNALS, StopSignals
 from vmae.train.state import Companion, TrainingState
@@ -91,6 +91,7 @@ class Trainer:
         about: plain containers that stand as `config` in every checkpoint.
         listing: the same, as `list`: what the samples are drawn from.
         parallel: this process among the others.
+        weight_decay: step (from 0) -> weight decay of the groups that decay; None leaves them as they are.
         weigh: micro-batch on the host -> how much its loss counts beside the others of the step, about 1
             (what it counts, over what such a micro-batch mostly counts). Then the gradient is that of one
             large batch.
@@ -115,6 +116,7 @@ class Trainer:
         about: dict[str, Any],
         listing: dict[str, Any] | None = None,
         parallel: Parallel | None = None,
+        weight_decay: Callable[[int], float] | None = None,
         weigh: Callable[[TrainingBatch], float] | None = None,
         companions: dict[str, Companion] | None = None,
         after_step: Callable[[int], None] | None = None,
@@ -125,6 +127,7 @@ class Trainer:
         on_first_batch: Callable[[TrainingBatch], None] | None = None,
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.weight_decay = weight_decay
         self.open_batches, self.compute_loss, self.config = open_batches, compute_loss, config
         self.saver, self.parallel = saver, parallel or Parallel()
         self.about = {"config": about, **({} if listing is None else {"list": listing})}
@@ -338,6 +341,8 @@ class Trainer:
         assert record.loss_sum is not None  # `forward_backward` came before
         loss = self.parallel.sum(record.loss_sum.float()) / record.weight
         set_learning_rate(self.optimizer, record.lr)
+        if self.weight_decay is not None:
+            set_weight_decay(self.optimizer, self.weight_decay(record.step))
         self.guard.step(loss, norm)
         record.numbers = LateNumbers(torch.stack([loss, norm.float(), self.guard.failed]))
 
@@ -403,6 +408,7 @@ class Trainer:
                 "loss": loss,
                 "grad_norm": norm,
                 "lr": record.lr,
+                **({} if self.weight_decay is None else {"weight_decay": self.weight_decay(record.step)}),
                 **means,
                 "mfu": flops_utilisation(flops, self.device, self.config.dtype),
                 "memory": peak_memory_bytes(self.device),

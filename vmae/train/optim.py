@@ -1,4 +1,4 @@
-"""AdamW with the published parameter groups, and the published cosine schedule.
+"""The published optimizers over the published parameter groups, and the published cosine schedules.
 
 Source: VideoMAE V2, appendix, and the behaviour of its released code (`optim_factory`, `cosine_scheduler`).
 """
@@ -33,25 +33,56 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def build_adamw(model: nn.Module, config: OptimConfig, *, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW over `model`; `fused` runs one kernel for all parameters (CPU and GPU), with the same numbers."""
-    groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True) -> torch.optim.Optimizer:
+    """The optimizer over `model`; see `optimizer_of`."""
+    return optimizer_of(parameter_groups(model, config.weight_decay), config, fused=fused)
+
+
+def optimizer_of(groups: list[dict], config: OptimConfig, *, fused: bool = True) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum, over parameter groups.
+
+    As published, "sgd" is torch's SGD with Nesterov's momentum and "momentum" the one without, both with
+    weight decay in the gradient (AdamW's is apart from it).
+
+    Args:
+        fused: one kernel for all parameters (CPU and GPU), with the same numbers. SGD of sharded parameters
+            has none: torch 2.13 does not know how `_fused_sgd_` shards.
+    """
+    if config.opt == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    nesterov = config.opt == "sgd"
+    fused = fused and not any(isinstance(p, DTensor) for group in groups for p in group["params"])
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
+
+
+def optimizer_notes(config: OptimConfig) -> list[str]:
+    """Lines for the user on settings that do nothing here, or that the published code reads and forgets."""
+    notes = []
+    if config.opt != "adamw":
+        kind = f"SGD with {'Nesterov' if config.opt == 'sgd' else 'plain'} momentum {config.momentum:g}"
+        notes.append(f"note: --opt {config.opt} is {kind}; --betas and --eps are AdamW's and change nothing")
+    if config.warmup_lr:
+        notes.append(
+            "note: the warm-up starts from --warmup-lr; the published code takes it and starts from 0"
+        )
+    return notes
 
 
 @dataclass(frozen=True, kw_only=True)
 class CosineSchedule:
-    """Learning rate at every step: linear from 0 to `lr` over `warmup_steps`, then half a cosine down to
-    `min_lr`.
+    """Learning rate at every step: linear from `warmup_lr` to `lr` over `warmup_steps`, then half a cosine
+    down to `min_lr`.
 
-    The published schedule exactly, off-by-ones included: step 0 has rate 0 when there is a warm-up, its last
-    step has `lr`, and the first step after it has `lr` again.
+    The published schedule exactly, off-by-ones included: step 0 has `warmup_lr` when there is a warm-up, its
+    last step has `lr`, and the first step after it has `lr` again. The published code starts from 0: it reads
+    `--warmup_lr`, scales it with the batch, and hands it to nothing.
     """
 
     lr: float
     min_lr: float
     total_steps: int
     warmup_steps: int
+    warmup_lr: float = 0.0
 
     def __post_init__(self) -> None:
         if self.total_steps < 1:
@@ -63,7 +94,7 @@ class CosineSchedule:
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
-            return self.lr * step / max(self.warmup_steps - 1, 1)
+            return self.warmup_lr + (self.lr - self.warmup_lr) * step / max(self.warmup_steps - 1, 1)
         progress = (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
         return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0)))
 
@@ -72,6 +103,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group the rate `lr` times the group's `lr_scale` (1 where it has none)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def weight_decay_schedule(config: OptimConfig, total_steps: int) -> CosineSchedule | None:
+    """Weight decay at every step, as published half a cosine from `weight_decay` to `weight_decay_end`, with
+    no warm-up; None where it stays."""
+    if config.weight_decay_end is None:
+        return None
+    first, last = config.weight_decay, config.weight_decay_end
+    return CosineSchedule(lr=first, min_lr=last, total_steps=total_steps, warmup_steps=0)
+
+
+def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
+    """Give it to every group that decays: those above 0, as published."""
+    for group in optimizer.param_groups:
+        if group["weight_decay"] > 0:
+            group["weight_decay"] = weight_decay
 
 
 def clip_gradients(model: nn.Module, max_norm: float | None, scale: float = 1.0) -> torch.Tensor:

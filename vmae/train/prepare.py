@@ -22,7 +22,7 @@ from vmae.errors import InputError
 from vmae.files.folder_lock import FolderLock
 from vmae.train.checks import check_output, resolve_compile
 from vmae.train.loop import LoopConfig
-from vmae.train.optim import CosineSchedule, OptimConfig
+from vmae.train.optim import CosineSchedule, OptimConfig, optimizer_notes, weight_decay_schedule
 from vmae.train.parallel import Parallel
 from vmae.train.pretrain_settings import RunConfig
 from vmae.train.recompute_choice import choose_recompute, need_without
@@ -102,6 +102,11 @@ class Prepared:
         return build_schedule(self.config, self.optim)
 
     @property
+    def weight_decay(self) -> CosineSchedule | None:
+        """The weight decay of every step; None where it stays."""
+        return weight_decay_schedule(self.optim, self.total_steps)
+
+    @property
     def checkpoints(self) -> CheckpointFolder:
         """Of the output folder."""
         check = {} if self.lock is None else {"check": self.lock.check}
@@ -138,7 +143,7 @@ def prepare(task: Task, run: RunConfig, parallel: Parallel) -> Prepared:
     check_output(Path(run.output))
     notes += task.check()
     task.dataset, about_data = task.read_data()
-    notes += about_data
+    notes += [*about_data, *optimizer_notes(task.config.optim)]
     optim, steps_per_epoch = resolve_lengths(task)
     torch.manual_seed(task.config.seed)
     task.model = task.build_model()
@@ -183,6 +188,7 @@ def build_schedule(config: TaskConfig, optim: OptimConfig) -> CosineSchedule:
         min_lr=optim.min_lr,
         total_steps=config.steps or 0,
         warmup_steps=config.warmup_steps or 0,
+        warmup_lr=optim.warmup_lr,
     )
 
 
@@ -269,6 +275,10 @@ def _check_fit(task: Task, path: Path, manifest: dict[str, Any], changes: dict[s
         raise InputError(f"{error}\n  settings that differ: {differ}\n  {advice}") from error
     if architecture:
         raise InputError(f"checkpoint {path} is of another architecture: {'; '.join(architecture)}; {advice}")
+    if "optim.opt" in changes:
+        raise InputError(
+            f"{changes['optim.opt']}: what {path} holds of one optimizer is of no use to another; {advice}"
+        )
     if "effective_batch" in changes:
         wanted, now, run = manifest["config"].get("effective_batch"), task.config.effective_batch, task.run
         raise InputError(

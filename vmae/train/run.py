@@ -196,6 +196,7 @@ def build_trainer(prepared: Prepared) -> Trainer:
         model=model,
         optimizer=task.build_optimizer(prepared.optim),
         schedule=prepared.schedule,
+        weight_decay=prepared.weight_decay,
         open_batches=lambda start_step: open_batches(prepared, start_step),
         compute_loss=lambda batch: task.compute_loss(model, batch),
         config=LoopConfig(

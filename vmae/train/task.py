@@ -20,7 +20,7 @@ from vmae.config import ModelConfig
 from vmae.data.shared_memory import check_shared_memory
 from vmae.data.video_dataset import VideoDataset
 from vmae.train.checks import check_backend, check_speed
-from vmae.train.optim import OptimConfig, build_adamw
+from vmae.train.optim import OptimConfig, build_optimizer
 from vmae.train.parallel import Parallel
 from vmae.train.pretrain_settings import RunConfig, local_ranks
 from vmae.train.state import Companion
@@ -140,7 +140,7 @@ class Task(abc.ABC, Generic[ConfigT, BatchT]):
 
     def build_optimizer(self, optim: OptimConfig) -> torch.optim.Optimizer:
         """The optimizer of `model`, which is sharded already."""
-        return build_adamw(self.model, optim)
+        return build_optimizer(self.model, optim)
 
     def companions(self) -> dict[str, Companion]:
         """What checkpoints hold beside model and optimizer, by name."""
@@ -189,7 +189,9 @@ class Task(abc.ABC, Generic[ConfigT, BatchT]):
         """The learning rates, in words. `optim`: of `scaled_optim`."""
         product = f"{self.config.optim.lr:g} x {self.config.effective_batch} / 256 = "
         peak = f"{product if self.scales_rates else ''}{optim.lr:.3g}"
-        return f"learning rate {peak} at its peak, {optim.min_lr:.3g} at the end"
+        decay, last = optim.weight_decay, optim.weight_decay_end
+        moves = "" if last is None else f", weight decay {decay:g} at the start, {last:g} at the end"
+        return f"learning rate {peak} at its peak, {optim.min_lr:.3g} at the end{moves}"
 
     def describe_loss(self) -> str:
         """What to compare the final loss with; follows it in its line."""
@@ -205,10 +207,16 @@ class ModelTask(Task[ModelConfigT, BatchT]):
 
     def check(self) -> list[str]:
         check_backend(self.run.speed.backend, self.parallel.device)
-        check_speed(self.run.speed, self.config.model, self.config.dtype, self.parallel.device)
+        use = (self.config.model, self.config.dtype, self.parallel.device)
+        check_speed(self.run.speed, *use, dropout=self.drops_attention)
         if self.loader == "cpu":
             check_shared_memory(self.batch_bytes(), self.run.speed.num_workers, local_ranks())
         return super().check()
+
+    @property
+    def drops_attention(self) -> bool:
+        """Whether attention has dropout."""
+        return False
 
     def batch_bytes(self) -> int:
         """Of a micro-batch's clips, uint8."""

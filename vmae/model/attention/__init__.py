@@ -39,7 +39,12 @@ _chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]  # an attri
 
 
 def attention(
-    qkv: Tensor, backend: str = "auto", scale: float | None = None, *, query: Tensor | None = None
+    qkv: Tensor,
+    backend: str = "auto",
+    scale: float | None = None,
+    *,
+    query: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """`softmax(q k^T * scale) v` for every head.
 
@@ -49,6 +54,8 @@ def attention(
             device, the dtype and the head dim, and logs once which.
         scale: factor on the scores; None means `d ** -0.5`.
         query: [B, Nq, H, d], of fewer tokens than the keys.
+        dropout: probability of a weight of the softmax matrix to become 0, the others scaled to keep the
+            mean; drawn by torch's generator.
 
     Returns:
         [B, N, H, d], or [B, Nq, H, d].
@@ -62,11 +69,13 @@ def attention(
     if qkv.stride(-1) != 1:
         qkv = qkv.contiguous()  # what every fused kernel asks for; qkv out of a linear layer has it
     long = qkv.shape[1] > LONG
-    name = _chosen(backend, device.type, device.index, qkv.dtype, qkv.shape[-1], training, compiled, long)
+    where = (backend, device.type, device.index, qkv.dtype, qkv.shape[-1])
+    name = _chosen(*where, training, compiled, long, dropout > 0)
     call = BACKENDS[name].call
     assert call is not None  # `choose` refuses backends of packed sequences only
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    return call(qkv, scale) if query is None else call(qkv, scale, query=query)
+    more = {"dropout": dropout} if dropout else {}
+    return call(qkv, scale, **more) if query is None else call(qkv, scale, query=query, **more)
 
 
 def packed_attention(
@@ -117,7 +126,8 @@ class Attention(nn.Module):
 
     k has no bias: it would shift every score of a query alike. With `cos_attn`, q and k are normalised and a
     learned temperature per head replaces the fixed factor (Swin V2, equation 2): the exponential of `scale`
-    [H, 1, 1], which is held below log 100.
+    [H, 1, 1], which is held below log 100. `drop` is the dropout of the softmax matrix in training (not in
+    `of_rows`, which is for pre-training).
     """
 
     def __init__(
@@ -129,8 +139,10 @@ class Attention(nn.Module):
         qk_scale: float | None = None,
         cos_attn: bool = False,
         backend: str = "auto",
+        drop: float = 0.0,
     ):
         super().__init__()
+        self.drop = drop
         if backend != "auto":
             backend_of(backend)  # a misspelt name is an error now, not at the first step
         self.num_heads = num_heads
@@ -151,8 +163,11 @@ class Attention(nn.Module):
         itself alone.
         """
         qkv, scale = self._scored(x_BND, norm)
+        dropped = {"dropout": self.drop} if self.drop and self.training else {}
         if lengths is None:
-            out = attention(qkv, self.backend, scale)
+            out = attention(qkv, self.backend, scale, **dropped)
+        elif dropped:
+            raise InputError("attention's dropout is for clips of equal lengths")
         else:
             out = packed_attention(qkv[0], lengths, self.backend, scale)[None]
         return self.proj(out.flatten(2))

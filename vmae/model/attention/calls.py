@@ -5,6 +5,7 @@ Written from the documented signatures, each named at its function. A call on eq
 N, 3, H, d]` and gives `[B, N, H, d]`; a packed call takes `qkv [T, 3, H, d]`, the tokens of all sequences one
 after the other, and gives `[T, H, d]`. With `query` of fewer tokens, `[B, Nq, H, d]` or `[Tq, H, d]` of
 `query_lengths`, what is packed is k and v alone, `[..., 2, H, d]`, and the result has the query's tokens.
+Those that have dropout (of the softmax matrix, drawn by torch's generator) take its probability.
 Nothing is transposed in memory: what is packed goes on packed where the library takes it, else as views. SDPA
 and the plain one also take `mask [B, 1, 1, N]`, bool, True where a key may be seen.
 
@@ -31,53 +32,99 @@ def _parts(packed: Tensor, query: Tensor | None, dim: int = 2) -> tuple[Tensor, 
 
 
 def softmax_attention(
-    q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, scale: float, mask: Tensor | None = None
+    q_BHNd: Tensor,
+    k_BHNd: Tensor,
+    v_BHNd: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """The plain one: the softmax matrix [B, H, Nq, N] is formed and saved."""
     scores = (q_BHNd * scale) @ k_BHNd.transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1) @ v_BHNd
+    weights = scores.softmax(dim=-1)
+    return (F.dropout(weights, dropout) if dropout else weights) @ v_BHNd
 
 
-def softmax(qkv: Tensor, scale: float, mask: Tensor | None = None, query: Tensor | None = None) -> Tensor:
+def softmax(
+    qkv: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    query: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in _parts(qkv, query))
-    return softmax_attention(q, k, v, scale, mask).transpose(1, 2)
+    return softmax_attention(q, k, v, scale, mask, dropout).transpose(1, 2)
 
 
 def _sdpa(
-    qkv: Tensor, scale: float, mask: Tensor | None, query: Tensor | None, kernel: SDPBackend | None = None
+    qkv: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    query: Tensor | None,
+    dropout: float,
+    kernel: SDPBackend | None = None,
 ) -> Tensor:
     # Unbound first and transposed then: the three gradients are stacked as [B, N, 3, H, d], which the linear
     # layer before takes as it is. Permuting qkv first stacks them as [3, B, H, N, d], and a second copy of 3
     # B N H d elements follows.
     q, k, v = (x.transpose(1, 2) for x in _parts(qkv, query))
     with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    return out.transpose(1, 2)
 
 
-def sdpa(qkv: Tensor, scale: float, mask: Tensor | None = None, query: Tensor | None = None) -> Tensor:
+def sdpa(
+    qkv: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    query: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, ..., scale), [B, H, N,
     d], any strides."""
-    return _sdpa(qkv, scale, mask, query)
+    return _sdpa(qkv, scale, mask, query, dropout)
 
 
-def sdpa_flash(qkv: Tensor, scale: float, mask: Tensor | None = None, query: Tensor | None = None) -> Tensor:
-    return _sdpa(qkv, scale, mask, query, SDPBackend.FLASH_ATTENTION)
+def sdpa_flash(
+    qkv: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    query: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    return _sdpa(qkv, scale, mask, query, dropout, SDPBackend.FLASH_ATTENTION)
 
 
-def sdpa_cudnn(qkv: Tensor, scale: float, mask: Tensor | None = None, query: Tensor | None = None) -> Tensor:
-    return _sdpa(qkv, scale, mask, query, SDPBackend.CUDNN_ATTENTION)
+def sdpa_cudnn(
+    qkv: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    query: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    return _sdpa(qkv, scale, mask, query, dropout, SDPBackend.CUDNN_ATTENTION)
 
 
 def sdpa_efficient(
-    qkv: Tensor, scale: float, mask: Tensor | None = None, query: Tensor | None = None
+    qkv: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    query: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
-    return _sdpa(qkv, scale, mask, query, SDPBackend.EFFICIENT_ATTENTION)
+    return _sdpa(qkv, scale, mask, query, dropout, SDPBackend.EFFICIENT_ATTENTION)
 
 
-def sdpa_math(qkv: Tensor, scale: float, mask: Tensor | None = None, query: Tensor | None = None) -> Tensor:
-    return _sdpa(qkv, scale, mask, query, SDPBackend.MATH)
+def sdpa_math(
+    qkv: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    query: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    return _sdpa(qkv, scale, mask, query, dropout, SDPBackend.MATH)
 
 
 def varlen(
@@ -107,7 +154,7 @@ def _output(result: Tensor | tuple) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-def flash2(qkv: Tensor, scale: float, query: Tensor | None = None) -> Tensor:
+def flash2(qkv: Tensor, scale: float, query: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """flash_attn 2.8: flash_attn_qkvpacked_func(qkv [B, N, 3, H, d], dropout_p=0.0, softmax_scale=None,
     causal=False, ...), flash_attn_kvpacked_func(q [B, Nq, H, d], kv [B, N, 2, H, d], the same).
 
@@ -116,8 +163,8 @@ def flash2(qkv: Tensor, scale: float, query: Tensor | None = None) -> Tensor:
     from flash_attn import flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 
     if query is not None:
-        return flash_attn_kvpacked_func(query, qkv, dropout_p=0.0, softmax_scale=scale)
-    return flash_attn_qkvpacked_func(qkv, dropout_p=0.0, softmax_scale=scale)
+        return flash_attn_kvpacked_func(query, qkv, dropout_p=dropout, softmax_scale=scale)
+    return flash_attn_qkvpacked_func(qkv, dropout_p=dropout, softmax_scale=scale)
 
 
 def flash2_packed(
@@ -202,7 +249,7 @@ def flash4_packed(
     return _output(flash_attn_varlen_func(*_parts(qkv, query, 1), **ragged, **most, softmax_scale=scale))
 
 
-def xformers(qkv: Tensor, scale: float, query: Tensor | None = None) -> Tensor:
+def xformers(qkv: Tensor, scale: float, query: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """xformers.ops.memory_efficient_attention(query, key, value [B, N, H, d], attn_bias=None, p=0.0,
     scale=None, *, op=None).
 
@@ -210,7 +257,7 @@ def xformers(qkv: Tensor, scale: float, query: Tensor | None = None) -> Tensor:
     """
     from xformers.ops import memory_efficient_attention
 
-    return memory_efficient_attention(*_parts(qkv, query), scale=scale)
+    return memory_efficient_attention(*_parts(qkv, query), p=dropout, scale=scale)
 
 
 def xformers_packed(

@@ -354,11 +354,18 @@ def choose_name(
     training: bool,
     compiled: bool,
     long: bool,
+    dropout: bool = False,
 ) -> str:
     """`choose(...).name` for equal sequences, from properties of a tensor: the only lookup of a step."""
     where = torch.device(device) if index is None else torch.device(device, index)
     workload = Workload.on(
-        where, dtype=dtype, head_dim=head_dim, training=training, compiled=compiled, long=long
+        where,
+        dtype=dtype,
+        head_dim=head_dim,
+        training=training,
+        compiled=compiled,
+        long=long,
+        dropout=dropout,
     )
     return choose(name, workload).name
 

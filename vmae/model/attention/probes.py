@@ -35,7 +35,7 @@ class Workload:
         hip: an AMD GPU (torch calls it cuda too).
         dtype, head_dim: of qkv.
         training: a gradient is needed.
-        dropout: on the softmax matrix (no published model uses any, and no call here passes any).
+        dropout: on the softmax matrix (`--attn-drop`; no published script has any).
         compiled: inside torch.compile, where only what torch can trace runs.
         packed: sequences of unequal lengths.
         long: equal sequences of more than `LONG` tokens.

@@ -116,6 +116,8 @@ class DetectionTask(SupervisedTask[DetectionConfig, DetectionBatch]):
             self.config.model,
             self.config.num_classes,
             init_scale=self.config.init_scale,
+            drop_rate=self.config.drop_rate,
+            attn_drop_rate=self.config.attn_drop_rate,
             backend=self.run.speed.backend,
             attention=self.run.speed.attention,
         )

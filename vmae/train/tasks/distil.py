@@ -24,6 +24,7 @@ from tqdm import tqdm
 from vmae.checkpoint.classifier import LoadedClassifier, load_classifier
 from vmae.checkpoint.hub_names import is_hub_name
 from vmae.checkpoint.identity import list_hash, model_identity
+from vmae.data.augment_classify import AugmentConfig
 from vmae.data.classify_dataset import LabelledBatch
 from vmae.data.labels import LabelledList
 from vmae.data.manifest import VideoEntry
@@ -184,11 +185,23 @@ class DistilTask(FinetuneTask):
 # --- Stored logits ---
 
 
+# Settings that came after the first stores were written: a store tells of those that differ from what held
+# before.
+_LATER = (
+    *("increasing", "interpolation", "erase_mode", "erase_count"),
+    *("cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode"),
+)
+
+
 def _about_views(config: DistilConfig, entries: Sequence[VideoEntry], epochs: int) -> dict[str, Any]:
     """What decides the views and what the teacher makes of them; labels do not."""
+    usual = AugmentConfig().to_dict()
+    augment = {**config.augment.to_dict(), "smoothing": 0.0}
     views = {
         "clip": config.clip.to_dict(),
-        "augment": {**config.augment.to_dict(), "smoothing": 0.0},
+        "augment": {
+            name: value for name, value in augment.items() if name not in _LATER or value != usual[name]
+        },
         "seed": config.seed,
     }
     samples = len(entries) * config.repeat

@@ -115,10 +115,15 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
     def read_data(self) -> tuple[ClassifyDataset, list[str]]:
         labelled, notes = self.read_labels()
         self.config = dataclasses.replace(self.config, multi_label=self.config.multi_label or labelled.multi)
-        mixes = self.config.augment.mixup or self.config.augment.cutmix
-        if mixes and self.run.batch_size * self.config.num_sample == 1:
+        clips = self.run.batch_size * self.config.num_sample
+        if self.config.augment.mixes and clips == 1:
             notes.append(
                 "note: a micro-batch is a single clip, so mixup and cutmix have nothing to mix it with"
+            )
+        elif self.config.augment.mixes and clips % 2:
+            notes.append(
+                f"note: of the {clips} clips of a micro-batch, the middle one is mixed with the first; the "
+                "published code takes even numbers only"
             )
         return self.build_dataset(labelled), notes
 
@@ -141,6 +146,8 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
             self.config.num_classes,
             pooling=self.config.pooling,
             head_drop_rate=self.config.head_drop_rate,
+            drop_rate=self.config.drop_rate,
+            attn_drop_rate=self.config.attn_drop_rate,
             init_scale=self.config.init_scale,
             backend=self.run.speed.backend,
             attention=self.run.speed.attention,
@@ -178,7 +185,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
 
     def compute_loss(self, model: nn.Module, batch: LabelledBatch) -> Tensor:
         augment, size = self.config.augment, image_hw(self.config.clip.image_size)
-        mixing = draw_mixing(batch.ids[0][:2], size, augment, self.config.seed)
+        mixing = draw_mixing(batch.ids[0][:2], size, augment, self.config.seed, len(batch.clips))
         clips = batch.clips if mixing is None else mix_clips(batch.clips, mixing)
         logits = model(clips)
         targets = mix_targets(batch.targets, mixing, augment.smoothing)

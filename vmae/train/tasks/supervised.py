@@ -19,7 +19,7 @@ from vmae.checkpoint.start import Start
 from vmae.config import USUAL_MODEL, ModelConfig
 from vmae.flags import chosen
 from vmae.model.cost import classifier_macs
-from vmae.train.layer_decay import build_layer_adamw
+from vmae.train.layer_decay import build_layer_optimizer
 from vmae.train.optim import OptimConfig
 from vmae.train.pretrain_settings import model_from_args
 from vmae.train.task import BatchT, ModelTask, ModelTaskConfig
@@ -32,6 +32,10 @@ class SupervisedConfig(ModelTaskConfig, Protocol):
     def num_classes(self) -> int: ...
     @property
     def layer_decay(self) -> float: ...
+    @property
+    def drop_rate(self) -> float: ...
+    @property
+    def attn_drop_rate(self) -> float: ...
 
 
 SupervisedConfigT = TypeVar("SupervisedConfigT", bound=SupervisedConfig)
@@ -89,6 +93,10 @@ class SupervisedTask(ModelTask[SupervisedConfigT, BatchT]):
             self.config = self.adapt(self.source)
         return super().check()
 
+    @property
+    def drops_attention(self) -> bool:
+        return self.config.attn_drop_rate > 0
+
     def adapt(self, source: Source) -> SupervisedConfigT:
         """The settings, with what follows from the checkpoint."""
         return dataclasses.replace(self.config, model=source.fit(self.config.model))
@@ -111,7 +119,7 @@ class SupervisedTask(ModelTask[SupervisedConfigT, BatchT]):
         return [self.config.model.num_tokens] * self.config.model.depth
 
     def build_optimizer(self, optim: OptimConfig) -> torch.optim.Optimizer:
-        return build_layer_adamw(self.model, optim, self.config.model.depth, self.config.layer_decay)
+        return build_layer_optimizer(self.model, optim, self.config.model.depth, self.config.layer_decay)
 
     def flops_per_clip(self) -> float:
         return 6.0 * classifier_macs(self.config.model, self.config.num_classes)
