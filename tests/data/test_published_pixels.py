@@ -174,7 +174,7 @@ def settings_of(*words):
 
 
 def test_flags(tmp_path):
-    """The published programs resize tests to `--short_side_size`; here that and the pixels stay with the run."""
+    """Published names; pixels and short side stay with the run."""
     clip = settings_of("--resize", "published", "--short_side_size", "256", "--input_size", "224").clip
     assert (clip.resize, clip.short_side, clip.image_size) == ("published", 256, 224)
     assert (settings_of().clip.resize, settings_of().clip.short_side) == ("torch", None)
