@@ -10,6 +10,7 @@
 #                 and MASTER_ADDR (and MASTER_PORT) of the first one, or let recipes/slurm.sh do so
 #   BATCH         videos on a GPU at once (as published, or less where the GPUs are many); smaller needs less memory, and the
 #                 effective batch stays, by accumulation
+#   EFFECTIVE_BATCH  videos of a step (as published); the learning rate follows, as it is for 256 videos
 #   WORKERS       processes a GPU that decode video (10, as published)
 #   PYTHON        interpreter (.venv/bin/python where it is there, else python)
 #   RESTARTS      times that torchrun starts all processes again after one died; each time they resume (3 with several)
@@ -36,7 +37,8 @@ is_count() {
 use() {
   NAME=$1
   CONFIG=$ROOT/recipes/$NAME.yaml
-  EFFECTIVE_BATCH=$(value effective_batch)
+  EFFECTIVE_BATCH=${EFFECTIVE_BATCH:-$(value effective_batch)}
+  is_count "$EFFECTIVE_BATCH" || fail "EFFECTIVE_BATCH=$EFFECTIVE_BATCH is not a number of videos"
   BATCH_PER_GPU=$(value batch_size)
   LR=$(value lr)
   NUM_SAMPLE=$(value num_sample)

@@ -65,8 +65,10 @@ def test_a_converted_classifier_comes_back_at_its_own_size(tmp_path, clips_of, c
     assert torch.equal(loaded.model(clips_of(TINY)), original(clips_of(TINY)))
     assert (
         len(loaded.assumed) == 1
-        and "does not say how videos were seen, taken as dense sampling, stride 4" in loaded.note
+        and "does not say how videos were seen, taken as dense sampling, stride 4, published pixels"
+        in loaded.note
     )
+    assert loaded.clip.resize == "published"  # as weights of the published trainer were trained
     assert loaded.multi_label and not load_classifier(tmp_path / "run.pth").assumed
     assert not load_classifier(tmp_path / "back.pth", clip={"stride": 2}).assumed
     # Asked for, another size is another matter.

@@ -196,6 +196,34 @@ def test_a_folder_is_tested_on_its_test_list(weights, labelled_world, tmp_path, 
     assert f"list: {folder / chosen}, {count} videos\n" in capsys.readouterr().out
 
 
+def test_pixels_are_those_of_the_training_unless_told_otherwise(weights, labelled_world, tmp_path, capsys):
+    """Stored with the weights; a file from before the setting has the usual ones."""
+
+    def seen(path, *flags):
+        words = ["evaluate", str(tmp_path / "list.txt"), "--checkpoint", str(path), *flags]
+        words += ["--segments", "1", "--crops", "1", "--workers", "0", "--device", "cpu"]
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        assert main([*words, "--output", str(out)]) == 0
+        clip = json.loads((out / "evaluation.json").read_text())["clip"]
+        return clip["resize"], clip["short_side"], capsys.readouterr().out
+
+    (tmp_path / "list.txt").write_text((labelled_world / "val.txt").read_text().splitlines()[0] + "\n")
+    state = load_weights(weights)
+    own = {"model": CONFIG.to_dict(), "pooling": "mean", "clip": CLIP.to_dict()}
+    before = {key: value for key, value in own["clip"].items() if key not in ("resize", "short_side")}
+    export_weights(tmp_path / "before.pth", state, config={**own, "clip": before}, step=1)
+    assert seen(tmp_path / "before.pth")[:2] == ("torch", None)
+    own["clip"] |= {"resize": "published", "short_side": 40}
+    export_weights(tmp_path / "now.pth", state, config=own, step=1)
+    *found, out = seen(tmp_path / "now.pth")
+    assert found == ["published", 40] and "short side 40, resized as published\n" in out
+    *found, out = seen(tmp_path / "now.pth", "--resize", "torch", "--short_side_size", "32")
+    assert found == ["torch", 32] and "short side 32, antialiased (published: not; --resize published)" in out
+    assert seen(tmp_path / "now.pth", "--image-size", "48")[:2] == ("published", None)
+    assert main(["predict", "none.mp4", "--checkpoint", str(weights), "--short-side", "31"]) == 2
+    assert "short side of 31 pixels is less than the 32 of the clips" in capsys.readouterr().err
+
+
 def test_views():
     assert published_views("dense") == ViewConfig(segments=5, crops=3)
     assert published_views("sparse") == ViewConfig(segments=2, crops=3)
@@ -275,6 +303,7 @@ def test_nan_scores_are_refused(weights, labelled_world, tmp_path, capsys):
     for record in ({"top": [[0, np.nan]]}, {"top": [[0, 1.0]], "scores": [1.0, np.nan]}):
         with pytest.raises(InputError, match="prediction of a.mp4 is not a number"):
             score([{"video": 0, "path": "a.mp4", **record}], [(0,)], 2)
+    (tmp_path / "list.txt").write_text((labelled_world / "val.txt").read_text().splitlines()[0] + "\n")
     state = load_weights(weights)
     state["head.bias"][1] = np.nan
     settings = {"model": CONFIG.to_dict(), "clip": CLIP.to_dict(), "pooling": "mean"}

@@ -1,5 +1,6 @@
 """Recipes of supervised training: published numbers, written down here once more, on any number of GPUs."""
 
+import dataclasses
 import os
 import shlex
 import subprocess
@@ -7,30 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from vmae import ModelConfig
 from vmae.cli import build_parser
 from vmae.train.finetune_settings import configs_from_args, model_from_args
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-# batch, epochs, warm-up, learning rate for 256, layer decay, drop path, weight decay, clipping, classes,
-# sampling, views
-TABLE = {
-    "postpretrain_vitg_k710": (96, 35, 5, 1e-3, 0.9, 0.3, 0.1, 5.0, 710, "dense", "5 x 3"),
-    "finetune_vitg_k400": (96, 3, 1, 1e-5, 0.9, 0.25, 0.1, None, 400, "dense", "5 x 3"),
-    "finetune_vitg_k600": (96, 3, 1, 1e-5, 0.9, 0.25, 0.1, None, 600, "dense", "5 x 3"),
-    "finetune_vitg_ssv2": (96, 20, 5, 3e-4, 0.9, 0.25, 0.05, None, 174, "sparse", "2 x 3"),
-    "finetune_vitg_ucf101": (96, 50, 5, 5e-4, 0.9, 0.3, 0.1, 5.0, 101, "dense", "5 x 3"),
-    "finetune_vitg_hmdb51": (96, 50, 5, 5e-4, 0.9, 0.3, 0.1, 5.0, 51, "dense", "5 x 3"),
-    "finetune_vitb_k400": (512, 90, 5, 7e-4, 0.75, 0.1, 0.05, None, 400, "dense", "5 x 3"),
-    "finetune_vitb_ssv2": (256, 25, 5, 2e-3, 0.65, 0.1, 0.05, None, 174, "sparse", "2 x 3"),
-    "finetune_vitl_k400": (128, 35, 5, 2e-3, 0.75, 0.1, 0.05, None, 400, "dense", "5 x 3"),
-    "finetune_vitl_ssv2": (128, 20, 5, 5e-4, 0.8, 0.2, 0.05, None, 174, "sparse", "2 x 3"),
-    "finetune_vith_k400": (512, 50, 5, 1e-3, 0.75, 0.2, 0.05, None, 400, "dense", "5 x 3"),
-    "finetune_vith_ssv2": (128, 20, 5, 5e-4, 0.8, 0.2, 0.05, None, 174, "sparse", "2 x 3"),
-    "distill_vitg_to_vitb": (512, 90, 5, 7e-4, 0.75, 0.1, 0.05, None, 710, "dense", "5 x 3"),
-    "distill_vitg_to_vits": (512, 90, 5, 7e-4, 0.75, 0.1, 0.05, None, 710, "dense", "5 x 3"),
-}
-SIZES = {"s": 384, "b": 768, "l": 1024, "h": 1280, "g": 1408}
+# Started by their launcher, on 1 and on 32 GPUs: one of each kind. test_published_numbers.py compares the
+# numbers of all recipes with the released scripts.
+LAUNCHED = ("postpretrain_vitg_k710", "finetune_vitb_ssv2", "distill_vitg_to_vits")
 
 
 def run(recipe: str, *words: str, cwd: Path, **variables: object) -> subprocess.CompletedProcess:
@@ -39,6 +23,7 @@ def run(recipe: str, *words: str, cwd: Path, **variables: object) -> subprocess.
         "GPUS",
         "NODES",
         "BATCH",
+        "EFFECTIVE_BATCH",
         "OUTPUT",
         "INIT",
         "CLASSES",
@@ -58,67 +43,77 @@ def line_of(done: subprocess.CompletedProcess, title: str) -> list[str]:
     )
 
 
-def test_every_recipe_is_in_the_table():
-    found = {
-        path.stem
-        for pattern in ("postpretrain_*", "finetune_*", "distill_*")
-        for path in RECIPES.glob(f"{pattern}.sh")
-    }
-    assert found == set(TABLE)
+def settings_of(words: list[str], gpus: int, monkeypatch):
+    """(settings, settings of the run) of a command line of `finetune` or `distil`."""
+    monkeypatch.setenv("WORLD_SIZE", str(gpus))
+    kind = "distil" if "distil" in words else "finetune"
+    args = build_parser(kind).parse_args(words[words.index(kind) :])
+    args.settings.complete(args)
+    return configs_from_args(args, model_from_args(args), args.num_classes)
 
 
 @pytest.mark.parametrize("gpus", [1, 32])
-@pytest.mark.parametrize("name", TABLE)
-def test_numbers(name, gpus, tmp_path, monkeypatch):
-    batch, epochs, warmup, lr, layer_decay, drop_path, weight_decay, clip, classes, sampling, views = TABLE[
-        name
-    ]
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_the_launcher_keeps_the_numbers_on_any_number_of_gpus(name, gpus, tmp_path, monkeypatch):
     done = run(name, "--dry-run", cwd=tmp_path, GPUS=gpus)
     assert done.returncode == 0, done.stderr
-    command = line_of(done, "command:")
+    config, settings = settings_of(line_of(done, "command:"), gpus, monkeypatch)
     kind = "distil" if name.startswith("distill") else "finetune"
-    args = build_parser(kind).parse_args(command[command.index(kind) :])
-    monkeypatch.setenv("WORLD_SIZE", str(gpus))
-    model = model_from_args(args)
-    config, _ = configs_from_args(args, model, args.num_classes)
-    assert (config.effective_batch, config.epochs, config.optim.warmup_epochs, config.optim.lr) == (
-        batch,
-        epochs,
-        warmup,
-        lr,
-    )
-    assert (config.layer_decay, model.drop_path_rate, config.optim.weight_decay) == (
-        layer_decay,
-        drop_path,
-        weight_decay,
-    )
-    assert (config.optim.clip_grad, config.optim.betas, config.num_sample) == (clip, (0.9, 0.999), 2)
-    assert (config.num_classes, config.clip.sampling) == (classes, sampling)
-    assert (
-        config.augment.flip == ("ssv2" not in name)
-        and config.augment.mixup == 0.8
-        and config.augment.smoothing == 0.1
-    )
-    assert model.embed_dim == SIZES[name.split("_vit")[-1][0]] and (model.num_frames, model.img_size) == (
-        16,
-        224,
-    )
-    assert (
-        model.grid
-        == ModelConfig.preset("vit_g" if "vitg" in name and "distill" not in name else "vit_b").grid
-    )
-    test = line_of(done, "test:")
-    assert f"{test[test.index('--segments') + 1]} x {test[test.index('--crops') + 1]}" == views
-    assert (
-        "not verified here" in done.stdout
-        and f"tested on {views} views" in done.stdout
-        and "top-1" in done.stdout
-    )
+    words = [
+        kind,
+        "--config",
+        str(RECIPES / f"{name}.yaml"),
+        "--data",
+        "DATA",
+        "--output",
+        "y",
+        "--init",
+        "INIT",
+    ]
+    words += ["--teacher", "TEACHER"] if kind == "distil" else []
+    alone, _ = settings_of(words, 1, monkeypatch)
+    assert config == alone and settings.videos_per_step(gpus) == alone.effective_batch
+    test, sparse = line_of(done, "test:"), "ssv2" in name
+    views = f"{test[test.index('--segments') + 1]} x {test[test.index('--crops') + 1]}"
+    assert views == ("2 x 3" if sparse else "5 x 3") and f"tested on {views} views" in done.stdout
+    assert "not verified here" in done.stdout and "top-1" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["distill_vitg_to_vitb", "distill_vitg_to_vits"])
+def test_numbers_of_distillation(name, monkeypatch):
+    """Our choice: those of ViT-B's fine-tuning."""
+    words = [
+        "distil",
+        "--config",
+        str(RECIPES / f"{name}.yaml"),
+        "--data",
+        "x",
+        "--output",
+        "y",
+        "--init",
+        "z",
+    ]
+    config, _ = settings_of([*words, "--teacher", "g"], 1, monkeypatch)
+    other = ["finetune", "--config", str(RECIPES / "postpretrain_vitb_k710.yaml"), *words[3:]]
+    expected, _ = settings_of(other, 1, monkeypatch)
+    fields = {field.name for field in dataclasses.fields(expected)} - {"model"}
+    assert all(getattr(config, field) == getattr(expected, field) for field in fields)
+    assert config.model.embed_dim == (768 if name.endswith("b") else 384) and config.num_classes == 710
+
+
+def test_the_script_of_one_gpu_can_be_run_as_it_was_meant(tmp_path, monkeypatch):
+    """vit_h_k600_ft.sh says 1 GPU x 4 videos."""
+    done = run("finetune_vith_k600", "--dry-run", cwd=tmp_path, GPUS=1)
+    assert "effective batch 4 videos" in done.stdout
+    done = run("finetune_vith_k600", "--dry-run", cwd=tmp_path, GPUS=8, EFFECTIVE_BATCH=128)
+    assert "effective learning rate 0.001 x 128 / 256 = 0.0005" in done.stdout
+    _, settings = settings_of(line_of(done, "command:"), 8, monkeypatch)
+    assert (settings.batch_size, settings.accumulate) == (4, 4)
 
 
 def test_what_a_person_sets(tmp_path):
     done = run(
-        "finetune_vitg_k400",
+        "finetune_vitg_k400_after_k710",
         "--steps",
         "3",
         cwd=tmp_path,
@@ -135,7 +130,10 @@ def test_what_a_person_sets(tmp_path):
         and "--label-map m.json" in train
         and train.endswith("--steps 3")
     )
-    assert "--classes names.txt" in train and "evaluate val.txt --checkpoint runs/finetune_vitg_k400" in test
+    assert (
+        "--classes names.txt" in train
+        and "evaluate val.txt --checkpoint runs/finetune_vitg_k400_after_k710" in test
+    )
 
 
 def test_a_label_map_keeps_the_head_that_a_recipe_would_leave_out(tmp_path):
@@ -156,6 +154,8 @@ def test_a_label_map_keeps_the_head_that_a_recipe_would_leave_out(tmp_path):
         ),
         ("distill_vitg_to_vitb", {"DATA": "x", "INIT": "y"}, "TEACHER is not set"),
         ("finetune_vitb_k400", {"GPUS": 7}, "do not divide the effective batch of 512"),
+        ("finetune_vitb_k400", {"EFFECTIVE_BATCH": "all"}, "EFFECTIVE_BATCH=all is not a number of videos"),
+        ("finetune_vitg_k400", {"LABEL_MAP": "m.json"}, "recipes/finetune_vitg_k400_after_k710.sh"),
     ],
 )
 def test_what_is_missing_is_said(recipe, variables, message, tmp_path):

@@ -11,8 +11,12 @@ from vmae.data.classify_dataset import ClipConfig
 from vmae.flags import add_settings
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `load_from_args` reads."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, views: bool = True) -> None:
+    """Add the flags that `load_from_args` reads.
+
+    Args:
+        views: whether the command looks at test views; `features` has pixels of its own.
+    """
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights"
     )
@@ -25,6 +29,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     clip = parser.add_argument_group("how videos are seen (default: as in training)")
     add_settings(clip, ClipConfig, "sampling stride", unset="as in training")
     add_settings(clip, ModelConfig, "num_frames img_size", unset="as in training")
+    if views:
+        add_settings(clip, ClipConfig, "resize", unset="as in training")
+        add_settings(clip, ClipConfig, "short_side", unset="as in training; with --image-size, that")
     add_source_arguments(parser)
 
 
@@ -46,7 +53,8 @@ def add_source_arguments(
 
 def load_from_args(args: argparse.Namespace, **options: Any) -> LoadedClassifier:
     """`load_classifier` with the flags of `add_model_arguments`."""
-    changes = {name: getattr(args, name) for name in ("sampling", "stride", "num_frames", "image_size")}
+    names = ("sampling", "stride", "resize", "short_side", "num_frames", "image_size")
+    changes = {name: getattr(args, name, None) for name in names}
     return load_classifier(
         args.checkpoint,
         preset=args.model,

@@ -9,6 +9,7 @@ from typing import Any
 
 from vmae.checkpoint.models import head_classes, to_model
 from vmae.checkpoint.source import read_checkpoint
+from vmae.data.augment import image_hw
 from vmae.data.classify_dataset import ClipConfig
 from vmae.data.labels import read_label_map
 from vmae.model import Classifier
@@ -56,7 +57,8 @@ def load_classifier(
         averaged: the run's averaged weights instead.
         label_map: file that says which of the head's classes to keep.
         source: frames and side of the clips that the weights are of, for files that do not say it.
-        clip: settings of `ClipConfig` to change.
+        clip: settings of `ClipConfig` to change. The short side of the training is of its size: another
+            `image_size` drops it, unless `short_side` is given.
 
     Raises:
         InputError: the file can't be read, does not tell its architecture, does not fit it, or has no head.
@@ -66,7 +68,11 @@ def load_classifier(
     classes = head_classes(read)
     kept = None if label_map is None else read_label_map(label_map, source_classes=classes)
     size = {"num_frames": own.num_frames, "image_size": own.img_size}
-    seen = ClipConfig.from_dict({**size, **settings.get("clip", {}), **clip})
+    # The published trainer does not antialias: a file that says nothing is tested as it was trained.
+    stored = {**size, **settings.get("clip", {"resize": "published"})}
+    if image_hw(clip.get("image_size", stored["image_size"])) != image_hw(stored["image_size"]):
+        stored["short_side"] = None
+    seen = ClipConfig.from_dict({**stored, **clip})
     model, report = to_model(
         read,
         "classifier",
@@ -79,7 +85,7 @@ def load_classifier(
     if "clip" not in settings and not {"sampling", "stride"} & clip.keys():
         assumed.append(
             f"{read.path}: it does not say how videos were seen, taken as {seen.sampling} sampling, stride "
-            f"{seen.stride} (--sampling and --stride say otherwise)"
+            f"{seen.stride}, {seen.resize} pixels (--sampling, --stride and --resize say otherwise)"
         )
     names = settings.get("class_names")
     if names is not None:

@@ -30,9 +30,11 @@ from vmae.data.sampling import (
 )
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
 from vmae.data.workers import WorkerPool, hang_limit
+from vmae.errors import InputError
 from vmae.settings import FRAMES, SIDE, STRIDE, OneOf, Whole, ranged, setting
 
 CLIP_SAMPLINGS = ("dense", "sparse")
+FILTERS = {"torch": "torch", "published": "bilinear"}  # `ClipConfig.resize`: `resize` of `crop_and_resize`
 VIEWS_HANG_S = 300.0  # for all the views of a video, some fifteen clips
 
 
@@ -43,6 +45,10 @@ class ClipConfig(_Checked):
     Attributes:
         num_frames: T, as the model has it.
         image_size: side, or (height, width), in pixels, as the model has it.
+        short_side: see `spatial_views`; None: that of the clips.
+
+    Raises:
+        InputError: see `_Checked`; or a `short_side` that crops of `image_size` do not fit into.
     """
 
     group = RESULTS
@@ -61,6 +67,40 @@ class ClipConfig(_Checked):
         STRIDE,
         aliases=("--sampling_rate",),
     )
+    resize: str = setting(
+        "torch",
+        "torch (antialiased), or published (not antialiased; the published pixels within a grey level)",
+        OneOf("resize", tuple(FILTERS)),
+    )
+    short_side: int | None = setting(
+        None,
+        "tests, and training with --no-crop, resize a video's short side to this before they cut clips",
+        SIDE,
+        aliases=("--short_side_size",),
+        unset="the clips'",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = min(image_hw(self.image_size))
+        if self.short_side is not None and self.short_side < least:
+            raise InputError(
+                f"a short side of {self.short_side} pixels is less than the {least} of the clips, which are "
+                f"cut from it: make --short-side at least {least}, or --image-size at most {self.short_side}"
+            )
+
+    def describe_pixels(self) -> str:
+        """How tests resize, for a report."""
+        side = f"short side {self.short_side or min(image_hw(self.image_size))}"
+        if self.resize == "published":
+            return f"{side}, resized as published"
+        return f"{side}, antialiased (published: not; --resize published)"
+
+    def views_of(self, frames: np.ndarray, crops: int) -> np.ndarray:
+        """uint8 [crops, T, height, width, 3]: see `spatial_views`."""
+        return spatial_views(
+            frames, self.image_size, crops, short_side=self.short_side, resize=FILTERS[self.resize]
+        )
 
     def train_indices(self, total: int, entry: VideoEntry, rng: np.random.Generator) -> np.ndarray:
         """int64 [T] of a random clip of a video of `total` frames."""
@@ -140,7 +180,7 @@ class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
         read_logits: Callable[[Sequence[SampleKey]], Tensor] | None = None,
         **options,
     ):
-        super().__init__(labelled.entries, num_sample=num_sample, **options)
+        super().__init__(labelled.entries, num_sample=num_sample, resize=FILTERS[clip.resize], **options)
         self.labelled, self.clip, self.augment, self.cycle = labelled, clip, augment, cycle
         self.read_logits = read_logits
 
@@ -178,7 +218,7 @@ class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
             box = sample_resized_crop(frames.shape[2], frames.shape[1], rngs[Purpose.CROPS])
             clip = crop_and_resize(frames, box, size, resize=self.resize)
         else:
-            clip = spatial_views(frames, size, 1, resize=self.resize)[0]
+            clip = self.clip.views_of(frames, 1)[0]
         if config.flip and rngs[Purpose.FLIPS].integers(2):
             clip = np.ascontiguousarray(clip[:, :, ::-1])
         if config.erase:
@@ -188,24 +228,40 @@ class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
 
 
 def spatial_views(
-    frames: np.ndarray, size: int | tuple[int, int], crops: int, *, resize: str = "torch"
+    frames: np.ndarray,
+    size: int | tuple[int, int],
+    crops: int,
+    *,
+    short_side: int | None = None,
+    resize: str = "torch",
 ) -> np.ndarray:
     """uint8 [crops, T, height, width, 3]: frames resized to cover `size`, cut at `crops` places along the
     longer side.
 
-    As published: places are spread evenly from one end to the other; one crop is the middle one.
+    As published: the resized longer side is rounded down; places are spread evenly from one end to the other,
+    and rounded down. One crop is the middle one; without antialiasing rounded to the even pixel, as in the
+    published validation (the published test cannot take one crop).
 
     Args:
         frames: uint8 [T, H, W, 3].
+        short_side: of the resized frames in pixels, where it is to be more than the shorter side of `size`.
+            The published test cuts squares of `short_side`, which its models refuse unless that is `size`;
+            here they are of `size`, still from end to end.
+        resize: see `crop_and_resize`.
     """
     height, width = image_hw(size)
     source_height, source_width = frames.shape[1:3]
-    scale = max(height / source_height, width / source_width)
+    zoom = (short_side or min(height, width)) / min(height, width)
+    scale = max(height / source_height, width / source_width) * zoom
     resized = (max(int(source_height * scale + 1e-6), height), max(int(source_width * scale + 1e-6), width))
     whole = crop_and_resize(frames, CropBox(0, 0, source_width, source_height), resized, resize=resize)
-    room = np.array([resized[0] - height, resized[1] - width])
-    shares = [0.5] if crops == 1 else [k / (crops - 1) for k in range(crops)]
-    corners = [(room * share).astype(int) for share in shares]
+    room = resized[0] - height, resized[1] - width
+    middle = [round(free / 2) if resize == "bilinear" else free // 2 for free in room]
+    if crops == 1:
+        corners = [middle]
+    else:
+        steps = [int(number * (max(room) / (crops - 1))) for number in range(crops)]
+        corners = [[step, middle[1]] if room[0] >= room[1] else [middle[0], step] for step in steps]
     return np.stack([whole[:, top : top + height, left : left + width] for top, left in corners])
 
 
@@ -221,7 +277,9 @@ class ViewDataset(VideoDataset[VideoEntry, Tensor]):
     """
 
     def __init__(self, entries: Sequence[VideoEntry], clip: ClipConfig, views: ViewConfig, **options):
-        super().__init__(entries, num_sample=views.segments * views.crops, **options)
+        super().__init__(
+            entries, num_sample=views.segments * views.crops, resize=FILTERS[clip.resize], **options
+        )
         self.clip, self.views = clip, views
 
     def set_watch(self, watch: Callable[[int], None]) -> None:
@@ -236,9 +294,7 @@ class ViewDataset(VideoDataset[VideoEntry, Tensor]):
         with self._open(entry) as reader:
             indices = self.clip.view_indices(len(reader), entry, self.views.segments)
             frames = self._frames(reader, indices)
-        clips = [
-            spatial_views(clip, self.clip.image_size, self.views.crops, resize=self.resize) for clip in frames
-        ]
+        clips = [self.clip.views_of(clip, self.views.crops) for clip in frames]
         return torch.from_numpy(np.concatenate(clips))
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""`python -m vmae evaluate LIST`: the published multi-view test of a fine-tuned classifier.
+"""`python -m vmae evaluate LIST`: the multi-view test of a fine-tuned classifier, with the published views.
 
 Each video gives segments x crops views; the softmax of their logits is averaged. Each video is tested once,
 by one rank, with any number of ranks. Predictions are written at once, so a test that was stopped continues
@@ -27,7 +27,7 @@ from vmae.checkpoint.arguments import add_model_arguments, load_from_args
 from vmae.checkpoint.classifier import LoadedClassifier
 from vmae.checkpoint.identity import list_hash, model_identity, settle
 from vmae.config import DTYPE, SpeedConfig, _Checked
-from vmae.data.classify_dataset import ViewConfig, ViewDataset
+from vmae.data.classify_dataset import ClipConfig, ViewConfig, ViewDataset
 from vmae.data.labels import LabelledList, read_class_names, read_labelled_list
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
@@ -299,7 +299,8 @@ def _report(
     views = settings["views"]
     lines = [
         f"{results['videos']} videos, {settings['clip']['num_frames']} frames x "
-        f"{views['segments']} segments x {views['crops']} crops",
+        f"{views['segments']} segments x {views['crops']} crops, "
+        f"{ClipConfig.from_dict(settings['clip']).describe_pixels()}",
         f"top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %, mean class accuracy "
         f"{results['mean_class_accuracy']:.2f} %",
     ]

@@ -289,7 +289,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the features, NAME.npy for each video"
     )
-    add_model_arguments(parser)
+    add_model_arguments(parser, views=False)
     result = parser.add_argument_group("settings that change results")
     result.add_argument(
         "--like", choices=list(PUBLISHED_STEPS), default="thumos14", help="published step: 4, or 16 frames"

@@ -22,7 +22,7 @@ from vmae.config import (
     SpeedConfig,
     _Checked,
 )
-from vmae.data.augment import CROPS, RESIZERS
+from vmae.data.augment import CROPS
 from vmae.data.loaders import LOADERS
 from vmae.data.sampling import SAMPLINGS
 from vmae.errors import InputError
@@ -108,7 +108,11 @@ class PretrainConfig(TrainingConfig):
     flip: bool = setting(
         False, "mirror half of the clips; wrong where left and right mean something, as in SSv2"
     )
-    resize: str = setting("torch", "torch; pil: pixels as published, slower", OneOf("resize", RESIZERS))
+    resize: str = setting(
+        "torch",
+        "torch; pil (or: published): the published pixels, slower",
+        OneOf("resize", ("torch", "pil"), {"published": "pil"}),
+    )
     loader: str = setting(
         "cpu", "who decodes: cpu, or dali (a GPU's decoder; some levels off)", OneOf("loader", LOADERS)
     )
