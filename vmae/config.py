@@ -142,7 +142,9 @@ class ModelConfig(_Checked):
         group=RESULTS,
     )
     patch_size: int = setting(16, "side of a tubelet in pixels", SIDE, unset="the preset's")
-    tubelet_size: int = setting(2, "depth of a tubelet in frames", FRAMES, unset="{default}")
+    tubelet_size: int = setting(
+        2, "depth of a tubelet in frames", FRAMES, aliases=("--tubelet_size",), unset="{default}"
+    )
     num_frames: int = setting(
         16,
         "frames of a clip",
@@ -305,8 +307,12 @@ class OptimConfig(_Checked):
         unset="{default} in pre-training, 5 in other training; less in short runs",
         overrules=("warmup_steps",),
     )
-    betas: tuple[float, float] = setting((0.9, 0.95), "of AdamW", SHARE_BELOW_1, aliases=("--opt_betas",))
-    eps: float = setting(1e-8, "of AdamW", Real(above=0, most=1), aliases=("--opt_eps",))
+    betas: tuple[float, float] = setting(
+        (0.9, 0.95), "of AdamW", SHARE_BELOW_1, aliases=("--opt_betas",), unset_words=("None",)
+    )
+    eps: float = setting(
+        1e-8, "of AdamW", Real(above=0, most=1), aliases=("--opt_eps",), unset_words=("None",)
+    )
     weight_decay: float = setting(
         0.05,
         "of AdamW; none for 1-d parameters, biases, positions and the mask token",
@@ -314,7 +320,12 @@ class OptimConfig(_Checked):
         aliases=("--weight_decay",),
     )
     clip_grad: float | None = setting(
-        None, "largest gradient norm", CLIP_GRAD, aliases=("--clip_grad",), unset="no clipping"
+        None,
+        "largest gradient norm",
+        CLIP_GRAD,
+        aliases=("--clip_grad",),
+        unset="no clipping",
+        unset_words=("None",),
     )
 
     def scaled_to(self, total_batch: int) -> OptimConfig:
