@@ -300,8 +300,8 @@ class Settings:
         defaults: what the command sets before anyone else does, by key.
         without_file: makes, of the flags, the command's settings where no file is given; for `plan`.
         others: flags of other programs that are accepted too.
-        adapt: (flags, file, what both set, merged) -> what follows from them: settings between the defaults and the
-            file, settings above the flags, and lines for the user.
+        adapt: (flags, file, what both set, merged) -> what follows from them: settings between the defaults
+            and the file, settings above the flags, and lines for the user.
     """
 
     def __init__(

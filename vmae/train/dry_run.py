@@ -1,4 +1,4 @@
-"""What `--dry-run` shows of a run whose files are not all there, and the placeholders of published scripts."""
+"""What `--dry-run` shows of a run whose files are not all there, and placeholders of published scripts."""
 
 from __future__ import annotations
 

@@ -80,8 +80,8 @@ _BOTH = (
         "--imagenet_default_mean_and_std", "clips are always normalised with ImageNet's mean and deviation"
     ),
     _nothing("--world_size", _LAUNCHER, 1),
-    _nothing("--local_rank", _LAUNCHER, 1),
     _nothing("--local-rank", _LAUNCHER, 1),
+    _nothing("--local_rank", _LAUNCHER, 1),
     _nothing("--dist_url", _LAUNCHER, 1),
     OtherFlag("--dist_on_itp", "takes ranks from Open MPI's variables", sets=_ranks_of_mpi, noted=False),
     _nothing(
@@ -168,8 +168,8 @@ def adapt_pretrain(
     elif published and not named:
         below["decoder_mask"] = "none"
         notes.append(
-            "note: encoder-only masking: published names without a decoder mask, as in VideoMAE V1's scripts; for "
-            " dual masking add --decoder_mask_type run_cell --decoder_mask_ratio 0.5"
+            "note: encoder-only masking: published names without a decoder mask, as in VideoMAE V1's "
+            "scripts; for dual masking add --decoder_mask_type run_cell --decoder_mask_ratio 0.5"
         )
     elif published and "decoder_ratio" not in given and given["decoder_mask"] != "none":
         notes.append(
