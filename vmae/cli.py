@@ -135,16 +135,37 @@ SETTINGS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A wrong command line gets one line, like any other wrong input, not the list of all flags before it."""
+    """A wrong command line gets one line, like any other wrong input, not the list of all flags before it.
+
+    No flag is short for another. `words` of the parsed arguments are the command's own, as written.
+    """
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **more})
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (`{self.prog} --help` tells what there is)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        namespace, rest = super().parse_known_args(words, namespace)
+        if "words" not in namespace:
+            namespace.words = words
+        return namespace, rest
 
 
 class _MainParser(_Parser):
     """`--help` lists the commands under the headings of `GROUPS`."""
 
     commands: argparse._SubParsersAction
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Raises InputError for words that no flag takes, with the nearest flag."""
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            command = self.commands.choices.get(found.command, self)
+            command.error(f"unrecognized arguments: {' '.join(rest)}{_nearest(rest, command)}")
+        return found
 
     def format_help(self) -> str:
         formatter = self._get_formatter()
@@ -234,6 +255,14 @@ def build_parser(*commands: str | None, prog: str = "vmae") -> _MainParser:
     return parser
 
 
+def _nearest(words: list[str], parser: argparse.ArgumentParser) -> str:
+    """Advice on the first of `words` that looks like a flag, where one is like it."""
+    wrong = next((word.partition("=")[0] for word in words if word.startswith("--")), None)
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    near = difflib.get_close_matches(wrong, known, n=1) if wrong else []
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def _refuse_unknown(command: str, prog: str) -> None:
     if command in COMMANDS:
         return
@@ -266,6 +295,9 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser(command, prog=prog).parse_args(argv)
         if "settings" in args:
             args.settings.complete(args)
+            if os.environ.get("RANK", "0") == "0":
+                for note in args.notes:
+                    print(note, file=sys.stderr)
         code = importlib.import_module(args.module).run(args) or 0
         sys.stdout.flush()
         return code

@@ -142,7 +142,9 @@ class ModelConfig(_Checked):
         group=RESULTS,
     )
     patch_size: int = setting(16, "side of a tubelet in pixels", SIDE, unset="the preset's")
-    tubelet_size: int = setting(2, "depth of a tubelet in frames", FRAMES, unset="{default}")
+    tubelet_size: int = setting(
+        2, "depth of a tubelet in frames", FRAMES, aliases=("--tubelet_size",), unset="{default}"
+    )
     num_frames: int = setting(
         16,
         "frames of a clip",
@@ -319,8 +321,12 @@ class OptimConfig(_Checked):
         aliases=("--warmup_lr",),
     )
     momentum: float = setting(0.9, "of sgd and momentum", SHARE_BELOW_1)
-    betas: tuple[float, float] = setting((0.9, 0.95), "of AdamW", SHARE_BELOW_1, aliases=("--opt_betas",))
-    eps: float = setting(1e-8, "of AdamW", Real(above=0, most=1), aliases=("--opt_eps",))
+    betas: tuple[float, float] = setting(
+        (0.9, 0.95), "of AdamW", SHARE_BELOW_1, aliases=("--opt_betas",), unset_words=("None",)
+    )
+    eps: float = setting(
+        1e-8, "of AdamW", Real(above=0, most=1), aliases=("--opt_eps",), unset_words=("None",)
+    )
     weight_decay: float = setting(
         0.05,
         "pulls weights to 0; not 1-d parameters, biases, positions and the mask token",
@@ -335,7 +341,12 @@ class OptimConfig(_Checked):
         unset="it stays",
     )
     clip_grad: float | None = setting(
-        None, "largest gradient norm", CLIP_GRAD, aliases=("--clip_grad",), unset="no clipping"
+        None,
+        "largest gradient norm",
+        CLIP_GRAD,
+        aliases=("--clip_grad",),
+        unset="no clipping",
+        unset_words=("None",),
     )
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
     SETTINGS = Settings(PretrainConfig, RunConfig, defaults={"model": "vit_b"})
     SETTINGS.add_to(parser)                    # a flag for each field with a help text, and `--config`
     args = SETTINGS.complete(args)             # layers: defaults < the command's < --config < flags
+                                               # args.notes: lines for the user
     OptimConfig(**chosen(OptimConfig, args))   # what was set; the rest are the class's own defaults
 
 Parsing keeps what was given apart from defaults (`args.given`), because defaults follow from presets,
@@ -17,9 +18,10 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 from argparse import SUPPRESS
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -108,6 +110,18 @@ class Key:
             return Sides(within)
         return within
 
+    def is_unset(self, value: Any) -> bool:
+        """Whether a word means that the setting keeps its default: "" of a text, or one of `unset_words`."""
+        if self.about.within is None:
+            return value == "" and "None" in self.kind
+        return str(value) in self.about.unset_words
+
+    def of_word(self, word: str) -> Any:
+        """The value of a word of a command line; argparse's `type=`."""
+        if self.is_unset(word):
+            return self.default
+        return word if self.type is None else self.type(word)
+
     def add_to(self, parser: Any, default: Any = SUPPRESS) -> None:
         """Add the flags."""
         about = self.about
@@ -117,11 +131,16 @@ class Key:
             parser.add_argument(*self.flags, action=argparse.BooleanOptionalAction, **common)
             return
         count: int | str | None = "?" if about.bare is not None else None
+        kind: Any = self.type
+        if about.unset_words or (kind is None and "None" in self.kind):
+            kind = self.of_word
+        action: Any = "store"
         if self.kind.startswith("tuple"):
             count = self.length
-        parser.add_argument(
-            *self.flags, type=self.type, nargs=count, const=about.bare, metavar=about.metavar, **common
-        )
+            if about.unset_words:
+                count, action = "+", functools.partial(_StoreTuple, length=self.length)
+        common["metavar"] = about.metavar
+        parser.add_argument(*self.flags, type=kind, nargs=count, const=about.bare, action=action, **common)
         for flags, value, told in about.constants:
             constant = {"dest": self.name, "default": SUPPRESS, "help": told or SUPPRESS}
             parser.add_argument(*flags, action="store_const", const=value, **constant)
@@ -135,6 +154,8 @@ class Key:
         within = self.about.within
         if value is None and "None" in self.kind:
             return None
+        if self.is_unset(value):
+            return self.default
         if self.is_switch or within is None:
             if not isinstance(value, bool if self.is_switch else str):
                 wanted = "true or false" if self.is_switch else "text"
@@ -150,6 +171,22 @@ class Key:
     def length(self) -> int:
         """Numbers of a tuple."""
         return self.kind.split("tuple[")[1].split("]")[0].count(",") + 1
+
+
+class _StoreTuple(argparse.Action):
+    """Keeps so many numbers, or the default that a word for "not set" stands for."""
+
+    def __init__(self, *args: Any, length: int, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.length = length
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
+    ) -> None:
+        usual = len(values) == 1 and isinstance(values[0], tuple)
+        if not usual and len(values) != self.length:
+            raise argparse.ArgumentError(self, f"expected {self.length} numbers, not {len(values)}")
+        setattr(namespace, self.dest, values[0] if usual else values)
 
 
 def _checked(value: Any, within: Limits, name: str) -> Any:
@@ -171,6 +208,90 @@ def _words(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+# --- Flags of other programs ---
+
+
+@dataclass(frozen=True)
+class OtherFlag:
+    """A flag of another program that is no setting here: accepted, not in `--help`, and a key of files too.
+
+    Attributes:
+        name: with its dashes.
+        does: what it does here, or why it changes nothing, in a line.
+        words: that follow it: 0, 1, or "+" for one or more.
+        sets: its words, joined by blanks -> the settings that it stands for, by key; where there are none,
+            a note says why. Raises InputError for words that mean nothing.
+        noted: whether a note says what it does even so.
+    """
+
+    name: str
+    does: str
+    words: int | str = 0
+    sets: Callable[[str], dict[str, Any]] | None = None
+    noted: bool = True
+
+    @property
+    def key(self) -> str:
+        """Its name in a settings file."""
+        return self.name.strip("-").replace("-", "_")
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Add the flag."""
+        count = {0: 0, 1: None}.get(self.words, "+")  # type: ignore[call-overload]
+        parser.add_argument(
+            self.name, action=_Collect, nargs=count, dest="others", help=SUPPRESS, default=SUPPRESS
+        )
+
+    def note(self, words: str) -> str:
+        """The line for the user."""
+        return f"note: {' '.join(filter(None, (self.name, words)))} {self.does}"
+
+
+class _Collect(argparse.Action):
+    """Keeps `OtherFlag`s with their words, in order."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        words = " ".join(values) if isinstance(values, list) else values
+        namespace.others = [*getattr(namespace, "others", []), (option_string, words)]
+
+
+@dataclass
+class Layer:
+    """What a command line or a settings file says.
+
+    Attributes:
+        values: settings by key.
+        written: words by the name that was written, without dashes in front: what tells `--mask_ratio` from
+            `--encoder-ratio`.
+        notes: lines on flags of other programs.
+    """
+
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    written: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+Adapt = Callable[[Layer, Layer, dict[str, Any]], tuple[dict[str, Any], dict[str, Any], list[str]]]
+
+
+def written_flags(words: Sequence[str]) -> dict[str, str]:
+    """The flags of a command line without the dashes in front, with the first word of each; the last of those
+    that come twice."""
+    found: dict[str, str] = {}
+    for number, word in enumerate(words):
+        if word.startswith("--"):
+            name, joined, value = word[2:].partition("=")
+            following = words[number + 1] if number + 1 < len(words) else ""
+            found[name] = value if joined or following.startswith("--") else following
+    return found
+
+
 class Settings:
     """The settings of a command: the fields with a help text of some configurations and of those in them.
 
@@ -178,6 +299,9 @@ class Settings:
         configs: their classes.
         defaults: what the command sets before anyone else does, by key.
         without_file: makes, of the flags, the command's settings where no file is given; for `plan`.
+        others: flags of other programs that are accepted too.
+        adapt: (flags, file, what both set, merged) -> what follows from them: settings between the defaults
+            and the file, settings above the flags, and lines for the user.
     """
 
     def __init__(
@@ -185,8 +309,11 @@ class Settings:
         *configs: type[DataclassInstance],
         defaults: dict[str, Any] | None = None,
         without_file: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        others: Iterable[OtherFlag] = (),
+        adapt: Adapt | None = None,
     ) -> None:
-        self.defaults, self.without_file = defaults or {}, without_file
+        self.defaults, self.without_file, self.adapt = defaults or {}, without_file, adapt
+        self.others = {flag.name: flag for flag in others}
         self.keys: dict[str, Key] = {}
         for config in configs:
             self._add(config)
@@ -221,13 +348,16 @@ class Settings:
                 group.add_argument("--config", metavar="FILE.yaml", help=told)
                 told = "check everything, print the resolved settings, write nothing"
                 group.add_argument("--dry-run", action="store_true", help=told)
+        for flag in self.others.values():
+            if flag.name not in parser._option_string_actions:
+                flag.add_to(parser)
         parser.set_defaults(settings=self)
 
     def complete(self, args: argparse.Namespace) -> argparse.Namespace:
         """Parsed flags with the other layers below them; nothing is done a second time.
 
         `args.given` holds what any layer set; each setting is an attribute too, None where its default
-        follows from others.
+        follows from others. `args.notes` are lines for the user.
 
         Raises:
             InputError: a file that cannot be read, a key or value in it that is wrong, or a setting that has
@@ -235,22 +365,56 @@ class Settings:
         """
         if "given" in args:
             return args
-        flags = {name: getattr(args, name) for name in self.keys if name in args}
-        file: dict[str, Any] = {}
+        flags = Layer(
+            {name: value for name in self.keys if (value := getattr(args, name, MISSING)) is not MISSING}
+        )
+        flags.written = written_flags(getattr(args, "words", ()))
+        for name, words in getattr(args, "others", ()):
+            self._take(self.others[name], words, flags)
+        file = Layer()
         if args.config:
-            file = self.read(args.config)
+            file = self._read(args.config)
         elif self.without_file is not None:
-            file = self.without_file(flags)
-        given = self.merge(self.defaults, file, flags)
-        missing = [key for key in self.keys.values() if key.name not in given and _is_required(key)]
+            file.values = self.without_file(flags.values)
+        below, above, notes = {}, {}, [*file.notes, *flags.notes]
+        if self.adapt is not None:
+            said = self.merge(file.values, flags.values)
+            said = {name: value for name, value in said.items() if value is not None}
+            below, above, more = self.adapt(flags, file, said)
+            notes += more
+        given = self.merge(self.defaults, below, file.values, flags.values, above)
+        self._check_required(given)
+        for key in self.keys.values():
+            setattr(args, key.name, given.get(key.name, key.open))
+        args.given, args.notes = given, list(dict.fromkeys(notes))
+        return args
+
+    def _check_required(self, given: dict[str, Any]) -> None:
+        needed = [key for key in self.keys.values() if _is_required(key)]
+        missing = [key for key in needed if key.name not in given]
         if missing:
             names = ", ".join("/".join(key.flags) for key in missing)
             keys = ", ".join(key.name for key in missing)
             raise InputError(f"the following arguments are required: {names} (or {keys} in --config)")
-        for key in self.keys.values():
-            setattr(args, key.name, given.get(key.name, key.open))
-        args.given = given
-        return args
+        empty = next((key for key in needed if given[key.name] == ""), None)
+        if empty is not None:
+            raise InputError(f"{'/'.join(empty.flags)} is empty: {empty.about.help}")
+
+    def _take(self, flag: OtherFlag, words: str, layer: Layer) -> None:
+        """Add what a flag of another program stands for to a layer.
+
+        Raises:
+            InputError: its words mean nothing, or the layer says something else.
+        """
+        values = flag.sets(words) if flag.sets is not None else {}
+        for name, value in values.items():
+            if layer.values.setdefault(name, value) != value:
+                raise InputError(
+                    f"{flag.name} stands for {self.keys[name].flags[0]} {_words(value)}, but "
+                    f"{_words(layer.values[name])} is given too: leave one of them out"
+                )
+        if flag.noted and not values:
+            layer.notes.append(flag.note(words))
 
     def merge(self, *layers: dict[str, Any]) -> dict[str, Any]:
         """Later layers on top; what one overrules is dropped from those below it."""
@@ -269,23 +433,41 @@ class Settings:
         Raises:
             InputError: it cannot be read, or a key or value is wrong; names file and key.
         """
+        return self._read(path).values
+
+    def _read(self, path: str | Path) -> Layer:
+        """A YAML file as a layer."""
         names = {
             flag.strip("-").replace("-", "_"): key.name for key in self.keys.values() for flag in key.flags
         }
-        found: dict[str, Any] = {}
+        others = {flag.key: flag for flag in self.others.values() if flag.key not in names}
+        layer, taken = Layer(), []
         for written, value in read_yaml(path):
-            name = names.get(written.replace("-", "_"))
-            if name is None:
-                near = difflib.get_close_matches(written, names, n=1)
-                advice = f"; did you mean {near[0]}?" if near else "; keys are names of flags, with _ for -"
-                raise InputError(f"{path}: unknown setting {shown(written)}{advice}")
-            if name in found:
-                raise InputError(f"{path}: {name} is set twice")
+            name, other = names.get(written.replace("-", "_")), others.get(written.replace("-", "_"))
+            layer.written[written] = value
             try:
-                found[name] = self.keys[name].of_file(value)
+                if other is not None:
+                    if value is not False:
+                        taken.append((other, _words_of_file(other, value)))
+                    continue
+                if name is None:
+                    near = difflib.get_close_matches(written, [*names, *others], n=1)
+                    advice = (
+                        f"; did you mean {near[0]}?" if near else "; keys are names of flags, with _ for -"
+                    )
+                    raise InputError(f"unknown setting {shown(written)}{advice}")
+                if name in layer.values:
+                    raise InputError(f"{name} is set twice")
+                if (found := self.keys[name].of_file(value)) is not MISSING:
+                    layer.values[name] = found
             except InputError as error:
                 raise InputError(f"{path}: {error}") from None
-        return found
+        for other, words in taken:
+            try:
+                self._take(other, words, layer)
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
+        return layer
 
     def resolved(self, args: argparse.Namespace, *configs: DataclassInstance) -> dict[str, Any]:
         """All settings of a run by key: what was given, and what the configurations made of it."""
@@ -293,6 +475,22 @@ class Settings:
         if "effective_batch" in values:
             values.pop("accumulate", None)
         return {name: values[name] for name in self.keys if values.get(name) is not None}
+
+
+def _words_of_file(flag: OtherFlag, value: Any) -> str:
+    """The words that a key of a file stands for.
+
+    Raises:
+        InputError: it is neither text nor numbers, or a value of a switch.
+    """
+    parts = value if isinstance(value, list) else [value]
+    if flag.words == 0:
+        if value is not True:
+            raise InputError(f"{flag.key} must be true or false, not {shown(value)}")
+        return ""
+    if not parts or not all(isinstance(part, (str, int, float)) or part is None for part in parts):
+        raise InputError(f"{flag.key} must be text or a number, not {shown(value)}")
+    return " ".join("" if part is None else str(part) for part in parts)
 
 
 def _order(group: str) -> int:

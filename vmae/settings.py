@@ -211,6 +211,7 @@ class Setting:
         group: heading in `--help`; None: `group` of the configuration.
         bare: value of the flag alone, without a word; None: it needs one.
         constants: (flags, the value that they stand for, their help or None to hide them).
+        unset_words: words that mean the default, as the published code's own defaults are written.
         overrules: keys whose values this one makes void, where they were set on a lower layer.
         hidden: not in `--help`.
     """
@@ -224,6 +225,7 @@ class Setting:
     group: str | None = None
     bare: Any = None
     constants: tuple[tuple[tuple[str, ...], Any, str | None], ...] = ()
+    unset_words: tuple[str, ...] = ()
     overrules: tuple[str, ...] = ()
     hidden: bool = False
 

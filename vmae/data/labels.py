@@ -91,17 +91,21 @@ def read_labelled_list(
     *,
     num_classes: int | None = None,
     frame_pattern: str = DEFAULT_PATTERN,
+    first_frame: int = 1,
 ) -> LabelledList:
     """Read a labelled list (format: see the module) and check that everything it names is there.
 
     Args:
         data_root: see `read_list`.
         num_classes: size of the label space; None takes the largest label plus 1.
+        frame_pattern: file names of frames where no `#!` line says them; one that is not the default counts
+            before the published conventions.
+        first_frame: number of a folder's first image where the line does not say it.
 
     Raises:
         InputError: see `read_list`; a line without a label; a label out of range (with its line).
     """
-    entries, problems, labels = _read_labelled(path, data_root, num_classes, frame_pattern)
+    entries, problems, labels = _read_labelled(path, data_root, num_classes, frame_pattern, first_frame)
     raise_problems(path, data_root, problems, len(entries))
     total = num_classes or max(max(own) for own in labels) + 1
     return LabelledList(entries, labels, total, any(len(own) > 1 for own in labels))
@@ -115,9 +119,11 @@ def _read_labelled(
     data_root: str | Path | None,
     num_classes: int | None,
     frame_pattern: str = DEFAULT_PATTERN,
+    first_frame: int = 1,
 ) -> tuple[list[VideoEntry], _Problems, list[tuple[int, ...]]]:
     """Entries, problems (see `read_list_with_problems`), and the entries' labels."""
     found: dict[int, tuple[int, ...]] = {}
+    named = None if frame_pattern == DEFAULT_PATTERN else frame_pattern
 
     def parse_line(content: str, where: str, number: int, stride: int | None, pattern: str | None) -> Line:
         match = _LABELS.fullmatch(content)
@@ -131,7 +137,7 @@ def _read_labelled(
                 known = f"0 to {num_classes - 1} ({num_classes} classes)"
             raise InputError(f"{where}: label {wrong} is out of range; labels are {known}")
         found[number] = labels
-        return Line(number, _readings(match[1]), stride, pattern)
+        return Line(number, _readings(match[1], first_frame), stride, pattern or named)
 
     entries, problems = read_list_with_problems(
         path, data_root, frame_pattern=frame_pattern, parse_line=parse_line
@@ -139,15 +145,15 @@ def _read_labelled(
     return entries, problems, [found[entry.line] for entry in entries]
 
 
-def _readings(content: str) -> tuple[tuple[str, int, int], ...]:
+def _readings(content: str, first: int = 1) -> tuple[tuple[str, int, int], ...]:
     """What the columns before the label can mean: (path, start, total), the likelier first."""
     match = _NUMBERS.fullmatch(content)
     if match is None:
         return ((content, 0, -1),)
     if match[3] is None:
-        return ((match[1], 1, whole(match[2])), (content, 0, -1))
+        return ((match[1], first, whole(match[2])), (content, 0, -1))
     start, total = whole(match[2]), whole(match[3])
-    return ((match[1], start, total), (f"{match[1]} {match[2]}", 1, total), (content, 0, -1))
+    return ((match[1], start, total), (f"{match[1]} {match[2]}", first, total), (content, 0, -1))
 
 
 # --- Lists of either kind ---

@@ -159,12 +159,15 @@ class Mix(Sequence):
         return cached[1]
 
 
-def read_data(path: str | Path, data_root: str | Path | None = None) -> Mix:
+def read_data(
+    path: str | Path, data_root: str | Path | None = None, *, frame_pattern: str = DEFAULT_PATTERN
+) -> Mix:
     """Read a mix (YAML), or a single list or folder of videos as a mix of one source.
 
     Args:
         path: ends in .yaml or .yml for a mix; anything else is a list file or a folder.
         data_root: see `read_list`; for a mix, where relative roots and lists start.
+        frame_pattern: see `read_list`; a source of a mix has its own.
 
     Raises:
         InputError: see `read_list`; a mix that is no YAML, lacks a key or has an unknown one, or a wrong
@@ -172,7 +175,7 @@ def read_data(path: str | Path, data_root: str | Path | None = None) -> Mix:
     """
     if Path(path).suffix.lower() in MIX_SUFFIXES and not Path(path).is_dir():
         return _read_mix(Path(path), data_root)
-    entries = read_list(path, data_root)
+    entries = read_list(path, data_root, frame_pattern=frame_pattern)
     root = str(data_root)
     if data_root is None or os.path.isdir(path):
         root = _root_of(path)

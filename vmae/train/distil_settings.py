@@ -11,6 +11,7 @@ from vmae.flags import Settings
 from vmae.settings import SHARE, Real, ranged, setting
 from vmae.train.finetune_settings import DEFAULTS, FinetuneConfig, FinetuneSettings
 from vmae.train.pretrain_settings import EPOCHS, RunConfig
+from vmae.train.published_flags import adapt_data_set
 
 TEACHER = "teacher (changes results)"
 
@@ -66,5 +67,5 @@ class DistilSettings(FinetuneSettings):
     )
 
 
-SETTINGS = Settings(DistilConfig, RunConfig, DistilSettings, defaults=DEFAULTS)
+SETTINGS = Settings(DistilConfig, RunConfig, DistilSettings, defaults=DEFAULTS, adapt=adapt_data_set)
 add_arguments = SETTINGS.add_to

@@ -12,7 +12,9 @@ from vmae.config import DATA, POOLINGS, START, ModelConfig, OptimConfig, StartSe
 from vmae.data.augment import image_hw
 from vmae.data.augment_classify import AugmentConfig, RandAugmentText
 from vmae.data.classify_dataset import ClipConfig
+from vmae.data.data_sets import DATA_SETS
 from vmae.data.labels import read_class_names
+from vmae.data.manifest import DEFAULT_PATTERN
 from vmae.errors import InputError
 from vmae.flags import Settings, chosen
 from vmae.settings import (
@@ -21,6 +23,7 @@ from vmae.settings import (
     SHARE_BELOW_1,
     OneOf,
     Real,
+    Whole,
     setting,
     setting_like,
 )
@@ -33,6 +36,7 @@ from vmae.train.pretrain_settings import (
     run_from_args,
     training_from_args,
 )
+from vmae.train.published_flags import FINETUNE_FLAGS, adapt_finetune
 
 __all__ = ["FinetuneConfig", "add_arguments", "configs_from_args", "list_of", "model_from_args"]
 
@@ -103,10 +107,19 @@ class FinetuneConfig(SupervisedConfig):
         help="without --classes",
         within=CLASSES,
         aliases=("--nb_classes",),
+        unset_words=("-1",),
         unset="largest label + 1",
         group=DATA,
     )
     data_root: str | None = setting_like(PretrainConfig, "data_root", None)
+    frame_pattern: str = setting_like(PretrainConfig, "frame_pattern", DEFAULT_PATTERN)
+    first_frame: int = setting(
+        1,
+        "number of a frame folder's first image, where the list says nothing else",
+        Whole(0, 10**9),
+        aliases=("--start_idx",),
+        group=DATA,
+    )
     class_names: tuple[str, ...] | None = None
     multi_label: bool = setting(False, "a loss for each class (found in the list otherwise)")
     probe: str = setting(
@@ -164,6 +177,15 @@ class FinetuneConfig(SupervisedConfig):
 class FinetuneSettings(StartSettings):
     """Of `finetune` and `distil`, beside their configurations."""
 
+    data_set: str | None = setting(
+        None,
+        f"published rules of a data set (class count, sampling, flips): {', '.join(DATA_SETS)}",
+        OneOf("data set", DATA_SETS),
+        aliases=("--data_set",),
+        metavar="NAME",
+        unset="the list's labels decide",
+        group=DATA,
+    )
     classes: str | None = setting(None, "class names: a name a line, or JSON", metavar="FILE", group=DATA)
     augment: str = setting(
         "published",
@@ -183,7 +205,14 @@ class FinetuneSettings(StartSettings):
 
 
 DEFAULTS = {"lr": 1e-3, "min_lr": 1e-6, "betas": (0.9, 0.999), "batch_size": 64, "drop_path": 0.1}
-SETTINGS = Settings(FinetuneConfig, RunConfig, FinetuneSettings, defaults=DEFAULTS)
+SETTINGS = Settings(
+    FinetuneConfig,
+    RunConfig,
+    FinetuneSettings,
+    defaults=DEFAULTS,
+    others=FINETUNE_FLAGS,
+    adapt=adapt_finetune,
+)
 add_arguments = SETTINGS.add_to
 
 

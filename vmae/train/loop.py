@@ -100,6 +100,7 @@ class Trainer:
         sources, count_sources: names of the data's sources, and micro-batch -> clips of each, for the logs.
         flops_per_clip: of forward and backward, for the utilisation in the logs.
         tensorboard: also write TensorBoard files.
+        board: folder of these; None means one in the run's folder.
         on_first_batch: called with the first micro-batch of this start, on the device.
     """
 
@@ -124,6 +125,7 @@ class Trainer:
         count_sources: Callable[[TrainingBatch], Sequence[int]] | None = None,
         flops_per_clip: float | None = None,
         tensorboard: bool = True,
+        board: Path | None = None,
         on_first_batch: Callable[[TrainingBatch], None] | None = None,
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
@@ -134,7 +136,7 @@ class Trainer:
         self.device = self.parallel.device
         self.weigh, self.after_step, self.flops_per_clip = weigh, after_step, flops_per_clip
         self.sources, self.count_sources = tuple(sources), count_sources
-        self.tensorboard, self.on_first_batch = tensorboard, on_first_batch
+        self.tensorboard, self.board, self.on_first_batch = tensorboard, board, on_first_batch
         self.state = TrainingState(bare(model), optimizer, companions or {})
         self.guard = FiniteGuard(optimizer, self.device)
         self.step = 0  # optimizer steps done
@@ -195,7 +197,14 @@ class Trainer:
         if not self.parallel.is_main:
             return NoLog()
         folder = self.saver.folder
-        return RunLog(folder.folder, self.step, self.config.total_steps, self.tensorboard, check=folder.check)
+        return RunLog(
+            folder.folder,
+            self.step,
+            self.config.total_steps,
+            self.tensorboard,
+            check=folder.check,
+            board=self.board,
+        )
 
     def train_step(self, batches: Iterator[TrainingBatch]) -> None:
         """All of one step; `self.step` counts it, unless a stop was asked for."""

@@ -34,6 +34,7 @@ from vmae.files.json_files import read_json, read_json_lines
 from vmae.masking import DualMask
 from vmae.model.cost import peak_flops
 from vmae.train.compiled import CompileWatch
+from vmae.train.pretrain_settings import RunConfig
 from vmae_kernels import patch_loss, patch_targets_ref
 
 try:
@@ -117,6 +118,13 @@ def loss_of_last_tenth(records: list[dict[str, Any]], total_steps: int) -> float
     return sum(losses) / len(losses) if losses else None
 
 
+def board_folder(run: RunConfig) -> Path:
+    """Where TensorBoard files of a run go: `log_dir`, unless that is the run's own folder."""
+    if run.log_dir is None or Path(run.log_dir).absolute() == Path(run.output).absolute():
+        return Path(run.output) / BOARD_NAME
+    return Path(run.log_dir)
+
+
 @dataclass
 class RunLog:
     """Where the steps of a run are written: `log.jsonl`, TensorBoard and the terminal.
@@ -131,6 +139,7 @@ class RunLog:
         stream: the terminal; None means stderr. A progress bar where it is one, else a line at most every
             `quiet_s` seconds.
         check: raises InputError where the folder is no longer the run's, see `FolderLock.check`.
+        board: folder of TensorBoard files; None means `tensorboard` in `folder`.
 
     Raises:
         InputError: a file cannot be written; also by `record` and `close`.
@@ -143,12 +152,14 @@ class RunLog:
     stream: IO | None = None
     quiet_s: float = 10.0
     check: Callable[[], None] = lambda: None
+    board: Path | None = None
     whole_run: StepMeter = field(default_factory=StepMeter)
     compiled: CompileWatch = field(default_factory=CompileWatch)
 
     def __post_init__(self) -> None:
         self.stream = self.stream or sys.stderr
         self.path = self.folder / LOG_NAME
+        self.board = self.board or self.folder / BOARD_NAME
         self._cut_back()
         self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self._writer = self._open_tensorboard() if self.tensorboard else None
@@ -188,8 +199,8 @@ class RunLog:
             return None
         self._thread_error, threading.excepthook = threading.excepthook, self._on_thread_error
         try:
-            with self._telling(self.folder / BOARD_NAME):
-                return SummaryWriter(str(self.folder / BOARD_NAME), purge_step=self.start_step + 1)
+            with self._telling(self.board):
+                return SummaryWriter(str(self.board), purge_step=self.start_step + 1)
         except InputError:
             threading.excepthook = self._thread_error
             raise
@@ -242,7 +253,7 @@ class RunLog:
                     named = {f"{key}/{name}": number for name, number in value.items()}
                 for name, number in named.items():
                     if name != "step" and number is not None:
-                        with self._telling(self.folder / BOARD_NAME):
+                        with self._telling(self.board):
                             self._writer.add_scalar(name, number, values["step"])
 
     def _append(self, line: bytes) -> None:
@@ -306,7 +317,7 @@ class RunLog:
         if self._writer is None:
             return
         try:
-            with self._telling(self.folder / BOARD_NAME):
+            with self._telling(self.board):
                 self._writer.close()
         except InputError:
             if error is None:

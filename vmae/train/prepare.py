@@ -20,6 +20,7 @@ from vmae.data.list_identity import identify_list, list_changes
 from vmae.data.video_dataset import VideoDataset
 from vmae.errors import InputError
 from vmae.files.folder_lock import FolderLock
+from vmae.settings import STEPS
 from vmae.train.checks import check_output, resolve_compile
 from vmae.train.loop import LoopConfig
 from vmae.train.optim import CosineSchedule, OptimConfig, optimizer_notes, weight_decay_schedule
@@ -140,7 +141,8 @@ def prepare(task: Task, run: RunConfig, parallel: Parallel) -> Prepared:
     """
     speed, notes = resolve_compile(run.speed, parallel.device)
     task.run, task.parallel = dataclasses.replace(run, speed=speed), parallel
-    check_output(Path(run.output))
+    for folder in filter(None, (run.output, run.log_dir)):
+        check_output(Path(folder))
     notes += task.check()
     task.dataset, about_data = task.read_data()
     notes += [*about_data, *optimizer_notes(task.config.optim)]
@@ -193,7 +195,8 @@ def build_schedule(config: TaskConfig, optim: OptimConfig) -> CosineSchedule:
 
 
 def resolve_lengths(task: Task) -> tuple[OptimConfig, int]:
-    """Fill in `effective_batch`, `steps` and `warmup_steps` of the task's settings, and check them.
+    """Fill in `effective_batch`, `steps`, `warmup_steps` and `save_every` of the task's settings, and check
+    them.
 
     Returns:
         The optimizer's settings at that batch; the steps of an epoch.
@@ -215,6 +218,9 @@ def resolve_lengths(task: Task) -> tuple[OptimConfig, int]:
     if warmup is None:
         warmup = int(config.optim.warmup_epochs * steps_per_epoch)
     task.config = dataclasses.replace(config, effective_batch=batch, steps=steps, warmup_steps=warmup)
+    if run.save_every_epochs is not None:
+        run = dataclasses.replace(run, save_every=min(run.save_every_epochs * steps_per_epoch, STEPS.most))
+        task.run = run
     optim = task.scaled_optim(batch)
     build_schedule(task.config, optim)
     LoopConfig(total_steps=steps, dtype=config.dtype, log_every=run.log_every, save_every=run.save_every)

@@ -24,10 +24,12 @@ from vmae.config import (
 )
 from vmae.data.augment import CROPS
 from vmae.data.loaders import LOADERS
+from vmae.data.manifest import DEFAULT_PATTERN
 from vmae.data.sampling import SAMPLINGS
 from vmae.errors import InputError
 from vmae.flags import Settings, chosen
 from vmae.settings import BATCH, COUNT, FPS, SEED, SHARE, STEPS, STRIDE, OneOf, Whole, setting, setting_like
+from vmae.train.published_flags import PRETRAIN_FLAGS, adapt_pretrain
 
 EPOCHS, WARMUP_STEPS, EFFECTIVE_BATCH = Whole(1, 10**9), Whole(0, STEPS.most), Whole(1, 2**40)
 OPTIMIZER = OptimConfig.group
@@ -60,6 +62,7 @@ class TrainingConfig(_Checked):
         "linear warm-up in steps, instead of epochs",
         WARMUP_STEPS,
         aliases=("--warmup_steps",),
+        unset_words=("-1",),
         group=OPTIMIZER,
     )
     seed: int = setting(0, "of weights, samples, masks and augmentation", SEED)
@@ -67,6 +70,7 @@ class TrainingConfig(_Checked):
     init: str | None = setting(
         None,
         "weights to start from: a run's folder, a checkpoint, or a file (.pth, .safetensors)",
+        aliases=("--finetune",),
         metavar="WEIGHTS",
         group=DATA,
     )
@@ -87,6 +91,13 @@ class PretrainConfig(TrainingConfig):
     )
     data_root: str | None = setting(
         None, "where the list's relative paths start", aliases=("--data_root",), metavar="DIR", group=DATA
+    )
+    frame_pattern: str = setting(
+        DEFAULT_PATTERN,
+        "files of frame folders, where the list says nothing else",
+        aliases=("--fname_tmpl",),
+        metavar="PATTERN",
+        group=DATA,
     )
     stride: int = setting(
         4,
@@ -158,7 +169,18 @@ class RunConfig(_Checked):
             ),
         ),
     )
-    save_every: int = setting(1000, "steps from one checkpoint to the next", STEPS)
+    save_every: int = setting(
+        1000, "steps from one checkpoint to the next", STEPS, overrules=("save_every_epochs",)
+    )
+    save_every_epochs: int | None = setting(
+        None,
+        "epochs from one checkpoint to the next, instead of --save-every",
+        EPOCHS,
+        aliases=("--save_ckpt_freq",),
+        metavar="EPOCHS",
+        unset="none",
+        overrules=("save_every",),
+    )
     keep: int = setting(3, "newest checkpoints that stay", COUNT)
     keep_every: int | None = setting(
         None, "checkpoints of steps that this divides stay as well", STEPS, metavar="STEPS", unset="none"
@@ -166,6 +188,9 @@ class RunConfig(_Checked):
     async_save: bool = setting(False, "write checkpoints while training goes on")
     log_every: int = setting(10, "steps from one log line to the next", STEPS)
     tensorboard: bool = setting(True, "TensorBoard files")
+    log_dir: str | None = setting(
+        None, "where they go", aliases=("--log_dir",), metavar="DIR", unset="tensorboard, in the run's folder"
+    )
     max_bad_share: float = setting(0.05, "bad videos that do not stop a run, of all", SHARE)
     allow_list_change: bool = setting(
         False,
@@ -189,7 +214,14 @@ class RunConfig(_Checked):
         return self.batch_size * self.accumulate * ranks
 
 
-SETTINGS = Settings(PretrainConfig, RunConfig, ModelSettings, defaults={"model": USUAL_MODEL})
+SETTINGS = Settings(
+    PretrainConfig,
+    RunConfig,
+    ModelSettings,
+    defaults={"model": USUAL_MODEL},
+    others=PRETRAIN_FLAGS,
+    adapt=adapt_pretrain,
+)
 add_arguments = SETTINGS.add_to
 
 

@@ -10,7 +10,7 @@ import torch
 
 from vmae.checkpoint.folder import AVERAGED_NAME, WEIGHTS_NAME
 from vmae.data.quarantine import QUARANTINE_NAME
-from vmae.train.metrics import BOARD_NAME, LOG_NAME, RUN_NAME, loss_of_last_tenth, read_log
+from vmae.train.metrics import LOG_NAME, RUN_NAME, board_folder, loss_of_last_tenth, read_log
 from vmae.train.prepare import Prepared
 
 
@@ -49,7 +49,7 @@ def summary(prepared: Prepared, steps: int, seconds: float) -> list[str]:
         steps, seconds: of this start.
     """
     task, folder = prepared.task, prepared.folder
-    log, board = folder / LOG_NAME, folder / BOARD_NAME
+    log, board = folder / LOG_NAME, board_folder(prepared.run)
     loss = loss_of_last_tenth(read_log(log), prepared.total_steps)
     final = "not logged" if loss is None else f"{loss:.4f}"
     names = " (published names)" if task.weights_name == WEIGHTS_NAME else ""

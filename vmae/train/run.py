@@ -25,8 +25,16 @@ from vmae.files.folder_lock import FolderLock
 from vmae.files.yaml_files import write_settings
 from vmae.flags import settled
 from vmae.train.activations import prepare_blocks
+from vmae.train.dry_run import show_settings
 from vmae.train.loop import LoopConfig, Trainer
-from vmae.train.metrics import LOG_NAME, add_to_run_file, describe_start, read_log, write_run_file
+from vmae.train.metrics import (
+    LOG_NAME,
+    add_to_run_file,
+    board_folder,
+    describe_start,
+    read_log,
+    write_run_file,
+)
 from vmae.train.parallel import open_parallel
 from vmae.train.prepare import Prepared, prepare
 from vmae.train.pretrain_settings import RunConfig
@@ -105,7 +113,12 @@ def run_task(task: Task, run: RunConfig, args: argparse.Namespace) -> int:
     """
     speed = run.speed
     with open_parallel(speed.parallel, run.device, shard_size=speed.shard_size) as parallel:
-        prepared = prepare(task, run, parallel)
+        try:
+            prepared = prepare(task, run, parallel)
+        except InputError:
+            if args.dry_run and parallel.is_main:
+                show_settings(task.config, run)
+            raise
         prepared.settings = args.settings.resolved(args, prepared.config, run)
         if args.dry_run:
             if parallel.is_main:
@@ -221,6 +234,7 @@ def build_trainer(prepared: Prepared) -> Trainer:
         count_sources=prepared.dataset.count_sources,
         flops_per_clip=task.flops_per_clip(),
         tensorboard=run.tensorboard,
+        board=board_folder(run),
         on_first_batch=task.on_first_batch,
     )
     if prepared.checkpoint:

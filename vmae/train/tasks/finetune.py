@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import sys
 from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
@@ -19,19 +21,23 @@ from vmae.checkpoint.start import Start, start_classifier
 from vmae.data.augment import image_hw
 from vmae.data.augment_classify import draw_mixing, mix_clips, mix_targets
 from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
+from vmae.data.data_sets import DATA_SETS, USUAL
 from vmae.data.dataset import check_decodable
-from vmae.data.labels import LabelledList, read_class_names, read_label_map, read_labelled_list
+from vmae.data.labels import HEAD_NAMES, LabelledList, read_class_names, read_label_map, read_labelled_list
 from vmae.data.video_dataset import SampleKey
 from vmae.errors import InputError
 from vmae.model import Classifier, build_classifier
+from vmae.train.dry_run import find_absent, is_main, show_settings, tell_absent
 from vmae.train.ema import WeightAverage
 from vmae.train.finetune_settings import (
+    TRAINING_LISTS,
     FinetuneConfig,
     add_arguments,
     configs_from_args,
     list_of,
 )
 from vmae.train.pretrain_settings import RunConfig
+from vmae.train.published_flags import in_published_words
 from vmae.train.run import run_task
 from vmae.train.state import Companion
 from vmae.train.tasks.supervised import Source, SupervisedTask, model_for, source_from_args
@@ -41,7 +47,25 @@ __all__ = ["FinetuneConfig", "FinetuneTask", "add_arguments", "run"]
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
-    config, run_config, source = settings_of(args)
+    absent = find_absent(
+        args,
+        {
+            "--data": args.data,
+            "--data-root": args.data_root,
+            "--init": args.init,
+            "--classes": args.classes,
+            "--label-map": args.label_map,
+        },
+    )
+    if absent:
+        show_without_files(args)
+        return tell_absent(absent)
+    try:
+        config, run_config, source = settings_of(args)
+    except InputError:
+        if args.dry_run:
+            show_without_files(args)
+        raise
     return run_task(FinetuneTask(config, source), run_config, args)
 
 
@@ -55,7 +79,39 @@ def settings_of(args: argparse.Namespace) -> tuple[FinetuneConfig, RunConfig, So
     config, run_config = configs_from_args(args, model_for(args, source), _count_classes(args))
     if source is not None and config.pooling == "mean" and "pooling" not in args.given:
         config = dataclasses.replace(config, pooling=source.tuned_pooling or "mean")
-    return config, run_config, source
+    return _with_published_head(args, config, source), run_config, source
+
+
+def show_without_files(args: argparse.Namespace) -> None:
+    """Print the settings of a dry run that can be known without its files; see `show_settings`."""
+    count = args.num_classes or (DATA_SETS[USUAL].num_classes if in_published_words(args) else None)
+    data = os.path.join(args.data, TRAINING_LISTS[0]) if os.path.isdir(args.data) else args.data
+    bare = argparse.Namespace(**{**vars(args), "classes": None, "data": data})
+    config, run_config = configs_from_args(bare, model_for(args, None), count or 1)
+    show_settings(config, run_config, **({} if count else {"num_classes": None}))
+
+
+def _with_published_head(
+    args: argparse.Namespace, config: FinetuneConfig, source: Source | None
+) -> FinetuneConfig:
+    """`config` for a data set that is named: a head of other classes than its own starts anew, as published.
+    K710's heads become those of other Kinetics sets, which `start_classifier` does."""
+    rows = (
+        {}
+        if source is None
+        else {name: source.state[name].shape[0] for name in HEAD_NAMES if name in source.state}
+    )
+    count = max(rows.values(), default=config.num_classes)
+    kept = count == config.num_classes or config.label_map or config.new_head
+    if args.data_set is None or kept or (count == 710 and args.data_set.startswith("Kinetics")):
+        return config
+    if is_main():
+        print(
+            f"note: {args.init} has a head of {count} classes, {args.data_set} has {config.num_classes}: the "
+            "head starts anew, as in the published program",
+            file=sys.stderr,
+        )
+    return dataclasses.replace(config, new_head=True)
 
 
 def _count_classes(args: argparse.Namespace) -> int:
@@ -68,7 +124,17 @@ def _count_classes(args: argparse.Namespace) -> int:
         return len(names)
     if args.num_classes is not None:
         return args.num_classes
-    return read_labelled_list(list_of(args.data), args.data_root).num_classes
+    found = read_labelled_list(
+        list_of(args.data), args.data_root, frame_pattern=args.frame_pattern, first_frame=args.first_frame
+    ).num_classes
+    if in_published_words(args) and is_main():
+        usual = DATA_SETS[USUAL].num_classes
+        print(
+            f"note: {found} classes, the list's largest label + 1; the published program takes {USUAL} and "
+            f"{usual} where no --data_set is named",
+            file=sys.stderr,
+        )
+    return found
 
 
 def classification_loss(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
@@ -102,7 +168,13 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
     def read_labels(self) -> tuple[LabelledList, list[str]]:
         """The labelled list, and lines on what is wrong with it."""
         config = self.config
-        labelled = read_labelled_list(config.data, config.data_root, num_classes=config.num_classes)
+        labelled = read_labelled_list(
+            config.data,
+            config.data_root,
+            num_classes=config.num_classes,
+            frame_pattern=config.frame_pattern,
+            first_frame=config.first_frame,
+        )
         failed = check_decodable(labelled.entries)
         notes = [f"note: skipped, cannot be decoded: {error}" for _, error in failed]
         lacking = config.num_classes - len({label for own in labelled.labels for label in own})

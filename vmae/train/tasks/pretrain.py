@@ -17,6 +17,7 @@ from vmae.masking import DualMask
 from vmae.model import Pretrainer, build_pretrainer
 from vmae.model.cost import masked_macs
 from vmae.train.checks import check_mask
+from vmae.train.dry_run import find_absent, show_settings, tell_absent
 from vmae.train.metrics import trivial_losses
 from vmae.train.pretrain_settings import PretrainConfig, add_arguments, configs_from_args
 from vmae.train.run import run_task
@@ -28,6 +29,12 @@ __all__ = ["PretrainConfig", "PretrainTask", "add_arguments", "run"]
 def run(args: argparse.Namespace) -> int:
     """The command."""
     config, run_config = configs_from_args(args)
+    absent = find_absent(
+        args, {"--data": config.data, "--data-root": config.data_root, "--init": config.init}
+    )
+    if absent:
+        show_settings(config, run_config)
+        return tell_absent(absent)
     return run_task(PretrainTask(config), run_config, args)
 
 
@@ -47,7 +54,7 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
 
     def read_data(self) -> tuple[PretrainDataset, list[str]]:
         config = self.config
-        entries = read_data(config.data, config.data_root)
+        entries = read_data(config.data, config.data_root, frame_pattern=config.frame_pattern)
         notes = [f"note: skipped, cannot be decoded: {error}" for _, error in check_decodable(entries)]
         dataset = PretrainDataset(
             entries,
