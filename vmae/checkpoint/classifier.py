@@ -13,6 +13,8 @@ from vmae.data.classify_dataset import ClipConfig
 from vmae.data.labels import read_label_map
 from vmae.model import Classifier
 
+NO_MAP = "none"
+
 
 @dataclass
 class LoadedClassifier:
@@ -54,7 +56,7 @@ def load_classifier(
         checkpoint: see `read_checkpoint`.
         preset: architecture, for files that do not say it.
         averaged: the run's averaged weights instead.
-        label_map: file that says which of the head's classes to keep.
+        label_map: file that says which of the head's classes to keep; "none" is as without one.
         source: frames and side of the clips that the weights are of, for files that do not say it.
         clip: settings of `ClipConfig` to change.
 
@@ -64,7 +66,7 @@ def load_classifier(
     read = read_checkpoint(checkpoint, averaged=averaged, preset=preset, frames=source[0], size=source[1])
     own, settings, clip = read.config, read.settings, clip or {}
     classes = head_classes(read)
-    kept = None if label_map is None else read_label_map(label_map, source_classes=classes)
+    kept = None if label_map in (None, NO_MAP) else read_label_map(label_map, source_classes=classes)
     size = {"num_frames": own.num_frames, "image_size": own.img_size}
     seen = ClipConfig.from_dict({**size, **settings.get("clip", {}), **clip})
     model, report = to_model(

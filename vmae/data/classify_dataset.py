@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmae.config import RESULTS, VALIDATION, _Checked
+from vmae.config import RESULTS, _Checked
 from vmae.data.augment import CropBox, crop_and_resize, image_hw
 from vmae.data.augment_classify import AugmentConfig, erase_box, rand_augment, sample_resized_crop
 from vmae.data.batches import TensorBatch
@@ -68,9 +68,7 @@ class ClipConfig(_Checked):
         usual = 2 if self.sampling == "sparse" else 5
         return ViewConfig(segments=segments or usual, crops=crops or 3)
 
-    def train_indices(
-        self, total: int, entry: VideoEntry, rng: np.random.Generator | None
-    ) -> np.ndarray:
+    def train_indices(self, total: int, entry: VideoEntry, rng: np.random.Generator | None) -> np.ndarray:
         """int64 [T] of a random clip of a video of `total` frames; without `rng` of the middle one."""
         if self.sampling == "sparse":
             return sample_sparse_indices(total, self.num_frames, rng)
@@ -86,8 +84,6 @@ class ClipConfig(_Checked):
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig(_Checked):
     """How many views a test takes of a video: published 5 x 3 dense, 2 x 3 sparse."""
-
-    group = VALIDATION
 
     segments: int = setting(
         5,

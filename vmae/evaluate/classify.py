@@ -29,6 +29,7 @@ from vmae.checkpoint.classifier import LoadedClassifier
 from vmae.checkpoint.identity import differences, list_hash, model_identity, settle
 from vmae.config import DTYPE, SpeedConfig, _Checked
 from vmae.data.classify_dataset import ClipConfig, ViewConfig, ViewDataset
+from vmae.data.label_maps import KINETICS_710, check_mapped_names, is_kinetics, map_name
 from vmae.data.labels import LabelledList, read_class_names, read_labelled_list
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
@@ -95,13 +96,50 @@ def run(args: argparse.Namespace) -> int:
         config = EvaluationConfig(
             data=args.data, data_root=args.data_root, views=views, dtype=args.dtype, keep_scores=args.scores
         )
-        names = loaded.class_names
-        if args.classes:
-            names = tuple(read_class_names(args.classes))
+        names = class_names_of(loaded, args)
+        if args.label_map is None:
+            parallel.on_main(lambda: refuse_other_kinetics(loaded, config))
         speed = {"batch_size": args.batch_size, "workers": args.workers}
         with parallel.hold(args.output, "a test"):
             results = evaluate(loaded, config, args.output, parallel=parallel, class_names=names, **speed)
     return 1 if results["undecodable"] else 0
+
+
+def class_names_of(loaded: LoadedClassifier, args: argparse.Namespace) -> tuple[str, ...] | None:
+    """The names of `--classes`, else the checkpoint's own.
+
+    Raises:
+        InputError: there are more or fewer than the head has classes; or a label map gives them classes of
+            other names.
+    """
+    if not args.classes:
+        return loaded.class_names
+    names, classes = tuple(read_class_names(args.classes)), loaded.model.num_classes
+    if len(names) != classes:
+        hint = ""
+        if is_kinetics(classes, len(names)):
+            hint = f"; --label-map {map_name(len(names))} converts one of Kinetics-710"
+        raise InputError(f"{len(names)} class names for a head of {classes} classes{hint}")
+    if args.label_map is not None and loaded.class_names is not None:
+        check_mapped_names(args.label_map, range(classes), loaded.class_names, names)
+    return names
+
+
+def refuse_other_kinetics(loaded: LoadedClassifier, config: EvaluationConfig) -> None:
+    """Raises InputError where a list has just the labels of Kinetics-400, -600 or -700, and the head is of
+    Kinetics-710, whose numbers are others."""
+    data, head = list_of(config.data, TEST_LISTS), loaded.model.num_classes
+    if head != KINETICS_710:
+        return
+    classes = read_labelled_list(data, config.data_root, num_classes=head).labels
+    count = max(max(own) for own in classes) + 1
+    if is_kinetics(head, count):
+        raise InputError(
+            f"{loaded.path} has a head of {head} classes (Kinetics-710), the labels of {data} end at "
+            f"{count - 1}, as those of Kinetics-{count} do, which have other numbers: --label-map "
+            f"{map_name(count)} (misc/ of the published repository OpenGVLab/VideoMAEv2) converts the head; "
+            "--label-map none takes the labels as Kinetics-710's"
+        )
 
 
 def published_views(sampling: str, segments: int | None = None, crops: int | None = None) -> ViewConfig:

@@ -2,8 +2,8 @@
 
     RUN/test/       what `evaluate` writes: predictions.jsonl, results.json, ...
 
-A test that was stopped goes on with the same command; one that is done is not made again. `--eval` is the test
-alone, `--validation` a validation alone: of the run's weights where it has some, else of `--init`'s.
+A test that was stopped goes on with the same command; one that is done is not made again. `--eval` is the
+test alone, `--validation` a validation alone: of the run's weights where it has some, else of `--init`'s.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from vmae.train.validation import ValidationSet, describe_scores
 
 def run(args: argparse.Namespace) -> int:
     """The command `args.command`."""
-    if args.eval or args.validation:
+    if (args.eval or args.validation) and not args.dry_run:
         return run_alone(args)
     train = importlib.import_module(TASKS[args.command][0]).run
     return train(args, at_end=test_at_end)
@@ -60,8 +60,8 @@ def test_at_end(prepared: Prepared) -> None:
 
 
 def weights_of(folder: Path, which: str) -> Path | None:
-    """The weights to test of a run: those of the best validation ("best"), where there is one, else its newest
-    checkpoint, else its file of weights; None where it has none."""
+    """The weights to test of a run: those of the best validation ("best"), where there is one, else its
+    newest checkpoint, else its file of weights; None where it has none."""
     best = [folder / BEST_NAME, folder / BEST_WEIGHTS_NAME] if which == "best" else []
     latest = CheckpointFolder(folder).latest()
     last = [folder / WEIGHTS_NAME] if latest is None else [latest]
@@ -142,7 +142,8 @@ def load_alone(
         loaded = load_run(weights, config, run)
         if loaded.model.num_classes != config.num_classes:
             raise InputError(
-                f"{weights} has a head of {loaded.model.num_classes} classes, the labels have {config.num_classes}"
+                f"{weights} has a head of {loaded.model.num_classes} classes, the labels have "
+                f"{config.num_classes}"
             )
         return loaded
     if source is None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmae.config import MODEL
-from vmae.data.classify_dataset import ViewConfig
 from vmae.errors import InputError
 from vmae.flags import Settings
 from vmae.settings import SHARE, Real, ranged, setting
@@ -66,5 +65,5 @@ class DistilSettings(FinetuneSettings):
     )
 
 
-SETTINGS = Settings(DistilConfig, RunConfig, DistilSettings, ViewConfig, defaults=DEFAULTS)
+SETTINGS = Settings(DistilConfig, RunConfig, DistilSettings, defaults=DEFAULTS)
 add_arguments = SETTINGS.add_to

@@ -85,6 +85,7 @@ class FinetuneConfig(SupervisedConfig):
         ema_decay: None keeps no average.
         val: list to validate on; None validates on nothing. It decides no weights, but where a run with
             `patience` ends.
+        segments, crops: views of the test at the end; None means the published number.
     """
 
     clip: ClipConfig
@@ -154,6 +155,10 @@ class FinetuneConfig(SupervisedConfig):
         group=VALIDATION,
         unset="never",
     )
+    segments: int | None = setting_like(
+        ViewConfig, "segments", None, unset="5; 2 for sparse sampling", group=VALIDATION
+    )
+    crops: int | None = setting_like(ViewConfig, "crops", None, unset="3", group=VALIDATION)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,7 +209,7 @@ class FinetuneSettings(StartSettings):
 
 
 DEFAULTS = {"lr": 1e-3, "min_lr": 1e-6, "betas": (0.9, 0.999), "batch_size": 64, "drop_path": 0.1}
-SETTINGS = Settings(FinetuneConfig, RunConfig, FinetuneSettings, ViewConfig, defaults=DEFAULTS)
+SETTINGS = Settings(FinetuneConfig, RunConfig, FinetuneSettings, defaults=DEFAULTS)
 add_arguments = SETTINGS.add_to
 
 
@@ -242,8 +247,8 @@ def configs_from_args(
 
 
 def list_beside(data: str, given: str | None, names: Sequence[str]) -> str | None:
-    """The list that `given` means (`NO_LIST`: none); where nothing is given, the first of `names` in the folder
-    `data`, if it is one and has one.
+    """The list that `given` means (`NO_LIST`: none); where nothing is given, the first of `names` in the
+    folder `data`, if it is one and has one.
 
     Raises:
         InputError: `given` is a folder that holds none of them.

@@ -36,7 +36,6 @@ from vmae.train.task import Task, TaskConfig
 from vmae.train.tasks import task_of
 from vmae.train.validation import Validation
 
-
 AtEnd = Callable[[Prepared], None]
 
 
@@ -167,7 +166,7 @@ def _train(prepared: Prepared) -> Result:
     parallel.on_main(lambda: add_to_run_file(folder, end=end))
     if parallel.is_main:
         if stopped_by is None:
-            lines = summary(prepared, trainer.step - first_step, time.monotonic() - began)
+            lines = summary(prepared, trainer.step - first_step, time.monotonic() - began, trainer.step)
             lines += [] if trainer.validation is None else trainer.validation.closing()
             lines.append(describe_bad_videos(bad, trainer.failed_reads, folder))
         else:

@@ -1,9 +1,10 @@
-"""Validation while a run trains: a pass over a labelled list every few epochs, the best checkpoint, and an early
+"""Validation while a run trains: a pass over a labelled list every few epochs, the best checkpoint, an early
 end.
 
-A pass is the published one: one clip of each video, from its middle, top-1, top-5 and loss over all ranks, each
-video once. What was found stands in the run's log, a line for each pass (`val_top1`, ...); it is all that a run
-which goes on has to know. A pass draws no random number, and leaves weights and modes as they were.
+A pass is the published one: one clip of each video, from its middle; top-1, top-5 and loss over all ranks,
+each video once. What was found stands in the run's log, a line for each pass (`val_top1`, ...); it is all
+that a run which goes on has to know. A pass draws no random number, and leaves weights and modes as they
+were.
 
 Legend: B clips, T frames, H x W pixels, K classes.
 """
@@ -356,8 +357,8 @@ class Validation:
         return value is not None and (best is None or value > best[self.measure])
 
     def keep(self, record: Record) -> None:
-        """Count a record that stands in the log; where it is the best one, its checkpoint is `checkpoint-best`
-        from now on."""
+        """Count a record that stands in the log; where it is the best one, its checkpoint is
+        `checkpoint-best` from now on."""
         better = self.improves(record)
         self.records.append(record)
         if better:
@@ -401,8 +402,8 @@ class Validation:
         last = self.records[-1]["step"]
         if self.exhausted and last < self.total_steps:
             lines.append(
-                f"ended early at step {last} of {self.total_steps}: {self.patience} validations without a better "
-                "one; a larger --patience goes on from there"
+                f"ended early at step {last} of {self.total_steps}: {self.patience} validations without a "
+                "better one; a larger --patience goes on from there"
             )
         return lines
 

@@ -23,10 +23,23 @@ from vmae.data.augment import image_hw
 from vmae.data.augment_classify import draw_mixing, mix_clips, mix_targets
 from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch, ViewConfig
 from vmae.data.dataset import check_decodable
-from vmae.data.labels import LabelledList, read_class_names, read_label_map, read_labelled_list
+from vmae.data.label_maps import (
+    check_mapped_names,
+    describe_lack,
+    find_kinetics_map,
+    is_kinetics,
+    map_by_names,
+    places_of_maps,
+)
+from vmae.data.labels import (
+    HEAD_NAMES,
+    LabelledList,
+    read_class_names,
+    read_label_map,
+    read_labelled_list,
+)
 from vmae.data.video_dataset import SampleKey
 from vmae.errors import InputError
-from vmae.flags import chosen
 from vmae.model import Classifier, build_classifier
 from vmae.train.ema import WeightAverage
 from vmae.train.finetune_settings import (
@@ -57,11 +70,10 @@ def run(args: argparse.Namespace, at_end: AtEnd | None = None) -> int:
 
 def test_from_args(args: argparse.Namespace, config: FinetuneConfig) -> PlannedTest:
     """The test at the end that a command line asks for."""
-    views = chosen(ViewConfig, args)
     data = list_beside(args.data, args.test, TEST_LISTS)
     if data is not None:
         args.given["test"] = data
-    return PlannedTest(data, config.clip.published_views(**views), args.test_weights)
+    return PlannedTest(data, config.clip.published_views(config.segments, config.crops), args.test_weights)
 
 
 def settings_of(args: argparse.Namespace) -> tuple[FinetuneConfig, RunConfig, Source | None]:
@@ -173,7 +185,8 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
             shared = sum(os.path.abspath(entry.path) in known for entry in self.validated.entries)
             if shared:
                 notes.append(
-                    f"note: {shared} of the {len(self.validated.entries)} videos of {config.val} are trained on too"
+                    f"note: {shared} of the {len(self.validated.entries)} videos of {config.val} are trained "
+                    "on too"
                 )
         return notes
 
@@ -193,8 +206,8 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
             raise InputError(f"list to {what} on: {error} ({without} goes on without one)") from None
         if labelled.multi and not config.multi_label:
             raise InputError(
-                f"list to {what} on: {path} has videos of several labels, {config.data} has not; --multi-label "
-                "gives each class a loss of its own"
+                f"list to {what} on: {path} has videos of several labels, {config.data} has not; "
+                "--multi-label gives each class a loss of its own"
             )
         return labelled, [f"note: {path}: cannot be decoded: {error}" for _, error in failed]
 
@@ -250,17 +263,52 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
         return model
 
     def load(self, source: Source) -> Start:
-        config, label_map = self.config, None
-        if config.label_map:
-            label_map = read_label_map(config.label_map, num_classes=config.num_classes)
-        return start_classifier(
+        label_map, notes = (None, []) if self.config.new_head else self.find_label_map(source)
+        start = start_classifier(
             self.model,
             source.path,
             grid=source.grid,
             label_map=label_map,
-            new_head=config.new_head,
+            new_head=self.config.new_head,
             state=source.state,
         )
+        start.notes += notes
+        return start
+
+    def find_label_map(self, source: Source) -> tuple[list[int] | None, list[str]]:
+        """Which of the head's classes each class is, and in words where that comes from: the file that the
+        settings name, else the class names of both sides, else the published map of Kinetics-710. None where
+        the head is taken as it is.
+
+        Raises:
+            InputError: a map that is none, or that does not fit the names; a head of Kinetics-710 without a
+                map.
+        """
+        config = self.config
+        known, wanted = source.settings.get("class_names"), config.class_names
+        both = known is not None and wanted is not None
+        if config.label_map:
+            found = read_label_map(config.label_map, num_classes=config.num_classes)
+            if both and max(found) < len(known):
+                check_mapped_names(config.label_map, found, known, wanted)
+            return found, []
+        if HEAD_NAMES[0] not in source.state:
+            return None, []
+        head = source.state[HEAD_NAMES[0]].shape[0]
+        if both and len(known) == head and (by_name := map_by_names(known, wanted)) is not None:
+            same = by_name == list(range(head))
+            return (None, []) if same else (by_name, ["classes found by their names"])
+        if not is_kinetics(head, config.num_classes):
+            others = both and head == config.num_classes
+            return None, ["its head is of classes with other names: --new-head starts a fresh one"] * others
+        places = places_of_maps(config.init or source.path, config.data)
+        map_found = find_kinetics_map(config.num_classes, places)
+        if map_found is None:
+            raise InputError(describe_lack(source.path, config.num_classes, places))
+        path, numbers = map_found
+        if both and len(known) == head:
+            check_mapped_names(path, numbers, known, wanted)
+        return numbers, [f"label map {path}"]
 
     def companions(self) -> dict[str, Companion]:
         if self.config.ema_decay is None:
@@ -311,7 +359,8 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
         if self.validated is not None:
             every = "epoch" if self.config.val_every == 1 else f"{self.config.val_every} epochs"
             lines.append(
-                f"validation: {self.config.val}, {len(self.validated.entries)} videos, one clip each, every {every}"
+                f"validation: {self.config.val}, {len(self.validated.entries)} videos, one clip each, every "
+                f"{every}"
             )
         if self.test is not None and self.test.data is not None:
             views = self.test.views
