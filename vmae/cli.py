@@ -133,6 +133,9 @@ SETTINGS = {
     "distil": "vmae.train.distil_settings",
 }
 
+# Commands that train and then test: what runs them, since training knows no tests.
+RUNNERS = dict.fromkeys(("finetune", "distil"), "vmae.evaluate.finetune")
+
 
 class _Parser(argparse.ArgumentParser):
     """A wrong command line gets one line, like any other wrong input, not the list of all flags before it.
@@ -251,7 +254,7 @@ def build_parser(*commands: str | None, prog: str = "vmae") -> _MainParser:
         )
         if name in commands:
             importlib.import_module(SETTINGS.get(name, module)).add_arguments(sub)
-            sub.set_defaults(module=module)
+            sub.set_defaults(module=RUNNERS.get(name, module))
     return parser
 
 

@@ -24,7 +24,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, views: bool = True) 
         "--averaged", action="store_true", help="take the averaged weights of the run (finetune --ema)"
     )
     parser.add_argument(
-        "--label-map", metavar="FILE.json", help="turn a head of more classes into one of these"
+        "--label-map",
+        metavar="FILE.json",
+        help="turn a head of more classes into one of these; none: take it as it is",
     )
     clip = parser.add_argument_group("how videos are seen (default: as in training)")
     add_settings(clip, ClipConfig, "sampling stride", unset="as in training")

@@ -14,6 +14,8 @@ from vmae.data.classify_dataset import ClipConfig
 from vmae.data.labels import read_label_map
 from vmae.model import Classifier
 
+NO_MAP = "none"
+
 
 @dataclass
 class LoadedClassifier:
@@ -55,7 +57,7 @@ def load_classifier(
         checkpoint: see `read_checkpoint`.
         preset: architecture, for files that do not say it.
         averaged: the run's averaged weights instead.
-        label_map: file that says which of the head's classes to keep.
+        label_map: file that says which of the head's classes to keep; "none" is as without one.
         source: frames and side of the clips that the weights are of, for files that do not say it.
         clip: settings of `ClipConfig` to change. The short side of the training is of its size: another
             `image_size` drops it, unless `short_side` is given.
@@ -66,7 +68,7 @@ def load_classifier(
     read = read_checkpoint(checkpoint, averaged=averaged, preset=preset, frames=source[0], size=source[1])
     own, settings, clip = read.config, read.settings, clip or {}
     classes = head_classes(read)
-    kept = None if label_map is None else read_label_map(label_map, source_classes=classes)
+    kept = None if label_map in (None, NO_MAP) else read_label_map(label_map, source_classes=classes)
     size = {"num_frames": own.num_frames, "image_size": own.img_size}
     # The published trainer does not antialias: a file that says nothing is tested as it was trained.
     stored = {**size, **settings.get("clip", {"resize": "published"})}

@@ -26,7 +26,9 @@ from vmae.checkpoint.hub_names import is_hub_name, proposal
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 
-WEIGHTS_NAME, AVERAGED_NAME = "weights.pth", "weights_ema.pth"
+WEIGHTS_NAME, AVERAGED_NAME, BEST_WEIGHTS_NAME = "weights.pth", "weights_ema.pth", "weights_best.pth"
+BEST_NAME = "checkpoint-best"  # a link to the checkpoint of the best validation
+TEST_NAME = "test"  # folder of the test at the end of a run
 CONFIG_NAME = "config.json"  # of a folder of transformers
 _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d{8,})")
@@ -45,7 +47,12 @@ class CheckpointFolder:
         keep: newest checkpoints to keep; older ones are deleted once a newer one is complete.
         keep_every: checkpoints of steps that this divides stay for ever.
         check: raises InputError where the folder is no longer the run's, see `FolderLock.check`.
+
+    Attributes:
+        best_step: of a checkpoint that stays until another one is the best; None where there is none.
     """
+
+    best_step: int | None = None
 
     def __init__(
         self,
@@ -113,10 +120,39 @@ class CheckpointFolder:
         shutil.rmtree(stale, ignore_errors=True)
 
     def prune(self) -> None:
-        """Delete checkpoints older than the newest `keep`, except those of every `keep_every` steps."""
+        """Delete checkpoints older than the newest `keep`, except the best and those of every `keep_every`
+        steps."""
         for path in self.paths()[: -self.keep]:
-            if self.keep_every is None or step_of(path) % self.keep_every:
+            stays = self.keep_every is not None and step_of(path) % self.keep_every == 0
+            if not stays and step_of(path) != self.best_step:
                 self.remove(path)
+
+    def set_best(self, step: int) -> str:
+        """Make `checkpoint-best` a link to the checkpoint of `step`: replaced in one move, so that a kill
+        leaves the old one or the new one.
+
+        Returns:
+            What the user should know, in a line: the checkpoint is gone, or there can be no link; else empty.
+
+        Raises:
+            InputError: the folder is no longer the run's.
+        """
+        self.check()
+        link, target = self.folder / BEST_NAME, self.path_of(step)
+        if not is_checkpoint(target):
+            if link.is_symlink() and not link.exists():
+                link.unlink()
+            return f"note: the best checkpoint so far, {target.name}, is gone from {self.folder}"
+        if link.is_symlink() and os.readlink(link) == target.name:
+            return ""
+        beside = self.folder / f".{BEST_NAME}.new"
+        try:
+            beside.unlink(missing_ok=True)
+            os.symlink(target.name, beside)
+            os.replace(beside, link)
+        except OSError as error:  # a file system without links, or a folder of that name
+            return f"note: no link {link} ({error.strerror}): the best checkpoint is {target.name}"
+        return ""
 
 
 def find_weights(checkpoint: str | Path) -> Path:
@@ -217,8 +253,11 @@ def set_aside(folder: str | Path, after_step: int | None = None) -> Path | None:
             "tensorboard",
             WEIGHTS_NAME,
             AVERAGED_NAME,
+            BEST_WEIGHTS_NAME,
+            BEST_NAME,
+            TEST_NAME,
         )
-        found += [folder / name for name in names if (folder / name).exists()]
+        found += [folder / name for name in names if os.path.lexists(folder / name)]
     if not found:
         return None
     number = next(n for n in range(1, len(os.listdir(folder)) + 2) if not (folder / f"previous-{n}").exists())

@@ -102,8 +102,14 @@ class ClipConfig(_Checked):
             frames, self.image_size, crops, short_side=self.short_side, resize=FILTERS[self.resize]
         )
 
-    def train_indices(self, total: int, entry: VideoEntry, rng: np.random.Generator) -> np.ndarray:
-        """int64 [T] of a random clip of a video of `total` frames."""
+    def published_views(self, segments: int | None = None, crops: int | None = None) -> ViewConfig:
+        """Published number of views: 5 x 3, or 2 x 3 with sparse sampling; `segments` and `crops` override
+        it."""
+        usual = 2 if self.sampling == "sparse" else 5
+        return ViewConfig(segments=segments or usual, crops=crops or 3)
+
+    def train_indices(self, total: int, entry: VideoEntry, rng: np.random.Generator | None) -> np.ndarray:
+        """int64 [T] of a random clip of a video of `total` frames; without `rng` of the middle one."""
         if self.sampling == "sparse":
             return sample_sparse_indices(total, self.num_frames, rng)
         return sample_dense_indices(total, self.num_frames, entry.stride or self.stride, rng)
@@ -285,6 +291,10 @@ class ViewDataset(VideoDataset[VideoEntry, Tensor]):
     def set_watch(self, watch: Callable[[int], None]) -> None:
         self.watch = watch
 
+    def view_indices(self, total: int, entry: VideoEntry) -> np.ndarray:
+        """int64 [segments, T] of the clips of a video of `total` frames."""
+        return self.clip.view_indices(total, entry, self.views.segments)
+
     def __getitem__(self, video: int) -> Tensor | Failure:
         failures: list[Failure] = []
         clips = self._try_twice(video, 0, video, 0, failures)
@@ -292,7 +302,7 @@ class ViewDataset(VideoDataset[VideoEntry, Tensor]):
 
     def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
         with self._open(entry) as reader:
-            indices = self.clip.view_indices(len(reader), entry, self.views.segments)
+            indices = self.view_indices(len(reader), entry)
             frames = self._frames(reader, indices)
         clips = [self.clip.views_of(clip, self.views.crops) for clip in frames]
         return torch.from_numpy(np.concatenate(clips))
@@ -322,3 +332,17 @@ class ViewDataset(VideoDataset[VideoEntry, Tensor]):
             yield from zip(videos, pool)
         finally:
             pool.close()
+
+
+class MiddleClipDataset(ViewDataset):
+    """One view of each video, to validate on: `dataset[video]` is uint8 [1, T, H, W, 3], or a `Failure`.
+
+    As published: the frames of a training clip, from the middle of the video (sparse sampling: the middle of
+    each part), and the middle crop.
+    """
+
+    def __init__(self, entries: Sequence[VideoEntry], clip: ClipConfig, **options):
+        super().__init__(entries, clip, ViewConfig(segments=1, crops=1), **options)
+
+    def view_indices(self, total: int, entry: VideoEntry) -> np.ndarray:
+        return self.clip.train_indices(total, entry, None)[None]

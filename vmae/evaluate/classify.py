@@ -13,6 +13,7 @@ with the videos that are left.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,15 +26,17 @@ from tqdm import tqdm
 
 from vmae.checkpoint.arguments import add_model_arguments, load_from_args
 from vmae.checkpoint.classifier import LoadedClassifier
-from vmae.checkpoint.identity import list_hash, model_identity, settle
+from vmae.checkpoint.identity import differences, list_hash, model_identity, settle
 from vmae.config import DTYPE, SpeedConfig, _Checked
 from vmae.data.classify_dataset import ClipConfig, ViewConfig, ViewDataset
+from vmae.data.label_maps import KINETICS_710, check_mapped_names, is_kinetics, map_name
 from vmae.data.labels import LabelledList, read_class_names, read_labelled_list
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
 from vmae.evaluate.scores import TOP, Record, class_table, confusion, draw_confusion, score, write_table
 from vmae.evaluate.views import named, view_probabilities
 from vmae.files.atomic import write_atomically
+from vmae.files.json_files import read_json
 from vmae.flags import add_settings
 from vmae.settings import BATCH, ranged
 from vmae.train.checks import check_backend, check_output
@@ -93,19 +96,55 @@ def run(args: argparse.Namespace) -> int:
         config = EvaluationConfig(
             data=args.data, data_root=args.data_root, views=views, dtype=args.dtype, keep_scores=args.scores
         )
-        names = loaded.class_names
-        if args.classes:
-            names = tuple(read_class_names(args.classes))
+        names = class_names_of(loaded, args)
+        if args.label_map is None:
+            parallel.on_main(lambda: refuse_other_kinetics(loaded, config))
         speed = {"batch_size": args.batch_size, "workers": args.workers}
         with parallel.hold(args.output, "a test"):
             results = evaluate(loaded, config, args.output, parallel=parallel, class_names=names, **speed)
     return 1 if results["undecodable"] else 0
 
 
+def class_names_of(loaded: LoadedClassifier, args: argparse.Namespace) -> tuple[str, ...] | None:
+    """The names of `--classes`, else the checkpoint's own.
+
+    Raises:
+        InputError: there are more or fewer than the head has classes; or a label map gives them classes of
+            other names.
+    """
+    if not args.classes:
+        return loaded.class_names
+    names, classes = tuple(read_class_names(args.classes)), loaded.model.num_classes
+    if len(names) != classes:
+        hint = ""
+        if is_kinetics(classes, len(names)):
+            hint = f"; --label-map {map_name(len(names))} converts one of Kinetics-710"
+        raise InputError(f"{len(names)} class names for a head of {classes} classes{hint}")
+    if args.label_map is not None and loaded.class_names is not None:
+        check_mapped_names(args.label_map, range(classes), loaded.class_names, names)
+    return names
+
+
+def refuse_other_kinetics(loaded: LoadedClassifier, config: EvaluationConfig) -> None:
+    """Raises InputError where a list has just the labels of Kinetics-400, -600 or -700, and the head is of
+    Kinetics-710, whose numbers are others."""
+    data, head = list_of(config.data, TEST_LISTS), loaded.model.num_classes
+    if head != KINETICS_710:
+        return
+    classes = read_labelled_list(data, config.data_root, num_classes=head).labels
+    count = max(max(own) for own in classes) + 1
+    if is_kinetics(head, count):
+        raise InputError(
+            f"{loaded.path} has a head of {head} classes (Kinetics-710), the labels of {data} end at "
+            f"{count - 1}, as those of Kinetics-{count} do, which have other numbers: --label-map "
+            f"{map_name(count)} (misc/ of the published repository OpenGVLab/VideoMAEv2) converts the head; "
+            "--label-map none takes the labels as Kinetics-710's"
+        )
+
+
 def published_views(sampling: str, segments: int | None = None, crops: int | None = None) -> ViewConfig:
-    """Published number of views: 5 x 3, or 2 x 3 with sparse sampling; `segments` and `crops` override it."""
-    published_segments = 2 if sampling == "sparse" else 5
-    return ViewConfig(segments=segments or published_segments, crops=crops or 3)
+    """See `ClipConfig.published_views`."""
+    return ClipConfig(sampling=sampling).published_views(segments, crops)
 
 
 def evaluate(
@@ -117,6 +156,7 @@ def evaluate(
     class_names: Sequence[str] | None = None,
     batch_size: int = 16,
     workers: int = 0,
+    move_other: bool = False,
 ) -> dict[str, Any]:
     """Test a classifier on a list, or continue a test that was stopped. All ranks must call it.
 
@@ -125,6 +165,7 @@ def evaluate(
         class_names: names of all classes, for the table and the picture; None uses class numbers.
         batch_size: views per forward pass.
         workers: processes of each rank that decode videos; 0 decodes in this process.
+        move_other: move what `output` holds of another test to `previous-N` beside it, instead of an error.
 
     Returns:
         Scores, see `vmae.evaluate.scores.score`; the same on every rank.
@@ -140,6 +181,8 @@ def evaluate(
         raise InputError(f"{len(class_names)} class names for a head of {model.num_classes} classes")
     views = config.views or published_views(loaded.clip.sampling)
     settings = _identity(loaded, config, views, labelled)
+    if move_other:
+        parallel.on_main(lambda: _move_other(folder, settings))
     parallel.on_main(lambda: settle(folder / SETTINGS, settings, "another test", data=data))
     if parallel.is_main:
         print(f"list: {data}, {len(labelled.entries)} videos", flush=True)
@@ -147,6 +190,8 @@ def evaluate(
             print(loaded.note, flush=True)
     done = parallel.on_main(lambda: {record["video"] for record in _collect(folder)})
     todo = [video for video in range(len(labelled.entries)) if video not in done]
+    if parallel.is_main and not todo:
+        print(f"nothing to do: {folder} has the predictions of all videos", flush=True)
     dataset = ViewDataset(labelled.entries, loaded.clip, views)
     model.to(parallel.device)
 
@@ -177,6 +222,26 @@ def evaluate(
     if parallel.is_main:
         results = finish(folder, labelled, {**settings, "data": data}, class_names)
     return parallel.from_main(results)
+
+
+def _move_other(folder: Path, settings: dict[str, Any]) -> None:
+    """Move the files of a test with other settings aside, and say so."""
+    if not (folder / SETTINGS).exists():
+        return
+    before = read_json(folder / SETTINGS, "settings file")
+    if not differences(before, json.loads(json.dumps(settings))):
+        return
+    parent = folder.parent
+    number = next(n for n in itertools.count(1) if not (parent / f"previous-{n}" / folder.name).exists())
+    target = parent / f"previous-{number}" / folder.name
+    try:
+        target.mkdir(parents=True)
+        for path in sorted(folder.iterdir()):
+            if not path.name.startswith("."):  # the lock stays
+                path.rename(target / path.name)
+    except OSError as error:
+        raise InputError(f"cannot move the earlier test in {folder} to {target}: {error.strerror}") from error
+    print(f"note: moved an earlier test with other weights or settings to {target}", flush=True)
 
 
 def _identity(

@@ -11,11 +11,10 @@ from vmae.checkpoint.arguments import add_model_arguments, load_from_args
 from vmae.checkpoint.classifier import LoadedClassifier
 from vmae.config import SpeedConfig
 from vmae.data.classify_dataset import ViewConfig, ViewDataset
-from vmae.data.labels import read_class_names
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure, list_failures
 from vmae.errors import InputError
-from vmae.evaluate.classify import published_views
+from vmae.evaluate.classify import class_names_of, published_views
 from vmae.evaluate.views import named, view_probabilities
 from vmae.flags import add_settings
 from vmae.settings import CLASSES
@@ -42,9 +41,7 @@ def run(args: argparse.Namespace) -> None:
     loaded = load_from_args(args, backend=args.backend, attention=args.attention)
     for line in loaded.assumed:
         print(line, file=sys.stderr)
-    names: Sequence[str] | None = loaded.class_names
-    if args.classes:
-        names = read_class_names(args.classes)
+    names = class_names_of(loaded, args)
     if names is not None and len(names) != loaded.model.num_classes:
         raise InputError(f"{len(names)} class names for a head of {loaded.model.num_classes} classes")
     views = published_views(loaded.clip.sampling, args.segments, args.crops)

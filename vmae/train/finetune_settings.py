@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmae.config import DATA, POOLINGS, START, ModelConfig, OptimConfig, StartSettings
+from vmae.config import DATA, POOLINGS, START, VALIDATION, ModelConfig, OptimConfig, StartSettings
 from vmae.data.augment import image_hw
 from vmae.data.augment_classify import AugmentConfig, RandAugmentText
-from vmae.data.classify_dataset import ClipConfig
+from vmae.data.classify_dataset import ClipConfig, ViewConfig
 from vmae.data.data_sets import DATA_SETS
 from vmae.data.labels import read_class_names
 from vmae.data.manifest import DEFAULT_PATTERN
@@ -19,6 +19,7 @@ from vmae.errors import InputError
 from vmae.flags import Settings, chosen
 from vmae.settings import (
     CLASSES,
+    COUNT,
     SHARE_ABOVE_0,
     SHARE_BELOW_1,
     OneOf,
@@ -28,6 +29,7 @@ from vmae.settings import (
     setting_like,
 )
 from vmae.train.pretrain_settings import (
+    EPOCHS,
     OPTIMIZER,
     PretrainConfig,
     RunConfig,
@@ -41,9 +43,11 @@ from vmae.train.published_flags import FINETUNE_FLAGS, adapt_finetune
 __all__ = ["FinetuneConfig", "add_arguments", "configs_from_args", "list_of", "model_from_args"]
 
 PROBES = ("none", "linear", "attentive")
+TEST_WEIGHTS = ("best", "last")
 # Of a folder that is given for a list. The published code trains on train.csv, and validates and tests on
 # val.csv; that of VideoMAE V1 tests on test.csv.
-TRAINING_LISTS, TEST_LISTS = ("train.csv",), ("test.csv", "val.csv")
+TRAINING_LISTS, VALIDATION_LISTS, TEST_LISTS = ("train.csv",), ("val.csv",), ("test.csv", "val.csv")
+NO_LIST = "none"  # written for a list: leave it out, also where the data's folder has one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,9 @@ class FinetuneConfig(SupervisedConfig):
         class_names: by number, where they are known; kept with the weights.
         label_map: file that says which of a larger head's classes to keep.
         ema_decay: None keeps no average.
+        val: list to validate on; None validates on nothing. It decides no weights, but where a run with
+            `patience` ends.
+        segments, crops: views of the test at the end; None means the published number.
     """
 
     clip: ClipConfig
@@ -155,9 +162,40 @@ class FinetuneConfig(SupervisedConfig):
         group=START,
         overrules=("new_head",),
     )
+    val: str | None = setting(
+        None,
+        "labelled list to validate on, one clip of each video",
+        metavar="LIST",
+        group=VALIDATION,
+        unset="val.csv of the folder --data, if there is one",
+        constants=((("--no-val", "--disable_eval_during_finetuning"), NO_LIST, "validate on nothing"),),
+    )
+    val_every: int = setting(
+        1, "epochs from one validation to the next; the last step has one too", EPOCHS, group=VALIDATION
+    )
+    val_average: bool = setting(
+        True,
+        "validate the averaged weights too, where there are any",
+        aliases=("--model_ema_eval",),
+        group=VALIDATION,
+    )
+    patience: int | None = setting(
+        None,
+        "end after so many validations without a better one",
+        COUNT,
+        metavar="N",
+        group=VALIDATION,
+        unset="never",
+    )
+    segments: int | None = setting_like(
+        ViewConfig, "segments", None, unset="5; 2 for sparse sampling", group=VALIDATION
+    )
+    crops: int | None = setting_like(ViewConfig, "crops", None, unset="3", group=VALIDATION)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.patience is not None and self.val is None:
+            raise InputError("--patience counts validations: name a list to validate on with --val")
         if self.probe != "none" and self.init is None:
             raise InputError("a probe reads a trained encoder: name its checkpoint with --init")
         if self.probe != "none" and (self.drop_rate or self.attn_drop_rate):
@@ -202,6 +240,24 @@ class FinetuneSettings(StartSettings):
         group=AugmentConfig.group,
         overrules=RandAugmentText.sets,
     )
+    test: str | None = setting(
+        None,
+        "labelled list to test on at the end, many clips of each video",
+        metavar="LIST",
+        group=VALIDATION,
+        unset="test.csv of the folder --data, else its val.csv",
+        constants=((("--no-test",), NO_LIST, "no test at the end"),),
+    )
+    test_weights: str = setting(
+        "best",
+        "what is tested at the end: best (of the validations), last (as published)",
+        OneOf("weights to test", TEST_WEIGHTS),
+        group=VALIDATION,
+    )
+    eval: bool = setting(
+        False, "only the test, of the run's weights, else of --resume's or --init's", group=VALIDATION
+    )
+    validation: bool = setting(False, "only a validation, of the same weights", group=VALIDATION)
 
 
 DEFAULTS = {"lr": 1e-3, "min_lr": 1e-6, "betas": (0.9, 0.999), "batch_size": 64, "drop_path": 0.1}
@@ -233,7 +289,11 @@ def configs_from_args(
     start = AugmentConfig if args.augment == "published" else AugmentConfig.none
     drawn = {} if args.aa is None else RandAugmentText.settings(args.aa)
     seen = {"num_frames": model.num_frames, "image_size": model.img_size}
-    follows = {"data": list_of(args.data), "num_classes": num_classes}
+    follows = {
+        "data": list_of(args.data),
+        "num_classes": num_classes,
+        "val": list_beside(args.data, args.val, VALIDATION_LISTS),
+    }
     if args.probe == "attentive":
         follows["pooling"] = "attentive"
     config = FinetuneConfig(
@@ -244,6 +304,19 @@ def configs_from_args(
         **{**training_from_args(args, FinetuneConfig, run, usual_warmup(args)), **follows},
     )
     return config, run
+
+
+def list_beside(data: str, given: str | None, names: Sequence[str]) -> str | None:
+    """The list that `given` means (`NO_LIST`: none); where nothing is given, the first of `names` in the
+    folder `data`, if it is one and has one.
+
+    Raises:
+        InputError: `given` is a folder that holds none of them.
+    """
+    if given is not None:
+        return None if given == NO_LIST else list_of(given, names)
+    found = (Path(data) / name for name in names)
+    return next((str(path) for path in found if path.is_file()), None)
 
 
 def usual_warmup(args: argparse.Namespace) -> float:

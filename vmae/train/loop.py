@@ -34,6 +34,7 @@ from vmae.train.parallel import Parallel, bare
 from vmae.train.signals import STOP_SIGNALS, StopSignals
 from vmae.train.state import Companion, TrainingState
 from vmae.train.step import Exchange, Read, StepRecord, TrainingBatch, seed_random
+from vmae.train.validation import Stopped, Validation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NONFINITE_NAME = "nonfinite.json"
@@ -102,6 +103,7 @@ class Trainer:
         tensorboard: also write TensorBoard files.
         board: folder of these; None means one in the run's folder.
         on_first_batch: called with the first micro-batch of this start, on the device.
+        validation: tests the model between two steps, see `Validation`; its time is in no step.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class Trainer:
         tensorboard: bool = True,
         board: Path | None = None,
         on_first_batch: Callable[[TrainingBatch], None] | None = None,
+        validation: Validation | None = None,
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.weight_decay = weight_decay
@@ -137,6 +140,7 @@ class Trainer:
         self.weigh, self.after_step, self.flops_per_clip = weigh, after_step, flops_per_clip
         self.sources, self.count_sources = tuple(sources), count_sources
         self.tensorboard, self.board, self.on_first_batch = tensorboard, board, on_first_batch
+        self.validation = validation
         self.state = TrainingState(bare(model), optimizer, companions or {})
         self.guard = FiniteGuard(optimizer, self.device)
         self.step = 0  # optimizer steps done
@@ -162,7 +166,8 @@ class Trainer:
         )
 
     def run(self) -> int | None:
-        """Train up to `total_steps`; the last step always leaves a checkpoint.
+        """Train up to `total_steps`, or to where validations end the run; the last step always leaves a
+        checkpoint.
 
         Returns:
             None when the run is complete, else the signal that stopped it, after a checkpoint.
@@ -172,12 +177,19 @@ class Trainer:
             InputError: no video decodes, or a file can't be written.
         """
         with self.opened() as batches:
-            while self.step < self.config.total_steps and self.stopped_by is None:
+            self.validate()  # what a kill or a stop has cut short
+            while self.step < self.config.total_steps and self.stopped_by is None and not self.ended_early:
                 self.train_step(batches)
+                self.validate()
             self.settle()
             if self.saved_step != self.step:
                 self.checkpoint()
         return self.stopped_by
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether the validations have ended the run."""
+        return self.validation is not None and self.validation.exhausted
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Iterator[TrainingBatch]]:
@@ -185,12 +197,16 @@ class Trainer:
         self.model.train()
         with contextlib.ExitStack() as stack:
             self.stop = stack.enter_context(StopSignals())
+            if self.validation is not None:
+                stack.enter_context(self.validation.opened())
             batches = self.open_batches(self.step)  # before the logs, which start threads: workers are forked
             stack.callback(getattr(batches, "close", lambda: None))
             self.stop.guard_workers()
             self.log_file = self._open_log()
             stack.push(self.log_file.close)
             stack.push(self.saver.close)
+            if self.validation is not None:
+                self.validation.read(self.saver.folder, self.step)
             yield batches
 
     def _open_log(self) -> RunLog | NoLog:
@@ -425,6 +441,27 @@ class Trainer:
             }
         )
         self.meter = StepMeter()
+
+    def validate(self) -> None:
+        """Validate the steps done, where that is due. The best ones have a checkpoint before the log tells of
+        them: after a kill, a validation that the log does not have is made again, and gives the same."""
+        validation = self.validation
+        if validation is None or self.stopped_by is not None or not validation.due(self.step):
+            return
+        self.settle()
+        try:
+            record = validation.test(self.step, self.stop)
+        except Stopped as stopped:
+            self.stopped_by = stopped.args[0]
+            return
+        if validation.improves(record):
+            if self.saved_step != self.step:
+                self.checkpoint()
+            self.saver.finish()
+        self.log_file.record(record, durable=True)
+        validation.keep(record)
+        for line in validation.describe(record):
+            self.log_file.say(line)
 
     def checkpoint(self) -> None:
         """Save the steps done; every rank takes part. With a background save, it may be complete a little

@@ -239,20 +239,24 @@ class RunLog:
                 f"step {done}/{self.total_steps}: {parts}, {datetime.timedelta(seconds=round(left))} left"
             )
 
-    def record(self, values: dict[str, Any]) -> None:
+    def record(self, values: dict[str, Any], *, durable: bool = False) -> None:
         """Write one line of the logs; `values` has `step` and numbers. What torch.compile has done so far is
-        added where it has changed since the last line."""
+        added where it has changed since the last line. A `durable` line, and all before it, is on the disk
+        then."""
         if self.compiled.now != self._logged:
             self._logged = self.compiled.now
             values = {**values, "compiled": dataclasses.asdict(self._logged)}
         self._append((json.dumps(values) + "\n").encode())
+        if durable:
+            with self._telling(self.path):
+                os.fsync(self._handle)
         if self._writer is not None:
             for key, value in values.items():
                 named = {key: value}
                 if isinstance(value, dict):
                     named = {f"{key}/{name}": number for name, number in value.items()}
                 for name, number in named.items():
-                    if name != "step" and number is not None:
+                    if name != "step" and isinstance(number, (int, float)):
                         with self._telling(self.board):
                             self._writer.add_scalar(name, number, values["step"])
 
@@ -333,7 +337,7 @@ class NoLog:
 
     def step(self, done: int, **values: float) -> None: ...
 
-    def record(self, values: dict[str, Any]) -> None: ...
+    def record(self, values: dict[str, Any], *, durable: bool = False) -> None: ...
 
     def close(self, *exception: object) -> None: ...
 

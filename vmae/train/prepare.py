@@ -129,6 +129,7 @@ class Prepared:
             "peak_lr": self.optim.lr,
             "final_lr": self.optim.min_lr,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            **self.task.describe_more(),
         }
         return {"results": self.config.to_dict(), "run": self.run.to_dict(), "derived": derived}
 

@@ -42,15 +42,16 @@ def _thousands(count: int) -> str:
     return f"{count / 1e6:.1f} M"
 
 
-def summary(prepared: Prepared, steps: int, seconds: float) -> list[str]:
+def summary(prepared: Prepared, steps: int, seconds: float, done: int | None = None) -> list[str]:
     """How the run ended, where everything is, and what to do next.
 
     Args:
         steps, seconds: of this start.
+        done: steps of the whole run, where it ended early.
     """
     task, folder = prepared.task, prepared.folder
     log, board = folder / LOG_NAME, board_folder(prepared.run)
-    loss = loss_of_last_tenth(read_log(log), prepared.total_steps)
+    loss = loss_of_last_tenth(read_log(log), done or prepared.total_steps)
     final = "not logged" if loss is None else f"{loss:.4f}"
     names = " (published names)" if task.weights_name == WEIGHTS_NAME else ""
     averaged = f", {folder / AVERAGED_NAME} (averaged)" if task.averaged else ""

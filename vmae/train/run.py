@@ -10,12 +10,13 @@ import json
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmae.checkpoint.folder import AVERAGED_NAME, export_weights, set_aside
-from vmae.checkpoint.format import read_group, read_manifest
+from vmae.checkpoint.folder import AVERAGED_NAME, BEST_WEIGHTS_NAME, export_weights, set_aside
+from vmae.checkpoint.format import is_checkpoint, read_group, read_manifest
 from vmae.checkpoint.saver import Saver
 from vmae.config import SpeedConfig
 from vmae.data import Prefetcher, build_loader
@@ -41,6 +42,9 @@ from vmae.train.pretrain_settings import RunConfig
 from vmae.train.report import banner, describe_bad_videos, summary
 from vmae.train.task import Task, TaskConfig
 from vmae.train.tasks import task_of
+from vmae.train.validation import Validation
+
+AtEnd = Callable[[Prepared], None]
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,13 @@ def _run_config(run: RunConfig | None, settings: dict[str, Any]) -> RunConfig:
     return dataclasses.replace(run, **{"speed": dataclasses.replace(run.speed, **speed), **settings})
 
 
-def run_task(task: Task, run: RunConfig, args: argparse.Namespace) -> int:
+def run_task(task: Task, run: RunConfig, args: argparse.Namespace, at_end: AtEnd | None = None) -> int:
     """A task's command.
 
     Args:
         args: the command line; with `dry_run`, the resolved settings are printed as JSON, and nothing is
             written.
+        at_end: what follows a complete run, on all ranks: a test.
 
     Returns:
         The exit code: 0, also after SIGTERM or SIGUSR1 (the same command goes on), 130 after Ctrl-C.
@@ -125,6 +130,8 @@ def run_task(task: Task, run: RunConfig, args: argparse.Namespace) -> int:
                 print(json.dumps(prepared.describe(), indent=2))
             return 0
         stopped_by = carry_out(prepared).stopped_by
+        if stopped_by is None and at_end is not None:
+            at_end(prepared)
         return 130 if stopped_by == signal.SIGINT else 0
 
 
@@ -149,7 +156,7 @@ def carry_out(prepared: Prepared) -> Result:
             return _result(prepared, prepared.start_step)
     with contextlib.ExitStack() as stack:
         parallel.on_main(lambda: open_folder(prepared, folder, stack))
-        if complete:  # stopped between the last checkpoint and its export
+        if complete and not prepared.task.validates:  # stopped between the last checkpoint and its export
             parallel.on_main(lambda: _export_last(prepared, prepared.checkpoint))
             return _result(prepared, prepared.start_step)
         return _train(prepared)
@@ -166,12 +173,14 @@ def _train(prepared: Prepared) -> Result:
     stopped_by = trainer.run()
     bad = len(set().union(*parallel.gather(trainer.bad_videos)))
     if stopped_by is None:
+        parallel.on_main(lambda: _export_best(prepared, trainer.validation))  # the last one marks the end
         parallel.on_main(lambda: _export_last(prepared, prepared.checkpoints.latest()))
     end = {"step": trainer.step, "bad_videos": bad, "failed_reads": trainer.failed_reads}
     parallel.on_main(lambda: add_to_run_file(folder, end=end))
     if parallel.is_main:
         if stopped_by is None:
-            lines = summary(prepared, trainer.step - first_step, time.monotonic() - began)
+            lines = summary(prepared, trainer.step - first_step, time.monotonic() - began, trainer.step)
+            lines += [] if trainer.validation is None else trainer.validation.closing()
             lines.append(describe_bad_videos(bad, trainer.failed_reads, folder))
         else:
             name = signal.Signals(stopped_by).name
@@ -236,6 +245,7 @@ def build_trainer(prepared: Prepared) -> Trainer:
         tensorboard=run.tensorboard,
         board=board_folder(run),
         on_first_batch=task.on_first_batch,
+        validation=task.build_validation(model, prepared.steps_per_epoch),
     )
     if prepared.checkpoint:
         trainer.resume(prepared.checkpoint)
@@ -296,6 +306,14 @@ def open_folder(prepared: Prepared, folder: Path, stack: contextlib.ExitStack) -
     prepared.notes.extend([note] if note else [])
 
 
+def _export_best(prepared: Prepared, validation: Validation | None) -> None:
+    """Write the weights of the best validation, where its checkpoint is still there."""
+    best, checkpoints = None if validation is None else validation.best, prepared.checkpoints
+    if best is not None and is_checkpoint(checkpoint := checkpoints.path_of(best["step"])):
+        checkpoints.check()
+        export_group(checkpoint, "model", prepared.folder / BEST_WEIGHTS_NAME)
+
+
 def _export_last(prepared: Prepared, checkpoint: Path | None) -> None:
     """Write the weights of `checkpoint`; before and after, the folder must be there, and this run's."""
     lock, folder = prepared.lock, prepared.folder
@@ -311,10 +329,12 @@ def _export_last(prepared: Prepared, checkpoint: Path | None) -> None:
 
 def export_run(checkpoint: Path, folder: Path, task: Task) -> None:
     """The weights of a run's last checkpoint as one file, and `weights_ema.pth` where they were averaged."""
-    about = read_manifest(checkpoint)
-    groups = {"model": task.weights_name}
+    export_group(checkpoint, "model", folder / task.weights_name)
     if task.averaged:
-        groups["ema"] = AVERAGED_NAME
-    for group, name in groups.items():
-        state = read_group(checkpoint, group)
-        export_weights(folder / name, state, config=about["config"], step=about["step"])
+        export_group(checkpoint, "ema", folder / AVERAGED_NAME)
+
+
+def export_group(checkpoint: Path, group: str, path: Path) -> None:
+    """A group of a checkpoint's tensors as one file of weights."""
+    about = read_manifest(checkpoint)
+    export_weights(path, read_group(checkpoint, group), config=about["config"], step=about["step"])

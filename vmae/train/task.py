@@ -25,6 +25,7 @@ from vmae.train.parallel import Parallel
 from vmae.train.pretrain_settings import RunConfig, local_ranks
 from vmae.train.state import Companion
 from vmae.train.step import TrainingBatch
+from vmae.train.validation import Validation
 
 
 class TaskConfig(Protocol):
@@ -83,6 +84,7 @@ class Task(abc.ABC, Generic[ConfigT, BatchT]):
     weights_name = WEIGHTS_NAME  # of the file that a complete run leaves
     scales_rates = True  # whether `config.optim` has the learning rates of 256 samples a step
     loader = "cpu"  # who makes the batches, see `vmae.data.build_loader`
+    validates = False  # whether `build_validation` gives something
 
     run: RunConfig
     parallel: Parallel
@@ -170,6 +172,14 @@ class Task(abc.ABC, Generic[ConfigT, BatchT]):
     def after_step(self, step: int) -> None:
         """Called after each optimizer step, with the number of steps done."""
 
+    def build_validation(self, model: nn.Module, steps_per_epoch: int) -> Validation | None:
+        """What tests the model while it trains; None where nothing does.
+
+        Args:
+            model: `self.model`, in the wrapper of several ranks.
+        """
+        return None
+
     @property
     def averaged(self) -> bool:
         """Whether the companion "ema" holds an average of the weights, to export too."""
@@ -196,6 +206,10 @@ class Task(abc.ABC, Generic[ConfigT, BatchT]):
     def describe_loss(self) -> str:
         """What to compare the final loss with; follows it in its line."""
         return ""
+
+    def describe_more(self) -> dict[str, Any]:
+        """What `--dry-run` and `run.json` tell beside the settings, in plain containers."""
+        return {}
 
     def closing(self) -> list[str]:
         """Last lines of a complete run: what to do next."""

@@ -35,15 +35,15 @@ from vmae.model import Classifier
 from vmae.train.distil_settings import DistilConfig, add_arguments
 from vmae.train.logit_store import LogitStore, fill_store
 from vmae.train.parallel import Parallel, open_parallel
-from vmae.train.run import run_task
-from vmae.train.tasks.finetune import FinetuneTask, settings_of
+from vmae.train.run import AtEnd, run_task
+from vmae.train.tasks.finetune import FinetuneTask, settings_of, test_from_args
 from vmae.train.tasks.supervised import Source, settled
 
 __all__ = ["DistilConfig", "DistilTask", "add_arguments", "run"]
 
 
-def run(args: argparse.Namespace) -> int:
-    """The command; with `--store`, the teacher's pass alone."""
+def run(args: argparse.Namespace, at_end: AtEnd | None = None) -> int:
+    """The command; with `--store`, the teacher's pass alone. `at_end`: what follows a complete run."""
     args.settings.complete(args)
     if args.store is not None and args.logits is None:
         raise InputError("--store needs the folder to store to: --logits DIR")
@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     )
     task = DistilTask(config, source, teacher)
     if args.store is None:
-        return run_task(task, run_config, args)
+        task.test = test_from_args(args, config)
+        return run_task(task, run_config, args, at_end)
     with open_parallel(speed.parallel, run_config.device, shard_size=speed.shard_size) as parallel:
         for line in teacher.assumed if parallel.is_main else ():
             print(line)

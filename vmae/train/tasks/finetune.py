@@ -13,6 +13,8 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,33 +22,51 @@ from torch import Tensor, nn
 from vmae.checkpoint.start import Start, start_classifier
 from vmae.data.augment import image_hw
 from vmae.data.augment_classify import draw_mixing, mix_clips, mix_targets
-from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch
+from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch, ViewConfig
 from vmae.data.data_sets import DATA_SETS, USUAL
 from vmae.data.dataset import check_decodable
-from vmae.data.labels import HEAD_NAMES, LabelledList, read_class_names, read_label_map, read_labelled_list
+from vmae.data.label_maps import (
+    check_mapped_names,
+    describe_lack,
+    find_kinetics_map,
+    is_kinetics,
+    map_by_names,
+    places_of_maps,
+)
+from vmae.data.labels import (
+    HEAD_NAMES,
+    LabelledList,
+    read_class_names,
+    read_label_map,
+    read_labelled_list,
+)
 from vmae.data.video_dataset import SampleKey
 from vmae.errors import InputError
 from vmae.model import Classifier, build_classifier
 from vmae.train.dry_run import find_absent, is_main, show_settings, tell_absent
 from vmae.train.ema import WeightAverage
 from vmae.train.finetune_settings import (
+    NO_LIST,
+    TEST_LISTS,
     TRAINING_LISTS,
     FinetuneConfig,
     add_arguments,
     configs_from_args,
+    list_beside,
     list_of,
 )
 from vmae.train.pretrain_settings import RunConfig
 from vmae.train.published_flags import in_published_words
-from vmae.train.run import run_task
+from vmae.train.run import AtEnd, run_task
 from vmae.train.state import Companion
 from vmae.train.tasks.supervised import Source, SupervisedTask, model_for, source_from_args
+from vmae.train.validation import Validation, ValidationSet
 
 __all__ = ["FinetuneConfig", "FinetuneTask", "add_arguments", "run"]
 
 
-def run(args: argparse.Namespace) -> int:
-    """The command."""
+def run(args: argparse.Namespace, at_end: AtEnd | None = None) -> int:
+    """The command. `at_end`: what follows a complete run."""
     absent = find_absent(
         args,
         {
@@ -55,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
             "--init": args.init,
             "--classes": args.classes,
             "--label-map": args.label_map,
+            "--val": None if args.val == NO_LIST else args.val,
+            "--test": None if args.test == NO_LIST else args.test,
         },
     )
     if absent:
@@ -66,7 +88,17 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             show_without_files(args)
         raise
-    return run_task(FinetuneTask(config, source), run_config, args)
+    task = FinetuneTask(config, source)
+    task.test = test_from_args(args, config)
+    return run_task(task, run_config, args, at_end)
+
+
+def test_from_args(args: argparse.Namespace, config: FinetuneConfig) -> PlannedTest:
+    """The test at the end that a command line asks for."""
+    data = list_beside(args.data, args.test, TEST_LISTS)
+    if data is not None:
+        args.given["test"] = data
+    return PlannedTest(data, config.clip.published_views(config.segments, config.crops), args.test_weights)
 
 
 def settings_of(args: argparse.Namespace) -> tuple[FinetuneConfig, RunConfig, Source | None]:
@@ -146,12 +178,33 @@ def classification_loss(logits: Tensor, targets: Tensor, multi_label: bool) -> T
     return -(targets * logits.log_softmax(1)).sum(1).mean()
 
 
+@dataclass(frozen=True)
+class PlannedTest:
+    """The test at the end of a run.
+
+    Attributes:
+        data: its list; None makes no test.
+        views: of each video.
+        weights: "best" or "last".
+    """
+
+    data: str | None
+    views: ViewConfig
+    weights: str = "best"
+
+
 class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
     """Classification; a probe trains only what reads the frozen encoder."""
 
     model: Classifier
     cycle: int | None = None  # epochs after which the same samples come again
     read_logits: Callable[[Sequence[SampleKey]], Tensor] | None = None  # reads a teacher's stored logits
+    test: PlannedTest | None = None  # that the caller makes at the end: its list is checked before the run
+    validated: LabelledList | None = None  # the list to validate on
+
+    @property
+    def validates(self) -> bool:  # type: ignore[override]  # an attribute of tasks that know it
+        return self.config.val is not None
 
     @property
     def averaged(self) -> bool:
@@ -187,6 +240,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
     def read_data(self) -> tuple[ClassifyDataset, list[str]]:
         labelled, notes = self.read_labels()
         self.config = dataclasses.replace(self.config, multi_label=self.config.multi_label or labelled.multi)
+        notes += self.read_lists_of_tests(labelled)
         clips = self.run.batch_size * self.config.num_sample
         if self.config.augment.mixes and clips == 1:
             notes.append(
@@ -198,6 +252,74 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
                 "published code takes even numbers only"
             )
         return self.build_dataset(labelled), notes
+
+    def read_lists_of_tests(self, trained: LabelledList) -> list[str]:
+        """Read the list to validate on, and see that the one to test on can be read; lines on what is wrong
+        with them."""
+        config, notes = self.config, []
+        if self.test is not None and self.test.data is not None:
+            self.read_list("test", self.test.data, "--no-test")
+        if config.val is not None:
+            self.validated, notes = self.read_list("validate", config.val, "--no-val")
+            known = {os.path.abspath(entry.path) for entry in trained.entries}
+            shared = sum(os.path.abspath(entry.path) in known for entry in self.validated.entries)
+            if shared:
+                notes.append(
+                    f"note: {shared} of the {len(self.validated.entries)} videos of {config.val} are trained "
+                    "on too"
+                )
+        return notes
+
+    def read_list(self, what: str, path: str | None, without: str) -> tuple[LabelledList, list[str]]:
+        """A list to validate or test on, and lines on what is wrong with it.
+
+        Args:
+            what: "validate" or "test", for messages.
+            without: the flag that leaves it out.
+        """
+        config = self.config
+        assert path is not None
+        try:
+            labelled = read_labelled_list(
+                path,
+                config.data_root,
+                num_classes=config.num_classes,
+                frame_pattern=config.frame_pattern,
+                first_frame=config.first_frame,
+            )
+            failed = check_decodable(labelled.entries)
+        except InputError as error:
+            raise InputError(f"list to {what} on: {error} ({without} goes on without one)") from None
+        if labelled.multi and not config.multi_label:
+            raise InputError(
+                f"list to {what} on: {path} has videos of several labels, {config.data} has not; "
+                "--multi-label gives each class a loss of its own"
+            )
+        return labelled, [f"note: {path}: cannot be decoded: {error}" for _, error in failed]
+
+    def build_validation(self, model: nn.Module, steps_per_epoch: int) -> Validation | None:
+        config, run = self.config, self.run
+        if self.validated is None:
+            return None
+        videos = ValidationSet(
+            self.validated,
+            config.clip,
+            parallel=self.parallel,
+            dtype=config.dtype,
+            multi_label=config.multi_label,
+            batch_size=run.batch_size * config.num_sample,
+            num_workers=run.speed.num_workers,
+        )
+        assert config.steps is not None  # `resolve_lengths` came before
+        return Validation(
+            videos,
+            model,
+            every=config.val_every * steps_per_epoch,
+            total_steps=config.steps,
+            steps_per_epoch=steps_per_epoch,
+            average=self.average if self.averaged and config.val_average else None,
+            patience=config.patience,
+        )
 
     def build_dataset(self, labelled: LabelledList) -> ClassifyDataset:
         """The samples of a run."""
@@ -229,17 +351,52 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
         return model
 
     def load(self, source: Source) -> Start:
-        config, label_map = self.config, None
-        if config.label_map:
-            label_map = read_label_map(config.label_map, num_classes=config.num_classes)
-        return start_classifier(
+        label_map, notes = (None, []) if self.config.new_head else self.find_label_map(source)
+        start = start_classifier(
             self.model,
             source.path,
             grid=source.grid,
             label_map=label_map,
-            new_head=config.new_head,
+            new_head=self.config.new_head,
             state=source.state,
         )
+        start.notes += notes
+        return start
+
+    def find_label_map(self, source: Source) -> tuple[list[int] | None, list[str]]:
+        """Which of the head's classes each class is, and in words where that comes from: the file that the
+        settings name, else the class names of both sides, else the published map of Kinetics-710. None where
+        the head is taken as it is.
+
+        Raises:
+            InputError: a map that is none, or that does not fit the names; a head of Kinetics-710 without a
+                map.
+        """
+        config = self.config
+        known, wanted = source.settings.get("class_names"), config.class_names
+        both = known is not None and wanted is not None
+        if config.label_map:
+            found = read_label_map(config.label_map, num_classes=config.num_classes)
+            if both and max(found) < len(known):
+                check_mapped_names(config.label_map, found, known, wanted)
+            return found, []
+        if HEAD_NAMES[0] not in source.state:
+            return None, []
+        head = source.state[HEAD_NAMES[0]].shape[0]
+        if both and len(known) == head and (by_name := map_by_names(known, wanted)) is not None:
+            same = by_name == list(range(head))
+            return (None, []) if same else (by_name, ["classes found by their names"])
+        if not is_kinetics(head, config.num_classes):
+            others = both and head == config.num_classes
+            return None, ["its head is of classes with other names: --new-head starts a fresh one"] * others
+        places = places_of_maps(config.init or source.path, config.data)
+        map_found = find_kinetics_map(config.num_classes, places)
+        if map_found is None:
+            raise InputError(describe_lack(source.path, config.num_classes, places))
+        path, numbers = map_found
+        if both and len(known) == head:
+            check_mapped_names(path, numbers, known, wanted)
+        return numbers, [f"label map {path}"]
 
     def companions(self) -> dict[str, Companion]:
         if self.config.ema_decay is None:
@@ -286,8 +443,26 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
 
     def describe_data(self) -> list[str]:
         visits = f"{len(self.dataset.entries)} videos x {self.config.repeat} visits an epoch"
-        return [f"{self.config.data}, {visits}, {self.config.clip.sampling} sampling"]
+        lines = [f"{self.config.data}, {visits}, {self.config.clip.sampling} sampling"]
+        if self.validated is not None:
+            every = "epoch" if self.config.val_every == 1 else f"{self.config.val_every} epochs"
+            lines.append(
+                f"validation: {self.config.val}, {len(self.validated.entries)} videos, one clip each, every "
+                f"{every}"
+            )
+        if self.test is not None and self.test.data is not None:
+            views = self.test.views
+            lines.append(f"test at the end: {self.test.data}, {views.segments} x {views.crops} clips a video")
+        return lines
+
+    def describe_more(self) -> dict[str, Any]:
+        if self.test is None:
+            return {}
+        views, weights = self.test.views.to_dict(), self.test.weights
+        return {"test": {"list": self.test.data, **views, "weights": weights}}
 
     def closing(self) -> list[str]:
         folder = self.run.output
+        if self.test is not None and self.test.data is not None:
+            return []
         return [f"to test: python -m vmae evaluate LIST --checkpoint {folder} --output {folder}/test"]
