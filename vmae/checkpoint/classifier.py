@@ -1,5 +1,5 @@
 """A classifier from a checkpoint, ready to test, with what the checkpoint knows of it: for `evaluate`,
-`features`, `predict`, `distil`, `export` and `serve`."""
+`features`, `predict`, `distil`, `export`, `serve` and `vmae.load`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from vmae.checkpoint.models import head_classes, to_model
 from vmae.checkpoint.source import read_checkpoint
+from vmae.config import ModelConfig
 from vmae.data.classify_dataset import ClipConfig
-from vmae.data.labels import read_label_map
+from vmae.data.labels import HEAD_NAMES, read_label_map
 from vmae.model import Classifier
 
 
@@ -19,7 +20,8 @@ class LoadedClassifier:
     """A classifier in eval mode on the CPU.
 
     Attributes:
-        model: with the weights.
+        model: with the weights; without a head (`num_classes` 0) where the checkpoint has none and the caller
+            needs none.
         path: of the weights.
         clip: how it was fine-tuned to see videos, with what the caller changed.
         class_names: by number; None where the checkpoint does not have them.
@@ -45,6 +47,7 @@ def load_classifier(
     label_map: str | None = None,
     source: tuple[int | None, int | None] = (None, None),
     clip: dict[str, Any] | None = None,
+    head: bool = True,
     backend: str = "auto",
     attention: str = "auto",
 ) -> LoadedClassifier:
@@ -57,26 +60,28 @@ def load_classifier(
         label_map: file that says which of the head's classes to keep.
         source: frames and side of the clips that the weights are of, for files that do not say it.
         clip: settings of `ClipConfig` to change.
+        head: a head is needed; False takes an encoder alone too, pre-trained or fine-tuned.
 
     Raises:
-        InputError: the file can't be read, does not tell its architecture, does not fit it, or has no head.
+        InputError: the file can't be read, does not tell its architecture, does not fit it, or has no head
+            that is needed.
     """
     read = read_checkpoint(checkpoint, averaged=averaged, preset=preset, frames=source[0], size=source[1])
     own, settings, clip = read.config, read.settings, clip or {}
-    classes = head_classes(read)
+    headless = not head and HEAD_NAMES[0] not in read.state
+    classes = 0 if headless and label_map is None else head_classes(read)
     kept = None if label_map is None else read_label_map(label_map, source_classes=classes)
-    size = {"num_frames": own.num_frames, "image_size": own.img_size}
-    seen = ClipConfig.from_dict({**size, **settings.get("clip", {}), **clip})
+    seen = _seen(own, settings, clip)
     model, report = to_model(
         read,
-        "classifier",
+        "encoder" if headless else "classifier",
         {"num_frames": seen.num_frames, "img_size": seen.image_size},
         label_map=kept,
         backend=backend,
         attention=attention,
     )
     assumed = [read.note] if read.note else []
-    if "clip" not in settings and not {"sampling", "stride"} & clip.keys():
+    if not {"clip", "stride"} & settings.keys() and not {"sampling", "stride"} & clip.keys():
         assumed.append(
             f"{read.path}: it does not say how videos were seen, taken as {seen.sampling} sampling, stride "
             f"{seen.stride} (--sampling and --stride say otherwise)"
@@ -93,3 +98,11 @@ def load_classifier(
         note="\n".join([report, *assumed]),
         assumed=tuple(assumed),
     )
+
+
+def _seen(own: ModelConfig, settings: dict[str, Any], changes: dict[str, Any]) -> ClipConfig:
+    """How the training of a checkpoint saw videos, with the caller's changes. Runs of pre-training write
+    their stride alone."""
+    size = {"num_frames": own.num_frames, "image_size": own.img_size}
+    stride = {name: settings[name] for name in ("stride",) if name in settings}
+    return ClipConfig.from_dict({**size, **stride, **settings.get("clip", {}), **changes})

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, overload
 from vmae.checkpoint.published import load_into
 from vmae.checkpoint.source import Source, at_size
 from vmae.checkpoint.start import start_classifier
+from vmae.config import NORMED
 from vmae.data.labels import HEAD_NAMES
 from vmae.errors import InputError
 from vmae.model import Classifier, Pretrainer, build_classifier, build_pretrainer
@@ -124,8 +125,8 @@ def to_model(
 
 
 def _pooling(source: Source) -> str:
-    """How an encoder's tokens are pooled. A pre-trained one ends with a norm over each token, as that of a
-    classifier which pools the first token does."""
+    """How an encoder's tokens are pooled. A pre-trained one ends with a norm over each token, and was never
+    pooled: the mean of what the norm gives."""
     if source.pretrained:
-        return "first"
+        return NORMED
     return source.settings.get("pooling", "first" if "norm.weight" in source.state else "mean")

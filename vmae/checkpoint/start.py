@@ -80,7 +80,7 @@ def start_classifier(
     state = plain_names(load_weights(path) if state is None else state)
     pretrained = any(name.startswith("encoder.") for name in state)
     if pretrained:
-        state = _encoder_of(state, report, keep_norm=model.pooling == "first")
+        state = _encoder_of(state, report, keep_norm=model.fc_norm is None)
     state = _fit_head(state, model, path, report, label_map, new_head)
     state = _fit_positions(state, model, grid, report, path)
     own = model.state_dict()

@@ -233,8 +233,12 @@ class ViewDataset(VideoDataset[VideoEntry, Tensor]):
 
     def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
         with self._open(entry) as reader:
-            indices = self.clip.view_indices(len(reader), entry, self.views.segments)
-            frames = self._frames(reader, indices)
+            return self.views_of(reader, entry)
+
+    def views_of(self, reader: VideoReader, entry: VideoEntry) -> Tensor:
+        """uint8 [V, T, H, W, 3]: the views of an open video."""
+        indices = self.clip.view_indices(len(reader), entry, self.views.segments)
+        frames = self._frames(reader, indices)
         clips = [
             spatial_views(clip, self.clip.image_size, self.views.crops, resize=self.resize) for clip in frames
         ]

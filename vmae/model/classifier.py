@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmae.config import POOLINGS, ModelConfig
+from vmae.config import NORMED, POOLINGS, ModelConfig
 from vmae.errors import InputError
 from vmae.model.blocks import build_blocks
 from vmae.model.embed import PatchEmbed, register_positions
@@ -53,7 +53,8 @@ class Classifier(nn.Module):
     Args:
         config: the architecture; its decoder is not used.
         num_classes: K; 0 gives features only.
-        pooling: "mean" over tokens (published default), the "first" token after `norm`, or "attentive".
+        pooling: "mean" over tokens (published default), the "first" token after `norm`, or "attentive";
+            of a pre-trained encoder "normed": the mean over tokens after `norm`.
         head_drop_rate: dropout before the head, in training.
         init_scale: factor on the head's initial weight.
         recompute: see `Pretrainer`.
@@ -77,7 +78,7 @@ class Classifier(nn.Module):
         super().__init__()
         if num_classes < 0:
             raise InputError(f"num_classes must be at least 0, not {num_classes}")
-        if pooling not in POOLINGS:
+        if pooling not in (*POOLINGS, NORMED):
             raise InputError(f"unknown pooling {pooling!r}; known: {', '.join(POOLINGS)}")
         if not 0 <= head_drop_rate < 1:
             raise InputError(f"head_drop_rate must be in [0, 1), not {head_drop_rate}")
@@ -90,8 +91,9 @@ class Classifier(nn.Module):
             config, config.embed_dim, config.depth, config.num_heads, attention, recompute, backend
         )
         norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
-        self.norm = norm if pooling == "first" else nn.Identity()
-        self.fc_norm = None if pooling == "first" else norm
+        ends_with_norm = pooling in ("first", NORMED)
+        self.norm = norm if ends_with_norm else nn.Identity()
+        self.fc_norm = None if ends_with_norm else norm
         attentive = pooling == "attentive"
         self.pool = (
             AttentivePool(config.embed_dim, config.num_heads, config.layer_norm_eps) if attentive else None
@@ -163,7 +165,7 @@ class Classifier(nn.Module):
 
     def _pooled(self, x_BND: Tensor) -> Tensor:
         if self.fc_norm is None:
-            return x_BND[:, 0]
+            return x_BND[:, 0] if self.pooling == "first" else x_BND.mean(1)
         return self.fc_norm(x_BND.mean(1) if self.pool is None else self.pool(x_BND))
 
     def forward(self, clips: Tensor) -> Tensor:
