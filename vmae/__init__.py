@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vmae import train
     from vmae.config import MaskConfig, ModelConfig, SpeedConfig
     from vmae.errors import InputError
+    from vmae.evaluate.model import load
     from vmae.masking import DualMask
     from vmae.model import build_classifier, build_pretrainer, build_reference
 
@@ -24,6 +25,7 @@ __all__ = [
     "build_classifier",
     "build_pretrainer",
     "build_reference",
+    "load",
     "train",
 ]
 
@@ -38,6 +40,7 @@ _MODULES = {
     "build_classifier": "vmae.model",
     "build_pretrainer": "vmae.model",
     "build_reference": "vmae.model",
+    "load": "vmae.evaluate.model",
     "train": "vmae.train",  # a package that is called: vmae.train(config, output=...)
 }
 

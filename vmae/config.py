@@ -81,6 +81,7 @@ MODEL = OneOf("model preset", PRESETS, PUBLISHED_MODELS | PUBLISHED_CLASSIFIERS)
 CHECKPOINTING = ("none", "selective", "full")
 RECOMPUTE = ("auto", "on", "off", "budget")
 POOLINGS = ("mean", "first", "attentive")
+NORMED = "normed"  # of a pre-trained encoder, which ends with a norm over each token; no flag offers it
 PARALLEL = ("auto", "none", "ddp", "fsdp", "hybrid")
 DTYPE = OneOf("dtype", ("float32", "bfloat16"))
 # Headings of settings.

@@ -1,5 +1,5 @@
 """A classifier from a checkpoint, ready to test, with what the checkpoint knows of it: for `evaluate`,
-`features`, `predict`, `distil`, `export` and `serve`."""
+`features`, `predict`, `distil`, `export`, `serve` and `vmae.load`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from vmae.checkpoint.models import head_classes, to_model
 from vmae.checkpoint.source import read_checkpoint
+from vmae.config import ModelConfig
 from vmae.data.augment import image_hw
 from vmae.data.classify_dataset import ClipConfig
-from vmae.data.labels import read_label_map
+from vmae.data.labels import HEAD_NAMES, read_label_map
 from vmae.model import Classifier
 
 NO_MAP = "none"
@@ -22,7 +23,8 @@ class LoadedClassifier:
     """A classifier in eval mode on the CPU.
 
     Attributes:
-        model: with the weights.
+        model: with the weights; without a head (`num_classes` 0) where the checkpoint has none and the caller
+            needs none.
         path: of the weights.
         clip: how it was fine-tuned to see videos, with what the caller changed.
         class_names: by number; None where the checkpoint does not have them.
@@ -48,6 +50,7 @@ def load_classifier(
     label_map: str | None = None,
     source: tuple[int | None, int | None] = (None, None),
     clip: dict[str, Any] | None = None,
+    head: bool = True,
     backend: str = "auto",
     attention: str = "auto",
 ) -> LoadedClassifier:
@@ -61,30 +64,29 @@ def load_classifier(
         source: frames and side of the clips that the weights are of, for files that do not say it.
         clip: settings of `ClipConfig` to change. The short side of the training is of its size: another
             `image_size` drops it, unless `short_side` is given.
+        head: a head is needed; False takes an encoder alone too, pre-trained or fine-tuned.
 
     Raises:
-        InputError: the file can't be read, does not tell its architecture, does not fit it, or has no head.
+        InputError: the file can't be read, does not tell its architecture, does not fit it, or has no head
+            that is needed.
     """
     read = read_checkpoint(checkpoint, averaged=averaged, preset=preset, frames=source[0], size=source[1])
     own, settings, clip = read.config, read.settings, clip or {}
-    classes = head_classes(read)
-    kept = None if label_map in (None, NO_MAP) else read_label_map(label_map, source_classes=classes)
-    size = {"num_frames": own.num_frames, "image_size": own.img_size}
-    # The published trainer does not antialias: a file that says nothing is tested as it was trained.
-    stored = {**size, **settings.get("clip", {"resize": "published"})}
-    if image_hw(clip.get("image_size", stored["image_size"])) != image_hw(stored["image_size"]):
-        stored["short_side"] = None
-    seen = ClipConfig.from_dict({**stored, **clip})
+    headless = not head and HEAD_NAMES[0] not in read.state
+    named = label_map not in (None, NO_MAP)
+    classes = 0 if headless and not named else head_classes(read)
+    kept = read_label_map(label_map, source_classes=classes) if named and label_map is not None else None
+    seen = _seen(own, settings, clip)
     model, report = to_model(
         read,
-        "classifier",
+        "encoder" if headless else "classifier",
         {"num_frames": seen.num_frames, "img_size": seen.image_size},
         label_map=kept,
         backend=backend,
         attention=attention,
     )
     assumed = read.note.splitlines()
-    if "clip" not in settings and not {"sampling", "stride"} & clip.keys():
+    if not {"clip", "stride"} & settings.keys() and not {"sampling", "stride"} & clip.keys():
         assumed.append(
             f"{read.path}: it does not say how videos were seen, taken as {seen.sampling} sampling, stride "
             f"{seen.stride}, {seen.resize} pixels (--sampling, --stride and --resize say otherwise)"
@@ -101,3 +103,15 @@ def load_classifier(
         note="\n".join([report, *filter(None, [read.changed]), *assumed]),
         assumed=tuple(assumed),
     )
+
+
+def _seen(own: ModelConfig, settings: dict[str, Any], changes: dict[str, Any]) -> ClipConfig:
+    """How the training of a checkpoint saw videos, with the caller's changes. Runs of pre-training write
+    their stride alone. The published trainer does not antialias: a file that says nothing is tested as it was
+    trained."""
+    size = {"num_frames": own.num_frames, "image_size": own.img_size}
+    stride = {name: settings[name] for name in ("stride",) if name in settings}
+    stored = {**size, **stride, **settings.get("clip", {} if stride else {"resize": "published"})}
+    if image_hw(changes.get("image_size", stored["image_size"])) != image_hw(stored["image_size"]):
+        stored["short_side"] = None
+    return ClipConfig.from_dict({**stored, **changes})

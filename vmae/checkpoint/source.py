@@ -32,7 +32,7 @@ from vmae.checkpoint.shapes import (
     shapes_of,
     shown_by,
 )
-from vmae.config import PUBLISHED_CLASSIFIERS, PUBLISHED_MODELS, ModelConfig
+from vmae.config import NORMED, PUBLISHED_CLASSIFIERS, PUBLISHED_MODELS, ModelConfig
 from vmae.data.labels import HEAD_NAMES
 from vmae.errors import InputError
 
@@ -95,10 +95,11 @@ class Source:
 
     @property
     def pooling(self) -> str:
-        """How an encoder's tokens are pooled. A pre-trained one ends with a norm over each token, as that of
-        a classifier which pools the first token does (--use_cls)."""
+        """How an encoder's tokens are pooled. A pre-trained one ends with a norm over each token, and was never
+        pooled: the mean of what the norm gives. A classifier that has this norm pools the first token
+        (--use_cls)."""
         if self.pretrained:
-            return "first"
+            return NORMED
         return self.settings.get("pooling", "first" if "norm.weight" in self.state else "mean")
 
     @property

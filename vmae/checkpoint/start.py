@@ -80,7 +80,7 @@ def start_classifier(
     state = load_weights(path) if state is None else state
     pretrained = any(name.startswith("encoder.") for name in state)
     if pretrained:
-        state = _encoder_of(state, report, keep_norm=model.pooling == "first")
+        state = _encoder_of(state, report, keep_norm=model.fc_norm is None)
     else:
         state = _fit_norm(state, model, path, report)
     headless = not any(name in state for name in HEAD_NAMES)

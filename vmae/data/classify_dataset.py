@@ -302,8 +302,11 @@ class ViewDataset(VideoDataset[VideoEntry, Tensor]):
 
     def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
         with self._open(entry) as reader:
-            indices = self.view_indices(len(reader), entry)
-            frames = self._frames(reader, indices)
+            return self.views_of(reader, entry)
+
+    def views_of(self, reader: VideoReader, entry: VideoEntry) -> Tensor:
+        """uint8 [V, T, H, W, 3]: the views of an open video."""
+        frames = self._frames(reader, self.view_indices(len(reader), entry))
         clips = [self.clip.views_of(clip, self.views.crops) for clip in frames]
         return torch.from_numpy(np.concatenate(clips))
 

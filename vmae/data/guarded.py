@@ -104,16 +104,16 @@ def guarded(function: Callable[[Item], Result], entry: Item, *, hang_s: float | 
 
 
 class _Streams(VideoTask):
-    """What runs in the worker: (video, its part number `part`) is the next `chunk` tensors of a video, as
-    one."""
+    """What runs in the worker: (video, its part number `part`) is the next `chunk` items of a video, their
+    tensors as one."""
 
-    def __init__(self, read: Callable[[Any], Iterator[Tensor]], entries: Sequence[Any], chunk: int) -> None:
+    def __init__(self, read: Callable[[Any], Iterator[Any]], entries: Sequence[Any], chunk: int) -> None:
         super().__init__()
         self.read, self.entries, self.chunk = read, entries, chunk
         self._at = (-1, 0)
-        self._left: Iterator[Tensor] = iter(())
+        self._left: Iterator[Any] = iter(())
 
-    def __getitem__(self, task: tuple[int, int]) -> tuple[int, Tensor | InputError | None]:
+    def __getitem__(self, task: tuple[int, int]) -> tuple[int, list[Any] | InputError]:
         video, part = task
         path = getattr(self.entries[video], "path", self.entries[video])
         if video in self.blocked:
@@ -128,22 +128,24 @@ class _Streams(VideoTask):
         except InputError as error:
             self._left = iter(())
             return video, error
-        return video, torch.stack(items) if items else None
+        notes = [item for item in items if not isinstance(item, Tensor)]
+        tensors = items[len(notes) :]
+        return video, notes + ([torch.stack(tensors)] if tensors else [])
 
 
 def guarded_streams(
-    read: Callable[[Item], Iterator[Tensor]],
+    read: Callable[[Item], Iterator[Any]],
     entries: Sequence[Item],
     *,
     chunk: int,
     hang_s: float | None = None,
-) -> Iterator[Iterator[Tensor]]:
+) -> Iterator[Iterator[Any]]:
     """`read(entry)` of each entry, in order, run ahead in a worker process; each is to be read before the
     next one.
 
     Args:
         read: a module's function, or a partial of one; gives tensors of one shape, of which `chunk` travel at
-            once.
+            once; before them it may give notes of other types, such as the frame rate.
         hang_s: seconds that `chunk` of them may take; None means `hang_limit()`.
 
     Yields:
@@ -158,7 +160,7 @@ def guarded_streams(
                 yield video, part
                 part += 1
 
-    def items_of(video: int) -> Iterator[Tensor]:
+    def items_of(video: int) -> Iterator[Any]:
         nonlocal done
         try:
             for number, answer in pool:
@@ -166,9 +168,10 @@ def guarded_streams(
                     continue
                 if isinstance(answer, InputError):
                     raise answer
-                if answer is None:
+                if not answer:
                     return
-                yield from answer
+                for part in answer:
+                    yield from part if isinstance(part, Tensor) else (part,)
         finally:
             done = video
 

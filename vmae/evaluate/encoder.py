@@ -19,7 +19,9 @@ from vmae.config import ModelConfig
 from vmae.data import crop_and_resize, open_video
 from vmae.data.augment import center_crop
 from vmae.data.guarded import guarded
+from vmae.data.manifest import VideoEntry
 from vmae.data.sampling import clip_starts, sample_sparse_indices, walk_frames
+from vmae.data.video_reader import VideoReader
 from vmae.flags import add_settings
 from vmae.model import Classifier
 from vmae.train.pretrain_settings import PretrainConfig, RunConfig
@@ -111,7 +113,7 @@ def load_encoder(
 
 
 def middle_clip(
-    video: str | Path, config: ModelConfig, stride: int, sampling: str = "dense"
+    video: VideoEntry | str | Path, config: ModelConfig, stride: int, sampling: str = "dense"
 ) -> tuple[Tensor, list[int]]:
     """Middle clip of a video, cropped to the largest centred box of the model's aspect ratio.
 
@@ -131,14 +133,21 @@ def middle_clip(
 
 
 def _decode_middle(
-    video: str | Path, config: ModelConfig, stride: int, sampling: str
+    video: VideoEntry | str | Path, config: ModelConfig, stride: int, sampling: str
 ) -> tuple[Tensor, list[int]]:
     with open_video(video) as reader:
-        starts = clip_starts(len(reader), config.num_frames, stride)
-        if sampling == "sparse":
-            indices = sample_sparse_indices(len(reader), config.num_frames, None)
-        else:
-            indices = walk_frames(starts[len(starts) // 2], len(reader), config.num_frames, stride)
-        frames = reader.frames(indices)
+        return middle_of(reader, config, stride, sampling)
+
+
+def middle_of(
+    reader: VideoReader, config: ModelConfig, stride: int, sampling: str
+) -> tuple[Tensor, list[int]]:
+    """`middle_clip` of an open video."""
+    starts = clip_starts(len(reader), config.num_frames, stride)
+    if sampling == "sparse":
+        indices = sample_sparse_indices(len(reader), config.num_frames, None)
+    else:
+        indices = walk_frames(starts[len(starts) // 2], len(reader), config.num_frames, stride)
+    frames = reader.frames(indices)
     box = center_crop(frames.shape[2], frames.shape[1], config.image_hw)
     return torch.from_numpy(crop_and_resize(frames, box, config.image_hw))[None], indices.tolist()

@@ -1,16 +1,16 @@
-"""`python -m vmae features`: features of each window of a video from a fine-tuned encoder, for temporal
-detection.
+"""`python -m vmae features`: features of each window of a video from an encoder, for temporal detection.
 
 As published for THUMOS14 and FineAction (VideoMAE V2, section 4.4, and its released script): windows of 16
 consecutive frames, frames stretched to a square, values in [0, 1] and not normalised, the pooled features
-before the head. `DIR/VIDEO.npy` is float32 [windows, D]; ActionFormer reads it unchanged. Each frame is
-decoded and resized once, each tubelet is embedded once where windows share tubelets, and windows go through
-the model in batches.
+before the head (of a pre-trained encoder: the mean of its normed tokens). `DIR/VIDEO.npy` is float32
+[windows, D]; ActionFormer reads it unchanged. Each frame is decoded and resized once, each tubelet is
+embedded once where windows share tubelets, and windows go through the model in batches.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,6 +133,49 @@ def windows(
             first += config.step
 
 
+@dataclass(frozen=True, eq=False)
+class VideoFeatures:
+    """Features of the windows of a video. `features, times = result` unpacks it, and numpy takes it as an
+    array of its features.
+
+    Attributes:
+        features: float32 [windows, D].
+        frames: int64 [windows, 2], the first frame of each window and the one after its last.
+        fps: frames a second; None where they are not known.
+    """
+
+    features: np.ndarray
+    frames: np.ndarray
+    fps: float | None = None
+
+    @property
+    def times(self) -> np.ndarray | None:
+        """Start and end of each window in seconds, float64 [windows, 2]; None without `fps`."""
+        return None if self.fps is None else self.frames / self.fps
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.features.shape
+
+    def __iter__(self) -> Iterator[np.ndarray | None]:
+        yield from (self.features, self.times)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        wanted = self.features.dtype if dtype is None else np.dtype(dtype)
+        if copy or wanted != self.features.dtype:
+            return self.features.astype(wanted)
+        return self.features
+
+
+Video = VideoEntry | np.ndarray  # an array is uint8 [T, H, W, 3], see `check_frames`
+
+
+def window_config(model: Classifier, *, step: int, normalize: bool = False, dtype: str) -> WindowConfig:
+    """Windows of the model's own frames and size."""
+    own = model.config
+    return WindowConfig(frames=own.num_frames, step=step, size=own.image_hw, normalize=normalize, dtype=dtype)
+
+
 def extract(
     model: Classifier, entry: VideoEntry, config: WindowConfig, *, batch_size: int, device: torch.device
 ) -> np.ndarray:
@@ -156,21 +200,75 @@ def extract_videos(
 ) -> Iterator[np.ndarray | DecodeError]:
     """Features of each video, float32 [windows, D], in order; or its error. A worker process decodes ahead;
     see `features_of`."""
+    for found in embed_videos(model, entries, config, batch_size=batch_size, device=device):
+        yield found if isinstance(found, DecodeError) else found.features
+
+
+def embed_videos(
+    model: Classifier,
+    videos: Sequence[Video],
+    config: WindowConfig,
+    *,
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[VideoFeatures | DecodeError]:
+    """Features of the windows of each video, in order; or its error. A worker process decodes files ahead;
+    see `features_of`."""
     chunk = max(_STREAM_BYTES // (12 * math.prod(config.size)), 1)
-    videos = guarded_streams(functools.partial(_read_frames, config=config), entries, chunk=chunk)
-    for found in features_of(model, videos, config, batch_size=batch_size, device=device):
-        yield found if isinstance(found, DecodeError) else found.numpy()
+    entries = [video for video in videos if isinstance(video, VideoEntry)]
+    rates: dict[int, float | None] = {}
+    with contextlib.closing(
+        guarded_streams(functools.partial(_read_frames, config=config), entries, chunk=chunk)
+    ) as files:
+        streams = (
+            _noted(number, next(files), rates)
+            if isinstance(video, VideoEntry)
+            else _array_frames(video, number, config)
+            for number, video in enumerate(videos)
+        )
+        results = features_of(model, streams, config, batch_size=batch_size, device=device)
+        for number, found in enumerate(results):
+            if isinstance(found, DecodeError):
+                yield found
+                continue
+            starts = np.arange(len(found), dtype=np.int64) * config.step
+            spans = np.stack([starts, starts + config.frames], axis=1)
+            yield VideoFeatures(found.numpy(), spans, rates.pop(number, None))
 
 
-def _read_frames(entry: VideoEntry, config: WindowConfig) -> Iterator[Tensor]:
-    """Resized frames of a video, float32 [3, H, W] each; see `resized`."""
+@dataclass(frozen=True)
+class _Rate:
+    """Frames a second of a video, before its frames."""
+
+    fps: float | None
+
+
+def _read_frames(entry: VideoEntry, config: WindowConfig) -> Iterator[_Rate | Tensor]:
+    """The rate of a video, then its resized frames, float32 [3, H, W] each; see `resized`."""
     with open_video(entry) as reader:
-        if not config.starts(len(reader)):
-            raise DecodeError(
-                f"{entry.path}: has {len(reader)} frames, fewer than a window of {config.frames}"
-            )
+        _check_length(len(reader), entry.path, config)
+        yield _Rate(reader.fps)
         for frame in reader.iterate():
             yield resized([frame], config)[0]
+
+
+def _noted(number: int, items: Iterable[_Rate | Tensor], rates: dict[int, float | None]) -> Iterator[Tensor]:
+    """Frames of the video `number`; its rate goes into `rates`."""
+    for item in items:
+        if isinstance(item, _Rate):
+            rates[number] = item.fps
+        else:
+            yield item
+
+
+def _array_frames(frames: np.ndarray, number: int, config: WindowConfig) -> Iterator[np.ndarray]:
+    _check_length(len(frames), f"frames of video {number}", config)
+    yield from frames
+
+
+def _check_length(frames: int, name: str, config: WindowConfig) -> None:
+    if not config.starts(frames):
+        raise DecodeError(f"{name}: has {frames} frames, fewer than a window of {config.frames}")
 
 
 def features_of(
@@ -319,15 +417,12 @@ def run(args: argparse.Namespace) -> int:
         check_output(folder)
         entries = find_videos(args.data, args.data_root)
         targets = name_targets(entries, folder)
-        loaded = load_from_args(args, backend=args.backend, attention=args.attention)
+        loaded = load_from_args(args, head=False, backend=args.backend, attention=args.attention)
         model = loaded.model.to(parallel.device)
         step = args.step
         if step is None:
             step = PUBLISHED_STEPS[args.like]
-        size = model.config.image_hw
-        config = WindowConfig(
-            frames=model.config.num_frames, step=step, size=size, normalize=args.normalize, dtype=args.dtype
-        )
+        config = window_config(model, step=step, normalize=args.normalize, dtype=args.dtype)
         with parallel.hold(folder, "features being made"):
             parallel.on_main(
                 lambda: settle_folder(folder, config, model, dict(zip(targets, entries)), str(loaded.path))

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
 
 from vmae.checkpoint.arguments import add_model_arguments, load_from_args
 from vmae.checkpoint.classifier import LoadedClassifier
 from vmae.config import SpeedConfig
 from vmae.data.classify_dataset import ViewConfig, ViewDataset
+from vmae.data.decode import DecodeError
+from vmae.data.frame_arrays import ArrayReader, path_entry
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure, list_failures
 from vmae.errors import InputError
 from vmae.evaluate.classify import class_names_of, published_views
+from vmae.evaluate.features import Video
 from vmae.evaluate.views import named, view_probabilities
 from vmae.flags import add_settings
 from vmae.settings import CLASSES
@@ -24,7 +30,7 @@ from vmae.train.pretrain_settings import RunConfig
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("video", metavar="VIDEO", help="a video file")
+    parser.add_argument("video", metavar="VIDEO", help="a video file, or a folder of frames")
     add_model_arguments(parser)
     parser.add_argument("--classes", metavar="FILE", help="class names, where the checkpoint has none")
     parser.add_argument("--top", type=CLASSES, default=5, help="classes to name (5)")
@@ -55,28 +61,46 @@ def run(args: argparse.Namespace) -> None:
         print(f"{100 * probability:6.2f} %  {name}")
 
 
+def predict_views(
+    loaded: LoadedClassifier, videos: Sequence[Video], views: ViewConfig, dtype: str = "float32"
+) -> Iterator[Tensor | DecodeError]:
+    """Probabilities of all classes, float64 [K] on the CPU, of each video, in order: mean over its views; or
+    the error of a video. A worker process decodes files ahead."""
+    entries = [video for video in videos if isinstance(video, VideoEntry)]
+    dataset = ViewDataset(entries or [VideoEntry("frames")], loaded.clip, views)
+    with contextlib.closing(dataset.read(range(len(entries)), num_workers=1)) as files:
+        for video in videos:
+            if isinstance(video, VideoEntry):
+                _, clips = next(files)
+            else:
+                clips = dataset.views_of(ArrayReader(video), VideoEntry("frames"))
+            if isinstance(clips, Failure):
+                yield DecodeError(list_failures([clips]))
+                continue
+            yield view_probabilities(
+                loaded.model,
+                clips,
+                device=next(loaded.model.parameters()).device,
+                dtype=dtype,
+                multi_label=loaded.multi_label,
+                batch_size=views.crops,
+            )
+
+
 def top_classes(
     loaded: LoadedClassifier, video: str, views: ViewConfig, names: Sequence[str] | None, count: int
 ) -> list[tuple[str, float]]:
     """(class name, probability) of the `count` most likely classes, most likely first; mean over the views.
 
     Args:
-        video: path of the file.
+        video: path of the file, or of a folder of frames.
         names: names of all classes; None gives class numbers instead.
 
     Raises:
         InputError: the video cannot be decoded, or decoding takes too long.
     """
-    ((_, clips),) = ViewDataset([VideoEntry(video)], loaded.clip, views).read([0], num_workers=1)
-    if isinstance(clips, Failure):
-        raise InputError(list_failures([clips]))
-    probabilities = view_probabilities(
-        loaded.model,
-        clips,
-        device=next(loaded.model.parameters()).device,
-        dtype="float32",
-        multi_label=loaded.multi_label,
-        batch_size=views.crops,
-    )
+    (probabilities,) = predict_views(loaded, [path_entry(video)], views)
+    if isinstance(probabilities, DecodeError):
+        raise probabilities
     best = probabilities.topk(min(count, len(probabilities)))
     return list(zip(named(best.indices.tolist(), names), best.values.tolist(), strict=True))

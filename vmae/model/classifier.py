@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmae.config import POOLINGS, ModelConfig
+from vmae.config import NORMED, POOLINGS, ModelConfig
 from vmae.errors import InputError
 from vmae.model.blocks import build_blocks
 from vmae.model.embed import PatchEmbed, register_positions
@@ -53,7 +53,8 @@ class Classifier(nn.Module):
     Args:
         config: the architecture; its decoder is not used.
         num_classes: K; 0 gives features only.
-        pooling: "mean" over tokens (published default), the "first" token after `norm`, or "attentive".
+        pooling: "mean" over tokens (published default), the "first" token after `norm`, or "attentive";
+            of a pre-trained encoder "normed": the mean over tokens after `norm`.
         head_drop_rate: dropout before the head, in training.
         drop_rate, attn_drop_rate: dropout, in training, of tokens with their positions and of the results of
             attention and MLPs; of attention's weights. Where the published code has them.
@@ -81,7 +82,7 @@ class Classifier(nn.Module):
         super().__init__()
         if num_classes < 0:
             raise InputError(f"num_classes must be at least 0, not {num_classes}")
-        if pooling not in POOLINGS:
+        if pooling not in (*POOLINGS, NORMED):
             raise InputError(f"unknown pooling {pooling!r}; known: {', '.join(POOLINGS)}")
         rates = {"head_drop_rate": head_drop_rate, "drop_rate": drop_rate, "attn_drop_rate": attn_drop_rate}
         for name, rate in rates.items():
@@ -97,8 +98,9 @@ class Classifier(nn.Module):
         drop = (drop_rate, attn_drop_rate)
         self.blocks = build_blocks(config, *size, attention, recompute, backend, *drop)
         norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
-        self.norm = norm if pooling == "first" else nn.Identity()
-        self.fc_norm = None if pooling == "first" else norm
+        ends_with_norm = pooling in ("first", NORMED)
+        self.norm = norm if ends_with_norm else nn.Identity()
+        self.fc_norm = None if ends_with_norm else norm
         attentive = pooling == "attentive"
         self.pool = (
             AttentivePool(config.embed_dim, config.num_heads, config.layer_norm_eps) if attentive else None
@@ -172,7 +174,7 @@ class Classifier(nn.Module):
 
     def _pooled(self, x_BND: Tensor) -> Tensor:
         if self.fc_norm is None:
-            return x_BND[:, 0]
+            return x_BND[:, 0] if self.pooling == "first" else x_BND.mean(1)
         return self.fc_norm(x_BND.mean(1) if self.pool is None else self.pool(x_BND))
 
     def forward(self, clips: Tensor) -> Tensor:
