@@ -91,6 +91,91 @@ def test_detections_and_scores(detect, actors, checkpoint, tmp_path, capsys):
     assert (folder / "actions.csv").read_text().startswith("action,name,boxes,average_precision\n")
 
 
+def test_every_rule_is_named_with_its_number(detect, actors, tmp_path, capsys):
+    """The headline is VideoMAE's rule; the flags choose another; all are in the file and printed."""
+    assert detect("--persons", actors["val_persons"], "--pictures", 0) == 0
+    said = capsys.readouterr().out
+    results = json.loads((tmp_path / "test" / "results.json").read_text())
+    rules = results["rules"]
+    assert list(rules) == ["videomae", "activitynet_2019", "activitynet_2020"]
+    assert [rule["per_frame"] for rule in rules.values()] == [None, 50, 50]
+    assert [rule["unannotated"] for rule in rules.values()] == ["count", "count", "ignore"]
+    assert results["frame_map"] == rules["videomae"]["frame_map"] and "26cbda8" in results["rule"]["source"]
+    for name, rule in rules.items():
+        assert f"  {name}: {rule['frame_map']:.2f} %" in said and rule["source"]
+    assert detect("--persons", actors["val_persons"], "--pictures", 0, "--per-frame", 3) == 0
+    again = json.loads((tmp_path / "test" / "results.json").read_text())
+    truth = read_annotations(actors["val"], ACTIONS)
+    found = read_detections(tmp_path / "test" / "detections.csv", ACTIONS)
+    assert again["rules"] == rules and again["frame_map"] != rules["videomae"]["frame_map"]
+    assert again["frame_map"] == pytest.approx(100 * frame_map(truth, found, ACTIONS, per_frame=3).mean)
+    assert again["rule"] == {"per_frame": 3, "unannotated": "count", "source": "as the flags say"}
+    assert detect("--pictures", 0, "--per-frame", 0) == 2
+    assert "--per-frame: must be a whole number from 1" in capsys.readouterr().err
+
+
+@pytest.fixture
+def score_file(tmp_path):
+    """Scores detections of three persons on key frames at parts of a second; `extra` rows go behind them."""
+    truth = "k,2.345000,0,0,0.5,0.5,1,0\nk,3.500000\nk,0004,0,0,0.5,0.5,2,0\n"
+    found = "k,2.345,0,0,0.5,0.5,1,0.5\nk,3.5,0,0,0.5,0.5,1,0.8\nk,9.25,0,0,0.5,0.5,1,0.9\n"
+    found += "k,4,0,0,0.5,0.5,2,0.7\n"
+    (tmp_path / "truth.csv").write_text(truth)
+    (tmp_path / "list.pbtxt").write_text('item {\n  name: "a"\n  id: 1\n}\nitem {\n  name: "b"\n  id: 2\n}\n')
+
+    def score(*flags, extra=""):
+        (tmp_path / "found.csv").write_text(found + extra)
+        files = ["--detections", tmp_path / "found.csv", "--annotations", tmp_path / "truth.csv"]
+        files += ["--actions", tmp_path / "list.pbtxt", "--output", tmp_path / "scored"]
+        return main(["detect", *map(str, [*files, *flags])])
+
+    return score
+
+
+def test_detections_of_a_file_are_scored(score_file, tmp_path, capsys):
+    assert score_file() == 0
+    results = json.loads((tmp_path / "scored" / "results.json").read_text())
+    # Of action 1 the third is right by VideoMAE's rule. Since 2020 the first is ignored, not the second: its
+    # key frame is named.
+    assert results["frame_map"] == pytest.approx(100 * (1 / 3 + 1) / 2)
+    assert results["rules"]["activitynet_2020"]["frame_map"] == pytest.approx(100 * (1 / 2 + 1) / 2)
+    assert results["dropped"] == 0 and "dropped" not in capsys.readouterr().out
+    assert score_file("--unannotated", "ignore", "--per-frame", 50) == 0
+    headline = json.loads((tmp_path / "scored" / "results.json").read_text())
+    assert headline["frame_map"] == results["rules"]["activitynet_2020"]["frame_map"]
+    assert headline["rule"]["source"].startswith("ActivityNet")
+
+
+def test_wrong_rows_of_detections_are_dropped_and_told(score_file, tmp_path, capsys):
+    wrong = "k,4,0,0,1,1,2\nk,4,0,0,1,1,2,nan\nk,4,0.6,0,0.5,1,2,1\nk,4,0,0,2,1,2,1\nk,4,0,0,1,1,3,1\n"
+    assert score_file(extra=wrong) == 0
+    said = capsys.readouterr().out
+    results = json.loads((tmp_path / "scored" / "results.json").read_text())
+    assert results["dropped"] == 5 and results["frame_map"] == pytest.approx(100 * (1 / 3 + 1) / 2)
+    assert "note: 5 rows of" in said and "found.csv, line 5: 7 columns" in said
+    assert len(results["first_dropped"]) == 3
+    (tmp_path / "truth.csv").write_text("k,2.345,0,0,0.5,0.5,1,0\nk,2.5,0,0,0.5,1.5,1,0\n")
+    assert score_file() == 2
+    assert "truth.csv, line 2: box [0.0, 0.0, 0.5, 1.5] leaves the frame" in capsys.readouterr().err
+
+
+def test_a_model_or_a_file(score_file, detect, tmp_path, capsys):
+    assert score_file("--checkpoint", tmp_path) == 2
+    assert "--detections runs no model: leave out --checkpoint and --persons" in capsys.readouterr().err
+    assert main(["detect", "--detections", "d.csv", "--output", str(tmp_path / "o")]) == 2
+    assert "--annotations and --actions: give both" in capsys.readouterr().err
+    assert main(["detect", "--checkpoint", "c", "--annotations", "a", "--output", str(tmp_path / "o")]) == 2
+    assert "the following arguments are required: --videos" in capsys.readouterr().err
+
+
+def test_wrong_person_boxes_are_dropped_and_told(detect, actors, tmp_path, capsys):
+    good = actors["val_persons"].read_text()
+    (tmp_path / "persons.csv").write_text(good + "val_0000,1,0,0,1,1,,2\nval_0000,1,0,0,1,1\n")
+    assert detect("--persons", tmp_path / "persons.csv", "--pictures", 0) == 0
+    assert "note: 2 rows of" in capsys.readouterr().out
+    assert json.loads((tmp_path / "test" / "results.json").read_text())["dropped"] == 2
+
+
 def test_a_picture(detect, tmp_path):
     assert detect("--pictures", 1) == 0
     (path,) = (tmp_path / "test").glob("key_frame_*.png")

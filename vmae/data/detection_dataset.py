@@ -98,7 +98,7 @@ class KeyFrame(VideoEntry):
     """
 
     video: str = ""
-    timestamp: int = 0
+    timestamp: float = 0
     frame: int = 0
     boxes: tuple[Box, ...] = ()
     labels: tuple[tuple[int, ...], ...] = ()
@@ -186,7 +186,7 @@ def key_frames(
         frame = round((timestamp - clip.origin) * rate)
         if not 0 <= frame < total:
             raise InputError(
-                f"{where}: key frame at {timestamp} s is outside of {entries[video].path}, which has "
+                f"{where}: key frame at {timestamp:.10g} s is outside of {entries[video].path}, which has "
                 f"{clip.origin:g} to {clip.origin + total / rate:.2f} s ({total} frames, {rate:g} a second); "
                 "is --origin right?"
             )

@@ -2,13 +2,16 @@
 
     detections.csv    a line for each box and action; score: the person box's score times the sigmoid of the
                       action's logit, as published
-    results.json      frame mAP by the rules of AVA, average precision of each action, settings (with
+    results.json      frame mAP by each of AVA's rules, average precision of each action, settings (with
                       --annotations)
     actions.csv       a row for each action (with --annotations)
     key_frame_*.png   some key frames with their boxes and actions
 
 Boxes are those of --persons; without it, the annotated ones. Scores are written at once, so a test that was
-stopped continues with the key frames that are left.
+stopped continues with the key frames that are left. With --detections no model runs: these are scored.
+
+The frame mAP is that of VideoMAE's evaluation code, unless --per-frame or --unannotated say otherwise;
+`results.json` has it by every rule that AVA's scripts have had (`vmae.evaluate.frame_map`).
 """
 
 from __future__ import annotations
@@ -36,11 +39,14 @@ from vmae.config import ModelConfig, SpeedConfig
 from vmae.data.ava import (
     AvaBox,
     Box,
+    GroundTruth,
+    Key,
     read_actions,
-    read_annotations,
     read_detections,
     read_excluded,
+    read_ground_truth,
     read_person_boxes,
+    seconds_text,
     write_detections,
 )
 from vmae.data.decode import DecodeError, open_video
@@ -48,13 +54,13 @@ from vmae.data.detection_dataset import KeyClipConfig, KeyFrame, KeyFrameReader,
 from vmae.data.guarded import guarded
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
-from vmae.evaluate.frame_map import FrameScores, frame_map
+from vmae.evaluate.frame_map import RULES, UNANNOTATED, FrameScores, Rule, frame_map
 from vmae.evaluate.views import NO_NUMBERS
 from vmae.files.atomic import write_atomically
 from vmae.files.folder_lock import FolderLock
 from vmae.flags import add_settings
 from vmae.model.detector import Detector
-from vmae.settings import BATCH, Real, Whole
+from vmae.settings import BATCH, COUNT, Real, Whole
 from vmae.train.checks import check_backend, check_output, resolve_device
 from vmae.train.detection_settings import DetectionConfig
 from vmae.train.metrics import code_version, read_log
@@ -62,6 +68,7 @@ from vmae.train.pretrain_settings import RunConfig, TrainingConfig
 
 DETECTIONS, RESULTS, PARTS = "detections.csv", "results.json", "scores.part.jsonl"
 SHOWN = 0.5  # least score of an action that a picture names
+SAID = 3  # wrong rows that are shown
 
 
 @dataclass
@@ -86,14 +93,16 @@ class LoadedDetector:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights"
-    )
+    parser.add_argument("--checkpoint", metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights")
     parser.add_argument(
         "--videos",
-        required=True,
         metavar="DIR",
         help="folder of the videos: ID.mp4 (or another suffix), or a folder ID of images",
+    )
+    parser.add_argument(
+        "--detections",
+        metavar="CSV",
+        help="score these with --annotations and --actions, and run no model",
     )
     parser.add_argument(
         "--persons", metavar="CSV", help="person boxes with scores (default: the annotated boxes)"
@@ -107,6 +116,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", metavar="CSV", help="ground truth, to score the detections")
     parser.add_argument("--actions", metavar="PBTXT", help="actions that count (default: the checkpoint's)")
     parser.add_argument("--excluded", metavar="CSV", help="key frames that do not count")
+    parser.add_argument(
+        "--per-frame",
+        type=COUNT,
+        metavar="N",
+        help="score the N best detections of a key frame; ActivityNet's script takes 50 (all, as VideoMAE's "
+        "code)",
+    )
+    parser.add_argument(
+        "--unannotated",
+        choices=UNANNOTATED,
+        default="count",
+        help="detections on key frames that the annotations do not name: count (as wrong, as VideoMAE's "
+        "code) or ignore (as ActivityNet's script since 2020) (count)",
+    )
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for detections, scores and pictures"
     )
@@ -125,11 +148,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit code is 1 where a video could not be decoded."""
+    check_output(Path(args.output))
+    if args.detections is not None:
+        return _score_file(args)
+    if missing := [f"--{name}" for name in ("checkpoint", "videos") if getattr(args, name) is None]:
+        raise InputError(f"the following arguments are required: {', '.join(missing)} (or --detections)")
     if args.persons is None and args.annotations is None:
         raise InputError("which boxes? Give --persons, or --annotations for the annotated ones")
     device = resolve_device(args.device)
     check_backend(args.backend, device)
-    check_output(Path(args.output))
     listed = read_actions(args.actions) if args.actions else None
     loaded = load_detector(
         args.checkpoint,
@@ -141,11 +168,9 @@ def run(args: argparse.Namespace) -> int:
         attention=args.attention,
     )
     counted = loaded.actions if listed is None else listed
-    truth = None
-    if args.annotations:
-        truth = read_annotations(args.annotations, counted, skip_unlisted=True)
+    truth = read_ground_truth(args.annotations, counted, skip_unlisted=True) if args.annotations else None
     excluded = read_excluded(args.excluded) if args.excluded else set()
-    frames = _frames_to_test(args, loaded, truth, excluded)
+    frames, dropped = _frames_to_test(args, loaded, truth, excluded)
     print(loaded.note, flush=True)
     with FolderLock(args.output, "a test of a detector"):
         records = score_frames(
@@ -167,26 +192,66 @@ def run(args: argparse.Namespace) -> int:
         if truth is not None:
             # Scored from the file, whose numbers are rounded: scoring it again gives the same result.
             found = read_detections(folder / DETECTIONS, loaded.actions)
-            scores = frame_map(truth, found, counted, excluded=excluded)
-            report(folder, scores, counted, {"checkpoint": str(loaded.path)})
-        for path in draw_frames(folder, frames, records, truth, loaded.actions, args.pictures):
+            about = {"checkpoint": str(loaded.path), "dropped": len(dropped), "first_dropped": dropped[:SAID]}
+            report(folder, truth, found, counted, excluded, _rule_of(args), about)
+        boxes = None if truth is None else truth.rows
+        for path in draw_frames(folder, frames, records, boxes, loaded.actions, args.pictures):
             print(f"picture: {path}")
     return 1 if failed else 0
 
 
+def _score_file(args: argparse.Namespace) -> int:
+    """Score the detections of a file; no model runs."""
+    if args.annotations is None or args.actions is None:
+        raise InputError("--detections is scored with --annotations and --actions: give both")
+    if args.checkpoint is not None or args.persons is not None:
+        raise InputError("--detections runs no model: leave out --checkpoint and --persons")
+    actions = read_actions(args.actions)
+    truth = read_ground_truth(args.annotations, actions, skip_unlisted=True)
+    excluded = read_excluded(args.excluded) if args.excluded else set()
+    dropped: list[str] = []
+    found = read_detections(args.detections, actions, dropped=dropped)
+    _say_dropped(args.detections, dropped)
+    about = {"detections_of": str(args.detections), "dropped": len(dropped), "first_dropped": dropped[:SAID]}
+    with FolderLock(args.output, "a test of a detector"):
+        report(Path(args.output), truth, found, actions, excluded, _rule_of(args), about)
+    return 0
+
+
+def _say_dropped(path: str, dropped: Sequence[str]) -> None:
+    if dropped:
+        print(f"note: {len(dropped)} rows of {path} are wrong, or of no listed action, and were dropped:")
+        for line in dropped[:SAID]:
+            print(f"  {line}")
+
+
+def _rule_of(args: argparse.Namespace) -> Rule:
+    """The rule that the flags name."""
+    rule = Rule(per_frame=args.per_frame, unannotated=args.unannotated, source="as the flags say")
+    known = (
+        one
+        for one in RULES.values()
+        if (one.per_frame, one.unannotated) == (rule.per_frame, rule.unannotated)
+    )
+    return next(known, rule)
+
+
 def _frames_to_test(
-    args: argparse.Namespace, loaded: LoadedDetector, truth: Sequence[AvaBox] | None, excluded: set
-) -> list[KeyFrame]:
-    """Key frames with the boxes of --persons, or else of the annotations, without the excluded ones."""
+    args: argparse.Namespace, loaded: LoadedDetector, truth: GroundTruth | None, excluded: set[Key]
+) -> tuple[list[KeyFrame], list[str]]:
+    """Key frames with the boxes of --persons, or else of the annotations, without the excluded ones; and
+    lines on the rows of --persons that were dropped."""
     source = args.persons or args.annotations
-    boxes = truth or []
+    dropped: list[str] = []
+    boxes = [] if truth is None else truth.rows
     if args.persons:
-        boxes = read_person_boxes(args.persons, args.min_score)
+        boxes = read_person_boxes(args.persons, args.min_score, dropped=dropped)
+        _say_dropped(args.persons, dropped)
     rows = [row for row in boxes if row.key not in excluded]
     if not rows:
         raise InputError(f"{source}: all boxes are on excluded key frames")
     entries = find_videos(args.videos, [row.video for row in rows], pattern=args.frame_pattern)
-    return key_frames(rows, source, entries, loaded.clip, fps=args.fps, videos=args.videos)
+    return key_frames(rows, source, entries, loaded.clip, fps=args.fps, videos=args.videos), dropped
 
 
 def load_detector(
@@ -345,14 +410,41 @@ def detections_of(
     ]
 
 
-def report(folder: Path, scores: FrameScores, actions: dict[int, str], about: dict[str, Any]) -> None:
-    """Write `results.json` and `actions.csv`, and print them.
+def report(
+    folder: Path,
+    truth: GroundTruth,
+    found: Sequence[AvaBox],
+    actions: dict[int, str],
+    excluded: set[Key],
+    rule: Rule,
+    about: dict[str, Any],
+) -> None:
+    """Score detections by `rule` and by all `RULES`, write `results.json` and `actions.csv`, and print them.
+
+    Args:
+        actions: names of the actions that count, by id.
+        about: more for `results.json`.
 
     Raises:
-        InputError: a file can't be written.
+        InputError: see `frame_map`; a file can't be written.
     """
+    by_rule: dict[tuple, FrameScores] = {}
+
+    def score(one: Rule) -> FrameScores:
+        key = one.per_frame, one.unannotated
+        if key not in by_rule:
+            named = truth.frames if one.unannotated == "ignore" else None
+            by_rule[key] = frame_map(
+                truth.rows, found, actions, excluded=excluded, per_frame=one.per_frame, frames=named
+            )
+        return by_rule[key]
+
+    scores = score(rule)
+    rules = {name: {"frame_map": 100 * score(one).mean, **asdict(one)} for name, one in RULES.items()}
     results = {
         "frame_map": 100 * scores.mean,
+        "rule": asdict(rule),
+        "rules": rules,
         **asdict(scores),
         **about,
         "torch": torch.__version__,
@@ -361,6 +453,21 @@ def report(folder: Path, scores: FrameScores, actions: dict[int, str], about: di
     write_atomically(
         folder / RESULTS, lambda file: file.write(json.dumps(results, indent=1) + "\n"), binary=False
     )
+    _write_actions_table(folder, scores, actions)
+    print(
+        f"frame mAP at IoU 0.5: {100 * scores.mean:.2f} % over {len(scores.actions)} actions, "
+        f"{sum(scores.truth.values())} annotations on {scores.key_frames} key frames, "
+        f"{scores.detections} detections counted ({rule}: {rule.source})"
+    )
+    for name, one in RULES.items():
+        print(f"  {name}: {rules[name]['frame_map']:.2f} % ({one})")
+    width = max(len(name) for name in (*actions.values(), "action"))
+    print(f"{'action':{width}}  boxes  average precision")
+    for number, precision in sorted(scores.actions.items(), key=lambda item: round(100 * item[1], 2)):
+        print(f"{actions[number]:{width}}  {scores.truth[number]:5}  {100 * precision:6.2f} %")
+
+
+def _write_actions_table(folder: Path, scores: FrameScores, actions: dict[int, str]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["action", "name", "boxes", "average_precision"])
@@ -369,15 +476,6 @@ def report(folder: Path, scores: FrameScores, actions: dict[int, str], about: di
         rows.append((number, actions[number], scores.truth[number], f"{100 * precision:.2f}"))
     writer.writerows(rows)
     write_atomically(folder / "actions.csv", lambda file: file.write(text.getvalue()), binary=False)
-    print(
-        f"frame mAP at IoU 0.5: {100 * scores.mean:.2f} % over {len(scores.actions)} actions, "
-        f"{sum(scores.truth.values())} annotations on {scores.key_frames} key frames, "
-        f"{scores.detections} detections counted"
-    )
-    width = max(len(name) for name in (*actions.values(), "action"))
-    print(f"{'action':{width}}  boxes  average precision")
-    for number, precision in sorted(scores.actions.items(), key=lambda item: round(100 * item[1], 2)):
-        print(f"{actions[number]:{width}}  {scores.truth[number]:5}  {100 * precision:6.2f} %")
 
 
 # --- Pictures ---
@@ -407,7 +505,7 @@ def draw_frames(
             picture = guarded(_decode_key_frame, frame)
         except DecodeError:
             continue
-        path = folder / f"key_frame_{frame.video}_{frame.timestamp:04}.png"
+        path = folder / f"key_frame_{frame.video}_{seconds_text(frame.timestamp)}.png"
         lines = _captions(frame, records[place]["scores"], truth, actions)
         try:
             _draw(picture, frame, lines).save(path)
