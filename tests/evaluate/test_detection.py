@@ -294,3 +294,112 @@ def test_a_folder_in_use_is_refused(detect, tmp_path, capsys):
         assert detect() == 2
         assert "in use by another test" in capsys.readouterr().err
         assert [path.name for path in (tmp_path / "test").iterdir()] == [LOCK_NAME]
+
+
+# --- As VideoMAE-Action-Detection --------------------------------------------------------------------------
+
+PUBLISHED = {**CLIP.to_dict(), "preprocess": "published"}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Four videos of two shapes as folders of images, with annotations: a key frame with two boxes each."""
+    root, rng, rows = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0), []
+    for name, size in (("a", (48, 64)), ("b", (64, 48)), ("c", (48, 64)), ("d", (64, 48))):
+        (root / "videos" / name).mkdir(parents=True)
+        for number in range(1, 13):
+            pixels = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / "videos" / name / f"img_{number:05}.png")
+        rows += [f"{name},1.500000,0.1,0.1,0.6,0.8,1,0", f"{name},1.500000,0.5,0.2,0.95,0.9,2,1"]
+    (root / "truth.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture
+def detect_shapes(shapes, tmp_path):
+    def start(weights, *flags, out="test"):
+        flags = ["--pictures", 0, "--fps", 4, "--frame-pattern", "img_{:05}.png", "--batch-size", 2, *flags]
+        where = [
+            "--videos",
+            shapes / "videos",
+            "--annotations",
+            shapes / "truth.csv",
+            "--checkpoint",
+            weights,
+        ]
+        words = ["detect", *where, "--output", tmp_path / out, "--workers", 0, "--device", "cpu", *flags]
+        return main([str(word) for word in words])
+
+    return start
+
+
+def export_detector(path, checkpoint, **changes):
+    """The weights of `checkpoint` with other settings; None removes one."""
+    content = torch.load(checkpoint, weights_only=True)
+    settings = {**content["config"], **changes}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    export_weights(path, content["model"], config=settings)
+    return path
+
+
+def test_published_clips_of_several_shapes(detect_shapes, shapes, checkpoint, tmp_path, capsys):
+    """Each video in its own shape, whatever the batch; what the weights learned decides."""
+    weights = export_detector(tmp_path / "p.pth", checkpoint, clip=PUBLISHED, roi="published")
+    assert detect_shapes(weights, out="two") == 0
+    assert "--preprocess published, --roi published" in capsys.readouterr().out
+    assert detect_shapes(weights, "--batch-size", 1, out="one") == 0
+    two, one = (read_detections(tmp_path / name / "detections.csv") for name in ("two", "one"))
+    assert [row.key for row in two] == [row.key for row in one]  # in the order of the annotations
+    np.testing.assert_allclose([row.score for row in two], [row.score for row in one], rtol=1e-4)
+    assert {row.timestamp for row in two} == {1.5}
+    loaded = load_detector(weights)
+    entries = find_videos(shapes / "videos", ["b"], pattern="img_{:05}.png")
+    rows = [row for row in read_annotations(shapes / "truth.csv") if row.video == "b"]
+    clip, boxes = KeyFrameReader(key_frames(rows, "t", entries, loaded.clip, fps=4), loaded.clip)[0]
+    assert clip.shape == (4, 49, 37, 3)
+    with torch.no_grad():
+        expected = loaded.model(clip[None], boxes[None])[0].sigmoid()
+    got = torch.tensor([row.score for row in two if row.video == "b"]).reshape(2, -1)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    # Another way to look at them gives other scores, and is another test.
+    assert detect_shapes(weights, "--roi", "aligned", out="two") == 2
+    assert 'holds another test (there and now: roi "published", "aligned")' in capsys.readouterr().err
+    scores = [one]
+    for flags in (["--roi", "aligned"], ["--preprocess", "resize"]):
+        assert detect_shapes(weights, *flags, out="other" + flags[1]) == 0
+        scores.append(read_detections(tmp_path / f"other{flags[1]}" / "detections.csv"))
+    values = np.array([[row.score for row in rows] for rows in scores])
+    assert all(np.abs(values[i] - values[j]).max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_checkpoints_from_before_these_settings_mean_what_they_meant(detect_shapes, checkpoint, tmp_path):
+    """Without `preprocess` and `roi`: whole frames, resized, and the aligned RoI; a test that such a version
+    began goes on."""
+    clip = {name: value for name, value in CLIP.to_dict().items() if name != "preprocess"}
+    old = export_detector(tmp_path / "old.pth", checkpoint, clip=clip, roi=None)
+    loaded = load_detector(old)
+    assert loaded.clip == CLIP and (loaded.model.roi, loaded.model.preprocess) == ("aligned", "resize")
+    assert detect_shapes(old, out="old") == 0
+    said = ["--preprocess", "resize", "--roi", "aligned"]
+    assert detect_shapes(checkpoint, *said, out="now") == 0
+    detections = [(tmp_path / name / "detections.csv").read_text() for name in ("old", "now")]
+    assert detections[0] == detections[1]
+    part = tmp_path / "old" / "scores.part.jsonl"
+    header, *records = part.read_text().splitlines(keepends=True)
+    about = json.loads(header)
+    assert about.pop("roi") == "aligned" and about["clip"].pop("preprocess") == "resize"
+    part.write_text("".join([json.dumps(about) + "\n", *records[:2]]))
+    assert detect_shapes(old, out="old") == 0
+    assert (tmp_path / "old" / "detections.csv").read_text() == detections[0]
+    assert detect_shapes(old, "--preprocess", "published", out="old") == 2
+
+
+def test_official_files_are_seen_as_published(tmp_path, actors):
+    """They do not say how their clips were made: as VideoMAE-Action-Detection makes them."""
+    torch.save({"model": build_detector(MODEL, 8).state_dict()}, tmp_path / "official.pth")
+    known = {"preset": "vit_tiny", "source": (4, 32), "actions": ACTIONS}
+    loaded = load_detector(tmp_path / "official.pth", **known)
+    assert (loaded.clip.preprocess, loaded.model.preprocess, loaded.model.roi) == ("published",) * 3
+    assert "--preprocess published, --roi published" in loaded.note
+    other = load_detector(tmp_path / "official.pth", **known, clip={"preprocess": "resize"}, roi="aligned")
+    assert (other.clip.preprocess, other.model.preprocess, other.model.roi) == ("resize", "resize", "aligned")

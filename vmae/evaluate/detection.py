@@ -68,6 +68,7 @@ from vmae.train.pretrain_settings import RunConfig, TrainingConfig
 
 DETECTIONS, RESULTS, PARTS = "detections.csv", "results.json", "scores.part.jsonl"
 SHOWN = 0.5  # least score of an action that a picture names
+CLIP_FLAGS = ("stride", "origin", "preprocess", "num_frames", "image_size")
 SAID = 3  # wrong rows that are shown
 
 
@@ -136,7 +137,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=Whole(0, 10_000), default=4, help="key frames to draw (4)")
     add_settings(parser, DetectionConfig, "frame_pattern fps")
     clip = parser.add_argument_group("clips of key frames (default: as in training)")
-    add_settings(clip, KeyClipConfig, "stride origin", unset="as in training")
+    add_settings(clip, KeyClipConfig, "stride origin preprocess", unset="as in training")
+    add_settings(clip, DetectionConfig, "roi", unset="as in training")
     add_settings(clip, ModelConfig, "num_frames img_size", unset="as in training")
     add_settings(clip, TrainingConfig, "dtype")
     add_source_arguments(parser, "official files; they need --actions")
@@ -163,7 +165,8 @@ def run(args: argparse.Namespace) -> int:
         preset=args.model,
         source=(args.init_frames, args.init_size),
         actions=listed,
-        clip={name: getattr(args, name) for name in ("stride", "origin", "num_frames", "image_size")},
+        clip={name: getattr(args, name) for name in CLIP_FLAGS},
+        roi=args.roi,
         backend=args.backend,
         attention=args.attention,
     )
@@ -261,16 +264,19 @@ def load_detector(
     source: tuple[int | None, int | None] = (None, None),
     actions: dict[int, str] | None = None,
     clip: dict[str, Any] | None = None,
+    roi: str | None = None,
     **options: str,
 ) -> LoadedDetector:
     """The detector of a checkpoint, ready to test.
 
     Args:
         checkpoint: see `read_checkpoint`.
-        preset: architecture, for files that do not say it (official ones: their outputs are the ids from 1).
+        preset: architecture, for files that do not say it (official ones: their outputs are the ids from 1,
+            and their clips and RoIAlign the published ones).
         source: frames and side of the clips that the weights are of, for files that do not say it.
         actions: names by id, for files that do not hold them.
         clip: settings of `KeyClipConfig` to change; None changes nothing.
+        roi: another RoIAlign than that of the training.
         options: `backend` and `attention`.
 
     Raises:
@@ -278,6 +284,7 @@ def load_detector(
     """
     read = read_checkpoint(checkpoint, preset=preset, frames=source[0], size=source[1])
     settings, state = read.settings, read.state
+    trained = {"clip": settings.get("clip", {}), "roi": settings.get("roi", "aligned")}
     if "model" in settings:
         if "action_ids" not in settings:
             raise InputError(
@@ -292,12 +299,15 @@ def load_detector(
             )
         count = state["head.weight"].shape[0]
         known = {number: actions.get(number, str(number)) for number in range(1, count + 1)}
+        trained = {"clip": {"preprocess": "published"}, "roi": "published"}
     size = {"num_frames": read.config.num_frames, "image_size": read.config.img_size}
     changes = {name: value for name, value in (clip or {}).items() if value is not None}
-    seen = KeyClipConfig.from_dict({**size, **settings.get("clip", {}), **changes})
+    seen = KeyClipConfig.from_dict({**size, **trained["clip"], **changes})
     shape = {"num_frames": seen.num_frames, "img_size": seen.image_size}
     model, report = to_model(read, "detector", shape, num_classes=len(known), **options)
-    return LoadedDetector(model, read.path, seen, known, read.describe(report))
+    model.roi, model.preprocess = roi or trained["roi"], seen.preprocess
+    note = f"{read.describe(report)}; --preprocess {seen.preprocess}, --roi {model.roi}"
+    return LoadedDetector(model, read.path, seen, known, note)
 
 
 # --- Scores ---
@@ -324,13 +334,17 @@ def score_frames(
     folder, model = Path(output), loaded.model.to(device)
     boxes = content_hash([(*frames_identity(frame), frame.frame, frame.boxes) for frame in frames])
     clip = {**loaded.clip.to_dict(), "image_size": model.config.image_hw}
-    about = {**model_identity(model), "clip": clip, "dtype": dtype, "key_frames": len(frames), "boxes": boxes}
+    about = {**model_identity(model), "clip": clip, "roi": model.roi, "dtype": dtype}
+    about |= {"key_frames": len(frames), "boxes": boxes}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = read_log(folder / PARTS)
         done: dict[int, dict[str, Any]] = {}
         if before:
             header, *records = before
+            header = {"roi": "aligned", **header}  # of versions that had no other
+            if isinstance(header.get("clip"), dict):
+                header["clip"] = {"preprocess": "resize", **header["clip"]}
             remedy = f"choose another --output, or remove {folder / PARTS}"
             check_same(header, about, f"{folder} holds another test", remedy)
             done = {record["frame"]: record for record in records if type(record.get("frame")) is int}
@@ -360,16 +374,17 @@ def _score(
 ) -> Iterator[dict[str, Any]]:
     """Record of each key frame of `todo`: of a failure at once, of others as soon as their batch is done."""
     reader = KeyFrameReader(frames, clip)
-    waiting: list[_Sample] = []
-    bar = tqdm(reader.read(todo, workers), total=len(todo), unit="clip", disable=None)
-    for count, (number, sample) in enumerate(bar, 1):
+    waiting: dict[torch.Size, list[_Sample]] = {}  # a batch has clips of one shape
+    for number, sample in tqdm(reader.read(todo, workers), total=len(todo), unit="clip", disable=None):
         if isinstance(sample, Failure):
             yield {"frame": number, "error": sample.error}
-        else:
-            waiting.append(_Sample(number, *sample))
-        if waiting and (len(waiting) == batch_size or count == len(todo)):
-            yield from _score_batch(model, frames, waiting, device, dtype)
-            waiting = []
+            continue
+        batch = waiting.setdefault(sample[0].shape, [])
+        batch.append(_Sample(number, *sample))
+        if len(batch) == batch_size:
+            yield from _score_batch(model, frames, waiting.pop(sample[0].shape), device, dtype)
+    for batch in waiting.values():
+        yield from _score_batch(model, frames, batch, device, dtype)
 
 
 class _Sample(NamedTuple):

@@ -121,6 +121,8 @@ class DetectionTask(SupervisedTask[DetectionConfig, DetectionBatch]):
             self.config.model,
             self.config.num_classes,
             init_scale=self.config.init_scale,
+            roi=self.config.roi,
+            preprocess=self.config.clip.preprocess,
             backend=self.run.speed.backend,
             attention=self.run.speed.attention,
         )
