@@ -9,6 +9,7 @@ from vmae.data.ava import (
     read_annotations,
     read_detections,
     read_excluded,
+    read_ground_truth,
     read_person_boxes,
     write_actions,
     write_annotations,
@@ -62,7 +63,11 @@ def test_unlisted_actions(file):
         ("v,1,0.5,0,0.5,1,12,1", "line 3: .* is empty"),
         ("v,1,0,0.9,1,0.1,12,1", "line 3: .* is empty"),
         ("v,1,0,0,1,1", "line 3: 6 columns; write video_id,timestamp"),
-        ("v,1.5,0,0,1,1,12,1", "line 3: timestamp '1.5' is no whole number"),
+        ("v,1.5s,0,0,1,1,12,1", "line 3: timestamp '1.5s' is no number"),
+        ("v,inf,0,0,1,1,12,1", "line 3: timestamp 'inf' is no number"),
+        ("v,-0.5", "line 3: timestamp '-0.5'"),
+        (",1", "line 3: no video_id"),
+        ("v,1,0", "line 3: 3 columns; write .*, or video_id,timestamp for a key frame without a box"),
         ("v,-1,0,0,1,1,12,1", "line 3: timestamp '-1'"),
         ("v,1e300,0,0,1,1,12,1", "line 3: timestamp '1e300'"),
         (f"v,1,0,0,1,1,{'9' * 5000},1", "line 3: action 9+ is not in the action list"),
@@ -148,3 +153,78 @@ def test_files_that_are_not_there(tmp_path):
         read_annotations(tmp_path / "none.csv")
     with pytest.raises(InputError, match="cannot write"):
         write_excluded(tmp_path / "none" / "e.csv", set())
+
+
+KINETICS = (
+    "-0zLyBHkWYE,2.345000,0.1,0.2,0.3,0.4,12,0\n-0zLyBHkWYE,2.345000,0.1,0.2,0.3,0.4,79,0\n"
+    "-1IlTIWPNs4,12.500000\nmovie,0902,0,0,1,1,12,0\nmovie,0903.000000\nother,7.25,0,0,1,1,80,0\n"
+)
+
+
+def test_ava_kinetics(file, tmp_path):
+    """Key frames at parts of a second, and rows of two columns for those without a box."""
+    truth = read_ground_truth(file(KINETICS), ACTIONS, skip_unlisted=True)
+    assert [row.key for row in truth.rows] == [("-0zLyBHkWYE", 2.345)] * 2 + [("movie", 902)]
+    assert truth.empty == 2 and type(truth.rows[2].timestamp) is int
+    named = {("-0zLyBHkWYE", 2.345), ("-1IlTIWPNs4", 12.5), ("movie", 902), ("movie", 903), ("other", 7.25)}
+    assert truth.frames == named  # also the one whose only action is not listed
+    assert read_annotations(file(KINETICS), ACTIONS, skip_unlisted=True) == truth.rows
+    write_annotations(tmp_path / "b.csv", truth.rows)
+    written = (tmp_path / "b.csv").read_text()
+    assert written.startswith("-0zLyBHkWYE,2.345000,") and "movie,0902," in written
+    assert read_annotations(tmp_path / "b.csv") == truth.rows
+    # Ways to write one time are one key frame; the seventh digit is rounded away, as by ActivityNet's script.
+    ways = ["2.345", "02.345000", "2.3450004", "2345e-3"]
+    keys = {read_detections(file(f"v,{way},0,0,1,1,12,0.5\n"))[0].key for way in ways}
+    assert keys == {("v", 2.345)}
+    assert read_excluded(file("v,2.345000\nv,0902\n")) == {("v", 2.345), ("v", 902)}
+    write_excluded(tmp_path / "e.csv", {("v", 2.345), ("v", 902)})
+    assert (tmp_path / "e.csv").read_text() == "v,2.345000\nv,0902\n"
+
+
+def test_a_file_of_empty_frames_only(file):
+    with pytest.raises(InputError, match="no boxes of listed actions"):
+        read_ground_truth(file("v,1\nv,2.5\n"))
+    assert read_detections(file("v,1\nv,2.5\n")) == []
+
+
+WRONG = [
+    ("v,1,0,0,1,1,12", "7 columns"),
+    ("v,1,0,0,1,1,12,0.5,1", "9 columns"),
+    ("v,1,0,0,nan,1,12,0.5", "x2 'nan' is no number"),
+    ("v,1,0,0,1,1,12,nan", "score 'nan' is no number"),
+    ("v,1,0,0,1,1,12,1.5", "score '1.5' is not from 0 to 1"),
+    ("v,1,0,0,1,1,12,-0.1", "score '-0.1' is not from 0 to 1"),
+    ("v,1,0.6,0,0.5,1,12,0.5", "is empty"),
+    ("v,1,0,0,1.2,1,12,0.5", "leaves the frame"),
+    ("v,one,0,0,1,1,12,0.5", "timestamp 'one'"),
+    (",1,0,0,1,1,12,0.5", "no video_id"),
+    ("v,one", "timestamp 'one'"),
+]
+
+
+@pytest.mark.parametrize(
+    "line, message", [*WRONG, ("v,1,0,0,1,1,13,0.5", "action 13 is not in the action list")]
+)
+def test_wrong_detections_are_dropped_and_told(file, line, message):
+    good = "v,1,0,0,1,1,12,0.5\nv,1.5,0,0,1,1,79,1\n"
+    path, dropped = file(f"{good}{line}\n{good}"), []
+    assert len(read_detections(path, ACTIONS, dropped=dropped)) == 4
+    (said,) = dropped
+    assert said.startswith(f"{path}, line 3: ") and message in said
+    with pytest.raises(InputError, match="line 3"):
+        read_detections(path, ACTIONS)
+
+
+@pytest.mark.parametrize("line, message", WRONG)
+def test_wrong_person_boxes_are_dropped_and_told(file, line, message):
+    path, dropped = file(f"v,1,0,0,1,1,,0.9\n{line}\nv,2.5,0,0,1,1,,0.9\nv,3\n"), []
+    assert [row.timestamp for row in read_person_boxes(path, 0.8, dropped=dropped)] == [1, 2.5]
+    assert len(dropped) == 1 and "line 2: " in dropped[0] and message in dropped[0]
+    with pytest.raises(InputError, match="line 2"):
+        read_person_boxes(path, 0.8)
+
+
+def test_person_boxes_that_are_all_wrong(file):
+    with pytest.raises(InputError, match=r"at least 0.8 \(1 rows are wrong: .*line 1: score '87'"):
+        read_person_boxes(file("v,1,0,0,1,1,,87\n"), 0.8, dropped=[])

@@ -1,12 +1,16 @@
 """Key frames: which frames a clip has, and that boxes stay on what they frame whatever happens to the
 picture."""
 
+import colorsys
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from vmae import InputError
+from vmae.data import detection_published as published
 from vmae.data.augment import CropBox
 from vmae.data.ava import AvaBox
 from vmae.data.detection_dataset import (
@@ -210,3 +214,153 @@ def test_settings_are_checked():
     with pytest.raises(InputError, match="origin"):
         KeyClipConfig(origin=-1)
     assert KeyClipConfig.from_dict({**CLIP.to_dict(), "extend": [0.1, 0.05]}) == CLIP
+
+
+# --- As VideoMAE-Action-Detection --------------------------------------------------------------------------
+
+PUBLISHED = dataclasses.replace(CLIP, preprocess="published")
+PLAIN = KeyAugmentConfig(flip=False, jitter=False, colours=False)
+
+
+def test_published_frames_of_a_clip():
+    clip = KeyClipConfig(num_frames=16, stride=4, preprocess="published")
+    assert clip.indices(500, 1000).tolist() == list(range(500 - 31, 500 + 30, 4))
+    # Its code reads as many frames before the key frame as from it on, and takes the middle of each stride.
+    for frames, stride in ((16, 4), (8, 3), (4, 2), (5, 5), (16, 1)):
+        span = frames * stride
+        read = list(range(-(span - span // 2), span // 2))
+        assert published.clip_offsets(frames, stride).tolist() == read[(stride - 1) // 2 :: stride][:frames]
+    assert clip.indices(3, 20).tolist() == [0] * 8 + [4, 8, 12, 16, 19, 19, 19, 19]
+
+
+def test_published_sizes():
+    assert published.resized_hw(360, 640, 224) == (256, 455) == published.resized_hw(640, 360, 224)[::-1]
+    assert published.resized_hw(256, 256, 224) == (256, 256) and published.resized_hw(48, 64, 32) == (37, 49)
+
+
+def box_lists(box, size, to, extend=(0.1, 0.05)):
+    """One box [x1, y1, x2, y2] in shares through its code, step by step: to (x, y, width, height) in pixels
+    and back, to another size, extended; (resized, extended) in pixels."""
+    (width, height), (to_width, to_height) = size, to
+    x, y, w, h = box[0] * width, box[1] * height, (box[2] - box[0]) * width, (box[3] - box[1]) * height
+    corners = [x, y, x + max(w - 1, 0), y + max(h - 1, 0)]
+    corners = [min(max(v, 0), last) for v, last in zip(corners, [width - 1, height - 1] * 2)]
+    resized = [v * ratio for v, ratio in zip(corners, [to_width / width, to_height / height] * 2)]
+    x1, y1, x2, y2 = resized
+    pad_x, pad_y = extend[0] * (x2 - x1 + 1) / 2, extend[1] * (y2 - y1 + 1) / 2
+    wide = [x1 - pad_x, y1 - pad_y, x2 + pad_x, y2 + pad_y]
+    return resized, [min(max(v, 0), last) for v, last in zip(wide, [to_width - 1, to_height - 1] * 2)]
+
+
+def test_published_boxes():
+    boxes = [(0.25, 0.25, 0.5, 0.5), (0.0, 0.5, 0.2, 1.0), (0.9, 0.9, 1.0, 1.0), (0.5, 0.5, 0.501, 0.502)]
+    steps = [box_lists(box, (640, 360), (455, 256)) for box in boxes]
+    pixels = published.to_pixels(np.array(boxes), 360, 640, (256, 455))
+    np.testing.assert_allclose(pixels, [resized for resized, _ in steps])
+    extended = published.extend_pixels(pixels, (0.1, 0.05), 256, 455)
+    np.testing.assert_allclose(extended, [wide for _, wide in steps])
+    shares = published.to_shares(extended, 256, 455)
+    np.testing.assert_allclose(shares * [455, 256, 455, 256], extended)
+    cut = published.crop_pixels(np.array([[10.0, 20, 110, 120], [0, 0, 5, 5]]), 30, 40, 64)
+    np.testing.assert_allclose(cut, [[0, 0, 64, 64], [0, 0, 0, 0]])  # the second one is outside, and stays
+    np.testing.assert_allclose(published.flip_pixels(np.array([[10.0, 20, 30, 40]]), 64), [[33, 20, 53, 40]])
+
+
+def test_published_box_jitter():
+    boxes = np.tile([[40.0, 30, 59, 69]], (20000, 1))
+    moved = (published.jitter_pixels(boxes, np.random.default_rng(0), 100, 100) - boxes) / [20, 40, 20, 40]
+    np.testing.assert_allclose(moved.min(0), [-0.2, -0.1, -0.1, -0.05], atol=1e-3)
+    np.testing.assert_allclose(moved.max(0), [0.1, 0.05, 0.2, 0.1], atol=1e-3)
+    flat = np.tile([[64.0, 64, 64, 64], [0, 10, 0, 20]], (100, 1))  # outside of a crop
+    jittered = published.jitter_pixels(flat, np.random.default_rng(1), 64, 64)
+    assert jittered.min() >= 0 and jittered.max() <= 63
+    assert ((jittered[:, 2:] - jittered[:, :2]) >= 1 - 1e-9).all()
+
+
+def test_published_tests_see_the_whole_frame_in_its_own_shape(frames):
+    (clip, boxes), _ = (KeyFrameReader(frames, PUBLISHED)[number] for number in (0, 1))
+    assert clip.shape == (4, 37, 49, 3) and clip.dtype == torch.uint8
+    assert clip[:, 0, 0, 2].tolist() == [10, 30, 50, 70]  # frames 1, 3, 5, 7 about the key frame 5
+    expected = [np.array(box_lists(box, (64, 48), (49, 37))[1]) / [49, 37, 49, 37] for box in (RED, GREEN)]
+    np.testing.assert_allclose(boxes, expected, atol=1e-6)
+    red, green = (framed(clip, box) for box in boxes)
+    assert red[0] > 200 and green[1] > 200
+
+
+def test_published_training_crops(frames):
+    """A crop at int(random * room) of the resized frame, and all boxes, cut at its edges."""
+    dataset = DetectionDataset(frames, 2, PUBLISHED, PLAIN, seed=3)
+    whole, _ = KeyFrameReader(frames, PUBLISHED)[0]
+    places = set()
+    for epoch in range(30):
+        sample = dataset[epoch, 0]
+        assert sample.clips.shape == (1, 4, 32, 32, 3) and sample.boxes.shape == (1, 2, 4)
+        (place,) = [
+            (left, top)
+            for left in range(49 - 32)
+            for top in range(37 - 32)
+            if torch.equal(whole[:, top : top + 32, left : left + 32], sample.clips[0])
+        ]
+        places.add(place)
+        for box, seen in zip((RED, GREEN), sample.boxes[0]):
+            pixels = np.array(box_lists(box, (64, 48), (49, 37))[0]) - [*place, *place]
+            np.testing.assert_allclose(seen, pixels.clip(0, 32) / 32, atol=1e-6)
+    assert (
+        len(places) > 15
+        and max(left for left, _ in places) == 16
+        and {top for _, top in places} == set(range(5))
+    )
+    assert dataset[0, 0].targets.tolist() == [[[1, 1], [0, 1]]]
+
+
+@pytest.mark.parametrize("change", [dict(flip=True), dict(jitter=True), dict(colours=True), {}])
+def test_published_augmentation(frames, change):
+    base = {"flip": False, "jitter": False, "colours": False}
+    plain = DetectionDataset(frames, 2, PUBLISHED, KeyAugmentConfig(**base), seed=1)
+    settings = {**base, **change} if change else {"flip": False, "jitter": False}  # colours by default
+    other = DetectionDataset(frames, 2, PUBLISHED, KeyAugmentConfig(**settings), seed=1)
+    pairs = [(plain[epoch, 0], other[epoch, 0]) for epoch in range(12)]
+    same_clips = [torch.equal(one.clips, two.clips) for one, two in pairs]
+    same_boxes = [torch.equal(one.boxes, two.boxes) for one, two in pairs]
+    if "flip" in change:
+        assert 2 <= sum(same_clips) <= 10 and same_boxes == same_clips
+        one, two = pairs[same_clips.index(False)]
+        assert torch.equal(one.clips.flip(3), two.clips)
+        np.testing.assert_allclose(two.boxes[..., 0], (31 - 32 * one.boxes[..., 2]) / 32, atol=1e-6)
+    elif "jitter" in change:
+        assert all(same_clips) and not any(same_boxes)
+    else:
+        assert not any(same_clips) and all(same_boxes)
+
+
+def hsv_by_hand(pixel, hue, saturation, value):
+    """One RGB pixel through OpenCV's uint8 HSV: hue in steps of two degrees, the others of 255."""
+    h, s, v = colorsys.rgb_to_hsv(*(channel / 255 for channel in pixel))
+    h, s, v = round(h * 180) % 180, round(s * 255), round(v * 255)
+    shifted = (h + hue) % 180, min(max(s + saturation, 0), 255), min(max(v + value, 0), 255)
+    red, green, blue = colorsys.hsv_to_rgb(shifted[0] / 180, shifted[1] / 255, shifted[2] / 255)
+    return [round(255 * red), round(255 * green), round(255 * blue)]
+
+
+@pytest.mark.parametrize("shifts", [(0, 0, 0), (10, 0, 0), (-10, 26, -26), (3, -26, 26)])
+def test_shifted_colours(shifts):
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3)).astype(np.uint8)
+    pixels[0, 0, :4] = [[0, 0, 0], [255, 255, 255], [255, 0, 0], [7, 7, 7]]
+    expected = np.array([hsv_by_hand(pixel, *shifts) for pixel in pixels.reshape(-1, 3).tolist()])
+    got = published.shift_hsv(pixels, *shifts).reshape(-1, 3)
+    assert np.abs(got.astype(int) - expected).max() <= 1
+
+
+def test_shifts_of_colours_are_the_published_range():
+    grey = np.full((1, 1, 1, 3), 128, np.uint8)
+    seen = {int(published.shift_colours(grey, np.random.default_rng(i)).max()) for i in range(2000)}
+    assert (min(seen), max(seen)) == (128 - 26, 128 + 26)
+
+
+def test_published_clips_are_square():
+    with pytest.raises(InputError, match="--preprocess published trains on square clips; --image-size is"):
+        KeyClipConfig(image_size=(32, 64), preprocess="published")
+    with pytest.raises(InputError, match="unknown preprocessing 'caffe'; known: resize, published"):
+        KeyClipConfig(preprocess="caffe")
+    old = {name: value for name, value in CLIP.to_dict().items() if name != "preprocess"}
+    assert KeyClipConfig.from_dict(old) == CLIP  # what runs before it meant

@@ -1,6 +1,7 @@
 """Merging label sets: names, duplicates across sources and splits, and the maps back."""
 
 import json
+import re
 
 import pytest
 
@@ -92,7 +93,10 @@ def test_video_ids():
 @pytest.mark.parametrize(
     "same, message",
     [
-        ({"napping": "sleeping"}, "'napping', which is no class of any source"),
+        (
+            {"Dozing": "sleeping", "dozing": "jumping"},
+            "merges 'dozing' into two classes: 'sleeping', 'jumping'",
+        ),
         ({"dozing": "sleeping", "sleeping": "dozing"}, "in a circle"),
         ({"running": "sleeping"}, "source 'small': 'running' and 'sleeping' would become one class"),
     ],
@@ -100,6 +104,107 @@ def test_video_ids():
 def test_bad_same_names(same, message):
     with pytest.raises(InputError, match=message):
         merge_sources(two_sources(), same)
+
+
+def test_entries_that_merge_nothing_are_told():
+    """As the published file of K710 has them: a name no source has, and two spellings of one name."""
+    same = {"napping": "sleeping", "eating cake": "Eating_Cake", "Dozing": "sleeping", "walking": "strolling"}
+    merged = merge_sources(two_sources(), same)
+    assert merged.classes == ["Eating cake", "running", "sleeping", "jumping", "running (fast)"]
+    assert merged.report["same"] == {
+        "entries": 4,
+        "spelling_only": ["eating cake: Eating_Cake"],
+        "unknown_names": ["napping", "strolling", "walking"],
+    }
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"dozing": "sleeping", "running (fast)": "Eating cake"},
+        [("sleeping", ["dozing"]), ("Eating cake", ["running fast", "eating_cake"])],
+        [("sleeping", ["dozing"]), ("dozing", ["sleeping"]), ("running fast", ["Eating cake"])],
+        # A name that no source has stands for the class, or between two names of one.
+        [("to sleep", ["dozing", "sleeping"]), ("Eating cake", ["running fast"])],
+        {"dozing": "to sleep", "to sleep": "sleeping", "running (fast)": "Eating cake"},
+    ],
+)
+def test_forms_of_same_names(same):
+    small, large = two_sources()
+    large.classes[1] = "cooking"  # else two classes of it become one
+    merged = merge_sources([small, large], same)
+    assert merged.maps == {"small": [0, 1, 2], "large": [3, 4, 2, 0]}
+
+
+def test_the_given_order_numbers_the_classes():
+    order = ["Jumping", "running_fast", "dozing", "EATING CAKE", "running"]
+    merged = merge_sources(two_sources(), {"Dozing": "sleeping"}, order=order)
+    assert merged.classes == order  # spelt as there
+    assert merged.maps == {"small": [3, 4, 2], "large": [0, 3, 2, 1]}
+    assert [labels for _, labels in merged.train] == [(3,), (4,), (0,)]
+    assert list(merged.report["merged_classes"]) == ["dozing", "EATING CAKE"]
+    assert merged.report["order"] == "given"
+
+
+@pytest.mark.parametrize(
+    "order, message",
+    [
+        (
+            ["Eating cake", "running", "sleeping", "jumping", "flying", "swimming"],
+            "2 names that are no class of any source ('flying', 'swimming'); not 1 of the 5 merged classes "
+            "('running (fast)')",
+        ),
+        (
+            ["Eating cake", "running", "sleeping", "dozing", "jumping", "running fast"],
+            "1 classes twice ('sleeping and dozing')",
+        ),
+        (
+            ["running"],
+            "not 4 of the 5 merged classes ('Eating cake', 'sleeping', 'jumping', 'running (fast)')",
+        ),
+        ([f"name {i}" for i in range(7)], "7 names .*'name 4' and 2 more"),
+    ],
+)
+def test_an_order_of_other_classes_is_refused_by_name(order, message):
+    with pytest.raises(InputError, match=message if ".*" in message else re.escape(message)):
+        merge_sources(two_sources(), {"Dozing": "sleeping"}, order=order)
+
+
+def kinetics_like():
+    """Sources of 400, 600 and 700 classes with 724 names, of which 14 are second names of others; the file of
+    these, with an entry that differs in case only and one that names no class; and an order of the 710."""
+    plain = [f"action {i:03}" for i in range(710)]
+    second = {f"also {name}": name for name in plain[:14]}
+    classes = {
+        "k400": plain[:400],
+        "k600": [*second, *plain[14:600]],  # of the same actions, 14 under another name
+        "k700": [*plain[10:14], *plain[14:710]],
+    }
+    assert len({name for names in classes.values() for name in names}) == 724
+    sources = [
+        LabelSource(name=name, classes=names, train=videos(f"{name}/x.mp4 0", classes=len(names)))
+        for name, names in classes.items()
+    ]
+    extra = {"Action 020": "action 020", "no such action": "action 021"}
+    order = [(f"also {name}" if i % 2 and i < 14 else name).upper() for i, name in enumerate(plain)][::-1]
+    return sources, {**second, **extra}, order
+
+
+def test_724_names_become_710_classes_with_the_official_numbers():
+    sources, same, order = kinetics_like()
+    merged = merge_sources(sources, same, order=order)
+    assert len(merge_sources(sources).classes) == 724 and merged.classes == order
+    assert [len(own) for own in merged.maps.values()] == [400, 600, 700]
+    key = {normalise_name(name): normalise_name(target) for name, target in same.items() if "also" in name}
+    for source in sources:
+        for name, number in zip(source.classes, merged.maps[source.name]):
+            ours, official = normalise_name(name), normalise_name(order[number])
+            assert key.get(ours, ours) == key.get(official, official)
+    assert merged.report["same"]["spelling_only"] == ["Action 020: action 020"]
+    assert merged.report["same"]["unknown_names"] == ["no such action"]
+    # The forms that such a file can have say the same.
+    for form in ([(target, [name]) for name, target in same.items()], [(n, [t]) for n, t in same.items()]):
+        assert merge_sources(sources, form, order=order).maps == merged.maps
 
 
 def test_nothing_left_and_names_of_sources():
@@ -141,6 +246,59 @@ def test_command_writes_what_the_readers_read(folder, monkeypatch, capsys):
     assert (
         json.loads((folder / "out" / "report.json").read_text())["videos"]["train, j"]["in_validation"] == 1
     )
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"strolling": "walk", "Run": "run", "flying": "walk"},
+        {"walk": ["strolling", "flying"], "run": ["Run"]},
+        {"walk": {"j": "strolling", "l": "flying"}, "run": "Run"},
+        [["walk", "strolling"], ["run", "Run"], ["walk", "flying"]],
+    ],
+)
+def test_command_takes_every_form_and_the_order(folder, monkeypatch, capsys, same):
+    monkeypatch.chdir(folder)
+    (folder / "same.json").write_text(json.dumps(same))
+    (folder / "order.txt").write_text("run\nStrolling\n")
+    sources = [
+        "--source",
+        "k",
+        "names.txt",
+        "train.txt",
+        "val.txt",
+        "--source",
+        "j",
+        "other.txt",
+        "val.txt",
+        "-",
+    ]
+    assert main(["merge-labels", "out", *sources, "--same", "same.json", "--order", "order.txt"]) == 0
+    said = capsys.readouterr().out
+    assert "4 classes of 2 sources make 2, numbered as in order.txt" in said
+    assert "warning: same.json: 1 entries differ only in spelling" in said
+    assert "warning: same.json: 1 names are no class of any source: 'flying'" in said
+    assert read_class_names("out/classes.txt") == ["run", "Strolling"]
+    assert read_label_map("out/label_2tok.json") == [1, 0] == read_label_map("out/label_2toj.json")
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert report["same"]["unknown_names"] == ["flying"] and report["order"] == "given"
+    (folder / "order.txt").write_text("run\nwalk\nfly\n")
+    assert main(["merge-labels", "other", *sources, "--same", "same.json", "--order", "order.txt"]) == 2
+    said = capsys.readouterr().err
+    assert "order.txt: the order of classes has 1 names that are no class of any source ('fly')" in said
+    assert said.count("\n") == 1 and not (folder / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ['"x"', "[]", "[3]", '{"a": 3}', '{"a": []}', '[["a", 3]]', '{"a": {"b": 1}}']
+)
+def test_other_forms_of_same_names_are_refused(folder, monkeypatch, capsys, content):
+    monkeypatch.chdir(folder)
+    (folder / "same.json").write_text(content)
+    sources = ["--source", "k", "names.txt", "train.txt", "val.txt"]
+    assert main(["merge-labels", "out", *sources, "--same", "same.json"]) == 2
+    said = capsys.readouterr().err
+    assert "'same.json' must be {name: name it is merged into}" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 
 import pytest
 
@@ -9,6 +10,7 @@ from vmae import InputError
 from vmae.evaluate.temporal import (
     Segment,
     average_precision,
+    dropped_note,
     mean_average_precision,
     read_actionformer,
     temporal_iou,
@@ -105,6 +107,59 @@ def test_the_dataset_file(tmp_path):
     assert database["a"]["annotations"][0] == first and database["empty"]["annotations"] == []
     assert read_actionformer(tmp_path / "d.json") == TRUTH
     assert read_actionformer(tmp_path / "d.json", "test") == TRUTH[2:]
+
+
+def plain_duplicates(annotations):
+    """ActionFormer's rule, on its own: what stays of a video's [start, end, label]."""
+    stays = []
+    for start, end, label in annotations:
+        near = [a for a in stays if a[2] == label and max(abs(a[0] - start), abs(a[1] - end)) <= 1e-3]
+        if end - start >= 1e-3 and not near:
+            stays.append([start, end, label])
+    return stays
+
+
+def test_repeated_segments_are_left_out_as_actionformer_does(tmp_path):
+    rng = random.Random(0)
+    annotations = {
+        name: [
+            [s := round(rng.choice((1, 2, 3)) + rng.choice((0, 5e-4, 9e-4, 2e-3)), 4), s + length, label]
+            for length in (0, 5e-4, 1, 1 + 8e-4, 4)
+            for label in rng.choices("xyz", k=6)
+        ]
+        for name in ("a", "b")
+    }
+    database = {
+        name: {
+            "subset": "training" if name == "a" else "Test",
+            "duration": 9.0,
+            "fps": 25.0,
+            "annotations": [{"label": label, "segment": [s, e], "label_id": 0} for s, e, label in rows],
+        }
+        for name, rows in annotations.items()
+    }
+    (tmp_path / "d.json").write_text(json.dumps({"database": database}))
+    dropped = []
+    found = read_actionformer(tmp_path / "d.json", dropped=dropped)
+    for name, rows in annotations.items():
+        stays = plain_duplicates(rows)
+        assert [[one.start, one.end, one.label] for one in found if one.video == name] == stays
+        assert 0 < len(stays) < len(rows) and sum(one.video == name for one in dropped) == len(rows) - len(
+            stays
+        )
+    own = []
+    assert read_actionformer(tmp_path / "d.json", "test", dropped=own) == [o for o in found if o.video == "b"]
+    assert own == [one for one in dropped if one.video == "b"]
+    said = dropped_note(dropped, "d.json")
+    assert said.startswith(f"note: {len(dropped)} segments of d.json left out") and "\n" not in said
+
+
+def test_a_segment_that_ends_before_it_starts_is_refused(tmp_path):
+    one = {"label": "x", "segment": [5, 4], "label_id": 0}
+    video = {"subset": "test", "duration": 9.0, "fps": 25.0, "annotations": [one]}
+    (tmp_path / "d.json").write_text(json.dumps({"database": {"a": video}}))
+    with pytest.raises(InputError, match="d.json: segment of 'a': 5.0 to 4.0 s"):
+        read_actionformer(tmp_path / "d.json")
 
 
 def test_bad_input(tmp_path):

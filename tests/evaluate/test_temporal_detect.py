@@ -240,6 +240,20 @@ def test_the_command(tmp_path, capsys):
     assert "features of other weights or windows" in capsys.readouterr().err
 
 
+def test_repeated_segments_are_told_in_training_and_test(tmp_path, capsys):
+    words = write_words(tmp_path)
+    content = json.loads((tmp_path / "d.json").read_text())
+    for video, copies in (("v00", 2), ("v17", 1)):
+        own = content["database"][video]["annotations"]
+        own += [{**own[0], "segment": [x + 5e-4 for x in own[0]["segment"]]}] * copies
+    (tmp_path / "d.json").write_text(json.dumps(content))
+    assert main([*words, "--output", str(tmp_path / "out"), "--epochs", "1", "--width", "24"]) == 0
+    said = capsys.readouterr().out
+    assert "note: 2 segments of" in said and "'v00', 'jump' from" in said  # training
+    assert "note: 1 segments of" in said and "'v17', 'jump' from" in said  # test
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["dropped"] == 1
+
+
 def rewrite(path, old: str, new: str) -> None:
     path.write_text(path.read_text().replace(old, new))
 

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vmae import InputError
-from vmae.model.detector import axis_weights, build_detector, roi_align
+from vmae.model.detector import DEVIATION, MEAN, axis_weights, build_detector, roi_align
 
 
 def bilinear(feature, y, x):
@@ -111,3 +112,130 @@ def test_every_parameter_learns(tiny, clips_of):
 def test_no_actions(tiny):
     with pytest.raises(InputError, match="at least 1 action"):
         build_detector(tiny, 0)
+
+
+# --- As VideoMAE-Action-Detection --------------------------------------------------------------------------
+
+
+def published_by_hand(feature, box, bins=7):
+    """AlphAction's ROIAlign3d of one box in tokens on a [h, w] map, sample by sample."""
+    height, width = feature.shape
+    x1, y1 = box[0], box[1]
+    box_width, box_height = max(box[2] - box[0], 1.0), max(box[3] - box[1], 1.0)
+    down, across = math.ceil(box_height / bins), math.ceil(box_width / bins)
+    out = torch.zeros(bins, bins, dtype=torch.float64)
+    for p in range(bins):
+        for q in range(bins):
+            for a in range(down):
+                for b in range(across):
+                    y = y1 + p * box_height / bins + (a + 0.5) * box_height / bins / down
+                    x = x1 + q * box_width / bins + (b + 0.5) * box_width / bins / across
+                    if -1 <= y <= height and -1 <= x <= width:
+                        out[p, q] += bilinear(feature, y, x) / (down * across)
+    return out
+
+
+# Published: a training crop, and a whole frame of 16:9; smaller than the bins; one token high.
+@pytest.mark.parametrize("grid", [(14, 14), (16, 29), (5, 7), (1, 3)])
+def test_published_roi_against_the_formula(grid):
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(2, *grid, 3, dtype=torch.float64, generator=g)
+    # Inside; the whole frame; narrower than a token; less than a token from the edge, so that some samples
+    # lie outside; flat, as a box outside of a crop is; a pixel left of the frame, as a mirrored one can be.
+    boxes = [
+        (0.1, 0.2, 0.8, 0.9),
+        (0.0, 0.0, 1.0, 1.0),
+        (0.5, 0.0, 0.51, 0.03),
+        (0.97, 0.98, 1.0, 1.0),
+        (1.0, 0.3, 1.0, 0.6),
+        (-1 / 224, 0.1, 0.4, 0.5),
+    ]
+    got = roi_align(features, torch.tensor([boxes] * 2, dtype=torch.float64), roi="published")
+    assert got.shape == (2, 6, 7, 7, 3)
+    for m, box in enumerate(boxes):
+        tokens = [share * cells for share, cells in zip(box, [grid[1], grid[0]] * 2)]
+        for b, d in ((0, 0), (1, 2)):
+            expected = published_by_hand(features[b, :, :, d], tokens)
+            torch.testing.assert_close(got[b, m, :, :, d], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_two_kinds_of_roi_differ():
+    features = torch.randn(1, 14, 14, 64, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[[0.1, 0.2, 0.4, 0.9], [0.3, 0.1, 0.9, 0.8]]])
+    aligned, published = (
+        roi_align(features, boxes, roi=roi).amax((2, 3)) for roi in ("aligned", "published")
+    )
+    assert (aligned - published).norm() / aligned.norm() > 0.05
+
+
+def test_gradients_of_the_published_roi():
+    g = torch.Generator().manual_seed(1)
+    features = torch.randn(2, 4, 5, 2, dtype=torch.float64, generator=g, requires_grad=True)
+    boxes = torch.tensor([[[0.11, 0.23, 0.72, 0.91]], [[0.05, 0.13, 0.83, 0.42]]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda f: roi_align(f, boxes, 3, roi="published"), (features,))
+
+
+def published_by_parts(model, clips, boxes):
+    """Logits of one box in pixels of each clip [3, T, H, W] of 0 to 255: by torch's own operations, with
+    zeros at the right and bottom, and positions resized for each clip."""
+    config, logits = model.config, []
+    patch = config.patch_size
+    mean, deviation = (torch.tensor(values)[:, None, None, None] for values in (MEAN, DEVIATION))
+    for clip, box in zip(clips, boxes):
+        pixels = (clip - mean) / deviation
+        filled = torch.zeros(3, clip.shape[1], *(-(-side // patch) * patch for side in clip.shape[2:]))
+        filled[:, :, : clip.shape[2], : clip.shape[3]] = pixels
+        x = model.patch_embed.proj(filled[None])
+        grid = x.shape[2:]
+        table = model.pos_embed.reshape(*config.grid, -1).permute(0, 3, 1, 2)
+        table = F.interpolate(table, size=grid[1:], mode="bicubic", align_corners=False)
+        x = x.flatten(2).transpose(1, 2) + table.permute(0, 2, 3, 1).reshape(1, -1, config.embed_dim)
+        for block in model.blocks:
+            x = block(x)
+        x = model.norm(x).reshape(*grid, -1).mean(0)
+        tokens = [side / patch for side in box]
+        pooled = torch.stack([published_by_hand(x[..., d], tokens).max() for d in range(config.embed_dim)])
+        logits.append(model.head(pooled.float()))
+    return torch.stack(logits)
+
+
+# The size of training (4 x 4 tokens); a rectangle of whole patches; one that is filled up on both sides; one
+# of less than the training size.
+@pytest.mark.parametrize("size", [(64, 64), (64, 112), (70, 121), (40, 56)])
+@torch.no_grad()
+def test_published_clips_of_any_shape(tiny, size):
+    torch.manual_seed(0)
+    model = build_detector(tiny, 5, roi="published", preprocess="published").eval()
+    model.patch_embed.proj.weight.mul_(10)
+    clips = torch.randint(0, 256, (2, tiny.num_frames, *size, 3), dtype=torch.uint8)
+    boxes = torch.tensor([[5.0, 7.0, 30.0, 35.0], [20.0, 3.0, 50.0, 39.0]])
+    shares = boxes[:, None] / torch.tensor([size[1], size[0]] * 2)
+    logits = model(clips, shares)
+    expected = published_by_parts(model, clips.permute(0, 4, 1, 2, 3).float(), boxes.tolist())
+    torch.testing.assert_close(logits[:, 0], expected, rtol=1e-4, atol=1e-5)
+    # Float clips are taken as normalised.
+    mean, deviation = torch.tensor(MEAN), torch.tensor(DEVIATION)
+    normalised = ((clips - mean) / deviation).permute(0, 4, 1, 2, 3)
+    torch.testing.assert_close(model(normalised, shares), logits, rtol=1e-5, atol=1e-6)
+    if size == (64, 64):  # the same tokens as any classifier's of such clips
+        features = model.tokens(normalised).unflatten(1, tiny.grid).mean(1)
+        pooled = roi_align(features, shares, roi="published").amax((2, 3))
+        torch.testing.assert_close(model.head(pooled), logits)
+
+
+def test_published_clips_train(tiny):
+    model = build_detector(tiny, 3, roi="published", preprocess="published")
+    clips = torch.randint(0, 256, (2, tiny.num_frames, 64, 64, 3), dtype=torch.uint8)
+    logits = model(clips, torch.tensor([[[0.1, 0.2, 0.6, 0.9]]] * 2))
+    (logits * torch.randn(logits.shape)).sum().backward()
+    assert all(math.isfinite(p.grad.norm()) and p.grad.norm() > 0 for p in model.parameters())
+
+
+def test_what_published_refuses(tiny):
+    with pytest.raises(InputError, match="unknown roi 'caffe'; known: aligned, published"):
+        build_detector(tiny, 3, roi="caffe")
+    model = build_detector(tiny, 3, preprocess="published")
+    with pytest.raises(
+        InputError, match=r"clips of shape \[1, 3, 6, 64, 64\] do not fit a model of 8 frames"
+    ):
+        model(torch.zeros(1, 6, 64, 64, 3, dtype=torch.uint8), torch.zeros(1, 1, 4))

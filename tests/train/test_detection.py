@@ -15,6 +15,7 @@ from vmae.data.ava import write_actions
 from vmae.synthetic.moving_actors import ACTIONS, ActorsConfig, write_actors
 from vmae.train.detection_settings import DetectionConfig
 from vmae.train.finetune_settings import model_from_args
+from vmae.train.resume import setting_changes, with_defaults
 from vmae.train.tasks.detection import detection_loss
 
 TINY = dict(img_size=32, num_frames=4)
@@ -224,13 +225,19 @@ def test_leaving_out(finetune, actors, tmp_path, capsys):
     assert "data: 16 boxes on 8 key frames of 3 videos" in said
 
 
-def test_the_published_settings_are_the_defaults():
+@pytest.fixture
+def default_config():
     from vmae.train.detection_settings import add_arguments, configs_from_args
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     args = parser.parse_args(["--annotations", "a", "--videos", "v", "--actions", "l", "--output", "o"])
-    config, _ = configs_from_args(args, model_from_args(args, None), {1: "stand"})
+    return configs_from_args(args, model_from_args(args, None), {1: "stand"})[0]
+
+
+def test_the_published_settings_of_training_are_the_defaults(default_config):
+    """But for pixels and RoIAlign."""
+    config = default_config
     assert (config.optim.lr, config.layer_decay, config.optim.weight_decay, config.epochs) == (
         5e-4,
         0.75,
@@ -248,3 +255,40 @@ def test_the_published_settings_are_the_defaults():
         0.001,
         1,
     )
+    assert (config.clip.preprocess, config.roi) == ("resize", "aligned")
+
+
+def test_training_as_published(finetune, tmp_path, capsys):
+    """The settings are kept with the weights; a resume tells where they changed."""
+    flags = ["--preprocess", "published", "--lr", "0.01"]
+    assert finetune(*flags, "--roi", "published", "--steps", "1") == 0
+    settings, _ = read_settings_and_weights(tmp_path / "run" / "weights.pth")
+    assert (settings["clip"]["preprocess"], settings["roi"]) == ("published", "published")
+    capsys.readouterr()
+    assert finetune(*flags, "--steps", "2") == 0
+    assert "setting changed: roi published in the checkpoint, aligned now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--preprocess", "published", "--min-crop", "0.5"], "--min-crop is of --preprocess resize"),
+        (["--preprocess", "published", "--image-size", "32x64"], "published trains on square clips"),
+        (["--preprocess", "square"], "unknown preprocessing 'square'; known: resize, published"),
+        (["--roi", "other"], "unknown RoIAlign 'other'; known: aligned, published"),
+    ],
+)
+def test_what_published_training_refuses(finetune, tmp_path, capsys, flags, message):
+    assert finetune(*flags) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_run_from_before_these_settings_goes_on(default_config):
+    """Its settings are those of the old behaviour: a resume finds nothing changed."""
+    now = json.loads(json.dumps(default_config.to_dict()))
+    old = {name: value for name, value in now.items() if name != "roi"}
+    old["clip"] = {name: value for name, value in now["clip"].items() if name != "preprocess"}
+    old["augment"] = {name: value for name, value in now["augment"].items() if name != "colours"}
+    assert setting_changes(with_defaults(old, default_config), now) == {}
+    assert DetectionConfig.from_dict(old) == default_config

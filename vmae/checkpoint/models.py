@@ -113,7 +113,11 @@ def to_model(
         pretrainer = build_pretrainer(config, normalize_target=normalize, **speed)
         return pretrainer.eval(), load_into(pretrainer, source.state, source.path)
     if kind == "detector":
-        detector = build_detector(config, num_classes or head_classes(source), **speed)
+        sees = {
+            "roi": source.settings.get("roi", "aligned"),
+            "preprocess": source.settings.get("clip", {}).get("preprocess", "resize"),
+        }
+        detector = build_detector(config, num_classes or head_classes(source), **sees, **speed)
         return detector.eval(), load_into(detector, source.state, source.path)
     classes = 0
     if kind == "classifier":

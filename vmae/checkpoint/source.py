@@ -95,8 +95,8 @@ class Source:
 
     @property
     def pooling(self) -> str:
-        """How an encoder's tokens are pooled. A pre-trained one ends with a norm over each token, and was never
-        pooled: the mean of what the norm gives. A classifier that has this norm pools the first token
+        """How an encoder's tokens are pooled. A pre-trained one ends with a norm over each token, and was
+        never pooled: the mean of what the norm gives. A classifier that has this norm pools the first token
         (--use_cls)."""
         if self.pretrained:
             return NORMED

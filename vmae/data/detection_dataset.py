@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vmae.config import RESULTS, _Checked
+from vmae.data import detection_published as published
 from vmae.data.augment import CropBox, crop_and_resize
 from vmae.data.augment_classify import sample_resized_crop
 from vmae.data.ava import AvaBox, Box, Key
@@ -30,11 +31,9 @@ from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
 from vmae.data.video_files import is_video
 from vmae.data.workers import WorkerPool, hang_limit
 from vmae.errors import InputError
-from vmae.settings import FRAMES, SHARE_ABOVE_0, SIDE, STRIDE, Real, ranged, setting
+from vmae.settings import FRAMES, SHARE_ABOVE_0, SIDE, STRIDE, OneOf, Real, ranged, setting, shown
 
-# Largest moves of a box's left and right (top and bottom) edge outwards and inwards, shares of its width
-# (height).
-_JITTER = ((0.2, 0.1), (0.1, 0.05))
+PREPROCESS = ("resize", "published")
 _MIN_VISIBLE = 0.25  # share of a box's area that a crop must leave of it
 
 
@@ -44,9 +43,13 @@ class KeyClipConfig(_Checked):
 
     Attributes:
         num_frames: T, as the model has it.
-        image_size: side, or (height, width), in pixels, as the model has it; whole frames are resized to it.
-        extend: how much wider and taller boxes are made to be looked at in a test, shares (published 0.1 and
-            0.05).
+        image_size: side, or (height, width), in pixels, as the model has it. Whole frames are resized to it,
+            unless `preprocess` is "published": a square then, see `vmae.data.detection_published`.
+        extend: how much wider and taller boxes are made to be looked at in a test, shares (0.1 and 0.05, as
+            VideoMAE-Action-Detection has them).
+
+    Raises:
+        InputError: a value out of its range; published clips that are not square.
     """
 
     group = RESULTS
@@ -55,7 +58,8 @@ class KeyClipConfig(_Checked):
     image_size: int | tuple[int, int] = ranged(224, SIDE)
     stride: int = setting(
         4,
-        "frames from one to the next; frame T // 2 of the clip is the key frame",
+        "frames from one to the next; frame T // 2 of the clip is the key frame, unless --preprocess says "
+        "otherwise",
         STRIDE,
         aliases=("--sampling_rate",),
     )
@@ -63,18 +67,38 @@ class KeyClipConfig(_Checked):
         0.0, "second of the movie that files begin at; 900 for cut AVA", Real(least=0, most=10**9)
     )
     extend: tuple[float, float] = ranged((0.1, 0.05), Real(least=0, most=1000))
+    preprocess: str = setting(
+        "resize",
+        "resize: whole frames, resized to --image-size; published, as VideoMAE-Action-Detection: shorter "
+        "side 256, crops of 224 in training, whole frames of their own shape in tests, frames -31 to "
+        "+29, its mean and deviation",
+        OneOf("preprocessing", PREPROCESS),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.published and not isinstance(self.image_size, int):
+            raise InputError(
+                f"--preprocess published trains on square clips; --image-size is {shown(self.image_size)}"
+            )
+
+    @property
+    def published(self) -> bool:
+        return self.preprocess == "published"
 
     def indices(self, key: int, total: int) -> np.ndarray:
         """int64 [T]: the clip around frame `key`; where the video begins or ends, its first or last frame
         repeats."""
+        if self.published:
+            return np.clip(key + published.clip_offsets(self.num_frames, self.stride), 0, total - 1)
         steps = np.arange(self.num_frames, dtype=np.int64) - self.num_frames // 2
         return np.clip(key + steps * self.stride, 0, total - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyAugmentConfig(_Checked):
-    """How key frames to train on are changed. The defaults are the published ones, but for their colour
-    jitter."""
+    """How key frames to train on are changed. VideoMAE-Action-Detection flips, jitters boxes and shifts
+    colours, and crops as `preprocess` says."""
 
     group = RESULTS
 
@@ -82,6 +106,11 @@ class KeyAugmentConfig(_Checked):
     jitter: bool = setting(True, "move each box's edges a little, as person detectors do")
     min_crop: float = setting(
         1.0, "least area of a random crop, a share of the frame's; 1: whole frames", SHARE_ABOVE_0
+    )
+    colours: bool | None = setting(
+        None,
+        "shift hue, saturation and brightness of each clip at random",
+        unset="with --preprocess published",
     )
 
 
@@ -98,7 +127,7 @@ class KeyFrame(VideoEntry):
     """
 
     video: str = ""
-    timestamp: int = 0
+    timestamp: float = 0
     frame: int = 0
     boxes: tuple[Box, ...] = ()
     labels: tuple[tuple[int, ...], ...] = ()
@@ -186,7 +215,7 @@ def key_frames(
         frame = round((timestamp - clip.origin) * rate)
         if not 0 <= frame < total:
             raise InputError(
-                f"{where}: key frame at {timestamp} s is outside of {entries[video].path}, which has "
+                f"{where}: key frame at {timestamp:.10g} s is outside of {entries[video].path}, which has "
                 f"{clip.origin:g} to {clip.origin + total / rate:.2f} s ({total} frames, {rate:g} a second); "
                 "is --origin right?"
             )
@@ -266,7 +295,7 @@ def extend_boxes(boxes: np.ndarray, share: tuple[float, float]) -> np.ndarray:
 def jitter_boxes(boxes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Boxes whose edges moved as published: each by a share of the box's side, more outwards than inwards."""
     size = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
-    outwards, inwards = (np.array([pair[i] for pair in _JITTER] * 2) for i in (0, 1))
+    outwards, inwards = (np.array([pair[i] for pair in published.JITTER] * 2) for i in (0, 1))
     sign = np.array([-1, -1, 1, 1])
     return (boxes + sign * size * rng.uniform(-inwards, outwards, boxes.shape)).clip(0, 1)
 
@@ -370,15 +399,46 @@ class DetectionDataset(VideoDataset[KeyFrame, BoxedClip]):
         }
         with self._open(entry) as reader:
             frames = reader.frames(self.clip.indices(entry.frame, len(reader)))
-        height, width = frames.shape[1:3]
         boxes = np.array(entry.boxes)
+        make = self._published_clip if self.clip.published else self._resized_clip
+        clip, cut, kept = make(frames, boxes, rngs)
+        return BoxedClip(torch.from_numpy(clip), torch.from_numpy(cut).float(), kept)
+
+    def _resized_clip(
+        self, frames: np.ndarray, boxes: np.ndarray, rngs: dict[Purpose, np.random.Generator]
+    ) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """A clip of the whole frame or of a crop, the boxes in it as shares, and which these are."""
+        height, width = frames.shape[1:3]
         crop, cut, kept = self._crop(boxes, width, height, rngs[Purpose.CROPS])
         clip = crop_and_resize(frames, crop, self.clip.image_size, resize=self.resize)
+        if self.augment.colours:
+            clip = published.shift_colours(clip, rngs[Purpose.AUGMENT])
         if self.augment.jitter:
             cut = jitter_boxes(cut, rngs[Purpose.AUGMENT])
         if self.augment.flip and rngs[Purpose.FLIPS].integers(2):
             clip, cut = np.ascontiguousarray(clip[:, :, ::-1]), flip_boxes(cut)
-        return BoxedClip(torch.from_numpy(clip), torch.from_numpy(cut).float(), kept)
+        return clip, cut, kept
+
+    def _published_clip(
+        self, frames: np.ndarray, boxes: np.ndarray, rngs: dict[Purpose, np.random.Generator]
+    ) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """A square crop of the resized frame, and all boxes as shares of it."""
+        side, (height, width) = self.clip.image_size, frames.shape[1:3]
+        assert isinstance(side, int)  # `KeyClipConfig` checks it
+        size = published.resized_hw(height, width, side)
+        frames = crop_and_resize(frames, CropBox(0, 0, width, height), size, resize="bilinear")
+        place = rngs[Purpose.CROPS].random(2)
+        left, top = int(place[0] * (size[1] - side)), int(place[1] * (size[0] - side))
+        clip = np.ascontiguousarray(frames[:, top : top + side, left : left + side])
+        pixels = published.to_pixels(boxes, height, width, size)
+        pixels = published.crop_pixels(pixels, left, top, side)
+        if self.augment.colours is not False:
+            clip = published.shift_colours(clip, rngs[Purpose.AUGMENT])
+        if self.augment.flip and rngs[Purpose.FLIPS].integers(2):
+            clip, pixels = np.ascontiguousarray(clip[:, :, ::-1]), published.flip_pixels(pixels, side)
+        if self.augment.jitter:
+            pixels = published.jitter_pixels(pixels, rngs[Purpose.AUGMENT], side, side)
+        return clip, published.to_shares(pixels, side, side), list(range(len(boxes)))
 
     def _crop(
         self, boxes: np.ndarray, width: int, height: int, rng: np.random.Generator
@@ -400,7 +460,7 @@ class DetectionDataset(VideoDataset[KeyFrame, BoxedClip]):
 
 class KeyFrameReader(VideoDataset[KeyFrame, tuple[Tensor, Tensor]]):
     """Key frames to test on: `reader[number]` is (uint8 [T, H, W, 3], float32 [M, 4] of the boxes, extended),
-    or the `Failure` of a broken video."""
+    or the `Failure` of a broken video. Published clips have the shape of their video."""
 
     def __init__(self, frames: Sequence[KeyFrame], clip: KeyClipConfig, **options: Any) -> None:
         super().__init__(frames, **options)
@@ -417,10 +477,17 @@ class KeyFrameReader(VideoDataset[KeyFrame, tuple[Tensor, Tensor]]):
     def _decode_crops(self, entry: KeyFrame, epoch: int, index: int, attempt: int) -> tuple[Tensor, Tensor]:
         with self._open(entry) as reader:
             frames = reader.frames(self.clip.indices(entry.frame, len(reader)))
-        whole = CropBox(0, 0, frames.shape[2], frames.shape[1])
-        clip = crop_and_resize(frames, whole, self.clip.image_size, resize=self.resize)
-        boxes = extend_boxes(np.array(entry.boxes), self.clip.extend)
-        return torch.from_numpy(clip), torch.from_numpy(boxes).float()
+        height, width = frames.shape[1:3]
+        whole, boxes = CropBox(0, 0, width, height), np.array(entry.boxes)
+        if not isinstance(self.clip.image_size, int) or not self.clip.published:
+            clip = crop_and_resize(frames, whole, self.clip.image_size, resize=self.resize)
+            seen = extend_boxes(boxes, self.clip.extend)
+        else:
+            size = published.resized_hw(height, width, self.clip.image_size)
+            clip = crop_and_resize(frames, whole, size, resize="bilinear")
+            pixels = published.to_pixels(boxes, height, width, size)
+            seen = published.to_shares(published.extend_pixels(pixels, self.clip.extend, *size), *size)
+        return torch.from_numpy(clip), torch.from_numpy(seen).float()
 
     def read(
         self, numbers: Sequence[int], num_workers: int = 0, *, hang_s: float | None = None

@@ -4,7 +4,8 @@ VideoMAE V2 post-pre-trains on such a set (section 3.3): classes of the same nam
 several sources list count once; none that any source validates on is trained on. The published code has the
 result, not the way.
 
-Merged classes come in the order of the sources, each source's new ones after those before. What is written:
+Merged classes come in the order of the sources, each source's new ones after those before; or as `--order`
+lists them, so that heads and label maps of the published numbering fit. What is written:
 
     train.txt, val.txt          labelled lists with absolute paths
     classes.txt                 a name a line
@@ -29,6 +30,15 @@ from vmae.errors import InputError
 from vmae.files.json_files import parse_json
 
 SHOWN = 20  # conflicts that the report spells out
+SAID = 5  # names that a message spells out
+
+# What one file of same names says: for each entry, the name that stays and those that mean it too.
+Groups = list[tuple[str, list[str]]]
+Same = dict[str, str] | Groups
+
+
+class OrderError(InputError):
+    """A list of classes that is not of the merged set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +81,23 @@ def normalise_name(name: str) -> str:
     return " ".join(re.findall(r"[^\W_]+", folded))
 
 
-def merge_classes(sources: Sequence[LabelSource], same: dict[str, str]) -> Merged:
+def merge_classes(
+    sources: Sequence[LabelSource], same: Same | None = None, order: Sequence[str] | None = None
+) -> Merged:
     """The merged classes and the maps, no videos yet.
 
     Args:
-        same: class names that mean another one: {name: the name it is merged into}, in any spelling.
+        same: class names that mean another one: {name: the name it is merged into}, or groups of names; in
+            any spelling. What merges nothing (a name that no source has, names that differ in spelling only)
+            stands in the report under `same`.
+        order: the merged classes, in the order that they shall have; spelt as they shall be.
 
     Raises:
-        InputError: a name in `same` that no source has, a circle in it, or two classes of one source that
-            become one.
+        InputError: a circle in `same`, two classes of one source that become one.
+        OrderError: `order` is not of the merged classes.
     """
     known = {normalise_name(name) for source in sources for name in source.classes}
-    redirected = _normalise_redirections(same, known)
+    redirected, told = _redirections(same or {}, known)
     numbers: dict[str, int] = {}
     merged = Merged(classes=[], maps={})
     spellings: list[list[str]] = []
@@ -100,30 +115,96 @@ def merge_classes(sources: Sequence[LabelSource], same: dict[str, str]) -> Merge
                 spellings.append([])
             spellings[number].append(f"{source.name}: {name}")
         merged.maps[source.name] = list(own)
-    merged.classes = _names(numbers, sources)
+    merged.classes = _names(numbers, sources, redirected)
+    if order is not None:
+        places = _places(order, merged.classes, numbers, redirected)
+        merged.classes = list(order)
+        merged.maps = {name: [places[number] for number in own] for name, own in merged.maps.items()}
+        spellings = [names for _, names in sorted(zip(places, spellings))]
     merged.report["merged_classes"] = {
         merged.classes[i]: names for i, names in enumerate(spellings) if len(names) > 1
     }
+    merged.report["same"] = told
+    merged.report["order"] = "sources" if order is None else "given"
     return merged
 
 
-def _names(numbers: dict[str, int], sources: Sequence[LabelSource]) -> list[str]:
-    """The merged names, spelt as the first source that has the name itself spells it."""
+def _names(numbers: dict[str, int], sources: Sequence[LabelSource], redirected: dict[str, str]) -> list[str]:
+    """The merged names, spelt as the first source that has the name itself spells it; where none has it, as
+    the first one that has a name merged into it."""
     spelt: dict[str, str] = {}
+    stands_in: dict[str, str] = {}
     for source in sources:
         for name in source.classes:
-            spelt.setdefault(normalise_name(name), name)
-    return [spelt[key] for key in numbers]
+            key = normalise_name(name)
+            spelt.setdefault(key, name)
+            stands_in.setdefault(_follow(key, redirected), name)
+    return [spelt.get(key, stands_in[key]) for key in numbers]
 
 
-def _normalise_redirections(same: dict[str, str], known: set[str]) -> dict[str, str]:
-    redirected = {}
-    for name, target in same.items():
-        for given in (name, target):
-            if normalise_name(given) not in known:
-                raise InputError(f"the file of same names has {given!r}, which is no class of any source")
-        redirected[normalise_name(name)] = normalise_name(target)
-    return redirected
+def _places(
+    order: Sequence[str], classes: Sequence[str], numbers: dict[str, int], redirected: dict[str, str]
+) -> list[int]:
+    """The place in `order` of each merged class.
+
+    Raises:
+        OrderError: a name of `order` that no source has, a class that comes twice there, or not at all.
+    """
+    keys = [_follow(normalise_name(name), redirected) for name in order]
+    faults = []
+    if unknown := [name for name, key in zip(order, keys) if key not in numbers]:
+        faults.append(f"{len(unknown)} names that are no class of any source ({_some(unknown)})")
+    first: dict[str, str] = {}
+    twice = []
+    for name, key in zip(order, keys):
+        if key in first:
+            twice.append(f"{first[key]} and {name}")
+        first.setdefault(key, name)
+    if twice:
+        faults.append(f"{len(twice)} classes twice ({_some(twice)})")
+    if lacking := [name for name, key in zip(classes, numbers) if key not in first]:
+        faults.append(f"not {len(lacking)} of the {len(classes)} merged classes ({_some(lacking)})")
+    if faults:
+        raise OrderError(
+            f"the order of classes has {'; '.join(faults)}: it has to name each merged class once; are all "
+            "sources given, and --same?"
+        )
+    return [keys.index(key) for key in numbers]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SAID} more" if len(names) > SAID else ""
+    return ", ".join(repr(name) for name in names[:SAID]) + more
+
+
+def _redirections(same: Same, known: set[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """{name: the name that it is merged into}, normalised; and what the file of same names does, for the
+    report: entries, those that merge nothing, names that no source has."""
+    redirected: dict[str, str] = {}
+    groups: Groups = same if isinstance(same, list) else [(target, [name]) for name, target in same.items()]
+    only_spelling: list[str] = []
+    unknown: list[str] = []
+    for target, names in groups:
+        unknown += [name for name in (target, *names) if normalise_name(name) not in known]
+        into = normalise_name(target)
+        for name in names:
+            key = normalise_name(name)
+            if key == into:
+                only_spelling.append(f"{name}: {target}")
+            elif isinstance(same, dict):
+                if redirected.setdefault(key, into) != into:
+                    both = f"{redirected[key]!r}, {target!r}"
+                    raise InputError(f"the file of same names merges {name!r} into two classes: {both}")
+            else:  # groups say what is one class, in any direction
+                one, other = _follow(key, redirected), _follow(into, redirected)
+                if one != other:
+                    redirected[one] = other
+    told = {
+        "entries": len(groups),
+        "spelling_only": list(dict.fromkeys(only_spelling)),
+        "unknown_names": list(dict.fromkeys(unknown)),
+    }
+    return redirected, told
 
 
 def _follow(key: str, redirected: dict[str, str]) -> str:
@@ -153,7 +234,11 @@ def video_id(path: str, pattern: str | None = None) -> str:
 
 
 def merge_sources(
-    sources: Sequence[LabelSource], same: dict[str, str] | None = None, *, id_pattern: str | None = None
+    sources: Sequence[LabelSource],
+    same: Same | None = None,
+    *,
+    order: Sequence[str] | None = None,
+    id_pattern: str | None = None,
 ) -> Merged:
     """Merge classes and videos.
 
@@ -161,7 +246,7 @@ def merge_sources(
     it different classes, the first one's stay, and the report says so.
 
     Args:
-        same: see `merge_classes`.
+        same, order: see `merge_classes`.
         id_pattern: see `video_id`.
 
     Raises:
@@ -170,7 +255,7 @@ def merge_sources(
     names = [source.name for source in sources]
     if len(set(names)) < len(names) or not names:
         raise InputError(f"sources need names, each its own; not {', '.join(names) or 'none'}")
-    merged = merge_classes(sources, same or {})
+    merged = merge_classes(sources, same, order)
     seen: dict[str, tuple[int, ...]] = {}
     conflicts: list[str] = []
     counts: dict[str, dict[str, int]] = {}
@@ -260,7 +345,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where a source's paths start",
     )
     parser.add_argument(
-        "--same", metavar="FILE.json", help="class names that mean another one: {name: merged into}"
+        "--same",
+        metavar="FILE.json",
+        help="class names that mean another one, as k710_identical_label_merge.json: {name: merged into}, "
+        "{name: [names]} or [[names], ...]",
+    )
+    parser.add_argument(
+        "--order",
+        metavar="FILE",
+        help="class list with the numbers that the merged classes get, as label_map_k710.txt",
     )
     parser.add_argument(
         "--video-id",
@@ -280,11 +373,17 @@ def run(args: argparse.Namespace) -> None:
         _read_source(name, classes, train, val, roots.get(name)) for name, classes, train, val in args.source
     ]
     same = _read_same(args.same) if args.same else {}
-    merged = merge_sources(sources, same, id_pattern=pattern)
+    order = read_class_names(args.order) if args.order else None
+    try:
+        merged = merge_sources(sources, same, order=order, id_pattern=pattern)
+    except OrderError as error:
+        raise InputError(f"{args.order}: {error}") from None
+    _say_same(args.same, merged.report["same"])
     paths = write_merged(args.output, merged)
+    numbered = f", numbered as in {args.order}" if order else ""
     print(
         f"{sum(len(source.classes) for source in sources)} classes of {len(sources)} sources make "
-        f"{len(merged.classes)}"
+        f"{len(merged.classes)}{numbered}"
     )
     for title, count in merged.report["videos"].items():
         if count["listed"]:
@@ -310,14 +409,49 @@ def _read_source(name: str, classes: str, train: str, val: str, root: str | None
     return LabelSource(name=name, classes=names, train=to_train, val=to_test)
 
 
-def _read_same(path: str) -> dict[str, str]:
+def _say_same(path: str, told: dict[str, Any]) -> None:
+    """Warn of what the file of same names has and that merges nothing."""
+    for names, fault in (
+        (told["spelling_only"], "entries differ only in spelling, which makes one class anyway"),
+        (told["unknown_names"], "names are no class of any source"),
+    ):
+        if names:
+            print(f"warning: {path}: {len(names)} {fault}: {_some(names)}")
+
+
+def _read_same(path: str) -> Same:
+    """The file of same names: {name: merged into}, or groups.
+
+    VideoMAE V2's `misc/k710_identical_label_merge.json` was not at hand: these are forms that it may have.
+
+    Raises:
+        InputError: the file cannot be read, or has another form.
+    """
     try:
         content = parse_json(read_text(path))
     except ValueError as error:
         raise InputError(f"the file of same names {path!r} is no JSON: {error}") from None
-    if not isinstance(content, dict) or not all(isinstance(target, str) for target in content.values()):
-        raise InputError(f"the file of same names {path!r} must be {{name: name it is merged into}}")
-    return content
+    if isinstance(content, dict) and all(isinstance(target, str) for target in content.values()):
+        return content
+    pairs = content.items() if isinstance(content, dict) else ((None, names) for names in _list_of(content))
+    groups: Groups = []
+    for target, names in pairs:
+        listed = list(names.values()) if isinstance(names, dict) else names
+        listed = [listed] if isinstance(listed, str) else listed
+        if not isinstance(listed, list) or not listed or not all(isinstance(name, str) for name in listed):
+            groups = []
+            break
+        groups.append((listed[0], listed[1:]) if target is None else (target, listed))
+    if not groups:
+        raise InputError(
+            f"the file of same names {path!r} must be {{name: name it is merged into}}, {{name: [names]}}, "
+            "{name: {source: name}} or [[names of one class], ...]"
+        )
+    return groups
+
+
+def _list_of(content: Any) -> list[Any]:
+    return content if isinstance(content, list) else []
 
 
 def _compile(pattern: str | None) -> str | None:

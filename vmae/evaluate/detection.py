@@ -2,13 +2,16 @@
 
     detections.csv    a line for each box and action; score: the person box's score times the sigmoid of the
                       action's logit, as published
-    results.json      frame mAP by the rules of AVA, average precision of each action, settings (with
+    results.json      frame mAP by each of AVA's rules, average precision of each action, settings (with
                       --annotations)
     actions.csv       a row for each action (with --annotations)
     key_frame_*.png   some key frames with their boxes and actions
 
 Boxes are those of --persons; without it, the annotated ones. Scores are written at once, so a test that was
-stopped continues with the key frames that are left.
+stopped continues with the key frames that are left. With --detections no model runs: these are scored.
+
+The frame mAP is that of VideoMAE's evaluation code, unless --per-frame or --unannotated say otherwise;
+`results.json` has it by every rule that AVA's scripts have had (`vmae.evaluate.frame_map`).
 """
 
 from __future__ import annotations
@@ -36,11 +39,14 @@ from vmae.config import ModelConfig, SpeedConfig
 from vmae.data.ava import (
     AvaBox,
     Box,
+    GroundTruth,
+    Key,
     read_actions,
-    read_annotations,
     read_detections,
     read_excluded,
+    read_ground_truth,
     read_person_boxes,
+    seconds_text,
     write_detections,
 )
 from vmae.data.decode import DecodeError, open_video
@@ -48,13 +54,13 @@ from vmae.data.detection_dataset import KeyClipConfig, KeyFrame, KeyFrameReader,
 from vmae.data.guarded import guarded
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
-from vmae.evaluate.frame_map import FrameScores, frame_map
+from vmae.evaluate.frame_map import RULES, UNANNOTATED, FrameScores, Rule, frame_map
 from vmae.evaluate.views import NO_NUMBERS
 from vmae.files.atomic import write_atomically
 from vmae.files.folder_lock import FolderLock
 from vmae.flags import add_settings
 from vmae.model.detector import Detector
-from vmae.settings import BATCH, Real, Whole
+from vmae.settings import BATCH, COUNT, Real, Whole
 from vmae.train.checks import check_backend, check_output, resolve_device
 from vmae.train.detection_settings import DetectionConfig
 from vmae.train.metrics import code_version, read_log
@@ -62,6 +68,8 @@ from vmae.train.pretrain_settings import RunConfig, TrainingConfig
 
 DETECTIONS, RESULTS, PARTS = "detections.csv", "results.json", "scores.part.jsonl"
 SHOWN = 0.5  # least score of an action that a picture names
+CLIP_FLAGS = ("stride", "origin", "preprocess", "num_frames", "image_size")
+SAID = 3  # wrong rows that are shown
 
 
 @dataclass
@@ -86,14 +94,16 @@ class LoadedDetector:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights"
-    )
+    parser.add_argument("--checkpoint", metavar="DIR|FILE", help="a run's folder, a checkpoint, or weights")
     parser.add_argument(
         "--videos",
-        required=True,
         metavar="DIR",
         help="folder of the videos: ID.mp4 (or another suffix), or a folder ID of images",
+    )
+    parser.add_argument(
+        "--detections",
+        metavar="CSV",
+        help="score these with --annotations and --actions, and run no model",
     )
     parser.add_argument(
         "--persons", metavar="CSV", help="person boxes with scores (default: the annotated boxes)"
@@ -108,12 +118,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--actions", metavar="PBTXT", help="actions that count (default: the checkpoint's)")
     parser.add_argument("--excluded", metavar="CSV", help="key frames that do not count")
     parser.add_argument(
+        "--per-frame",
+        type=COUNT,
+        metavar="N",
+        help="score the N best detections of a key frame; ActivityNet's script takes 50 (all, as VideoMAE's "
+        "code)",
+    )
+    parser.add_argument(
+        "--unannotated",
+        choices=UNANNOTATED,
+        default="count",
+        help="detections on key frames that the annotations do not name: count (as wrong, as VideoMAE's "
+        "code) or ignore (as ActivityNet's script since 2020) (count)",
+    )
+    parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for detections, scores and pictures"
     )
     parser.add_argument("--pictures", type=Whole(0, 10_000), default=4, help="key frames to draw (4)")
     add_settings(parser, DetectionConfig, "frame_pattern fps")
     clip = parser.add_argument_group("clips of key frames (default: as in training)")
-    add_settings(clip, KeyClipConfig, "stride origin", unset="as in training")
+    add_settings(clip, KeyClipConfig, "stride origin preprocess", unset="as in training")
+    add_settings(clip, DetectionConfig, "roi", unset="as in training")
     add_settings(clip, ModelConfig, "num_frames img_size", unset="as in training")
     add_settings(clip, TrainingConfig, "dtype")
     add_source_arguments(parser, "official files; they need --actions")
@@ -125,27 +150,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit code is 1 where a video could not be decoded."""
+    check_output(Path(args.output))
+    if args.detections is not None:
+        return _score_file(args)
+    if missing := [f"--{name}" for name in ("checkpoint", "videos") if getattr(args, name) is None]:
+        raise InputError(f"the following arguments are required: {', '.join(missing)} (or --detections)")
     if args.persons is None and args.annotations is None:
         raise InputError("which boxes? Give --persons, or --annotations for the annotated ones")
     device = resolve_device(args.device)
     check_backend(args.backend, device)
-    check_output(Path(args.output))
     listed = read_actions(args.actions) if args.actions else None
     loaded = load_detector(
         args.checkpoint,
         preset=args.model,
         source=(args.init_frames, args.init_size),
         actions=listed,
-        clip={name: getattr(args, name) for name in ("stride", "origin", "num_frames", "image_size")},
+        clip={name: getattr(args, name) for name in CLIP_FLAGS},
+        roi=args.roi,
         backend=args.backend,
         attention=args.attention,
     )
     counted = loaded.actions if listed is None else listed
-    truth = None
-    if args.annotations:
-        truth = read_annotations(args.annotations, counted, skip_unlisted=True)
+    truth = read_ground_truth(args.annotations, counted, skip_unlisted=True) if args.annotations else None
     excluded = read_excluded(args.excluded) if args.excluded else set()
-    frames = _frames_to_test(args, loaded, truth, excluded)
+    frames, dropped = _frames_to_test(args, loaded, truth, excluded)
     print(loaded.note, flush=True)
     with FolderLock(args.output, "a test of a detector"):
         records = score_frames(
@@ -167,26 +195,66 @@ def run(args: argparse.Namespace) -> int:
         if truth is not None:
             # Scored from the file, whose numbers are rounded: scoring it again gives the same result.
             found = read_detections(folder / DETECTIONS, loaded.actions)
-            scores = frame_map(truth, found, counted, excluded=excluded)
-            report(folder, scores, counted, {"checkpoint": str(loaded.path)})
-        for path in draw_frames(folder, frames, records, truth, loaded.actions, args.pictures):
+            about = {"checkpoint": str(loaded.path), "dropped": len(dropped), "first_dropped": dropped[:SAID]}
+            report(folder, truth, found, counted, excluded, _rule_of(args), about)
+        boxes = None if truth is None else truth.rows
+        for path in draw_frames(folder, frames, records, boxes, loaded.actions, args.pictures):
             print(f"picture: {path}")
     return 1 if failed else 0
 
 
+def _score_file(args: argparse.Namespace) -> int:
+    """Score the detections of a file; no model runs."""
+    if args.annotations is None or args.actions is None:
+        raise InputError("--detections is scored with --annotations and --actions: give both")
+    if args.checkpoint is not None or args.persons is not None:
+        raise InputError("--detections runs no model: leave out --checkpoint and --persons")
+    actions = read_actions(args.actions)
+    truth = read_ground_truth(args.annotations, actions, skip_unlisted=True)
+    excluded = read_excluded(args.excluded) if args.excluded else set()
+    dropped: list[str] = []
+    found = read_detections(args.detections, actions, dropped=dropped)
+    _say_dropped(args.detections, dropped)
+    about = {"detections_of": str(args.detections), "dropped": len(dropped), "first_dropped": dropped[:SAID]}
+    with FolderLock(args.output, "a test of a detector"):
+        report(Path(args.output), truth, found, actions, excluded, _rule_of(args), about)
+    return 0
+
+
+def _say_dropped(path: str, dropped: Sequence[str]) -> None:
+    if dropped:
+        print(f"note: {len(dropped)} rows of {path} are wrong, or of no listed action, and were dropped:")
+        for line in dropped[:SAID]:
+            print(f"  {line}")
+
+
+def _rule_of(args: argparse.Namespace) -> Rule:
+    """The rule that the flags name."""
+    rule = Rule(per_frame=args.per_frame, unannotated=args.unannotated, source="as the flags say")
+    known = (
+        one
+        for one in RULES.values()
+        if (one.per_frame, one.unannotated) == (rule.per_frame, rule.unannotated)
+    )
+    return next(known, rule)
+
+
 def _frames_to_test(
-    args: argparse.Namespace, loaded: LoadedDetector, truth: Sequence[AvaBox] | None, excluded: set
-) -> list[KeyFrame]:
-    """Key frames with the boxes of --persons, or else of the annotations, without the excluded ones."""
+    args: argparse.Namespace, loaded: LoadedDetector, truth: GroundTruth | None, excluded: set[Key]
+) -> tuple[list[KeyFrame], list[str]]:
+    """Key frames with the boxes of --persons, or else of the annotations, without the excluded ones; and
+    lines on the rows of --persons that were dropped."""
     source = args.persons or args.annotations
-    boxes = truth or []
+    dropped: list[str] = []
+    boxes = [] if truth is None else truth.rows
     if args.persons:
-        boxes = read_person_boxes(args.persons, args.min_score)
+        boxes = read_person_boxes(args.persons, args.min_score, dropped=dropped)
+        _say_dropped(args.persons, dropped)
     rows = [row for row in boxes if row.key not in excluded]
     if not rows:
         raise InputError(f"{source}: all boxes are on excluded key frames")
     entries = find_videos(args.videos, [row.video for row in rows], pattern=args.frame_pattern)
-    return key_frames(rows, source, entries, loaded.clip, fps=args.fps, videos=args.videos)
+    return key_frames(rows, source, entries, loaded.clip, fps=args.fps, videos=args.videos), dropped
 
 
 def load_detector(
@@ -196,16 +264,19 @@ def load_detector(
     source: tuple[int | None, int | None] = (None, None),
     actions: dict[int, str] | None = None,
     clip: dict[str, Any] | None = None,
+    roi: str | None = None,
     **options: str,
 ) -> LoadedDetector:
     """The detector of a checkpoint, ready to test.
 
     Args:
         checkpoint: see `read_checkpoint`.
-        preset: architecture, for files that do not say it (official ones: their outputs are the ids from 1).
+        preset: architecture, for files that do not say it (official ones: their outputs are the ids from 1,
+            and their clips and RoIAlign the published ones).
         source: frames and side of the clips that the weights are of, for files that do not say it.
         actions: names by id, for files that do not hold them.
         clip: settings of `KeyClipConfig` to change; None changes nothing.
+        roi: another RoIAlign than that of the training.
         options: `backend` and `attention`.
 
     Raises:
@@ -213,6 +284,7 @@ def load_detector(
     """
     read = read_checkpoint(checkpoint, preset=preset, frames=source[0], size=source[1])
     settings, state = read.settings, read.state
+    trained = {"clip": settings.get("clip", {}), "roi": settings.get("roi", "aligned")}
     if "model" in settings:
         if "action_ids" not in settings:
             raise InputError(
@@ -227,12 +299,15 @@ def load_detector(
             )
         count = state["head.weight"].shape[0]
         known = {number: actions.get(number, str(number)) for number in range(1, count + 1)}
+        trained = {"clip": {"preprocess": "published"}, "roi": "published"}
     size = {"num_frames": read.config.num_frames, "image_size": read.config.img_size}
     changes = {name: value for name, value in (clip or {}).items() if value is not None}
-    seen = KeyClipConfig.from_dict({**size, **settings.get("clip", {}), **changes})
+    seen = KeyClipConfig.from_dict({**size, **trained["clip"], **changes})
     shape = {"num_frames": seen.num_frames, "img_size": seen.image_size}
     model, report = to_model(read, "detector", shape, num_classes=len(known), **options)
-    return LoadedDetector(model, read.path, seen, known, read.describe(report))
+    model.roi, model.preprocess = roi or trained["roi"], seen.preprocess
+    note = f"{read.describe(report)}; --preprocess {seen.preprocess}, --roi {model.roi}"
+    return LoadedDetector(model, read.path, seen, known, note)
 
 
 # --- Scores ---
@@ -259,13 +334,17 @@ def score_frames(
     folder, model = Path(output), loaded.model.to(device)
     boxes = content_hash([(*frames_identity(frame), frame.frame, frame.boxes) for frame in frames])
     clip = {**loaded.clip.to_dict(), "image_size": model.config.image_hw}
-    about = {**model_identity(model), "clip": clip, "dtype": dtype, "key_frames": len(frames), "boxes": boxes}
+    about = {**model_identity(model), "clip": clip, "roi": model.roi, "dtype": dtype}
+    about |= {"key_frames": len(frames), "boxes": boxes}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = read_log(folder / PARTS)
         done: dict[int, dict[str, Any]] = {}
         if before:
             header, *records = before
+            header = {"roi": "aligned", **header}  # of versions that had no other
+            if isinstance(header.get("clip"), dict):
+                header["clip"] = {"preprocess": "resize", **header["clip"]}
             remedy = f"choose another --output, or remove {folder / PARTS}"
             check_same(header, about, f"{folder} holds another test", remedy)
             done = {record["frame"]: record for record in records if type(record.get("frame")) is int}
@@ -295,16 +374,17 @@ def _score(
 ) -> Iterator[dict[str, Any]]:
     """Record of each key frame of `todo`: of a failure at once, of others as soon as their batch is done."""
     reader = KeyFrameReader(frames, clip)
-    waiting: list[_Sample] = []
-    bar = tqdm(reader.read(todo, workers), total=len(todo), unit="clip", disable=None)
-    for count, (number, sample) in enumerate(bar, 1):
+    waiting: dict[torch.Size, list[_Sample]] = {}  # a batch has clips of one shape
+    for number, sample in tqdm(reader.read(todo, workers), total=len(todo), unit="clip", disable=None):
         if isinstance(sample, Failure):
             yield {"frame": number, "error": sample.error}
-        else:
-            waiting.append(_Sample(number, *sample))
-        if waiting and (len(waiting) == batch_size or count == len(todo)):
-            yield from _score_batch(model, frames, waiting, device, dtype)
-            waiting = []
+            continue
+        batch = waiting.setdefault(sample[0].shape, [])
+        batch.append(_Sample(number, *sample))
+        if len(batch) == batch_size:
+            yield from _score_batch(model, frames, waiting.pop(sample[0].shape), device, dtype)
+    for batch in waiting.values():
+        yield from _score_batch(model, frames, batch, device, dtype)
 
 
 class _Sample(NamedTuple):
@@ -345,14 +425,41 @@ def detections_of(
     ]
 
 
-def report(folder: Path, scores: FrameScores, actions: dict[int, str], about: dict[str, Any]) -> None:
-    """Write `results.json` and `actions.csv`, and print them.
+def report(
+    folder: Path,
+    truth: GroundTruth,
+    found: Sequence[AvaBox],
+    actions: dict[int, str],
+    excluded: set[Key],
+    rule: Rule,
+    about: dict[str, Any],
+) -> None:
+    """Score detections by `rule` and by all `RULES`, write `results.json` and `actions.csv`, and print them.
+
+    Args:
+        actions: names of the actions that count, by id.
+        about: more for `results.json`.
 
     Raises:
-        InputError: a file can't be written.
+        InputError: see `frame_map`; a file can't be written.
     """
+    by_rule: dict[tuple, FrameScores] = {}
+
+    def score(one: Rule) -> FrameScores:
+        key = one.per_frame, one.unannotated
+        if key not in by_rule:
+            named = truth.frames if one.unannotated == "ignore" else None
+            by_rule[key] = frame_map(
+                truth.rows, found, actions, excluded=excluded, per_frame=one.per_frame, frames=named
+            )
+        return by_rule[key]
+
+    scores = score(rule)
+    rules = {name: {"frame_map": 100 * score(one).mean, **asdict(one)} for name, one in RULES.items()}
     results = {
         "frame_map": 100 * scores.mean,
+        "rule": asdict(rule),
+        "rules": rules,
         **asdict(scores),
         **about,
         "torch": torch.__version__,
@@ -361,6 +468,21 @@ def report(folder: Path, scores: FrameScores, actions: dict[int, str], about: di
     write_atomically(
         folder / RESULTS, lambda file: file.write(json.dumps(results, indent=1) + "\n"), binary=False
     )
+    _write_actions_table(folder, scores, actions)
+    print(
+        f"frame mAP at IoU 0.5: {100 * scores.mean:.2f} % over {len(scores.actions)} actions, "
+        f"{sum(scores.truth.values())} annotations on {scores.key_frames} key frames, "
+        f"{scores.detections} detections counted ({rule}: {rule.source})"
+    )
+    for name, one in RULES.items():
+        print(f"  {name}: {rules[name]['frame_map']:.2f} % ({one})")
+    width = max(len(name) for name in (*actions.values(), "action"))
+    print(f"{'action':{width}}  boxes  average precision")
+    for number, precision in sorted(scores.actions.items(), key=lambda item: round(100 * item[1], 2)):
+        print(f"{actions[number]:{width}}  {scores.truth[number]:5}  {100 * precision:6.2f} %")
+
+
+def _write_actions_table(folder: Path, scores: FrameScores, actions: dict[int, str]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["action", "name", "boxes", "average_precision"])
@@ -369,15 +491,6 @@ def report(folder: Path, scores: FrameScores, actions: dict[int, str], about: di
         rows.append((number, actions[number], scores.truth[number], f"{100 * precision:.2f}"))
     writer.writerows(rows)
     write_atomically(folder / "actions.csv", lambda file: file.write(text.getvalue()), binary=False)
-    print(
-        f"frame mAP at IoU 0.5: {100 * scores.mean:.2f} % over {len(scores.actions)} actions, "
-        f"{sum(scores.truth.values())} annotations on {scores.key_frames} key frames, "
-        f"{scores.detections} detections counted"
-    )
-    width = max(len(name) for name in (*actions.values(), "action"))
-    print(f"{'action':{width}}  boxes  average precision")
-    for number, precision in sorted(scores.actions.items(), key=lambda item: round(100 * item[1], 2)):
-        print(f"{actions[number]:{width}}  {scores.truth[number]:5}  {100 * precision:6.2f} %")
 
 
 # --- Pictures ---
@@ -407,7 +520,7 @@ def draw_frames(
             picture = guarded(_decode_key_frame, frame)
         except DecodeError:
             continue
-        path = folder / f"key_frame_{frame.video}_{frame.timestamp:04}.png"
+        path = folder / f"key_frame_{frame.video}_{seconds_text(frame.timestamp)}.png"
         lines = _captions(frame, records[place]["scores"], truth, actions)
         try:
             _draw(picture, frame, lines).save(path)

@@ -1,17 +1,20 @@
-"""Frame mAP of detections by the rules of AVA (the ActivityNet challenge's get_ava_performance.py, PASCAL VOC
-at IoU 0.5).
+"""Frame mAP of detections on AVA (PASCAL VOC at IoU 0.5), by the rules that its scripts have had.
 
-- Each key frame counts its 50 detections of highest score, over all its boxes and listed actions.
 - For each action, detections are matched in order of falling score. A detection is correct if the ground
   truth box of the largest IoU with it has an IoU of at least 0.5 and is not matched yet.
 - Average precision is the area under the precision-recall curve, with precision interpolated from the right.
   mAP is its mean over the listed actions that have ground truth.
-- Excluded key frames do not count. A detection on any other key frame without ground truth is wrong.
+- Excluded key frames do not count.
 
-The result of the published code depends on the order of the rows where scores are equal. Here it does not:
+That is common to all. `RULES` has what differs: how many detections of a key frame count (those of highest
+score, over all its boxes and listed actions), and whether a detection counts, as a wrong one, on a key frame
+that the ground truth's file does not name.
 
-- Detections of an action with equal scores form one point of the curve, at the end of their group.
-- Of equal scores at the limit of 50, smaller action ids come first, then boxes by their coordinates.
+The result of the published scripts depends on the order of the rows where scores are equal. Here it does not:
+
+- Detections of an action with equal scores form one point of the curve, at the end of their group: the lowest
+  value that the scripts give over all orders of these rows.
+- Of equal scores at the limit of a key frame, smaller action ids come first, then boxes by their coordinates.
 - Of ground truth boxes with equal IoU, the first one by coordinates is matched.
 """
 
@@ -26,7 +29,46 @@ from vmae.data.ava import AvaBox, Box, Key
 from vmae.errors import InputError
 from vmae.evaluate.temporal import interpolated_area
 
-THRESHOLD, PER_FRAME = 0.5, 50
+THRESHOLD = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Which detections count.
+
+    Attributes:
+        per_frame: of a key frame, those of highest score; None: all.
+        unannotated: on key frames that the ground truth's file does not name: "count" as wrong, or "ignore".
+        source: the code that scores so, with its revision.
+    """
+
+    per_frame: int | None
+    unannotated: str
+    source: str
+
+    def __str__(self) -> str:
+        which = "all detections" if self.per_frame is None else f"the best {self.per_frame} of a key frame"
+        return which + ("" if self.unannotated == "count" else ", on key frames that the ground truth names")
+
+
+UNANNOTATED = ("count", "ignore")
+RULES = {
+    "videomae": Rule(
+        per_frame=None,
+        unannotated="count",
+        source="VideoMAE-Action-Detection at 26cbda8, with AlphAction's ava_eval.py at bcb6b16",
+    ),
+    "activitynet_2019": Rule(
+        per_frame=50,
+        unannotated="count",
+        source="ActivityNet, Evaluation/get_ava_performance.py at 1212804 (since 2019)",
+    ),
+    "activitynet_2020": Rule(
+        per_frame=50,
+        unannotated="ignore",
+        source="ActivityNet, Evaluation/get_ava_performance.py since pull request 70 (2020, AVA-Kinetics)",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +132,8 @@ def frame_map(
     *,
     excluded: Collection[Key] = (),
     threshold: float = THRESHOLD,
-    per_frame: int | None = PER_FRAME,
+    per_frame: int | None = None,
+    frames: Collection[Key] | None = None,
 ) -> FrameScores:
     """Frame mAP; the module's docstring has the rules.
 
@@ -101,6 +144,8 @@ def frame_map(
         excluded: key frames to ignore.
         threshold: least IoU of a correct detection.
         per_frame: detections that each key frame counts; None counts all.
+        frames: key frames that the ground truth names, with or without boxes: detections on others do not
+            count. None: they count, as wrong ones.
 
     Raises:
         InputError: no ground truth is left, or a score is NaN.
@@ -111,7 +156,11 @@ def frame_map(
             f"a detection of action {wrong.action} on {wrong.video}, {wrong.timestamp} s has no score (NaN)"
         )
     truth = [row for row in truth if row.action in listed and row.key not in skipped]
-    found = _best([row for row in found if row.action in listed and row.key not in skipped], per_frame)
+    found = [row for row in found if row.action in listed and row.key not in skipped]
+    if frames is not None:
+        named = set(frames)
+        found = [row for row in found if row.key in named]
+    found = _best(found, per_frame)
     if not truth:
         raise InputError(
             "no ground truth to compare with: no box of a listed action on a key frame that is not excluded"

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from vmae.files.json_files import parse_json
 
 _T = TypeVar("_T")
 THUMOS_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
+REPEATED = 1e-3  # seconds between starts, and between ends, of what counts as one segment (ActionFormer's)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,13 @@ class Segment:
         if not (0 <= self.start < self.end < math.inf) or math.isnan(self.score):
             given = f"{self.start} to {self.end} s, score {self.score}"
             raise InputError(f"segment of {self.video!r}: {given}: needs 0 <= start < end, and a score")
+
+
+class Dropped(NamedTuple):
+    """A segment that does not count: its video, and what it is in words."""
+
+    video: str
+    what: str
 
 
 @dataclass(frozen=True)
@@ -193,18 +201,37 @@ def write_actionformer(
     write_atomically(Path(path), lambda file: file.write(text), binary=False)
 
 
-def read_actionformer(path: str | Path, subset: str | None = None) -> list[Segment]:
-    """Segments of ActionFormer's dataset file, of one subset or of all.
+def read_actionformer(
+    path: str | Path, subset: str | None = None, *, dropped: list[Dropped] | None = None
+) -> list[Segment]:
+    """Segments of ActionFormer's dataset file, of one subset or of all, without repetitions.
+
+    As ActionFormer does (libs/utils/metrics.py at fa6e060, `remove_duplicate_annotations`), a segment is left
+    out that is shorter than a millisecond, or whose start and end are within a millisecond of those of one
+    kept before it, of the same video and class.
+
+    Args:
+        dropped: takes what is left out.
 
     Raises:
-        InputError: the file can't be read, or is of another kind.
+        InputError: the file can't be read, or is of another kind; a segment ends before it starts.
     """
-    return [
-        segment
-        for name, video in _read_database(path).items()
-        for segment in _of_video(path, _segments, name, video)
-        if subset is None or video["subset"].lower() == subset.lower()
-    ]
+    found: list[Segment] = []
+    for name, video in _read_database(path).items():
+        own, left_out = _of_video(path, _segments, name, video)
+        if subset is None or video["subset"].lower() == subset.lower():
+            found += own
+            if dropped is not None:
+                dropped += left_out
+    return found
+
+
+def dropped_note(dropped: Sequence[Dropped], path: str | Path) -> str:
+    """A line on segments that `read_actionformer` left out."""
+    return (
+        f"note: {len(dropped)} segments of {path} left out, as ActionFormer does (shorter than "
+        f"{REPEATED:g} s, or repeated within it): {dropped[0].what}" + (", ..." if len(dropped) > 1 else "")
+    )
 
 
 def read_videos(path: str | Path) -> dict[str, VideoInfo]:
@@ -242,12 +269,23 @@ def _video_info(name: str, video: dict[str, Any]) -> VideoInfo:
     return info
 
 
-def _segments(name: str, video: dict[str, Any]) -> list[Segment]:
+def _segments(name: str, video: dict[str, Any]) -> tuple[list[Segment], list[Dropped]]:
+    """The segments that stay, and the others."""
     video["subset"].lower()
-    return [
-        Segment(name, float(one["segment"][0]), float(one["segment"][1]), one["label"])
-        for one in video["annotations"]
-    ]
+    kept: dict[Any, list[Segment]] = defaultdict(list)
+    found: list[Segment] = []
+    dropped: list[Dropped] = []
+    for one in video["annotations"]:
+        start, end, label = float(one["segment"][0]), float(one["segment"][1]), one["label"]
+        said = f"{name!r}, {label!r} from {start:.10g} to {end:.10g} s"
+        if 0 <= end - start < REPEATED:
+            dropped.append(Dropped(name, f"{said} is shorter than {REPEATED:g} s"))
+        elif any(abs(start - o.start) <= REPEATED and abs(end - o.end) <= REPEATED for o in kept[label]):
+            dropped.append(Dropped(name, f"{said} comes twice"))
+        else:
+            found.append(Segment(name, start, end, label))
+            kept[label].append(found[-1])
+    return found, dropped
 
 
 # --- detections ---------------------------------------------------------------------------------------------

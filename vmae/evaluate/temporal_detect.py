@@ -30,7 +30,9 @@ from vmae.config import SpeedConfig
 from vmae.errors import InputError
 from vmae.evaluate.temporal import (
     THUMOS_THRESHOLDS,
+    Dropped,
     Segment,
+    dropped_note,
     mean_average_precision,
     read_actionformer,
     read_videos,
@@ -249,9 +251,14 @@ def _test(args: argparse.Namespace, test: list[Item], head: TemporalHead, config
     found = [segment for item in test for segment in detect(head, item, geometry, config)]
     write_detections(output / DETECTIONS, found)
     names = {item.name for item in test}
-    wanted = [segment for segment in read_actionformer(args.dataset) if segment.video in names]
+    left_out: list[Dropped] = []
+    wanted = read_actionformer(args.dataset, dropped=left_out)
+    wanted = [segment for segment in wanted if segment.video in names]
+    left_out = [one for one in left_out if one.video in names]
+    if left_out:
+        print(dropped_note(left_out, args.dataset))
     if wanted:
-        _score(output, wanted, found, args.thresholds)
+        _score(output, wanted, found, args.thresholds, len(left_out))
     else:
         print("no segments of the test videos are known: nothing to compare the detections with")
     if args.picture:
@@ -263,14 +270,20 @@ def _test(args: argparse.Namespace, test: list[Item], head: TemporalHead, config
     print(f"{len(found)} detections in {len(test)} videos: {output / DETECTIONS}")
 
 
-def _score(output: Path, truth: list[Segment], found: list[Segment], thresholds: Sequence[float]) -> None:
+def _score(
+    output: Path, truth: list[Segment], found: list[Segment], thresholds: Sequence[float], left_out: int
+) -> None:
     """Write and print the mean average precision, in percent; detections of classes that no test video has
-    don't count."""
+    don't count.
+
+    Args:
+        left_out: segments of the dataset file that are not in `truth`, for `results.json`.
+    """
     known = {segment.label for segment in truth}
     scores = mean_average_precision(
         truth, [segment for segment in found if segment.label in known], thresholds
     )
-    text = json.dumps(scores, indent=1) + "\n"
+    text = json.dumps({**scores, "dropped": left_out}, indent=1) + "\n"
     write_atomically(output / RESULTS, lambda file: file.write(text), binary=False)
     rows = [*scores["classes"].items(), ("mAP", scores["map"])]
     width = max(len(label) for label, _ in rows)

@@ -21,7 +21,7 @@ from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
 from vmae.errors import InputError
-from vmae.evaluate.temporal import read_actionformer, read_videos
+from vmae.evaluate.temporal import Dropped, dropped_note, read_actionformer, read_videos
 from vmae.evaluate.temporal_features import geometry_of, read_about, read_items, subset_of
 from vmae.evaluate.temporal_loss import detector_loss, targets_of
 from vmae.evaluate.temporal_settings import DetectorConfig
@@ -105,7 +105,8 @@ class TemporalTask(Task[DetectorConfig, FeatureBatch]):
 
     def read_data(self) -> tuple[FeatureDataset, list[str]]:
         config, folder = self.config, Path(self.config.features)
-        about, truth = read_about(folder), read_actionformer(config.dataset)
+        dropped: list[Dropped] = []
+        about, truth = read_about(folder), read_actionformer(config.dataset, config.subset, dropped=dropped)
         videos = subset_of(read_videos(config.dataset), config.subset, None, config.dataset)
         geometry = geometry_of(about)
         items = read_items(folder, videos, geometry)
@@ -121,7 +122,8 @@ class TemporalTask(Task[DetectorConfig, FeatureBatch]):
             values = torch.cat([item.features, *targets], 1)
             entries.append(FeatureEntry(str(folder / f"{item.name}.npy"), values=values, mark=mark))
         sizes = items[0].features.shape[1], len(classes), 2
-        return FeatureDataset(entries, sizes, config.max_positions, config.seed), []
+        notes = [dropped_note(dropped, config.dataset)] if dropped else []
+        return FeatureDataset(entries, sizes, config.max_positions, config.seed), notes
 
     def build_model(self) -> TemporalHead:
         """Scaled to the features, and to the typical distance to an action's start and end."""

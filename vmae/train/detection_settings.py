@@ -3,8 +3,8 @@
 Published: VideoMAE-Action-Detection, run_class_finetuning.py and
 scripts/ava/videomae_vit_base_k400_pretrain+finetune/run.sh (16 frames, stride 4; AdamW, learning rate 5e-4
 for 256 clips, 128 clips a step, layer decay 0.75, weight decay 0.05, 30 epochs, 5 of them warm-up, stochastic
-depth 0.2, head scaled by 0.001; boxes moved at random, no mixing). It also jitters colours, and keeps each
-video's own aspect at a short side of 256 pixels; neither is done here.
+depth 0.2, head scaled by 0.001; boxes moved at random, no mixing): these are the defaults here. What it does
+with pixels, and its RoIAlign, are `--preprocess published --roi published`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from vmae.config import DATA, ModelConfig, StartSettings
+from vmae.config import DATA, RESULTS, ModelConfig, StartSettings
 from vmae.data.detection_dataset import KeyAugmentConfig, KeyClipConfig
 from vmae.data.manifest import DEFAULT_PATTERN
 from vmae.errors import InputError
 from vmae.flags import Settings, chosen
-from vmae.settings import FPS, Whole, ranged, setting, setting_like
+from vmae.settings import FPS, OneOf, Whole, ranged, setting, setting_like
 from vmae.train import finetune_settings
 from vmae.train.finetune_settings import SupervisedConfig, usual_warmup
 from vmae.train.pretrain_settings import RunConfig, TrainingConfig, run_from_args, training_from_args
@@ -52,6 +52,12 @@ class DetectionConfig(SupervisedConfig):
         None, "frames a second, where videos or image folders do not tell", FPS, group=DATA
     )
     repeat: int = setting_like(TrainingConfig, "repeat", 1, help="visits of a key frame in an epoch")
+    roi: str = setting(
+        "aligned",
+        "RoIAlign: aligned, with the half-pixel shift; published, without, as VideoMAE-Action-Detection",
+        OneOf("RoIAlign", ("aligned", "published")),
+        group=RESULTS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +66,8 @@ class DetectionConfig(SupervisedConfig):
                 f"{len(self.action_ids)} action ids and {len(self.action_names)} names: one of each, at "
                 "least 1"
             )
+        if self.clip.published and self.augment.min_crop < 1:
+            raise InputError("--min-crop is of --preprocess resize: published clips are cropped as published")
 
     @property
     def num_classes(self) -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmae.checkpoint.start import Start, start_classifier
-from vmae.data.ava import AvaBox, read_actions, read_annotations, read_excluded
+from vmae.data.ava import AvaBox, read_actions, read_excluded, read_ground_truth
 from vmae.data.detection_dataset import DetectionBatch, DetectionDataset, KeyFrame, find_videos, key_frames
 from vmae.errors import InputError
 from vmae.model.detector import Detector, build_detector
@@ -82,11 +82,14 @@ class DetectionTask(SupervisedTask[DetectionConfig, DetectionBatch]):
         """The key frames, and lines on what was left out.
 
         Raises:
-            InputError: files that cannot be read; see `read_annotations`, `key_frames`; nothing is left.
+            InputError: files that cannot be read; see `read_ground_truth`, `key_frames`; nothing is left.
         """
         config = self.config
         notes: list[str] = []
-        rows = read_annotations(config.annotations, config.action_ids, skip_unlisted=config.skip_unlisted)
+        truth = read_ground_truth(config.annotations, config.action_ids, skip_unlisted=config.skip_unlisted)
+        rows = truth.rows
+        if truth.empty:
+            notes.append(f"note: {truth.empty} key frames of {config.annotations} have no boxes: not learned")
         if config.excluded is not None:
             excluded = read_excluded(config.excluded)
             kept = [row for row in rows if row.key not in excluded]
@@ -118,6 +121,8 @@ class DetectionTask(SupervisedTask[DetectionConfig, DetectionBatch]):
             init_scale=self.config.init_scale,
             drop_rate=self.config.drop_rate,
             attn_drop_rate=self.config.attn_drop_rate,
+            roi=self.config.roi,
+            preprocess=self.config.clip.preprocess,
             backend=self.run.speed.backend,
             attention=self.run.speed.attention,
         )
