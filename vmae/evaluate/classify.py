@@ -31,6 +31,7 @@ from vmae.config import DTYPE, SpeedConfig, _Checked
 from vmae.data.classify_dataset import ClipConfig, ViewConfig, ViewDataset
 from vmae.data.label_maps import KINETICS_710, check_mapped_names, is_kinetics, map_name
 from vmae.data.labels import LabelledList, read_class_names, read_labelled_list
+from vmae.data.manifest import DEFAULT_PATTERN
 from vmae.data.quarantine import Failure
 from vmae.errors import InputError
 from vmae.evaluate.scores import TOP, Record, class_table, confusion, draw_confusion, score, write_table
@@ -40,7 +41,7 @@ from vmae.files.json_files import read_json
 from vmae.flags import add_settings
 from vmae.settings import BATCH, ranged
 from vmae.train.checks import check_backend, check_output
-from vmae.train.finetune_settings import TEST_LISTS, list_of
+from vmae.train.finetune_settings import TEST_LISTS, FinetuneConfig, list_of
 from vmae.train.metrics import code_version, read_log
 from vmae.train.parallel import Parallel, open_parallel
 from vmae.train.pretrain_settings import RunConfig, TrainingConfig
@@ -54,6 +55,8 @@ class EvaluationConfig(_Checked):
 
     Attributes:
         data, data_root: labelled list, or a folder with test.csv or val.csv (the first one that exists).
+        frame_pattern, first_frame: file names of frame folders and the number of their first image, where the
+            list does not say them.
         views: views of each video; None means the published 5 x 3, or 2 x 3 with sparse sampling.
         dtype: "float32" or "bfloat16".
         keep_scores: write the probabilities of all classes (always done for videos with several labels).
@@ -61,9 +64,21 @@ class EvaluationConfig(_Checked):
 
     data: str
     data_root: str | None = None
+    frame_pattern: str = DEFAULT_PATTERN
+    first_frame: int = 1
     views: ViewConfig | None = None
     dtype: str = ranged("float32", DTYPE)
     keep_scores: bool = False
+
+    def read_list(self, num_classes: int) -> LabelledList:
+        """The labelled videos; raises InputError where they cannot be read, or have other labels."""
+        return read_labelled_list(
+            list_of(self.data, TEST_LISTS),
+            self.data_root,
+            num_classes=num_classes,
+            frame_pattern=self.frame_pattern,
+            first_frame=self.first_frame,
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "labelled list, `path label` a line, or a folder: its test.csv, else its val.csv"
     parser.add_argument("data", metavar="LIST", help=text)
     parser.add_argument("--data-root", metavar="DIR", help="folder at which the list's relative paths start")
+    add_settings(parser, FinetuneConfig, "frame_pattern first_frame")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for predictions, scores, table and picture"
     )
@@ -94,7 +110,13 @@ def run(args: argparse.Namespace) -> int:
         loaded = load_from_args(args, backend=args.backend, attention=args.attention)
         views = published_views(loaded.clip.sampling, args.segments, args.crops)
         config = EvaluationConfig(
-            data=args.data, data_root=args.data_root, views=views, dtype=args.dtype, keep_scores=args.scores
+            data=args.data,
+            data_root=args.data_root,
+            frame_pattern=args.frame_pattern,
+            first_frame=args.first_frame,
+            views=views,
+            dtype=args.dtype,
+            keep_scores=args.scores,
         )
         names = class_names_of(loaded, args)
         if args.label_map is None:
@@ -131,7 +153,7 @@ def refuse_other_kinetics(loaded: LoadedClassifier, config: EvaluationConfig) ->
     data, head = list_of(config.data, TEST_LISTS), loaded.model.num_classes
     if head != KINETICS_710:
         return
-    classes = read_labelled_list(data, config.data_root, num_classes=head).labels
+    classes = config.read_list(head).labels
     count = max(max(own) for own in classes) + 1
     if is_kinetics(head, count):
         raise InputError(
@@ -176,7 +198,7 @@ def evaluate(
     """
     parallel, folder, model = parallel or Parallel(), Path(output), loaded.model
     data = list_of(config.data, TEST_LISTS)
-    labelled = read_labelled_list(data, config.data_root, num_classes=model.num_classes)
+    labelled = config.read_list(model.num_classes)
     if class_names is not None and len(class_names) != model.num_classes:
         raise InputError(f"{len(class_names)} class names for a head of {model.num_classes} classes")
     views = config.views or published_views(loaded.clip.sampling)

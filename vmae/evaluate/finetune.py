@@ -84,7 +84,12 @@ def test(
     if parallel.is_main:
         print(f"test of {loaded.path}, into {folder}", flush=True)
     settings = EvaluationConfig(
-        data=planned.data, data_root=config.data_root, views=planned.views, dtype=config.dtype
+        data=planned.data,
+        data_root=config.data_root,
+        frame_pattern=config.frame_pattern,
+        first_frame=config.first_frame,
+        views=planned.views,
+        dtype=config.dtype,
     )
     with parallel.hold(folder, "a test"):
         evaluate(
