@@ -161,12 +161,6 @@ def zip_of(*names):
     return file.getvalue()
 
 
-def script():
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), file)
-    return file.getvalue()
-
-
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 NO_WEIGHTS = {
     "half a zip": ("w.pth", lambda: saved()[: len(saved()) // 2], r"cut off \([\d,]+ bytes"),
@@ -203,7 +197,11 @@ NO_WEIGHTS = {
     "zip": ("w.zip", lambda: zip_of("readme.txt"), r"torch.save did not write \(it holds readme.txt\)"),
     "gzip": ("w.pth.gz", lambda: b"\x1f\x8b\x08\0", r"compressed \(gzip\): unpack it"),
     "pickle": ("w.pkl", lambda: pickle.dumps({"a": 1}), "a pickle that torch.save did not write"),
-    "script": ("w.pt", script, "a TorchScript program"),
+    "script": (
+        "w.pt",
+        lambda: zip_of("w/data.pkl", "w/code/__torch__/model.py", "w/constants.pkl"),
+        "a TorchScript program",
+    ),
     "bytes": ("w.pth", lambda: b"\xf0\x01\0\x03" * 9, "neither of torch.save nor safetensors"),
 }
 

@@ -1,5 +1,5 @@
-"""Files and folders that people bring from other trainers: written as those write them, read by every command,
-with what was done to them said."""
+"""Files and folders that people bring from other trainers: written as those write them, read by every
+command, with what was done to them said."""
 
 import argparse
 import collections
