@@ -153,6 +153,47 @@ def test_averaged_weights_of_the_published_trainer(tmp_path, classifier):
         load_classifier(tmp_path / "none.pth", averaged=True)
 
 
+@pytest.mark.parametrize(
+    "arguments, clip",
+    [
+        ({"sampling_rate": 2}, ("dense", 2)),
+        ({"sampling_rate": np.int64(3), "sparse_sample": True}, ("sparse", 3)),
+        ({"sampling_rate": 4, "data_set": "SSV2"}, ("sparse", 4)),
+        ({"sampling_rate": "4"}, None),
+        ({"sampling_rate": -1}, None),
+    ],
+)
+def test_arguments_of_fine_tuning_tell_how_videos_were_seen(tmp_path, classifier, arguments, clip):
+    torch.save(trained(classifier, nb_classes=3, **arguments), tmp_path / "w.pth")
+    loaded = load_classifier(tmp_path / "w.pth")
+    assert (loaded.clip.sampling, loaded.clip.stride) == (clip or ("dense", 4))
+    assert ("does not say how videos were seen" in loaded.note) == (clip is None)
+    assert "told by the arguments of its training: num_frames 4, img_size 32" in loaded.note
+
+
+@pytest.mark.parametrize(
+    "arguments, mask",
+    [
+        (
+            dict(mask_type="tube", mask_ratio=0.8, decoder_mask_type="run_cell", decoder_mask_ratio=0.25),
+            dict(encoder="tube", encoder_ratio=0.8, decoder="running_cell", decoder_ratio=0.25),
+        ),
+        (
+            dict(mask_type="tube", mask_ratio=0.75),
+            dict(encoder="tube", encoder_ratio=0.75, decoder_ratio=0.0),
+        ),
+        (dict(mask_type="tube", mask_ratio="much"), None),
+        (dict(mask_type="other", mask_ratio=0.75), None),
+    ],
+)
+def test_arguments_of_pre_training_tell_mask_and_target(tmp_path, pretrainer, arguments, mask):
+    torch.save(trained(pretrainer, sampling_rate=2, normlize_target=False, **arguments), tmp_path / "w.pth")
+    source = read_checkpoint(tmp_path / "w.pth")
+    assert source.settings["stride"] == 2 and (mask or {}).items() <= source.settings.get("mask", {}).items()
+    assert ("mask" in source.settings) == (mask is not None)
+    assert not to_model(source, "pretrainer")[0].normalize_target
+
+
 # --- Names ---
 
 

@@ -229,7 +229,10 @@ def load_detector(
         known = {number: actions.get(number, str(number)) for number in range(1, count + 1)}
     size = {"num_frames": read.config.num_frames, "image_size": read.config.img_size}
     changes = {name: value for name, value in (clip or {}).items() if value is not None}
-    seen = KeyClipConfig.from_dict({**size, **settings.get("clip", {}), **changes})
+    own = settings.get("clip", {})
+    if "model" not in settings:  # of the arguments of a published training
+        own = {name: value for name, value in own.items() if name == "stride"}
+    seen = KeyClipConfig.from_dict({**size, **own, **changes})
     shape = {"num_frames": seen.num_frames, "img_size": seen.image_size}
     model, report = to_model(read, "detector", shape, num_classes=len(known), **options)
     return LoadedDetector(model, read.path, seen, known, read.describe(report))
