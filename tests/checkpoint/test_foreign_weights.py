@@ -253,6 +253,10 @@ def test_wrappers_that_do_not_say_which_model(tmp_path, classifier):
     torch.save({"state_dict": both}, tmp_path / "w.pth")
     with pytest.raises(InputError, match=r"two models, student\.\* and teacher\.\*"):
         read_checkpoint(tmp_path / "w.pth")
+    round_about = {"weight": torch.ones(2)}
+    round_about["model"] = round_about
+    torch.save(round_about, tmp_path / "w.pth")
+    assert read_checkpoint(tmp_path / "w.pth").state.keys() == {"weight"}  # and it ends
     torch.save([1, 2], tmp_path / "w.pth")
     with pytest.raises(InputError, match="w.pth holds no weights: it is a list"):
         read_checkpoint(tmp_path / "w.pth")
