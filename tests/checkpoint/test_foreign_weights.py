@@ -153,6 +153,47 @@ def test_averaged_weights_of_the_published_trainer(tmp_path, classifier):
         load_classifier(tmp_path / "none.pth", averaged=True)
 
 
+@pytest.mark.parametrize(
+    "arguments, clip",
+    [
+        ({"sampling_rate": 2}, ("dense", 2)),
+        ({"sampling_rate": np.int64(3), "sparse_sample": True}, ("sparse", 3)),
+        ({"sampling_rate": 4, "data_set": "SSV2"}, ("sparse", 4)),
+        ({"sampling_rate": "4"}, None),
+        ({"sampling_rate": -1}, None),
+    ],
+)
+def test_arguments_of_fine_tuning_tell_how_videos_were_seen(tmp_path, classifier, arguments, clip):
+    torch.save(trained(classifier, nb_classes=3, **arguments), tmp_path / "w.pth")
+    loaded = load_classifier(tmp_path / "w.pth")
+    assert (loaded.clip.sampling, loaded.clip.stride) == (clip or ("dense", 4))
+    assert ("does not say how videos were seen" in loaded.note) == (clip is None)
+    assert "told by the arguments of its training: num_frames 4, img_size 32" in loaded.note
+
+
+@pytest.mark.parametrize(
+    "arguments, mask",
+    [
+        (
+            dict(mask_type="tube", mask_ratio=0.8, decoder_mask_type="run_cell", decoder_mask_ratio=0.25),
+            dict(encoder="tube", encoder_ratio=0.8, decoder="running_cell", decoder_ratio=0.25),
+        ),
+        (
+            dict(mask_type="tube", mask_ratio=0.75),
+            dict(encoder="tube", encoder_ratio=0.75, decoder_ratio=0.0),
+        ),
+        (dict(mask_type="tube", mask_ratio="much"), None),
+        (dict(mask_type="other", mask_ratio=0.75), None),
+    ],
+)
+def test_arguments_of_pre_training_tell_mask_and_target(tmp_path, pretrainer, arguments, mask):
+    torch.save(trained(pretrainer, sampling_rate=2, normlize_target=False, **arguments), tmp_path / "w.pth")
+    source = read_checkpoint(tmp_path / "w.pth")
+    assert source.settings["stride"] == 2 and (mask or {}).items() <= source.settings.get("mask", {}).items()
+    assert ("mask" in source.settings) == (mask is not None)
+    assert not to_model(source, "pretrainer")[0].normalize_target
+
+
 # --- Names ---
 
 
@@ -212,6 +253,10 @@ def test_wrappers_that_do_not_say_which_model(tmp_path, classifier):
     torch.save({"state_dict": both}, tmp_path / "w.pth")
     with pytest.raises(InputError, match=r"two models, student\.\* and teacher\.\*"):
         read_checkpoint(tmp_path / "w.pth")
+    round_about = {"weight": torch.ones(2)}
+    round_about["model"] = round_about
+    torch.save(round_about, tmp_path / "w.pth")
+    assert read_checkpoint(tmp_path / "w.pth").state.keys() == {"weight"}  # and it ends
     torch.save([1, 2], tmp_path / "w.pth")
     with pytest.raises(InputError, match="w.pth holds no weights: it is a list"):
         read_checkpoint(tmp_path / "w.pth")
@@ -397,8 +442,8 @@ def words_of(folder, world, *, list_flag="--data"):
     return [list_flag, str(world / "train.txt"), "--output", str(folder), *flags.split(), "--no-tensorboard"]
 
 
-def test_finetuning_starts_from_each(tmp_path, labelled_world, classifier, capsys):
-    """A folder of DeepSpeed with layer scale, and a file of --use_cls, whose pooling is kept."""
+def test_finetuning_starts_from_a_folder_of_deepspeed(tmp_path, labelled_world, capsys):
+    """With layer scale, which no flag names."""
     scaled = build_classifier(TINY.replace(init_values=0.1), 3)
     states(tmp_path / "ds" / "checkpoint-best", scaled)
     (tmp_path / "ds" / "latest").write_text("checkpoint-best")
@@ -408,51 +453,115 @@ def test_finetuning_starts_from_each(tmp_path, labelled_world, classifier, capsy
     assert "66 tensors loaded" in said and "taken as vit_tiny by its shapes" in said
     found = read_weights(tmp_path / "run" / "weights.pth")
     assert torch.allclose(found[1]["blocks.0.gamma_1"], scaled.blocks[0].gamma_1.half().float(), atol=1e-6)
+
+
+def test_finetuning_keeps_the_pooling_of_use_cls(tmp_path, labelled_world, capsys):
     first = build_classifier(TINY, 3, pooling="first")
     torch.save({"module": first.state_dict()}, tmp_path / "first.pth")
-    words = words_of(tmp_path / "run2", labelled_world)
+    words = words_of(tmp_path / "run", labelled_world)
     assert main(["finetune", *words, "--init", str(tmp_path / "first.pth")]) == 0
-    settings, state, _ = read_weights(tmp_path / "run2" / "weights.pth")
+    settings, state, _ = read_weights(tmp_path / "run" / "weights.pth")
     assert settings["pooling"] == "first" and "fc_norm.weight" not in state
     capsys.readouterr()
-    words = words_of(tmp_path / "run3", labelled_world)
-    assert main(["finetune", *words, "--init", str(tmp_path / "first.pth"), "--pooling", "mean"]) == 2
-    assert "fine-tuned on the first token (--use_cls" in capsys.readouterr().err
+    for pooling, file, words_said in (
+        ("mean", "first.pth", "fine-tuned on the first token (--use_cls"),
+        ("first", "mean.pth", "fine-tuned on the mean over tokens"),
+    ):
+        torch.save(build_classifier(TINY, 3).state_dict(), tmp_path / "mean.pth")
+        words = words_of(tmp_path / "run3", labelled_world)
+        assert main(["finetune", *words, "--init", str(tmp_path / file), "--pooling", pooling]) == 2
+        assert words_said in capsys.readouterr().err
 
 
-def test_an_encoder_alone_gets_a_fresh_head(tmp_path, labelled_world, classifier, pretrainer, capsys):
-    bare = {name: value for name, value in classifier.state_dict().items() if not name.startswith("head.")}
-    torch.save(bare, tmp_path / "bare.pth")
-    words = words_of(tmp_path / "run", labelled_world)
-    assert main(["finetune", *words, "--init", str(tmp_path / "bare.pth")]) == 0
-    assert "56 tensors loaded, 2 start fresh (head)" in capsys.readouterr().out
-    encoder = {
+def bare_encoder(model):
+    return {
         name.removeprefix("encoder."): value
-        for name, value in pretrainer.state_dict().items()
-        if name.startswith("encoder.")
+        for name, value in model.state_dict().items()
+        if not name.startswith(("head.", "decoder.", "encoder_to_decoder.", "mask_token"))
     }
-    torch.save(encoder, tmp_path / "encoder.pth")
-    words = words_of(tmp_path / "run2", labelled_world)
-    assert main(["finetune", *words, "--init", str(tmp_path / "encoder.pth")]) == 0
-    assert "2 dropped (the encoder's final norm" in capsys.readouterr().out
 
 
-def test_commands_say_what_was_done(tmp_path, labelled_world, classifier, pretrainer, capsys):
-    torch.save(trained(classifier), tmp_path / "w.pth")
-    words = ["--checkpoint", str(tmp_path / "w.pth"), "--output", str(tmp_path / "test"), "--stride", "1"]
-    words += ["--device", "cpu", "--workers", "0", "--segments", "1", "--crops", "1"]
-    assert main(["evaluate", str(labelled_world / "val.txt"), *words]) == 0
-    assert "weights taken from model (not read, beside it: optimizer" in capsys.readouterr().out
-    assert main(["convert", str(tmp_path / "w.pth"), str(tmp_path / "folder")]) == 0
-    assert "taken as vit_tiny by its shapes" in capsys.readouterr().out
-    assert same(read_checkpoint(tmp_path / "folder").state, classifier)
-    torch.save(trained(pretrainer), tmp_path / "checkpoint-1.pth")
-    words = words_of(tmp_path / "pre", labelled_world)
+def test_an_encoder_alone_gets_a_fresh_head(classifier, pretrainer):
+    from vmae.checkpoint.start import start_classifier
+
+    state = bare_encoder(classifier)
+    report = start_classifier(build_classifier(TINY, 5), "w.pth", grid=TINY.grid, state=state)
+    assert report.loaded == 56 and report.fresh == ["head.weight", "head.bias"] and not report.dropped
+    state = bare_encoder(pretrainer)
+    report = start_classifier(build_classifier(TINY, 5), "w.pth", grid=TINY.grid, state=state)
+    assert report.dropped == {
+        "the encoder's final norm, for which fc_norm stands": ["norm.weight", "norm.bias"]
+    }
+    assert {name.split(".")[0] for name in report.fresh} == {"fc_norm", "head"} and report.loaded == 54
+
+
+def test_pre_training_says_which_flags_fit(tmp_path, labelled_world, classifier, capsys):
+    scaled = build_pretrainer(TINY.replace(init_values=0.1, decoder_depth=1, qkv_bias=False))
+    torch.save(trained(scaled), tmp_path / "checkpoint-1.pth")
     (tmp_path / "list.txt").write_text("".join(f"{labelled_world}/v0{n} 1 10\n" for n in range(8)))
+    words = words_of(tmp_path / "pre", labelled_world)
     words[1] = str(tmp_path / "list.txt")
-    assert main(["pretrain", *words, "--init", str(tmp_path / "checkpoint-1.pth")]) == 2
-    assert "those of vit_tiny; flags that fit it: --model vit_tiny" in capsys.readouterr().err
+    words += ["--encoder-ratio", "0.5", "--model", "vit_demo"]
+    assert main(["pretrain", *words, "--init", str(tmp_path)]) == 2
+    flags = "--model vit_tiny --decoder-depth 1 --layer-scale 1e-05 --no-qkv-bias"
+    assert f"those of vit_tiny; flags that fit it: {flags}" in capsys.readouterr().err
     torch.save(classifier.state_dict(), tmp_path / "c.pth")
-    words += ["--model", "vit_tiny", "--encoder-ratio", "0.5"]
     assert main(["pretrain", *words, "--init", str(tmp_path / "c.pth")]) == 2
     assert "c.pth is of a classifier; pre-training goes on from pre-trained" in capsys.readouterr().err
+    assert main(["pretrain", *words, *flags.split(), "--init", str(tmp_path)]) == 0
+
+
+def test_convert_says_what_was_done(tmp_path, classifier, capsys):
+    torch.save(trained(classifier), tmp_path / "w.pth")
+    assert main(["convert", str(tmp_path / "w.pth"), str(tmp_path / "folder")]) == 0
+    said = capsys.readouterr().out
+    assert "taken as vit_tiny by its shapes" in said and "not read, beside it: optimizer" in said
+    assert same(read_checkpoint(tmp_path / "folder").state, classifier)
+
+
+@pytest.mark.slow
+def test_every_command_takes_them(tmp_path, labelled_world, classifier, pretrainer, capsys):
+    """A file of the published trainer and a folder of DeepSpeed, without --model."""
+    from vmae.model.detector import build_detector
+    from vmae.synthetic.moving_actors import ACTIONS, ActorsConfig, write_actors
+
+    actors = write_actors(tmp_path / "a", ActorsConfig(train=2, validation=1, scenes=2), workers=1)
+    torch.save(trained(classifier, sampling_rate=1, nb_classes=3), tmp_path / "w.pth")
+    torch.save(trained(pretrainer), tmp_path / "p.pth")
+    torch.save({"module": build_detector(TINY, len(ACTIONS)).state_dict()}, tmp_path / "d.pth")
+    deepspeed = states(tmp_path / "ds" / "checkpoint-best", classifier).parent.parent
+    video = next(path for path in sorted((tmp_path / "a" / "videos").iterdir()) if path.suffix == ".mp4")
+    size, cpu = ["--init-frames", "4", "--init-size", "32"], ["--device", "cpu"]
+    tests = [*cpu, "--workers", "0", "--segments", "1", "--crops", "1", "--stride", "1"]
+    boxes = ["--actions", str(actors["actions"]), "--videos", str(actors["videos"]), "--annotations"]
+    short = "--num-frames 4 --image-size 32 --batch-size 2 --steps 1 --workers 0 --no-tensorboard --no-flip"
+    names = tmp_path / "list.txt"
+    names.write_text(f"{video}\n")
+    val, train = str(labelled_world / "val.txt"), str(labelled_world / "train.txt")
+    runs = [
+        ["evaluate", val, "--checkpoint", tmp_path / "w.pth", *tests],
+        ["evaluate", val, "--checkpoint", deepspeed, *size, *tests],
+        ["predict", video, "--checkpoint", deepspeed, *size, *cpu],
+        ["features", names, "--checkpoint", tmp_path / "w.pth", *cpu],
+        ["reconstruct", video, "--checkpoint", tmp_path / "p.pth", *cpu],
+        ["convert", deepspeed, tmp_path / "folder", "--num-frames", "4", "--image-size", "32"],
+        ["export", deepspeed, tmp_path / "out.safetensors"],
+        [
+            "distil",
+            "--data",
+            train,
+            "--teacher",
+            deepspeed,
+            "--init",
+            tmp_path / "w.pth",
+            *short.split(),
+            *cpu,
+        ],
+        ["finetune-detection", *boxes, actors["train"], "--init", deepspeed, *size, *short.split(), *cpu],
+        ["detect", *boxes, actors["val"], "--checkpoint", tmp_path / "d.pth", *size, *cpu, "--workers", "0"],
+    ]
+    for number, words in enumerate(runs):
+        out = [] if words[0] in ("predict", "convert", "export") else ["--output", tmp_path / f"out{number}"]
+        if words[0] == "reconstruct":
+            out = ["--output", tmp_path / "picture.png"]
+        assert main([str(word) for word in [*words, *out]]) == 0, (words[0], capsys.readouterr().err)

@@ -111,7 +111,8 @@ def _seen(own: ModelConfig, settings: dict[str, Any], changes: dict[str, Any]) -
     trained."""
     size = {"num_frames": own.num_frames, "image_size": own.img_size}
     stride = {name: settings[name] for name in ("stride",) if name in settings}
-    stored = {**size, **stride, **settings.get("clip", {} if stride else {"resize": "published"})}
+    foreign = {} if "model" in settings else {"resize": "published"}
+    stored = {**size, **foreign, **stride, **settings.get("clip", {})}
     if image_hw(changes.get("image_size", stored["image_size"])) != image_hw(stored["image_size"]):
         stored["short_side"] = None
     return ClipConfig.from_dict({**stored, **changes})

@@ -21,6 +21,7 @@ from vmae.errors import InputError
 WRAPPERS = ("model", "module", "state_dict", "model_state", "model_state_dict", "net")
 AVERAGES = ("model_ema", "ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict")
 _PAIRS = {"teacher", "student"}
+_DEEPEST = 3  # wrappers inside each other
 
 _ANYWHERE = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 _IF_ALL = ("model", "net", "network")  # first parts that go where every name has them
@@ -58,7 +59,9 @@ def open_wrappers(
             f"checkpoint {path} holds no weights: it is a {type(content).__name__}, not tensors by name; "
             "save the model's state_dict()"
         )
-    inner, way, beside = content, [], ()
+    inner: Mapping[str, Any] = content
+    way: list[str] = []
+    beside: tuple[str, ...] = ()
     if averaged:
         key = next((key for key in AVERAGES if _holds_tensors(content.get(key))), None)
         if key is None:
@@ -67,7 +70,10 @@ def open_wrappers(
                 "--averaged out"
             )
         inner, way = content[key], [key]
-    while key := next((key for key in WRAPPERS if _holds_tensors(inner.get(key))), None):
+    for _ in range(_DEEPEST):  # a file may hold a dictionary inside itself
+        key = next((key for key in WRAPPERS if _holds_tensors(inner.get(key))), None)
+        if key is None:
+            break
         beside = beside or tuple(str(other) for other in inner if other != key)
         inner, way = inner[key], [*way, key]
     if not any(isinstance(value, Tensor) for value in inner.values()):

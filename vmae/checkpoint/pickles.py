@@ -56,7 +56,7 @@ def _number(kind: Any, data: Any = None) -> Any:
 
 _WIDTHS = {"Int": (8, 16, 32, 64), "UInt": (8, 16, 32, 64), "Float": (16, 32, 64), "Complex": (64, 128)}
 _KINDS = ["Bool", "Str", "Bytes", *(f"{kind}{width}" for kind, widths in _WIDTHS.items() for width in widths)]
-_PATHS = {"PosixPath": PurePosixPath, "PurePosixPath": PurePosixPath, "Path": PurePosixPath}
+_PATHS: dict[str, type] = {"PosixPath": PurePosixPath, "PurePosixPath": PurePosixPath, "Path": PurePosixPath}
 _PATHS |= {"WindowsPath": PureWindowsPath, "PureWindowsPath": PureWindowsPath, "PurePath": PurePosixPath}
 
 # Name in a file -> what stands for it, beside what torch itself allows.
@@ -83,7 +83,7 @@ def read_pickle(path: Path, kind: str) -> Any:
         InputError: the file is damaged or cut off, or names anything else.
     """
     mapped = kind == ZIP and check_zip(path)
-    allowed = [(value, name) for name, value in ALLOWED.items()]
+    allowed: list[Any] = [(value, name) for name, value in ALLOWED.items()]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
             warnings.simplefilter("ignore")  # of pickle protocols and old storages

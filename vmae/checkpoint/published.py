@@ -21,9 +21,10 @@ from vmae.checkpoint.format import read_group, read_manifest
 from vmae.checkpoint.names import open_wrappers, rename
 from vmae.checkpoint.pickles import read_pickle
 from vmae.checkpoint.shapes import describe_shapes, flags_for, shapes_of, shown_by
-from vmae.config import ModelConfig
+from vmae.config import MaskConfig, ModelConfig
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
+from vmae.masking import DECODER_MASKS, ENCODER_MASKS, PUBLISHED_MASKS
 from vmae.model.embed import sine_cosine_positions
 
 # Published constructor argument -> ours, of both models; encoder names lose their prefix.
@@ -114,8 +115,9 @@ def read_weights(
         averaged: the averaged weights that a file of a published trainer holds beside the others.
 
     Returns:
-        The settings that a file written here was trained with; of a published one `published`: `num_frames`
-            and `img_size`, as far as the arguments of its training tell them; else nothing.
+        The settings that a file written here was trained with; of a published one what the arguments of its
+            training tell: `published` (`num_frames` and `img_size`), `clip`, or `stride`, `mask` and
+            `normalize_target`; else nothing.
         Tensors by published name, on the CPU, in the file's dtype, without wrappers and prefixes.
         Lines on what was done to get these names, see `vmae.checkpoint.names`.
 
@@ -147,8 +149,16 @@ def read_weights(
     if any(value.numel() == 0 for value in state.values()):
         raise InputError(in_parts(path))
     ours = known_settings(settings)
-    lines = (*(() if "model" in ours else opened), *renamed, *_describe_dtypes(state))
+    told = [f"told by the arguments of its training: {_said(ours)}"] if "published" in ours else []
+    lines = (*(() if "model" in ours else opened), *renamed, *told, *_describe_dtypes(state))
     return ours, state, lines
+
+
+def _said(told: dict[str, Any]) -> str:
+    """The settings that a published training's arguments tell, in words."""
+    pairs = {**told["published"], **told.get("clip", {}), **told.get("mask", {})}
+    pairs |= {name: told[name] for name in ("stride", "normalize_target") if name in told}
+    return ", ".join(f"{name} {value}" for name, value in pairs.items())
 
 
 def _describe_dtypes(state: dict[str, Tensor]) -> list[str]:
@@ -186,13 +196,48 @@ def known_settings(settings: Any) -> dict[str, Any]:
 
 
 def _published(args: Any) -> dict[str, Any]:
-    """Frames and side of the clips of a published training, from its arguments."""
+    """What the arguments of a published training tell: `published` (frames and side of its clips); of
+    fine-tuning `clip` (how videos were seen), of pre-training `stride`, `mask` and `normalize_target`."""
     own = vars(args) if isinstance(args, argparse.Namespace) else {}
     found = {"num_frames": own.get("num_frames"), "img_size": own.get("input_size")}
     if isinstance(found["num_frames"], int) and isinstance(own.get("num_segments", 1), int):
         found["num_frames"] *= own.get("num_segments", 1)
     found = {name: value for name, value in found.items() if isinstance(value, int) and value > 0}
-    return {"published": found} if found else {}
+    if not found:
+        return {}
+    told: dict[str, Any] = {"published": found}
+    stride = own.get("sampling_rate")
+    stride = stride if isinstance(stride, int) and 0 < stride <= 1000 else None
+    if "nb_classes" in own:
+        if stride is not None:
+            # Its readers of SSv2 sample sparsely whatever the flag says.
+            sparse = own.get("sparse_sample") is True or own.get("data_set") == "SSV2"
+            told["clip"] = {"sampling": "sparse" if sparse else "dense", "stride": stride}
+        return told
+    if stride is not None:
+        told["stride"] = stride
+    if isinstance(own.get("normlize_target"), bool):  # so spelt there
+        told["normalize_target"] = own["normlize_target"]
+    return told | _published_mask(own)
+
+
+def _published_mask(own: dict[str, Any]) -> dict[str, Any]:
+    """`mask` of a published pre-training; without a decoder's (VideoMAE V1) all hidden tokens are decoded."""
+    encoder, decoder = (
+        PUBLISHED_MASKS.get(kind, kind) if isinstance(kind := own.get(key), str) else ""
+        for key in ("mask_type", "decoder_mask_type")
+    )
+    if encoder not in ENCODER_MASKS:
+        return {}
+    mask = {"encoder": encoder, "encoder_ratio": own.get("mask_ratio")}
+    if decoder in DECODER_MASKS:
+        mask |= {"decoder": decoder, "decoder_ratio": own.get("decoder_mask_ratio")}
+    else:
+        mask["decoder_ratio"] = 0.0
+    try:
+        return {"mask": MaskConfig.from_dict(mask).to_dict()}
+    except InputError:  # numbers that are no shares
+        return {}
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:

@@ -299,7 +299,9 @@ def load_detector(
             )
         count = state["head.weight"].shape[0]
         known = {number: actions.get(number, str(number)) for number in range(1, count + 1)}
-        trained = {"clip": {"preprocess": "published"}, "roi": "published"}
+        told = settings.get("clip", {})  # the arguments of a published training
+        stride = {name: told[name] for name in ("stride",) if name in told}
+        trained = {"clip": {"preprocess": "published", **stride}, "roi": "published"}
     size = {"num_frames": read.config.num_frames, "image_size": read.config.img_size}
     changes = {name: value for name, value in (clip or {}).items() if value is not None}
     seen = KeyClipConfig.from_dict({**size, **trained["clip"], **changes})

@@ -119,4 +119,4 @@ def seed_random(seed: int, step: int, part: int) -> None:
     """Seed torch for micro-batch number `part` (over all ranks) of a step: random numbers are a function of
     these three."""
     state = np.random.SeedSequence((seed, step, part)).generate_state(1, np.uint64)
-    torch.manual_seed(int(state[0] >> 1))
+    torch.manual_seed(int(state[0]) >> 1)  # numpy 1 shifts no uint64 by an int
