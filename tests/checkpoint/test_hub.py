@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -130,9 +131,10 @@ def cache(tmp_path) -> Path:
 @pytest.fixture
 def served(cache, monkeypatch) -> Hub:
     """A hub, with the library set to it as its environment variables would."""
-    library = pytest.importorskip("huggingface_hub", minversion="1.0")  # older ones copy the constants
+    pytest.importorskip("huggingface_hub", minversion="1.0")  # older ones copy the constants
+    from huggingface_hub import constants
+
     with serve() as found:
-        constants = library.constants
         monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
         template = found.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -313,8 +315,6 @@ def test_a_full_disc_and_a_cache_that_cannot_be_written(served, files, cache, mo
     assert not served.bodies()
     cache.parent.mkdir(exist_ok=True)
     if cache.exists():
-        import shutil
-
         shutil.rmtree(cache)
     cache.write_text("a file")
     line = refused()
@@ -381,7 +381,7 @@ def test_without_network(served, files, folder, monkeypatch, caplog):
     commit = served.repo("a/b").commit(folder)
     here, there = find_weights(FILE), find_weights("hub:a/b")
     dead = "http://127.0.0.1:9"
-    library = sys.modules["huggingface_hub"]
+    library = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(library.constants, "ENDPOINT", dead)
     template = dead + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(library.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -410,7 +410,7 @@ def test_a_hub_that_is_ill(served, files, caplog):
 def test_offline(served, files, folder, monkeypatch, caplog):
     served.repo(REPO).commit(files)
     served.repo("a/b").commit(folder)
-    library = sys.modules["huggingface_hub"]
+    library = pytest.importorskip("huggingface_hub")
     offline = lambda value: monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", value)  # noqa: E731
     offline(True)
     assert "HF_HUB_OFFLINE is set: the hub is not asked, and the cache" in refused()
@@ -430,7 +430,7 @@ def test_half_a_folder_in_the_cache(served, folder, monkeypatch):
     served.repo("a/b").commit(folder)
     served.cut = [0] * 6
     assert "the connection broke" in refused("hub:a/b")
-    library = sys.modules["huggingface_hub"]
+    library = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refused("hub:a/b") and hub.cached("hub:a/b") is None
     monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", False)
@@ -467,7 +467,7 @@ def test_one_of_several_processes_downloads(served, files):
     served.repo(REPO).commit(files)
     served.pause = 0.2
     name, found = parse_hub_name(FILE), []
-    library = sys.modules["huggingface_hub"]
+    library = pytest.importorskip("huggingface_hub")
     ranks = [
         threading.Thread(target=lambda: found.append(hub.Repository(library, name).fetch())) for _ in range(4)
     ]
@@ -492,6 +492,33 @@ def test_convert_takes_a_name(served, folder, files, tmp_path, capsys):
     assert "hub:a/b: " in capsys.readouterr().out and (tmp_path / "out.pth").is_file()
     assert main(["convert", FILE, str(tmp_path / "x.pth"), "--model", "vit_tiny"]) == 2
     assert "is no folder of transformers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_what_it_began_with(
+    served, folder, files, cache, tmp_path, labelled_world, capsys
+):
+    """Its settings keep the name. The cached copy counts, the hub is not asked, and neither a repository that
+    has moved on nor one that is gone changes anything."""
+    served.repo("a/b").commit(folder)
+    run = ["finetune", "--data", str(labelled_world / "train.txt"), "--init", "hub:a/b", "--new-head"]
+    run += ["--output", str(tmp_path / "run"), "--batch-size", "2", "--device", "cpu", "--workers", "0"]
+    run += ["--stride", "1", "--no-flip", "--no-tensorboard"]
+    assert main([*run, "--steps", "1"]) == 0
+    settings = (tmp_path / "run" / "config.yaml").read_text()
+    assert "init: hub:a/b\n" in settings
+    served.repo("a/b").commit({"config.json": b"{}"})
+    asked = len(served.asked)
+    hub.forget()
+    assert main([*run, "--steps", "2"]) == 0
+    said = capsys.readouterr()
+    assert len(served.asked) == asked and "resuming from" in said.out + said.err
+    assert "setting changed: init" not in said.out + said.err
+    shutil.rmtree(cache)
+    served.repos.clear()
+    hub.forget()
+    assert main([*run, "--steps", "3"]) == 2
+    assert "no such repository" in capsys.readouterr().err
 
 
 @pytest.mark.slow

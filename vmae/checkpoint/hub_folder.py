@@ -291,7 +291,7 @@ def v2_config(values: dict[str, Any], file: Path, state: dict[str, Tensor]) -> t
 def _v2_clip(told: Fields) -> dict[str, Any]:
     """Arguments on clips, tubelets and positions."""
     frames = "all_frames" if "all_frames" in told.values else "num_frames"
-    found = {
+    found: dict[str, Any] = {
         "img_size": told.side("img_size", 224),
         "patch_size": told.whole("patch_size", 16, "patch_size"),
         "tubelet_size": told.whole("tubelet_size", 2, "tubelet_size"),
