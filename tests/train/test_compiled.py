@@ -235,45 +235,62 @@ def test_flags_and_files_say_yes_no_or_nothing(tmp_path):
         asked("--config", str(tmp_path / "a.yaml"))
 
 
-def test_dropout_draws_what_it_draws_uncompiled():
-    """Asked of Inductor, which draws by itself otherwise; without code written, both draw the same anyway."""
+def test_what_torch_is_asked_for_random_numbers():
+    """Dropout draws as without torch.compile. A block that runs again whole gets no budget: its draws in the
+    backward would be others than in the forward (seen with torch 2.13)."""
+    import torch._functorch.config
     import torch._inductor.config
+
+    for drop, checkpointing, budget in ((0.2, "full", 1.0), (0.0, "none", compiled.MEMORY_BUDGET)):
+        blocks = build_blocks(DEEP, 48, 1, 3, drop=drop)
+        prepare_blocks(blocks, checkpointing=checkpointing, compiled=True, recompute="budget")
+        assert torch._functorch.config.activation_memory_budget == budget
+        assert torch._inductor.config.fallback_random == bool(drop)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"checkpointing": "full"}, {"recompute": "budget"}])
+def test_compiled_dropout_draws_what_it_draws_uncompiled(options, monkeypatch):
+    import torch._inductor.config
+
+    monkeypatch.setattr(compiled, "BACKEND", "inductor")
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
 
     def outputs(**options):
         torch.manual_seed(0)
         blocks = build_blocks(DEEP.replace(drop_path_rate=0.0), 48, 2, 3, drop=0.2, attn_drop=0.3)
         prepare_blocks(blocks, **options)
         torch.manual_seed(1)
-        x = torch.ones(2, 8, 48)
+        x = torch.randn(2, 8, 48)
         for block in blocks:
             x = block(x)
         x.backward(torch.ones_like(x))
         return [x, *(parameter.grad for parameter in blocks.parameters())]
 
     plain = outputs()
-    for options in ({}, {"checkpointing": "full"}, {"recompute": "budget"}):
-        torch.compiler.reset()
-        for one, other in zip(plain, outputs(compiled=True, **options)):
-            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-        assert torch._inductor.config.fallback_random
-    prepare_blocks(build_blocks(DEEP, 48, 1, 3), compiled=True)
-    assert not torch._inductor.config.fallback_random
-
-
-def test_a_block_that_runs_again_whole_has_no_budget():
-    """Its draws in the backward would be others than in the forward (seen with torch 2.13)."""
-    import torch._functorch.config
-
-    for checkpointing, budget in (("full", 1.0), ("none", compiled.MEMORY_BUDGET)):
-        blocks = build_blocks(DEEP, 48, 1, 3)
-        prepare_blocks(blocks, checkpointing=checkpointing, compiled=True, recompute="budget")
-        assert torch._functorch.config.activation_memory_budget == budget
+    for one, other in zip(plain, outputs(compiled=True, **options)):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_inductor_draws_what_it_draws_uncompiled(monkeypatch):
+def test_gradients_of_a_block_that_runs_again_whole_are_of_its_own_draws(monkeypatch):
+    """Stochastic depth, compiled: the same numbers whether the block runs again or not."""
     import torch._inductor.config
 
     monkeypatch.setattr(compiled, "BACKEND", "inductor")
     monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
-    test_dropout_draws_what_it_draws_uncompiled()
+
+    def gradients(checkpointing):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        blocks = build_blocks(DEEP, 48, 2, 3)
+        prepare_blocks(blocks, checkpointing=checkpointing, compiled=True, recompute="budget")
+        torch.manual_seed(1)
+        x = torch.randn(8, 8, 48)
+        for block in blocks:
+            x = block(x)
+        x.backward(torch.ones_like(x))
+        return [parameter.grad for parameter in blocks.parameters()]
+
+    for one, other in zip(gradients("none"), gradients("full")):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

@@ -248,3 +248,13 @@ def test_the_published_settings_are_the_defaults():
         0.001,
         1,
     )
+
+
+def test_sgd_and_dropouts_train_and_go_on(finetune, tmp_path, capsys):
+    flags = "--steps 2 --lr 0.1 --opt momentum --drop 0.1 --attn_drop_rate 0.1 --save-every 1".split()
+    assert finetune(*flags) == 0
+    assert "SGD with plain momentum 0.9" in capsys.readouterr().out
+    run = tmp_path / "run"
+    straight = losses(run)
+    CheckpointFolder(run).remove(CheckpointFolder(run).latest())
+    assert finetune(*flags) == 0 and losses(run) == straight

@@ -55,8 +55,8 @@ def prepare_blocks(
         raise InputError(f"unknown checkpointing {checkpointing!r}; known: {', '.join(CHECKPOINTING)}")
     blocks = list(blocks)
     if compiled:
-        # Measured (torch 2.13, CPU): a block that runs again whole, with a partitioner that has a budget, draws
-        # other random numbers in the backward than it drew in the forward; its gradients are wrong.
+        # Seen with torch 2.13 on a CPU: with a partitioner that has a budget, a block that runs again whole
+        # draws other random numbers in the backward than in the forward, so its gradients are wrong.
         no_budget = recompute == "budget" and checkpointing == "full"
         drops = any(isinstance(block, Block) and block.drops for block in blocks)
         set_compiler("off" if no_budget else recompute or "on", eager_random=drops)
