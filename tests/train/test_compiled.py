@@ -9,7 +9,7 @@ from torch import nn
 from vmae import DualMask, InputError, MaskConfig, ModelConfig, build_pretrainer
 from vmae.cli import build_parser
 from vmae.config import SpeedConfig
-from vmae.model.blocks import DropPath
+from vmae.model.blocks import DropPath, build_blocks
 from vmae.train import compiled
 from vmae.train.activations import prepare_blocks
 from vmae.train.checks import resolve_compile
@@ -233,3 +233,64 @@ def test_flags_and_files_say_yes_no_or_nothing(tmp_path):
     (tmp_path / "a.yaml").write_text("compile: maybe\n")
     with pytest.raises(InputError, match="compile must be true or false, not 'maybe'"):
         asked("--config", str(tmp_path / "a.yaml"))
+
+
+def test_what_torch_is_asked_for_random_numbers():
+    """Dropout draws as without torch.compile. A block that runs again whole gets no budget: its draws in the
+    backward would be others than in the forward (seen with torch 2.13)."""
+    import torch._functorch.config
+    import torch._inductor.config
+
+    for drop, checkpointing, budget in ((0.2, "full", 1.0), (0.0, "none", compiled.MEMORY_BUDGET)):
+        blocks = build_blocks(DEEP, 48, 1, 3, drop=drop)
+        prepare_blocks(blocks, checkpointing=checkpointing, compiled=True, recompute="budget")
+        assert torch._functorch.config.activation_memory_budget == budget
+        assert torch._inductor.config.fallback_random == bool(drop)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"checkpointing": "full"}, {"recompute": "budget"}])
+def test_compiled_dropout_draws_what_it_draws_uncompiled(options, monkeypatch):
+    import torch._inductor.config
+
+    monkeypatch.setattr(compiled, "BACKEND", "inductor")
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
+
+    def outputs(**options):
+        torch.manual_seed(0)
+        blocks = build_blocks(DEEP.replace(drop_path_rate=0.0), 48, 2, 3, drop=0.2, attn_drop=0.3)
+        prepare_blocks(blocks, **options)
+        torch.manual_seed(1)
+        x = torch.randn(2, 8, 48)
+        for block in blocks:
+            x = block(x)
+        x.backward(torch.ones_like(x))
+        return [x, *(parameter.grad for parameter in blocks.parameters())]
+
+    plain = outputs()
+    for one, other in zip(plain, outputs(compiled=True, **options)):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_gradients_of_a_block_that_runs_again_whole_are_of_its_own_draws(monkeypatch):
+    """Stochastic depth, compiled: the same numbers whether the block runs again or not."""
+    import torch._inductor.config
+
+    monkeypatch.setattr(compiled, "BACKEND", "inductor")
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
+
+    def gradients(checkpointing):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        blocks = build_blocks(DEEP, 48, 2, 3)
+        prepare_blocks(blocks, checkpointing=checkpointing, compiled=True, recompute="budget")
+        torch.manual_seed(1)
+        x = torch.randn(8, 8, 48)
+        for block in blocks:
+            x = block(x)
+        x.backward(torch.ones_like(x))
+        return [parameter.grad for parameter in blocks.parameters()]
+
+    for one, other in zip(gradients("none"), gradients("full")):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

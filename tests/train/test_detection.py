@@ -292,3 +292,13 @@ def test_a_run_from_before_these_settings_goes_on(default_config):
     old["augment"] = {name: value for name, value in now["augment"].items() if name != "colours"}
     assert setting_changes(with_defaults(old, default_config), now) == {}
     assert DetectionConfig.from_dict(old) == default_config
+
+
+def test_sgd_and_dropouts_train_and_go_on(finetune, tmp_path, capsys):
+    flags = "--steps 2 --lr 0.1 --opt momentum --drop 0.1 --attn_drop_rate 0.1 --save-every 1".split()
+    assert finetune(*flags) == 0
+    assert "SGD with plain momentum 0.9" in capsys.readouterr().out
+    run = tmp_path / "run"
+    straight = losses(run)
+    CheckpointFolder(run).remove(CheckpointFolder(run).latest())
+    assert finetune(*flags) == 0 and losses(run) == straight

@@ -227,3 +227,23 @@ def test_a_store_that_another_process_fills_is_refused(distil, teachers, tmp_pat
         assert distil(teachers / "3.pth", "--logits", tmp_path / "logits", "--store", "1") == 2
         assert f"{tmp_path / 'logits'} is in use by" in capsys.readouterr().err
     assert not (tmp_path / "logits").exists()
+
+
+def test_a_student_with_sgd_and_dropouts(distil, teachers, tmp_path):
+    """The teacher beside it has neither."""
+    flags = (
+        "--steps 2 --warmup-steps 0 --lr 0.1 --opt sgd --drop 0.1 --attn_drop_rate 0.1 --kl-weight 1".split()
+    )
+    assert distil(teachers / "3.pth", *flags) == 0
+    seen = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(seen) == 2 and seen[0]["loss"] > 0 and seen[0]["grad_norm"] > 0
+
+
+def test_stores_from_before_a_setting_came_are_still_good(distil, teachers, tmp_path, labelled_world):
+    """What describes the views names a later setting where it is not as before only."""
+    assert distil(teachers / "3.pth", "--logits", tmp_path / "store", "--store", "1") == 0
+    about = json.loads((tmp_path / "store" / "logits.json").read_text())
+    assert not set(about["augment"]) & {"erase_mode", "increasing", "mixup_mode", "cutmix_minmax"}
+    other = ["--logits", tmp_path / "other", "--store", "1", "--remode", "const"]
+    assert distil(teachers / "3.pth", *other) == 0
+    assert json.loads((tmp_path / "other" / "logits.json").read_text())["augment"]["erase_mode"] == "const"

@@ -12,7 +12,7 @@ from vmae.checkpoint.folder import CheckpointFolder, export_weights
 from vmae.checkpoint.format import read_group
 from vmae.checkpoint.published import load_weights, read_settings_and_weights
 from vmae.cli import main
-from vmae.data.augment_classify import AugmentConfig
+from vmae.data.augment_classify import AugmentConfig, RandAugmentText
 from vmae.train.finetune_settings import FinetuneConfig
 from vmae.train.tasks.finetune import classification_loss
 
@@ -165,6 +165,47 @@ def test_stop_and_resume_is_bit_identical(finetune, tmp_path):
         assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
+def test_published_flags_of_the_method_train_and_go_on(finetune, tmp_path, capsys):
+    """Each at a value that is not its default; the second half after a stop is the same, to the bit."""
+    flags = (
+        "--steps 2 --warmup-steps 1 --lr 0.01 --opt sgd --momentum 0.8 --weight_decay_end 0.1 "
+        "--warmup_lr 0.001 --drop 0.1 --attn_drop_rate 0.2 --fc_drop_rate 0.3 --use_cls --aa rand-m5-n2 "
+        "--train_interpolation random --reprob 1 --remode rand --recount 2 --mixup_mode elem "
+        "--mixup_prob 0.9 --mixup_switch_prob 0.7 --cutmix_minmax 0.2 0.8 --num-sample 3 --batch-size 1 --save-every 1"
+    ).split()
+    assert finetune(*flags) == 0
+    assert (
+        "of the 3 clips of a micro-batch, the middle one is mixed with the first" in capsys.readouterr().out
+    )
+    run = tmp_path / "run"
+    straight, whole = losses(run), load_weights(run / "weights.pth")
+    assert "norm.weight" in whole
+    CheckpointFolder(run).remove(CheckpointFolder(run).latest())
+    (run / "weights.pth").unlink()
+    assert finetune(*flags) == 0 and losses(run) == straight
+    again = load_weights(run / "weights.pth")
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    assert main(["finetune", "--config", str(run / "config.yaml"), "--output", str(tmp_path / "again")]) == 0
+    assert losses(tmp_path / "again") == straight
+
+
+def test_published_flags_in_the_resolved_settings(finetune, capsys):
+    def resolved(*flags):
+        assert finetune(*flags, "--dry-run") == 0
+        return json.loads(capsys.readouterr().out)["results"]
+
+    usual = resolved("--aa", "rand-m7-n4-mstd0.5-inc1", "--use_mean_pooling", "--opt", "AdamW")
+    assert usual["augment"] == json.loads(json.dumps(AugmentConfig().to_dict()))
+    assert usual["pooling"] == "mean" and usual["optim"]["opt"] == "adamw"
+    assert (usual["drop_rate"], usual["attn_drop_rate"], usual["optim"]["warmup_lr"]) == (0, 0, 0)
+    drawn = resolved("--aa", "rand-m9-n3-mstd1")["augment"]
+    assert [drawn[name] for name in RandAugmentText.sets] == [3, 9, 1, False]
+    assert resolved("--aa", "rand-m9-n3", "--magnitude", "4")["augment"]["magnitude"] == 4
+    for off in ("", "None", "none"):
+        assert resolved("--aa", off)["augment"]["operations"] == 0
+    assert resolved("--augment", "none", "--aa", "rand-m9-n3")["augment"]["operations"] == 3
+
+
 def test_accumulating_is_the_same_batch(finetune, tmp_path):
     """Without what is drawn for a micro-batch: stochastic depth, mixup and cutmix."""
     flags = [
@@ -293,6 +334,12 @@ def test_dry_run_writes_nothing(finetune, tmp_path, capsys):
         (["--ema", "1.5"], "--ema/--model_ema_decay: must be a number at least 0 and below 1, not 1.5"),
         (["--model", "vit_q"], "unknown model preset"),
         (["--pooling", "max"], "unknown pooling"),
+        (["--aa", "augmix-m3-w3"], "unknown augmentation 'augmix-m3-w3'; known: rand-m7-n4-mstd0.5-inc1"),
+        (["--train_interpolation", "lanczos"], "unknown interpolation 'lanczos'; known: bicubic, bilinear"),
+        (["--mixup_mode", "half"], "unknown mixing mode 'half'; known: batch, pair, elem"),
+        (["--cutmix_minmax", "0.8", "0.2"], "cutmix_minmax must be a smaller and a larger share"),
+        (["--cutmix_minmax", "0.01", "0.02"], "leaves no side for a box in 32 x 32 pixels"),
+        (["--attn-drop", "0.1", "--attention", "sdpa_flash"], "'sdpa_flash' cannot run"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(finetune, tmp_path, capsys, flags, message):

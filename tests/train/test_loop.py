@@ -157,6 +157,20 @@ def test_stop_and_resume_is_bit_identical(tmp_path, stop_after, opt):
     assert_same_training(whole, second)
 
 
+def test_weight_decay_follows_its_schedule_in_groups_that_decay(tmp_path):
+    trainer = toy_trainer(tmp_path, total=3, more={"weight_decay": lambda step: 0.5 + step})
+    seen, plain = [], trainer.guard.step
+
+    def step(loss, norm):
+        seen.append([group["weight_decay"] for group in trainer.optimizer.param_groups])
+        plain(loss, norm)
+
+    trainer.guard.step = step
+    trainer.run()
+    assert seen == [[0.5, 0.0], [1.5, 0.0], [2.5, 0.0]]
+    assert [record["weight_decay"] for record in read_log(tmp_path / "log.jsonl")] == [0.5, 1.5, 2.5]
+
+
 def test_dropout_differs_between_steps(tmp_path):
     trainer = toy_trainer(tmp_path)
     batch = next(ToyBatches(0))

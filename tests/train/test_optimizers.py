@@ -110,6 +110,13 @@ def test_what_goes_with_what():
         OptimConfig(weight_decay=0.0, weight_decay_end=0.1)
 
 
+def test_a_probes_encoder_has_no_dropout():
+    given = dict(model=SMALL, data="list", optim=OptimConfig(), clip=ClipConfig(), augment=AugmentConfig())
+    for rate in ("drop_rate", "attn_drop_rate"):
+        with pytest.raises(InputError, match="--drop and --attn-drop are for an encoder that is trained"):
+            FinetuneConfig(**given, num_classes=3, probe="linear", init="x", **{rate: 0.1})
+
+
 # --- by the command line
 
 
@@ -140,26 +147,22 @@ def test_names_of_the_published_code(pretrain, tmp_path, capsys, written, opt):
 def test_pretraining_with_sgd_goes_on_where_it_stopped(pretrain, tmp_path, capsys):
     flags = "--opt sgd --momentum 0.7 --weight_decay_end 0.2 --warmup_lr 0.01 --warmup-steps 2".split()
     flags += ["--save-every", "3"]
-    assert pretrain(tmp_path / "whole", *flags) == 0
+    run = tmp_path / "run"
+    assert pretrain(run, *flags) == 0
     out = capsys.readouterr().out
     assert "SGD with Nesterov momentum 0.7; --betas and --eps are AdamW's and change nothing" in out
     assert "the published code takes it and starts from 0" in out
     assert "weight decay 0.05 at the start, 0.2 at the end" in out
-    parts = tmp_path / "parts"
-    assert pretrain(parts, *flags) == 0
-    last = CheckpointFolder(parts).latest()
-    state = read_group(last, "optimizer")
-    assert {key.rpartition(".")[2] for key in state} == {"momentum_buffer"}
-    CheckpointFolder(parts).remove(last)
-    (parts / "weights.pth").unlink()
-    assert pretrain(parts, *flags) == 0
-    whole, again = records(tmp_path / "whole"), records(parts)
+    straight, last = records(run), CheckpointFolder(run).latest()
+    assert {key.rpartition(".")[2] for key in read_group(last, "optimizer")} == {"momentum_buffer"}
+    CheckpointFolder(run).remove(last)
+    assert pretrain(run, *flags) == 0
     for name in ("loss", "lr", "weight_decay"):
-        assert [one[name] for one in whole] == [one[name] for one in again]
-    assert whole[0]["lr"] == pytest.approx(0.01 * 2 / 256)
-    assert [one["weight_decay"] for one in whole] == pytest.approx(cosine_scheduler(0.05, 0.2, 1, 6))
+        assert [one[name] for one in straight] == [one[name] for one in records(run)]
+    assert straight[0]["lr"] == pytest.approx(0.01 * 2 / 256)
+    assert [one["weight_decay"] for one in straight] == pytest.approx(cosine_scheduler(0.05, 0.2, 1, 6))
     capsys.readouterr()
-    assert pretrain(parts, "--opt", "adamw", "--steps", "8") == 2
+    assert pretrain(run, "--opt", "adamw", "--steps", "8") == 2
     assert "optim.opt sgd in the checkpoint, adamw now: what" in capsys.readouterr().err
 
 

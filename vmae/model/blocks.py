@@ -143,7 +143,12 @@ class Block(nn.Module):
     @property
     def draws(self) -> bool:
         """Whether a forward in training draws random numbers."""
-        return self.drop_path.rate > 0 or self.attn.drop > 0 or self.dropout is not None
+        return self.drop_path.rate > 0 or self.drops
+
+    @property
+    def drops(self) -> bool:
+        """Whether it has dropout, of its results or of attention's weights."""
+        return self.attn.drop > 0 or self.dropout is not None
 
     def forward(self, x_BND: Tensor, lengths: Lengths | None = None, rows: Rows | None = None) -> Tensor:
         """With `lengths`, x is [1, T, D]: clips of those lengths one after the other

@@ -53,8 +53,13 @@ def prepare_blocks(
     """
     if checkpointing not in CHECKPOINTING:
         raise InputError(f"unknown checkpointing {checkpointing!r}; known: {', '.join(CHECKPOINTING)}")
+    blocks = list(blocks)
     if compiled:
-        set_compiler(recompute or "on")
+        # Seen with torch 2.13 on a CPU: with a partitioner that has a budget, a block that runs again whole
+        # draws other random numbers in the backward than in the forward, so its gradients are wrong.
+        no_budget = recompute == "budget" and checkpointing == "full"
+        drops = any(isinstance(block, Block) and block.drops for block in blocks)
+        set_compiler("off" if no_budget else recompute or "on", eager_random=drops)
     for block in blocks:
         if isinstance(block, Block) and recompute is not None:
             block.recompute = recompute == "on"

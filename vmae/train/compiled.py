@@ -49,14 +49,19 @@ def compile_forward(forward: Callable[..., Any], *, cuda_graphs: bool = False) -
     return torch.compile(forward, dynamic=False, backend=BACKEND, mode=mode)
 
 
-def set_compiler(recompute: str = "off") -> None:
+def set_compiler(recompute: str = "off", *, eager_random: bool = False) -> None:
     """Set what torch.compile reads from this process when it compiles.
 
     Args:
         recompute: "on", "off" or "budget"; see `vmae.train.activations`.
+        eager_random: draw random numbers by the kernels that draw them without it, so that dropout drops the
+            same (stochastic depth does not, in either case: see `DropPath`).
     """
     import torch._dynamo.config
     import torch._functorch.config
+    import torch._inductor.config
+
+    torch._inductor.config.fallback_random = eager_random
 
     # It would cut blocks at DDP's buckets, which a step of whole blocks fills in time anyway.
     torch._dynamo.config.optimize_ddp = False
