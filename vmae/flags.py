@@ -237,7 +237,7 @@ class OtherFlag:
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         """Add the flag."""
-        count = {0: 0, 1: None}.get(self.words, "+")  # type: ignore[call-overload]
+        count: int | str | None = None if self.words == 1 else self.words
         parser.add_argument(
             self.name, action=_Collect, nargs=count, dest="others", help=SUPPRESS, default=SUPPRESS
         )
@@ -376,7 +376,9 @@ class Settings:
             file = self._read(args.config)
         elif self.without_file is not None:
             file.values = self.without_file(flags.values)
-        below, above, notes = {}, {}, [*file.notes, *flags.notes]
+        notes = [*file.notes, *flags.notes]
+        below: dict[str, Any] = {}
+        above: dict[str, Any] = {}
         if self.adapt is not None:
             said = self.merge(file.values, flags.values)
             said = {name: value for name, value in said.items() if value is not None}
