@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from vmae.errors import InputError
 from vmae.files.yaml_files import read_yaml
-from vmae.settings import Limits, Real, Setting, Sides, Whole, about_field, shown
+from vmae.settings import Limits, OrUnset, Real, Setting, Sides, Whole, about_field, shown
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -116,12 +116,6 @@ class Key:
             return value == "" and "None" in self.kind
         return str(value) in self.about.unset_words
 
-    def of_word(self, word: str) -> Any:
-        """The value of a word of a command line; argparse's `type=`."""
-        if self.is_unset(word):
-            return self.default
-        return word if self.type is None else self.type(word)
-
     def add_to(self, parser: Any, default: Any = SUPPRESS) -> None:
         """Add the flags."""
         about = self.about
@@ -131,10 +125,12 @@ class Key:
             parser.add_argument(*self.flags, action=argparse.BooleanOptionalAction, **common)
             return
         count: int | str | None = "?" if about.bare is not None else None
-        kind: Any = self.type
-        if about.unset_words or (kind is None and "None" in self.kind):
-            kind = self.of_word
-        action: Any = "store"
+        kind, action = (
+            self.type,
+            "store" if self.type is not None else functools.partial(_StoreText, key=self),
+        )
+        if kind is not None and about.unset_words:
+            kind = OrUnset(kind, about.unset_words, self.default)
         if self.kind.startswith("tuple"):
             count = self.length
             if about.unset_words:
@@ -171,6 +167,19 @@ class Key:
     def length(self) -> int:
         """Numbers of a tuple."""
         return self.kind.split("tuple[")[1].split("]")[0].count(",") + 1
+
+
+class _StoreText(argparse.Action):
+    """Keeps a text, or the default where that is not set."""
+
+    def __init__(self, *args: Any, key: Key, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.key = key
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
+    ) -> None:
+        setattr(namespace, self.dest, self.key.default if self.key.is_unset(values) else values)
 
 
 class _StoreTuple(argparse.Action):
@@ -237,7 +246,7 @@ class OtherFlag:
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         """Add the flag."""
-        count = {0: 0, 1: None}.get(self.words, "+")  # type: ignore[call-overload]
+        count: int | str | None = None if self.words == 1 else self.words
         parser.add_argument(
             self.name, action=_Collect, nargs=count, dest="others", help=SUPPRESS, default=SUPPRESS
         )
@@ -376,7 +385,9 @@ class Settings:
             file = self._read(args.config)
         elif self.without_file is not None:
             file.values = self.without_file(flags.values)
-        below, above, notes = {}, {}, [*file.notes, *flags.notes]
+        notes = [*file.notes, *flags.notes]
+        below: dict[str, Any] = {}
+        above: dict[str, Any] = {}
         if self.adapt is not None:
             said = self.merge(file.values, flags.values)
             said = {name: value for name, value in said.items() if value is not None}

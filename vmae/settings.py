@@ -129,6 +129,24 @@ class Sides(Limits):
 
 
 @dataclass(frozen=True, eq=False)
+class OrUnset(Limits):
+    """What `within` takes on a command line, or one of `words`, which mean `usual`."""
+
+    within: Limits
+    words: tuple[str, ...]
+    usual: Any
+
+    def allows(self, value: Any) -> bool:
+        return self.within.allows(value)
+
+    def __call__(self, text: str) -> Any:
+        return self.usual if text in self.words else self.within(text)
+
+    def __str__(self) -> str:
+        return str(self.within)
+
+
+@dataclass(frozen=True, eq=False)
 class OneOf(Limits):
     """One of some names.
 

@@ -159,7 +159,7 @@ class RunLog:
     def __post_init__(self) -> None:
         self.stream = self.stream or sys.stderr
         self.path = self.folder / LOG_NAME
-        self.board = self.board or self.folder / BOARD_NAME
+        self._board = self.board or self.folder / BOARD_NAME
         self._cut_back()
         self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self._writer = self._open_tensorboard() if self.tensorboard else None
@@ -199,8 +199,8 @@ class RunLog:
             return None
         self._thread_error, threading.excepthook = threading.excepthook, self._on_thread_error
         try:
-            with self._telling(self.board):
-                return SummaryWriter(str(self.board), purge_step=self.start_step + 1)
+            with self._telling(self._board):
+                return SummaryWriter(str(self._board), purge_step=self.start_step + 1)
         except InputError:
             threading.excepthook = self._thread_error
             raise
@@ -257,7 +257,7 @@ class RunLog:
                     named = {f"{key}/{name}": number for name, number in value.items()}
                 for name, number in named.items():
                     if name != "step" and isinstance(number, (int, float)):
-                        with self._telling(self.board):
+                        with self._telling(self._board):
                             self._writer.add_scalar(name, number, values["step"])
 
     def _append(self, line: bytes) -> None:
@@ -321,7 +321,7 @@ class RunLog:
         if self._writer is None:
             return
         try:
-            with self._telling(self.board):
+            with self._telling(self._board):
                 self._writer.close()
         except InputError:
             if error is None:

@@ -176,11 +176,6 @@ def adapt_pretrain(
             f"note: dual masking: {given['decoder_mask']} 0.5 for the decoder; the published program takes "
             "none where no --decoder_mask_ratio is given"
         )
-    elif not named and not file.written and {"encoder-mask", "encoder-ratio"} & written.keys():
-        notes.append(
-            "note: dual masking: running_cell 0.5 for the decoder, the default; --decoder-mask none is "
-            "encoder-only masking"
-        )
     return below, above, notes
 
 
