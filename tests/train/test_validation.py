@@ -20,6 +20,7 @@ from vmae.checkpoint.folder import CheckpointFolder, export_weights
 from vmae.checkpoint.format import read_group, read_manifest
 from vmae.checkpoint.published import load_weights
 from vmae.cli import main
+from vmae.config import OptimConfig
 from vmae.data.augment_classify import AugmentConfig
 from vmae.data.classify_dataset import ClipConfig, MiddleClipDataset, spatial_views
 from vmae.data.labels import read_labelled_list
@@ -37,18 +38,18 @@ SIZE = dict(img_size=32, num_frames=4)
 CLIP = ClipConfig(num_frames=4, image_size=32, stride=2)
 MODEL = "--model vit_tiny --image-size 32 --num-frames 4 --stride 2".split()
 RUN = "--batch-size 4 --num-sample 1 --workers 0 --save-every 100 --log-every 1 --no-tensorboard".split()
-# Three steps an epoch; top-1 goes up, down and up again, and the averaged weights are late.
-LEARNING = "--augment none --lr 0.05 --layer-decay 1 --warmup-steps 0 --epochs 4 --device cpu".split()
+# Two steps an epoch, on labels that mean nothing: top-1 goes up and down.
+LEARNING = "--augment none --lr 0.3 --layer-decay 1 --warmup-steps 0 --epochs 4 --seed 2 --device cpu".split()
 
 
 @pytest.fixture(scope="module")
 def world(labelled_world, tmp_path_factory):
-    """A folder with train.csv and val.csv; the classes of val.csv are mixed up: top-1 is no constant."""
+    """A folder with train.csv (nine videos, any classes) and val.csv (ten videos)."""
     folder = tmp_path_factory.mktemp("lists")
     lines = (labelled_world / "train.txt").read_text().splitlines()
-    (folder / "train.csv").write_text("".join(f"{line}\n" for line in lines[:9]))
-    mixed = [line[:-1] + str((int(line[-1]) + (number > 5)) % 3) for number, line in enumerate(lines[2:])]
-    (folder / "val.csv").write_text("".join(f"{line}\n" for line in mixed))
+    trained = [f"{line[:-1]}{number**2 % 7 % 3}\n" for number, line in enumerate(lines[:9])]
+    (folder / "train.csv").write_text("".join(trained))
+    (folder / "val.csv").write_text("".join(f"{line[:-1]}{(int(line[-1]) + 2) % 3}\n" for line in lines[2:]))
     return folder
 
 
@@ -154,6 +155,7 @@ def test_a_run_with_validation_trains_as_one_without(whole, finetune, tmp_path):
     assert not (tmp_path / "plain" / "checkpoint-best").exists()
 
 
+@pytest.mark.slow
 def test_drop_path_and_dropout_see_no_validation(finetune, tmp_path):
     """Random numbers of training are drawn on, and the model trains on in its mode."""
     flags = ["--drop-path", "0.3", "--head-drop", "0.4", "--augment", "published", "--no-test"]
@@ -161,6 +163,7 @@ def test_drop_path_and_dropout_see_no_validation(finetune, tmp_path):
     assert losses(tmp_path / "a") == losses(tmp_path / "b") and len(validations(tmp_path / "a")) == 4
 
 
+@pytest.mark.slow
 def test_the_time_of_a_validation_is_in_no_step(finetune, tmp_path, monkeypatch):
     plain = ValidationSet.score
 
@@ -192,6 +195,7 @@ def test_any_share_and_batch_counts_each_video_once(world, workers):
             return torch.tensor([list(map(float, numbers))])
 
         def gather(self, value, group=None):
+            self.own = value
             return [value, *others]
 
     for ranks, batch in ((1, 3), (3, 2), (12, 64)):
@@ -200,15 +204,13 @@ def test_any_share_and_batch_counts_each_video_once(world, workers):
             parallel = One(rank=rank, world_size=ranks)
             videos = ValidationSet(labelled, CLIP, parallel=parallel, batch_size=batch, **options)
             with videos.opened():
-                found = []
-                plain = videos._sum_up
-                videos._sum_up = lambda share, plain=plain, to=found: to.append(share) or plain(share)
                 scores, _ = videos.score(model)
-            others.append(found[0])
+            others.append(parallel.own)
         assert scores["videos"] == 10 and (scores["top1"], scores["top5"]) == expected[:2], (ranks, batch)
         assert scores["loss"] == pytest.approx(expected[2], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_several_labels_are_measured_by_average_precision(world, finetune, tmp_path):
     several = tmp_path / "several"
     several.mkdir()
@@ -236,6 +238,7 @@ def test_several_labels_are_measured_by_average_precision(world, finetune, tmp_p
     assert (tmp_path / "run" / "checkpoint-best").resolve().name == f"checkpoint-{best['step']:08}"
 
 
+@pytest.mark.slow
 def test_broken_videos_are_counted_and_said_and_stop_nothing(world, finetune, tmp_path, capsys):
     folder = tmp_path / "broken"
     folder.mkdir()
@@ -263,6 +266,7 @@ def test_weights_that_are_no_numbers_hit_nothing(world):
     json.dumps(scores, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_other_epochs_and_the_last_step(finetune, tmp_path):
     assert finetune("--val-every", "3", "--no-test") == 0
     assert [line["step"] for line in validations(tmp_path / "run")] == [6, 8]
@@ -278,7 +282,7 @@ def best_step(found):
 
 def test_the_best_checkpoint_stays_and_is_the_first_of_the_best(finetune, tmp_path):
     run = tmp_path / "run"
-    assert finetune("--keep", "1", "--save-every", "1", "--epochs", "8", "--no-test") == 0
+    assert finetune("--keep", "1", "--save-every", "1", "--no-test") == 0
     found = validations(run)
     best, last = best_step(found), found[-1]["step"]
     assert best < last, [line["val_top1"] for line in found]  # else it stays as the newest one
@@ -289,8 +293,7 @@ def test_the_best_checkpoint_stays_and_is_the_first_of_the_best(finetune, tmp_pa
     ]
     weights, state = load_weights(run / "weights_best.pth"), read_group(run / "checkpoint-best")
     assert all(torch.equal(weights[name], state[name]) for name in state)
-    labelled = read_labelled_list(run.parent / "run" / "none") if False else None
-    assert labelled is None and read_manifest(run / "checkpoint-best")["step"] == best
+    assert read_manifest(run / "checkpoint-best")["step"] == best
     newest, chosen = load_classifier(run), load_classifier(run / "checkpoint-best")
     assert newest.path.name == f"checkpoint-{last:08}" and chosen.path.name == "checkpoint-best"
     assert not torch.equal(newest.model.head.weight, chosen.model.head.weight)
@@ -315,6 +318,7 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
     assert "the best checkpoint is checkpoint-00000001" in folder.set_best(1)
 
 
+@pytest.mark.slow
 def test_a_fresh_start_moves_all_of_it_aside(finetune, tmp_path):
     run = tmp_path / "run"
     assert finetune("--epochs", "1") == 0
@@ -341,7 +345,7 @@ EMA = ["--ema", "0.7", "--no-test"]
 
 
 def raise_at(monkeypatch, owner, name, count):
-    """Let call number `count` of a method end the process's run, as a kill does for what is on the disk."""
+    """Let the call number `count` of a method end the run, as a kill does for what is on the disk."""
     plain, calls = getattr(owner, name), []
 
     def method(self, *args, **kwargs):
@@ -358,8 +362,10 @@ def raise_at(monkeypatch, owner, name, count):
     "owner, name, count",
     [
         (ValidationSet, "_round", 11),  # in the middle of the averaged weights of step 4
-        (CheckpointFolder, "set_best", 1),  # the log tells of it, the link does not
-        (Trainer, "clip", 6),  # in the step after a validation
+        pytest.param(
+            CheckpointFolder, "set_best", 1, marks=pytest.mark.slow
+        ),  # the log tells of it, no link does
+        pytest.param(Trainer, "clip", 6, marks=pytest.mark.slow),  # in the step after a validation
     ],
 )
 def test_a_run_that_is_cut_short_ends_as_the_whole_one(
@@ -373,6 +379,7 @@ def test_a_run_that_is_cut_short_ends_as_the_whole_one(
     expect_the_same(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_a_stop_in_a_validation_is_taken_at_once_and_made_good(
     whole, finetune, tmp_path, monkeypatch, capsys
 ):
@@ -395,6 +402,7 @@ def test_a_stop_in_a_validation_is_taken_at_once_and_made_good(
     expect_the_same(run, whole)
 
 
+@pytest.mark.slow
 def test_from_an_earlier_checkpoint_later_validations_are_made_again(whole, finetune, tmp_path, capsys):
     run = tmp_path / "run"
     assert finetune(*EMA, "--save-every", "2", "--keep", "9") == 0
@@ -404,6 +412,7 @@ def test_from_an_earlier_checkpoint_later_validations_are_made_again(whole, fine
     assert (run / "previous-1" / "checkpoint-00000004").is_dir()
 
 
+@pytest.mark.slow
 def test_another_list_has_a_best_of_its_own(finetune, tmp_path, world):
     run, other = tmp_path / "run", tmp_path / "other.csv"
     assert finetune("--epochs", "2", "--no-test") == 0
@@ -506,9 +515,10 @@ def test_two_ranks_find_what_one_does(run_ranks, world, tmp_path, parallel):
 # --- The early end ---
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_and_a_larger_one_goes_on(finetune, tmp_path, capsys):
     run = tmp_path / "run"
-    flags = ["--epochs", "12", "--no-test"]
+    flags = ["--epochs", "6", "--no-test"]
     assert finetune(*flags, out="whole") == 0
     found = validations(tmp_path / "whole")
     seen, waited, end = -1.0, 0, None
@@ -521,7 +531,7 @@ def test_patience_ends_a_run_and_a_larger_one_goes_on(finetune, tmp_path, capsys
     assert end is not None and end < found[-1]["step"]
     capsys.readouterr()
     assert finetune(*flags, "--patience", "2") == 0
-    assert f"ended early at step {end} of 24: 2 validations without a better one" in capsys.readouterr().out
+    assert f"ended early at step {end} of 12: 2 validations without a better one" in capsys.readouterr().out
     assert validations(run) == [line for line in found if line["step"] <= end]
     assert (run / "weights.pth").is_file() and CheckpointFolder(run).latest().name == f"checkpoint-{end:08}"
     assert finetune(*flags, "--patience", "2") == 0 and losses(run)[-1][0] == end  # nothing more
@@ -532,6 +542,7 @@ def test_patience_ends_a_run_and_a_larger_one_goes_on(finetune, tmp_path, capsys
 # --- The test at the end ---
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_tested_once(finetune, tmp_path, capsys, monkeypatch, world):
     run, seen, plain = tmp_path / "run", [], classify.view_probabilities
     monkeypatch.setattr(classify, "view_probabilities", lambda *a, **k: seen.append(1) or plain(*a, **k))
@@ -552,13 +563,11 @@ def test_the_best_weights_are_tested_once(finetune, tmp_path, capsys, monkeypatc
     assert "nothing to do" in said and "has the predictions of all videos" in said and not seen
     assert finetune("--test_num_segment", "2", "--test_num_crop", "1", "--test-weights", "last") == 0
     said = capsys.readouterr().out
-    if os.readlink(run / "checkpoint-best") != "checkpoint-00000008":
-        assert (
-            f"moved an earlier test with other weights or settings to {run / 'previous-1' / 'test'}" in said
-        )
-        assert (run / "previous-1" / "test" / "results.json").is_file() and len(seen) == 10
+    assert f"moved an earlier test with other weights or settings to {run / 'previous-1' / 'test'}" in said
+    assert (run / "previous-1" / "test" / "results.json").is_file() and len(seen) == 10
 
 
+@pytest.mark.slow
 def test_a_test_that_was_killed_goes_on(finetune, tmp_path, monkeypatch):
     flags = ["--epochs", "1", "--test_num_segment", "1", "--test_num_crop", "1"]
     seen, plain = [], classify.view_probabilities
@@ -575,6 +584,7 @@ def test_a_test_that_was_killed_goes_on(finetune, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "test" / "results.json").read_text())["videos"] == 10
 
 
+@pytest.mark.slow
 def test_lists_to_test_on(finetune, world, tmp_path, capsys):
     folder = tmp_path / "data"
     shutil.copytree(world, folder)
@@ -596,6 +606,7 @@ def test_lists_to_test_on(finetune, world, tmp_path, capsys):
     assert validations(tmp_path / "run") == [] and not (tmp_path / "run" / "test").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_by_its_settings_file(finetune, world, tmp_path):
     flags = ["--epochs", "1", "--test_num_segment", "1", "--test_num_crop", "1"]
     assert finetune(*flags) == 0 and finetune("--epochs", "1", "--no-val", "--no-test", out="none") == 0
@@ -608,6 +619,7 @@ def test_a_run_is_repeated_by_its_settings_file(finetune, world, tmp_path):
         assert (again / "test").exists() == (tmp_path / out / "test").exists()
 
 
+@pytest.mark.slow
 def test_the_test_alone_and_the_validation_alone(whole, finetune, world, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run", symlinks=True)
     views = ["--test_num_segment", "1", "--test_num_crop", "1"]
@@ -682,10 +694,11 @@ def test_weights_without_a_fitting_head_are_not_tested(finetune, tmp_path, capsy
 # --- Elsewhere ---
 
 
+@pytest.mark.slow
 def test_from_python(world, tmp_path):
     config = FinetuneConfig(
         model=ModelConfig.preset("vit_tiny", **SIZE),
-        optim=vmae.train.OptimConfig(lr=0.05, warmup_epochs=0),
+        optim=OptimConfig(lr=0.05, warmup_epochs=0),
         clip=CLIP,
         augment=AugmentConfig.none(),
         data=str(world / "train.csv"),
@@ -701,6 +714,7 @@ def test_from_python(world, tmp_path):
     assert isinstance(result.loss, float) and (tmp_path / "run" / "checkpoint-best").is_dir()
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_scores(finetune, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert finetune("--epochs", "1", "--no-test", "--tensorboard") == 0
@@ -719,9 +733,14 @@ def test_curves_show_top_1(whole, tmp_path):
     assert header.endswith("best top-1") and row.endswith(f"{max(found):.2f}")
     assert describe([curve])["curves"][0]["values"]["val_top1"]["value"] == found
     draw([curve], tmp_path / "curves.svg")
-    assert "top-1 of validations" not in "" and (tmp_path / "curves.svg").stat().st_size > 10_000
+    plain = read_curve(whole)
+    plain.records[:] = [record for record in plain.records if "loss_mean" in record]
+    draw([plain], tmp_path / "plain.svg")
+    panels = [(tmp_path / f"{name}.svg").read_text().count('<g id="axes_') for name in ("curves", "plain")]
+    assert panels == [6, 4]
 
 
+@pytest.mark.slow
 def test_distillation_validates_too(whole, world, tmp_path):
     place = ["--data", str(world), "--output", str(tmp_path / "run"), "--teacher", str(whole)]
     flags = ["--epochs", "1", "--test_num_segment", "1", "--test_num_crop", "1"]

@@ -257,8 +257,6 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
         """Read the list to validate on, and see that the one to test on can be read; lines on what is wrong
         with them."""
         config, notes = self.config, []
-        if self.test is not None and self.test.data is not None:
-            self.read_list("test", self.test.data, "--no-test")
         if config.val is not None:
             self.validated, notes = self.read_list("validate", config.val, "--no-val")
             known = {os.path.abspath(entry.path) for entry in trained.entries}
@@ -268,6 +266,8 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
                     f"note: {shared} of the {len(self.validated.entries)} videos of {config.val} are trained "
                     "on too"
                 )
+        if self.test is not None and self.test.data not in (None, config.val):
+            self.read_list("test", self.test.data, "--no-test")
         return notes
 
     def read_list(self, what: str, path: str | None, without: str) -> tuple[LabelledList, list[str]]:
