@@ -198,7 +198,7 @@ class _Plainer:
     """Makes values of numbers, texts, lists, dictionaries and `TensorOutline`s, not more than `most` of them:
     a pickle of a few bytes can hold lists of lists without end."""
 
-    def __init__(self, most: int = 200_000) -> None:
+    def __init__(self, most: int = 100_000) -> None:
         self.left = most
 
     def __call__(self, value: Any, depth: int = 0) -> Any:
