@@ -560,9 +560,10 @@ def rows_of(keys: Iterable[Key]) -> list[Row]:
         detail = re.sub(rf"(?<=\.){number}(?=\.)", "#", key.detail, count=1) if match else key.detail
         groups.setdefault((name, key.shape, key.dtype, key.fate, detail), []).append(number)
     rows = []
-    for (name, *rest, detail), numbers in groups.items():
+    for (name, shape, dtype, fate, detail), numbers in groups.items():
         span = _span([number for number in numbers if number is not None])
-        rows.append(Row(name.replace("#", span, 1), *rest, detail.replace("#", span, 1), len(numbers)))
+        name, detail = name.replace("#", span, 1), detail.replace("#", span, 1)
+        rows.append(Row(name, shape, dtype, fate, detail, len(numbers)))
     return rows
 
 
