@@ -117,6 +117,10 @@ GROUPS = {
             "vmae.planning.plan",
             "predict what a pre-training run needs: memory, largest batch, hours, clips a second",
         ),
+        "weights": (
+            "vmae.tools.weights",
+            "list the published weights and how to get them; `weights inspect FILE`: what a file is and fits",
+        ),
         "doctor": ("vmae.tools.doctor", "report what is installed, what runs here, and what is missing"),
         "parity": ("vmae.tools.parity", "check golden files of the published code"),
     },

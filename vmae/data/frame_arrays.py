@@ -90,9 +90,10 @@ def check_frames(frames: Any, name: str = "frames") -> np.ndarray:
 
 
 def path_entry(path: str | os.PathLike) -> VideoEntry:
-    """The entry of a path: a video file, or a folder of images."""
+    """The entry of a path: a video file, or a folder of images. A video's suffix is taken at its word: only
+    the worker that decodes it asks its file system."""
     name = os.fspath(path)
-    return frame_folder(name) or VideoEntry(name)
+    return VideoEntry(name) if is_video(name) else frame_folder(name) or VideoEntry(name)
 
 
 def frame_folder(path: str | Path) -> VideoEntry | None:

@@ -10,7 +10,6 @@ embedded once where windows share tubelets, and windows go through the model in 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import math
@@ -217,23 +216,21 @@ def embed_videos(
     chunk = max(_STREAM_BYTES // (12 * math.prod(config.size)), 1)
     entries = [video for video in videos if isinstance(video, VideoEntry)]
     rates: dict[int, float | None] = {}
-    with contextlib.closing(
-        guarded_streams(functools.partial(_read_frames, config=config), entries, chunk=chunk)
-    ) as files:
-        streams = (
-            _noted(number, next(files), rates)
-            if isinstance(video, VideoEntry)
-            else _array_frames(video, number, config)
-            for number, video in enumerate(videos)
-        )
-        results = features_of(model, streams, config, batch_size=batch_size, device=device)
-        for number, found in enumerate(results):
-            if isinstance(found, DecodeError):
-                yield found
-                continue
-            starts = np.arange(len(found), dtype=np.int64) * config.step
-            spans = np.stack([starts, starts + config.frames], axis=1)
-            yield VideoFeatures(found.numpy(), spans, rates.pop(number, None))
+    files = guarded_streams(functools.partial(_read_frames, config=config), entries, chunk=chunk)
+    streams = (
+        _noted(number, next(files), rates)
+        if isinstance(video, VideoEntry)
+        else _array_frames(video, number, config)
+        for number, video in enumerate(videos)
+    )
+    results = features_of(model, streams, config, batch_size=batch_size, device=device)
+    for number, found in enumerate(results):
+        if isinstance(found, DecodeError):
+            yield found
+            continue
+        starts = np.arange(len(found), dtype=np.int64) * config.step
+        spans = np.stack([starts, starts + config.frames], axis=1)
+        yield VideoFeatures(found.numpy(), spans, rates.pop(number, None))
 
 
 @dataclass(frozen=True)

@@ -133,8 +133,9 @@ class VideoModel:
             f"{config.num_frames} frames of {height} x {width}, {head}, {self.dtype} on {self.device})"
         )
 
+    # A text is a sequence of texts too: the first overload takes it.
     @overload
-    def embed(
+    def embed(  # type: ignore[overload-overlap]
         self,
         videos: One,
         *,
@@ -194,7 +195,7 @@ class VideoModel:
         return _single(found[0]) if single else _several(found)
 
     @overload
-    def predict(
+    def predict(  # type: ignore[overload-overlap]
         self, videos: One, *, top: int | None = ..., segments: int | None = ..., crops: int | None = ...
     ) -> Prediction: ...
     @overload

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -68,23 +67,23 @@ def predict_views(
     the error of a video. A worker process decodes files ahead."""
     entries = [video for video in videos if isinstance(video, VideoEntry)]
     dataset = ViewDataset(entries or [VideoEntry("frames")], loaded.clip, views)
-    with contextlib.closing(dataset.read(range(len(entries)), num_workers=1)) as files:
-        for video in videos:
-            if isinstance(video, VideoEntry):
-                _, clips = next(files)
-            else:
-                clips = dataset.views_of(ArrayReader(video), VideoEntry("frames"))
-            if isinstance(clips, Failure):
-                yield DecodeError(list_failures([clips]))
-                continue
-            yield view_probabilities(
-                loaded.model,
-                clips,
-                device=next(loaded.model.parameters()).device,
-                dtype=dtype,
-                multi_label=loaded.multi_label,
-                batch_size=views.crops,
-            )
+    files = dataset.read(range(len(entries)), num_workers=1)
+    for video in videos:
+        if isinstance(video, VideoEntry):
+            _, clips = next(files)
+        else:
+            clips = dataset.views_of(ArrayReader(video), VideoEntry("frames"))
+        if isinstance(clips, Failure):
+            yield DecodeError(list_failures([clips]))
+            continue
+        yield view_probabilities(
+            loaded.model,
+            clips,
+            device=next(loaded.model.parameters()).device,
+            dtype=dtype,
+            multi_label=loaded.multi_label,
+            batch_size=views.crops,
+        )
 
 
 def top_classes(
