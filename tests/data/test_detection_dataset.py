@@ -334,12 +334,17 @@ def test_published_augmentation(frames, change):
 
 
 def hsv_by_hand(pixel, hue, saturation, value):
-    """One RGB pixel through OpenCV's uint8 HSV: hue in steps of two degrees, the others of 255."""
-    h, s, v = colorsys.rgb_to_hsv(*(channel / 255 for channel in pixel))
-    h, s, v = round(h * 180) % 180, round(s * 255), round(v * 255)
-    shifted = (h + hue) % 180, min(max(s + saturation, 0), 255), min(max(v + value, 0), 255)
-    red, green, blue = colorsys.hsv_to_rgb(shifted[0] / 180, shifted[1] / 255, shifted[2] / 255)
-    return [round(255 * red), round(255 * green), round(255 * blue)]
+    """One RGB pixel through OpenCV's uint8 HSV: hue in steps of two degrees, the others of 255; the way there
+    in fixed point with 12 bits."""
+    red, green, blue = pixel
+    top, spread = max(pixel), max(pixel) - min(pixel)
+    ahead = green - blue if top == red else blue - red + 2 * spread
+    if top not in (red, green):
+        ahead = red - green + 4 * spread
+    h = (ahead * round(180 * 4096 / (6 * max(spread, 1))) + 2048) >> 12
+    s = (spread * round(255 * 4096 / max(top, 1)) + 2048) >> 12
+    h, s, v = (h + hue + 180) % 180, min(max(s + saturation, 0), 255), min(max(top + value, 0), 255)
+    return [int(255 * channel) for channel in colorsys.hsv_to_rgb(h / 180, s / 255, v / 255)]
 
 
 @pytest.mark.parametrize("shifts", [(0, 0, 0), (10, 0, 0), (-10, 26, -26), (3, -26, 26)])
@@ -348,7 +353,7 @@ def test_shifted_colours(shifts):
     pixels[0, 0, :4] = [[0, 0, 0], [255, 255, 255], [255, 0, 0], [7, 7, 7]]
     expected = np.array([hsv_by_hand(pixel, *shifts) for pixel in pixels.reshape(-1, 3).tolist()])
     got = published.shift_hsv(pixels, *shifts).reshape(-1, 3)
-    assert np.abs(got.astype(int) - expected).max() <= 1
+    assert np.abs(got.astype(int) - expected).max() <= 1 and (got == expected).mean() > 0.8
 
 
 def test_shifts_of_colours_are_the_published_range():
