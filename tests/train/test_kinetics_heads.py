@@ -1,5 +1,5 @@
-"""Heads of Kinetics-710 become those of 400, 600 and 700 classes: by the published files, or by class names; a
-map that does not fit is refused by name."""
+"""Heads of Kinetics-710 become those of 400, 600 and 700 classes: by the published files, or by class names;
+a map that does not fit is refused by name."""
 
 import json
 import random
