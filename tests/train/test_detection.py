@@ -155,7 +155,11 @@ def test_it_goes_on_from_a_detector(finetune, tmp_path, capsys):
     first = load_weights(tmp_path / "run" / "weights.pth")
     assert finetune("--init", tmp_path / "run", *STILL[:4], out="kept", model=False) == 0
     assert torch.equal(load_weights(tmp_path / "kept" / "weights.pth")["head.weight"], first["head.weight"])
-    assert finetune("--init", tmp_path / "run", "--new-head", *STILL[:4], out="fresh", model=False) == 0
+    other = ["--new-head", "--roi", "published"]
+    assert "note: the checkpoint was trained with" not in capsys.readouterr().out
+    assert finetune("--init", tmp_path / "run", *other, *STILL[:4], out="fresh", model=False) == 0
+    note = "note: the checkpoint was trained with --roi aligned, this run has published"
+    assert note in capsys.readouterr().out
     fresh = load_weights(tmp_path / "fresh" / "weights.pth")
     assert not torch.equal(fresh["head.weight"], first["head.weight"]) and torch.equal(
         fresh["norm.bias"], first["norm.bias"]

@@ -60,6 +60,17 @@ class DetectionTask(SupervisedTask[DetectionConfig, DetectionBatch]):
     def list_root(self) -> str:
         return self.config.videos
 
+    def check(self) -> list[str]:
+        notes = super().check()
+        before = {} if self.source is None else self.source.settings
+        if "action_ids" in before:
+            was = (before["clip"].get("preprocess", "resize"), before.get("roi", "aligned"))
+            now = (self.config.clip.preprocess, self.config.roi)
+            for name, old, new in zip(("preprocess", "roi"), was, now):
+                if old != new:
+                    notes.append(f"note: the checkpoint was trained with --{name} {old}, this run has {new}")
+        return notes
+
     def adapt(self, source: Source) -> DetectionConfig:
         new_head = self.config.new_head or "action_ids" not in source.settings  # another head is of no use
         return dataclasses.replace(super().adapt(source), new_head=new_head)
