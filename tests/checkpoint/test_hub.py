@@ -213,6 +213,15 @@ def test_a_folder_is_of_one_commit(served, folder):
     assert served.repo("a/b").refs["main"] != commit
 
 
+def test_the_weights_of_other_models_are_not_fetched(served, folder):
+    config = folder["config.json"].replace(b'"videomae"', b'"vivit"')
+    served.repo("a/b").commit({**folder, "config.json": config})
+    assert refused("hub:a/b") == (
+        "hub:a/b: its config.json is of model_type 'vivit', not of a VideoMAE; the weights were not fetched"
+    )
+    assert not served.bodies()
+
+
 def test_a_folder_in_a_repository_and_old_weights(served, folder, tmp_path):
     state = io.BytesIO()
     torch.save(hf.to_huggingface(build_classifier(TINY, 3).state_dict(), hf.CLASSIFICATION), state)
