@@ -152,8 +152,8 @@ class Repository:
         kind = values.get("model_type") if isinstance(values, dict) else None
         if isinstance(kind, str) and not kind.lower().startswith("videomae"):
             raise InputError(
-                f"{self.name}: its {CONFIG} is of model_type {kind!r}, not of a VideoMAE; the weights were not "
-                "fetched"
+                f"{self.name}: its {CONFIG} is of model_type {kind!r}, not of a VideoMAE; the weights were "
+                "not fetched"
             )
 
     def first(self, prefix: str, names: list[str]) -> Path | None:
