@@ -10,7 +10,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,6 +47,7 @@ class Hub:
         lie: bytes sent instead of a file's, by name.
         status: answer to everything.
         pause: seconds before each body of a large file.
+        after: what happens once after the body of a small file, by name.
         no_commit: answers lack the headers of a hub, as those of any other server.
     """
 
@@ -59,6 +60,7 @@ class Hub:
     status: int = 0
     pause: float = 0.0
     no_commit: bool = False
+    after: dict[str, Callable[[], object]] = field(default_factory=dict)
     ports: tuple[int, int] = (0, 0)
 
     @property
@@ -155,7 +157,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self.error(404, "EntryNotFound", "Entry not found", commit)
         body = repo.commits[commit][file]
         if not file.endswith(LARGE):
-            return self.send(200, body, {"ETag": f'"{git_hash(body)}"', "X-Repo-Commit": commit})
+            self.send(200, body, {"ETag": f'"{git_hash(body)}"', "X-Repo-Commit": commit})
+            if self.command == "GET":
+                self.hub.after.pop(file, lambda: None)()
+            return None
         digest = hashlib.sha256(body).hexdigest()
         self.send(
             302,

@@ -202,6 +202,26 @@ def test_a_repository_as_a_folder(served, folder):
     assert len(served.bodies()) == 1
 
 
+def test_a_folder_is_of_one_commit(served, folder):
+    """A repository that moves on between its config.json and its weights."""
+    commit = served.repo("a/b").commit(folder)
+    served.after = {
+        "config.json": lambda: served.repo("a/b").commit({**folder, "model.safetensors": b"other"})
+    }
+    path = find_weights("hub:a/b")
+    assert path.name == commit and (path / "model.safetensors").read_bytes() == folder["model.safetensors"]
+    assert served.repo("a/b").refs["main"] != commit
+
+
+def test_the_weights_of_other_models_are_not_fetched(served, folder):
+    config = folder["config.json"].replace(b'"videomae"', b'"vivit"')
+    served.repo("a/b").commit({**folder, "config.json": config})
+    assert refused("hub:a/b") == (
+        "hub:a/b: its config.json is of model_type 'vivit', not of a VideoMAE; the weights were not fetched"
+    )
+    assert not served.bodies()
+
+
 def test_a_folder_in_a_repository_and_old_weights(served, folder, tmp_path):
     state = io.BytesIO()
     torch.save(hf.to_huggingface(build_classifier(TINY, 3).state_dict(), hf.CLASSIFICATION), state)
@@ -280,6 +300,17 @@ def test_a_download_that_ends_is_gone_on_with_by_the_next_process(served, files,
     hub.forget()
     assert find_weights(FILE).read_bytes() == files[PATH]
     assert [span for _, span in served.bodies()[before:]] == ["bytes=2000-"] and not part.exists()
+
+
+def test_a_server_that_says_nothing(served, files, monkeypatch):
+    served.repo(REPO).commit(files)
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.05)
+    served.pause = 0.15
+    assert re.search(
+        r"the connection broke \(.*timed out.*\); 0 bytes of .* are kept: start again", refused()
+    )
 
 
 def test_other_bytes_than_the_hub_names_are_refused(served, files, cache):

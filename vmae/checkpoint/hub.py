@@ -129,6 +129,7 @@ class Repository:
             config = self.get(prefix + CONFIG)
         except _Missing:
             raise InputError(self._no_file(prefix + CONFIG)) from None
+        self._check_kind(config)
         pinned, commit = self, _commit_of(config, prefix + CONFIG)
         if re.fullmatch("[0-9a-f]{40}", commit):  # the other files of the same commit
             pinned = Repository(self.library, replace(self.name, revision=commit))
@@ -141,6 +142,19 @@ class Repository:
         with contextlib.suppress(InputError):
             pinned.first(prefix, [PROCESSOR])
         return config.parent
+
+    def _check_kind(self, config: Path) -> None:
+        """Raises InputError where a `config.json` is of another kind of model, before its weights come."""
+        try:
+            values = parse_json(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return  # who reads it says what is wrong
+        kind = values.get("model_type") if isinstance(values, dict) else None
+        if isinstance(kind, str) and not kind.lower().startswith("videomae"):
+            raise InputError(
+                f"{self.name}: its {CONFIG} is of model_type {kind!r}, not of a VideoMAE; the weights were "
+                "not fetched"
+            )
 
     def first(self, prefix: str, names: list[str]) -> Path | None:
         """The first of these files that there is."""
