@@ -311,7 +311,8 @@ def test_nan_scores_are_refused(weights, labelled_world, tmp_path, capsys):
 
 
 def test_official_files(tmp_path, labelled_world, capsys):
-    """Published files hold weights only: they need --model, and a head of other classes needs a label map."""
+    """Published files hold weights only: their shapes tell the preset, or --model; a head of other classes
+    needs a label map."""
     torch.manual_seed(2)
     model = build_classifier(CONFIG, 5)
     path = tmp_path / "official.pth"
@@ -342,7 +343,11 @@ def test_official_files(tmp_path, labelled_world, capsys):
         "cpu",
     ]
     command = ["evaluate", str(labelled_world / "val.txt"), *flags, *clip]
-    assert main(command) == 2 and "name it with --model" in capsys.readouterr().err
+    assert main([*command, "--label-map", str(tmp_path / "map.json")]) == 0
+    assert "taken as vit_tiny by its shapes" in capsys.readouterr().out
+    (tmp_path / "out" / "predictions.jsonl").unlink()
+    assert main([*command, "--model", "vit_b"]) == 2
+    assert "another architecture than vit_b" in capsys.readouterr().err
     assert main([*command, "--model", "vit_tiny", "--label-map", str(tmp_path / "map.json")]) == 0
     loaded = load_classifier(
         path, preset="vit_tiny", source=(4, 32), clip=CLIP.to_dict(), label_map=str(tmp_path / "map.json")
