@@ -80,7 +80,7 @@ def test_pretrained_encoders_end_with_their_norm(tmp_path, clip, learned):
     assert torch.allclose(loaded.model.tokens(clip), expected, atol=1e-6)
 
 
-def test_published_files_and_the_clips_that_they_do_not_say(tmp_path, clip):
+def test_published_files_need_no_preset(tmp_path, clip):
     sizes = dict(num_frames=8, img_size=(32, 64), patch_size=16)
     config = ModelConfig.preset("vit_tiny", **sizes)
     pretrainer, classifier = build_pretrainer(config).eval(), build_classifier(config, 400).eval()
@@ -91,12 +91,13 @@ def test_published_files_and_the_clips_that_they_do_not_say(tmp_path, clip):
     changes = {"num_frames": 8, "img_size": (32, 64)}
     found = {}
     for name in ("pretrained", "tuned", "encoder_only"):
-        loaded = load_encoder(
-            tmp_path / f"{name}.pth", preset=None if name == "tuned" else "vit_tiny", changes=changes
-        )
+        told = load_encoder(tmp_path / f"{name}.pth", changes=changes)
+        assert "taken as vit_tiny by its shapes" in told.note
+        loaded = load_encoder(tmp_path / f"{name}.pth", preset="vit_tiny", changes=changes)
         assert loaded.pretrained == (name != "tuned") and loaded.model.config.grid == (4, 2, 4)
         assert loaded.model.config.pos_grid == (8, 14, 14)  # published: 16 frames of 224 pixels
         found[name] = loaded.model.tokens(clip)
+        assert torch.equal(told.model.tokens(clip), found[name])
     assert torch.equal(found["pretrained"], found["encoder_only"])
     same = load_encoder(
         tmp_path / "tuned.pth", preset="vit_tiny", changes={**changes, "pos_grid": None}, source=(8, 32)

@@ -9,6 +9,7 @@ of 224 pixels, and a note says so.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,9 @@ class Source:
 
     @property
     def changed(self) -> str:
-        """`changes` in a line with the file's name; empty where there are none."""
-        return f"{self.path}: {'; '.join(self.changes)}" if self.changes else ""
+        """`changes` in a line with the file's name; empty where there are none but a usual wrapper opened."""
+        worth = [line for line in self.changes if not re.fullmatch(r"weights taken from \w+", line)]
+        return f"{self.path}: {'; '.join(self.changes)}" if worth else ""
 
     @property
     def lines(self) -> list[str]:

@@ -37,7 +37,6 @@ import torch
 
 from vmae.checkpoint.arguments import add_source_arguments
 from vmae.checkpoint.classifier import LoadedClassifier, load_classifier
-from vmae.checkpoint.folder import find_weights
 from vmae.config import MaskConfig, _Checked
 from vmae.data.containers import container_kind
 from vmae.data.decode import open_video
@@ -514,13 +513,10 @@ def build_studio(args: argparse.Namespace) -> Studio:
     """Studio of the command line's models and limits."""
     device = resolve_device(args.device)
     source = (args.init_frames, args.init_size)  # for files that do not hold their settings
-    given: dict[str, Any] = {}
-    if args.model:
-        given = {"preset": args.model, "source": source}
-    model, settings = load_model(find_weights(args.checkpoint), **given)
+    model, settings = load_model(args.checkpoint, preset=args.model, source=source)
     classifier = None
     if args.classifier is not None:
-        given = {}
+        given: dict[str, Any] = {}
         if args.classifier_model:
             given = {"preset": args.classifier_model, "source": source}
         classifier = load_classifier(args.classifier, **given)
