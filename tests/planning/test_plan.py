@@ -171,7 +171,7 @@ def test_published_runs_are_the_default(monkeypatch):
     monkeypatch.setattr(
         "vmae.planning.plan.make_plan", lambda config, mask, cluster, workload, **chosen: workload
     )
-    runs = {"vit_b": (1024, 200, 1e-3), "vit_h": (2048, 300, 6e-4), "vit_s": (8 * 32, 300, 1.5e-4)}
+    runs = {"vit_b": (1024, 200, 1e-3), "vit_h": (2048, 300, 1e-3), "vit_s": (8 * 32, 300, 1.5e-4)}
     for name, (batch, epochs, lr) in runs.items():
         args = build_parser("plan").parse_args(["plan", "--model", name, "--gpus", "8"])
         config, work, _ = plan_from_args(args)
