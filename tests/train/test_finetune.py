@@ -171,7 +171,8 @@ def test_published_flags_of_the_method_train_and_go_on(finetune, tmp_path, capsy
         "--steps 2 --warmup-steps 1 --lr 0.01 --opt sgd --momentum 0.8 --weight_decay_end 0.1 "
         "--warmup_lr 0.001 --drop 0.1 --attn_drop_rate 0.2 --fc_drop_rate 0.3 --use_cls --aa rand-m5-n2 "
         "--train_interpolation random --reprob 1 --remode rand --recount 2 --mixup_mode elem "
-        "--mixup_prob 0.9 --mixup_switch_prob 0.7 --cutmix_minmax 0.2 0.8 --num-sample 3 --batch-size 1 --save-every 1"
+        "--mixup_prob 0.9 --mixup_switch_prob 0.7 --cutmix_minmax 0.2 0.8 --num-sample 3 --batch-size 1 "
+        "--save-every 1"
     ).split()
     assert finetune(*flags) == 0
     assert (
