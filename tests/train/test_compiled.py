@@ -251,10 +251,7 @@ def test_what_torch_is_asked_for_random_numbers():
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"checkpointing": "full"}, {"recompute": "budget"}])
 def test_compiled_dropout_draws_what_it_draws_uncompiled(options, monkeypatch):
-    import torch._inductor.config
-
     monkeypatch.setattr(compiled, "BACKEND", "inductor")
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
 
     def outputs(**options):
         torch.manual_seed(0)
@@ -275,10 +272,7 @@ def test_compiled_dropout_draws_what_it_draws_uncompiled(options, monkeypatch):
 @pytest.mark.slow
 def test_gradients_of_a_block_that_runs_again_whole_are_of_its_own_draws(monkeypatch):
     """Stochastic depth, compiled: the same numbers whether the block runs again or not."""
-    import torch._inductor.config
-
     monkeypatch.setattr(compiled, "BACKEND", "inductor")
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
 
     def gradients(checkpointing):
         torch.compiler.reset()

@@ -228,8 +228,8 @@ class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
         if config.flip and rngs[Purpose.FLIPS].integers(2):
             clip = np.ascontiguousarray(clip[:, :, ::-1])
         if config.erase:
-            boxes = {"mode": config.erase_mode, "count": config.erase_count}
-            clip = erase_box(clip, config.erase, rngs[Purpose.ERASE], **boxes)
+            mode, count = config.erase_mode, config.erase_count
+            clip = erase_box(clip, config.erase, rngs[Purpose.ERASE], mode=mode, count=count)
         return clip
 
 

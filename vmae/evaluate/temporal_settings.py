@@ -55,5 +55,11 @@ class DetectorConfig(_Checked):
 
     @property
     def optim(self) -> OptimConfig:
-        own = {"lr": self.lr, "weight_decay": self.weight_decay, "warmup_epochs": self.epochs / 10}
-        return OptimConfig(min_lr=0.0, betas=(0.9, 0.999), clip_grad=1.0, **own)
+        return OptimConfig(
+            lr=self.lr,
+            min_lr=0.0,
+            warmup_epochs=self.epochs / 10,
+            betas=(0.9, 0.999),
+            weight_decay=self.weight_decay,
+            clip_grad=1.0,
+        )

@@ -7,6 +7,7 @@ Legend: B clips, N tokens, D width, H heads, d head width.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -163,7 +164,7 @@ class Attention(nn.Module):
         itself alone.
         """
         qkv, scale = self._scored(x_BND, norm)
-        dropped = {"dropout": self.drop} if self.drop and self.training else {}
+        dropped: dict[str, Any] = {"dropout": self.drop} if self.drop and self.training else {}
         if lengths is None:
             out = attention(qkv, self.backend, scale, **dropped)
         elif dropped:
