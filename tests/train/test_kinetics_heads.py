@@ -199,6 +199,7 @@ def evaluate(data, checkpoint, output, *flags):
     return main([*place, *size, *views, *map(str, flags)])
 
 
+@pytest.mark.slow
 def test_a_list_of_kinetics_400_and_a_head_of_710(k710, labelled_world, tmp_path, capsys):
     """Its numbers are others: the scores would be wrong in silence."""
     *lines, last = (labelled_world / "val.txt").read_text().splitlines()

@@ -256,7 +256,8 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
     def read_lists_of_tests(self, trained: LabelledList) -> list[str]:
         """Read the list to validate on, and see that the one to test on can be read; lines on what is wrong
         with them."""
-        config, notes = self.config, []
+        config = self.config
+        notes: list[str] = []
         if config.val is not None:
             self.validated, notes = self.read_list("validate", config.val, "--no-val")
             known = {os.path.abspath(entry.path) for entry in trained.entries}
@@ -373,8 +374,8 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
                 map.
         """
         config = self.config
-        known, wanted = source.settings.get("class_names"), config.class_names
-        both = known is not None and wanted is not None
+        known, wanted = source.settings.get("class_names") or (), config.class_names or ()
+        both = bool(known and wanted)
         if config.label_map:
             found = read_label_map(config.label_map, num_classes=config.num_classes)
             if both and max(found) < len(known):
