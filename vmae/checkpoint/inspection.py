@@ -21,12 +21,12 @@ from torch import Tensor
 from vmae.checkpoint.folder import CONFIG_NAME, find_weights
 from vmae.checkpoint.format import is_checkpoint
 from vmae.checkpoint.huggingface import CLASSIFICATION, PRETRAINING, from_huggingface
-from vmae.checkpoint.models import head_classes, kind_of
+from vmae.checkpoint.models import head_classes, kind_of, pooling_of
 from vmae.checkpoint.outline import Outline, TensorOutline, read_outline
 from vmae.checkpoint.published import is_fixed_table, load_into
 from vmae.checkpoint.source import Source, read_checkpoint
 from vmae.checkpoint.start import start_classifier
-from vmae.config import NORMED, PRESETS, ModelConfig
+from vmae.config import PRESETS, ModelConfig
 from vmae.data.labels import HEAD_NAMES
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
@@ -402,13 +402,6 @@ def _uses(source: Source, config: ModelConfig | None) -> tuple[tuple[Use, ...], 
 
 
 _COMMANDS = ("pretrain --init", "finetune --init", "evaluate, predict", "features, vmae.load", "reconstruct")
-
-
-def pooling_of(source: Source) -> str:
-    """How the tokens of a checkpoint's encoder are pooled."""
-    if source.pretrained:
-        return NORMED
-    return str(source.settings.get("pooling", "first" if "norm.weight" in source.state else "mean"))
 
 
 def _ask(command: str, function: Callable[[], str]) -> Use:

@@ -119,14 +119,20 @@ def to_model(
     classes = 0
     if kind == "classifier":
         classes = head_classes(source) if label_map is None else len(label_map)
-    model = build_classifier(config, classes, pooling=_pooling(source), **speed)
+    model = build_classifier(config, classes, pooling=pooling_of(source), **speed)
     start = start_classifier(model, source.path, grid=source.grid, label_map=label_map, state=source.state)
     return model.eval(), start.describe(source.path)
 
 
-def _pooling(source: Source) -> str:
-    """How an encoder's tokens are pooled. A pre-trained one ends with a norm over each token, and was never
-    pooled: the mean of what the norm gives."""
-    if source.pretrained:
+def pooling_of(source: Source) -> str:
+    """How the tokens of a checkpoint's encoder are pooled. A pre-trained one ends with a norm over each
+    token, and was never pooled: the mean of what the norm gives. So is an encoder with that norm and without
+    a head, unless it says otherwise."""
+    pooling = source.settings.get("pooling")
+    if source.pretrained or (pooling is None and "norm.weight" in source.state and not _has_head(source)):
         return NORMED
-    return source.settings.get("pooling", "first" if "norm.weight" in source.state else "mean")
+    return pooling or ("first" if "norm.weight" in source.state else "mean")
+
+
+def _has_head(source: Source) -> bool:
+    return HEAD_NAMES[0] in source.state
