@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import subprocess
 import sys
 
@@ -246,6 +247,20 @@ def test_a_list_of_videos_loses_nothing_to_a_broken_one(model, whole, video, fra
     for use in (model.embed, model.predict, model.tokens):
         with pytest.raises(DecodeError, match="bad.mp4"):
             use(tmp_path / "bad.mp4")
+
+
+def test_a_worker_of_a_data_loader_has_no_workers_of_its_own(model, whole, video):
+    ours, theirs = multiprocessing.Pipe()
+
+    def work():
+        theirs.send((model.embed(video).features, model.predict(video).all))
+
+    process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    process.start()
+    assert ours.poll(60)
+    features, shares = ours.recv()
+    process.join(10)
+    assert np.array_equal(features, whole.features) and np.array_equal(shares, model.predict(video).all)
 
 
 # --- loading ---
