@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import subprocess
 import sys
 
@@ -131,7 +132,13 @@ def test_a_window_is_the_pooled_output_before_the_head(model, frames):
     assert np.abs(model.embed(clip).features - found).max() > 1e-2
 
 
-def test_a_pretrained_encoder_gives_the_mean_of_its_normed_tokens(folder, frames):
+@pytest.mark.parametrize("prefix", ["encoder.", ""])
+def test_a_pretrained_encoder_gives_the_mean_of_its_normed_tokens(folder, frames, tmp_path, prefix):
+    """Also where the encoder stands alone, without the prefix."""
+    pretrainer = randomised(build_pretrainer(CONFIG))
+    state = {prefix + name: value for name, value in pretrainer.encoder.state_dict().items()}
+    export_weights(tmp_path / "encoder.pth", state, config={"model": CONFIG.to_dict(), "stride": 3})
+    alone = vmae.load(tmp_path / "encoder.pth", device="cpu")
     model = vmae.load(folder / "pretrained.pth", device="cpu")
     clip = torch.from_numpy(np.ascontiguousarray(frames[:8, :32, :32]))
     values = (clip / 255).permute(3, 0, 1, 2)[None]
@@ -140,6 +147,7 @@ def test_a_pretrained_encoder_gives_the_mean_of_its_normed_tokens(folder, frames
         assert tokens.mean(-1).abs().max() > 1e-3  # the norm's own weight and bias are applied
         expected = tokens.mean(1)[0]
     assert np.abs(model.embed(clip).features[0] - expected.numpy()).max() < 1e-5
+    assert np.array_equal(alone.embed(clip).features, model.embed(clip).features)
     assert model.loaded.clip.stride == 3
     with pytest.raises(InputError, match="pretrained.pth has no head, so it names no classes; embed"):
         model.predict(clip)
@@ -241,11 +249,25 @@ def test_a_list_of_videos_loses_nothing_to_a_broken_one(model, whole, video, fra
             use(tmp_path / "bad.mp4")
 
 
+def test_a_worker_of_a_data_loader_has_no_workers_of_its_own(model, whole, video):
+    ours, theirs = multiprocessing.Pipe()
+
+    def work():
+        theirs.send((model.embed(video).features, model.predict(video).all))
+
+    process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    process.start()
+    assert ours.poll(60)
+    features, shares = ours.recv()
+    process.join(10)
+    assert np.array_equal(features, whole.features) and np.array_equal(shares, model.predict(video).all)
+
+
 # --- loading ---
 
 
 def test_errors_name_the_arguments_of_load(folder, tmp_path, caplog):
-    with pytest.raises(InputError, match="which architecture it is of; name it with model="):
+    with pytest.raises(InputError, match="plain.pth.* model="):
         vmae.load(folder / "plain.pth")
     overrides = dict(device="cpu", model="vit_tiny")
     with pytest.raises(InputError, match="is of another architecture"):

@@ -26,7 +26,7 @@ from vmae.checkpoint.outline import Outline, TensorOutline, read_outline
 from vmae.checkpoint.published import is_fixed_table, load_into
 from vmae.checkpoint.source import Source, read_checkpoint
 from vmae.checkpoint.start import start_classifier
-from vmae.config import NORMED, PRESETS, ModelConfig
+from vmae.config import MODEL, PRESETS, ModelConfig
 from vmae.data.labels import HEAD_NAMES
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
@@ -150,15 +150,24 @@ def inspect_weights(
     """Look at a checkpoint; see `read_checkpoint` for the arguments.
 
     Raises:
-        InputError: it cannot be read, or contradicts the arguments.
+        InputError: it cannot be read.
     """
-    source = read_checkpoint(checkpoint, averaged=averaged, preset=preset, frames=frames, size=size)
+    named, note = None, ""
+    try:
+        source = read_checkpoint(checkpoint, averaged=averaged, preset=preset, frames=frames, size=size)
+        note = source.note
+    except InputError as error:
+        if preset is None:
+            raise
+        # Perhaps of another architecture than was named: then each of its tensors is held against that one.
+        source, note = read_checkpoint(checkpoint, averaged=averaged), " ".join(str(error).split())
+        named = ModelConfig.preset(MODEL.read(preset))
     folder = find_weights(checkpoint)
     outline = _outline(source)
     place, table = _table_of(outline, source)
     shown = shown_by(source.state)
     fits = fits_of(shown)
-    config = _config(source, shown, fits)
+    config = named or _config(source, shown, fits)
     uses, dropped = _uses(source, config)
     keys, missing = _keys(table, source, config, dropped)
     return Inspection(
@@ -178,7 +187,7 @@ def inspect_weights(
         keys=keys,
         missing=missing,
         beside=_beside(outline, place),
-        note=source.note,
+        note=note,
         extra=outline.beside,
     )
 
@@ -372,7 +381,7 @@ def _uses(source: Source, config: ModelConfig | None) -> tuple[tuple[Use, ...], 
     chosen: ModelConfig = config
 
     def encoder(classes: int, *, new_head: bool) -> str:
-        model = _meta(lambda: build_classifier(chosen, classes, pooling=pooling_of(source)))
+        model = _meta(lambda: build_classifier(chosen, classes, pooling=source.pooling))
         start = start_classifier(model, source.path, grid=grid, state=dict(source.state), new_head=new_head)
         if not classes or new_head:
             dropped.update((name, reason) for reason, names in start.dropped.items() for name in names)
@@ -402,13 +411,6 @@ def _uses(source: Source, config: ModelConfig | None) -> tuple[tuple[Use, ...], 
 
 
 _COMMANDS = ("pretrain --init", "finetune --init", "evaluate, predict", "features, vmae.load", "reconstruct")
-
-
-def pooling_of(source: Source) -> str:
-    """How the tokens of a checkpoint's encoder are pooled."""
-    if source.pretrained:
-        return NORMED
-    return str(source.settings.get("pooling", "first" if "norm.weight" in source.state else "mean"))
 
 
 def _ask(command: str, function: Callable[[], str]) -> Use:
@@ -449,7 +451,7 @@ def _wanted(source: Source, config: ModelConfig) -> dict[str, torch.Size]:
             own = {name: value for name, value in own.items() if name.startswith("encoder.")}
     else:
         classes = head_classes(source) if HEAD_NAMES[0] in source.state else 0
-        own = _meta(lambda: build_classifier(config, classes, pooling=pooling_of(source))).state_dict()
+        own = _meta(lambda: build_classifier(config, classes, pooling=source.pooling)).state_dict()
     return {name: value.shape for name, value in own.items()}
 
 

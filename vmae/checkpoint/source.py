@@ -97,11 +97,13 @@ class Source:
     @property
     def pooling(self) -> str:
         """How an encoder's tokens are pooled. A pre-trained one ends with a norm over each token, and was
-        never pooled: the mean of what the norm gives. A classifier that has this norm pools the first token
-        (--use_cls)."""
-        if self.pretrained:
+        never pooled: the mean of what the norm gives. So is an encoder with that norm and without a head,
+        unless it says otherwise. A classifier that has this norm pools the first token (--use_cls)."""
+        told = self.settings.get("pooling")
+        normed = "norm.weight" in self.state
+        if self.pretrained or (told is None and normed and HEAD_NAMES[0] not in self.state):
             return NORMED
-        return self.settings.get("pooling", "first" if "norm.weight" in self.state else "mean")
+        return told or ("first" if normed else "mean")
 
     @property
     def tuned_pooling(self) -> str | None:

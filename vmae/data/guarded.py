@@ -33,6 +33,11 @@ def _open_pool(maker: VideoTask, tasks: Iterator[Any], prefetch: int, hang_s: fl
     )
 
 
+def is_worker() -> bool:
+    """Whether this process is a worker already, which may have none of its own."""
+    return multiprocessing.current_process().daemon
+
+
 def _lost(path: str | Path, reason: str) -> DecodeError:
     error = DecodeError(f"{path}: {reason}")
     error.library = "worker"
@@ -77,7 +82,7 @@ def guarded_each(
         RuntimeError: `function` raised something else.
     """
     calls = _Calls(function, entries)
-    if multiprocessing.current_process().daemon:  # a worker already, which may have none of its own
+    if is_worker():
         yield from map(_good_or_undecodable, map(calls.__getitem__, range(len(entries))))
     elif entries:
         with contextlib.closing(_open_pool(calls, iter(range(len(entries))), 1, hang_s)) as pool:
@@ -176,6 +181,9 @@ def guarded_streams(
             done = video
 
     if not entries:
+        return
+    if is_worker():
+        yield from map(read, entries)
         return
     with contextlib.closing(_open_pool(_Streams(read, entries, chunk), tasks(), 2, hang_s)) as pool:
         yield from map(items_of, range(len(entries)))

@@ -15,6 +15,7 @@ from vmae.config import SpeedConfig
 from vmae.data.classify_dataset import ViewConfig, ViewDataset
 from vmae.data.decode import DecodeError
 from vmae.data.frame_arrays import ArrayReader, path_entry
+from vmae.data.guarded import is_worker
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure, list_failures
 from vmae.errors import InputError
@@ -67,7 +68,7 @@ def predict_views(
     the error of a video. A worker process decodes files ahead."""
     entries = [video for video in videos if isinstance(video, VideoEntry)]
     dataset = ViewDataset(entries or [VideoEntry("frames")], loaded.clip, views)
-    files = dataset.read(range(len(entries)), num_workers=1)
+    files = dataset.read(range(len(entries)), num_workers=0 if is_worker() else 1)
     for video in videos:
         if isinstance(video, VideoEntry):
             _, clips = next(files)
