@@ -125,16 +125,15 @@ class Key:
             parser.add_argument(*self.flags, action=argparse.BooleanOptionalAction, **common)
             return
         count: int | str | None = "?" if about.bare is not None else None
-        kind, action = (
-            self.type,
-            "store" if self.type is not None else functools.partial(_StoreText, key=self),
-        )
-        if kind is not None and about.unset_words:
-            kind = OrUnset(kind, about.unset_words, self.default)
+        kind, action = self.type, _action(_StoreText, key=self)
+        if kind is not None:
+            action = _action()
+            if about.unset_words:
+                kind = OrUnset(kind, about.unset_words, self.default)
         if self.kind.startswith("tuple"):
             count = self.length
             if about.unset_words:
-                count, action = "+", functools.partial(_StoreTuple, length=self.length)
+                count, action = "+", _action(_StoreTuple, length=self.length)
         common["metavar"] = about.metavar
         parser.add_argument(*self.flags, type=kind, nargs=count, const=about.bare, action=action, **common)
         for flags, value, told in about.constants:
@@ -167,6 +166,11 @@ class Key:
     def length(self) -> int:
         """Numbers of a tuple."""
         return self.kind.split("tuple[")[1].split("]")[0].count(",") + 1
+
+
+def _action(kind: type[argparse.Action] | None = None, **more: Any) -> Any:
+    """argparse's `action=`; None is the usual one."""
+    return "store" if kind is None else functools.partial(kind, **more)
 
 
 class _StoreText(argparse.Action):
