@@ -320,12 +320,7 @@ class OptimConfig(_Checked):
         aliases=("--weight_decay",),
     )
     clip_grad: float | None = setting(
-        None,
-        "largest gradient norm",
-        CLIP_GRAD,
-        aliases=("--clip_grad",),
-        unset="no clipping",
-        unset_words=("None",),
+        None, "largest gradient norm", CLIP_GRAD, aliases=("--clip_grad",), unset="no clipping"
     )
 
     def scaled_to(self, total_batch: int) -> OptimConfig:

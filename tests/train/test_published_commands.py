@@ -168,6 +168,8 @@ def test_flags_with_a_meaning_have_it(command, words, told):
     ("words", "name", "value"),
     [
         ("--clip_grad None", "clip_grad", None),
+        ("--clip-grad=None", "clip_grad", None),
+        ("--pos-grid None", "pos_grid", None),
         ("--opt_betas None", "betas", (0.9, 0.999)),
         ("--opt_betas 0.8 0.9", "betas", [0.8, 0.9]),
         ("--opt_eps None", "eps", 1e-8),
