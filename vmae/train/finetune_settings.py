@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vmae.config import DATA, POOLINGS, START, ModelConfig, OptimConfig, StartSettings
 from vmae.data.augment_classify import AugmentConfig
@@ -136,6 +137,11 @@ class FinetuneConfig(SupervisedConfig):
         group=START,
         overrules=("new_head",),
     )
+
+    @property
+    def frames(self) -> dict[str, Any]:
+        """Options of `read_labelled_list`: how frame folders are read."""
+        return {"frame_pattern": self.frame_pattern, "first_frame": self.first_frame}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,16 +48,7 @@ __all__ = ["FinetuneConfig", "FinetuneTask", "add_arguments", "run"]
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
-    absent = find_absent(
-        args,
-        {
-            "--data": args.data,
-            "--data-root": args.data_root,
-            "--init": args.init,
-            "--classes": args.classes,
-            "--label-map": args.label_map,
-        },
-    )
+    absent = find_absent(args)
     if absent:
         show_without_files(args)
         return tell_absent(absent)
@@ -172,8 +163,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
             config.data,
             config.data_root,
             num_classes=config.num_classes,
-            frame_pattern=config.frame_pattern,
-            first_frame=config.first_frame,
+            **config.frames,
         )
         failed = check_decodable(labelled.entries)
         notes = [f"note: skipped, cannot be decoded: {error}" for _, error in failed]
