@@ -343,12 +343,7 @@ class OptimConfig(_Checked):
         unset="it stays",
     )
     clip_grad: float | None = setting(
-        None,
-        "largest gradient norm",
-        CLIP_GRAD,
-        aliases=("--clip_grad",),
-        unset="no clipping",
-        unset_words=("None",),
+        None, "largest gradient norm", CLIP_GRAD, aliases=("--clip_grad",), unset="no clipping"
     )
 
     def __post_init__(self) -> None:

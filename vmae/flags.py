@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from vmae.errors import InputError
 from vmae.files.yaml_files import read_yaml
-from vmae.settings import Limits, OrUnset, Real, Setting, Sides, Whole, about_field, shown
+from vmae.settings import Limits, OneOf, OrUnset, Real, Setting, Sides, Whole, about_field, shown
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -110,11 +110,17 @@ class Key:
             return Sides(within)
         return within
 
+    @property
+    def unset_words(self) -> tuple[str, ...]:
+        """Words that mean that the setting keeps its default: "" of a text, "None" of a number that may be
+        None, and those of the field."""
+        if "None" not in self.kind or isinstance(self.about.within, OneOf):
+            return self.about.unset_words
+        return ("" if self.about.within is None else "None", *self.about.unset_words)
+
     def is_unset(self, value: Any) -> bool:
-        """Whether a word means that the setting keeps its default: "" of a text, or one of `unset_words`."""
-        if self.about.within is None:
-            return value == "" and "None" in self.kind
-        return str(value) in self.about.unset_words
+        """Whether a value is one of `unset_words`."""
+        return str(value) in self.unset_words
 
     def add_to(self, parser: Any, default: Any = SUPPRESS) -> None:
         """Add the flags."""
@@ -125,16 +131,15 @@ class Key:
             parser.add_argument(*self.flags, action=argparse.BooleanOptionalAction, **common)
             return
         count: int | str | None = "?" if about.bare is not None else None
-        kind, action = (
-            self.type,
-            "store" if self.type is not None else functools.partial(_StoreText, key=self),
-        )
-        if kind is not None and about.unset_words:
-            kind = OrUnset(kind, about.unset_words, self.default)
+        kind, action = self.type, _action(_StoreText, key=self)
+        if kind is not None:
+            action = _action()
+            if self.unset_words:
+                kind = OrUnset(kind, self.unset_words, self.default)
         if self.kind.startswith("tuple"):
             count = self.length
-            if about.unset_words:
-                count, action = "+", functools.partial(_StoreTuple, length=self.length)
+            if self.unset_words:
+                count, action = "+", _action(_StoreTuple, length=self.length)
         common["metavar"] = about.metavar
         parser.add_argument(*self.flags, type=kind, nargs=count, const=about.bare, action=action, **common)
         for flags, value, told in about.constants:
@@ -169,6 +174,11 @@ class Key:
         return self.kind.split("tuple[")[1].split("]")[0].count(",") + 1
 
 
+def _action(kind: type[argparse.Action] | None = None, **more: Any) -> Any:
+    """argparse's `action=`; None is the usual one."""
+    return "store" if kind is None else functools.partial(kind, **more)
+
+
 class _StoreText(argparse.Action):
     """Keeps a text, or the default where that is not set."""
 
@@ -192,7 +202,7 @@ class _StoreTuple(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
     ) -> None:
-        usual = len(values) == 1 and isinstance(values[0], tuple)
+        usual = len(values) == 1 and (values[0] is None or isinstance(values[0], tuple))
         if not usual and len(values) != self.length:
             raise argparse.ArgumentError(self, f"expected {self.length} numbers, not {len(values)}")
         setattr(namespace, self.dest, values[0] if usual else values)

@@ -276,7 +276,10 @@ def test_errors_name_the_arguments_of_load(folder, tmp_path, caplog):
     export_weights(tmp_path / "tiny.pth", build_classifier(tiny, 2).state_dict())
     with caplog.at_level(logging.WARNING, "vmae"):
         model = vmae.load(tmp_path / "tiny.pth", init_frames=8, init_size=32, classes=["a", "b"], **overrides)
-    assert "taken as dense sampling, stride 4 (sampling= and stride= say otherwise)" in caplog.text
+    assert (
+        "taken as dense sampling, stride 4, published pixels (sampling=, stride= and resize= say otherwise)"
+        in caplog.text
+    )
     assert "--" not in model.note and model.classes == ("a", "b") and "2 classes" in repr(model)
     for wrong, message in (
         (dict(device="gpu"), "unknown device 'gpu'"),

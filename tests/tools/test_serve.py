@@ -625,7 +625,7 @@ def test_weights_without_settings(tmp_path, capsys):
     studio = build_studio(parser.parse_args([*flags, "--init-frames", "8", "--init-size", "64"]))
     assert studio.model.config.grid == studio.classifier.model.config.grid == config.grid
     output = capsys.readouterr().out
-    assert "classes.pth: it does not say how videos were seen" in output and "pre.pth" not in output
+    assert "classes.pth: it does not say how videos were seen" in output and "pre.pth: it does" not in output
     build_studio(parser.parse_args(flags))  # then it prints what it assumes, for both
     output = capsys.readouterr().out
     assert all(f"{name}.pth" in output and "16" in output for name in ("pre", "classes"))

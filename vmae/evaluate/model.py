@@ -45,6 +45,7 @@ _ARGUMENTS = (
     "image-size",
     "sampling",
     "stride",
+    "resize",
     "averaged",
     "label-map",
     "classes",
@@ -322,6 +323,7 @@ def load(
     image_size: int | tuple[int, int] | None = None,
     sampling: str | None = None,
     stride: int | None = None,
+    resize: str | None = None,
     averaged: bool = False,
     label_map: str | Path | None = None,
     classes: str | Path | Sequence[str] | None = None,
@@ -342,6 +344,7 @@ def load(
         init_frames, init_size: of the clips that the weights are of, for files that do not say it.
         num_frames, image_size: of the clips to see videos with; positions are interpolated.
         sampling, stride: how to take clips of a video, "dense" or "sparse"; default: as in training.
+        resize: "torch" (antialiased) or "published"; default: as in training.
         averaged: the run's averaged weights (`finetune --ema`).
         label_map: file that turns a head of more classes into one of these.
         classes: names of the classes, or a file of them, where the checkpoint has none.
@@ -356,7 +359,9 @@ def load(
         DTYPE.check("dtype", dtype)
         chosen = resolve_device(device)
         check_backend(backend, chosen)
-        seen = dict(num_frames=num_frames, image_size=image_size, sampling=sampling, stride=stride)
+        seen = dict(
+            num_frames=num_frames, image_size=image_size, sampling=sampling, stride=stride, resize=resize
+        )
         loaded = load_classifier(
             checkpoint,
             preset=model,

@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vmae.data.files import path_kind
 from vmae.errors import InputError
 from vmae.train.pretrain_settings import RunConfig, TrainingConfig, world_size
 
 PLACEHOLDER = "YOUR_PATH"  # of the published scripts
+_READ = ("data", "data_root", "init", "classes", "label_map", "val", "test")  # settings that name files
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # https://..., hub:...
 
 
@@ -25,26 +27,32 @@ def is_placeholder(path: str) -> bool:
     return place is not None and not os.path.lexists(Path(*parts[:place]))
 
 
-def find_absent(args: argparse.Namespace, paths: Mapping[str, str | None]) -> dict[str, str]:
-    """The files and folders that are not there, by flag; none for a run, which says so when it reads them.
-
-    Args:
-        args: with `dry_run`, `output` and `log_dir`.
-        paths: what the run reads, by flag; None where it reads nothing. Addresses are not looked at.
+def find_absent(args: argparse.Namespace) -> dict[str, str]:
+    """The files and folders of a command line that are not there, by flag; none for a run that is no dry one,
+    which says so when it reads them. Addresses are not looked at.
 
     Raises:
         InputError: a run, not a dry one, with a placeholder of the published scripts.
     """
-    named = {flag: path for flag, path in paths.items() if path}
+    args.settings.complete(args)
+    named: dict[str, str] = {}
+    for name in _READ:
+        key = args.settings.keys.get(name)
+        if key is not None and args.given.get(name) not in (
+            None,
+            *(word for _, word, _ in key.about.constants),
+        ):
+            named[key.flags[0]] = args.given[name]
+    if not args.dry_run:
+        named = {flag: path for flag, path in named.items() if is_placeholder(path)}
     absent = {
-        flag: path for flag, path in named.items() if not os.path.lexists(path) and not _ADDRESS.match(path)
+        flag: path for flag, path in named.items() if not _ADDRESS.match(path) and path_kind(path) is None
     }
     written = {"--output": args.output, "--log-dir": args.log_dir}
     absent |= {flag: path for flag, path in written.items() if path and is_placeholder(path)}
     if args.dry_run:
         return absent
-    wrong = [f"{flag} {path}" for flag, path in absent.items() if is_placeholder(path)]
-    if wrong:
+    if wrong := [f"{flag} {path}" for flag, path in absent.items()]:
         raise InputError(
             f"{'; '.join(wrong)}: {PLACEHOLDER} stands for a folder of yours; put your path in its place"
         )

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vmae.config import DATA, POOLINGS, START, VALIDATION, ModelConfig, OptimConfig, StartSettings
 from vmae.data.augment import image_hw
@@ -191,6 +192,11 @@ class FinetuneConfig(SupervisedConfig):
         ViewConfig, "segments", None, unset="5; 2 for sparse sampling", group=VALIDATION
     )
     crops: int | None = setting_like(ViewConfig, "crops", None, unset="3", group=VALIDATION)
+
+    @property
+    def frames(self) -> dict[str, Any]:
+        """Options of `read_labelled_list`: how frame folders are read."""
+        return {"frame_pattern": self.frame_pattern, "first_frame": self.first_frame}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -111,6 +111,8 @@ FINETUNE_FLAGS = (
     *_BOTH,
     OtherFlag("--model_ema", "is --ema 0.9999, or --ema of --model_ema_decay", noted=False),
     _nothing("--model_ema_force_cpu", "the average stays beside the weights"),
+    _nothing("--color_jitter", "the published fine-tuning reads it nowhere", 1),
+    _nothing("--resplit", "the published program reads it nowhere"),
     _nothing("--crop_pct", "the published program reads it nowhere", 1),
     _nothing("--model_key", "the weights are found under model, module and other names", 1),
     _nothing("--model_prefix", "prefixes of names are found and removed", 1),

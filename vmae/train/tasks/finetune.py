@@ -46,7 +46,6 @@ from vmae.model import Classifier, build_classifier
 from vmae.train.dry_run import find_absent, is_main, show_settings, tell_absent
 from vmae.train.ema import WeightAverage
 from vmae.train.finetune_settings import (
-    NO_LIST,
     TEST_LISTS,
     TRAINING_LISTS,
     FinetuneConfig,
@@ -67,18 +66,7 @@ __all__ = ["FinetuneConfig", "FinetuneTask", "add_arguments", "run"]
 
 def run(args: argparse.Namespace, at_end: AtEnd | None = None) -> int:
     """The command. `at_end`: what follows a complete run."""
-    absent = find_absent(
-        args,
-        {
-            "--data": args.data,
-            "--data-root": args.data_root,
-            "--init": args.init,
-            "--classes": args.classes,
-            "--label-map": args.label_map,
-            "--val": None if args.val == NO_LIST else args.val,
-            "--test": None if args.test == NO_LIST else args.test,
-        },
-    )
+    absent = find_absent(args)
     if absent:
         show_without_files(args)
         return tell_absent(absent)
@@ -225,8 +213,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
             config.data,
             config.data_root,
             num_classes=config.num_classes,
-            frame_pattern=config.frame_pattern,
-            first_frame=config.first_frame,
+            **config.frames,
         )
         failed = check_decodable(labelled.entries)
         notes = [f"note: skipped, cannot be decoded: {error}" for _, error in failed]

@@ -29,9 +29,7 @@ __all__ = ["PretrainConfig", "PretrainTask", "add_arguments", "run"]
 def run(args: argparse.Namespace) -> int:
     """The command."""
     config, run_config = configs_from_args(args)
-    absent = find_absent(
-        args, {"--data": config.data, "--data-root": config.data_root, "--init": config.init}
-    )
+    absent = find_absent(args)
     if absent:
         show_settings(config, run_config)
         return tell_absent(absent)
