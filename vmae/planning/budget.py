@@ -140,7 +140,10 @@ class Workload(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.videos < self.effective_batch:
-            raise InputError(f"{self.videos} videos do not fill one step of {self.effective_batch}")
+            raise InputError(
+                f"{self.videos} videos do not fill one step of {self.effective_batch}; "
+                "give --repeat (visits of a video in an epoch), or a smaller effective batch"
+            )
 
     @property
     def total_steps(self) -> int:
