@@ -382,6 +382,7 @@ EXPLAINED = {  # defaults of the programs that differ here, and why
         "--test_num_segment": "10 in V2, 5 in V1 and here; scripts say it",
         "--warmup_lr": "as above",
         "--aa": "the same numbers, in settings of their own",
+        "--short_side_size": "the side of the clips, 224",
     },
 }
 EXPLAINED["pretrain"] |= (
