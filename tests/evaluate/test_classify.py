@@ -89,6 +89,19 @@ def test_any_number_of_ranks_and_uneven_batches(weights, labelled_world, tmp_pat
         assert predictions(folder) == predictions(tmp_path / "whole")
 
 
+def test_frames_of_other_names(weights, labelled_world, tmp_path, capsys):
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    for number, image in enumerate(sorted((labelled_world / "v00").iterdir())):
+        (folder / f"f_{number:03}.jpg").symlink_to(image)
+    (tmp_path / "val.csv").write_text(f"{folder},8,1\n")
+    words = ["evaluate", str(tmp_path / "val.csv"), "--checkpoint", str(weights), "--device", "cpu"]
+    words += ["--output", str(tmp_path / "out"), "--segments", "1", "--crops", "1", "--workers", "0"]
+    assert main(words) == 2 and "does not exist" in capsys.readouterr().err
+    assert main([*words, "--fname_tmpl", "f_{:03}.jpg", "--start_idx", "0"]) == 0
+    assert "1 videos" in capsys.readouterr().out
+
+
 def test_a_stopped_test_continues(weights, labelled_world, tmp_path, monkeypatch):
     loaded = load_classifier(weights)
     evaluate(loaded, config(labelled_world), tmp_path / "whole")

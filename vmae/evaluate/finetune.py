@@ -86,8 +86,7 @@ def test(
     settings = EvaluationConfig(
         data=planned.data,
         data_root=config.data_root,
-        frame_pattern=config.frame_pattern,
-        first_frame=config.first_frame,
+        **config.frames,
         views=planned.views,
         dtype=config.dtype,
     )

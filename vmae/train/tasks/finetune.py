@@ -272,8 +272,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
                 path,
                 config.data_root,
                 num_classes=config.num_classes,
-                frame_pattern=config.frame_pattern,
-                first_frame=config.first_frame,
+                **config.frames,
             )
             failed = check_decodable(labelled.entries)
         except InputError as error:
