@@ -107,11 +107,12 @@ def load_classifier(
 
 def _seen(own: ModelConfig, settings: dict[str, Any], changes: dict[str, Any]) -> ClipConfig:
     """How the training of a checkpoint saw videos, with the caller's changes. Runs of pre-training write
-    their stride alone. The published trainer does not antialias: a file that says nothing is tested as it was
-    trained."""
+    their stride alone. The published trainer does not antialias: what is not known to be of a run of ours is
+    tested as that one trains."""
     size = {"num_frames": own.num_frames, "image_size": own.img_size}
     stride = {name: settings[name] for name in ("stride",) if name in settings}
-    foreign = {} if "model" in settings else {"resize": "published"}
+    ours = "model" in settings and {"clip", "stride"} & settings.keys()
+    foreign = {} if ours else {"resize": "published"}
     stored = {**size, **foreign, **stride, **settings.get("clip", {})}
     if image_hw(changes.get("image_size", stored["image_size"])) != image_hw(stored["image_size"]):
         stored["short_side"] = None

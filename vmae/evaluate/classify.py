@@ -39,7 +39,7 @@ from vmae.evaluate.views import named, view_probabilities
 from vmae.files.atomic import write_atomically
 from vmae.files.json_files import read_json
 from vmae.flags import add_settings
-from vmae.settings import BATCH, ranged
+from vmae.settings import BATCH, limits, ranged
 from vmae.train.checks import check_backend, check_output
 from vmae.train.finetune_settings import TEST_LISTS, FinetuneConfig, list_of
 from vmae.train.metrics import code_version, read_log
@@ -65,7 +65,7 @@ class EvaluationConfig(_Checked):
     data: str
     data_root: str | None = None
     frame_pattern: str = DEFAULT_PATTERN
-    first_frame: int = 1
+    first_frame: int = ranged(1, limits(FinetuneConfig, "first_frame"))
     views: ViewConfig | None = None
     dtype: str = ranged("float32", DTYPE)
     keep_scores: bool = False
