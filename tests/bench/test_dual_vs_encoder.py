@@ -175,6 +175,7 @@ def test_a_wrong_variant_gets_no_speed(run):
     assert "NO SPEED for off=others:off dual" in done.stderr and "- (wrong)" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_and_the_others_go_on(run):
     names = "large=others:large,reference,torch"
     done, result = run(*QUICK, "--steps", "2", "--warmup", "0", "--variants", names, expect=1)
@@ -247,6 +248,7 @@ def test_maskings(run):
         assert values == sorted(values, reverse=True) and len(set(values)) == 4
 
 
+@pytest.mark.slow
 def test_sweep_and_parts_of_the_memory(run):
     words = [*QUICK, "--steps", "2", "--warmup", "0", "--sweep", "4", "--variants", "torch"]
     done, result = run(*words)
@@ -262,6 +264,7 @@ def test_sweep_and_parts_of_the_memory(run):
     assert "Batch sweep" in done.stdout and "4: " in done.stdout
 
 
+@pytest.mark.slow
 def test_the_papers_table_stands_beside_ours(run):
     done, result = run(
         "--model", "vit_b", "--count", "--dtype", "bfloat16", "--variants", "reference,torch,triton"

@@ -305,6 +305,7 @@ def log_line(step, **changed):
     return known | changed
 
 
+@pytest.mark.slow
 def test_what_the_log_of_a_run_says(benches):
     run = benches("training_run")
     args = run.parse_args(["--device", "cpu", "--warmup", "3", "--profiled", "2"])

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 # Imported by transformers and torch where it is installed; not a name of ours even where it is not.
 RESERVED = {"kernels", "tables", "transformers", "accelerate", "datasets", "evaluate", "timm", "xformers"}
@@ -28,6 +30,7 @@ def test_nothing_in_bench_is_named_kernels_or_tables():
     assert not names & {"kernels", "tables"}
 
 
+@pytest.mark.slow
 def test_a_benchmark_finds_this_tree_and_hides_no_kernels(tmp_path):
     """From another folder, with nothing on the path but the script's folder."""
     code = f"""

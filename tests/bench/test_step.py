@@ -33,6 +33,7 @@ def test_busy_time_is_the_union_of_kernels(benches):
     assert benches("profiling").union_us([]) == 0
 
 
+@pytest.mark.slow
 def test_profiles_a_step(benches, tmp_path, capsys):
     words = [
         "--json",

@@ -52,6 +52,7 @@ def suite(benches, tmp_path, monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_what_is_done_stays_and_the_rest_says_why(suite, tmp_path, capsys):
     assert suite.main(["--quick", "--output", str(tmp_path / "out")]) == 1
     parts = {
@@ -170,6 +171,7 @@ def test_absent_packages_are_told(benches, monkeypatch):
     assert set(suite.missing_packages()) == {"decord", "matplotlib"}
 
 
+@pytest.mark.slow
 def test_the_page_needs_no_matplotlib(tmp_path):
     """In a process where importing it fails."""
     (tmp_path / "step.py").write_text(GOOD)

@@ -59,6 +59,7 @@ def test_record():
     assert record["gop"] > 12 and 0 < record["clip_s"] < 60 and record["open_gop"] in (True, False)
 
 
+@pytest.mark.slow
 def test_a_file_that_hangs(monkeypatch):
     original = check.check_entry
 

@@ -161,6 +161,7 @@ def test_commands_on_a_file_that_hangs(command, kind, limit, pipe, hanging, chec
     assert f"{path}: {expected}" in said
 
 
+@pytest.mark.slow
 def test_a_run_looks_into_videos_that_hang(limit, hanging):
     """At its start: one that hangs is passed over, all that hang are an error within the limits."""
     hung, good = VideoEntry(hanging), VideoEntry(VIDEO)

@@ -59,6 +59,7 @@ def test_a_run_says_it_before_it_writes(monkeypatch, tmp_path, capsys, workers):
         assert code == 2 and "of shared memory (2 workers, 2 batches of" in said.err
 
 
+@pytest.mark.slow
 def test_plan_and_doctor_tell(monkeypatch, capsys):
     mount(monkeypatch, 1 << 20)
     flags = "--gpus 16 --workers 8 --batch-size 8 --checkpointing none --parallel ddp"

@@ -218,6 +218,7 @@ def test_an_answer_that_cannot_be_handed_over_is_told():
         _answers(_tensor, _unsendable)
 
 
+@pytest.mark.slow
 def test_processes_that_were_stopped_for_a_while_lose_no_video():
     """A run and its workers, stopped together in the middle of a video (by a debugger, or a virtual machine's
     pause)."""

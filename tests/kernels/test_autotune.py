@@ -161,6 +161,7 @@ def test_where_choices_are_kept(monkeypatch, tmp_path):
     assert autotune.cache_file() == tmp_path / ".cache" / "vmae" / "autotune.json"
 
 
+@pytest.mark.slow
 def test_kernels_choose_by_it(tmp_path):
     """VMAE_AUTOTUNE=1 where kernels are not interpreted: the launcher's configuration is the file's; off,
     nothing is timed."""

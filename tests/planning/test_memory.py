@@ -85,6 +85,7 @@ def test_planned_activations_are_the_bytes_that_autograd_saves(dtype):
     assert planned.saved(CLIPS) == pytest.approx(count_saved_bytes(forward, model), rel=0.02)
 
 
+@pytest.mark.slow
 def test_checkpointing_trades_bytes_for_flops():
     none, selective, full = (count_activations(DEEP, MASK, "float32", kind) for kind in CHECKPOINTING)
     assert none.per_clip > selective.per_clip > full.per_clip

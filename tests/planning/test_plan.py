@@ -34,6 +34,7 @@ def plan_of(*flags: str):
     return plan_from_args(build_parser("plan").parse_args(["plan", *SMALL, *flags]))[1]
 
 
+@pytest.mark.slow
 def test_every_checkpointing_with_every_sharding():
     plan = make_plan(TINY, MASK, NODES, WORK)
     kinds = [(row.checkpointing, row.sharding) for row in plan.rows]
@@ -159,6 +160,7 @@ def test_named_choices_alone_are_shown():
     assert two == pytest.approx(4 * eight, rel=0.01)
 
 
+@pytest.mark.slow
 def test_without_a_peak_there_is_no_time(capsys):
     assert main(["plan", *SMALL, "--gpus", "1", "--device", "cpu", "--dtype", "float32"]) == 0
     text = capsys.readouterr().out

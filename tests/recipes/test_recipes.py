@@ -145,6 +145,7 @@ def test_wrong_variables_are_named(variables, told, tmp_path):
     assert done.returncode == 2 and told in done.stderr and done.stdout.count("\n") <= 1
 
 
+@pytest.mark.slow
 def test_a_real_dry_run_prints_plan_command_and_first_videos(tmp_path):
     (tmp_path / "a.mp4").touch()
     (tmp_path / "list.txt").write_text("a.mp4 0 -1\n")

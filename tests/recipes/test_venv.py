@@ -57,6 +57,7 @@ def test_missing_python_is_named(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_another_python_makes_the_environment_anew(tmp_path):
     venv = venv_of(tmp_path / "venv", "3.10" if HERE != "3.10" else "3.11")
     done = make_venv(venv, sys.executable)

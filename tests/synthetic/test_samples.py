@@ -67,6 +67,7 @@ def test_command_writes_the_list(tmp_path, capsys):
     assert main(["samples", str(tmp_path / "file" / "list.txt")]) == 2
 
 
+@pytest.mark.slow
 def test_command_writes_small_frames(tmp_path, capsys):
     from PIL import Image
 

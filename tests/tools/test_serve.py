@@ -73,7 +73,7 @@ def server(checkpoints, temporary):
     running = Server(
         build_studio(parser.parse_args([*flags, "--max-megabytes", "2", "--max-seconds", "20"])), 0
     )
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
     yield running
     running.shutdown()
     running.server_close()

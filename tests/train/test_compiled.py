@@ -76,11 +76,11 @@ def assert_few(now: Compilations, told: list[str]) -> None:
     "options",
     [
         {},
-        {"checkpointing": "selective"},
-        {"checkpointing": "full"},
+        pytest.param({"checkpointing": "selective"}, marks=pytest.mark.slow),
+        pytest.param({"checkpointing": "full"}, marks=pytest.mark.slow),
         {"recompute": "on"},
-        {"recompute": "off"},
-        {"recompute": "budget"},
+        pytest.param({"recompute": "off"}, marks=pytest.mark.slow),
+        pytest.param({"recompute": "budget"}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "-".join(options.values()) or "none",
 )
@@ -89,6 +89,7 @@ def test_twelve_drop_rates_are_a_few_graphs(options):
     assert_few(now, told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_so_they_are_on_two_ranks(run_ranks, monkeypatch, kind):
     monkeypatch.setattr(compiled, "BACKEND", "eager")  # traced the same, in half the time

@@ -152,8 +152,8 @@ def test_accumulation_agrees(straight, tmp_path):
         (2, "fsdp", {"accumulate": 2}),  # no exchange in between
         (2, "fsdp", {"checkpointing": "full"}),  # gathered again, and run again, in the backward
         (4, "ddp", {"accumulate": 2}),
-        (4, "fsdp", {}),
-        (4, "hybrid", {}),
+        pytest.param(4, "fsdp", {}, marks=pytest.mark.slow),
+        pytest.param(4, "hybrid", {}, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_agree(straight, tmp_path, run_ranks, count, kind, options):
@@ -195,8 +195,8 @@ def stop_after(step):
     [
         ((2, "fsdp"), (1, "none"), False),
         ((1, "none"), (2, "fsdp"), False),
-        ((2, "ddp"), (4, "fsdp"), True),
-        ((4, "hybrid"), (2, "fsdp"), True),
+        pytest.param((2, "ddp"), (4, "fsdp"), True, marks=pytest.mark.slow),
+        pytest.param((4, "hybrid"), (2, "fsdp"), True, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on_with_other_ranks(straight, tmp_path, run_ranks, before, after, background):
@@ -227,7 +227,10 @@ def save_twice(kind, folder, shard_size):
     return given, plans
 
 
-@pytest.mark.parametrize(("count", "kind", "copies"), [(3, "ddp", 3), (4, "hybrid", 2), (2, "fsdp", 1)])
+@pytest.mark.parametrize(
+    ("count", "kind", "copies"),
+    [(3, "ddp", 3), pytest.param(4, "hybrid", 2, marks=pytest.mark.slow), (2, "fsdp", 1)],
+)
 def test_each_tensor_is_copied_and_planned_once(tmp_path, run_ranks, count, kind, copies):
     found = run_ranks(count, save_twice, kind, tmp_path, 2 if kind == "hybrid" else None)
     names = set().union(*(given[0] for given, _ in found))
@@ -365,7 +368,7 @@ def fail_in_a_step(kind, folder, good):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize(("good", "exchanges"), [(8, 1), (9, 2), (11, 2)])
+@pytest.mark.parametrize(("good", "exchanges"), [(8, 1), (9, 2), pytest.param(11, 2, marks=pytest.mark.slow)])
 def test_a_rank_without_its_micro_batch_ends_all_between_two_steps(
     tmp_path, run_ranks, kind, good, exchanges
 ):
