@@ -1,5 +1,6 @@
 """Every command of the how-tos runs as it stands."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,15 @@ def test_every_block_is_marked():
     assert {"own_data", "one_gpu", "eight_gpus", "few_labels", "features", "detection", "hugging_face"} <= {
         *how_tos
     }
+
+
+def test_the_tests_that_a_page_names_are_there():
+    root = Path(__file__).parents[1]
+    text = (root / "docs" / "compatibility.md").read_text("utf-8")
+    named = set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text))
+    assert len(named) > 100
+    code = {path: (root / path).read_text("utf-8") for path, _ in named}
+    assert not [f"{path}::{name}" for path, name in named if f"def {name}(" not in code[path]]
 
 
 def test_an_unmarked_block_is_found(tmp_path):
