@@ -179,7 +179,7 @@ def test_misfits_have_reasons(tmp_path, capsys):
     assert main(["weights", "inspect", str(path)]) == 0
     text = capsys.readouterr().out
     assert "fits no preset as it is; the nearest:" in text
-    assert "vit_tiny: embed_dim 48, not 128, mlp_hidden 192, not 512" in text
+    assert "vit_tiny: a width of 48 instead of 128" in text
     assert "unknown: no architecture fits" in text
     found = inspect_weights(path, preset="vit_tiny", frames=4, size=32)
     assert [use.works for use in found.uses] == [False] * 5

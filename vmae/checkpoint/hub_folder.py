@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vmae.checkpoint.hub_names import INDEX_FILES, WEIGHT_FILES, refuse_pointer, shard_names
 from vmae.checkpoint.published import config_from_arch, load_weights
+from vmae.checkpoint.shapes import ratio_of
 from vmae.config import ModelConfig
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json, why_no_json
@@ -349,11 +350,3 @@ def _v2_pooling(told: Fields) -> str:
         wants = norms["mean" if mean else "first"]
         raise told.refuse("use_mean_pooling", mean, f"which wants {wants}; the weights show {norms[shown]}")
     return "mean" if mean else "first"
-
-
-def ratio_of(hidden: int, width: int) -> float:
-    """The ratio whose product with `width`, rounded down, is `hidden`."""
-    ratio = hidden / width
-    while int(width * ratio) < hidden:  # rounding of the division
-        ratio = math.nextafter(ratio, math.inf)
-    return ratio

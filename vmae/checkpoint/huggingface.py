@@ -33,7 +33,6 @@ from vmae.checkpoint.folder import CONFIG_NAME, export_weights
 from vmae.checkpoint.hub_folder import (
     Fields,
     is_v2,
-    ratio_of,
     read_object,
     read_weights,
     said,
@@ -42,6 +41,7 @@ from vmae.checkpoint.hub_folder import (
     v2_names,
 )
 from vmae.checkpoint.hub_names import PROCESSOR, WEIGHT_FILES
+from vmae.checkpoint.shapes import ratio_of
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically

@@ -24,6 +24,7 @@ from vmae.checkpoint.huggingface import CLASSIFICATION, PRETRAINING, from_huggin
 from vmae.checkpoint.models import head_classes, kind_of
 from vmae.checkpoint.outline import Outline, TensorOutline, read_outline
 from vmae.checkpoint.published import is_fixed_table, load_into
+from vmae.checkpoint.shapes import DECIDED, contradictions, fitting_presets, shapes_of, shown_by
 from vmae.checkpoint.source import Source, read_checkpoint
 from vmae.checkpoint.start import start_classifier
 from vmae.config import MODEL, PRESETS, ModelConfig
@@ -165,9 +166,9 @@ def inspect_weights(
     folder = find_weights(checkpoint)
     outline = _outline(source)
     place, table = _table_of(outline, source)
-    shown = shown_by(source.state)
+    shown = shown_by(shapes_of(source.state))
     fits = fits_of(shown)
-    config = named or _config(source, shown, fits)
+    config = named or _config(source, shown)
     uses, dropped = _uses(source, config)
     keys, missing = _keys(table, source, config, dropped)
     return Inspection(
@@ -313,58 +314,30 @@ def _rate(groups: Any) -> str:
 # --- the architecture ---------------------------------------------------------------------------------------
 
 
-def shown_by(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Numbers of an architecture that the shapes of tensors under published names show."""
-    prefix = "encoder." if any(name.startswith("encoder.") for name in state) else ""
-    shown: dict[str, Any] = {}
-    embedding = state.get(f"{prefix}patch_embed.proj.weight")
-    if embedding is not None and embedding.ndim == 5:
-        width, _, depth, height, _ = embedding.shape
-        shown |= {"embed_dim": width, "tubelet_size": depth, "patch_size": height}
-    shown["depth"] = _blocks(state, f"{prefix}blocks.")
-    hidden = state.get(f"{prefix}blocks.0.mlp.fc1.weight")
-    if hidden is not None:
-        shown["mlp_hidden"] = hidden.shape[0]
-    decoder = state.get("decoder.blocks.0.norm1.weight")
-    if decoder is not None:
-        shown |= {"decoder_embed_dim": decoder.shape[0], "decoder_depth": _blocks(state, "decoder.blocks.")}
-    return shown
-
-
-def _blocks(state: Iterable[str], prefix: str) -> int:
-    return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
-
-
 def fits_of(shown: Mapping[str, Any]) -> tuple[Fit, ...]:
     """Every published preset with what differs, the nearest first."""
-    fits = []
-    for name in PRESETS:
-        config = ModelConfig.preset(name)
-        own = {**config.to_dict(), "mlp_hidden": int(config.embed_dim * config.mlp_ratio)}
-        differs = tuple(
-            f"{field} {value}, not {own[field]}" for field, value in shown.items() if own[field] != value
-        )
-        fits.append(Fit(name, differs))
+    if "depth" not in shown:
+        return tuple(Fit(name, ("the file has no blocks",)) for name in PRESETS)
+    fields = tuple(shown)
+    fits = [Fit(name, tuple(contradictions(ModelConfig.preset(name), shown, fields))) for name in PRESETS]
     return tuple(sorted(fits, key=lambda fit: len(fit.differs)))
 
 
-def _config(source: Source, shown: Mapping[str, Any], fits: tuple[Fit, ...]) -> ModelConfig | None:
+def _config(source: Source, shown: Mapping[str, Any]) -> ModelConfig | None:
     """The architecture to hold the tensors against: the source's own, else that of the preset that fits (in
-    all but patches, tubelets and the decoder)."""
-    decided = {"tubelet_size", "patch_size", "decoder_embed_dim", "decoder_depth"}
-    free = {name: shown[name] for name in decided & shown.keys()}
+    all but what shapes decide beside it: patches, tubelets, the decoder, ...)."""
+    free = {name: value for name, value in shown.items() if name not in DECIDED}
     if source.known is not None:
         decoder = {name: value for name, value in free.items() if name.startswith("decoder")}
         try:
             return source.known.replace(**decoder)
         except InputError:
             return source.known
-    for fit in fits:
-        if "embed_dim" in shown and all(reason.split(" ")[0] in decided for reason in fit.differs):
-            try:
-                return ModelConfig.preset(fit.preset, **free, img_size=free.get("patch_size", 16) * 14)
-            except InputError:
-                continue
+    for name in fitting_presets(shown):
+        try:
+            return ModelConfig.preset(name, **free, img_size=free.get("patch_size", 16) * 14)
+        except InputError:
+            continue
     return None
 
 

@@ -32,9 +32,7 @@ _WORDS = {
     "init_values": "layer scale: {}",
     "cos_attn": "cosine attention: {}",
 }
-SCALE = (
-    1e-5  # `init_values` of a file with layer scale: only that it is above 0 counts, the scales are loaded
-)
+SCALE = 1e-5  # `init_values` of a file with layer scale: any above 0 would do, the scales are loaded
 Shapes = Mapping[str, torch.Size]
 
 
@@ -78,6 +76,11 @@ def _ratio(hidden: int, width: int) -> float:
     known = [values.get("mlp_ratio", ModelConfig.mlp_ratio) for values in PRESETS.values()]
     if (found := next((ratio for ratio in known if int(width * ratio) == hidden), None)) is not None:
         return found
+    return ratio_of(hidden, width)
+
+
+def ratio_of(hidden: int, width: int) -> float:
+    """The ratio whose product with `width`, rounded down, is `hidden`."""
     ratio = hidden / width
     while int(width * ratio) < hidden:  # rounding of the division
         ratio = math.nextafter(ratio, math.inf)
