@@ -109,11 +109,6 @@ def _some(names: Any, limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def plain_names(state: Mapping[str, Tensor], path: str | Path = "the file") -> dict[str, Tensor]:
-    """`state` under published names; see `rename`."""
-    return rename(state, path)[0]
-
-
 def rename(content: Mapping[str, Any], path: str | Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Tensors under published names, and lines on what was done to get there.
 

@@ -149,24 +149,8 @@ def read_detections(
         InputError: the file can't be read; without `dropped`, a row is wrong: with file and line.
     """
     known = None if actions is None else set(actions)
-    rows = []
-    for where, number, cells in _lines(path):
-        try:
-            if len(cells) == 2:
-                _key(where, cells)
-                continue
-            _check_columns(where, cells, (8,), _DETECTION)
-            video, timestamp, box = _place(where, cells)
-            action = _action(where, cells[6], known, skip_unlisted)
-            score = _score(where, cells[7])
-        except InputError as error:
-            if dropped is None:
-                raise
-            dropped.append(str(error))
-            continue
-        if action is not None:
-            rows.append(AvaBox(video, timestamp, box, action, score, line=number))
-    return rows
+    rows = _scored(path, dropped, lambda where, text: _action(where, text, known, skip_unlisted))
+    return [row for row in rows if row.action is not None]
 
 
 def read_person_boxes(
@@ -181,6 +165,23 @@ def read_person_boxes(
         InputError: see `read_detections`; no box is left.
     """
     rows: dict[tuple, AvaBox] = {}
+    for row in _scored(path, dropped, lambda where, text: None):
+        if row.score >= min_score:
+            rows.setdefault((row.video, row.timestamp, row.box), row)
+    if not rows:
+        wrong = f" ({len(dropped)} rows are wrong: {dropped[0]})" if dropped else ""
+        raise InputError(f"{path} has no person box with a score of at least {min_score:g}{wrong}")
+    return list(rows.values())
+
+
+def _scored(
+    path: str | Path, dropped: list[str] | None, read_action: Callable[[str, str], int | None]
+) -> Iterator[AvaBox]:
+    """The scored boxes of a file, in order; see `read_detections`.
+
+    Args:
+        read_action: (place, cell) -> action.
+    """
     for where, number, cells in _lines(path):
         try:
             if len(cells) == 2:
@@ -188,18 +189,14 @@ def read_person_boxes(
                 continue
             _check_columns(where, cells, (8,), _DETECTION)
             video, timestamp, box = _place(where, cells)
+            action = read_action(where, cells[6])
             score = _score(where, cells[7])
         except InputError as error:
             if dropped is None:
                 raise
             dropped.append(str(error))
             continue
-        if score >= min_score:
-            rows.setdefault((video, timestamp, box), AvaBox(video, timestamp, box, None, score, line=number))
-    if not rows:
-        wrong = f" ({len(dropped)} rows are wrong: {dropped[0]})" if dropped else ""
-        raise InputError(f"{path} has no person box with a score of at least {min_score:g}{wrong}")
-    return list(rows.values())
+        yield AvaBox(video, timestamp, box, action, score, line=number)
 
 
 def read_excluded(path: str | Path) -> set[Key]:
