@@ -1,0 +1,54 @@
+"""Parts of a job: `--part i/n`, for arrays of jobs that know nothing of one another.
+
+Which part does what depends on (number of items, n) alone, so every n gives the same results together; ranks
+under torchrun divide a part further.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `number` (from 1) of `count`."""
+
+    number: int = 1
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all there is."""
+        return self.count == 1
+
+    def among_ranks(self, rank: int, world_size: int) -> Part:
+        """What rank `rank` does of this part."""
+        return Part((self.number - 1) * world_size + rank + 1, self.count * world_size)
+
+    def share(self, items: int) -> range:
+        """Numbers of this part's items: every `count`-th, so that neighbours of a list are spread."""
+        return range(self.number - 1, items, self.count)
+
+
+def read_part(text: str) -> Part:
+    """The part that `i/n` means: argparse's `type=`."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"must be i/n with i from 1 to n, as 3/8, not {text[:40]!r}")
+    return Part(int(match[1]), int(match[2]))
+
+
+def add_part_argument(parser: argparse.ArgumentParser, merged_by: str) -> None:
+    """`--part i/n`; `merged_by` is the command that joins the parts, for the help."""
+    parser.add_argument(
+        "--part",
+        type=read_part,
+        default=Part(),
+        metavar="i/n",
+        help=f"do the i-th of n parts, as in a Slurm array; `{merged_by}` joins them (1/1)",
+    )
