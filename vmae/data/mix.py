@@ -26,7 +26,6 @@ once.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import os
@@ -40,9 +39,11 @@ from typing import Any
 import numpy as np
 
 from vmae.data.decode import DecodeError, open_video
+from vmae.data.entry_table import Entries, EntryChain, as_entries
 from vmae.data.files import Unanswered, ask_files
 from vmae.data.guarded import guarded_each
 from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry, read_list
+from vmae.data.sampling import permutation
 from vmae.data.workers import hang_limit
 from vmae.errors import InputError
 from vmae.files.json_files import check_depth
@@ -77,7 +78,7 @@ class Mix(Sequence):
     """The entries of all sources, one after the other, and how often each comes.
 
     Args:
-        entries: videos of all sources, in order.
+        entries: videos of all sources, in order; any sequence, which is not copied.
         sources: cover the entries, in order.
         mixing: "natural" or "weighted".
     """
@@ -87,7 +88,7 @@ class Mix(Sequence):
     ) -> None:
         if mixing not in MIXINGS:
             raise InputError(f"unknown mixing {shown(mixing)}; known: {', '.join(MIXINGS)}")
-        self.entries, self.sources, self.mixing = list(entries), list(sources), mixing
+        self.entries, self.sources, self.mixing = entries, list(sources), mixing
         self._orders: dict[int, tuple[tuple[int, ...], np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -154,7 +155,7 @@ class Mix(Sequence):
             generator = np.random.default_rng(
                 np.random.SeedSequence(seed, spawn_key=(_MIX_ORDER, number, turn, cycle))
             )
-            cached = (key, generator.permutation(self.sources[number].count))
+            cached = (key, permutation(self.sources[number].count, generator))
             self._orders[2 * number + cycle % 2] = cached
         return cached[1]
 
@@ -202,8 +203,9 @@ def _read_mix(path: Path, data_root: str | Path | None) -> Mix:
             wrong = f"unknown {', '.join(sorted(map(str, unknown)))}"
         raise InputError(f"mix {str(path)!r}: {wrong}; a mix has `sources`, a list, and maybe `mixing`")
     start = Path(data_root) if data_root is not None else path.parent
-    entries: list[VideoEntry] = []
+    parts: list[Sequence[VideoEntry]] = []
     sources: list[Source] = []
+    count = 0
     for number, given in enumerate(content["sources"], 1):
         where = f"mix {str(path)!r}, source {number}"
         _check_source(given, where)
@@ -212,10 +214,11 @@ def _read_mix(path: Path, data_root: str | Path | None) -> Mix:
         if name in {source.name for source in sources}:
             raise InputError(f"{where}: the name {name!r} is taken; give each source a `name` of its own")
         root = os.path.join(start, str(given.get("root") or _root_of(start / str(given["list"]))))
-        sources.append(Source(name, len(entries), len(found), float(given.get("weight", 1.0)), root))
-        entries += found
+        sources.append(Source(name, count, len(found), float(given.get("weight", 1.0)), root))
+        parts.append(found)
+        count += len(found)
     weighted = any("weight" in given for given in content["sources"])
-    return Mix(entries, sources, content.get("mixing", "weighted" if weighted else "natural"))
+    return Mix(EntryChain(parts), sources, content.get("mixing", "weighted" if weighted else "natural"))
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
@@ -260,7 +263,7 @@ def _check_source(given: Any, where: str) -> None:
     STRIDE.check(f"{where}: stride", given.get("stride", 1))
 
 
-def _read_source(given: dict[str, Any], start: Path, where: str) -> list[VideoEntry]:
+def _read_source(given: dict[str, Any], start: Path, where: str) -> Sequence[VideoEntry]:
     root = None
     if given.get("root") is not None:
         root = os.path.join(start, str(given["root"]))
@@ -272,20 +275,16 @@ def _read_source(given: dict[str, Any], start: Path, where: str) -> list[VideoEn
         )
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    others = [entry for entry in entries if entry.kind != given.get("kind", entry.kind)]
-    if others:
-        first = others[0]
+    other = {"video": "frames", "frames": "video"}.get(given.get("kind", ""))
+    others = entries.numbers_of(other) if other else []
+    if len(others):
+        first = entries[int(others[0])]
         raise InputError(
             f"{where}: line {first.line} of its list is of kind {first.kind}, not {given['kind']}, as are "
             f"{len(others)} of "
             f"{len(entries)}; a video is `path 0 -1`, frames are `folder start total`"
         )
-    stride = given.get("stride")
-
-    def with_stride(entry: VideoEntry) -> VideoEntry:
-        return dataclasses.replace(entry, stride=stride) if entry.stride is None else entry
-
-    return [with_stride(entry) for entry in entries]
+    return entries.with_stride(given.get("stride"))
 
 
 def describe_data(data: Sequence[VideoEntry], *, backend: str = "auto", probes: int = 24) -> list[str]:
@@ -298,8 +297,8 @@ def describe_data(data: Sequence[VideoEntry], *, backend: str = "auto", probes: 
         data = Mix(data, [Source("list", 0, len(data), 1.0)])
     lines = []
     for source, share in zip(data.sources, data.shares(), strict=True):
-        entries = data.entries[source.first : source.first + source.count]
-        strides = sorted({entry.stride for entry in entries if entry.stride is not None})
+        entries = as_entries(data.entries[source.first : source.first + source.count])
+        strides = entries.strides()
         stride = f", stride {', '.join(map(str, strides))}" if strides else ""
         lines.append(
             f"{source.name}: {source.count} videos{_length(entries, backend, probes)}, {share:.1%} of "
@@ -315,11 +314,10 @@ def _seconds(entry: VideoEntry, backend: str) -> float:
         return len(reader) / reader.fps if reader.fps else 0.0
 
 
-def _length(entries: Sequence[VideoEntry], backend: str, probes: int) -> str:
-    frames = sum(entry.total for entry in entries if entry.kind == "frames")
-    videos = [entry for entry in entries if entry.kind == "video"]
+def _length(entries: Entries[VideoEntry], backend: str, probes: int) -> str:
+    frames, videos = entries.images(), entries.numbers_of("video")
     count = min(probes, len(videos))
-    probed = [videos[place * len(videos) // count] for place in range(count)]
+    probed = [entries[int(videos[place * len(videos) // count])] for place in range(count)]
     seconds: list[float] = []
     began = time.monotonic()
     for found in guarded_each(functools.partial(_seconds, backend=backend), probed):

@@ -467,7 +467,7 @@ def extract_all(
     return failed
 
 
-def find_videos(data: str, data_root: str | None) -> list[VideoEntry]:
+def find_videos(data: str, data_root: str | None) -> Sequence[VideoEntry]:
     """Entries of a list, of a folder of videos (by suffix, see `vmae.data.video_files`), or of one video.
 
     Raises:
