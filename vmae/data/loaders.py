@@ -10,7 +10,7 @@ import torch
 
 from vmae.data.dali import DaliLoader, dali_missing
 from vmae.data.dataset import Batch, EpochSampler, PretrainDataset
-from vmae.data.entry_table import count_paths
+from vmae.data.entry_table import as_entries
 from vmae.data.quarantine import Quarantine
 from vmae.data.shared_memory import PREFETCH
 from vmae.data.video_dataset import SampleKey, VideoDataset
@@ -200,7 +200,7 @@ def build_loader(
     if epochs is not None:
         sampler.total_steps = epochs * sampler.steps_per_epoch
     _warn_of_repeats(dataset, sampler)
-    bad = Quarantine(quarantine, max_bad_share, count_paths(dataset.entries))
+    bad = Quarantine(quarantine, max_bad_share, as_entries(dataset.entries).count_paths())
     if loader == "dali":
         if not isinstance(dataset, PretrainDataset):
             raise TypeError("DALI decodes for a PretrainDataset only")
