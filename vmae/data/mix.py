@@ -268,10 +268,12 @@ def _read_source(given: dict[str, Any], start: Path, where: str) -> Sequence[Vid
     if given.get("root") is not None:
         root = os.path.join(start, str(given["root"]))
     try:
-        entries = read_list(
-            os.path.join(start, str(given["list"])),
-            root,
-            frame_pattern=str(given.get("pattern", DEFAULT_PATTERN)),
+        entries = as_entries(
+            read_list(
+                os.path.join(start, str(given["list"])),
+                root,
+                frame_pattern=str(given.get("pattern", DEFAULT_PATTERN)),
+            )
         )
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
