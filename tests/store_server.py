@@ -1,5 +1,5 @@
-"""A real object store on loopback, SeaweedFS (`weed`), that can be killed and started again; and a relay before
-it that makes its network worse."""
+"""A real object store on loopback, SeaweedFS (`weed`), that can be killed and started again; and a relay
+before it that makes its network worse."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class StoreServer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         names = (
-            "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
-            "s3.port", "s3.port.grpc",
+            "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port",
+            "filer.port.grpc", "s3.port", "s3.port.grpc",
         )  # fmt: skip
         self.ports = dict(zip(names, free_ports(len(names))))
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
