@@ -6,7 +6,7 @@ import os
 import zlib
 from collections import OrderedDict
 
-from vmae.data.shards.entries import Place, Shard, ShardEntry, ShardError
+from vmae.data.shards.entries import DamagedShard, Place, Shard, ShardEntry, ShardError
 
 _MOST_OPEN = 64  # shards that a process keeps open
 _open: OrderedDict[str, int] = OrderedDict()
@@ -42,7 +42,7 @@ def read_image(entry: ShardEntry, number: int) -> bytes:
 def check(shard: Shard, place: Place, data: bytes) -> None:
     """Raises ShardError unless `data` is what the index says of `place`."""
     if zlib.crc32(data) != place.crc:
-        raise ShardError(
+        raise DamagedShard(
             f"shard {shard.name}: bytes {place.offset} to {place.offset + place.length} are not those that "
             "its index describes (CRC-32): it was changed or damaged; restore it, or make the index anew "
             "with `vmae index`"
@@ -60,7 +60,7 @@ def read_range(shard: Shard, offset: int, length: int) -> bytes:
     except OSError as error:
         raise ShardError(f"shard {shard.name} cannot be read: {error.strerror}") from None
     if len(data) != length:
-        raise ShardError(
+        raise DamagedShard(
             f"shard {shard.name} is cut off: its index says {shard.size} bytes; copy it again, or make the "
             "index anew with `vmae index`"
         )
