@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from vmae.data.manifest import VideoEntry
+from vmae.data.shards.entries import ShardEntry
+from vmae.data.shards.rows import entry_identity
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 from vmae.files.json_files import read_json
@@ -58,7 +60,10 @@ def model_identity(model: Classifier, *, without: tuple[str, ...] = ()) -> dict[
 
 
 def frames_identity(entry: VideoEntry) -> list[Any]:
-    """The frames of an entry: its absolute path, and for a folder of images which of them."""
+    """The frames of an entry: its absolute path, and for a folder of images which of them; of one in a shard,
+    its key and checksum, wherever the shard lies."""
+    if isinstance(entry, ShardEntry):
+        return entry_identity(entry)
     images = [] if entry.kind == "video" else [entry.start, entry.total, entry.pattern]
     return [os.path.abspath(entry.path), *images]
 
@@ -70,7 +75,8 @@ def content_hash(content: Any) -> str:
 
 def list_hash(entries: Sequence[VideoEntry], labels: Sequence[tuple[int, ...]] | None = None) -> str:
     """SHA-256 of a list's content, in its order; the list's own path does not count."""
-    return content_hash([[[entry.stride, *frames_identity(entry)] for entry in entries], labels])
+    own = None if labels is None else list(labels)
+    return content_hash([[[entry.stride, *frames_identity(entry)] for entry in entries], own])
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], holds: str, remedy: str) -> None:

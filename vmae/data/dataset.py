@@ -28,6 +28,7 @@ from vmae.data.guarded import guarded_each
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure, list_failures
 from vmae.data.sampling import SAMPLINGS, clip_starts, sample_exact_indices, sample_frame_indices
+from vmae.data.shards.facts import check_all_frames, check_strides
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng, seed_sequence
 from vmae.data.workers import hang_limit
 from vmae.errors import InputError
@@ -149,6 +150,9 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
                 f"sampling by fps needs `fps` above 0, and only that does; not {sampling!r} with fps {fps}"
             )
         clip_starts(1, num_frames, stride)
+        if sampling == "fps":
+            check_all_frames(self.entries, "sampling by fps")
+        check_strides(self.entries, stride)
         self.sampling, self.fps, self.crop, self.flip = sampling, fps, crop, flip
         self.num_frames, self.stride, self.image_size = num_frames, stride, image_hw(image_size)
         self.grid, self.mask = grid, mask

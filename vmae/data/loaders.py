@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import torch
 
 from vmae.data.dali import DaliLoader, dali_missing
 from vmae.data.dataset import Batch, EpochSampler, PretrainDataset
+from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Quarantine
 from vmae.data.shards.entries import ShardError
+from vmae.data.shards.facts import indexes_in, parts_of
+from vmae.data.shards.rows import ShardRows
 from vmae.data.shared_memory import PREFETCH
 from vmae.data.video_dataset import SampleKey, VideoDataset
 from vmae.data.workers import WorkerPool, hang_limit
@@ -119,17 +122,27 @@ class PretrainLoader:
         self.close()
 
 
-def check_loader(name: str) -> None:
-    """See that a loader can be had.
+def check_loader(name: str, entries: Sequence[VideoEntry] = ()) -> None:
+    """See that a loader can be had, for these videos.
 
     Raises:
-        InputError: an unknown name, or DALI is not installed.
+        InputError: an unknown name, or DALI is not installed, or would have to read shards.
     """
     if name not in LOADERS:
         raise InputError(f"unknown loader {name!r}; known: {', '.join(LOADERS)}")
     if name == "dali":
         if lack := dali_missing():
             raise InputError(lack)
+        if indexes_in(entries):
+            raise InputError("DALI reads files, not shards: take --loader cpu with an index")
+
+
+def _count_videos(dataset: VideoDataset) -> int:
+    """Different videos of a data set; the keys of an index are different ones."""
+    parts = parts_of(dataset.entries)
+    return sum(
+        len(part) if isinstance(part, ShardRows) else len({entry.path for entry in part}) for part in parts
+    )
 
 
 def _warn_of_repeats(dataset: VideoDataset, sampler: EpochSampler) -> None:
@@ -210,10 +223,11 @@ def build_loader(
     if epochs is not None:
         sampler.total_steps = epochs * sampler.steps_per_epoch
     _warn_of_repeats(dataset, sampler)
-    bad = Quarantine(quarantine, max_bad_share, len({entry.path for entry in dataset.entries}))
+    bad = Quarantine(quarantine, max_bad_share, _count_videos(dataset))
     if loader == "dali":
         if not isinstance(dataset, PretrainDataset):
             raise TypeError("DALI decodes for a PretrainDataset only")
+        check_loader(loader, dataset.entries)
         return DaliLoader(dataset, sampler, bad, device=device, num_threads=max(num_workers, 1))
     return PretrainLoader(
         dataset,

@@ -96,7 +96,7 @@ class VideoDataset(Dataset, Generic[EntryT, Decoded]):
         if min_frames < 1:
             raise InputError(f"min_frames must be at least 1, not {min_frames}")
         self.data = entries
-        self.entries: list[EntryT] = list(entries)
+        self.entries: Sequence[EntryT] = getattr(entries, "entries", entries)  # of a mix, without its shares
         self.num_sample, self.seed, self.repeat = num_sample, seed, repeat
         self.backend, self.resize, self.min_frames = backend, resize, min_frames
         self.watch: Callable[[int], None] | None = None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -55,6 +56,20 @@ def open_stored(entry: ShardEntry, open_file: Callable[[VideoEntry], VideoReader
         raise
     weakref.finalize(reader, os.close, handle)
     return reader
+
+
+@contextlib.contextmanager
+def stored_file(entry: ShardEntry) -> Iterator[str]:
+    """The path of a video's bytes as a file, for what reads files only; it is there within this context.
+
+    Raises:
+        ShardError: see `open_stored`.
+    """
+    handle, name = _memory_file(read_video(entry)[1])
+    try:
+        yield name
+    finally:
+        os.close(handle)
 
 
 def _memory_file(content: bytes) -> tuple[int, str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from vmae.data.manifest import VideoEntry
 from vmae.data.shards import ahead, stores
-from vmae.data.shards.entries import Place, Shard, ShardEntry, ShardError
+from vmae.data.shards.entries import DamagedShard, Place, Shard, ShardEntry, ShardError
 from vmae.data.shards.remote import AGAIN, ask_apart
 from vmae.data.shards.stores import is_remote
 from vmae.data.waiting import waiting
@@ -101,7 +101,7 @@ def _read_checked(shard: Shard, first: int, length: int, places: list[Place]) ->
         views = [memoryview(data)[place.offset - first :][: place.length] for place in places]
         wrong = [place for place, view in zip(places, views, strict=True) if zlib.crc32(view) != place.crc]
         if wrong and not left:
-            raise ShardError(
+            raise DamagedShard(
                 f"shard {shard.name}: bytes {wrong[0].offset} to {wrong[0].offset + wrong[0].length} are not "
                 "those that its index describes (CRC-32): it was changed or damaged; restore it, or make the "
                 "index anew with `vmae index`"
@@ -132,7 +132,7 @@ def read_range(shard: Shard, offset: int, length: int) -> bytes:
     except OSError as error:
         raise ShardError(f"shard {shard.name} cannot be read: {error.strerror}") from None
     if len(data) != length:
-        raise ShardError(
+        raise DamagedShard(
             f"shard {shard.name} is cut off: its index says {shard.size} bytes; copy it again, or make the "
             "index anew with `vmae index`"
         )
@@ -148,10 +148,12 @@ def _read_object(shard: Shard, offset: int, length: int) -> bytes:
         else:
             data, size = ask_apart(stores.read_bytes, *asked)
     except stores.Changed:
-        raise ShardError(f"shard {shard.name} was changed since its index was made (ETag): {AGAIN}") from None
+        raise DamagedShard(
+            f"shard {shard.name} was changed since its index was made (ETag): {AGAIN}"
+        ) from None
     if size != shard.size or len(data) != length:
         told = f"{size} bytes" if size >= 0 else "fewer bytes"
-        raise ShardError(f"shard {shard.name} has {told}, and its index says {shard.size}: {AGAIN}")
+        raise DamagedShard(f"shard {shard.name} has {told}, and its index says {shard.size}: {AGAIN}")
     return data
 
 

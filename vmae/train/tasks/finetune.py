@@ -40,6 +40,8 @@ from vmae.data.labels import (
     read_label_map,
     read_labelled_list,
 )
+from vmae.data.manifest import VideoEntry
+from vmae.data.shards.facts import contents, indexes_in
 from vmae.data.video_dataset import SampleKey
 from vmae.errors import InputError
 from vmae.model import Classifier, build_classifier
@@ -157,6 +159,15 @@ def _count_classes(args: argparse.Namespace) -> int:
     return found
 
 
+def count_shared(entries: Sequence[VideoEntry], others: Sequence[VideoEntry]) -> int:
+    """How many of the videos `others` are among `entries` too: of files by their paths, of shards by length
+    and checksum."""
+    if indexes_in(entries) or indexes_in(others):
+        return len(contents(entries) & contents(others))
+    known = {os.path.abspath(entry.path) for entry in entries}
+    return sum(os.path.abspath(entry.path) in known for entry in others)
+
+
 def classification_loss(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
     """Cross entropy with soft targets [B, K], the mean over clips; with `multi_label` a loss for each class,
     their mean."""
@@ -247,8 +258,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
         notes: list[str] = []
         if config.val is not None:
             self.validated, notes = self.read_list("validate", config.val, "--no-val")
-            known = {os.path.abspath(entry.path) for entry in trained.entries}
-            shared = sum(os.path.abspath(entry.path) in known for entry in self.validated.entries)
+            shared = count_shared(trained.entries, self.validated.entries)
             if shared:
                 notes.append(
                     f"note: {shared} of the {len(self.validated.entries)} videos of {config.val} are trained "
