@@ -19,6 +19,8 @@ from torch import nn
 
 from vmae.data.entry_table import CHUNK
 from vmae.data.manifest import VideoEntry
+from vmae.data.shards.entries import ShardEntry
+from vmae.data.shards.rows import entry_identity
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 from vmae.files.json_files import read_json
@@ -59,7 +61,10 @@ def model_identity(model: Classifier, *, without: tuple[str, ...] = ()) -> dict[
 
 
 def frames_identity(entry: VideoEntry) -> list[Any]:
-    """The frames of an entry: its absolute path, and for a folder of images which of them."""
+    """The frames of an entry: its absolute path, and for a folder of images which of them; of one in a shard,
+    its key and checksum, wherever the shard lies."""
+    if isinstance(entry, ShardEntry):
+        return entry_identity(entry)
     images = [] if entry.kind == "video" else [entry.start, entry.total, entry.pattern]
     return [os.path.abspath(entry.path), *images]
 

@@ -41,6 +41,10 @@ from vmae.data.manifest import (
 )
 from vmae.data.orientation import UPRIGHT, Orientation
 from vmae.data.sampling import sample_frame_indices
+from vmae.data.shards.entries import DamagedShard, ShardEntry, ShardError
+from vmae.data.shards.index import ShardIndex, write_index
+from vmae.data.shards.opening import stored_file
+from vmae.data.shards.source import is_address
 from vmae.data.video_reader import memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
@@ -110,16 +114,24 @@ def check_entry(entry: VideoEntry, backend: str = "auto") -> dict[str, Any]:
     try:
         with memory_as_decode_error(entry.path):
             record |= decode_clip(entry, np.random.default_rng(entry.line), backend=backend)
+            if entry.kind == "video":
+                record |= _about_file(entry)
     except DecodeError as error:
         return record | {"error": str(error), "library": error.library}
-    if entry.kind == "video":
-        record |= {
-            "bytes": os.path.getsize(entry.path),
-            "container": container_kind(entry.path),
-            **inspect_stream(entry.path),
-        }
+    except DamagedShard as error:  # here it is what is looked for
+        return record | {"error": str(error), "library": None}
     record["seconds"] = record["frames"] / record["fps"] if record["fps"] else None
     return record
+
+
+def _about_file(entry: VideoEntry) -> dict[str, Any]:
+    """What a video's file is, beside its frames."""
+    if isinstance(entry, ShardEntry):
+        with stored_file(entry) as path:
+            kind, stream = container_kind(path), inspect_stream(path)
+        return {"bytes": entry.video.length, "container": kind, **stream}
+    kind, stream = container_kind(entry.path), inspect_stream(entry.path)
+    return {"bytes": os.path.getsize(entry.path), "container": kind, **stream}
 
 
 class _Checker(VideoTask):
@@ -129,13 +141,16 @@ class _Checker(VideoTask):
         super().__init__()
         self.entries, self.backend = entries, backend
 
-    def __getitem__(self, video: int) -> dict[str, Any]:
+    def __getitem__(self, video: int) -> dict[str, Any] | ShardError:
         entry = self.entries[video]
         if video in self.blocked:
             about = {"path": entry.path, "line": entry.line, "kind": entry.kind}
             return {**about, "error": self.blocked[video], "library": "worker"}
         self.watch(video)
-        return check_entry(entry, self.backend)
+        try:
+            return check_entry(entry, self.backend)
+        except ShardError as error:  # no video's fault: the check ends
+            return error
 
 
 def check_entries(
@@ -157,7 +172,12 @@ def check_entries(
         _Checker(entries, backend), iter(range(len(entries))), count=workers, prefetch=4, hang_s=hang_s
     )
     try:
-        return list(tqdm(pool, total=len(entries), unit="video", disable=None if progress else True))
+        records = []
+        for record in tqdm(pool, total=len(entries), unit="video", disable=None if progress else True):
+            if isinstance(record, ShardError):
+                raise record
+            records.append(record)
+        return records
     finally:
         pool.close()
 
@@ -297,11 +317,16 @@ def _notes(good: Sequence[dict[str, Any]]) -> list[str]:
 def write_clean_list(
     source: Path, target: Path, found: AnyList, bad_lines: set[int], data_root: str | None = None
 ) -> None:
-    """The list's text without the lines of bad videos; a folder's good videos as a list.
+    """The list's text without the lines of bad videos; a folder's good videos as a list, an index of the good
+    ones.
 
     Relative paths that start from the list's own folder become absolute ones: the new list is in another
     folder.
     """
+    if isinstance(found.entries, ShardIndex):
+        numbers = range(len(found.entries))
+        write_index(target, found.entries.chosen([n for n in numbers if n + 1 not in bad_lines]))
+        return
     if source.is_dir():
         write_list(target, [entry for entry in found.entries if entry.line not in bad_lines])
         return
@@ -343,7 +368,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "list",
         metavar="LIST",
-        help="list of videos and frame folders, labelled or not, or a folder of videos",
+        help="list of videos and frame folders, labelled or not, a folder of videos, or an index of shards",
     )
     parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
     add_labelled_argument(parser)
@@ -363,7 +388,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command; 1 where a video is bad."""
     source = Path(args.list)
-    found = _read_with_advice(source, args.data_root, LABELLED[args.labelled])
+    if is_address(args.list) and not args.output:
+        raise InputError(f"{args.list} lies in a store: --output DIR says where the report goes")
+    found = _read_with_advice(args.list, args.data_root, LABELLED[args.labelled])
+    clean = "clean.vmae" if isinstance(found.entries, ShardIndex) else "clean.txt"
     if source.is_dir():  # before hours of reading
         for entry in found.entries:
             check_listable(os.path.abspath(entry.path))
@@ -378,20 +406,19 @@ def run(args: argparse.Namespace) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").write_text(
-            json.dumps({"list": str(source), "videos": records}, indent=1) + "\n"
+            json.dumps({"list": args.list, "videos": records}, indent=1) + "\n"
         )
-        write_clean_list(
-            source, folder / "clean.txt", found, {record["line"] for record in bad}, args.data_root
-        )
+        write_clean_list(source, folder / clean, found, {record["line"] for record in bad}, args.data_root)
         plot_histogram(folder / "histogram.png", records)
     except OSError as error:
         raise InputError(f"cannot write the report to {str(folder)!r}: {error.strerror}") from None
     print("\n".join(summarise(records)))
     for record in bad[:10]:
-        print(f"bad: {'' if source.is_dir() else 'line {line}: '.format(**record)}{record['error']}")
+        line = f"line {record['line']}: " if clean == "clean.txt" and not source.is_dir() else ""
+        print(f"bad: {line}{record['error']}")
     if len(bad) > 10:
         print(f"bad: {len(bad) - 10} more")
-    print(f"report.json, histogram.png and clean.txt ({len(records) - len(bad)} videos) are in {folder}")
+    print(f"report.json, histogram.png and {clean} ({len(records) - len(bad)} videos) are in {folder}")
     return 1 if bad else 0
 
 
@@ -403,7 +430,7 @@ def _report_folder(source: Path) -> Path:
     return source.with_name(f"{source.stem}-check")
 
 
-def _read_with_advice(source: Path, data_root: str | None, labelled: bool | None) -> AnyList:
+def _read_with_advice(source: str | Path, data_root: str | None, labelled: bool | None) -> AnyList:
     """The list; prints, or raises with, what is likely wrong with it."""
     try:
         found = read_any_list(source, data_root, labelled)

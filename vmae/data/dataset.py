@@ -34,6 +34,7 @@ from vmae.data.sampling import (
     sample_exact_indices,
     sample_frame_indices,
 )
+from vmae.data.shards.facts import check_all_frames, check_strides
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng, seed_sequence
 from vmae.data.workers import hang_limit
 from vmae.errors import InputError
@@ -155,6 +156,9 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
                 f"sampling by fps needs `fps` above 0, and only that does; not {sampling!r} with fps {fps}"
             )
         clip_starts(1, num_frames, stride)
+        if sampling == "fps":
+            check_all_frames(self.entries, "sampling by fps")
+        check_strides(self.entries, stride)
         self.sampling, self.fps, self.crop, self.flip = sampling, fps, crop, flip
         self.num_frames, self.stride, self.image_size = num_frames, stride, image_hw(image_size)
         self.grid, self.mask = grid, mask
@@ -192,6 +196,9 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
         if self.sampling == "fps" and fps and self.fps:
             return sample_exact_indices(total, self.num_frames, fps / self.fps, rng)
         return sample_exact_indices(total, self.num_frames, stride, rng)
+
+    def _frames_ahead(self, entry: VideoEntry, epoch: int, index: int) -> np.ndarray:
+        return self.pick_frames(entry, entry.total, None, epoch, index)
 
     def pick_crops(
         self, width: int, height: int, epoch: int, index: int, attempt: int = 0

@@ -49,6 +49,8 @@ from vmae.data.manifest import (
     whole,
     write_list,
 )
+from vmae.data.shards.labels import ShardLabels, check_labels
+from vmae.data.shards.source import index_at
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
 from vmae.settings import CLASSES
@@ -105,10 +107,11 @@ def read_labelled_list(
     first_frame: int = 1,
 ) -> LabelledList:
     """Read a labelled list (format: see the module) and check that what it names is there; of a list of
-    20,000 lines or more, a sample (see `vmae.data.long_lists`).
+    20,000 lines or more, a sample (see `vmae.data.long_lists`). Or an index of shards, whose labels are those
+    of the list that was packed.
 
     Args:
-        data_root: see `read_list`.
+        data_root: see `read_list`; of an index, folder or address at which the names of its shards start.
         num_classes: size of the label space; None takes the largest label plus 1.
         frame_pattern: file names of frames where no `#!` line says them; one that is not the default counts
             before the published conventions.
@@ -117,6 +120,11 @@ def read_labelled_list(
     Raises:
         InputError: see `read_list`; a line without a label; a label out of range (with its line).
     """
+    index = index_at(path, data_root)
+    if index is not None:
+        return LabelledList(
+            index, ShardLabels(index), *check_labels(str(path), index, num_classes, CLASSES.most)
+        )
     grammar = _labelled_grammar(num_classes, frame_pattern, first_frame)
     check_pattern(frame_pattern, "frame pattern")
     check_root(data_root)
@@ -201,8 +209,8 @@ class AnyList:
         problems: (line number, what is wrong) of the others.
     """
 
-    entries: list[VideoEntry]
-    labels: list[tuple[int, ...] | None]
+    entries: Sequence[VideoEntry]
+    labels: Sequence[tuple[int, ...] | None]
     labelled: bool
     problems: _Problems
 
@@ -210,7 +218,7 @@ class AnyList:
 def read_any_list(
     path: str | Path, data_root: str | Path | None = None, labelled: bool | None = None
 ) -> AnyList:
-    """Read a list of either kind, or a folder, and keep the labels.
+    """Read a list of either kind, a folder, or an index of shards, and keep the labels.
 
     Args:
         data_root: see `read_list`.
@@ -218,16 +226,20 @@ def read_any_list(
             decide).
 
     Raises:
-        InputError: see `read_list_with_problems`.
+        InputError: see `read_list_with_problems` and `index_at`.
     """
+    index = index_at(path, data_root)
+    if index is not None:
+        labels = [own or None for own in ShardLabels(index)]
+        return AnyList(index, labels, any(own is not None for own in labels), [])
     if path_kind(path) == "a folder":
         entries, problems = read_list_with_problems(path, data_root)
         return AnyList(entries, [None] * len(entries), False, problems)
     if labelled is None:
         labelled = _looks_labelled(path, data_root)
     if labelled:
-        entries, problems, labels = _read_labelled(path, data_root, _labelled_grammar(None))
-        return AnyList(entries, list(labels), True, problems)
+        entries, problems, found = _read_labelled(path, data_root, _labelled_grammar(None))
+        return AnyList(entries, list(found), True, problems)
     entries, problems = read_list_with_problems(path, data_root)
     lines = split_lines(read_text(path))
     return AnyList(

@@ -34,6 +34,7 @@ from vmae.data.manifest import VideoEntry, raise_problems, write_list
 from vmae.data.orientation import UPRIGHT, Orientation, read_orientation
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine, list_failures
 from vmae.data.readers.pyav import PyavReader
+from vmae.data.shards.index import is_index
 from vmae.data.video_reader import memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
@@ -432,6 +433,10 @@ def run(args: argparse.Namespace) -> int:
     if Path(args.list).is_dir() and folder.resolve().is_relative_to(Path(args.list).resolve()):
         raise InputError(
             f"{folder} is inside {args.list}, so its videos would be packed next time; choose another folder"
+        )
+    if is_index(args.list):
+        raise InputError(
+            f"{args.list} is an index: its videos are packed already; give the list that they came from"
         )
     found = read_any_list(args.list, args.data_root, LABELLED[args.labelled])
     raise_problems(args.list, args.data_root, found.problems, len(found.entries))

@@ -33,6 +33,7 @@ from vmae.data.label_maps import KINETICS_710, check_mapped_names, is_kinetics, 
 from vmae.data.labels import LabelledList, read_class_names, read_labelled_list
 from vmae.data.manifest import DEFAULT_PATTERN
 from vmae.data.quarantine import Failure
+from vmae.data.shards.rows import result_name
 from vmae.errors import InputError
 from vmae.evaluate.scores import TOP, Record, class_table, confusion, draw_confusion, score, write_table
 from vmae.evaluate.views import named, view_probabilities
@@ -306,7 +307,7 @@ def write_share(
         with open(folder / f"predictions-{rank}.part.jsonl", "w", encoding="utf-8") as part:
             videos = dataset.read(own, workers)
             for video, clips in tqdm(videos, total=len(own), unit="video", disable=hide_bar):
-                path = labelled.entries[video].path
+                path = result_name(labelled.entries[video])
                 record: Record = {"video": video, "path": path, "labels": labelled.labels[video]}
                 try:
                     if isinstance(clips, Failure):

@@ -42,6 +42,7 @@ from vmae.data.labels import (
     read_labelled_list,
 )
 from vmae.data.manifest import VideoEntry
+from vmae.data.shards.facts import contents, indexes_in
 from vmae.data.video_dataset import SampleKey
 from vmae.errors import InputError
 from vmae.model import Classifier, build_classifier
@@ -159,10 +160,13 @@ def _count_classes(args: argparse.Namespace) -> int:
     return found
 
 
-def _count_shared(entries: Sequence[VideoEntry], others: Sequence[VideoEntry]) -> int:
-    """How many of `entries` are videos of `others` too."""
-    paths = Counter(os.path.abspath(entry.path) for entry in entries)
-    return sum(paths.pop(os.path.abspath(entry.path), 0) for entry in others)
+def count_shared(entries: Sequence[VideoEntry], others: Sequence[VideoEntry]) -> int:
+    """How many of the videos `others` are among `entries` too: of files by their paths, of shards by length
+    and checksum."""
+    if indexes_in(entries) or indexes_in(others):
+        return len(contents(entries) & contents(others))
+    paths = Counter(os.path.abspath(entry.path) for entry in others)
+    return sum(paths.pop(os.path.abspath(entry.path), 0) for entry in entries)
 
 
 def classification_loss(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
@@ -255,7 +259,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
         notes: list[str] = []
         if config.val is not None:
             self.validated, notes = self.read_list("validate", config.val, "--no-val")
-            shared = _count_shared(self.validated.entries, trained.entries)
+            shared = count_shared(trained.entries, self.validated.entries)
             if shared:
                 notes.append(
                     f"note: {shared} of the {len(self.validated.entries)} videos of {config.val} are trained "
