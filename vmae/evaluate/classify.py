@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from vmae.checkpoint.arguments import add_model_arguments, load_from_args
 from vmae.checkpoint.classifier import LoadedClassifier
-from vmae.checkpoint.identity import differences, list_hash, model_identity, settle
+from vmae.checkpoint.identity import list_hash, model_identity
 from vmae.config import DTYPE, SpeedConfig, _Checked
 from vmae.data.classify_dataset import ClipConfig, ViewConfig, ViewDataset
 from vmae.data.label_maps import KINETICS_710, check_mapped_names, is_kinetics, map_name
@@ -38,6 +38,7 @@ from vmae.evaluate.scores import TOP, Record, class_table, confusion, draw_confu
 from vmae.evaluate.views import named, view_probabilities
 from vmae.files.atomic import write_atomically
 from vmae.files.json_files import read_json
+from vmae.files.settled import differences, settle
 from vmae.flags import add_settings
 from vmae.settings import BATCH, limits, ranged
 from vmae.train.checks import check_backend, check_output

@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vmae.checkpoint.arguments import add_source_arguments
-from vmae.checkpoint.identity import check_same, content_hash, frames_identity, model_identity
+from vmae.checkpoint.identity import content_hash, frames_identity, model_identity
 from vmae.checkpoint.models import to_model
 from vmae.checkpoint.source import read_checkpoint
 from vmae.config import ModelConfig, SpeedConfig
@@ -58,6 +58,7 @@ from vmae.evaluate.frame_map import RULES, UNANNOTATED, FrameScores, Rule, frame
 from vmae.evaluate.views import NO_NUMBERS
 from vmae.files.atomic import write_atomically
 from vmae.files.folder_lock import FolderLock
+from vmae.files.settled import check_same
 from vmae.flags import add_settings
 from vmae.model.detector import Detector
 from vmae.settings import BATCH, COUNT, Real, Whole

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vmae.checkpoint.arguments import add_model_arguments, load_from_args
-from vmae.checkpoint.identity import frames_identity, model_identity, settle
+from vmae.checkpoint.identity import frames_identity, model_identity
 from vmae.config import DTYPE, IMAGENET_MEAN, IMAGENET_STD, SpeedConfig, _Checked
 from vmae.data.batches import sent
 from vmae.data.decode import DecodeError, open_video
@@ -38,6 +38,7 @@ from vmae.errors import InputError
 from vmae.evaluate.views import NO_NUMBERS
 from vmae.files.atomic import write_atomically
 from vmae.files.json_files import read_json
+from vmae.files.settled import settle
 from vmae.flags import add_settings
 from vmae.model import Classifier
 from vmae.settings import BATCH, FRAMES, SIDE, STRIDE, limits, ranged
