@@ -48,9 +48,13 @@ class Part:
             )
         )
 
-    def of(self, item: int, together: int = 1) -> Part:
-        """The part of so many that has this item."""
-        return Part(item // together % self.count + 1, self.count)
+    @staticmethod
+    def having(item: int, count: int, together: int = 1) -> Part:
+        """The part that has this item, of `count` parts; see `share`."""
+        return Part(item // together % count + 1, count)
+
+
+WHOLE = Part()
 
 
 def read_part(text: str) -> Part:
@@ -66,7 +70,7 @@ def add_part_argument(parser: argparse._ActionsContainer, merged_by: str) -> Non
     parser.add_argument(
         "--part",
         type=read_part,
-        default=Part(),
+        default=WHOLE,
         metavar="i/n",
         help=f"do the i-th of n parts, as in a Slurm array; {merged_by} joins them (1/1)",
     )
