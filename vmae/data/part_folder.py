@@ -41,7 +41,8 @@ class PartFolder:
     Attributes:
         folder: of the joined result.
         part: this one.
-        what: the job, such as "a test", for messages.
+        what: the job, for messages, such as "a test".
+        other: what a folder of other settings holds, such as "another test".
         settings: name of the file that says what the numbers depend on.
         together: neighbouring items that one part has, see `Part.share`.
     """
@@ -49,6 +50,7 @@ class PartFolder:
     folder: Path
     part: Part
     what: str
+    other: str
     settings: str
     together: int = 1
 
@@ -114,23 +116,24 @@ class PartFolder:
                 "--output"
             )
 
-    def settle(self, decides: dict[str, Any], **noted: Any) -> None:
+    def settle(self, decides: dict[str, Any], of_parts: dict[str, Any] | None = None, **noted: Any) -> None:
         """Make the folder that of this result, or check that it is; see `vmae.files.settled`.
+
+        Args:
+            of_parts: what has to be the same for parts that are joined, beside `decides`.
 
         Raises:
             InputError: the folder, or another part in it, is of another result; names what differs.
         """
-        self._check_parts(decides)
-        settle(self.folder / self.settings, decides, _another(self.what), **noted)
-        if not self.part.whole:
-            settle(self.own / self.settings, decides, _another(self.what), **noted)
-
-    def _check_parts(self, decides: dict[str, Any]) -> None:
+        whole = {**decides, **(of_parts or {})}
         for folder in self.folders():
             if (folder / self.settings).exists():
                 before = read_json(folder / self.settings, "settings file")
                 remedy = f"choose another --output, or remove {folder}"
-                check_same(before, decides, f"{folder} holds {_another(self.what)}", remedy)
+                check_same(before, whole, f"{folder} holds {self.other}", remedy)
+        settle(self.folder / self.settings, decides, self.other, **noted)
+        if not self.part.whole:
+            settle(self.own / self.settings, whole, self.other, **noted)
 
     def share(self, items: int) -> list[int]:
         """Numbers of this part's items."""
@@ -169,10 +172,6 @@ class PartFolder:
     def remove_parts(self) -> None:
         """Remove what was joined."""
         shutil.rmtree(self.folder / PARTS, ignore_errors=True)
-
-
-def _another(what: str) -> str:
-    return re.sub(r"^an? ", "another ", what)
 
 
 def _locked(folder: Path) -> bool:

@@ -271,7 +271,7 @@ def evaluate(
 
 
 def _place(folder: str | Path, part: Part) -> PartFolder:
-    return PartFolder(Path(folder), part, "a test", SETTINGS)
+    return PartFolder(Path(folder), part, "a test", "another test", SETTINGS)
 
 
 def _records(place: PartFolder) -> Records:

@@ -196,7 +196,7 @@ def _test(args: argparse.Namespace, parallel: Parallel) -> int:
     if parallel.is_main:
         _say_dropped(args.persons, dropped)
         print(loaded.note, flush=True)
-    place = PartFolder(Path(args.output), args.part, "a test of a detector", SETTINGS, BLOCK)
+    place = PartFolder(Path(args.output), args.part, "a test of a detector", "another test", SETTINGS, BLOCK)
 
     def end(records: list[dict[str, Any]]) -> int:
         if not args.part.whole:
