@@ -4,8 +4,8 @@ As published for THUMOS14 and FineAction (VideoMAE V2, section 4.4, and its rele
 consecutive frames, frames stretched to a square, values in [0, 1] and not normalised, the pooled features
 before the head (of a pre-trained encoder: the mean of its normed tokens). `DIR/VIDEO.npy` is float32
 [windows, D]; ActionFormer reads it unchanged. Each frame is decoded and resized once, each tubelet is
-embedded once where windows share tubelets, and windows go through the model in batches, each of one video: its
-features depend on no other one, so ranks and parts (`--part i/n`, then `--merge`) give the same.
+embedded once where windows share tubelets, and windows go through the model in batches. A batch is of one
+video: its features depend on no other one, so ranks and parts (`--part i/n`, then `--merge`) give the same.
 
     NAME.npy            features of a video
     features.json       model and windows
@@ -206,8 +206,8 @@ def extract_videos(
     batch_size: int,
     device: torch.device,
 ) -> Iterator[np.ndarray | DecodeError]:
-    """Features of each video, float32 [windows, D], in order; or its error. A worker process decodes ahead, and
-    a batch holds windows of one video; see `features_of`."""
+    """Features of each video, float32 [windows, D], in order; or its error. A worker process decodes ahead,
+    and a batch holds windows of one video; see `features_of`."""
     for found in embed_videos(model, entries, config, batch_size=batch_size, device=device, apart=True):
         yield found if isinstance(found, DecodeError) else found.features
 
@@ -450,7 +450,7 @@ def run(args: argparse.Namespace) -> int:
             parallel.on_main(lambda: settle_sources(place, sources))
             if parallel.is_main:
                 print(loaded.note, flush=True)
-            failed: dict[int, str] = {}
+            failed: dict[str, str] = {}
             if not args.merge:
                 mine = [(entries[number], targets[number]) for number in own]
                 failed = extract_all(
@@ -481,10 +481,8 @@ def _finish(
             failed |= _read_undecodable(folder)
         made = {number for number, path in enumerate(targets) if path.name in failed or path.exists()}
         place.check_complete(len(targets), made, "videos")
-    bad = {
-        targets[number].name: failed[targets[number].name] for number in own if not targets[number].exists()
-    }
     names = {targets[number].name for number in own}
+    bad = {path.name: failed[path.name] for path in (targets[number] for number in own) if not path.exists()}
     others = {name: error for name, error in _read_undecodable(place.own).items() if name not in names}
     lines = [json.dumps({"file": name, "error": error}) + "\n" for name, error in {**others, **bad}.items()]
     if lines or (place.own / UNDECODABLE).exists():
