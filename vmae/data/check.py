@@ -9,8 +9,9 @@ crashes them. What comes out: a table, and
     timings.json, timings.png    seconds that a clip of each video took
 
 All but the times depend on the list and the decoder alone: ranks and parts (`--part i/n`, then `--merge`)
-give the same. A check that was stopped goes on with the videos that are left; one that ended begins anew, since
-files may have been mended. A list that cannot be read is explained instead. A folder is checked like a list.
+give the same. A check that was stopped goes on with the videos that are left; one that ended begins anew,
+since files may have been mended. A list that cannot be read is explained instead. A folder is checked like a
+list.
 """
 
 from __future__ import annotations
