@@ -6,7 +6,7 @@ crashes them. What comes out: a table, and
     report.json      a record for each video
     histogram.png    durations, frame rates, groups of pictures
     clean.txt        the list without the bad ones, its labels kept
-    timings.json, timings.png    seconds that a clip of each video took
+    timings.json     seconds that a clip of each video took
 
 All but the times depend on the list and the decoder alone: ranks and parts (`--part i/n`, then `--merge`)
 give the same. A check that was stopped goes on with the videos that are left; one that ended begins anew,
@@ -346,19 +346,25 @@ def write_clean_list(
     target.write_text("\n".join(kept), encoding="utf-8")
 
 
-def plot_histograms(path: Path, panels: dict[str, list[float]]) -> None:
-    """A picture with a histogram of each list of numbers, by its title."""
+def plot_histogram(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Durations, frame rates and groups of pictures of the good videos."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 3), squeeze=False)
-    for axis, (title, values) in zip(axes[0], panels.items()):
+    good = [record for record in records if not record["error"]]
+    panels = {
+        "seconds": [record["seconds"] for record in good if record["seconds"]],
+        "frames a second": [record["fps"] for record in good if record["fps"]],
+        "frames from key frame to key frame": [record["gop"] for record in good if record.get("gop")],
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(10.5, 3))
+    for axis, (title, values) in zip(axes, panels.items()):
         axis.hist(values, bins=30, color="#1f5fa8")
         axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("videos")
+    axes[0].set_ylabel("videos")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -378,16 +384,7 @@ def write_report(
     for name, content in ((TIMINGS, {"clip_s": times}), (REPORT, report)):
         lines = [json.dumps(content, indent=1), "\n"]
         write_atomically(folder / name, functools.partial(_write_lines, lines=lines), binary=False)
-    good = [record for record in records if not record["error"]]
-    panels = {
-        "seconds": [record["seconds"] for record in good if record["seconds"]],
-        "frames a second": [record["fps"] for record in good if record["fps"]],
-        "frames from key frame to key frame": [record["gop"] for record in good if record.get("gop")],
-    }
-    plot_histograms(folder / "histogram.png", panels)
-    plot_histograms(
-        folder / "timings.png", {"ms for a clip": [1e3 * seconds for seconds in times if seconds]}
-    )
+    plot_histogram(folder / "histogram.png", records)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
