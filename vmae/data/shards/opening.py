@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-import tempfile
 import weakref
 from collections.abc import Callable
 
 from vmae.data.manifest import VideoEntry
 from vmae.data.readers.frames import FrameFolderReader
 from vmae.data.shards.entries import ShardEntry
+from vmae.data.shards.memory_file import memory_file
 from vmae.data.shards.reading import read_image, read_video
 from vmae.data.video_reader import DecodeError, VideoReader
 
@@ -36,7 +36,7 @@ def open_stored(entry: ShardEntry, open_file: Callable[[VideoEntry], VideoReader
     if entry.kind == "frames":
         return StoredFrames(entry)
     _, video = read_video(entry)
-    handle, name = _memory_file(video)
+    handle, name = memory_file(video)
     try:
         reader = open_file(VideoEntry(name, stride=entry.stride))
     except DecodeError as error:
@@ -49,17 +49,3 @@ def open_stored(entry: ShardEntry, open_file: Callable[[VideoEntry], VideoReader
         raise
     weakref.finalize(reader, os.close, handle)
     return reader
-
-
-def _memory_file(content: bytes) -> tuple[int, str]:
-    """(handle, path) of a file that exists while the handle is open, in memory where the system can."""
-    if hasattr(os, "memfd_create"):
-        handle = os.memfd_create("video", os.MFD_CLOEXEC)
-    else:
-        handle, path = tempfile.mkstemp()
-        os.unlink(path)
-    view = memoryview(content)
-    while view:
-        view = view[os.write(handle, view) :]
-    os.lseek(handle, 0, os.SEEK_SET)
-    return handle, f"/proc/self/fd/{handle}" if os.path.isdir("/proc/self/fd") else f"/dev/fd/{handle}"
