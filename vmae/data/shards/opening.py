@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -14,6 +13,7 @@ import numpy as np
 from vmae.data.manifest import VideoEntry
 from vmae.data.readers.frames import FrameFolderReader
 from vmae.data.shards.entries import ShardEntry
+from vmae.data.shards.memory_file import memory_file
 from vmae.data.shards.reading import read_images, read_video
 from vmae.data.video_reader import DecodeError, VideoReader
 
@@ -43,7 +43,7 @@ def open_stored(entry: ShardEntry, open_file: Callable[[VideoEntry], VideoReader
     if entry.kind == "frames":
         return StoredFrames(entry)
     _, video = read_video(entry)
-    handle, name = _memory_file(video)
+    handle, name = memory_file(video)
     try:
         reader = open_file(VideoEntry(name, stride=entry.stride))
     except DecodeError as error:
@@ -65,22 +65,8 @@ def stored_file(entry: ShardEntry) -> Iterator[str]:
     Raises:
         ShardError: see `open_stored`.
     """
-    handle, name = _memory_file(read_video(entry)[1])
+    handle, name = memory_file(read_video(entry)[1])
     try:
         yield name
     finally:
         os.close(handle)
-
-
-def _memory_file(content: bytes) -> tuple[int, str]:
-    """(handle, path) of a file that exists while the handle is open, in memory where the system can."""
-    if hasattr(os, "memfd_create"):
-        handle = os.memfd_create("video", os.MFD_CLOEXEC)
-    else:
-        handle, path = tempfile.mkstemp()
-        os.unlink(path)
-    view = memoryview(content)
-    while view:
-        view = view[os.write(handle, view) :]
-    os.lseek(handle, 0, os.SEEK_SET)
-    return handle, f"/proc/self/fd/{handle}" if os.path.isdir("/proc/self/fd") else f"/dev/fd/{handle}"
