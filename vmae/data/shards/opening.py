@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 from vmae.data.manifest import VideoEntry
 from vmae.data.readers.frames import FrameFolderReader
-from vmae.data.shards.entries import ShardEntry
+from vmae.data.shards.entries import ShardEntry, ShardError
 from vmae.data.shards.memory_file import memory_file
+from vmae.data.shards.packed_reader import PackedReader
+from vmae.data.shards.packets import PacketTable
 from vmae.data.shards.reading import read_image, read_video
 from vmae.data.video_reader import DecodeError, VideoReader
 
@@ -23,11 +25,14 @@ class StoredFrames(FrameFolderReader):
         return f"{self.path}, image {index}", io.BytesIO(read_image(self._entry, index))
 
 
-def open_stored(entry: ShardEntry, open_file: Callable[[VideoEntry], VideoReader]) -> VideoReader:
+def open_stored(
+    entry: ShardEntry, open_file: Callable[[VideoEntry], VideoReader], *, by_packets: bool = False
+) -> VideoReader:
     """Open an entry of a shard.
 
     Args:
         open_file: opens the entry of a video file.
+        by_packets: read videos that have a packet table by it, with PyAV's decoder.
 
     Raises:
         ShardError: the shard cannot be read, or is not what its index says.
@@ -35,7 +40,10 @@ def open_stored(entry: ShardEntry, open_file: Callable[[VideoEntry], VideoReader
     """
     if entry.kind == "frames":
         return StoredFrames(entry)
-    _, video = read_video(entry)
+    table, video = read_video(entry)
+    packets = _read_table(entry, table) if by_packets and table else None
+    if packets is not None:
+        return PackedReader(entry.path, packets, video)
     handle, name = memory_file(video)
     try:
         reader = open_file(VideoEntry(name, stride=entry.stride))
@@ -49,3 +57,14 @@ def open_stored(entry: ShardEntry, open_file: Callable[[VideoEntry], VideoReader
         raise
     weakref.finalize(reader, os.close, handle)
     return reader
+
+
+def _read_table(entry: ShardEntry, table: bytes) -> PacketTable | None:
+    """None where a later version wrote it: the video is opened as a file is."""
+    try:
+        return PacketTable.read(table)
+    except ValueError as error:
+        raise ShardError(
+            f"shard {entry.shard.name}: the packet table of {entry.key} is not what was written ({error}): "
+            "the shard was changed or damaged; restore it, or make the index anew with `vmae index`"
+        ) from None
