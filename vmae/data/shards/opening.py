@@ -7,6 +7,8 @@ import os
 import weakref
 from collections.abc import Callable
 
+import numpy as np
+
 from vmae.data.manifest import VideoEntry
 from vmae.data.readers.frames import FrameFolderReader
 from vmae.data.shards.entries import ShardEntry, ShardError
@@ -14,7 +16,7 @@ from vmae.data.shards.memory_file import memory_file
 from vmae.data.shards.packed_reader import PackedReader
 from vmae.data.shards.packets import PacketTable
 from vmae.data.shards.reading import read_image, read_video
-from vmae.data.video_reader import DecodeError, VideoReader
+from vmae.data.video_reader import Crop, DecodeError, VideoReader
 
 
 class StoredFrames(FrameFolderReader):
@@ -23,6 +25,50 @@ class StoredFrames(FrameFolderReader):
     def _image(self, index: int) -> tuple[str, io.BytesIO]:
         assert isinstance(self._entry, ShardEntry)
         return f"{self.path}, image {index}", io.BytesIO(read_image(self._entry, index))
+
+
+class KeptFrames(VideoReader):
+    """A video of which every n-th frame is stored, with its frames' own numbers: for a frame that was left
+    out, the stored one before it stands in (the first one, where there is none).
+
+    A clip whose stride is a multiple of n has its stride exactly; its start moves to a stored frame.
+
+    Args:
+        entry: says which frames are stored.
+        stored: of these.
+
+    Raises:
+        DecodeError: their number is not what `entry` says.
+    """
+
+    def __init__(self, entry: ShardEntry, stored: VideoReader) -> None:
+        self._entry, self._stored, self.path = entry, stored, entry.path
+        self.fps, self.codec, self.backend = entry.fps or None, stored.codec, stored.backend
+        expected = len(range(entry.phase, entry.frames, entry.keep_every))
+        if len(stored) != expected:
+            stored.close()
+            raise DecodeError(f"{self.path}: has {len(stored)} frames, and its index says {expected}")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """See `VideoReader.size`."""
+        return self._stored.size
+
+    def __len__(self) -> int:
+        return self._entry.frames
+
+    def _decode(self, indices: np.ndarray) -> np.ndarray:
+        return self._stored.frames(self._places(indices))
+
+    def _decode_part(self, indices: np.ndarray, crop: Crop) -> np.ndarray:
+        return self._stored.frames(self._places(indices), crop)
+
+    def _places(self, indices: np.ndarray) -> np.ndarray:
+        """Numbers of stored frames."""
+        return np.maximum(indices - self._entry.phase, 0) // self._entry.keep_every
+
+    def close(self) -> None:
+        self._stored.close()
 
 
 def open_stored(
@@ -40,6 +86,13 @@ def open_stored(
     """
     if entry.kind == "frames":
         return StoredFrames(entry)
+    reader = _open_video(entry, open_file, by_packets)
+    return reader if entry.keep_every == 1 else KeptFrames(entry, reader)
+
+
+def _open_video(
+    entry: ShardEntry, open_file: Callable[[VideoEntry], VideoReader], by_packets: bool
+) -> VideoReader:
     table, video = read_video(entry)
     packets = _read_table(entry, table) if by_packets and table else None
     if packets is not None:
