@@ -19,6 +19,8 @@ from vmae.data import readers
 from vmae.data.files import check_regular
 from vmae.data.manifest import VideoEntry
 from vmae.data.readers import Backend
+from vmae.data.shards.entries import ShardEntry
+from vmae.data.shards.opening import open_stored
 from vmae.data.video_reader import DecodeError, VideoReader, memory_as_decode_error
 from vmae.errors import InputError
 
@@ -46,20 +48,28 @@ def video_backends() -> list[str]:
 
 
 def open_video(source: VideoEntry | str | Path, backend: str = "auto") -> VideoReader:
-    """Open a video file or a folder of frames.
+    """Open a video file or a folder of frames, or one that lies in a shard.
 
     Args:
-        source: an entry of a list file, or the path of a video file.
+        source: an entry of a list file or an index, or the path of a video file.
         backend: "auto", or a name in `BACKENDS`.
 
     Raises:
         DecodeError: the file is not there, is no regular one, cannot be decoded, or has no frames.
+        ShardError: the shard cannot be read, or is not what its index says.
         InputError: an unknown backend, one that does not read this kind of entry, or one that is not
             installed.
     """
     entry = source if isinstance(source, VideoEntry) else VideoEntry(str(source))
     candidates = find_backends(entry.kind, backend)
+    if isinstance(entry, ShardEntry):
+        return open_stored(entry, lambda video: _open(video, candidates))
     check_regular(entry.path, folder=entry.kind == "frames")
+    return _open(entry, candidates)
+
+
+def _open(entry: VideoEntry, candidates: list[Backend]) -> VideoReader:
+    """Open a file that is there with the first of `candidates` that may read it."""
     chosen = _choose_backend(entry, candidates)
     try:
         with memory_as_decode_error(entry.path):

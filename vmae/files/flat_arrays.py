@@ -61,7 +61,7 @@ def _write(file: IO, arrays: Mapping[str, Pieces], about: Mapping[str, str]) -> 
         begin, dtype = place, np.dtype("u1")
         for piece in [pieces] if isinstance(pieces, np.ndarray) else pieces:
             dtype = piece.dtype
-            file.write(memoryview(np.ascontiguousarray(piece, dtype.newbyteorder("<"))).cast("B"))
+            file.write(np.ascontiguousarray(piece, dtype.newbyteorder("<")).data)
             place += piece.nbytes
         count = (place - begin) // dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype.str[1:]], "shape": [count], "data_offsets": [begin, place]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import IO
+
 import numpy as np
 
 from vmae.data.files import check_regular
@@ -26,19 +28,25 @@ class FrameFolderReader(VideoReader):
 
         images: list[np.ndarray] = []
         for index in indices.tolist():
-            path = self._entry.frame_path(index)
+            name, file = self._image(index)
             try:
-                check_regular(path)
-                with Image.open(path) as image:
+                with Image.open(file) as image:
                     images.append(np.asarray(image.convert("RGB")))
-            except DecodeError as error:
-                raise DecodeError(f"{error}; the list promises {len(self)} frames") from None
             except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError and more
-                raise DecodeError(f"{path}: cannot be decoded: {first_reason(str(error), [])}") from None
+                raise DecodeError(f"{name}: cannot be decoded: {first_reason(str(error), [])}") from None
             if images[-1].shape != images[0].shape:
                 height, width = images[-1].shape[:2]
-                raise DecodeError(f"{path}: {width} x {height} pixels, unlike the frames before it")
+                raise DecodeError(f"{name}: {width} x {height} pixels, unlike the frames before it")
         return np.stack(images)
+
+    def _image(self, index: int) -> tuple[str, str | IO[bytes]]:
+        """(name for messages, file) of an image."""
+        path = self._entry.frame_path(index)
+        try:
+            check_regular(path)
+        except DecodeError as error:
+            raise DecodeError(f"{error}; the list promises {len(self)} frames") from None
+        return path, path
 
     def close(self) -> None:
         pass
