@@ -71,7 +71,7 @@ def _entry_lines(dataset: VideoDataset, root: str) -> Iterator[str]:
 
 def _lines_of(entries: Sequence[VideoEntry], root: str) -> Iterator[str]:
     if isinstance(entries, ShardRows):
-        yield from entries.identity_lines(0, len(entries)).decode().splitlines(keepends=True)
+        yield from map(bytes.decode, entries.identities(0, len(entries)))
         return
     start = root.rstrip("/") + "/" if root else "./"
     length = len(start)

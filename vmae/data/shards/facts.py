@@ -24,8 +24,8 @@ def indexes_in(entries: Any) -> list[ShardRows]:
     return [part for part in parts_of(entries) if isinstance(part, ShardRows)]
 
 
-def contents(entries: Any) -> set[tuple[int, int]]:
-    """(CRC-32, length) of all videos in shards: equal for equal bytes."""
+def contents(entries: Any) -> set[tuple[int, Any]]:
+    """What lies in shards: equal for equal videos and images."""
     return {pair for rows in indexes_in(entries) for pair in rows.contents()}
 
 
