@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vmae.data.entry_table import CHUNK
 from vmae.data.manifest import VideoEntry
 from vmae.data.shards.entries import ShardEntry
 from vmae.data.shards.rows import entry_identity
@@ -74,9 +75,24 @@ def content_hash(content: Any) -> str:
 
 
 def list_hash(entries: Sequence[VideoEntry], labels: Sequence[tuple[int, ...]] | None = None) -> str:
-    """SHA-256 of a list's content, in its order; the list's own path does not count."""
-    own = None if labels is None else list(labels)
-    return content_hash([[[entry.stride, *frames_identity(entry)] for entry in entries], own])
+    """SHA-256 of a list's content, in its order; the list's own path does not count.
+
+    It is `content_hash` of [[[stride, frames' identity] of each entry], labels], made in parts.
+    """
+    total = hashlib.sha256(b"[[")
+    for first in range(0, len(entries), CHUNK):
+        part = [[entry.stride, *frames_identity(entry)] for entry in entries[first : first + CHUNK]]
+        total.update((", " * (first > 0) + json.dumps(part)[1:-1]).encode())
+    total.update(b"], ")
+    if labels is None:
+        total.update(b"null]")
+        return total.hexdigest()
+    total.update(b"[")
+    for first in range(0, len(labels), CHUNK):
+        text = json.dumps(list(labels[first : first + CHUNK]))[1:-1]
+        total.update((", " * (first > 0) + text).encode())
+    total.update(b"]]")
+    return total.hexdigest()
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], holds: str, remedy: str) -> None:

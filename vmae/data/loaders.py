@@ -10,6 +10,7 @@ import torch
 
 from vmae.data.dali import DaliLoader, dali_missing
 from vmae.data.dataset import Batch, EpochSampler, PretrainDataset
+from vmae.data.entry_table import EntryChain, count_paths
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Quarantine
 from vmae.data.shards.facts import indexes_in, parts_of
@@ -129,9 +130,8 @@ def check_loader(name: str, entries: Sequence[VideoEntry] = ()) -> None:
 def _count_videos(dataset: VideoDataset) -> int:
     """Different videos of a data set; the keys of an index are different ones."""
     parts = parts_of(dataset.entries)
-    return sum(
-        len(part) if isinstance(part, ShardRows) else len({entry.path for entry in part}) for part in parts
-    )
+    listed = [part for part in parts if not isinstance(part, ShardRows)]
+    return count_paths(EntryChain(listed)) + sum(len(part) for part in parts if isinstance(part, ShardRows))
 
 
 def _warn_of_repeats(dataset: VideoDataset, sampler: EpochSampler) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from vmae.data.entry_table import Entries
 from vmae.data.shards.entries import ShardEntry
 
 FRAMES = ""  # the suffix of a folder of frames
 _AT_ONCE = 1 << 14  # rows that become Python's numbers at a time
 
 
-class ShardRows(Sequence[ShardEntry]):
+class ShardRows(Entries[ShardEntry]):
     """Some samples of an index, in order.
 
     Attributes:
@@ -89,8 +90,11 @@ class ShardRows(Sequence[ShardEntry]):
         return found
 
     def path_bytes(self, first: int, last: int) -> list[bytes]:
-        """Names of the samples from `first` to before `last`."""
-        return [self[number].path.encode("utf-8", "surrogatepass") for number in range(first, last)]
+        part = ShardPart(self.whole, self.numbers[first:last])
+        shards = [shard.name.encode("utf-8", "surrogatepass") + b"/" for shard in self.whole.shards]
+        suffixes = [suffix.encode() for suffix in self.whole.suffixes]
+        names = zip(part.column("shard").tolist(), part.keys(), part.column("suffix").tolist(), strict=True)
+        return [shards[shard] + key + suffixes[suffix] for shard, key, suffix in names]
 
     def identity_lines(self, first: int, last: int, start: str = "") -> bytes:
         """The `identities` of some samples."""
