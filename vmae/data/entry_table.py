@@ -115,16 +115,17 @@ class EntryList(Entries[EntryT]):
 
 
 class EntryChain(Entries[EntryT]):
-    """Several sequences one after the other, of which nothing is copied.
-
-    Attributes:
-        parts: none of them empty.
-    """
+    """Several sequences one after the other, of which nothing is copied."""
 
     def __init__(self, parts: Sequence[Sequence[EntryT]]) -> None:
-        flat = (part.parts if isinstance(part, EntryChain) else [as_entries(part)] for part in parts)
-        self.parts: list[Entries[EntryT]] = [part for part in itertools.chain(*flat) if len(part)]
-        self._starts = [0, *itertools.accumulate(map(len, self.parts))]
+        flat = (part._parts if isinstance(part, EntryChain) else [as_entries(part)] for part in parts)
+        self._parts: list[Entries[EntryT]] = [part for part in itertools.chain(*flat) if len(part)]
+        self._starts = [0, *itertools.accumulate(map(len, self._parts))]
+
+    @property
+    def parts(self) -> Sequence[Entries[EntryT]]:
+        """The sequences, none of them empty and none a chain."""
+        return self._parts
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -138,33 +139,33 @@ class EntryChain(Entries[EntryT]):
             return parts[0] if len(parts) == 1 else EntryChain(parts)
         number = _place(index, len(self))
         part = bisect_right(self._starts, number) - 1
-        return self.parts[part][number - self._starts[part]]
+        return self._parts[part][number - self._starts[part]]
 
     def __iter__(self) -> Iterator[EntryT]:
-        return itertools.chain(*self.parts)
+        return itertools.chain(*self._parts)
 
     def _within(self, first: int, last: int) -> Iterator[tuple[Entries[EntryT], int, int]]:
         """(part, first, last) of what lies in a range."""
-        for part, start in zip(self.parts, self._starts):
+        for part, start in zip(self._parts, self._starts):
             a, b = max(first - start, 0), min(last - start, len(part))
             if a < b:
                 yield part, a, b
 
     def strides(self) -> list[int]:
-        return sorted({stride for part in self.parts for stride in part.strides()})
+        return sorted({stride for part in self._parts for stride in part.strides()})
 
     def images(self) -> int:
-        return sum(part.images() for part in self.parts)
+        return sum(part.images() for part in self._parts)
 
     def numbers_of(self, kind: str) -> np.ndarray:
         numbers = [
             np.asarray(part.numbers_of(kind), np.int64) + start
-            for part, start in zip(self.parts, self._starts)
+            for part, start in zip(self._parts, self._starts)
         ]
         return np.concatenate([np.empty(0, np.int64), *numbers])
 
     def with_stride(self, stride: int | None) -> EntryChain[EntryT]:
-        return EntryChain([part.with_stride(stride) for part in self.parts])
+        return EntryChain([part.with_stride(stride) for part in self._parts])
 
     def path_bytes(self, first: int, last: int) -> list[bytes]:
         return [path for part, a, b in self._within(first, last) for path in part.path_bytes(a, b)]

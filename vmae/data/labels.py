@@ -49,8 +49,7 @@ from vmae.data.manifest import (
     whole,
     write_list,
 )
-from vmae.data.shards.labels import ShardLabels, check_labels
-from vmae.data.shards.source import index_at
+from vmae.data.shards.source import check_labels, index_at
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
 from vmae.settings import CLASSES
@@ -122,17 +121,17 @@ def read_labelled_list(
     """
     index = index_at(path, data_root)
     if index is not None:
-        return LabelledList(
-            index, ShardLabels(index), *check_labels(str(path), index, num_classes, CLASSES.most)
-        )
+        labels = LabelTable(index.columns["labels"], index.columns["label_end"])
+        total = check_labels(str(path), index, num_classes, CLASSES.most)
+        return LabelledList(index, labels, total, labels.several)
     grammar = _labelled_grammar(num_classes, frame_pattern, first_frame)
     check_pattern(frame_pattern, "frame pattern")
     check_root(data_root)
     found = read_long_list(path, grammar, roots_of(path, data_root))
     if found is None:
-        entries, problems, labels = _read_labelled(path, data_root, grammar)
+        entries, problems, own = _read_labelled(path, data_root, grammar)
         raise_problems(path, data_root, problems, len(entries))
-        found = EntryTable.of(entries), LabelTable.of(labels)
+        found = EntryTable.of(entries), LabelTable.of(own)
     table, classes = found
     assert classes is not None
     total = num_classes or classes.distinct()[-1] + 1
@@ -230,7 +229,7 @@ def read_any_list(
     """
     index = index_at(path, data_root)
     if index is not None:
-        labels = [own or None for own in ShardLabels(index)]
+        labels = [own or None for own in LabelTable(index.columns["labels"], index.columns["label_end"])]
         return AnyList(index, labels, any(own is not None for own in labels), [])
     if path_kind(path) == "a folder":
         entries, problems = read_list_with_problems(path, data_root)

@@ -344,9 +344,9 @@ def _seconds(entry: VideoEntry, backend: str) -> float:
 
 
 def _length(entries: Entries[VideoEntry], backend: str, probes: int) -> str:
-    if isinstance(entries, ShardRows):
-        return _length_text(*entries.length(), int(entries.are("video").sum()), entries.images())
     frames, videos = entries.images(), entries.numbers_of("video")
+    if isinstance(entries, ShardRows):
+        return _length_text(*entries.length(), len(videos), frames)
     count = min(probes, len(videos))
     probed = [entries[int(videos[place * len(videos) // count])] for place in range(count)]
     seconds: list[float] = []

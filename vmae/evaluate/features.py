@@ -226,7 +226,7 @@ def embed_videos(
     see `features_of`. Where there are files, a batch holds windows of one video only."""
     chunk = max(_STREAM_BYTES // (12 * math.prod(config.size)), 1)
     entries = [video for video in videos if isinstance(video, VideoEntry)]
-    check_all_frames(entries, "features")
+    check_all_frames(entries, "extraction of features")
     rates: dict[int, float | None] = {}
     files = guarded_streams(functools.partial(_read_frames, config=config), entries, chunk=chunk)
     streams = (
@@ -551,7 +551,7 @@ def find_videos(data: str, data_root: str | None) -> Sequence[VideoEntry]:
     """
     index = index_at(data, data_root)
     if index is not None:
-        check_all_frames(index, "features")
+        check_all_frames(index, "extraction of features")
         return index
     path = Path(data)
     kind = path_kind(path)

@@ -86,7 +86,7 @@ def read_members(read: Read, size: int, tar: str) -> Iterator[Member]:
     """
     headers = _Ahead(read)
     check_tar(headers, size, tar)
-    place, name, common = 0, None, {}
+    place, name, common: dict[str, str] = 0, None, {}
     own: dict[str, str] = {}
     while True:
         about = _header(headers, place, size, tar)
