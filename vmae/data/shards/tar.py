@@ -86,7 +86,8 @@ def read_members(read: Read, size: int, tar: str) -> Iterator[Member]:
     """
     headers = _Ahead(read)
     check_tar(headers, size, tar)
-    place, name, common = 0, None, {}
+    place, name = 0, None
+    common: dict[str, str] = {}
     own: dict[str, str] = {}
     while True:
         about = _header(headers, place, size, tar)
