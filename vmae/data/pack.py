@@ -11,7 +11,9 @@ them: turned or mirrored, without a display matrix. `vmae.data.pack_command` doe
 from __future__ import annotations
 
 import errno
+import hashlib
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +39,15 @@ class PackConfig(_Checked):
         gop: frames from one key frame to the next.
         crf: x264's quality, smaller is better and larger.
         preset: x264's effort.
+        keep_every: 4 stores every fourth frame, for clips whose stride is a multiple of 4; the first one is
+            drawn for each video (`draw_phase`). Only an index of shards tells that frames are left out.
     """
 
     short_side: int = ranged(256, Whole(16, SIDE.most))
     gop: int = ranged(12, Whole(1, 10_000))
     crf: int = ranged(20, Whole(0, 51))
     preset: str = "medium"
+    keep_every: int = ranged(1, Whole(1, 64))
 
     def encoder_options(self) -> dict[str, str]:
         # Against x264's own choice of B pictures, measured on the clips of vmae.synthetic.samples: 2 to 13 %
@@ -71,8 +76,19 @@ def packed_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     return scaled(width), scaled(height)
 
 
-def pack_video(source: str | Path, target: str | Path, config: PackConfig) -> int:
-    """Re-encode one video; `target` is complete or absent. Returns the number of frames.
+def draw_phase(key: str, keep_every: int, frames: int) -> int:
+    """Number of the first frame that is stored of a video of `frames`: drawn from its key, below `keep_every`
+    and `frames`."""
+    digest = hashlib.sha256(f"phase {key}".encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "little") % max(min(keep_every, frames), 1)
+
+
+def pack_video(source: str | Path, target: str | Path, config: PackConfig, key: str = "") -> int:
+    """Re-encode one video; `target` is complete or absent. Returns the number of its frames; where not all
+    are kept, of all of them.
+
+    Args:
+        key: decides which frames are kept, see `draw_phase`.
 
     Raises:
         DecodeError: the video cannot be decoded to its end, or loses frames on the way.
@@ -91,7 +107,8 @@ def pack_video(source: str | Path, target: str | Path, config: PackConfig) -> in
     try:
         with open_video(source, "pyav") as reader, av.open(str(part), "w") as out:
             assert isinstance(reader, PyavReader)
-            frames, expected = _encode(reader, out, config), len(reader)
+            phase, expected = draw_phase(key, config.keep_every, len(reader)), len(reader)
+            frames = _encode(reader, out, config, phase)
         if frames != expected:
             raise DecodeError(f"{source}: cannot be decoded: {frames} of {expected} frames came out")
     except av.FFmpegError as error:
@@ -107,8 +124,8 @@ def pack_video(source: str | Path, target: str | Path, config: PackConfig) -> in
     return frames
 
 
-def _encode(reader: PyavReader, out, config: PackConfig) -> int:
-    """Encode the frames that readers give; returns how many."""
+def _encode(reader: PyavReader, out, config: PackConfig, phase: int) -> int:
+    """Encode the frames that readers give, or some of them; returns how many there are."""
     from av.video.reformatter import VideoReformatter
 
     source, to_yuv = reader.stream, VideoReformatter()
@@ -127,12 +144,14 @@ def _encode(reader: PyavReader, out, config: PackConfig) -> int:
         if frame.pts is None or (last is not None and frame.pts <= last):  # AVI: no times; keep the order
             frame.pts = 0 if last is None else last + max(round(1 / (float(rate) * time_base)), 1)
         last = frame.pts
+        frames += 1
+        if (frames - 1) % config.keep_every != phase:
+            continue
         packed = _convert(
             frame, packed_size(frame.width, frame.height, config.short_side), orientation, to_yuv
         )
         packed.pts, packed.time_base, packed.pict_type = last, time_base, 0
         out.mux(stream.encode(packed))
-        frames += 1
     if first is not None:
         out.mux(stream.encode(None))
     return frames
@@ -140,7 +159,8 @@ def _encode(reader: PyavReader, out, config: PackConfig) -> int:
 
 def _add_stream(out, frame, source, orientation: Orientation, config: PackConfig):
     """The packed stream, with the size that `frame` is shown in, and what its numbers mean."""
-    stream = out.add_stream("libx264", rate=source.average_rate or 25, options=config.encoder_options())
+    rate = Fraction(source.average_rate or 25) / config.keep_every
+    stream = out.add_stream("libx264", rate=rate, options=config.encoder_options())
     width, height = packed_size(frame.width, frame.height, config.short_side)
     stream.width, stream.height = (height, width) if orientation.transpose else (width, height)
     stream.pix_fmt = "yuv420p"

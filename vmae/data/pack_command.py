@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vmae.data.decode import open_video
 from vmae.data.labels import LABELLED, add_labelled_argument, read_any_list
 from vmae.data.manifest import VideoEntry, raise_problems
 from vmae.data.mix import MIX_SUFFIXES, read_data
-from vmae.data.pack import PackConfig, pack_video
+from vmae.data.pack import PackConfig, draw_phase, pack_video
 from vmae.data.pack_gain import report_gain
 from vmae.data.pack_lists import LIST_NAME, merge_list, pack_list, pack_part, pack_place
 from vmae.data.parts import add_part_arguments
@@ -74,6 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--as-is", action="store_true", help="with --shards: store videos unchanged, whatever their format"
     )
     parser.add_argument(
+        "--keep-every",
+        type=limits(PackConfig, "keep_every"),
+        default=PackConfig.keep_every,
+        metavar="N",
+        help="with --shards: store every N-th frame, for clips whose stride is a multiple of N (1: all)",
+    )
+    parser.add_argument(
         "--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)"
     )
     add_part_arguments(parser)
@@ -96,14 +104,24 @@ class _Encode:
     config: PackConfig
 
     def __call__(self, source: str, target: Path, key: str) -> Stored:
-        return Stored(pack_video(source, target, self.config))
+        frames, step = pack_video(source, target, self.config, key), self.config.keep_every
+        if step == 1:
+            return Stored(frames)
+        with open_video(source, "pyav") as original:
+            return Stored(frames, step, draw_phase(key, step, frames), original.fps or 0.0)
 
 
 def run(args: argparse.Namespace) -> int:
     """The command; 1 where a video was left out."""
     if os.environ.get("RANK", "0") != "0":  # of torchrun: one process does it, with workers of its own
         return 0
-    config = PackConfig(short_side=args.short_side, gop=args.gop, crf=args.crf, preset=args.preset)
+    config = PackConfig(
+        short_side=args.short_side,
+        gop=args.gop,
+        crf=args.crf,
+        preset=args.preset,
+        keep_every=args.keep_every,
+    )
     _check_flags(args, config)
     folder = Path(args.output)
     if Path(args.list).is_dir() and folder.resolve().is_relative_to(Path(args.list).resolve()):
@@ -115,9 +133,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_flags(args: argparse.Namespace, config: PackConfig) -> None:
-    for flag, given in (("--shard-size", args.shard_size is not None), ("--as-is", args.as_is)):
+    of_shards = {
+        "--shard-size": args.shard_size is not None,
+        "--as-is": args.as_is,
+        "--keep-every": args.keep_every != 1,
+    }
+    for flag, given in of_shards.items():
         if given and not args.shards:
-            raise InputError(f"{flag} says how shards are written: give --shards too")
+            raise InputError(f"{flag} is for shards, whose index tells what is in them: give --shards too")
     if args.as_is and config != PackConfig():
         raise InputError("--as-is stores videos as they are: it takes no flag that says how they are encoded")
 

@@ -206,7 +206,7 @@ def _claim_folder(folder: Path, config: PackConfig) -> None:
     try:
         if settings.exists():
             before = parse_json(settings.read_text(encoding="utf-8"))
-            if before != asdict(config):
+            if not isinstance(before, dict) or {**asdict(PackConfig()), **before} != asdict(config):
                 raise InputError(
                     f"{folder} was packed with {before}, not {asdict(config)}; choose another folder"
                 )

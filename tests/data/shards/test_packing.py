@@ -101,7 +101,7 @@ def test_what_is_in_it(clips, packed, capsys):
     assert {(entry.width, entry.height) for entry in index if entry.kind == "video"} == {(128, 96)}
     assert index[0].fps == 25 and (index[4].width, index[4].height, index[4].total) == (24, 16, 3)
     assert all(entry.table is not None for entry in index if entry.kind == "video")
-    assert index.settings == {"short_side": 256, "gop": 12, "crf": 20, "preset": "ultrafast"}
+    assert index.settings == {"short_side": 256, "gop": 12, "crf": 20, "preset": "ultrafast", "keep_every": 1}
     (line,) = (packed / "quarantine.jsonl").read_text().splitlines()
     assert os.path.basename(json.loads(line)["path"]) == "bad.mp4"
     report = json.loads((packed / "report.json").read_text())
@@ -296,6 +296,22 @@ def test_videos_go_in_as_they_are(clips, bar_videos, tmp_path, capsys):
     assert "decoding" not in json.loads((out / "report.json").read_text())
     assert main(["pack", str(tmp_path / "list.txt"), str(tmp_path / "x"), "--as-is"]) == 2
     assert main(["pack", str(tmp_path / "list.txt"), str(tmp_path / "x"), "--shard-size", "3"]) == 2
+    assert "give --shards too" in capsys.readouterr().err
+
+
+def test_every_third_frame(clips, packed, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(clips, out, "--keep-every", "3") == 1
+    for entry, whole in zip(read_index(out / "index.vmae"), read_index(packed / "index.vmae"), strict=True):
+        assert (entry.frames, entry.fps, entry.key) == (whole.frames, whole.fps, whole.key)
+        assert (entry.keep_every, entry.phase < 3) == (3 if entry.kind == "video" else 1, True)
+        with open_video(entry) as some, open_video(whole) as all_of_them:
+            assert len(some) == len(all_of_them)
+    with tarfile.open(out / "shard-00000.tar") as tar:
+        about = json.load(tar.extractfile("000000_v_0__.json"))
+    assert (about["frames"], about["keep_every"]) == (3, 3) and 0 <= about["phase"] < 3
+    assert run(clips, packed, "--keep-every", "3") == 2
+    assert main(["pack", str(clips / "list.txt"), str(tmp_path / "x"), "--keep-every", "3"]) == 2
     assert "give --shards too" in capsys.readouterr().err
 
 

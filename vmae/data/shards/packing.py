@@ -60,11 +60,12 @@ _OTHER_SUFFIXES = {
 
 
 class Stored(NamedTuple):
-    """Which frames of a video a packed one has; see `ShardEntry`."""
+    """Which frames of a video a packed one has, see `ShardEntry`; `fps` None where it has all of them."""
 
     frames: int
     keep_every: int = 1
     phase: int = 0
+    fps: float | None = None
 
 
 Encode = Callable[[str, Path, str], Stored]  # (original, file to write, key)
@@ -428,7 +429,7 @@ def _add_sample(tar: TarWriter, job: ShardJob, number: int, made: Made, source: 
         source=source,
         stride=entry.stride,
         frames=stored.frames,
-        fps=facts.fps,
+        fps=facts.fps if stored.fps is None else stored.fps,
         width=facts.width,
         height=facts.height,
         keep_every=stored.keep_every,
