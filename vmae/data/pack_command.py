@@ -20,7 +20,7 @@ from vmae.data.pack_lists import LIST_NAME, merge_list, pack_list, pack_part, pa
 from vmae.data.parts import add_part_arguments
 from vmae.data.quarantine import QUARANTINE_NAME
 from vmae.data.ranks import Ranks
-from vmae.data.shards.index import INDEX_NAME
+from vmae.data.shards.index import INDEX_NAME, is_index
 from vmae.data.shards.packing import ShardJob, Stored, join_shards, pack_shards
 from vmae.data.shards.plan import Origin
 from vmae.errors import InputError
