@@ -197,6 +197,9 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
             return sample_exact_indices(total, self.num_frames, fps / self.fps, rng)
         return sample_exact_indices(total, self.num_frames, stride, rng)
 
+    def _frames_ahead(self, entry: VideoEntry, epoch: int, index: int) -> np.ndarray:
+        return self.pick_frames(entry, entry.total, None, epoch, index)
+
     def pick_crops(
         self, width: int, height: int, epoch: int, index: int, attempt: int = 0
     ) -> list[tuple[CropBox, bool]]:

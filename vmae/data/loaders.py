@@ -13,6 +13,7 @@ from vmae.data.dataset import Batch, EpochSampler, PretrainDataset
 from vmae.data.entry_table import EntryChain, count_paths
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Quarantine
+from vmae.data.shards.entries import ShardError
 from vmae.data.shards.facts import indexes_in, parts_of
 from vmae.data.shards.rows import ShardRows
 from vmae.data.shared_memory import PREFETCH
@@ -34,8 +35,13 @@ class _BatchSource:
         try:
             samples = [self.dataset[key] for key in keys]
             return type(samples[0]).cat(samples)
+        except ShardError as error:
+            return ShardError(str(error))
         except InputError as error:
             return InputError(str(error))
+
+    def ahead(self, keys: list[SampleKey]) -> None:
+        self.dataset.ask_ahead(keys)
 
     def block(self, video: int, reason: str) -> None:
         self.dataset.block(video, reason)
@@ -93,6 +99,11 @@ class PretrainLoader:
             self.close()
             raise
         return batch.pin_memory() if self._pin else batch
+
+    @property
+    def store_s(self) -> float:
+        """Seconds that the workers have waited for object stores so far, together."""
+        return self._iterator.waited_s if isinstance(self._iterator, WorkerPool) else 0.0
 
     def interrupt(self) -> None:
         """End iteration soon, also where another thread waits for a batch."""

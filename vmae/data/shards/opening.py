@@ -9,19 +9,25 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from vmae.data.manifest import VideoEntry
 from vmae.data.readers.frames import FrameFolderReader
 from vmae.data.shards.entries import ShardEntry
-from vmae.data.shards.reading import read_image, read_video
+from vmae.data.shards.reading import read_images, read_video
 from vmae.data.video_reader import DecodeError, VideoReader
 
 
 class StoredFrames(FrameFolderReader):
     """Images of a shard; only those that are wanted are read."""
 
-    def _image(self, index: int) -> tuple[str, io.BytesIO]:
+    def _decode(self, indices: np.ndarray) -> np.ndarray:
         assert isinstance(self._entry, ShardEntry)
-        return f"{self.path}, image {index}", io.BytesIO(read_image(self._entry, index))
+        self._images = read_images(self._entry, indices.tolist())
+        return super()._decode(indices)
+
+    def _image(self, index: int) -> tuple[str, io.BytesIO]:
+        return f"{self.path}, image {index}", io.BytesIO(self._images.pop(index))
 
 
 def open_stored(entry: ShardEntry, open_file: Callable[[VideoEntry], VideoReader]) -> VideoReader:
