@@ -41,7 +41,7 @@ from vmae.data.manifest import (
 )
 from vmae.data.orientation import UPRIGHT, Orientation
 from vmae.data.sampling import sample_frame_indices
-from vmae.data.shards.entries import DamagedShard, ShardEntry, ShardError
+from vmae.data.shards.entries import DamagedShard, ShardEntry
 from vmae.data.shards.index import ShardIndex, write_index
 from vmae.data.shards.opening import stored_file
 from vmae.data.shards.source import is_address
@@ -141,16 +141,13 @@ class _Checker(VideoTask):
         super().__init__()
         self.entries, self.backend = entries, backend
 
-    def __getitem__(self, video: int) -> dict[str, Any] | ShardError:
+    def __getitem__(self, video: int) -> dict[str, Any]:
         entry = self.entries[video]
         if video in self.blocked:
             about = {"path": entry.path, "line": entry.line, "kind": entry.kind}
             return {**about, "error": self.blocked[video], "library": "worker"}
         self.watch(video)
-        try:
-            return check_entry(entry, self.backend)
-        except ShardError as error:  # no video's fault: the check ends
-            return error
+        return check_entry(entry, self.backend)
 
 
 def check_entries(
@@ -172,12 +169,7 @@ def check_entries(
         _Checker(entries, backend), iter(range(len(entries))), count=workers, prefetch=4, hang_s=hang_s
     )
     try:
-        records = []
-        for record in tqdm(pool, total=len(entries), unit="video", disable=None if progress else True):
-            if isinstance(record, ShardError):
-                raise record
-            records.append(record)
-        return records
+        return list(tqdm(pool, total=len(entries), unit="video", disable=None if progress else True))
     finally:
         pool.close()
 
