@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vmae.data.augment import crop_and_resize, sample_crop
+from vmae.data.augment import CropBox, crop_and_resize, sample_crop
 from vmae.data.containers import container_kind
 from vmae.data.decode import DecodeError, find_backends, open_video, video_backends
 from vmae.data.files import Unanswered, ask_files
@@ -71,12 +71,19 @@ def decode_clip(
     Raises:
         DecodeError: see `open_video`.
     """
+    width = height = 0
+
+    def draw(*shape: int) -> CropBox:
+        nonlocal width, height
+        width, height = shape
+        return sample_crop(width, height, size, rng)
+
     find_backends(entry.kind, backend)  # imports the decoders, which is no part of a clip's time
     began = time.perf_counter()
     with open_video(entry, backend) as reader:
-        frames = reader.frames(sample_frame_indices(len(reader), num_frames, entry.stride or stride, rng))
-        height, width = frames.shape[1:3]
-        crop_and_resize(frames, sample_crop(width, height, size, rng), size)
+        indices = sample_frame_indices(len(reader), num_frames, entry.stride or stride, rng)
+        frames = reader.frames(indices, draw)
+        crop_and_resize(frames, CropBox(0, 0, frames.shape[2], frames.shape[1]), size)
         seconds = time.perf_counter() - began
         about = {"library": reader.backend, "frames": len(reader), "fps": reader.fps}
     return {**about, "width": width, "height": height, "clip_s": seconds}

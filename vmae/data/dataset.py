@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from vmae.config import MaskConfig
-from vmae.data.augment import CROPS, CropBox, center_crop, crop_and_resize, image_hw, sample_crop
+from vmae.data.augment import (
+    CROPS,
+    CropBox,
+    bounding_box,
+    center_crop,
+    crop_and_resize,
+    image_hw,
+    sample_crop,
+)
 from vmae.data.batches import pinned
 from vmae.data.decode import open_video
 from vmae.data.guarded import guarded_each
@@ -214,13 +222,22 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
 
     def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
         """uint8 [S, T, H, W, 3]"""
+        picked: list[tuple[CropBox, bool]] = []
+
+        def whole_of_all(width: int, height: int) -> CropBox:
+            picked[:] = self.pick_crops(width, height, epoch, index, attempt)
+            return bounding_box([box for box, _ in picked])
+
         with self._open(entry) as reader:
-            frames = reader.frames(self.pick_frames(entry, len(reader), reader.fps, epoch, index, attempt))
+            indices = self.pick_frames(entry, len(reader), reader.fps, epoch, index, attempt)
+            frames = reader.frames(indices, whole_of_all)
+        from_left, from_top, _, _ = bounding_box([box for box, _ in picked])
         crops = []
-        for box, flip in self.pick_crops(frames.shape[2], frames.shape[1], epoch, index, attempt):
+        for (left, top, width, height), flip in picked:
+            box = CropBox(left - from_left, top - from_top, width, height)
             crop = crop_and_resize(frames, box, self.image_size, resize=self.resize)
             crops.append(crop[:, :, ::-1] if flip else crop)
-        return torch.from_numpy(np.stack(crops))
+        return torch.from_numpy(np.stack(crops) if len(crops) > 1 else np.ascontiguousarray(crops[0])[None])
 
 
 def _decode_first_frame(entry: VideoEntry, backend: str) -> None:
