@@ -29,6 +29,7 @@ from vmae.data.sampling import (
     sample_sparse_indices,
     sparse_view_indices,
 )
+from vmae.data.shards.facts import check_all_frames
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
 from vmae.data.workers import WorkerPool, hang_limit
 from vmae.errors import InputError
@@ -188,6 +189,7 @@ class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
         **options,
     ):
         super().__init__(labelled.entries, num_sample=num_sample, resize=FILTERS[clip.resize], **options)
+        check_all_frames(self.entries, "fine-tuning")
         self.labelled, self.clip, self.augment, self.cycle = labelled, clip, augment, cycle
         self.read_logits = read_logits
 
@@ -293,6 +295,7 @@ class ViewDataset(VideoDataset[VideoEntry, Tensor]):
         super().__init__(
             entries, num_sample=views.segments * views.crops, resize=FILTERS[clip.resize], **options
         )
+        check_all_frames(self.entries, "testing")
         self.clip, self.views = clip, views
 
     def set_watch(self, watch: Callable[[int], None]) -> None:

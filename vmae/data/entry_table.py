@@ -126,6 +126,11 @@ class EntryChain(Entries[EntryT]):
         self._parts: list[Entries[EntryT]] = [part for part in itertools.chain(*flat) if len(part)]
         self._starts = [0, *itertools.accumulate(map(len, self._parts))]
 
+    @property
+    def parts(self) -> Sequence[Entries[EntryT]]:
+        """The sequences, none of them empty and none a chain."""
+        return self._parts
+
     def __len__(self) -> int:
         return self._starts[-1]
 

@@ -50,6 +50,8 @@ from vmae.data.manifest import (
     whole,
     write_list,
 )
+from vmae.data.shards.index import ShardIndex
+from vmae.data.shards.source import check_labels, index_at
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
 from vmae.settings import CLASSES
@@ -106,10 +108,11 @@ def read_labelled_list(
     first_frame: int = 1,
 ) -> LabelledList:
     """Read a labelled list (format: see the module) and check that what it names is there; of a list of
-    20,000 lines or more, a sample (see `vmae.data.long_lists`).
+    20,000 lines or more, a sample (see `vmae.data.long_lists`). Or an index of shards, whose labels are those
+    of the list that was packed.
 
     Args:
-        data_root: see `read_list`.
+        data_root: see `read_list`; of an index, folder or address at which the names of its shards start.
         num_classes: size of the label space; None takes the largest label plus 1.
         frame_pattern: file names of frames where no `#!` line says them; one that is not the default counts
             before the published conventions.
@@ -118,18 +121,30 @@ def read_labelled_list(
     Raises:
         InputError: see `read_list`; a line without a label; a label out of range (with its line).
     """
+    index = index_at(path, data_root)
+    if index is not None:
+        labels = labels_of(index)
+        total = check_labels(str(path), index, num_classes, CLASSES.most)
+        return LabelledList(index, labels, total, labels.several)
     grammar = _labelled_grammar(num_classes, frame_pattern, first_frame)
     check_pattern(frame_pattern, "frame pattern")
     check_root(data_root)
     found = read_long_list(path, grammar, roots_of(path, data_root))
     if found is None:
-        entries, problems, labels = _read_labelled(path, data_root, grammar)
+        entries, problems, own = _read_labelled(path, data_root, grammar)
         raise_problems(path, data_root, problems, len(entries))
-        found = EntryTable.of(entries), LabelTable.of(labels)
+        found = EntryTable.of(entries), LabelTable.of(own)
     table, classes = found
     assert classes is not None
     total = num_classes or classes.distinct()[-1] + 1
     return LabelledList(table, classes, total, classes.several)
+
+
+def labels_of(index: ShardIndex) -> LabelTable:
+    """The classes of the samples of an index."""
+    values, ends = index.columns["labels"], index.columns["label_end"]
+    single = len(values) == len(ends) and np.array_equal(ends, np.arange(1, len(ends) + 1))
+    return LabelTable(values, None if single else ends)
 
 
 _Problems = list[tuple[int, str]]
@@ -211,7 +226,7 @@ class AnyList:
 def read_any_list(
     path: str | Path, data_root: str | Path | None = None, labelled: bool | None = None
 ) -> AnyList:
-    """Read a list of either kind, or a folder, and keep the labels.
+    """Read a list of either kind, a folder, or an index of shards, and keep the labels.
 
     Args:
         data_root: see `read_list`.
@@ -219,8 +234,12 @@ def read_any_list(
             decide).
 
     Raises:
-        InputError: see `read_list_with_problems`.
+        InputError: see `read_list_with_problems` and `index_at`.
     """
+    index = index_at(path, data_root)
+    if index is not None:
+        labels = [own or None for own in labels_of(index)]
+        return AnyList(index, labels, any(own is not None for own in labels), [])
     if path_kind(path) == "a folder":
         entries, problems = read_list_with_problems(path, data_root)
         return AnyList(entries, [None] * len(entries), False, problems)
@@ -233,8 +252,8 @@ def read_any_list(
         table, own, problems = found
         return AnyList(table, _fourth_columns(path, table) if own is None else own, labelled, problems)
     if labelled:
-        entries, problems, labels = _read_labelled(path, data_root, _labelled_grammar(None))
-        return AnyList(entries, list(labels), True, problems)
+        entries, problems, classes = _read_labelled(path, data_root, grammar)
+        return AnyList(entries, list(classes), True, problems)
     entries, problems = read_list_with_problems(path, data_root)
     lines = split_lines(read_text(path))
     return AnyList(

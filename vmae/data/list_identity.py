@@ -5,7 +5,7 @@ Counted is what decides the samples, in order: of each entry its path (relative 
 starts from), kind, images and stride; its labels, or key frame and boxes; of a weighted mix the sizes and
 weights of its sources. Comments, blank lines, the writing of columns, names of sources and the place of the
 root (`--data-root`, the list's folder) don't count, so a folder may be moved. Which files are meant is
-compared, not what is in them.
+compared, not what is in them; of shards, the keys and checksums of the samples, wherever the shards lie.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from vmae.data.entry_table import CHUNK, as_entries
 from vmae.data.mix import Mix, Source
+from vmae.data.shards.facts import indexes_in
 from vmae.data.video_dataset import VideoDataset
 
 BLOCKS = 128  # parts of a list with a hash of their own: a difference is found within so much of it
@@ -26,8 +27,8 @@ BLOCKS = 128  # parts of a list with a hash of their own: a difference is found 
 def identify_list(
     dataset: VideoDataset, root: str | Path = "", *, block: int | None = None
 ) -> dict[str, Any]:
-    """Plain containers: `videos` (their count), `entries` and `labels` (hashes), and `mix` where there is a
-    weighted one.
+    """Plain containers: `videos` (their count), `entries` and `labels` (hashes), `shards` where some lie in
+    shards, and `mix` where there is a weighted one.
 
     Args:
         root: folder that relative paths start from, where the mix's sources have none of their own.
@@ -40,6 +41,8 @@ def identify_list(
         "block": block,
         "entries": _hashes(_entry_lines(dataset, str(root)), videos, block),
     }
+    if indexes_in(dataset.entries):
+        found["shards"] = True
     if type(dataset).describe_labels is not VideoDataset.describe_labels:
         found["labels"] = _hashes(
             lambda first, last: dataset.label_lines(first, last).encode("utf-8", "surrogatepass"),
@@ -101,6 +104,9 @@ def list_changes(
     if all(before.get(key) == now.get(key) for key in keys):
         return []
     changes = []
+    if before.get("shards", False) != now.get("shards", False):
+        kinds = ("files", "shards") if now.get("shards") else ("shards", "files")
+        changes.append("its videos lay in {} then and lie in {} now".format(*kinds))
     if before["videos"] != now["videos"]:
         changes.append(f"{before['videos']} videos then, {now['videos']} now")
     if before["block"] != now["block"]:

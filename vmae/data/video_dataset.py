@@ -16,6 +16,8 @@ from vmae.data.decode import DecodeError, VideoReader, open_video
 from vmae.data.manifest import VideoEntry
 from vmae.data.mix import Mix
 from vmae.data.quarantine import Failure, list_failures
+from vmae.data.shards.entries import ShardEntry
+from vmae.data.shards.reading import ask_ahead
 from vmae.data.video_reader import memory_as_decode_error
 from vmae.errors import InputError
 
@@ -162,6 +164,19 @@ class VideoDataset(Dataset, Generic[EntryT, Decoded]):
         if isinstance(self.data, Mix):
             return self.data.pick(self.seed, epoch, index, len(self))
         return index % len(self.entries), range(len(self.entries))
+
+    def ask_ahead(self, keys: Sequence[SampleKey]) -> None:
+        """Start to read what these samples are made of, as far as it lies in object stores."""
+        for epoch, index in keys:
+            number, _ = self.pick_video(epoch, index)
+            entry = self.entries[number]
+            if number not in self._blocked and isinstance(entry, ShardEntry):
+                frames = self._frames_ahead(entry, epoch, index) if entry.kind == "frames" else None
+                ask_ahead(entry, frames)
+
+    def _frames_ahead(self, entry: EntryT, epoch: int, index: int) -> np.ndarray | None:
+        """Images that a sample takes of a folder of frames; None where a subclass does not say."""
+        return None
 
     def _decode_with_replacement(self, epoch: int, index: int) -> tuple[Decoded, int, list[Failure]]:
         """(what is decoded, number of the entry that it comes from, the failures before it)."""

@@ -17,6 +17,7 @@ from harness.results.kill_runs import KillResult
 from harness.results.lists import ListsResult
 from harness.results.loop import LoopResult
 from harness.results.mask_ablation import MaskResult
+from harness.results.needs import NeedsResult
 from harness.results.operations import OperationsResult
 from harness.results.predict import PredictedKernelsResult, PredictResult
 from harness.results.progressive import ProgressiveResult
@@ -49,6 +50,7 @@ RESULTS: dict[str, type[Result]] = {
     "mask_ablation": MaskResult,
     "temporal": TemporalResult,
     "kill_runs": KillResult,
+    "needs": NeedsResult,
 }
 # Other names: of the README's tables, and of a command before it was renamed.
 ALIASES = {"steps": "dual_vs_encoder", "masks": "mask_ablation", "kernels": "operations"}

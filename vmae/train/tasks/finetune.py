@@ -42,6 +42,7 @@ from vmae.data.labels import (
     read_labelled_list,
 )
 from vmae.data.manifest import VideoEntry
+from vmae.data.shards.facts import contents, indexes_in
 from vmae.data.video_dataset import SampleKey
 from vmae.errors import InputError
 from vmae.model import Classifier, build_classifier
@@ -160,7 +161,9 @@ def _count_classes(args: argparse.Namespace) -> int:
 
 
 def _count_shared(entries: Sequence[VideoEntry], others: Sequence[VideoEntry]) -> int:
-    """How many of `entries` are videos of `others` too."""
+    """How many of `entries` are videos of `others` too: of files by their paths, of shards by content."""
+    if indexes_in(entries) or indexes_in(others):
+        return len(contents(entries) & contents(others))
     paths = Counter(os.path.abspath(entry.path) for entry in entries)
     return sum(paths.pop(os.path.abspath(entry.path), 0) for entry in others)
 
