@@ -33,7 +33,7 @@ from typing import IO, Any
 import numpy as np
 from tqdm import tqdm
 
-from vmae.data.augment import crop_and_resize, sample_crop
+from vmae.data.augment import CropBox, crop_and_resize, sample_crop
 from vmae.data.containers import container_kind
 from vmae.data.decode import DecodeError, find_backends, open_video, video_backends
 from vmae.data.files import Unanswered, ask_files
@@ -54,6 +54,10 @@ from vmae.data.part_folder import PartFolder, Records
 from vmae.data.parts import add_part_arguments
 from vmae.data.ranks import Ranks, open_ranks
 from vmae.data.sampling import sample_frame_indices
+from vmae.data.shards.entries import DamagedShard, ShardEntry, ShardError
+from vmae.data.shards.index import ShardIndex, write_index
+from vmae.data.shards.opening import stored_file
+from vmae.data.shards.source import is_address
 from vmae.data.video_reader import memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
@@ -83,12 +87,19 @@ def decode_clip(
     Raises:
         DecodeError: see `open_video`.
     """
+    width = height = 0
+
+    def draw(*shape: int) -> CropBox:
+        nonlocal width, height
+        width, height = shape
+        return sample_crop(width, height, size, rng)
+
     find_backends(entry.kind, backend)  # imports the decoders, which is no part of a clip's time
     began = time.perf_counter()
     with open_video(entry, backend) as reader:
-        frames = reader.frames(sample_frame_indices(len(reader), num_frames, entry.stride or stride, rng))
-        height, width = frames.shape[1:3]
-        crop_and_resize(frames, sample_crop(width, height, size, rng), size)
+        indices = sample_frame_indices(len(reader), num_frames, entry.stride or stride, rng)
+        frames = reader.frames(indices, draw)
+        crop_and_resize(frames, CropBox(0, 0, frames.shape[2], frames.shape[1]), size)
         seconds = time.perf_counter() - began
         about = {"library": reader.backend, "frames": len(reader), "fps": reader.fps}
     return {**about, "width": width, "height": height, "clip_s": seconds}
@@ -126,16 +137,24 @@ def check_entry(entry: VideoEntry, backend: str = "auto") -> dict[str, Any]:
     try:
         with memory_as_decode_error(entry.path):
             record |= decode_clip(entry, np.random.default_rng(entry.line), backend=backend)
+            if entry.kind == "video":
+                record |= _about_file(entry)
     except DecodeError as error:
         return record | {"error": str(error), "library": error.library}
-    if entry.kind == "video":
-        record |= {
-            "bytes": os.path.getsize(entry.path),
-            "container": container_kind(entry.path),
-            **inspect_stream(entry.path),
-        }
+    except DamagedShard as error:  # here it is what is looked for
+        return record | {"error": str(error), "library": None}
     record["seconds"] = record["frames"] / record["fps"] if record["fps"] else None
     return record
+
+
+def _about_file(entry: VideoEntry) -> dict[str, Any]:
+    """What a video's file is, beside its frames."""
+    if isinstance(entry, ShardEntry):
+        with stored_file(entry) as path:
+            kind, stream = container_kind(path), inspect_stream(path)
+        return {"bytes": entry.video.length, "container": kind, **stream}
+    kind, stream = container_kind(entry.path), inspect_stream(entry.path)
+    return {"bytes": os.path.getsize(entry.path), "container": kind, **stream}
 
 
 class _Checker(VideoTask):
@@ -145,13 +164,16 @@ class _Checker(VideoTask):
         super().__init__()
         self.entries, self.backend = entries, backend
 
-    def __getitem__(self, video: int) -> dict[str, Any]:
+    def __getitem__(self, video: int) -> dict[str, Any] | ShardError:
         entry = self.entries[video]
         if video in self.blocked:
             about = {"path": entry.path, "line": entry.line, "kind": entry.kind}
             return {**about, "error": self.blocked[video], "library": "worker"}
         self.watch(video)
-        return check_entry(entry, self.backend)
+        try:
+            return check_entry(entry, self.backend)
+        except ShardError as error:  # no video's fault: the check ends
+            return error
 
 
 def check_entries(
@@ -188,7 +210,10 @@ def check_each(
     pool = WorkerPool(_Checker(entries, backend), iter(numbers), count=workers, prefetch=4, hang_s=hang_s)
     try:
         bar = tqdm(pool, total=len(numbers), unit="video", disable=None if progress else True)
-        yield from zip(numbers, bar)
+        for number, record in zip(numbers, bar):
+            if isinstance(record, ShardError):
+                raise record
+            yield number, record
     finally:
         pool.close()
 
@@ -329,11 +354,16 @@ def _notes(good: Sequence[dict[str, Any]]) -> list[str]:
 def write_clean_list(
     source: Path, target: Path, found: AnyList, bad_lines: set[int], data_root: str | None = None
 ) -> None:
-    """The list's text without the lines of bad videos; a folder's good videos as a list.
+    """The list's text without the lines of bad videos; a folder's good videos as a list, an index of the good
+    ones.
 
     Relative paths that start from the list's own folder become absolute ones: the new list is in another
     folder.
     """
+    if isinstance(found.entries, ShardIndex):
+        numbers = range(len(found.entries))
+        write_index(target, found.entries.chosen([n for n in numbers if n + 1 not in bad_lines]))
+        return
     if source.is_dir():
         write_list(target, [entry for entry in found.entries if entry.line not in bad_lines])
         return
@@ -375,7 +405,7 @@ def _write_lines(file: IO, lines: list[str]) -> None:
 
 
 def write_report(
-    folder: Path, source: Path, settings: dict[str, Any], records: Sequence[dict[str, Any]]
+    folder: Path, source: str | Path, settings: dict[str, Any], records: Sequence[dict[str, Any]]
 ) -> None:
     """Write what was found, and apart from it what took how long."""
     videos = [{name: value for name, value in record.items() if name != "clip_s"} for record in records]
@@ -391,7 +421,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "list",
         metavar="LIST",
-        help="list of videos and frame folders, labelled or not, or a folder of videos",
+        help="list of videos and frame folders, labelled or not, a folder of videos, or an index of shards",
     )
     parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
     add_labelled_argument(parser)
@@ -411,9 +441,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; 1 where a video is bad."""
+    if is_address(args.list) and not args.output:
+        raise InputError(f"{args.list} lies in a store: --output DIR says where the report goes")
     with open_ranks() as ranks:
         source = Path(args.list)
-        found = _read_with_advice(source, args.data_root, LABELLED[args.labelled], ranks.is_main)
+        found = _read_with_advice(args.list, args.data_root, LABELLED[args.labelled], ranks.is_main)
         if source.is_dir():  # before hours of reading
             for entry in found.entries:
                 check_listable(os.path.abspath(entry.path))
@@ -493,22 +525,24 @@ def _end(
         every += [{**missing, "line": line, "error": problem} for line, problem in found.problems]
         every.sort(key=lambda record: record["line"])
     bad = [record for record in every if record["error"]]
+    clean = "clean.vmae" if isinstance(found.entries, ShardIndex) else "clean.txt"
     if place.part.whole:
         try:
-            write_report(place.folder, source, about, every)
+            write_report(place.folder, args.list, about, every)
             bad_lines = {record["line"] for record in bad}
-            write_clean_list(source, place.folder / "clean.txt", found, bad_lines, args.data_root)
+            write_clean_list(source, place.folder / clean, found, bad_lines, args.data_root)
         except OSError as error:
             raise InputError(f"cannot write the report to {str(place.folder)!r}: {error.strerror}") from None
         records.clear()  # files may be mended: the next check reads them again
     print("\n".join(summarise(every)))
     for record in bad[:10]:
-        print(f"bad: {'' if source.is_dir() else 'line {line}: '.format(**record)}{record['error']}")
+        line = f"line {record['line']}: " if clean == "clean.txt" and not source.is_dir() else ""
+        print(f"bad: {line}{record['error']}")
     if len(bad) > 10:
         print(f"bad: {len(bad) - 10} more")
     if place.part.whole:
         kept = len(every) - len(bad)
-        print(f"{REPORT}, histogram.png and clean.txt ({kept} videos) are in {place.folder}")
+        print(f"{REPORT}, histogram.png and {clean} ({kept} videos) are in {place.folder}")
     else:
         print(f"part {place.part} is done: {place.own}")
     return 1 if bad else 0
@@ -548,7 +582,9 @@ def _report_folder(source: Path) -> Path:
     return source.with_name(f"{source.stem}-check")
 
 
-def _read_with_advice(source: Path, data_root: str | None, labelled: bool | None, show: bool) -> AnyList:
+def _read_with_advice(
+    source: str | Path, data_root: str | None, labelled: bool | None, show: bool
+) -> AnyList:
     """The list; prints (`show`), or raises with, what is likely wrong with it."""
     try:
         found = read_any_list(source, data_root, labelled)

@@ -42,6 +42,8 @@ from vmae.data.manifest import VideoEntry, read_list
 from vmae.data.part_folder import PartFolder
 from vmae.data.parts import add_part_arguments
 from vmae.data.ranks import PATIENCE
+from vmae.data.shards.facts import check_all_frames
+from vmae.data.shards.source import index_at
 from vmae.data.video_files import is_video
 from vmae.errors import InputError
 from vmae.evaluate.views import NO_NUMBERS
@@ -224,6 +226,7 @@ def embed_videos(
     see `features_of`. Where there are files, a batch holds windows of one video only."""
     chunk = max(_STREAM_BYTES // (12 * math.prod(config.size)), 1)
     entries = [video for video in videos if isinstance(video, VideoEntry)]
+    check_all_frames(entries, "extraction of features")
     rates: dict[int, float | None] = {}
     files = guarded_streams(functools.partial(_read_frames, config=config), entries, chunk=chunk)
     streams = (
@@ -393,7 +396,11 @@ def _features(model: Classifier, clips: Tensor, config: WindowConfig, embedded: 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("data", metavar="LIST|DIR|VIDEO", help="a list of videos, a folder of them, or one")
+    parser.add_argument(
+        "data",
+        metavar="LIST|DIR|VIDEO",
+        help="a list of videos, an index of shards, a folder of videos, or one",
+    )
     parser.add_argument("--data-root", metavar="DIR", help="folder at which the list's relative paths start")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the features, NAME.npy for each video"
@@ -535,12 +542,17 @@ def extract_all(
     return failed
 
 
-def find_videos(data: str, data_root: str | None) -> list[VideoEntry]:
-    """Entries of a list, of a folder of videos (by suffix, see `vmae.data.video_files`), or of one video.
+def find_videos(data: str, data_root: str | None) -> Sequence[VideoEntry]:
+    """Entries of a list, of an index of shards, of a folder of videos (by suffix, see
+    `vmae.data.video_files`), or of one video.
 
     Raises:
-        InputError: there is no video; see also `read_list`.
+        InputError: there is no video; see also `read_list` and `index_at`.
     """
+    index = index_at(data, data_root)
+    if index is not None:
+        check_all_frames(index, "extraction of features")
+        return index
     path = Path(data)
     kind = path_kind(path)
     if is_video(path) and kind != "a folder":
