@@ -104,8 +104,11 @@ class PartFolder:
         if not self.part.whole:
             ranks.on_main(lambda: (refuse_if_locked(self.folder), None)[1])
             what = f"part {self.part} of {self.what}"
-        with _ends_by_sigterm(), ranks.hold(self.own, what):
-            yield
+        with _ends_by_sigterm():
+            with ranks.hold(self.own, what):
+                yield
+            # A rank that ends with 1 makes torchrun stop the others: the lock must be gone before.
+            ranks.barrier()
 
     def _check_count(self) -> None:
         found = self.found()
