@@ -74,11 +74,10 @@ def test_only_parts_are_joined_and_removed(place, tmp_path):
             write(records_of(part), *part.share(5))
         if number == 1:
             with pytest.raises(InputError, match="2 of 5 items are missing .* 2/2 .2 items, not started"):
-                records_of(part).check_complete(5, "items")
+                records_of(part).join(5, "items")
     whole = records_of(place(1, 1))
     with place(1, 1).hold(Ranks(), merge=True):
-        whole.check_complete(5, "items")
-        assert [record["item"] for record in whole.join()] == list(range(5))
+        assert [record["item"] for record in whole.join(5, "items")] == list(range(5))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["items.jsonl", "parts", "test.json"]
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["01-of-4", "mine"]
 
@@ -87,13 +86,13 @@ def test_a_merge_that_was_stopped_goes_on(place, tmp_path, monkeypatch):
     """After the records were joined, before the parts were removed."""
     part = place(1, 2)
     with part.hold(Ranks()):
-        write(records_of(part), 0, 2)
+        write(records_of(part), 0, 2, 1)
     monkeypatch.setattr(PartFolder, "remove_parts", lambda self: None)
     whole = records_of(place(1, 1))
-    assert whole.join() == whole.join() == [{"item": 0}, {"item": 2}]
+    assert whole.join(3, "items") == whole.join(3, "items") == [{"item": 0}, {"item": 1}, {"item": 2}]
     monkeypatch.undo()
-    assert whole.join() == [{"item": 0}, {"item": 2}] and not part.own.exists()
-    assert (tmp_path / "items.jsonl").read_text() == '{"item": 0}\n{"item": 2}\n'
+    assert len(whole.join(3, "items")) == 3 and not part.own.exists()
+    assert (tmp_path / "items.jsonl").read_text() == '{"item": 0}\n{"item": 1}\n{"item": 2}\n'
 
 
 def test_parts_of_something_else(place, tmp_path):

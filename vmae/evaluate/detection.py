@@ -401,8 +401,7 @@ def score_frames(
         _check_header(place.folder, about)
         place.settle(about)
         if merge:
-            records.check_complete(len(frames), "key frames")
-            records.join()
+            records.join(len(frames), "key frames")
         records.collect()
         return {record["frame"]: "error" not in record for record in records.read()}
 
