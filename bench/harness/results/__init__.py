@@ -14,6 +14,7 @@ from harness.results.features import FeaturesResult
 from harness.results.gpu import GpuResult
 from harness.results.kernel_scores import KernelScoresResult
 from harness.results.kill_runs import KillResult
+from harness.results.lists import ListsResult
 from harness.results.loop import LoopResult
 from harness.results.mask_ablation import MaskResult
 from harness.results.needs import NeedsResult
@@ -39,6 +40,7 @@ RESULTS: dict[str, type[Result]] = {
     "predicted_kernels": PredictedKernelsResult,
     "features": FeaturesResult,
     "loop": LoopResult,
+    "lists": ListsResult,
     "training_run": TrainingResult,
     "device_tests": DeviceTestsResult,
     "sanitize": SanitizerResult,
