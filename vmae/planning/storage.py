@@ -218,10 +218,12 @@ def storage_lines(found: StoragePlan, storage: Storage, gpus: int) -> list[str]:
             f"decoding: {found.cores:,.1f} cores at {found.videos_per_core:.3g} videos/s each, "
             f"{found.gpu_cores:.3g} a GPU",
         ]
+    seconds = found.checkpoint_bytes / 1e9
+    lines.append(f"checkpoint: {_giga(found.checkpoint_bytes)}, {seconds:.3g} s for a disk of 1 GB/s")
     if found.month_price is not None:
-        lines.append(f"keeping: {found.month_price:,.0f} a month")
+        lines.append(f"keeping the shards: {found.month_price:,.0f} a month")
     if found.epoch_price is not None:
-        lines.append(f"reading once: {found.epoch_price:,.0f} an epoch")
+        lines.append(f"reading them: {found.epoch_price:,.0f} an epoch")
     return lines
 
 
