@@ -117,10 +117,10 @@ def test_pixels_are_those_of_packed_files(clips, packed, tmp_path):
     index = read_index(packed / "index.vmae")
     files = sorted(tmp_path.glob("videos/*/*.mp4"))
     for file, entry in zip(files, [entry for entry in index if entry.kind == "video"], strict=True):
-        with open_video(file) as plain, open_video(entry) as stored:
+        with open_video(file, "pyav") as plain, open_video(entry, "pyav") as stored:
             assert len(plain) == len(stored)
             assert np.array_equal(plain.frames([0, 2]), stored.frames([0, 2]))
-    with open_video(index[4]) as stored, Image.open(clips / "frames" / "img_00002.jpg") as image:
+    with open_video(index[4], "pyav") as stored, Image.open(clips / "frames" / "img_00002.jpg") as image:
         assert np.array_equal(stored.frames([1])[0], np.asarray(image))
 
 
@@ -290,7 +290,7 @@ def test_videos_go_in_as_they_are(clips, bar_videos, tmp_path, capsys):
         with open(entry.shard.name, "rb") as file:
             file.seek(entry.video.offset)
             assert file.read(entry.video.length) == bar_videos[name].read_bytes()
-        with open_video(entry) as stored, open_video(bar_videos[name]) as plain:
+        with open_video(entry, "pyav") as stored, open_video(bar_videos[name], "pyav") as plain:
             assert len(stored) == len(plain) == entry.frames
     assert "decoding" not in json.loads((out / "report.json").read_text())
     assert main(["pack", str(tmp_path / "list.txt"), str(tmp_path / "x"), "--as-is"]) == 2
@@ -304,7 +304,7 @@ def test_every_third_frame(clips, packed, tmp_path, capsys):
     for entry, whole in zip(read_index(out / "index.vmae"), read_index(packed / "index.vmae"), strict=True):
         assert (entry.frames, entry.fps, entry.key) == (whole.frames, whole.fps, whole.key)
         assert (entry.keep_every, entry.phase < 3) == (3 if entry.kind == "video" else 1, True)
-        with open_video(entry) as some, open_video(whole) as all_of_them:
+        with open_video(entry, "pyav") as some, open_video(whole, "pyav") as all_of_them:
             assert len(some) == len(all_of_them)
     with tarfile.open(out / "shard-00000.tar") as tar:
         about = json.load(tar.extractfile("000000_v_0__.json"))

@@ -1,0 +1,254 @@
+"""What a tar file holds, as an index tells it: in the workers of `vmae index`."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vmae.data.quarantine import Failure
+from vmae.data.shards.entries import Place, Shard, ShardEntry
+from vmae.data.shards.groups import Group, group_members
+from vmae.data.shards.index import FRAMES, Sample
+from vmae.data.shards.look import Facts, look_at
+from vmae.data.shards.packets import PacketTable
+from vmae.data.shards.reading import read_range
+from vmae.data.shards.tar import Member, read_members
+from vmae.data.video_reader import DecodeError, memory_as_decode_error
+from vmae.data.workers import VideoTask
+from vmae.errors import InputError
+from vmae.files.json_files import parse_json
+from vmae.settings import CLASSES, STRIDE, Real, Whole
+
+_MOST_TEXT = 1 << 20  # bytes of a member with a label that are read
+_LABEL_KEYS = ("label", "labels", "cls")
+_LABEL, _COUNT, _STEP = Whole(0, CLASSES.most - 1), Whole(1, 2**31), Whole(0, 2**16 - 1)
+_FPS = Real(above=0, most=10**6)
+_COUNTS = ("frames", "width", "height")
+
+
+class Task(NamedTuple):
+    """A group of members to look at.
+
+    Attributes:
+        number: of the group, among all.
+        shard: number of the tar.
+        group: its members; or what is wrong with the tar, from here on.
+    """
+
+    number: int
+    shard: int
+    group: Group | str
+
+
+class Scanned(NamedTuple):
+    """What became of a group.
+
+    Attributes:
+        shard: number of the tar.
+        sample: what the index tells of it; None where it is no video, or a bad one.
+        failure: why a video is left out.
+        skipped: kinds of members that are no part of a video.
+        odd_label: whether it has a label that is no class's number.
+        fault: what is wrong with the tar, so that there is no index of it.
+    """
+
+    shard: int
+    sample: Sample | None = None
+    failure: Failure | None = None
+    skipped: Sequence[str] = ()
+    odd_label: bool = False
+    fault: str | None = None
+
+
+def scan_groups(shards: Sequence[tuple[int, Shard]], skipped: Counter[str]) -> Iterator[Task]:
+    """The samples of tar files, in order; only headers are read.
+
+    What `read_members` and `group_members` raise comes in its turn: the tars before it get their index.
+
+    Args:
+        shards: with their numbers.
+    """
+    number = 0
+    for place, shard in shards:
+
+        def read(offset: int, length: int, shard: Shard = shard) -> bytes:
+            length = min(length, shard.size - offset)
+            return read_range(shard, offset, length) if length > 0 else b""
+
+        try:
+            for group in group_members(read_members(read, shard.size, shard.name), shard.name, skipped):
+                yield Task(number, place, group)
+                number += 1
+        except InputError as error:
+            yield Task(number, place, str(error))
+            return
+
+
+class Scanner(VideoTask):
+    """What runs in the workers: reads a sample's members, and opens its video.
+
+    Args:
+        shards: all tars.
+        look: open videos; else `KEY.json` is believed.
+    """
+
+    def __init__(self, shards: Sequence[Shard], *, look: bool) -> None:
+        super().__init__()
+        self.shards, self.look = shards, look
+
+    def __getitem__(self, task: Task) -> Scanned:
+        number, place, group = task
+        shard = self.shards[place]
+        if isinstance(group, str):
+            return Scanned(place, fault=group)
+        try:
+            video, images = group.video(shard.name), group.images()
+            if video is None and len(images) < (1 if any("." in name for name in group.members) else 2):
+                return Scanned(place, skipped=[_kind(name) for name in group.members])
+            sample, about, odd = self._describe(place, group, video, images)
+            path = f"{shard.name}/{group.key}{sample.suffix}"
+            if number in self.blocked:
+                return Scanned(place, failure=Failure(path, self.blocked[number], "worker"))
+            self.watch(number)
+            try:
+                with memory_as_decode_error(path):
+                    sample = self._facts(sample, shard, about, path)
+            except DecodeError as error:
+                return Scanned(place, failure=Failure(path, str(error), error.library))
+            return Scanned(place, sample, None, _rest(group, sample), odd)
+        except InputError as error:
+            return Scanned(place, fault=str(error))
+
+    def _describe(
+        self, place: int, group: Group, video: tuple[str, Member] | None, images: list[tuple[str, Member]]
+    ) -> tuple[Sample, dict[str, Any], bool]:
+        """(sample without facts, content of `KEY.json`, whether its label is no number)."""
+        shard = self.shards[place]
+        name = video[0][1:] if video else ""
+        about = _parse(self._text(shard, group.text("json", name)))
+        labels, odd = _labels(about, self._text(shard, group.text("cls", name)), shard.name, group.key)
+        stride = about.get("stride")
+        sample = Sample(
+            key=group.key,
+            shard=0,
+            video=Place(0, 0, 0),
+            labels=labels,
+            source=about["source"] if isinstance(about.get("source"), str) else "",
+            stride=stride if STRIDE.allows(stride) else None,
+        )
+        if video is not None:
+            suffix, member = video
+            table = group.members.get("packets")
+            if table and table.offset < member.offset and _is_table(self._text(shard, table)):
+                sample = replace(sample, table=(table.offset, table.length))
+            return replace(sample, suffix=suffix, video=_place(shard, member)), about, odd
+        places = [_place(shard, member) for _, member in images]
+        first = min(one.offset for one in places)
+        span = Place(first, max(one.offset + one.length for one in places) - first, 0)
+        return replace(sample, suffix=FRAMES, video=span, images=places), about, odd
+
+    def _facts(self, sample: Sample, shard: Shard, about: dict[str, Any], path: str) -> Sample:
+        """The sample with frames, frames a second and size."""
+        known = {name: about[name] for name in _COUNTS if _COUNT.allows(about.get(name))}
+        fps: Any = about.get("fps")
+        step, phase = (
+            int(about[name]) if _STEP.allows(about.get(name)) else 0 for name in ("keep_every", "phase")
+        )
+        frames, width, height = (known.get(name, 0) for name in _COUNTS)
+        facts = Facts(frames, float(fps or 0) if _FPS.allows(fps) else 0.0, width, height)
+        kept = 0
+        if sample.suffix != FRAMES and step:
+            kept = len(range(phase, facts.frames, step))
+        if self.look:
+            found = look_at(_entry(sample, shard, path))
+            if kept != found.frames:
+                kept, facts = 0, found
+        elif sample.suffix == FRAMES:
+            facts = facts._replace(frames=len(sample.images))
+        if kept:
+            sample = replace(sample, keep_every=step, phase=phase)
+        return replace(sample, **facts._asdict())
+
+    def _text(self, shard: Shard, member: Member | None) -> bytes:
+        if member is None or not 0 < member.length <= _MOST_TEXT:
+            return b""
+        return read_range(shard, member.offset, member.length)
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    """The content of `KEY.json`; empty where it holds something else."""
+    try:
+        found = parse_json(text.decode("utf-8")) if text else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_table(content: bytes) -> bool:
+    """Whether a member of that name is a packet table."""
+    try:
+        PacketTable.read(content)
+    except ValueError:
+        return False
+    return True
+
+
+def _place(shard: Shard, member: Member) -> Place:
+    if not member.length:
+        return Place(member.offset, 0, 0)
+    return Place(member.offset, member.length, zlib.crc32(read_range(shard, member.offset, member.length)))
+
+
+def _entry(sample: Sample, shard: Shard, path: str) -> ShardEntry:
+    """The entry of a sample of which nothing else is known."""
+    images = None
+    if sample.suffix == FRAMES:
+        images = np.array(sample.images, np.int64).reshape(-1, 3)
+    return ShardEntry(
+        path,
+        "video" if images is None else "frames",
+        total=-1 if images is None else len(images),
+        key=sample.key,
+        shard=shard,
+        video=sample.video,
+        images=images,
+    )
+
+
+def _labels(about: dict[str, Any], text: bytes, tar: str, key: str) -> tuple[tuple[int, ...], bool]:
+    """(classes, whether there is a label that is none).
+
+    Raises:
+        InputError: a number that no class has.
+    """
+    given = next((about[name] for name in _LABEL_KEYS if about.get(name) is not None), None)
+    if given is None and text.strip():
+        words = text.decode("utf-8", "replace").strip().split(";")
+        given = [int(word) if word.strip().lstrip("+-").isdecimal() else word for word in words]
+    if given is None:
+        return (), False
+    own = given if isinstance(given, list) else [given]
+    if not all(isinstance(label, int) and not isinstance(label, bool) for label in own):
+        return (), True
+    wrong = next((label for label in own if not _LABEL.allows(label)), None)
+    if wrong is not None:
+        raise InputError(f"tar {tar}: label {wrong} of {key!r} is out of range; labels are {_LABEL}")
+    return tuple(dict.fromkeys(own)), False
+
+
+def _rest(group: Group, sample: Sample) -> list[str]:
+    """Kinds of a video's members that the index does not use."""
+    used = {place.offset for place in sample.images} or {sample.video.offset}
+    used |= {sample.table[0]} if sample.table[1] else set()
+    read = {member.offset for kind in ("json", "cls") if (member := group.text(kind, sample.suffix[1:]))}
+    return [_kind(name) for name, member in group.members.items() if member.offset not in used | read]
+
+
+def _kind(name: str) -> str:
+    return os.path.splitext("x." + name)[1]
