@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except BrokenPipeError:
         if not _reader_is_gone():
             raise

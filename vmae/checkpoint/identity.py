@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from vmae.data.entry_table import CHUNK
 from vmae.data.manifest import VideoEntry
+from vmae.data.shards.entries import ShardEntry
+from vmae.data.shards.rows import entry_identity
 from vmae.model import Classifier
 
 
@@ -54,7 +57,10 @@ def model_identity(model: Classifier, *, without: tuple[str, ...] = ()) -> dict[
 
 
 def frames_identity(entry: VideoEntry) -> list[Any]:
-    """The frames of an entry: its absolute path, and for a folder of images which of them."""
+    """The frames of an entry: its absolute path, and for a folder of images which of them; of one in a shard,
+    its key and checksum, wherever the shard lies."""
+    if isinstance(entry, ShardEntry):
+        return entry_identity(entry)
     images = [] if entry.kind == "video" else [entry.start, entry.total, entry.pattern]
     return [os.path.abspath(entry.path), *images]
 
@@ -65,5 +71,21 @@ def content_hash(content: Any) -> str:
 
 
 def list_hash(entries: Sequence[VideoEntry], labels: Sequence[tuple[int, ...]] | None = None) -> str:
-    """SHA-256 of a list's content, in its order; the list's own path does not count."""
-    return content_hash([[[entry.stride, *frames_identity(entry)] for entry in entries], labels])
+    """SHA-256 of a list's content, in its order; the list's own path does not count.
+
+    It is `content_hash` of [[[stride, frames' identity] of each entry], labels], made in parts.
+    """
+    total = hashlib.sha256(b"[[")
+    for first in range(0, len(entries), CHUNK):
+        part = [[entry.stride, *frames_identity(entry)] for entry in entries[first : first + CHUNK]]
+        total.update((", " * (first > 0) + json.dumps(part)[1:-1]).encode())
+    total.update(b"], ")
+    if labels is None:
+        total.update(b"null]")
+        return total.hexdigest()
+    total.update(b"[")
+    for first in range(0, len(labels), CHUNK):
+        text = json.dumps(list(labels[first : first + CHUNK]))[1:-1]
+        total.update((", " * (first > 0) + text).encode())
+    total.update(b"]]")
+    return total.hexdigest()

@@ -20,7 +20,7 @@ from vmae.data.pack_lists import LIST_NAME, merge_list, pack_list, pack_part, pa
 from vmae.data.parts import add_part_arguments
 from vmae.data.quarantine import QUARANTINE_NAME
 from vmae.data.ranks import Ranks
-from vmae.data.shards.index import INDEX_NAME
+from vmae.data.shards.index import INDEX_NAME, is_index
 from vmae.data.shards.packing import ShardJob, Stored, join_shards, pack_shards
 from vmae.data.shards.plan import Origin
 from vmae.errors import InputError
@@ -124,6 +124,10 @@ def run(args: argparse.Namespace) -> int:
     )
     _check_flags(args, config)
     folder = Path(args.output)
+    if is_index(args.list):
+        raise InputError(
+            f"{args.list} is an index: its videos are packed already; give the list that they came from"
+        )
     if Path(args.list).is_dir() and folder.resolve().is_relative_to(Path(args.list).resolve()):
         raise InputError(
             f"{folder} is inside {args.list}, so its videos would be packed next time; choose another folder"

@@ -28,7 +28,7 @@ from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 from vmae.files.folder_lock import refuse_if_locked
 from vmae.files.json_files import read_json, read_json_lines
-from vmae.files.settled import check_same, settle
+from vmae.files.settled import check_same, differences, settle
 
 PARTS = "parts"
 Record = dict[str, Any]
@@ -115,6 +115,11 @@ class PartFolder:
                 f"{self.part}: go on with --part i/{other}, join them with --merge, or choose another "
                 "--output"
             )
+
+    def is_of(self, decides: dict[str, Any]) -> bool:
+        """Whether what the folder holds, if anything, is of this result; see `settle`."""
+        path = self.folder / self.settings
+        return not path.exists() or not differences(read_json(path, "settings file"), decides)
 
     def settle(self, decides: dict[str, Any], of_parts: dict[str, Any] | None = None, **noted: Any) -> None:
         """Make the folder that of this result, or check that it is; see `vmae.files.settled`.
@@ -249,6 +254,12 @@ class Records:
         """Raises InputError where items of the whole job are missing; see `PartFolder.check_complete`."""
         found = self._read(self.place.folder, *self.place.folders())
         self.place.check_complete(items, {record[self.key] for record in found}, unit)
+
+    def clear(self) -> None:
+        """Remove all records of the whole job, and what they depend on."""
+        for path in (self.place.folder / self.name, *self.place.folder.glob(self.ranks.format("*"))):
+            path.unlink(missing_ok=True)
+        (self.place.folder / self.place.settings).unlink(missing_ok=True)
 
     def join(self) -> list[Record]:
         """All records; those of the parts are moved to the folder of the whole job."""

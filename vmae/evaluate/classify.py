@@ -36,6 +36,7 @@ from vmae.data.part_folder import PartFolder, Records
 from vmae.data.parts import WHOLE, Part, add_part_arguments
 from vmae.data.quarantine import Failure
 from vmae.data.ranks import PATIENCE
+from vmae.data.shards.rows import result_name
 from vmae.errors import InputError
 from vmae.evaluate.scores import TOP, Record, class_table, confusion, draw_confusion, score, write_table
 from vmae.evaluate.views import named, view_probabilities
@@ -359,7 +360,7 @@ def write_share(
     with _records(_place(folder, WHOLE)).writer(rank) as write:
         videos = dataset.read(own, workers)
         for video, clips in tqdm(videos, total=len(own), unit="video", disable=hide_bar):
-            path = labelled.entries[video].path
+            path = result_name(labelled.entries[video])
             record: Record = {"video": video, "path": path, "labels": labelled.labels[video]}
             try:
                 if isinstance(clips, Failure):

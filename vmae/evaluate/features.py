@@ -42,6 +42,8 @@ from vmae.data.manifest import VideoEntry, read_list
 from vmae.data.part_folder import PartFolder
 from vmae.data.parts import add_part_arguments
 from vmae.data.ranks import PATIENCE
+from vmae.data.shards.facts import check_all_frames
+from vmae.data.shards.source import index_at
 from vmae.data.video_files import is_video
 from vmae.errors import InputError
 from vmae.evaluate.views import NO_NUMBERS
@@ -208,7 +210,7 @@ def extract_videos(
 ) -> Iterator[np.ndarray | DecodeError]:
     """Features of each video, float32 [windows, D], in order; or its error. A worker process decodes ahead,
     and a batch holds windows of one video; see `features_of`."""
-    for found in embed_videos(model, entries, config, batch_size=batch_size, device=device, apart=True):
+    for found in embed_videos(model, entries, config, batch_size=batch_size, device=device):
         yield found if isinstance(found, DecodeError) else found.features
 
 
@@ -219,12 +221,12 @@ def embed_videos(
     *,
     batch_size: int,
     device: torch.device,
-    apart: bool = False,
 ) -> Iterator[VideoFeatures | DecodeError]:
     """Features of the windows of each video, in order; or its error. A worker process decodes files ahead;
-    see `features_of`."""
+    see `features_of`. Where there are files, a batch holds windows of one video only."""
     chunk = max(_STREAM_BYTES // (12 * math.prod(config.size)), 1)
     entries = [video for video in videos if isinstance(video, VideoEntry)]
+    check_all_frames(entries, "extraction of features")
     rates: dict[int, float | None] = {}
     files = guarded_streams(functools.partial(_read_frames, config=config), entries, chunk=chunk)
     streams = (
@@ -233,7 +235,7 @@ def embed_videos(
         else _array_frames(video, number, config)
         for number, video in enumerate(videos)
     )
-    results = features_of(model, streams, config, batch_size=batch_size, device=device, apart=apart)
+    results = features_of(model, streams, config, batch_size=batch_size, device=device, apart=bool(entries))
     for number, found in enumerate(results):
         if isinstance(found, DecodeError):
             yield found
@@ -394,7 +396,11 @@ def _features(model: Classifier, clips: Tensor, config: WindowConfig, embedded: 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("data", metavar="LIST|DIR|VIDEO", help="a list of videos, a folder of them, or one")
+    parser.add_argument(
+        "data",
+        metavar="LIST|DIR|VIDEO",
+        help="a list of videos, an index of shards, a folder of videos, or one",
+    )
     parser.add_argument("--data-root", metavar="DIR", help="folder at which the list's relative paths start")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the features, NAME.npy for each video"
@@ -485,8 +491,10 @@ def _finish(
     bad = {path.name: failed[path.name] for path in (targets[number] for number in own) if not path.exists()}
     others = {name: error for name, error in _read_undecodable(place.own).items() if name not in names}
     lines = [json.dumps({"file": name, "error": error}) + "\n" for name, error in {**others, **bad}.items()]
-    if lines or (place.own / UNDECODABLE).exists():
+    if lines:
         write_atomically(place.own / UNDECODABLE, lambda file: file.writelines(lines), binary=False)
+    else:
+        (place.own / UNDECODABLE).unlink(missing_ok=True)
     if merge:
         place.remove_parts()
     for error in bad.values():
@@ -534,12 +542,17 @@ def extract_all(
     return failed
 
 
-def find_videos(data: str, data_root: str | None) -> list[VideoEntry]:
-    """Entries of a list, of a folder of videos (by suffix, see `vmae.data.video_files`), or of one video.
+def find_videos(data: str, data_root: str | None) -> Sequence[VideoEntry]:
+    """Entries of a list, of an index of shards, of a folder of videos (by suffix, see
+    `vmae.data.video_files`), or of one video.
 
     Raises:
-        InputError: there is no video; see also `read_list`.
+        InputError: there is no video; see also `read_list` and `index_at`.
     """
+    index = index_at(data, data_root)
+    if index is not None:
+        check_all_frames(index, "extraction of features")
+        return index
     path = Path(data)
     kind = path_kind(path)
     if is_video(path) and kind != "a folder":
