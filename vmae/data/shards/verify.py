@@ -9,7 +9,7 @@ from tqdm import tqdm
 from vmae.data.parts import Part
 from vmae.data.shards.entries import ShardEntry, ShardError
 from vmae.data.shards.index import ShardIndex, read_index
-from vmae.data.shards.reading import read_image, read_video
+from vmae.data.shards.reading import read_images, read_video
 from vmae.data.workers import VideoTask, WorkerPool
 
 _SHOWN = 10
@@ -31,8 +31,7 @@ class _Verifier(VideoTask):
             if entry.images is None:
                 read_video(entry)
             else:
-                for image in range(len(entry.images)):
-                    read_image(entry, image)
+                read_images(entry, range(len(entry.images)))
         except ShardError as error:
             return f"{entry.key}: {error}"
         return None
