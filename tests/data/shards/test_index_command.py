@@ -14,6 +14,8 @@ from vmae.cli import main
 from vmae.data import open_video, pack_command
 from vmae.data.shards import packing
 from vmae.data.shards.index import read_index
+from vmae.data.shards.tar_places import expand_ranges
+from vmae.errors import InputError
 from vmae.files.folder_lock import FolderLock
 
 pytest.importorskip("av")
@@ -254,3 +256,45 @@ def test_verify(tars, capsys):
     assert "part 1/3: 1 of 2 samples" in capsys.readouterr().out
     assert run(tars, "--verify", output) == 2
     assert run("--verify", tars / "none.vmae") == 2
+
+
+def test_ranges_of_names():
+    assert list(expand_ranges("a-{08..10}.tar")) == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert len(list(expand_ranges("s3://b/{0..9}/{000..010}.tar"))) == 110
+    assert list(expand_ranges("a{b}.tar")) == ["a{b}.tar"]
+    with pytest.raises(InputError, match="is no range"):
+        list(expand_ranges("a-{3..1}.tar"))
+
+
+@pytest.mark.slow  # some 3 s beside the store's own
+def test_tars_in_a_store(tars, store, tmp_path, capsys):
+    for name in ("0.tar", "1.tar"):
+        store.put(f"tests/writing/{name}", (tars / name).read_bytes())
+    store.put("tests/writing/more/2.tar", b"of another prefix")
+    store.put("tests/writing/notes.txt", b"no tar")
+    assert run(tars, "-o", tmp_path / "local.vmae") == 0
+    local = read_index(tmp_path / "local.vmae")
+    whole = "s3://tests/writing/"
+    served = f"{store.files}/tests/writing/{{0..1}}.tar"
+    for number, names in enumerate((whole, f"{whole}*.tar", f"{whole}{{0..1}}.tar", served)):
+        assert run(names, "-o", tmp_path / f"{number}.vmae") == 0, capsys.readouterr().err
+        remote = read_index(tmp_path / f"{number}.vmae")
+        assert [shard.size for shard in remote.relative] == [shard.size for shard in local.relative]
+        for name, column in local.columns.items():
+            assert np.array_equal(column, remote.columns[name]), name
+    index = read_index(tmp_path / "0.vmae")
+    assert [shard.name for shard in index.shards] == [f"{whole}0.tar", f"{whole}1.tar"]
+    assert all(shard.etag for shard in index.shards)
+    assert run("--verify", tmp_path / "0.vmae") == 0
+    assert run(whole, "-o", tmp_path / "0.vmae") == 0  # it is there
+    capsys.readouterr()
+    for names, told in (
+        (f"{whole}none.tar", "there is no such object"),
+        (f"{whole}none/", "no tar file at"),
+        (f"{whole}x*.tar", "no tar file at"),
+        ("s3://nobucket/x/", "nobucket"),
+        ("https://example.invalid/x/", "lists no files"),
+    ):
+        assert run(names, "-o", tmp_path / "x.vmae") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert told in line

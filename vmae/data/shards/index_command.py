@@ -7,7 +7,6 @@ INDEX.unfinished/00000.vmae     of each tar that was read, so that a stopped com
 from __future__ import annotations
 
 import argparse
-import glob
 import os
 import shutil
 from collections import Counter
@@ -17,7 +16,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vmae.data.files import path_kind
 from vmae.data.part_folder import PartFolder
 from vmae.data.parts import add_part_arguments
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine
@@ -36,6 +34,8 @@ from vmae.data.shards.index import (
 )
 from vmae.data.shards.look import prepare
 from vmae.data.shards.scan import Scanned, Scanner, scan_groups
+from vmae.data.shards.stores import is_remote
+from vmae.data.shards.tar_places import find_tars
 from vmae.data.shards.verify import verify_index
 from vmae.data.workers import WorkerPool
 from vmae.errors import InputError
@@ -47,7 +47,7 @@ _PREFETCH = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "tars", metavar="TAR", nargs="*", help="tar files, folders of them, or patterns such as 'data/*.tar'"
+        "tars", metavar="TAR", nargs="*", help="tar files, folders of them, patterns, addresses in a store"
     )
     parser.add_argument(
         "-o", "--output", metavar="INDEX", help=f"the index, a file that ends with {INDEX_SUFFIX}"
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.tars or not args.output:
         raise InputError("name tar files, or folders of them, and the index: `vmae index TAR... -o INDEX`")
     output = Path(args.output)
-    if not is_index(output) or "://" in args.output:
+    if not is_index(output) or is_remote(args.output):
         raise InputError(f"{args.output}: the index is a file of this machine that ends with {INDEX_SUFFIX}")
     shards = find_tars(args.tars)
     if output.exists():
@@ -98,46 +98,13 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-# --- Tars ---------------------------------------------------------------------------------------------------
-
-
-def find_tars(names: Sequence[str]) -> list[Shard]:
-    """The tar files that `names` mean, in order: files, folders (all `.tar` in them) and patterns.
-
-    Raises:
-        InputError: there is nothing, or no tar, or one comes twice.
-    """
-    found: dict[str, Shard] = {}
-    for name in names:
-        for path in _expand(name):
-            place = os.path.abspath(path)
-            if place in found:
-                raise InputError(f"tar {path} is named twice")
-            found[place] = Shard(place, os.path.getsize(place))
-    return list(found.values())
-
-
-def _expand(name: str) -> list[str]:
-    kind = path_kind(name)
-    if kind == "a file":
-        return [name]
-    if kind == "a folder":
-        paths = sorted(str(path) for path in Path(name).glob("*.tar") if path.is_file())
-        if not paths:
-            raise InputError(f"folder {name!r} holds no .tar files; name the files that are")
-        return paths
-    if kind is not None:
-        raise InputError(f"{name!r} is {kind}, not a tar file: its members cannot be read by range")
-    paths = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
-    if not paths:
-        raise InputError(f"no tar file {name!r}")
-    return paths
-
-
 def _compare(output: Path, shards: Sequence[Shard]) -> int:
     """What there is to say where the index is there."""
     index = read_index(output)
-    before = [(os.path.abspath(shard.name), shard.size) for shard in index.shards]
+    before = [
+        (shard.name if is_remote(shard.name) else os.path.abspath(shard.name), shard.size)
+        for shard in index.shards
+    ]
     if before != [(shard.name, shard.size) for shard in shards]:
         raise InputError(f"{output} exists, and is the index of other tars: remove it, or choose another -o")
     same = f"{len(index)} samples in the same {len(shards)} tars"
@@ -210,7 +177,7 @@ def _write_piece(
     }
     name = shard.name
     folder = os.path.dirname(os.path.abspath(output))
-    if os.path.commonpath([folder, name]) == folder:
+    if not is_remote(name) and os.path.commonpath([folder, name]) == folder:
         name = os.path.relpath(name, folder)
     index = ShardIndex(
         columns, [shard._replace(name=name)], sources=sources, suffixes=suffixes, settings=told, base=folder

@@ -15,7 +15,7 @@ from vmae.data.quarantine import Failure
 from vmae.data.shards.entries import Place, Shard, ShardEntry
 from vmae.data.shards.groups import Group, group_members
 from vmae.data.shards.index import FRAMES, Sample
-from vmae.data.shards.look import Facts, look_at
+from vmae.data.shards.look import Facts, look_at, look_into
 from vmae.data.shards.packets import PacketTable
 from vmae.data.shards.reading import read_range
 from vmae.data.shards.tar import Member, read_members
@@ -111,14 +111,14 @@ class Scanner(VideoTask):
             video, images = group.video(shard.name), group.images()
             if video is None and len(images) < (1 if any("." in name for name in group.members) else 2):
                 return Scanned(place, skipped=[_kind(name) for name in group.members])
-            sample, about, odd = self._describe(place, group, video, images)
+            sample, about, odd, content = self._describe(place, group, video, images)
             path = f"{shard.name}/{group.key}{sample.suffix}"
             if number in self.blocked:
                 return Scanned(place, failure=Failure(path, self.blocked[number], "worker"))
             self.watch(number)
             try:
                 with memory_as_decode_error(path):
-                    sample = self._facts(sample, shard, about, path)
+                    sample = self._facts(sample, shard, about, path, content)
             except DecodeError as error:
                 return Scanned(place, failure=Failure(path, str(error), error.library))
             return Scanned(place, sample, None, _rest(group, sample), odd)
@@ -127,8 +127,8 @@ class Scanner(VideoTask):
 
     def _describe(
         self, place: int, group: Group, video: tuple[str, Member] | None, images: list[tuple[str, Member]]
-    ) -> tuple[Sample, dict[str, Any], bool]:
-        """(sample without facts, content of `KEY.json`, whether its label is no number)."""
+    ) -> tuple[Sample, dict[str, Any], bool, bytes]:
+        """(sample without facts, content of `KEY.json`, whether its label is no number, the video)."""
         shard = self.shards[place]
         name = video[0][1:] if video else ""
         about = _parse(self._text(shard, group.text("json", name)))
@@ -147,13 +147,16 @@ class Scanner(VideoTask):
             table = group.members.get("packets")
             if table and table.offset < member.offset and _is_table(self._text(shard, table)):
                 sample = replace(sample, table=(table.offset, table.length))
-            return replace(sample, suffix=suffix, video=_place(shard, member)), about, odd
-        places = [_place(shard, member) for _, member in images]
+            content = _read(shard, member)
+            return replace(sample, suffix=suffix, video=_place(member, content)), about, odd, content
+        places = [_place(member, _read(shard, member)) for _, member in images]
         first = min(one.offset for one in places)
         span = Place(first, max(one.offset + one.length for one in places) - first, 0)
-        return replace(sample, suffix=FRAMES, video=span, images=places), about, odd
+        return replace(sample, suffix=FRAMES, video=span, images=places), about, odd, b""
 
-    def _facts(self, sample: Sample, shard: Shard, about: dict[str, Any], path: str) -> Sample:
+    def _facts(
+        self, sample: Sample, shard: Shard, about: dict[str, Any], path: str, content: bytes
+    ) -> Sample:
         """The sample with frames, frames a second and size."""
         known = {name: about[name] for name in _COUNTS if _COUNT.allows(about.get(name))}
         fps: Any = about.get("fps")
@@ -166,7 +169,10 @@ class Scanner(VideoTask):
         if sample.suffix != FRAMES and step:
             kept = len(range(phase, facts.frames, step))
         if self.look:
-            found = look_at(_entry(sample, shard, path))
+            if sample.suffix == FRAMES:
+                found = look_at(_entry(sample, shard, path))
+            else:
+                found = look_into(content, path)
             if kept != found.frames:
                 kept, facts = 0, found
         elif sample.suffix == FRAMES:
@@ -199,26 +205,18 @@ def _is_table(content: bytes) -> bool:
     return True
 
 
-def _place(shard: Shard, member: Member) -> Place:
-    if not member.length:
-        return Place(member.offset, 0, 0)
-    return Place(member.offset, member.length, zlib.crc32(read_range(shard, member.offset, member.length)))
+def _read(shard: Shard, member: Member) -> bytes:
+    return read_range(shard, member.offset, member.length) if member.length else b""
+
+
+def _place(member: Member, content: bytes) -> Place:
+    return Place(member.offset, member.length, zlib.crc32(content))
 
 
 def _entry(sample: Sample, shard: Shard, path: str) -> ShardEntry:
-    """The entry of a sample of which nothing else is known."""
-    images = None
-    if sample.suffix == FRAMES:
-        images = np.array(sample.images, np.int64).reshape(-1, 3)
-    return ShardEntry(
-        path,
-        "video" if images is None else "frames",
-        total=-1 if images is None else len(images),
-        key=sample.key,
-        shard=shard,
-        video=sample.video,
-        images=images,
-    )
+    """The entry of a folder of frames."""
+    images = np.array(sample.images, np.int64).reshape(-1, 3)
+    return ShardEntry(path, "frames", total=len(images), key=sample.key, shard=shard, images=images)
 
 
 def _labels(about: dict[str, Any], text: bytes, tar: str, key: str) -> tuple[tuple[int, ...], bool]:
