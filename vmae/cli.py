@@ -96,6 +96,10 @@ GROUPS = {
             "vmae.data.shards.index_command",
             "make an index of tar files, as WebDataset has them, for --data; or compare them with it",
         ),
+        "lists": (
+            "vmae.data.lists",
+            "`lists import SOURCE OUT`: a list of the clips of NeMo Curator, cosmos-curate or a manifest",
+        ),
         "merge-labels": (
             "vmae.data.merge_labels",
             "make one label set from several, as Kinetics-710 is made",
