@@ -26,6 +26,7 @@ from tqdm import tqdm
 from vmae.data.containers import container_kind
 from vmae.data.files import check_regular
 from vmae.data.manifest import VideoEntry
+from vmae.data.pack import VERSION
 from vmae.data.part_folder import PartFolder
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine
 from vmae.data.shards.entries import Place, Shard
@@ -192,6 +193,7 @@ def settle_plan(job: ShardJob) -> ShardPlan:
     """
     path = job.place.folder / SETTINGS_NAME
     decides = {
+        "version": VERSION,
         **job.settings,
         "shard_size": job.size,
         "sources": [[source.name, source.count] for source in job.sources],
