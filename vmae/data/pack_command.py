@@ -99,7 +99,7 @@ class _Found:
 
 
 @dataclass(frozen=True)
-class _Encode:
+class Encode:
     """Packs a video for a shard."""
 
     config: PackConfig
@@ -201,7 +201,7 @@ def _pack_shards(args: argparse.Namespace, found: _Found, config: PackConfig) ->
         found.labels,
         found.sources,
         place,
-        encode=None if args.as_is else _Encode(config),
+        encode=None if args.as_is else Encode(config),
         settings={"as_is": True} if args.as_is else asdict(config),
         size=(args.shard_size or SHARD_MIB) << 20,
         workers=args.workers,

@@ -208,7 +208,7 @@ def test_a_killed_run_loses_no_video_and_changes_no_byte(clips, packed, tmp_path
             if os.path.exists({str(tmp_path / "kill")!r}):
                 os.kill(leader, 9)
             return written(*given)
-        written, packing._write_shard = packing._write_shard, write
+        written, packing.write_shard = packing.write_shard, write
         from vmae.cli import main
         sys.exit(main(sys.argv[1:]))
     """

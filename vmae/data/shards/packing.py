@@ -129,7 +129,7 @@ def pack_shards(job: ShardJob) -> tuple[int, int]:
             for _ in plan[shard][1]:
                 made.append(_checked(next(progress)))
                 quarantine.add(0, [made[-1]] if isinstance(made[-1], Failure) else [])
-            _write_shard(job, plan, shard, made)
+            write_shard(job, plan, shard, made)
             for number in plan[shard][1]:
                 for path in _work_files(job, number):
                     path.unlink(missing_ok=True)
@@ -387,7 +387,7 @@ def _suffix_of(path: str) -> str:
 # --- Shards -------------------------------------------------------------------------------------------------
 
 
-def _write_shard(job: ShardJob, plan: ShardPlan, shard: int, made: Sequence[Made | Failure]) -> None:
+def write_shard(job: ShardJob, plan: ShardPlan, shard: int, made: Sequence[Made | Failure]) -> None:
     """A tar file, complete or absent, and then its index."""
     source, numbers = plan[shard]
     samples: list[Sample] = []
