@@ -106,8 +106,11 @@ def measure_index(folder: Path, rounds: int) -> list[IndexRecord]:
             if name != "verified":
                 output.unlink(missing_ok=True)
             found[name].append(timed(run_command, words))
-    about = {"samples": len(read_index(output)), "bytes": tar.stat().st_size}
-    return [IndexRecord(what=name, cpu_s=Runs.of(times), **about) for name, times in found.items()]
+    samples, size = len(read_index(output)), tar.stat().st_size
+    return [
+        IndexRecord(what=name, samples=samples, bytes=size, cpu_s=Runs.of(times))
+        for name, times in found.items()
+    ]
 
 
 def run_command(words: list[str]) -> None:

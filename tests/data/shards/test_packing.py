@@ -335,6 +335,25 @@ def test_an_output_that_cannot_be_written(clips, tmp_path, capsys):
     assert capsys.readouterr().err.count("error: ") == 2
 
 
+def test_a_file_that_changes_or_goes_meanwhile(clips, tmp_path, monkeypatch, capsys):
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(clips / "v.0 ü.mp4", tmp_path / name)
+    (tmp_path / "list.txt").write_text("a.mp4 0\nb.mp4 1\n")
+    arguments = ["pack", str(tmp_path / "list.txt"), str(tmp_path / "out"), "--shards", "--as-is"]
+    real = packing._add_file
+    for change, told in (
+        (lambda: (tmp_path / "b.mp4").unlink(True), "b.mp4 cannot be read: No such file"),
+        (lambda: None, None),
+    ):
+        monkeypatch.setattr(packing, "_add_file", lambda *given, change=change: (change(), real(*given))[1])
+        assert main([*arguments, "--workers", "1"]) == (2 if told else 0)
+        assert (told or "") in capsys.readouterr().err
+        assert bool(list((tmp_path / "out").glob("*.tar"))) == (told is None)
+        shutil.copy(clips / "v.1 ü.mp4", tmp_path / "b.mp4")
+    assert main(["pack", str(tmp_path / "list.txt"), "s3://bucket/out", "--shards"]) == 2
+    assert "is an address: pack into a folder" in capsys.readouterr().err
+
+
 def test_no_good_video(clips, tmp_path, capsys):
     (tmp_path / "list.txt").write_text(f"{clips}/bad.mp4 0\n")
     assert run(tmp_path, tmp_path / "out") == 1
