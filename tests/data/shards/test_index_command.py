@@ -82,7 +82,7 @@ def test_what_others_wrote(tars, video, capsys):
     index = read_index(output)
     assert [entry.key for entry in index] == ["train/a.b/k", "one", "two", "frames", "dotted", "thumb"]
     assert [index.labels(number) for number in range(6)] == [(7,), (3, 1), (), (2,), (), ()]
-    assert [index.suffixes[n] for n in index.columns["suffix"]] == [".x.mp4", ".mp4", ".webm", "", "", ".mp4"]
+    assert [index.suffixes[n] for n in index.columns["suffix"]] == [".mp4", ".mp4", ".webm", "", "", ".mp4"]
     assert [(entry.frames, entry.width, entry.height) for entry in index] == [
         (6, 128, 96), (6, 128, 96), (6, 128, 96), (3, 24, 16), (2, 24, 16), (6, 128, 96),
     ]  # fmt: skip
@@ -123,6 +123,16 @@ def test_quick_opens_no_video(tars):
     assert run(tars, "-o", tars / "other.vmae") == 1
     assert [entry.key for entry in read_index(tars / "other.vmae")] == [entry.key for entry in index][:6]
     assert "2.tar/bad.mp4" in (tars / "quarantine.jsonl").read_text()
+
+
+def test_words_of_others_mean_nothing(tmp_path, video):
+    """A source for each sample, as crawled data has, is not one of the few sources of a mix."""
+    about = {"source": "http://x/1", "stride": 4, "keep_every": 2, "phase": 1, "frames": 11}
+    write_tar(tmp_path / "x.tar", [("a.1.mp4", video), ("a.1.json", json.dumps(about).encode())])
+    assert run(tmp_path / "x.tar", "-o", tmp_path / "index.vmae") == 0
+    index = read_index(tmp_path / "index.vmae")
+    assert (index.sources, index.suffixes, index[0].stride) == ([""], [".mp4"], None)
+    assert (index[0].keep_every, index[0].phase, index[0].frames) == (1, 0, 6)
 
 
 def test_our_own_shards_have_the_same_index(tmp_path, video, monkeypatch):
@@ -200,6 +210,8 @@ def test_an_index_that_is_there(tars, video, capsys):
         ([("a.mp4", b"1"), ("a.json", b'{"label": -1}')], "label -1 of 'a' is out of range"),
         ([("a.mp4", b"1"), ("a.cls", b"99999999")], "label 99999999 of 'a' is out of range"),
         ([("a.jpg", b"1"), ("a.txt", b"2")], "no videos in 1 tars; 2 members are no part of a video"),
+        ([("set/poster1.jpg", jpg(1))], "no videos in 1 tars; 1 members are no part of a video (.jpg 1)"),
+        ([("\udcff.mp4", b"1")], "is no UTF-8; give it another one"),
         ([], "no videos in 1 tars"),
         ([("a.mp4", b"no video")], "1 cannot be decoded, the first: "),
     ],

@@ -22,7 +22,7 @@ from vmae.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 _IMAGE = "|".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-_NUMBERED = re.compile(rf"[^.]*\d\.({_IMAGE})")
+_NUMBERED = re.compile(rf"/?[^.]*\d\.({_IMAGE})")
 _LONE = re.compile(_IMAGE)
 
 
@@ -32,7 +32,7 @@ class Group:
 
     Attributes:
         key: name of the sample.
-        members: by what follows the key and a dot; images of a folder KEY/ by their names in it.
+        members: by what follows the key and a dot; images of a folder KEY/ by a slash and their names in it.
     """
 
     key: str
@@ -48,7 +48,7 @@ class Group:
         return self.members.get(kind) or self.members.get(f"{video.rpartition('.')[0]}.{kind}")
 
     def video(self, tar: str) -> tuple[str, Member] | None:
-        """(suffix with its dot, member) of the video; None where there is none.
+        """(what follows the key and a dot, member) of the video; None where there is none.
 
         Raises:
             InputError: there are several.
@@ -59,12 +59,15 @@ class Group:
             names = " and ".join(member.name for _, member in (plain or found)[:2])
             raise InputError(f"tar {tar}: key {self.key!r} has several videos ({names}); give each a key")
         for name, member in plain or found:
-            return "." + name, member
+            return name, member
         return None
 
     def images(self) -> list[tuple[str, Member]]:
-        """(name, member) of the images of a folder of frames, by their numbers; empty where it is none."""
+        """(name, member) of the images of a folder of frames, by their numbers; empty where it is none: a
+        lone image in a folder may be anything."""
         found = [(name, member) for name, member in self.members.items() if _NUMBERED.fullmatch(name)]
+        if len(found) == 1 and found[0][0].startswith("/"):
+            return []
         return sorted(found, key=lambda one: _parts(one[0]))
 
 
@@ -101,6 +104,10 @@ def _by_key(members: Iterable[Member], tar: str, skipped: Counter[str]) -> Itera
             skipped["names without a key"] += 1
             continue
         key = folder + slash + stem
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"tar {tar}: the name {member.name!r} is no UTF-8; rename it") from None
         if group is None or group.key != key:
             if group is not None:
                 yield group
@@ -118,7 +125,7 @@ def _joined(groups: Iterable[Group]) -> Iterator[Group]:
     for group in groups:
         folder, slash, stem = group.key.rpartition("/")
         if slash and len(group.members) == 1 and _LONE.fullmatch(rest := next(iter(group.members))):
-            group = Group(folder, {f"{stem.lower()}.{rest}": group.members[rest]})
+            group = Group(folder, {f"/{stem.lower()}.{rest}": group.members[rest]})
         if whole is not None and whole.key == group.key and not whole.members.keys() & group.members.keys():
             whole.members.update(group.members)
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -104,87 +104,107 @@ class Scanner(VideoTask):
 
     def __getitem__(self, task: Task) -> Scanned:
         number, place, group = task
-        shard = self.shards[place]
         if isinstance(group, str):
             return Scanned(place, fault=group)
         try:
-            video, images = group.video(shard.name), group.images()
-            if video is None and len(images) < (1 if any("." in name for name in group.members) else 2):
-                return Scanned(place, skipped=[_kind(name) for name in group.members])
-            sample, about, odd, content = self._describe(place, group, video, images)
-            path = f"{shard.name}/{group.key}{sample.suffix}"
-            if number in self.blocked:
-                return Scanned(place, failure=Failure(path, self.blocked[number], "worker"))
-            self.watch(number)
-            try:
-                with memory_as_decode_error(path):
-                    sample = self._facts(sample, shard, about, path, content)
-            except DecodeError as error:
-                return Scanned(place, failure=Failure(path, str(error), error.library))
-            return Scanned(place, sample, None, _rest(group, sample), odd)
+            return self._scan(number, place, group)
         except InputError as error:
             return Scanned(place, fault=str(error))
 
-    def _describe(
-        self, place: int, group: Group, video: tuple[str, Member] | None, images: list[tuple[str, Member]]
-    ) -> tuple[Sample, dict[str, Any], bool, bytes]:
-        """(sample without facts, content of `KEY.json`, whether its label is no number, the video)."""
+    def _scan(self, number: int, place: int, group: Group) -> Scanned:
         shard = self.shards[place]
-        name = video[0][1:] if video else ""
-        about = _parse(self._text(shard, group.text("json", name)))
-        labels, odd = _labels(about, self._text(shard, group.text("cls", name)), shard.name, group.key)
-        stride = about.get("stride")
+        video, images = group.video(shard.name), group.images()
+        if video is None and not images:
+            return Scanned(place, skipped=[_kind(name) for name in group.members])
+        name = video[0] if video else ""
+        path = f"{shard.name}/{group.key}{_kind(name) if video else FRAMES}"
+        if number in self.blocked:
+            return Scanned(place, failure=Failure(path, self.blocked[number], "worker"))
+        self.watch(number)
+        told = _told(shard, group, name)
         sample = Sample(
-            key=group.key,
-            shard=0,
-            video=Place(0, 0, 0),
-            labels=labels,
-            source=about["source"] if isinstance(about.get("source"), str) else "",
-            stride=stride if STRIDE.allows(stride) else None,
+            group.key, 0, Place(0, 0, 0), labels=told.labels, source=told.source, stride=told.stride
         )
-        if video is not None:
-            suffix, member = video
-            table = group.members.get("packets")
-            if table and table.offset < member.offset and _is_table(self._text(shard, table)):
-                sample = replace(sample, table=(table.offset, table.length))
-            content = _read(shard, member)
-            return replace(sample, suffix=suffix, video=_place(member, content)), about, odd, content
-        places = [_place(member, _read(shard, member)) for _, member in images]
-        first = min(one.offset for one in places)
-        span = Place(first, max(one.offset + one.length for one in places) - first, 0)
-        return replace(sample, suffix=FRAMES, video=span, images=places), about, odd, b""
-
-    def _facts(
-        self, sample: Sample, shard: Shard, about: dict[str, Any], path: str, content: bytes
-    ) -> Sample:
-        """The sample with frames, frames a second and size."""
-        known = {name: about[name] for name in _COUNTS if _COUNT.allows(about.get(name))}
-        fps: Any = about.get("fps")
-        step, phase = (
-            int(about[name]) if _STEP.allows(about.get(name)) else 0 for name in ("keep_every", "phase")
+        if video is None:
+            sample = _with_images(sample, shard, images)
+            look = functools.partial(look_at, _entry(sample, shard, path))
+        else:
+            content = _read(shard, video[1])
+            sample = _with_video(sample, shard, group, video[1], content)
+            look = functools.partial(look_into, content, path)
+        try:
+            with memory_as_decode_error(path):
+                facts = look() if self.look else told.facts
+        except DecodeError as error:
+            return Scanned(place, failure=Failure(path, str(error), error.library))
+        if video is None:
+            facts = facts._replace(frames=len(images))
+        elif told.keep_every > 1 and (told.kept == facts.frames or not self.look):
+            facts = Facts(told.facts.frames, told.facts.fps, facts.width, facts.height)
+            sample = replace(sample, keep_every=told.keep_every, phase=told.phase)
+        return Scanned(
+            place, replace(sample, **facts._asdict()), None, _rest(group, sample, name), told.odd_label
         )
-        frames, width, height = (known.get(name, 0) for name in _COUNTS)
-        facts = Facts(frames, float(fps or 0) if _FPS.allows(fps) else 0.0, width, height)
-        kept = 0
-        if sample.suffix != FRAMES and step:
-            kept = len(range(phase, facts.frames, step))
-        if self.look:
-            if sample.suffix == FRAMES:
-                found = look_at(_entry(sample, shard, path))
-            else:
-                found = look_into(content, path)
-            if kept != found.frames:
-                kept, facts = 0, found
-        elif sample.suffix == FRAMES:
-            facts = facts._replace(frames=len(sample.images))
-        if kept:
-            sample = replace(sample, keep_every=step, phase=phase)
-        return replace(sample, **facts._asdict())
 
-    def _text(self, shard: Shard, member: Member | None) -> bytes:
-        if member is None or not 0 < member.length <= _MOST_TEXT:
-            return b""
-        return read_range(shard, member.offset, member.length)
+
+class _Told(NamedTuple):
+    """What the members beside a video tell of it; `odd_label`: see `Scanned`."""
+
+    labels: tuple[int, ...]
+    odd_label: bool
+    facts: Facts
+    source: str = ""
+    stride: int | None = None
+    keep_every: int = 1
+    phase: int = 0
+
+    @property
+    def kept(self) -> int:
+        """Frames that are stored."""
+        return len(range(self.phase, self.facts.frames, self.keep_every))
+
+
+def _told(shard: Shard, group: Group, video: str) -> _Told:
+    """Read `KEY.json` and `KEY.cls`.
+
+    Raises:
+        InputError: a label that no class has.
+    """
+    about = _parse(_text(shard, group.text("json", video)))
+    labels, odd = _labels(about, _text(shard, group.text("cls", video)), shard.name, group.key)
+    frames, width, height = (about[name] if _COUNT.allows(about.get(name)) else 0 for name in _COUNTS)
+    fps = float(about["fps"]) if _FPS.allows(about.get("fps")) else 0.0
+    told = _Told(labels, odd, Facts(frames, fps, width, height))
+    if (
+        not {"source", "name", "fps", *_COUNTS} <= about.keys()
+    ):  # not written by `pack`: such words mean anything
+        return told
+    stride, step, phase = (about.get(name) for name in ("stride", "keep_every", "phase"))
+    return told._replace(
+        source=str(about["source"]),
+        stride=stride if STRIDE.allows(stride) else None,
+        keep_every=step if _STEP.allows(step) and _STEP.allows(phase) and step else 1,
+        phase=phase if _STEP.allows(phase) else 0,
+    )
+
+
+def _with_video(sample: Sample, shard: Shard, group: Group, member: Member, content: bytes) -> Sample:
+    table, place = group.members.get("packets"), (0, 0)
+    if table and table.offset < member.offset and _is_table(_text(shard, table)):
+        place = (table.offset, table.length)
+    return replace(sample, suffix=_kind(member.name), video=_place(member, content), table=place)
+
+
+def _with_images(sample: Sample, shard: Shard, images: Sequence[tuple[str, Member]]) -> Sample:
+    places = [_place(member, _read(shard, member)) for _, member in images]
+    first, last = min(one.offset for one in places), max(one.offset + one.length for one in places)
+    return replace(sample, suffix=FRAMES, video=Place(first, last - first, 0), images=places)
+
+
+def _text(shard: Shard, member: Member | None) -> bytes:
+    if member is None or not 0 < member.length <= _MOST_TEXT:
+        return b""
+    return read_range(shard, member.offset, member.length)
 
 
 def _parse(text: bytes) -> dict[str, Any]:
@@ -240,13 +260,14 @@ def _labels(about: dict[str, Any], text: bytes, tar: str, key: str) -> tuple[tup
     return tuple(dict.fromkeys(own)), False
 
 
-def _rest(group: Group, sample: Sample) -> list[str]:
+def _rest(group: Group, sample: Sample, video: str) -> list[str]:
     """Kinds of a video's members that the index does not use."""
     used = {place.offset for place in sample.images} or {sample.video.offset}
     used |= {sample.table[0]} if sample.table[1] else set()
-    read = {member.offset for kind in ("json", "cls") if (member := group.text(kind, sample.suffix[1:]))}
+    read = {member.offset for kind in ("json", "cls") if (member := group.text(kind, video))}
     return [_kind(name) for name, member in group.members.items() if member.offset not in used | read]
 
 
 def _kind(name: str) -> str:
-    return os.path.splitext("x." + name)[1]
+    """The last suffix of a member, in lower case."""
+    return "." + name.rpartition(".")[2].lower()
