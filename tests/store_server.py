@@ -174,7 +174,7 @@ class Relay:
         rate: bytes a second that all connections have together; 0 for no limit.
         fail_every: each n-th request is answered with `status`, and each 2n-th cut off by a reset in the
             middle of its answer instead; 0 for none.
-        status: answer of a failed request; 0 resets the connection each time.
+        status: answer of a failed request; 0 resets the connection each time, any but 503 never.
         flip_every: of each n-th answer a byte is changed.
         silent: take connections, and answer nothing.
         requests, bytes: passed on so far.
@@ -222,7 +222,8 @@ class Relay:
                     self.requests += 1
                     number = self.requests
                     failing = self.fail_every > 0 and number % self.fail_every == 0
-                    reset = failing and (self.status == 0 or number // self.fail_every % 2 == 0)
+                    halves = self.status == 503 and number // (self.fail_every or 1) % 2 == 0
+                    reset = failing and (self.status == 0 or halves)
                     flipped = self.flip_every > 0 and number % self.flip_every == 0
                     self.failed += failing or flipped
                 if failing and not reset:
