@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -177,6 +178,7 @@ class Relay:
         status: answer of a failed request; 0 resets the connection each time, any but 503 never.
         flip_every: of each n-th answer a byte is changed.
         silent: take connections, and answer nothing.
+        certificate: PEM file of a certificate and its key, to speak https.
         requests, bytes: passed on so far.
     """
 
@@ -187,6 +189,7 @@ class Relay:
     status: int = 503
     flip_every: int = 0
     silent: bool = False
+    certificate: Path | None = None
     requests: int = 0
     failed: int = 0
     bytes: int = 0
@@ -215,6 +218,10 @@ class Relay:
     def _serve(self, client: socket.socket) -> None:
         server = None
         try:
+            if self.certificate is not None:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.load_cert_chain(self.certificate)
+                client = context.wrap_socket(client, server_side=True)
             while request := self._head(client):
                 while self.silent:
                     time.sleep(0.05)

@@ -2,7 +2,9 @@
 
 import http.server
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import threading
 
@@ -265,6 +267,51 @@ def test_plain_web_servers_are_read_by_range(store, local):
     assert remote.head(address).size == local.stat().st_size
     with pytest.raises(InputError, match="there is no such object .404"):
         remote.head(f"{store.files}/tests/web/other.vmae")
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """(certificate of an authority, certificate and key for localhost)."""
+    folder = tmp_path_factory.mktemp("certificates")
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl")
+
+    def openssl(*arguments):
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    new = ("req", "-newkey", "rsa:2048", "-nodes")
+    openssl(*new, "-x509", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=authority")
+    openssl(*new, "-keyout", "own.key", "-out", "own.csr", "-subj", "/CN=localhost")
+    (folder / "names").write_text("subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n")
+    openssl(
+        *("x509", "-req", "-in", "own.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"),
+        *("-extfile", "names", "-out", "own.crt", "-days", "9"),
+    )
+    (folder / "own.pem").write_text((folder / "own.crt").read_text() + (folder / "own.key").read_text())
+    return folder / "ca.pem", folder / "own.pem"
+
+
+@pytest.mark.slow
+def test_https(store, local, certificates, asker):
+    """Of S3 and of a plain web server; with an authority of one's own, and without."""
+    authority, own = certificates
+    store.upload(local, "tls")
+    expected = batches(read_data(local), 0)
+    with Relay(store.port, certificate=own) as s3, Relay(store.ports["filer.port"], certificate=own) as web:
+        asker.setenv("AWS_ENDPOINT_URL", f"https://localhost:{s3.port}")
+        asker.setenv("AWS_ALLOW_HTTP", "false")
+        addresses = (
+            "s3://tests/tls/index.vmae",
+            f"https://localhost:{web.port}/buckets/tests/tls/index.vmae",
+        )
+        for address in addresses:
+            assert "its certificate is not trusted (TLS); set SSL_CERT_FILE" in told_of(address)
+        for name, address in zip(("SSL_CERT_FILE", "AWS_CA_BUNDLE"), addresses, strict=True):
+            asker.setenv(name, str(authority))
+            same(batches(read_data(address), 2), expected)
+            asker.delenv(name)
+    asker.setenv("AWS_ENDPOINT_URL", f"https://localhost:{store.port}")
+    assert "the server does not speak https (TLS)" in told_of(addresses[0])
 
 
 @pytest.mark.slow
