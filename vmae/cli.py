@@ -88,7 +88,7 @@ GROUPS = {
             "open every video of a list: table, report, histogram, a list without the bad ones",
         ),
         "pack": (
-            "vmae.data.pack",
+            "vmae.data.pack_command",
             "re-encode a list's videos so that clips decode fast: short side 256, a key frame every 12",
         ),
         "merge-labels": (

@@ -446,7 +446,7 @@ def test_readers_are_closed_when_decoding_fails(entries, monkeypatch):
         def __exit__(self, *exception):
             events.append("close")
 
-        def frames(self, indices):
+        def frames(self, indices, crop):
             raise DecodeError("x: broken")
 
     monkeypatch.setattr(video_dataset, "open_video", lambda entry, backend: Failing())

@@ -6,6 +6,7 @@ One box for all frames of a clip, no flip, no colour changes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -127,6 +128,12 @@ def center_crop(width: int, height: int, input_size: int | tuple[int, int]) -> C
     scale = min(height / input_height, width / input_width)
     box_width, box_height = max(round(input_width * scale), 1), max(round(input_height * scale), 1)
     return CropBox((width - box_width) // 2, (height - box_height) // 2, box_width, box_height)
+
+
+def bounding_box(boxes: Sequence[tuple[int, int, int, int]]) -> CropBox:
+    """The smallest box that holds all of `boxes`, at least one."""
+    left, top, right, bottom = zip(*((x, y, x + width, y + height) for x, y, width, height in boxes))
+    return CropBox(min(left), min(top), max(right) - min(left), max(bottom) - min(top))
 
 
 def crop_and_resize(

@@ -19,6 +19,7 @@ from vmae.data.augment import CropBox, crop_and_resize, image_hw
 from vmae.data.augment_classify import AugmentConfig, erase_box, rand_augment, sample_resized_crop
 from vmae.data.batches import TensorBatch
 from vmae.data.decode import VideoReader
+from vmae.data.entry_table import LabelTable
 from vmae.data.labels import LabelledList
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure
@@ -194,6 +195,12 @@ class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
 
     def describe_labels(self, number: int) -> str:
         return ";".join(map(str, sorted(self.labelled.labels[number])))
+
+    def label_lines(self, first: int, last: int) -> str:
+        labels = self.labelled.labels
+        if not isinstance(labels, LabelTable) or labels.ends is not None:
+            return super().label_lines(first, last)
+        return "".join(f"{label}\n" for label in labels.values[first:last].tolist())
 
     def __getitem__(self, key: SampleKey | int) -> LabelledBatch:
         epoch, index = self._checked_key(key)

@@ -299,7 +299,7 @@ def read_packets(container: InputContainer, stream: VideoStream) -> PacketTable:
     """Read all packets of `stream`."""
     context = stream.codec_context
     h264 = context.name == "h264"
-    prefix = _length_bytes(context.extradata) if h264 else 0
+    prefix = length_bytes(context.extradata) if h264 else 0
     rows: list[PacketRow] = []
     crowded, refreshed = False, False
     newest: int | None = None  # time of the last key frame
@@ -316,7 +316,7 @@ def read_packets(container: InputContainer, stream: VideoStream) -> PacketTable:
     return PacketTable(rows, crowded, refreshed)
 
 
-def _length_bytes(extradata: bytes | None) -> int:
+def length_bytes(extradata: bytes | None) -> int:
     """Bytes of the length before each unit of H.264 in MP4 and Matroska; 0 where start codes separate
     them."""
     if extradata and len(extradata) > 6 and extradata[0] == 1:
@@ -324,7 +324,7 @@ def _length_bytes(extradata: bytes | None) -> int:
     return 0
 
 
-def is_intra(data: bytes | memoryview, length_bytes: int) -> bool:
+def is_intra(data: bytes | memoryview, prefix: int) -> bool:
     """Whether all slices of an H.264 picture (of its first field, if it has two) are I slices: decoding can
     start there.
 
@@ -333,10 +333,10 @@ def is_intra(data: bytes | memoryview, length_bytes: int) -> bool:
 
     Args:
         data: a packet.
-        length_bytes: bytes of the length before each unit; 0 for start codes.
+        prefix: bytes of the length before each unit; 0 for start codes.
     """
     starts = 0
-    for unit in _units(data, length_bytes):
+    for unit in units(data, prefix):
         if len(unit) > 1 and unit[0] & 31 in (1, 2, 5):
             if unit[0] & 31 == 5:  # IDR, as are all slices of this picture
                 return True
@@ -349,13 +349,13 @@ def is_intra(data: bytes | memoryview, length_bytes: int) -> bool:
     return True
 
 
-def _units(data: bytes | memoryview, length_bytes: int) -> Iterator[bytes]:
-    """The first bytes of each unit."""
-    if length_bytes:
-        place = length_bytes
+def units(data: bytes | memoryview, prefix: int) -> Iterator[bytes]:
+    """The first bytes of each unit of an H.264 packet; `prefix`: see `length_bytes`."""
+    if prefix:
+        place = prefix
         while place < len(data):
             yield bytes(data[place : place + 16])
-            place += int.from_bytes(data[place - length_bytes : place], "big") + length_bytes
+            place += int.from_bytes(data[place - prefix : place], "big") + prefix
     else:
         whole, place = bytes(data), 0
         while (place := whole.find(b"\0\0\1", place) + 3) > 2:

@@ -21,13 +21,27 @@ import torch
 from torch import Tensor
 
 from vmae.config import MaskConfig
-from vmae.data.augment import CROPS, CropBox, center_crop, crop_and_resize, image_hw, sample_crop
+from vmae.data.augment import (
+    CROPS,
+    CropBox,
+    bounding_box,
+    center_crop,
+    crop_and_resize,
+    image_hw,
+    sample_crop,
+)
 from vmae.data.batches import pinned
 from vmae.data.decode import open_video
 from vmae.data.guarded import guarded_each
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure, list_failures
-from vmae.data.sampling import SAMPLINGS, clip_starts, sample_exact_indices, sample_frame_indices
+from vmae.data.sampling import (
+    SAMPLINGS,
+    clip_starts,
+    permutation,
+    sample_exact_indices,
+    sample_frame_indices,
+)
 from vmae.data.shards.facts import check_all_frames, check_strides
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng, seed_sequence
 from vmae.data.workers import hang_limit
@@ -208,13 +222,22 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
 
     def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
         """uint8 [S, T, H, W, 3]"""
+        picked: list[tuple[CropBox, bool]] = []
+
+        def whole_of_all(width: int, height: int) -> CropBox:
+            picked[:] = self.pick_crops(width, height, epoch, index, attempt)
+            return bounding_box([box for box, _ in picked])
+
         with self._open(entry) as reader:
-            frames = reader.frames(self.pick_frames(entry, len(reader), reader.fps, epoch, index, attempt))
+            indices = self.pick_frames(entry, len(reader), reader.fps, epoch, index, attempt)
+            frames = reader.frames(indices, whole_of_all)
+        from_left, from_top, _, _ = bounding_box([box for box, _ in picked])
         crops = []
-        for box, flip in self.pick_crops(frames.shape[2], frames.shape[1], epoch, index, attempt):
+        for (left, top, width, height), flip in picked:
+            box = CropBox(left - from_left, top - from_top, width, height)
             crop = crop_and_resize(frames, box, self.image_size, resize=self.resize)
             crops.append(crop[:, :, ::-1] if flip else crop)
-        return torch.from_numpy(np.stack(crops))
+        return torch.from_numpy(np.stack(crops) if len(crops) > 1 else np.ascontiguousarray(crops[0])[None])
 
 
 def _decode_first_frame(entry: VideoEntry, backend: str) -> None:
@@ -333,10 +356,13 @@ class EpochSampler:
             step += 1
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        """int64 [at least steps_per_epoch * global_batch_size]"""
+        """int32 (int64 where that is too small) [at least steps_per_epoch * global_batch_size]"""
         if self._order[0] != epoch:
             rng = numpy_rng(self.seed, epoch, Purpose.ORDER)
             rounds = -(-self.global_batch_size // self.size) if self.fills_up else 1
-            order = [rng.permutation(self.size) + turn * self.size for turn in range(rounds)]
-            self._order = (epoch, np.concatenate(order))
+            self._order = (-1, self._order[1][:0])  # not two of them at once
+            order = [permutation(self.size, rng) for _ in range(rounds)]
+            for turn in range(1, rounds):  # of small lists only
+                order[turn] = order[turn] + np.int64(turn * self.size)
+            self._order = (epoch, order[0] if rounds == 1 else np.concatenate(order))
         return self._order[1]

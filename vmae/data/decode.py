@@ -63,7 +63,8 @@ def open_video(source: VideoEntry | str | Path, backend: str = "auto") -> VideoR
     entry = source if isinstance(source, VideoEntry) else VideoEntry(str(source))
     candidates = find_backends(entry.kind, backend)
     if isinstance(entry, ShardEntry):
-        reader = open_stored(entry, lambda video: _open(video, candidates))
+        by_packets = candidates[0].name == "pyav"
+        reader = open_stored(entry, lambda video: _open(video, candidates), by_packets=by_packets)
         if entry.frames and entry.kind == "video" and len(reader) != entry.frames:
             found = len(reader)
             reader.close()

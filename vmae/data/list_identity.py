@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vmae.data.manifest import VideoEntry
-from vmae.data.mix import Mix
+from vmae.data.entry_table import CHUNK, as_entries
+from vmae.data.mix import Mix, Source
 from vmae.data.shards.facts import indexes_in
-from vmae.data.shards.rows import ShardRows
 from vmae.data.video_dataset import VideoDataset
 
 BLOCKS = 128  # parts of a list with a hash of their own: a difference is found within so much of it
@@ -40,47 +39,55 @@ def identify_list(
     found: dict[str, Any] = {
         "videos": videos,
         "block": block,
-        "entries": _hashes(_entry_lines(dataset, str(root)), block),
+        "entries": _hashes(_entry_lines(dataset, str(root)), videos, block),
     }
     if indexes_in(dataset.entries):
         found["shards"] = True
     if type(dataset).describe_labels is not VideoDataset.describe_labels:
-        found["labels"] = _hashes((f"{dataset.describe_labels(number)}\n" for number in range(videos)), block)
+        found["labels"] = _hashes(
+            lambda first, last: dataset.label_lines(first, last).encode("utf-8", "surrogatepass"),
+            videos,
+            block,
+        )
     if isinstance(dataset.data, Mix) and dataset.data.mixing != "natural":
         found["mix"] = [[source.count, source.weight] for source in dataset.data.sources]
     return found
 
 
-def _hashes(lines: Iterable[str], block: int) -> dict[str, Any]:
-    """SHA-256 of all lines, and the first 8 digits of each part's."""
-    lines, whole, parts = iter(lines), hashlib.sha256(), []
-    while part := list(itertools.islice(lines, block)):
-        data = "".join(part).encode("utf-8", "surrogatepass")
-        whole.update(data)
-        parts.append(hashlib.sha256(data).hexdigest()[:8])
+def _hashes(lines: Callable[[int, int], bytes], count: int, block: int) -> dict[str, Any]:
+    """SHA-256 of the lines of all entries, and the first 8 digits of each part's.
+
+    Args:
+        lines: of the entries from a number to before another one.
+    """
+    whole, parts = hashlib.sha256(), []
+    for begin in range(0, count, block):
+        part, end = hashlib.sha256(), min(begin + block, count)
+        for first in range(begin, end, CHUNK):
+            data = lines(first, min(first + CHUNK, end))
+            whole.update(data)
+            part.update(data)
+        parts.append(part.hexdigest()[:8])
     return {"sha256": whole.hexdigest(), "parts": parts}
 
 
-def _entry_lines(dataset: VideoDataset, root: str) -> Iterator[str]:
-    if not isinstance(dataset.data, Mix):
-        yield from _lines_of(dataset.entries, root)
-        return
-    for source in dataset.data.sources:
-        yield from _lines_of(dataset.entries[source.first : source.first + source.count], source.root or root)
+def _entry_lines(dataset: VideoDataset, root: str) -> Callable[[int, int], bytes]:
+    entries = as_entries(dataset.entries)
+    sources = [Source("list", 0, len(entries), 1.0)]
+    if isinstance(dataset.data, Mix):
+        sources = dataset.data.sources
 
+    def lines(first: int, last: int) -> bytes:
+        found = []
+        for source in sources:
+            begin, end = max(first, source.first), min(last, source.first + source.count)
+            start = source.root or root
+            if begin < end:
+                start = start.rstrip("/") + "/" if start else "./"
+                found.append(entries.identity_lines(begin, end, start))
+        return b"".join(found)
 
-def _lines_of(entries: Sequence[VideoEntry], root: str) -> Iterator[str]:
-    if isinstance(entries, ShardRows):
-        yield from entries.identity_lines(0, len(entries)).decode().splitlines(keepends=True)
-        return
-    start = root.rstrip("/") + "/" if root else "./"
-    length = len(start)
-    for entry in entries:
-        path = entry.path[length:] if entry.path.startswith(start) else entry.path
-        if entry.kind == "video":
-            yield f"{path}\0{entry.stride}\n"
-        else:
-            yield f"{path}\0{entry.stride}\0{entry.start}\0{entry.total}\0{entry.pattern}\n"
+    return lines
 
 
 def list_changes(

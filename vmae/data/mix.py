@@ -26,7 +26,6 @@ once.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import os
@@ -40,10 +39,11 @@ from typing import Any
 import numpy as np
 
 from vmae.data.decode import DecodeError, open_video
+from vmae.data.entry_table import Entries, EntryChain, as_entries
 from vmae.data.files import Unanswered, ask_files
 from vmae.data.guarded import guarded_each
-from vmae.data.joined import join
 from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry, read_list
+from vmae.data.sampling import permutation
 from vmae.data.shards.index import ShardIndex, is_index
 from vmae.data.shards.rows import ShardRows
 from vmae.data.shards.source import folder_of, index_at, is_address, join_place
@@ -81,7 +81,7 @@ class Mix(Sequence):
     """The entries of all sources, one after the other, and how often each comes.
 
     Args:
-        entries: videos of all sources, in order.
+        entries: videos of all sources, in order; any sequence, which is not copied.
         sources: cover the entries, in order.
         mixing: "natural" or "weighted".
     """
@@ -158,7 +158,7 @@ class Mix(Sequence):
             generator = np.random.default_rng(
                 np.random.SeedSequence(seed, spawn_key=(_MIX_ORDER, number, turn, cycle))
             )
-            cached = (key, generator.permutation(self.sources[number].count))
+            cached = (key, permutation(self.sources[number].count, generator))
             self._orders[2 * number + cycle % 2] = cached
         return cached[1]
 
@@ -229,7 +229,7 @@ def _read_mix(path: Path, data_root: str | Path | None) -> Mix:
         parts.append(found)
         count += len(found)
     weighted = any("weight" in given for given in content["sources"])
-    return Mix(join(parts), sources, content.get("mixing", "weighted" if weighted else "natural"))
+    return Mix(EntryChain(parts), sources, content.get("mixing", "weighted" if weighted else "natural"))
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
@@ -290,20 +290,16 @@ def _read_source(given: dict[str, Any], start: str, where: str) -> Sequence[Vide
         )
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    others = [entry for entry in entries if entry.kind != given.get("kind", entry.kind)]
-    if others:
-        first = others[0]
+    other = {"video": "frames", "frames": "video"}.get(given.get("kind", ""))
+    others = entries.numbers_of(other) if other else []
+    if len(others):
+        first = entries[int(others[0])]
         raise InputError(
             f"{where}: line {first.line} of its list is of kind {first.kind}, not {given['kind']}, as are "
             f"{len(others)} of "
             f"{len(entries)}; a video is `path 0 -1`, frames are `folder start total`"
         )
-    stride = given.get("stride")
-
-    def with_stride(entry: VideoEntry) -> VideoEntry:
-        return dataclasses.replace(entry, stride=stride) if entry.stride is None else entry
-
-    return [with_stride(entry) for entry in entries]
+    return entries.with_stride(given.get("stride"))
 
 
 def _read_index_source(index: ShardIndex, given: dict[str, Any]) -> ShardRows:
@@ -330,11 +326,8 @@ def describe_data(data: Sequence[VideoEntry], *, backend: str = "auto", probes: 
         data = Mix(data, [Source("list", 0, len(data), 1.0)])
     lines = []
     for source, share in zip(data.sources, data.shares(), strict=True):
-        entries = data.entries[source.first : source.first + source.count]
-        if isinstance(entries, ShardRows):
-            strides = entries.strides()
-        else:
-            strides = sorted({entry.stride for entry in entries if entry.stride is not None})
+        entries = as_entries(data.entries[source.first : source.first + source.count])
+        strides = entries.strides()
         stride = f", stride {', '.join(map(str, strides))}" if strides else ""
         lines.append(
             f"{source.name}: {source.count} videos{_length(entries, backend, probes)}, {share:.1%} of "
@@ -350,13 +343,12 @@ def _seconds(entry: VideoEntry, backend: str) -> float:
         return len(reader) / reader.fps if reader.fps else 0.0
 
 
-def _length(entries: Sequence[VideoEntry], backend: str, probes: int) -> str:
+def _length(entries: Entries[VideoEntry], backend: str, probes: int) -> str:
+    frames, videos = entries.images(), entries.numbers_of("video")
     if isinstance(entries, ShardRows):
-        return _length_text(*entries.length(), int(entries.are("video").sum()), entries.images())
-    frames = sum(entry.total for entry in entries if entry.kind == "frames")
-    videos = [entry for entry in entries if entry.kind == "video"]
+        return _length_text(*entries.length(), len(videos), frames)
     count = min(probes, len(videos))
-    probed = [videos[place * len(videos) // count] for place in range(count)]
+    probed = [entries[int(videos[place * len(videos) // count])] for place in range(count)]
     seconds: list[float] = []
     began = time.monotonic()
     for found in guarded_each(functools.partial(_seconds, backend=backend), probed):

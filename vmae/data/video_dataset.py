@@ -6,7 +6,7 @@ from __future__ import annotations
 import enum
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -58,7 +58,7 @@ class VideoDataset(Dataset, Generic[EntryT, Decoded]):
     what a sample is made of (`__getitem__`).
 
     Args:
-        entries: result of `read_list` or `read_data`, at least one.
+        entries: result of `read_list` or `read_data`, at least one; not copied.
         num_sample: clips of one decode.
         seed: not negative.
         repeat: visits of a video in an epoch.
@@ -96,7 +96,9 @@ class VideoDataset(Dataset, Generic[EntryT, Decoded]):
         if min_frames < 1:
             raise InputError(f"min_frames must be at least 1, not {min_frames}")
         self.data = entries
-        self.entries: Sequence[EntryT] = getattr(entries, "entries", entries)  # of a mix, without its shares
+        self.entries: Sequence[EntryT] = entries
+        if isinstance(entries, Mix):
+            self.entries = cast(Sequence[EntryT], entries.entries)
         self.num_sample, self.seed, self.repeat = num_sample, seed, repeat
         self.backend, self.resize, self.min_frames = backend, resize, min_frames
         self.watch: Callable[[int], None] | None = None
@@ -113,6 +115,10 @@ class VideoDataset(Dataset, Generic[EntryT, Decoded]):
     def describe_labels(self, number: int) -> str:
         """What decides an entry's samples beside its video: labels, boxes."""
         return ""
+
+    def label_lines(self, first: int, last: int) -> str:
+        """`describe_labels` of the entries from `first` to before `last`, a line each."""
+        return "".join(f"{self.describe_labels(number)}\n" for number in range(first, last))
 
     def __len__(self) -> int:
         """Samples of an epoch."""

@@ -20,6 +20,9 @@ from vmae.errors import InputError
 
 _FRAMES_AT_ONCE = 64
 
+# (width, height) as displayed -> (left, top, width, height) of the part that is wanted
+Crop = Callable[[int, int], tuple[int, int, int, int]]
+
 Result = TypeVar("Result")
 Reader = TypeVar("Reader", bound="VideoReader")
 
@@ -64,6 +67,18 @@ def call_library(path: str, done: str, function: Callable[[], Result]) -> Result
     raise DecodeError(f"{path}: cannot be {done}: {first_reason(str(failure), captured)}")
 
 
+def find_box(crop: Crop, width: int, height: int) -> tuple[int, int, int, int]:
+    """The part of a picture that `crop` wants.
+
+    Raises:
+        InputError: it is not inside.
+    """
+    left, top, box_width, box_height = box = crop(width, height)
+    if not (0 <= left < left + box_width <= width and 0 <= top < top + box_height <= height):
+        raise InputError(f"{tuple(box)} is not inside a frame of {width} x {height} pixels")
+    return left, top, box_width, box_height
+
+
 class VideoReader(ABC):
     """An open video; a context manager that closes it.
 
@@ -92,18 +107,28 @@ class VideoReader(ABC):
     def _decode(self, indices: np.ndarray) -> np.ndarray:
         """uint8 [T, H, W, 3], RGB, of ascending, distinct, valid int64 `indices` [T >= 1]."""
 
-    def frames(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    def _decode_part(self, indices: np.ndarray, crop: Crop) -> np.ndarray:
+        """A part of what `_decode` gives: uint8 [T, h, w, 3]. A reader that can cut before it converts
+        colours does so."""
+        frames = self._decode(indices)
+        left, top, width, height = find_box(crop, frames.shape[2], frames.shape[1])
+        return frames[:, top : top + height, left : left + width]
+
+    def frames(self, indices: Sequence[int] | np.ndarray, crop: Crop | None = None) -> np.ndarray:
         """Decode some frames, in any order; each is decoded once, even if it is named twice.
 
         Args:
             indices: whole numbers [T], from 0, T at least 1.
+            crop: gives the part of the frames that is wanted, by their width and height: pixels as cut
+                afterwards, in less time. None: all of them.
 
         Returns:
-            uint8 [T, H, W, 3], RGB.
+            uint8 [T, H, W, 3], RGB; with `crop`, of its height and width.
 
         Raises:
             IndexError: a frame that the video does not have, or no index.
             DecodeError: a frame cannot be decoded.
+            InputError: a part that is not inside the frames.
         """
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.ndim != 1 or wanted.size == 0:
@@ -115,7 +140,7 @@ class VideoReader(ABC):
         distinct, places = np.unique(wanted, return_inverse=True)
         try:
             with memory_as_decode_error(self.path):
-                decoded = self._decode(distinct)
+                decoded = self._decode(distinct) if crop is None else self._decode_part(distinct, crop)
                 return decoded if np.array_equal(distinct, wanted) else decoded[places]
         except DecodeError as error:
             error.library = self.backend

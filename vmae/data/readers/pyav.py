@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from fractions import Fraction
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vmae.data.containers import FORMATS, av_text, open_container, pick_stream, read_packets
 from vmae.data.manifest import VideoEntry
-from vmae.data.orientation import Orientation, read_orientation
+from vmae.data.orientation import read_orientation
+from vmae.data.pyav_frames import FrameClip, FrameConverter
 from vmae.data.readers import Backend, Library
-from vmae.data.video_reader import DecodeError, VideoReader, first_reason
+from vmae.data.video_reader import Crop, DecodeError, VideoReader, first_reason
+from vmae.errors import InputError
 
 if TYPE_CHECKING:
     import av
     from av.container import InputContainer
-    from av.filter.context import FilterContext
     from av.video.stream import VideoStream
 
 _SEEKABLE = {FORMATS["MP4"], FORMATS["Matroska"]}
@@ -47,7 +47,7 @@ class PyavReader(VideoReader):
         self.path = entry.path
         self._container: InputContainer | None = None
         self._stream: VideoStream | None = None
-        self._orientation: Orientation | None = None  # since the last key frame
+        self._converter = FrameConverter(entry.path)
         try:
             self._container = container = open_container(entry.path)
             self._stream = stream = pick_stream(container, entry.path)
@@ -63,7 +63,6 @@ class PyavReader(VideoReader):
                     f"{self.path}: cannot be decoded: intra refresh, cut where no picture is whole"
                 )
             self._times = self.table.times if seekable else None
-            self._to_rgb = _ToRgb()
             if not (self.table.complete and (self.table.times is not None or not seekable)):
                 self._drop_lost_frames()
         except DecodeError:
@@ -91,7 +90,7 @@ class PyavReader(VideoReader):
 
     def _whole_frames(self, container: InputContainer) -> Iterator[av.VideoFrame]:
         """All frames, from the first whole picture on."""
-        self._orientation = None
+        self._converter.restart()
         frames = container.decode(pick_stream(container, self.path))
         if self.table.complete:
             return frames
@@ -119,24 +118,21 @@ class PyavReader(VideoReader):
         return (frame.height, frame.width) if turned else (frame.width, frame.height)
 
     def _decode(self, indices: np.ndarray) -> np.ndarray:
+        return self._decode_part(indices, None)
+
+    def _decode_part(self, indices: np.ndarray, crop: Crop | None) -> np.ndarray:
         if self._container is None:
             raise DecodeError(f"{self.path}: is closed")
         try:
             if self._times is None:
-                pictures = self._decode_from_start(indices.tolist(), by_time=False)
+                clip = self._decode_from_start(indices.tolist(), crop, by_time=False)
             else:
-                pictures = self._decode_timed(self._times[indices])
-        except DecodeError:
+                clip = self._decode_timed(self._times[indices].tolist(), crop)
+        except (InputError, MemoryError):
             raise
         except Exception as error:
             raise DecodeError(f"{self.path}: cannot be decoded: {first_reason(av_text(error), [])}") from None
-        if len(pictures) < len(indices):
-            raise DecodeError(
-                f"{self.path}: cannot be decoded: {len(indices) - len(pictures)} frames do not come out"
-            )
-        if len({picture.shape for picture in pictures}) > 1:
-            raise DecodeError(f"{self.path}: cannot be decoded: the size of its pictures changes")
-        return np.stack(pictures)
+        return clip.frames()
 
     @property
     def container(self) -> InputContainer:
@@ -166,7 +162,7 @@ class PyavReader(VideoReader):
 
     def iterate(self) -> Iterator[np.ndarray]:
         try:
-            yield from map(self._pixels, self.decoded())
+            yield from map(self._converter.picture, self.decoded())
         except DecodeError as error:
             error.library = self.backend
             raise
@@ -175,66 +171,52 @@ class PyavReader(VideoReader):
             failed.library = self.backend
             raise failed from None
 
-    def _decode_from_start(self, wanted: list[int], *, by_time: bool) -> list[np.ndarray]:
+    def _decode_from_start(self, wanted: list[int], crop: Crop | None, *, by_time: bool) -> FrameClip:
         """Frames by number, or by presentation time, ascending; each frame before them is decoded."""
-        missing = set(wanted)
-        pictures: list[np.ndarray] = []
+        clip = FrameClip(self.path, wanted, crop, self._converter)
         with open_container(self.path) as container:  # afresh: not every container can be rewound
             for number, frame in enumerate(self._whole_frames(container)):
-                if frame.key_frame:
-                    self._orientation = None
-                name = frame.pts if by_time else number
-                if name in missing:
-                    missing.remove(name)
-                    pictures.append(self._pixels(frame))
-                    if not missing:
-                        break
-        return pictures
+                clip.offer(frame.pts if by_time else number, frame, clip.missing)
+                if not clip.missing:
+                    break
+        return clip
 
-    def _decode_timed(self, times: np.ndarray) -> list[np.ndarray]:
+    def _decode_timed(self, times: list[int], crop: Crop | None) -> FrameClip:
         keys = np.searchsorted(self.table.keys, times, side="right") - 1
         runs = np.split(np.arange(len(times)), np.flatnonzero(np.diff(keys)) + 1)
-        pictures: list[np.ndarray] = []
+        clip = FrameClip(self.path, times, crop, self._converter)
         failure: Exception | None = None
         try:
             for run in runs:
-                pictures += self._decode_run(int(keys[run[0]]), times[run].tolist())
-        except DecodeError:
+                self._decode_run(int(keys[run[0]]), times[run[0] : run[-1] + 1], clip)
+        except InputError:
             raise
         except Exception as error:
             failure = error
-        if len(pictures) == len(times):
-            return pictures
+        if not clip.missing:
+            return clip
         try:
-            return self._decode_from_start(times.tolist(), by_time=True)
+            return self._decode_from_start(times, crop, by_time=True)
         except Exception as error:
             raise failure or error from None
 
-    def _decode_run(self, key: int, times: list[int]) -> list[np.ndarray]:
-        """Pictures at `times`, decoded from key frame number `key` on, without those that they do not
+    def _decode_run(self, key: int, times: list[int], clip: FrameClip) -> None:
+        """Add the pictures at `times`, decoded from key frame number `key` on, without those that they do not
         need."""
         context, wanted, unfed = self.stream.codec_context, set(times), set(times)
-        pictures: dict[int, np.ndarray] = {}
-
-        def keep(frames: Sequence[av.VideoFrame]) -> None:
-            for frame in frames:
-                if frame.key_frame:
-                    self._orientation = None
-                if frame.pts in wanted:
-                    pictures[frame.pts] = self._pixels(frame)
-
-        self._orientation = None
+        self._converter.restart()
         for packet in self._packets_from(key, times[0]):
             if self.codec == "h264":
                 context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             if not packet.is_discard:  # one that an edit list hides may have the time of a shown one
                 unfed.discard(packet.pts)
-            keep(packet.decode())
+            for frame in packet.decode():
+                clip.offer(frame.pts, frame, wanted)
             if not unfed:
-                if len(pictures) < len(times):
-                    keep(context.decode(None))  # those that it holds back to put them in order
+                if not wanted.isdisjoint(clip.missing):
+                    for frame in context.decode(None):  # those that it holds back to put them in order
+                        clip.offer(frame.pts, frame, wanted)
                 break
-        return [pictures[time] for time in times if time in pictures]
 
     def _packets_from(self, key: int, wanted: int) -> Iterator[av.Packet]:
         """Packets from key frame number `key` on, or from an earlier one if the container seeks past it; none
@@ -250,55 +232,10 @@ class PyavReader(VideoReader):
                 yield from packets
                 return
 
-    def _pixels(self, frame: av.VideoFrame) -> np.ndarray:
-        if frame.is_corrupt:
-            raise DecodeError(f"{self.path}: cannot be decoded: a frame is corrupt")
-        # It changes at key frames only, and reading it takes a tenth of a conversion.
-        if frame.key_frame or self._orientation is None:
-            self._orientation = read_orientation(frame, self.path)
-        return self._orientation.apply(self._to_rgb(frame))
-
     def close(self) -> None:
         if self._container is not None:
             self._container.close()
         self._container = self._stream = None
-
-
-class _ToRgb:
-    """uint8 [H, W, 3] of frames, by a filter graph: pixels as the ffmpeg command and torchcodec give them.
-
-    `VideoFrame.reformat` differs by up to 100 grey levels at edges where 10-bit colour is subsampled, by 31
-    at odd sizes; it takes all cores for one small picture, and half as much CPU time again (90 us for 640 x
-    272 against 62).
-    """
-
-    def __init__(self) -> None:
-        self._layout: tuple | None = None
-        self._graph: av.filter.Graph | None = None  # its filters do not live without it
-
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        layout = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
-        if layout != self._layout:
-            self._source, self._sink = self._build(frame)
-            self._layout = layout
-        self._source.push(frame)
-        return cast("av.VideoFrame", self._sink.pull()).to_ndarray()
-
-    def _build(self, frame: av.VideoFrame) -> tuple[FilterContext, FilterContext]:
-        import av
-
-        self._graph = graph = av.filter.Graph()
-        if hasattr(type(graph), "threads"):
-            graph.threads = 1
-        time_base = frame.time_base or Fraction(1)
-        source = graph.add_buffer(
-            width=frame.width, height=frame.height, format=frame.format, time_base=time_base
-        )
-        rgb, sink = graph.add("format", "rgb24"), graph.add("buffersink")
-        source.link_to(rgb)
-        rgb.link_to(sink)
-        graph.configure()
-        return source, sink
 
 
 def _missing() -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vmae.data.joined import Joined
+from vmae.data.entry_table import EntryChain, EntryList
 from vmae.data.shards.entries import ShardEntry
 from vmae.data.shards.rows import ShardRows
 from vmae.errors import InputError
@@ -16,7 +16,7 @@ from vmae.errors import InputError
 def parts_of(entries: Any) -> list[Sequence[Any]]:
     """The lists and indexes that a sequence of entries is made of."""
     entries = getattr(entries, "entries", entries)  # of a mix
-    return list(entries.parts) if isinstance(entries, Joined) else [entries]
+    return list(entries.parts) if isinstance(entries, EntryChain) else [entries]
 
 
 def indexes_in(entries: Any) -> list[ShardRows]:
@@ -24,8 +24,8 @@ def indexes_in(entries: Any) -> list[ShardRows]:
     return [part for part in parts_of(entries) if isinstance(part, ShardRows)]
 
 
-def contents(entries: Any) -> set[tuple[int, int]]:
-    """(CRC-32, length) of all videos in shards: equal for equal bytes."""
+def contents(entries: Any) -> set[tuple[int, Any]]:
+    """What lies in shards: equal for equal videos and images."""
     return {pair for rows in indexes_in(entries) for pair in rows.contents()}
 
 
@@ -34,7 +34,7 @@ def check_all_frames(entries: Any, needed_by: str) -> None:
     parts = parts_of(entries)
     found = [int(part.column("keep_every").max()) for part in parts if isinstance(part, ShardRows)]
     for part in parts:
-        if isinstance(part, list):
+        if isinstance(part, (list, EntryList)):
             found += [entry.keep_every for entry in part if isinstance(entry, ShardEntry)]
     every = max(found, default=1)
     if every > 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -13,9 +12,12 @@ import numpy as np
 
 from vmae.data.manifest import VideoEntry
 from vmae.data.readers.frames import FrameFolderReader
-from vmae.data.shards.entries import ShardEntry
+from vmae.data.shards.entries import ShardEntry, ShardError
+from vmae.data.shards.memory_file import memory_file
+from vmae.data.shards.packed_reader import PackedReader
+from vmae.data.shards.packets import PacketTable
 from vmae.data.shards.reading import read_images, read_video
-from vmae.data.video_reader import DecodeError, VideoReader
+from vmae.data.video_reader import Crop, DecodeError, VideoReader
 
 
 class StoredFrames(FrameFolderReader):
@@ -30,11 +32,58 @@ class StoredFrames(FrameFolderReader):
         return f"{self.path}, image {index}", io.BytesIO(self._images.pop(index))
 
 
-def open_stored(entry: ShardEntry, open_file: Callable[[VideoEntry], VideoReader]) -> VideoReader:
+class KeptFrames(VideoReader):
+    """A video of which every n-th frame is stored, with its frames' own numbers: for a frame that was left
+    out, the stored one before it stands in (the first one, where there is none).
+
+    A clip whose stride is a multiple of n has its stride exactly; its start moves to a stored frame.
+
+    Args:
+        entry: says which frames are stored.
+        stored: of these.
+
+    Raises:
+        DecodeError: their number is not what `entry` says.
+    """
+
+    def __init__(self, entry: ShardEntry, stored: VideoReader) -> None:
+        self._entry, self._stored, self.path = entry, stored, entry.path
+        self.fps, self.codec, self.backend = entry.fps or None, stored.codec, stored.backend
+        expected = len(range(entry.phase, entry.frames, entry.keep_every))
+        if len(stored) != expected:
+            stored.close()
+            raise DecodeError(f"{self.path}: has {len(stored)} frames, and its index says {expected}")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """See `VideoReader.size`."""
+        return self._stored.size
+
+    def __len__(self) -> int:
+        return self._entry.frames
+
+    def _decode(self, indices: np.ndarray) -> np.ndarray:
+        return self._stored.frames(self._places(indices))
+
+    def _decode_part(self, indices: np.ndarray, crop: Crop) -> np.ndarray:
+        return self._stored.frames(self._places(indices), crop)
+
+    def _places(self, indices: np.ndarray) -> np.ndarray:
+        """Numbers of stored frames."""
+        return np.maximum(indices - self._entry.phase, 0) // self._entry.keep_every
+
+    def close(self) -> None:
+        self._stored.close()
+
+
+def open_stored(
+    entry: ShardEntry, open_file: Callable[[VideoEntry], VideoReader], *, by_packets: bool = False
+) -> VideoReader:
     """Open an entry of a shard.
 
     Args:
         open_file: opens the entry of a video file.
+        by_packets: read videos that have a packet table by it, with PyAV's decoder.
 
     Raises:
         ShardError: the shard cannot be read, or is not what its index says.
@@ -42,8 +91,18 @@ def open_stored(entry: ShardEntry, open_file: Callable[[VideoEntry], VideoReader
     """
     if entry.kind == "frames":
         return StoredFrames(entry)
-    _, video = read_video(entry)
-    handle, name = _memory_file(video)
+    reader = _open_video(entry, open_file, by_packets)
+    return reader if entry.keep_every == 1 else KeptFrames(entry, reader)
+
+
+def _open_video(
+    entry: ShardEntry, open_file: Callable[[VideoEntry], VideoReader], by_packets: bool
+) -> VideoReader:
+    table, video = read_video(entry)
+    packets = _read_table(entry, table) if by_packets and table else None
+    if packets is not None:
+        return PackedReader(entry.path, packets, video)
+    handle, name = memory_file(video)
     try:
         reader = open_file(VideoEntry(name, stride=entry.stride))
     except DecodeError as error:
@@ -65,22 +124,19 @@ def stored_file(entry: ShardEntry) -> Iterator[str]:
     Raises:
         ShardError: see `open_stored`.
     """
-    handle, name = _memory_file(read_video(entry)[1])
+    handle, name = memory_file(read_video(entry)[1])
     try:
         yield name
     finally:
         os.close(handle)
 
 
-def _memory_file(content: bytes) -> tuple[int, str]:
-    """(handle, path) of a file that exists while the handle is open, in memory where the system can."""
-    if hasattr(os, "memfd_create"):
-        handle = os.memfd_create("video", os.MFD_CLOEXEC)
-    else:
-        handle, path = tempfile.mkstemp()
-        os.unlink(path)
-    view = memoryview(content)
-    while view:
-        view = view[os.write(handle, view) :]
-    os.lseek(handle, 0, os.SEEK_SET)
-    return handle, f"/proc/self/fd/{handle}" if os.path.isdir("/proc/self/fd") else f"/dev/fd/{handle}"
+def _read_table(entry: ShardEntry, table: bytes) -> PacketTable | None:
+    """None where a later version wrote it: the video is opened as a file is."""
+    try:
+        return PacketTable.read(table)
+    except ValueError as error:
+        raise ShardError(
+            f"shard {entry.shard.name}: the packet table of {entry.key} is not what was written ({error}): "
+            "the shard was changed or damaged; restore it, or make the index anew with `vmae index`"
+        ) from None

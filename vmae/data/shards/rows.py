@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from vmae.data.entry_table import Entries
 from vmae.data.shards.entries import ShardEntry
 
 FRAMES = ""  # the suffix of a folder of frames
 _AT_ONCE = 1 << 14  # rows that become Python's numbers at a time
 
 
-class ShardRows(Sequence[ShardEntry]):
+class ShardRows(Entries[ShardEntry]):
     """Some samples of an index, in order.
 
     Attributes:
@@ -76,33 +78,63 @@ class ShardRows(Sequence[ShardEntry]):
         known = self.are("video") & (frames > 0) & (fps > 0)
         return float((frames[known] / fps[known]).sum()), int(known.sum())
 
-    def contents(self) -> set[tuple[int, int]]:
-        """(CRC-32, length) of all videos: equal for equal bytes."""
+    def contents(self) -> set[tuple[int, Any]]:
+        """(length, checksum) of all videos, (number, checksums) of all folders' images: equal for equal
+        content."""
         videos = self.are("video")
-        pairs = (self.column(name)[videos].tolist() for name in ("crc", "length"))
-        return set(zip(*pairs, strict=True))
+        found: set[tuple[int, Any]] = set(
+            zip(*(self.column(name)[videos].tolist() for name in ("length", "crc")), strict=True)
+        )
+        for place in np.flatnonzero(~videos).tolist():
+            found.add((-1, self._images_of(self.numbers[place])))
+        return found
+
+    def count_paths(self) -> int:  # an index has no key twice
+        return len(self)
 
     def path_bytes(self, first: int, last: int) -> list[bytes]:
-        """Names of the samples from `first` to before `last`."""
-        return [self[number].path.encode("utf-8", "surrogatepass") for number in range(first, last)]
+        part = ShardPart(self.whole, self.numbers[first:last])
+        shards = [shard.name.encode("utf-8", "surrogatepass") + b"/" for shard in self.whole.shards]
+        suffixes = [suffix.encode() for suffix in self.whole.suffixes]
+        names = zip(part.column("shard").tolist(), part.keys(), part.column("suffix").tolist(), strict=True)
+        return [shards[shard] + key + suffixes[suffix] for shard, key, suffix in names]
 
     def identity_lines(self, first: int, last: int, start: str = "") -> bytes:
+        """The `identities` of some samples."""
+        return b"".join(self.identities(first, last))
+
+    def identities(self, first: int, last: int) -> Iterator[bytes]:
         """A line for each of these samples that tells which frames it is: its key, stride, and the length and
         checksum of its bytes. Where the shards lie, and which of them holds it, does not count."""
-        parts = (self.numbers[n : min(n + _AT_ONCE, last)] for n in range(first, last, _AT_ONCE))
-        return "".join(line for part in parts for line in ShardPart(self.whole, part)._identities()).encode()
+        for begin in range(first, last, _AT_ONCE):
+            yield from ShardPart(self.whole, self.numbers[begin : min(begin + _AT_ONCE, last)])._identities()
 
-    def _identities(self) -> Iterator[str]:
+    def keys(self) -> list[bytes]:
+        """Names of all samples, in UTF-8."""
+        rows, ends = self.numbers, self.whole.columns["key_end"]
+        if rows.step != 1 or not rows:
+            return [self.whole.part("keys", number).tobytes() for number in rows]
+        start = int(ends[rows.start - 1]) if rows.start else 0
+        places = [0, *(ends[rows.start : rows.stop].astype(np.int64) - start).tolist()]
+        data = self.whole.columns["keys"][start : start + places[-1]].tobytes()
+        return [data[one:other] for one, other in itertools.pairwise(places)]
+
+    def _identities(self) -> Iterator[bytes]:
         names = ("suffix", "stride", "length", "crc", "keep_every", "phase")
         columns = (self.column(name).tolist() for name in names)
-        for number, kind, stride, length, crc, every, phase in zip(self.numbers, *columns, strict=True):
-            suffix = self.whole.suffixes[kind]
+        suffixes = self.whole.suffixes
+        for number, key, kind, stride, length, crc, every, phase in zip(
+            self.numbers, self.keys(), *columns, strict=True
+        ):
             content = f"{length}\0{crc}"
-            if suffix == FRAMES:
-                lengths, sums = (self.whole.part(name, number) for name in ("image_length", "image_crc"))
-                content = f"{len(lengths)}\0{images_identity(lengths, sums)}"
+            if suffixes[kind] == FRAMES:
+                content = self._images_of(number)
             kept = f"\0{every}\0{phase}" if every > 1 else ""
-            yield f"{self.whole.key(number)}{suffix}\0{stride or None}\0{content}{kept}\n"
+            yield key + f"{suffixes[kind]}\0{stride or None}\0{content}{kept}\n".encode()
+
+    def _images_of(self, number: int) -> str:
+        lengths, sums = (self.whole.part(name, number) for name in ("image_length", "image_crc"))
+        return f"{len(lengths)}\0{images_identity(lengths, sums)}"
 
 
 class ShardPart(ShardRows):

@@ -169,3 +169,32 @@ def _problem(shard: Shard) -> str | None:
     except OSError as error:
         return f"shard {shard.name} cannot be read: {error.strerror}"
     return None if size == shard.size else f"shard {shard.name} has {size} bytes, not {shard.size}"
+
+
+def check_labels(name: str, index: ShardIndex, num_classes: int | None, most: int) -> int:
+    """The number of classes of an index whose samples all have labels.
+
+    Args:
+        name: of the index, for messages.
+        num_classes: labels are below it; None takes the largest plus 1.
+        most: the largest number of classes there can be.
+
+    Raises:
+        InputError: a sample without a label, or with one out of range.
+    """
+    labels, counts = index.columns["labels"], np.diff(index.columns["label_end"].astype(np.int64), prepend=0)
+    bare = np.flatnonzero(counts == 0)
+    if len(bare):
+        raise InputError(
+            f"index {name}: {len(bare)} of {len(index)} samples have no label, the first "
+            f"{index.key(int(bare[0]))!r}: pack a labelled list (`path label` a line)"
+        )
+    wrong = np.flatnonzero((labels < 0) | (labels >= (num_classes or most)))
+    if len(wrong):
+        number = int(np.searchsorted(index.columns["label_end"], wrong[0], side="right"))
+        known = f"0 to {(num_classes or most) - 1}" + (f" ({num_classes} classes)" if num_classes else "")
+        raise InputError(
+            f"index {name}, {index.key(number)!r}: label {int(labels[wrong[0]])} is out of range; labels are "
+            f"{known}"
+        )
+    return num_classes or int(labels.max()) + 1

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,13 +160,12 @@ def _count_classes(args: argparse.Namespace) -> int:
     return found
 
 
-def count_shared(entries: Sequence[VideoEntry], others: Sequence[VideoEntry]) -> int:
-    """How many of the videos `others` are among `entries` too: of files by their paths, of shards by length
-    and checksum."""
+def _count_shared(entries: Sequence[VideoEntry], others: Sequence[VideoEntry]) -> int:
+    """How many of `entries` are videos of `others` too: of files by their paths, of shards by content."""
     if indexes_in(entries) or indexes_in(others):
         return len(contents(entries) & contents(others))
-    known = {os.path.abspath(entry.path) for entry in entries}
-    return sum(os.path.abspath(entry.path) in known for entry in others)
+    paths = Counter(os.path.abspath(entry.path) for entry in entries)
+    return sum(paths.pop(os.path.abspath(entry.path), 0) for entry in others)
 
 
 def classification_loss(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
@@ -228,7 +228,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
         )
         failed = check_decodable(labelled.entries)
         notes = [f"note: skipped, cannot be decoded: {error}" for _, error in failed]
-        lacking = config.num_classes - len({label for own in labelled.labels for label in own})
+        lacking = config.num_classes - labelled.count_classes()
         if lacking:
             notes.append(f"note: {lacking} of {config.num_classes} classes have no video in {config.data}")
         if labelled.multi and not config.multi_label:
@@ -258,7 +258,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
         notes: list[str] = []
         if config.val is not None:
             self.validated, notes = self.read_list("validate", config.val, "--no-val")
-            shared = count_shared(trained.entries, self.validated.entries)
+            shared = _count_shared(self.validated.entries, trained.entries)
             if shared:
                 notes.append(
                     f"note: {shared} of the {len(self.validated.entries)} videos of {config.val} are trained "
