@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import multiprocessing
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness import ROOT
 from harness.command import add_json, check_least, exit_code, say_wrong, write_result
 from harness.environment import find_environment
 from harness.json_records import Runs, Spread
@@ -38,16 +39,14 @@ from vmae.data import PretrainDataset, build_loader, read_data
 from vmae.data.loaders import PretrainLoader
 from vmae.data.shards import remote, stores
 from vmae.data.shards.index import read_index
+from vmae.data.shared_memory import PREFETCH
 from vmae.synthetic.samples import sample_videos
 from vmae.train.metrics import LOG_NAME, read_log
 
 FILES, SHARDS, STORE = "local files", "local shards", "store"
 BATCH, DELAYS_MS, THREADS = 8, (0.0, 20.0, 100.0), (1, 4, 8, 16)
 RANGE = 300_000  # bytes
-DEMO = (
-    "--model vit_demo --image-size 80 --patch-size 8 --num-frames 4 --stride 8 --encoder-ratio 0.9 "
-    "--no-normalize-target --batch-size 4 --repeat 100 --lr 0.224 --log-every 1 --no-tensorboard --device cpu"
-).split()
+DEMO = ["--config", str(ROOT / "recipes" / "pretrain_tiny.yaml"), "--log-every", "1", "--no-tensorboard"]
 
 
 # --- videos -------------------------------------------------------------------------------------------------
@@ -97,29 +96,34 @@ class Times:
     hashes: set[str] = field(default_factory=set)
 
 
-def load(data: Any, workers: int, epochs: int, server: int, times: Times) -> None:
-    """Read every video `epochs` times."""
+def load(data: Any, args: argparse.Namespace, server: int, times: Times) -> None:
+    """Read `args.batches`, after as many as the workers have at a time: those are not counted, nor what it
+    takes to start."""
     config = ModelConfig.preset("vit_b")
     dataset = PretrainDataset(
         data, num_frames=16, stride=4, image_size=224, grid=config.grid, mask=MaskConfig()
     )
     digest, clips = hashlib.sha256(), 0
-    server_before, before = cpu_s(server), resource.getrusage(resource.RUSAGE_CHILDREN)
-    loader = build_loader(dataset, batch_size=BATCH, num_workers=workers, epochs=epochs)
+    loader = build_loader(dataset, batch_size=BATCH, num_workers=args.workers)
     assert isinstance(loader, PretrainLoader)  # by default
     with loader:
-        batch = next(loader)  # workers are up, and their first requests are done
-        began = time.perf_counter()
-        for batch in loader:
+        for _ in range(PREFETCH * args.workers):
+            next(loader)
+        workers = [process.pid for process in multiprocessing.active_children() if process.pid]
+
+        def spent() -> tuple[float, float, float, float]:
+            return time.perf_counter(), sum(map(cpu_s, workers)), cpu_s(server), loader.store_s
+
+        before = spent()
+        for _ in range(args.batches):
+            batch = next(loader)
             clips += len(batch.clips)
             digest.update(batch.clips.numpy().data)
-        seconds, waited = time.perf_counter() - began, loader.store_s
-    after, server_after = resource.getrusage(resource.RUSAGE_CHILDREN), cpu_s(server)
-    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        seconds, used, of_server, waited = (b - a for a, b in zip(before, spent(), strict=True))
     times.clips_per_s.append(clips / seconds)
-    times.cpu_ms.append(1e3 * used / (clips + BATCH))
-    times.server_cpu_ms.append(1e3 * (server_after - server_before) / (clips + BATCH))
-    times.waited.append(waited / seconds / workers)
+    times.cpu_ms.append(1e3 * used / clips)
+    times.server_cpu_ms.append(1e3 * of_server / clips)
+    times.waited.append(waited / seconds / args.workers)
     times.hashes.add(digest.hexdigest())
 
 
@@ -147,7 +151,7 @@ def measure_loader(ways: dict[str, Any], args: argparse.Namespace, server: int) 
         for turn in range(args.rounds):
             for name in [*ways][turn % len(ways) :] + [*ways][: turn % len(ways)]:
                 at(f"{name}, round {turn + 1} of {args.rounds}")
-                load(ways[name], args.workers, args.epochs, server, times[name])
+                load(ways[name], args, server, times[name])
     first, records = times[FILES], []
     for name, found in times.items():
         of_store = name.startswith(STORE)
@@ -213,11 +217,17 @@ def measure_ranges(address: str, args: argparse.Namespace, server: Any) -> list[
 # --- training runs ------------------------------------------------------------------------------------------
 
 
+def make_demo(folder: Path) -> tuple[Path, Path]:
+    """The demo's list of folders of images, and their index."""
+    images, shards = folder / "demo" / "clips.txt", folder / "demo" / "shards"
+    quietly(["samples", str(images), "--frames", str(folder / "demo" / "frames"), "--square"])
+    quietly(["pack", str(images), str(shards), "--shards", "--workers", "1"])
+    return images, shards / "index.vmae"
+
+
 def train(data: str, output: Path, steps: int) -> tuple[list[float], float, float]:
     """(losses, clips a second, share of waiting for data) of a run of the demo's model, without its begin."""
-    quietly(
-        ["pretrain", "--data", data, "--output", str(output), *DEMO, "--steps", str(steps), "--workers", "1"]
-    )
+    quietly(["pretrain", *DEMO, "--data", data, "--output", str(output), "--steps", str(steps)])
     log = read_log(output / LOG_NAME, loss=float)
     steady = log[len(log) // 10 :]
     seconds = sum(record["step_s"] for record in steady)
@@ -267,13 +277,15 @@ def measure(args: argparse.Namespace, folder: Path) -> StoreResult:
         ways = {FILES: read_data(videos), SHARDS: read_data(index), STORE: read_data(address)}
         records: list[Any] = list(measure_loader(ways, args, server.process.pid))
         records += measure_ranges(f"{address.rpartition('/')[0]}/{shard}", args, server)
-        places = {FILES: str(videos), SHARDS: str(index), STORE: address}
+        at("the demo's images")
+        images, of_images = make_demo(folder)
+        places = {FILES: str(images), SHARDS: str(of_images), STORE: server.upload(of_images, "demo")}
         records += measure_runs(places, args, folder)
     return StoreResult(environment=find_environment(), records=records, video_bytes=mean)
 
 
 def run(args: argparse.Namespace) -> int:
-    check_least(args, "rounds", "workers", "epochs", "videos", "steps")
+    check_least(args, "rounds", "workers", "batches", "videos", "steps")
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args, Path(folder))
     show(*result.tables())
@@ -292,13 +304,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--rounds", type=int, help="of every way, in turn (5; quick 1)")
     add("--workers", type=int, default=8, help="of the loader (8)")
     add("--videos", type=int, default=64, help="packed ones (64)")
-    add("--epochs", type=int, help="of a round (4; quick 1)")
+    add("--batches", type=int, help="of 8 clips, of a round (40; quick 16)")
     add("--seconds", type=float, help="of each measurement of ranges (2; quick 0.5)")
     add("--steps", type=int, help="of a training run (300; quick 40)")
     add_json(parser)
     args = parser.parse_args(argv)
-    defaults = (1, 1, 0.5, 40) if args.quick else (5, 4, 2.0, 300)
-    for name, value in zip(("rounds", "epochs", "seconds", "steps"), defaults, strict=True):
+    defaults = (1, 16, 0.5, 40) if args.quick else (5, 40, 2.0, 300)
+    for name, value in zip(("rounds", "batches", "seconds", "steps"), defaults, strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
     return exit_code(lambda: run(args))
