@@ -15,6 +15,10 @@ from store_server import SECRET, Relay
 
 from vmae.config import MaskConfig
 from vmae.data import PretrainDataset, build_loader
+from vmae.data.augment_classify import AugmentConfig
+from vmae.data.check import check_entries
+from vmae.data.classify_dataset import ClassifyDataset, ClipConfig, ViewConfig, ViewDataset
+from vmae.data.labels import LabelledList
 from vmae.data.manifest import VideoEntry
 from vmae.data.mix import read_data
 from vmae.data.shards import reading, remote, stores
@@ -391,3 +395,24 @@ def test_wrong_keys(store, local):
         assert "access is refused (403 AccessDenied)" in told_of(address)
     finally:
         del os.environ["AWS_SKIP_SIGNATURE"]
+
+
+@pytest.mark.slow
+def test_each_sample_is_one_request(store, local, asker):
+    """What is asked for ahead is what the sample takes, also of folders of frames: nothing is read twice."""
+    data = entries(store.upload(local, "counted"))
+    clip = ClipConfig(num_frames=4, stride=2, image_size=32)
+    labels = LabelledList(list(data), [(0,)] * len(data), 2, False)
+    with Relay(store.port) as relay:
+        asker.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{relay.port}")
+        batches(data, 2)
+        assert relay.requests == 2 * len(data)
+        views = ViewDataset(list(data), clip, ViewConfig(segments=2, crops=1))
+        assert len(list(views.read(range(len(data)), 2))) == len(data)
+        assert relay.requests == 3 * len(data)
+        dataset = ClassifyDataset(labels, clip, AugmentConfig.none())
+        with build_loader(dataset, batch_size=2, epochs=1, num_workers=1) as loader:
+            assert len(list(loader)) == 3
+        assert relay.requests == 4 * len(data)
+        records = check_entries(data, workers=1, progress=False)
+        assert not any(record.get("error") for record in records)
