@@ -13,7 +13,10 @@ import pytest
 from tests.data.small_videos import make_video
 from vmae.cli import main
 from vmae.data import check
+from vmae.data.part_folder import PartFolder, Records
 from vmae.data.parts import Part, read_part
+from vmae.data.ranks import Ranks
+from vmae.errors import InputError
 from vmae.files.folder_lock import LOCK_NAME, FolderLock
 
 
@@ -39,6 +42,78 @@ def test_each_item_is_in_one_part_and_with_one_rank(items, count, together):
 def test_what_is_no_part(text):
     with pytest.raises(argparse.ArgumentTypeError, match="must be i/n"):
         read_part(text)
+
+
+# --- Folders of parts ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path):
+    """`place(i, n)` is a part's folder in a folder with a directory that no part made."""
+    (tmp_path / "parts" / "mine").mkdir(parents=True)
+    (tmp_path / "parts" / "01-of-4").mkdir()
+    return lambda *part: PartFolder(tmp_path, Part(*part), "a test", "another test", "test.json")
+
+
+def write(records, *items):
+    with records.writer(0) as add:
+        for item in items:
+            add({"item": item})
+
+
+def records_of(place):
+    return Records(place, "items.jsonl", "item", "items-{}.part.jsonl")
+
+
+def test_only_parts_are_joined_and_removed(place, tmp_path):
+    for number in (1, 2):
+        part = place(number, 2)
+        with part.hold(Ranks()):
+            part.settle({"a": 1})
+            write(records_of(part), *part.share(5))
+        if number == 1:
+            with pytest.raises(InputError, match="2 of 5 items are missing .* 2/2 .2 items, not started"):
+                records_of(part).check_complete(5, "items")
+    whole = records_of(place(1, 1))
+    with place(1, 1).hold(Ranks(), merge=True):
+        whole.check_complete(5, "items")
+        assert [record["item"] for record in whole.join()] == list(range(5))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["items.jsonl", "parts", "test.json"]
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["01-of-4", "mine"]
+
+
+def test_a_merge_that_was_stopped_goes_on(place, tmp_path, monkeypatch):
+    """After the records were joined, before the parts were removed."""
+    part = place(1, 2)
+    with part.hold(Ranks()):
+        write(records_of(part), 0, 2)
+    monkeypatch.setattr(PartFolder, "remove_parts", lambda self: None)
+    whole = records_of(place(1, 1))
+    assert whole.join() == whole.join() == [{"item": 0}, {"item": 2}]
+    monkeypatch.undo()
+    assert whole.join() == [{"item": 0}, {"item": 2}] and not part.own.exists()
+    assert (tmp_path / "items.jsonl").read_text() == '{"item": 0}\n{"item": 2}\n'
+
+
+def test_parts_of_something_else(place, tmp_path):
+    other = tmp_path / "parts" / "1-of-2"
+    other.mkdir()
+    (other / "other.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a part of something else .other.json.; choose another"):
+        place(2, 2).settle({"a": 1})
+    (tmp_path / "parts" / "1-of-3").mkdir()
+    with pytest.raises(InputError, match=r"different numbers of parts \(2, 3\)"):
+        place(2, 2).found()
+
+
+def test_a_record_is_torn_and_the_disk_is_full(place, tmp_path):
+    part = place(1, 1)
+    (tmp_path / "items-0.part.jsonl").write_text('{"item": 3}\n17\n{"item": true}\n{"item": 4, "te')
+    assert records_of(part).collect() == [{"item": 3}]
+    if os.path.exists("/dev/full"):
+        (tmp_path / "items-0.part.jsonl").symlink_to("/dev/full")
+        with pytest.raises(InputError, match="cannot write to .*No space left"):
+            write(records_of(part), 5)
 
 
 # --- check-data ---------------------------------------------------------------------------------------------

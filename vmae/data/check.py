@@ -54,7 +54,7 @@ from vmae.data.part_folder import PartFolder, Records
 from vmae.data.parts import add_part_arguments
 from vmae.data.ranks import Ranks, open_ranks
 from vmae.data.sampling import sample_frame_indices
-from vmae.data.shards.entries import DamagedShard, ShardEntry, ShardError
+from vmae.data.shards.entries import DamagedShard, ShardEntry
 from vmae.data.shards.index import ShardIndex, write_index
 from vmae.data.shards.opening import stored_file
 from vmae.data.shards.reading import ask_ahead
@@ -168,16 +168,13 @@ class _Checker(VideoTask):
     def ahead(self, video: int) -> None:
         ask_ahead(self.entries[video])
 
-    def __getitem__(self, video: int) -> dict[str, Any] | ShardError:
+    def __getitem__(self, video: int) -> dict[str, Any]:
         entry = self.entries[video]
         if video in self.blocked:
             about = {"path": entry.path, "line": entry.line, "kind": entry.kind}
             return {**about, "error": self.blocked[video], "library": "worker"}
         self.watch(video)
-        try:
-            return check_entry(entry, self.backend)
-        except ShardError as error:  # no video's fault: the check ends
-            return error
+        return check_entry(entry, self.backend)
 
 
 def check_entries(
@@ -213,11 +210,9 @@ def check_each(
         return
     pool = WorkerPool(_Checker(entries, backend), iter(numbers), count=workers, prefetch=4, hang_s=hang_s)
     try:
-        bar = tqdm(pool, total=len(numbers), unit="video", disable=None if progress else True)
-        for number, record in zip(numbers, bar):
-            if isinstance(record, ShardError):
-                raise record
-            yield number, record
+        yield from zip(
+            numbers, tqdm(pool, total=len(numbers), unit="video", disable=None if progress else True)
+        )
     finally:
         pool.close()
 

@@ -351,34 +351,12 @@ class ViewDataset(VideoDataset[VideoEntry, Tensor]):
             yield from ((video, self[video]) for video in videos)
             return
         pool = WorkerPool(
-            _Handed(self),
-            iter(videos),
-            count=num_workers,
-            prefetch=2,
-            hang_s=hang_s or hang_limit(VIEWS_HANG_S),
+            self, iter(videos), count=num_workers, prefetch=2, hang_s=hang_s or hang_limit(VIEWS_HANG_S)
         )
         try:
-            for video, views in zip(videos, pool):
-                if isinstance(views, InputError):
-                    raise views
-                yield video, views
+            yield from zip(videos, pool)
         finally:
             pool.close()
-
-
-class _Handed:
-    """Makes views in a worker, and hands an `InputError` (a shard that cannot be read) over as a value, since
-    a raised one would end as a traceback."""
-
-    def __init__(self, dataset: ViewDataset) -> None:
-        self.dataset = dataset
-        self.set_watch, self.block, self.ahead = dataset.set_watch, dataset.block, dataset.ahead
-
-    def __getitem__(self, video: int) -> Tensor | Failure | InputError:
-        try:
-            return self.dataset[video]
-        except InputError as error:
-            return error
 
 
 class MiddleClipDataset(ViewDataset):

@@ -49,6 +49,7 @@ from vmae.data.manifest import (
     whole,
     write_list,
 )
+from vmae.data.shards.index import ShardIndex
 from vmae.data.shards.source import check_labels, index_at
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
@@ -121,7 +122,7 @@ def read_labelled_list(
     """
     index = index_at(path, data_root)
     if index is not None:
-        labels = LabelTable(index.columns["labels"], index.columns["label_end"])
+        labels = labels_of(index)
         total = check_labels(str(path), index, num_classes, CLASSES.most)
         return LabelledList(index, labels, total, labels.several)
     grammar = _labelled_grammar(num_classes, frame_pattern, first_frame)
@@ -136,6 +137,13 @@ def read_labelled_list(
     assert classes is not None
     total = num_classes or classes.distinct()[-1] + 1
     return LabelledList(table, classes, total, classes.several)
+
+
+def labels_of(index: ShardIndex) -> LabelTable:
+    """The classes of the samples of an index."""
+    values, ends = index.columns["labels"], index.columns["label_end"]
+    single = len(values) == len(ends) and np.array_equal(ends, np.arange(1, len(ends) + 1))
+    return LabelTable(values, None if single else ends)
 
 
 _Problems = list[tuple[int, str]]
@@ -229,7 +237,7 @@ def read_any_list(
     """
     index = index_at(path, data_root)
     if index is not None:
-        labels = [own or None for own in LabelTable(index.columns["labels"], index.columns["label_end"])]
+        labels = [own or None for own in labels_of(index)]
         return AnyList(index, labels, any(own is not None for own in labels), [])
     if path_kind(path) == "a folder":
         entries, problems = read_list_with_problems(path, data_root)

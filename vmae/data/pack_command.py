@@ -20,6 +20,7 @@ from vmae.data.pack_lists import LIST_NAME, merge_list, pack_list, pack_part, pa
 from vmae.data.parts import add_part_arguments
 from vmae.data.quarantine import QUARANTINE_NAME
 from vmae.data.ranks import Ranks
+from vmae.data.shards.facts import indexes_in
 from vmae.data.shards.index import INDEX_NAME, is_index
 from vmae.data.shards.packing import ShardJob, Stored, join_shards, pack_shards
 from vmae.data.shards.plan import Origin
@@ -150,9 +151,15 @@ def _check_flags(args: argparse.Namespace, config: PackConfig) -> None:
 
 
 def _read(args: argparse.Namespace) -> _Found:
+    if is_index(args.list):
+        raise InputError(
+            f"{args.list} is an index: its videos are packed already; give the list that they came from"
+        )
     path = Path(args.list)
     if path.suffix.lower() in MIX_SUFFIXES and not path.is_dir():
         mix = read_data(path, args.data_root)
+        if indexes_in(mix):
+            raise InputError(f"mix {path} has an index among its sources, whose videos are packed already")
         sources = [Origin(source.name, source.first, source.count, source.root) for source in mix.sources]
         return _Found(mix.entries, [None] * len(mix), False, sources)
     found = read_any_list(path, args.data_root, LABELLED[args.labelled])

@@ -68,7 +68,8 @@ class PartFolder:
         Raises:
             InputError: they are of different numbers of parts.
         """
-        matches = [re.fullmatch(r"(\d+)-of-(\d+)", path.name) for path in self.folder.glob(f"{PARTS}/*")]
+        names = [path.name for path in self.folder.glob(f"{PARTS}/*")]
+        matches = [re.fullmatch(r"([1-9]\d*)-of-([1-9]\d*)", name) for name in names]
         parts = sorted(
             (Part(int(match[1]), int(match[2])) for match in matches if match),
             key=lambda part: (part.count, part.number),
@@ -132,10 +133,12 @@ class PartFolder:
         """
         whole = {**decides, **(of_parts or {})}
         for folder in self.folders():
+            remedy = f"choose another --output, or remove {folder}"
             if (folder / self.settings).exists():
                 before = read_json(folder / self.settings, "settings file")
-                remedy = f"choose another --output, or remove {folder}"
                 check_same(before, whole, f"{folder} holds {self.other}", remedy)
+            elif settings := sorted(folder.glob("*.json")):
+                raise InputError(f"{folder} holds a part of something else ({settings[0].name}); {remedy}")
         settle(self.folder / self.settings, decides, self.other, **noted)
         if not self.part.whole:
             settle(self.own / self.settings, whole, self.other, **noted)
@@ -175,8 +178,11 @@ class PartFolder:
         )
 
     def remove_parts(self) -> None:
-        """Remove what was joined."""
-        shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+        """Remove what was joined, and nothing else."""
+        for folder in self.folders():
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self.folder / PARTS).rmdir()
 
 
 def _locked(folder: Path) -> bool:
@@ -298,5 +304,8 @@ class Records:
             except OSError as error:
                 raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
 
-        with file:
+        try:
             yield write
+        finally:
+            with contextlib.suppress(OSError):  # all that was written is on its way already
+                file.close()

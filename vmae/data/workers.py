@@ -276,10 +276,11 @@ class WorkerPool:
         self._tasks: Iterator[tuple[int, Any]] = enumerate(tasks)
         self._prefetch, self._hang_s = prefetch, hang_s
         self._context = torch.multiprocessing.get_context(_START_METHOD)
+        self._given = 0  # tasks so far
         self._ready: dict[int, Any] = {}
         # Video -> the task at which it was there when its worker was killed.
         self._killed: dict[int, int] = {}
-        self._next = self._given = self._idle_restarts = 0
+        self._next = self._idle_restarts = 0
         self._waited_s = 0.0  # of workers that were replaced
         self._noted = False
         self._interrupted = False

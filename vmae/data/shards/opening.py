@@ -12,7 +12,7 @@ import numpy as np
 
 from vmae.data.manifest import VideoEntry
 from vmae.data.readers.frames import FrameFolderReader
-from vmae.data.shards.entries import ShardEntry, ShardError
+from vmae.data.shards.entries import DamagedShard, ShardEntry
 from vmae.data.shards.memory_file import memory_file
 from vmae.data.shards.packed_reader import PackedReader
 from vmae.data.shards.packets import PacketTable
@@ -117,6 +117,17 @@ def _open_video(
     return reader
 
 
+def _read_table(entry: ShardEntry, table: bytes) -> PacketTable | None:
+    """None where a later version wrote it: the video is opened as a file is."""
+    try:
+        return PacketTable.read(table)
+    except ValueError as error:
+        raise DamagedShard(
+            f"shard {entry.shard.name}: the packet table of {entry.key} is not what was written ({error}): "
+            "the shard was changed or damaged; restore it, or make the index anew with `vmae index`"
+        ) from None
+
+
 @contextlib.contextmanager
 def stored_file(entry: ShardEntry) -> Iterator[str]:
     """The path of a video's bytes as a file, for what reads files only; it is there within this context.
@@ -129,14 +140,3 @@ def stored_file(entry: ShardEntry) -> Iterator[str]:
         yield name
     finally:
         os.close(handle)
-
-
-def _read_table(entry: ShardEntry, table: bytes) -> PacketTable | None:
-    """None where a later version wrote it: the video is opened as a file is."""
-    try:
-        return PacketTable.read(table)
-    except ValueError as error:
-        raise ShardError(
-            f"shard {entry.shard.name}: the packet table of {entry.key} is not what was written ({error}): "
-            "the shard was changed or damaged; restore it, or make the index anew with `vmae index`"
-        ) from None
