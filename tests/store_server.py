@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -100,6 +99,24 @@ class StoreServer:
     def delete(self, name: str) -> None:
         self.call("delete", name)
 
+    def upload(self, index: Path, folder: str, etags: bool = True) -> str:
+        """Copy an index and its shards into tests/`folder` (each bucket takes some of few volumes); address
+        of the index there. Needs the environment."""
+        from vmae.data.shards.index import ShardIndex, read_index, write_index
+        from vmae.data.shards.remote import head
+
+        found = read_index(index)
+        shards = []
+        for shard in found.relative:
+            self.put(f"tests/{folder}/{shard.name}", (index.parent / shard.name).read_bytes())
+            etag = head(f"s3://tests/{folder}/{shard.name}").etag if etags else ""
+            shards.append(shard._replace(etag=etag))
+        kept = {"sources": found.sources, "suffixes": found.suffixes, "settings": found.settings}
+        path = self.folder / f"{folder}.vmae"
+        write_index(path, ShardIndex(found.columns, shards, **kept))
+        self.put(f"tests/{folder}/index.vmae", path.read_bytes())
+        return f"s3://tests/{folder}/index.vmae"
+
     def call(self, action: str, name: str, *content: bytes) -> None:
         """By a process of its own: this one may fork afterwards."""
         given = content[0] if content else b""
@@ -155,8 +172,10 @@ class Relay:
     Attributes:
         delay_s: before each answer's bytes are passed on.
         rate: bytes a second that all connections have together; 0 for no limit.
-        fail: share of requests that are answered with `status`, or cut off by a reset after some bytes.
-        status: answer of a failed request; 0 resets the connection.
+        fail_every: each n-th request is answered with `status`, and each 2n-th cut off by a reset in the
+            middle of its answer instead; 0 for none.
+        status: answer of a failed request; 0 resets the connection each time.
+        flip_every: of each n-th answer a byte is changed.
         silent: take connections, and answer nothing.
         requests, bytes: passed on so far.
     """
@@ -164,10 +183,10 @@ class Relay:
     to: int
     delay_s: float = 0.0
     rate: float = 0.0
-    fail: float = 0.0
+    fail_every: int = 0
     status: int = 503
+    flip_every: int = 0
     silent: bool = False
-    seed: int = 0
     requests: int = 0
     failed: int = 0
     bytes: int = 0
@@ -177,7 +196,6 @@ class Relay:
     _listener: Any = None
 
     def __enter__(self) -> Relay:
-        self._random = random.Random(self.seed)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -202,16 +220,18 @@ class Relay:
                     time.sleep(0.05)
                 with self._lock:
                     self.requests += 1
-                    failing = self._random.random() < self.fail
-                    reset = failing and (self.status == 0 or self._random.random() < 0.5)
-                    self.failed += failing
+                    number = self.requests
+                    failing = self.fail_every > 0 and number % self.fail_every == 0
+                    reset = failing and (self.status == 0 or number // self.fail_every % 2 == 0)
+                    flipped = self.flip_every > 0 and number % self.flip_every == 0
+                    self.failed += failing or flipped
                 if failing and not reset:
                     client.sendall(b"HTTP/1.1 %d Fault\r\nContent-Length: 0\r\n\r\n" % self.status)
                     continue
                 if server is None:
                     server = socket.create_connection(("127.0.0.1", self.to))
                 server.sendall(request)
-                self._answer(client, server, cut=reset)
+                self._answer(client, server, cut=reset, flipped=flipped)
                 if reset:
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     return
@@ -233,7 +253,7 @@ class Relay:
             data += more
         return data
 
-    def _answer(self, client: socket.socket, server: socket.socket, cut: bool) -> None:
+    def _answer(self, client: socket.socket, server: socket.socket, cut: bool, flipped: bool) -> None:
         data = self._head(server)
         if not data:
             raise OSError("the server is gone")
@@ -250,6 +270,8 @@ class Relay:
             if not body:
                 raise OSError("the server is gone")
             left -= len(body)
+            if flipped:
+                body, flipped = bytes([body[0] ^ 1]) + body[1:], False
             self._send(client, body)
 
     def _send(self, client: socket.socket, data: bytes) -> None:

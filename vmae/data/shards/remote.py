@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vmae.data.shards import stores
-from vmae.data.shards.entries import Shard
+from vmae.data.shards.entries import Shard, ShardError
 from vmae.data.shards.stores import Found
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
@@ -220,7 +220,7 @@ def check_shards(shards: Sequence[Shard]) -> None:
     """See that shards are what their index says, by size and ETag: all, or a thousand spread over them.
 
     Raises:
-        InputError: one is missing, cannot be read, or is another one; the line names the first and how many
+        ShardError: one is missing, cannot be read, or is another one; the line names the first and how many
             there are.
     """
     step = -(-len(shards) // MOST_CHECKED) or 1
@@ -231,7 +231,7 @@ def check_shards(shards: Sequence[Shard]) -> None:
         wrong += ask_apart(_check_objects, remote)
     if wrong:
         more = f" (and {len(wrong) - 1} more of {len(chosen)} that were looked at)" if len(wrong) > 1 else ""
-        raise InputError(wrong[0] + more)
+        raise ShardError(wrong[0] + more)
 
 
 def _check_file(shard: Shard) -> str:

@@ -62,7 +62,7 @@ class Found(NamedTuple):
     etag: str
 
 
-class Changed(Exception):
+class Changed(InputError):
     """The object has another ETag than the one asked for."""
 
 
@@ -288,7 +288,7 @@ def insist(ask: Callable[[], Answer], address: str, root: str, patience_s: float
     while True:
         try:
             answer = ask()
-        except (Changed, InputError, RuntimeError):
+        except (InputError, RuntimeError):
             raise
         except Exception as error:
             if type(error).__name__ == "PreconditionError":
@@ -328,12 +328,12 @@ def read_bytes(address: str, offset: int, length: int, etag: str, patience_s: fl
     options: GetOptions = {"range": (offset, offset + length)}
     if etag:
         options["if_match"] = etag
+    store = store_of(root)
+    import obstore
 
     def ask() -> tuple[bytes, int]:
-        import obstore
-
         try:
-            answer = obstore.get(store_of(root), key, options=options)
+            answer = obstore.get(store, key, options=options)
             return answer.bytes().to_bytes(), answer.meta["size"]
         except obstore.exceptions.GenericError as error:
             if _STATUS.findall(str(error))[:1] == ["416"]:  # it ends before `offset`
@@ -352,16 +352,16 @@ def find_object(address: str, patience_s: float) -> Found:
         ShardError, InputError: see `read_bytes`.
     """
     root, key = split_address(address)
+    store = store_of(root)
+    import obstore
 
     def ask() -> Found:
-        import obstore
-
         try:
-            about = obstore.get(store_of(root), key, options={"range": (0, 1)}).meta
+            about = obstore.get(store, key, options={"range": (0, 1)}).meta
         except obstore.exceptions.GenericError as error:
             if _STATUS.findall(str(error))[:1] != ["416"]:
                 raise
-            about = obstore.head(store_of(root), key)  # it is empty
+            about = obstore.head(store, key)  # it is empty
         return Found(about["size"], about["e_tag"] or "")
 
     return insist(ask, address, root, patience_s)
