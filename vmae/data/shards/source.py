@@ -55,7 +55,11 @@ def index_at(path: str | Path, root: str | Path | None = None) -> ShardIndex | N
     if not is_index(name) or (not is_address(name) and path_kind(name) == "a folder"):
         _refuse_others(name)
         return None
-    index = read_index(_local(name), folder_of(name) if root is None else str(root))
+    file = _local(name)
+    try:
+        index = read_index(file, folder_of(name) if root is None else str(root))
+    except InputError as error:  # it has an address, not the name of its copy
+        raise InputError(str(error).replace(str(file), name)) from None
     if not len(index):
         raise InputError(f"index {name} holds no samples")
     if os.environ.get("RANK", "0") == "0":
