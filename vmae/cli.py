@@ -91,6 +91,10 @@ GROUPS = {
             "vmae.data.pack_command",
             "re-encode a list's videos so that clips decode fast: short side 256, a key frame every 12",
         ),
+        "lists": (
+            "vmae.data.lists",
+            "`lists import SOURCE OUT`: a list of the clips of NeMo Curator, cosmos-curate or a manifest",
+        ),
         "merge-labels": (
             "vmae.data.merge_labels",
             "make one label set from several, as Kinetics-710 is made",

@@ -80,6 +80,10 @@ class Entries(Sequence[EntryT]):
         """Paths of the entries from `first` to before `last`."""
         return [encode(self[number].path) for number in range(first, last)]
 
+    def count_paths(self) -> int:
+        """Number of different paths; by a hash of 64 bits for each, so that no path is kept."""
+        return count_distinct([path_hashes(self, first) for first in range(0, len(self), CHUNK)])
+
     def identity_lines(self, first: int, last: int, start: str) -> bytes:
         """What decides the samples of these entries, a line each (see `vmae.data.list_identity`).
 
@@ -184,6 +188,7 @@ class EntryTable(Entries[VideoEntry]):
         patterns, roots: what the columns of these names count; a path starts from its root.
         first: where the first path begins.
         stride: of the entries that have none of their own.
+        paths: number of different paths, where it is known.
     """
 
     def __init__(
@@ -196,10 +201,11 @@ class EntryTable(Entries[VideoEntry]):
         roots: Sequence[str] = ("",),
         first: int = 0,
         stride: int | None = None,
+        paths: int | None = None,
     ) -> None:
         self._text, self._ends, self._columns = text, ends, columns
         self.patterns, self.roots = tuple(patterns), tuple(roots)
-        self._first, self._stride = first, stride
+        self._first, self._stride, self._paths = first, stride, paths
 
     @classmethod
     def of(cls, entries: Sequence[VideoEntry]) -> EntryTable:
@@ -245,10 +251,8 @@ class EntryTable(Entries[VideoEntry]):
 
     def _entry(self, number: int) -> VideoEntry:
         columns = self._columns
-        root = self.roots[columns["root"][number]]
-        path = self.written_path(number)
         return VideoEntry(
-            os.path.join(root, path) if root else path,
+            self._path(number),
             KINDS[columns["kind"][number]],
             int(columns["start"][number]),
             int(columns["total"][number]),
@@ -256,6 +260,10 @@ class EntryTable(Entries[VideoEntry]):
             self.patterns[columns["pattern"][number]],
             int(columns["line"][number]),
         )
+
+    def _path(self, number: int) -> str:
+        root = self.roots[self._columns["root"][number]]
+        return os.path.join(root, self.written_path(number))
 
     def written_path(self, number: int) -> str:
         """The path of an entry as the list has it."""
@@ -296,12 +304,19 @@ class EntryTable(Entries[VideoEntry]):
 
     def with_stride(self, stride: int | None) -> EntryTable:
         table = self._part(0, len(self))
-        table._stride = self._stride or stride
+        table._stride, table._paths = self._stride or stride, self._paths
         return table
+
+    def count_paths(self) -> int:
+        if self._paths is None:
+            self._paths = super().count_paths()
+        return self._paths
 
     def path_bytes(self, first: int, last: int) -> list[bytes]:
         lines = self._path_lines(first, last)
-        return super().path_bytes(first, last) if lines is None else lines.split(b"\n")[:-1]
+        if lines is None:
+            return [encode(self._path(number)) for number in range(first, last)]
+        return lines.split(b"\n")[:-1]
 
     def _path_lines(self, first: int, last: int) -> bytes | None:
         """The paths of some entries with their root, and a line end behind each; None where they are not
@@ -392,16 +407,17 @@ def as_entries(entries: Sequence[EntryT]) -> Entries[EntryT]:
     return entries if isinstance(entries, Entries) else EntryList(entries)
 
 
-def count_paths(entries: Sequence[VideoEntry]) -> int:
-    """Number of different paths; by a hash of 64 bits for each, so that no path is kept."""
-    if not isinstance(entries, Entries):
-        return len({entry.path for entry in entries})
-    hashes = np.empty(len(entries), np.int64)
-    for first in range(0, len(entries), CHUNK):
-        paths = entries.path_bytes(first, min(first + CHUNK, len(entries)))
-        hashes[first : first + len(paths)] = list(map(hash, paths))
-    hashes.sort()
-    return len(hashes) - int((hashes[1:] == hashes[:-1]).sum())
+def path_hashes(entries: Entries[VideoEntry], first: int = 0, count: int = CHUNK) -> np.ndarray:
+    """int64, a hash of each path from number `first` on; the same within this process only."""
+    paths = entries.path_bytes(first, min(first + count, len(entries)))
+    return np.fromiter(map(hash, paths), np.int64, len(paths))
+
+
+def count_distinct(parts: Sequence[np.ndarray]) -> int:
+    """How many different numbers there are."""
+    numbers = np.concatenate([np.empty(0, np.int64), *parts])
+    numbers.sort()
+    return len(numbers) - int((numbers[1:] == numbers[:-1]).sum())
 
 
 def distinct(column: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vmae.data.entry_table import COLUMNS, EntryTable, LabelTable, spread
+from vmae.data.entry_table import COLUMNS, EntryTable, LabelTable, count_distinct, path_hashes, spread
 from vmae.data.list_lines import read_pieces
 from vmae.data.list_parsing import Grammar, ListParser, Piece
 from vmae.errors import InputError
@@ -235,6 +235,7 @@ def _arrays(
     parser, content = ListParser(str(path), grammar, roots), hashlib.sha256()
     columns = {name: _Column() for name in COLUMNS}
     ends: list[np.ndarray] = []
+    hashes: list[np.ndarray] = []
     labels: list[tuple[np.ndarray, np.ndarray | None]] = []
     check = [0]
 
@@ -257,6 +258,9 @@ def _arrays(
         ends.append(np.diff(piece.ends, prepend=0).astype(np.uint32))
         for name, column in columns.items():
             column.add(piece.columns[name], count)
+        spread_out = {name: spread(column, count) for name, column in piece.columns.items()}
+        part = EntryTable(np.frombuffer(piece.text, np.uint8), piece.ends, spread_out, roots=roots)
+        hashes.append(path_hashes(part, 0, count))
         if piece.labels is not None:
             labels.append(piece.labels)
 
@@ -276,6 +280,9 @@ def _arrays(
         if any(counts is not None for _, counts in labels):
             yield from offsets(label_counts)
 
+    def paths() -> Iterator[np.ndarray]:
+        yield np.array([count_distinct(hashes)], np.int64)
+
     def numbered() -> Iterator[np.ndarray]:
         yield np.frombuffer(json.dumps(list(parser.patterns)).encode(), np.uint8)
 
@@ -289,7 +296,7 @@ def _arrays(
     if grammar.classes is not None:
         arrays["labels"] = (values for values, _ in labels)
         arrays["label_ends"] = label_ends()
-    arrays["patterns"] = numbered()
+    arrays |= {"patterns": numbered(), "paths": paths()}
     found = {name: summed(pieces) for name, pieces in arrays.items()}
     return {**found, _DONE: (np.array([value], np.uint32) for value in check)}
 
@@ -298,7 +305,8 @@ def raise_looked_up(
     path: str | Path, problems: Sequence[tuple[int, str]], looked_up: int, roots: Sequence[str]
 ) -> None:
     """Raise InputError with the first of `problems` of the entries that were looked up."""
-    line, problem = min(problems)
+    problems = sorted(set(problems))
+    line, problem = problems[0]
     tried = f"--data-root {roots[0]!r}" if len(roots) == 1 else "no --data-root given"
     raise InputError(
         f"list file {str(path)!r}, line {line}: {problem}; {len(problems)} of the {looked_up} entries looked "
@@ -317,7 +325,7 @@ def _read(path: Path, key: Key, roots: Sequence[str]) -> Table | None:
     except InputError:
         return None
     wanted = {"format": FORMAT, "version": VERSION, "content": key.content, "settings": key.settings}
-    names = {"text", "ends", *COLUMNS, "patterns", _DONE}
+    names = {"text", "ends", *COLUMNS, "patterns", "paths", _DONE}
     if about != wanted or not names <= set(arrays) or len(arrays[_DONE]) != 1:
         return None
     check = 0
@@ -335,6 +343,7 @@ def _table(arrays: dict[str, np.ndarray], roots: Sequence[str]) -> Table:
         {name: spread(arrays[name], len(ends)) for name in COLUMNS},
         patterns=json.loads(arrays["patterns"].tobytes()),
         roots=roots,
+        paths=int(arrays["paths"][0]),
     )
     if "labels" not in arrays:
         return table, None

@@ -12,6 +12,8 @@ import copy
 import itertools
 import os
 import re
+import string
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -35,7 +37,8 @@ from vmae.data.list_lines import (
 )
 from vmae.errors import InputError
 
-SAMPLE = 16  # lines of a part that are looked up where something is to be settled
+SAMPLE = 32  # lines of a part that are looked up where something is to be settled
+FEW = 1000  # lines up to which all are
 _GAP = r"(?:[ \t]*,[ \t]*|[ \t]+)"
 # A path whose last word is no number, so that the numbers behind it have one meaning each.
 _PATH = r'(?![\s"#])([^\n]*[^\s,\d+-][\d+-]*)'
@@ -48,6 +51,9 @@ LABELLED_LINE = re.compile(
     rf"^(?:{_PATH}(?:(?:{_GAP}(\d{{1,9}}))?{_GAP}{_COUNT})?{_GAP}(\d{{1,9}}(?:;\d{{1,9}})*)|(.*))$",
     re.MULTILINE,
 )
+# What a part of the plainest lines is made of: no blank, quote, comma or bracket, nothing but ASCII.
+_END, _PLAIN_BYTES = b" 0 -1\n", (string.ascii_letters + string.digits + "/._-+=~@%:&()\n").encode()
+_SOURCES = {*SOURCE_STRIDES, *SOURCE_PATTERNS}
 Item = TypeVar("Item")
 
 
@@ -156,8 +162,14 @@ class ListParser:
         parts = whole_lines(data)
         before = 0
         for part in parts:
+            piece = self._plainest(part)
+            count = part.count(b"\n")
+            if piece is not None:
+                before += count
+                yield piece
+                continue
             text = decode_lines(part, self.name, before)
-            before += part.count(b"\n")
+            before += count
             try:
                 piece = self._piece(text)
             except InputError:
@@ -189,7 +201,7 @@ class ListParser:
             raise
         first = self._reader.number - len(lines.path)
         self._settle(lines, first, text)
-        piece = self._columns(lines, first)
+        piece = self._columns(lines, first, text)
         self.entries += len(piece.ends)
         return piece
 
@@ -229,13 +241,14 @@ class ListParser:
     def _settle(self, lines: _Lines, first: int, text: str) -> None:
         """Choose the readings of lines that have several, and the roots of relative paths."""
         contents: list[str] = []
+        set_from = [place for place, *_ in lines.settings]
 
         def line_at(place: int) -> Line:
             if place in lines.odd:
                 return lines.odd[place]
             if not contents:
                 contents.extend(text.split("\n"))
-            stride, pattern = next(found[1:] for found in reversed(lines.settings) if found[0] <= place)
+            _, stride, pattern = lines.settings[bisect_right(set_from, place) - 1]
             where = f"list file {self.name!r}, line {first + place + 1}"
             return self.grammar.parse(contents[place].strip(), where, first + place + 1, stride, pattern)[0]
 
@@ -246,18 +259,21 @@ class ListParser:
             relative = [
                 place
                 for place, path in enumerate(lines.path)
-                if path and not os.path.isabs(path) and place not in settled
+                if path and path[0] != "/" and not os.path.isabs(path) and place not in settled
             ]
         if not (odd or relative or lines.open):
             return
         lines.root = np.zeros(len(lines.path), np.uint8)
         self._choose(lines, odd, line_at)
         for places in (lines.open, relative):
-            chosen = self._choose(lines, spread_sample(places, SAMPLE), line_at)
-            if len(chosen) > 1 or any(reading for reading, _ in chosen):
-                self._choose(lines, places, line_at)
-            elif chosen:
-                lines.root[places] = next(iter(chosen))[1]
+            if len(places) > FEW:
+                chosen = self._choose(lines, spread_sample(places, SAMPLE), line_at)
+                if not chosen:  # nothing is there: that is an error
+                    continue
+                if len(chosen) == 1 and next(iter(chosen))[0] == 0:
+                    lines.root[places] = next(iter(chosen))[1]
+                    continue
+            self._choose(lines, places, line_at)
 
     def _choose(
         self, lines: _Lines, places: Sequence[int], line_at: Callable[[int], Line]
@@ -308,7 +324,7 @@ class ListParser:
 
     # --- Columns ---
 
-    def _columns(self, lines: _Lines, first: int) -> Piece:
+    def _columns(self, lines: _Lines, first: int, text: str) -> Piece:
         """The entries of lines whose meaning is settled."""
         count = len(lines.path)
         total, start = np.array([-1], np.int32), np.array([0], np.int32)
@@ -320,8 +336,8 @@ class ListParser:
             "kind": (total != -1).astype(np.uint8),
             "start": start,
             "total": total,
-            "stride": self._strides(lines),
-            "pattern": self._patterns(lines),
+            "stride": self._strides(lines, text),
+            "pattern": self._patterns(lines, text),
             "line": np.arange(first + 1, first + 1 + count, dtype=np.int32),
             "root": np.atleast_1d(np.asarray(lines.root, np.uint8)),
         }
@@ -330,18 +346,75 @@ class ListParser:
             columns = {
                 name: column[kept] if len(column) == count else column for name, column in columns.items()
             }
-        text = "".join(f"{path}\n" for path in lines.path if path).encode()
-        ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")) + 1
-        return Piece(text, ends, columns, lines.labels)
+        paths = "".join(f"{path}\n" for path in lines.path if path).encode()
+        ends = np.flatnonzero(np.frombuffer(paths, np.uint8) == ord("\n")) + 1
+        return Piece(paths, ends, columns, lines.labels)
 
-    def _strides(self, lines: _Lines) -> np.ndarray:
+    def _plainest(self, part: bytes) -> Piece | None:
+        """The entries of a part that has nothing but videos without blanks or labels, each line as `path 0
+        -1` or all as `path`; None for any other, which is read line by line.
+
+        It takes a tenth of the time, and most lists of millions of videos are of this kind.
+        """
+        count = part.count(b"\n")
+        if self.grammar.classes is not None or not part.endswith(b"\n"):
+            return None
+        text = part.replace(_END, b"\n") if part.count(_END) == count else part
+        if text.translate(None, _PLAIN_BYTES) or text.startswith(b"\n") or b"\n\n" in text:
+            return None
+        if any(source in root for source in _SOURCES for root in self.roots):
+            return None
+        if any(source.encode() in text for source in _SOURCES):
+            return None
+        data = np.frombuffer(text, np.uint8)
+        ends = np.flatnonzero(data == ord("\n")) + 1
+        # A letter among the last three bytes: no path is a number.
+        letters, begins = (data | 0x20) >= ord("a"), np.append(0, ends[:-1])
+        if int((ends - begins).min()) < 4:
+            return None
+        if not (letters[ends - 2] | letters[ends - 3] | letters[ends - 4]).all():
+            return None
+        first = self._reader.number
+        root = self._root_of_all(text, begins, ends, np.flatnonzero(data[begins] != ord("/")))
+        if root is None:
+            return None
+        self._reader.number += count
+        self._reader.entries += count
+        self.entries += count
+        stride, pattern = self._reader.stride, self._reader.pattern or self.grammar.frame_pattern
+        values = {"kind": 0, "start": 0, "total": -1, "stride": stride or 0, "root": root}
+        values["pattern"] = self.patterns.setdefault(pattern, len(self.patterns))
+        columns = {name: np.array([value]) for name, value in values.items()}
+        columns["line"] = np.arange(first + 1, first + 1 + count, dtype=np.int32)
+        return Piece(text, ends, columns, None)
+
+    def _root_of_all(
+        self, text: bytes, begins: np.ndarray, ends: np.ndarray, relative: np.ndarray
+    ) -> int | None:
+        """Where the relative paths of a part start from, by a sample of them; None where the sample is not of
+        one mind, or names what is not there."""
+        if not len(relative) or len({os.path.join(root, "") for root in self.roots}) < 2:
+            return 0
+        if len(relative) <= FEW:
+            return None
+        first, reader = self._reader.number + 1, self._reader
+        lines = []
+        for number in spread_sample(range(len(relative)), SAMPLE):
+            place = int(relative[number])
+            path = text[begins[place] : ends[place] - 1].decode()
+            lines.append(Line(first + place, ((path, 0, -1),), reader.stride, reader.pattern))
+        found = {-1 if way is None else way[1] for way, _ in self.look_up(lines)}
+        return found.pop() if len(found) == 1 and -1 not in found else None
+
+    def _strides(self, lines: _Lines, text: str) -> np.ndarray:
         set_by_list = [(place, stride or 0) for place, stride, _ in lines.settings]
         column = _steps(set_by_list, len(lines.path))
-        if (column == 0).any() and (by_source := self._by_source(lines, SOURCE_STRIDES, 0)) is not None:
+        by_source = self._by_source(lines, text, SOURCE_STRIDES, 0)
+        if by_source is not None:
             column = np.where(column == 0, by_source, column)
         return column
 
-    def _patterns(self, lines: _Lines) -> np.ndarray:
+    def _patterns(self, lines: _Lines, text: str) -> np.ndarray:
         def number(pattern: str) -> int:
             return self.patterns.setdefault(pattern, len(self.patterns))
 
@@ -354,13 +427,15 @@ class ListParser:
         if (column == unset).any():
             sources = {source: number(pattern) for source, pattern in SOURCE_PATTERNS.items()}
             usual = number(grammar.frame_pattern)
-            by_source = self._by_source(lines, sources, usual)
+            by_source = self._by_source(lines, text, sources, usual)
             column = np.where(column == unset, usual if by_source is None else by_source, column)
         return column
 
-    def _by_source(self, lines: _Lines, values: Mapping[str, int], other: int) -> np.ndarray | None:
+    def _by_source(
+        self, lines: _Lines, text: str, values: Mapping[str, int], other: int
+    ) -> np.ndarray | None:
         """int32 [n], what the published conventions say of each path; None where they say nothing."""
-        if not any(source in text for source in values for text in (*self.roots, *lines.path)):
+        if not any(source in place for source in values for place in (*self.roots, text)):
             return None
         roots = itertools.repeat(lines.root) if isinstance(lines.root, int) else lines.root
         paths = (os.path.join(self.roots[root], path) for root, path in zip(roots, lines.path))

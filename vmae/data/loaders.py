@@ -10,12 +10,11 @@ import torch
 
 from vmae.data.dali import DaliLoader, dali_missing
 from vmae.data.dataset import Batch, EpochSampler, PretrainDataset
-from vmae.data.entry_table import EntryChain, count_paths
+from vmae.data.entry_table import as_entries
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Quarantine
 from vmae.data.shards.entries import ShardError
-from vmae.data.shards.facts import indexes_in, parts_of
-from vmae.data.shards.rows import ShardRows
+from vmae.data.shards.facts import indexes_in
 from vmae.data.shared_memory import PREFETCH
 from vmae.data.video_dataset import SampleKey, VideoDataset
 from vmae.data.workers import WorkerPool, hang_limit
@@ -138,13 +137,6 @@ def check_loader(name: str, entries: Sequence[VideoEntry] = ()) -> None:
             raise InputError("DALI reads files, not shards: take --loader cpu with an index")
 
 
-def _count_videos(dataset: VideoDataset) -> int:
-    """Different videos of a data set; the keys of an index are different ones."""
-    parts = parts_of(dataset.entries)
-    listed = [part for part in parts if not isinstance(part, ShardRows)]
-    return count_paths(EntryChain(listed)) + sum(len(part) for part in parts if isinstance(part, ShardRows))
-
-
 def _warn_of_repeats(dataset: VideoDataset, sampler: EpochSampler) -> None:
     if sampler.fills_up:
         times = -(-sampler.global_batch_size // len(dataset.entries))
@@ -223,7 +215,7 @@ def build_loader(
     if epochs is not None:
         sampler.total_steps = epochs * sampler.steps_per_epoch
     _warn_of_repeats(dataset, sampler)
-    bad = Quarantine(quarantine, max_bad_share, _count_videos(dataset))
+    bad = Quarantine(quarantine, max_bad_share, as_entries(dataset.entries).count_paths())
     if loader == "dali":
         if not isinstance(dataset, PretrainDataset):
             raise TypeError("DALI decodes for a PretrainDataset only")

@@ -125,6 +125,10 @@ def run(args: argparse.Namespace) -> int:
     )
     _check_flags(args, config)
     folder = Path(args.output)
+    if is_index(args.list):
+        raise InputError(
+            f"{args.list} is an index: its videos are packed already; give the list that they came from"
+        )
     if Path(args.list).is_dir() and folder.resolve().is_relative_to(Path(args.list).resolve()):
         raise InputError(
             f"{folder} is inside {args.list}, so its videos would be packed next time; choose another folder"

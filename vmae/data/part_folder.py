@@ -28,7 +28,7 @@ from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 from vmae.files.folder_lock import refuse_if_locked
 from vmae.files.json_files import read_json, read_json_lines
-from vmae.files.settled import check_same, settle
+from vmae.files.settled import check_same, differences, settle
 
 PARTS = "parts"
 Record = dict[str, Any]
@@ -68,7 +68,8 @@ class PartFolder:
         Raises:
             InputError: they are of different numbers of parts.
         """
-        matches = [re.fullmatch(r"(\d+)-of-(\d+)", path.name) for path in self.folder.glob(f"{PARTS}/*")]
+        names = [path.name for path in self.folder.glob(f"{PARTS}/*")]
+        matches = [re.fullmatch(r"([1-9]\d*)-of-([1-9]\d*)", name) for name in names]
         parts = sorted(
             (Part(int(match[1]), int(match[2])) for match in matches if match),
             key=lambda part: (part.count, part.number),
@@ -116,6 +117,11 @@ class PartFolder:
                 "--output"
             )
 
+    def is_of(self, decides: dict[str, Any]) -> bool:
+        """Whether what the folder holds, if anything, is of this result; see `settle`."""
+        path = self.folder / self.settings
+        return not path.exists() or not differences(read_json(path, "settings file"), decides)
+
     def settle(self, decides: dict[str, Any], of_parts: dict[str, Any] | None = None, **noted: Any) -> None:
         """Make the folder that of this result, or check that it is; see `vmae.files.settled`.
 
@@ -127,10 +133,12 @@ class PartFolder:
         """
         whole = {**decides, **(of_parts or {})}
         for folder in self.folders():
+            remedy = f"choose another --output, or remove {folder}"
             if (folder / self.settings).exists():
                 before = read_json(folder / self.settings, "settings file")
-                remedy = f"choose another --output, or remove {folder}"
                 check_same(before, whole, f"{folder} holds {self.other}", remedy)
+            elif settings := sorted(folder.glob("*.json")):
+                raise InputError(f"{folder} holds a part of something else ({settings[0].name}); {remedy}")
         settle(self.folder / self.settings, decides, self.other, **noted)
         if not self.part.whole:
             settle(self.own / self.settings, whole, self.other, **noted)
@@ -170,8 +178,11 @@ class PartFolder:
         )
 
     def remove_parts(self) -> None:
-        """Remove what was joined."""
-        shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+        """Remove what was joined, and nothing else."""
+        for folder in self.folders():
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self.folder / PARTS).rmdir()
 
 
 def _locked(folder: Path) -> bool:
@@ -250,6 +261,12 @@ class Records:
         found = self._read(self.place.folder, *self.place.folders())
         self.place.check_complete(items, {record[self.key] for record in found}, unit)
 
+    def clear(self) -> None:
+        """Remove all records of the whole job, and what they depend on."""
+        for path in (self.place.folder / self.name, *self.place.folder.glob(self.ranks.format("*"))):
+            path.unlink(missing_ok=True)
+        (self.place.folder / self.place.settings).unlink(missing_ok=True)
+
     def join(self) -> list[Record]:
         """All records; those of the parts are moved to the folder of the whole job."""
         found = self._collect(self.place.folder, [self.place.folder, *self.place.folders()])
@@ -287,5 +304,8 @@ class Records:
             except OSError as error:
                 raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
 
-        with file:
+        try:
             yield write
+        finally:
+            with contextlib.suppress(OSError):  # all that was written is on its way already
+                file.close()

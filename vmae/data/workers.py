@@ -229,7 +229,8 @@ class WorkerPool:
         maker: copied into each process.
         tasks: arguments of `maker[task]`; drawn as workers become free.
         count: processes.
-        prefetch: tasks that each has at a time.
+        prefetch: results for each that may be under way or made before they are taken; what is made while one
+            video takes long is bounded by it, and so are shared memory and open files.
         hang_s: seconds that one video may take.
 
     Attributes:
@@ -248,6 +249,7 @@ class WorkerPool:
         self._tasks: Iterator[tuple[int, Any]] = enumerate(tasks)
         self._prefetch, self._hang_s = prefetch, hang_s
         self._context = torch.multiprocessing.get_context(_START_METHOD)
+        self._given = 0  # tasks so far
         self._ready: dict[int, Any] = {}
         # Video -> the task at which it was there when its worker was killed.
         self._killed: dict[int, int] = {}
@@ -256,13 +258,16 @@ class WorkerPool:
         self._noted = False
         self._interrupted = False
         self._workers = [_Worker(self._context, maker) for _ in range(count)]
-        for _ in range(prefetch):
-            for worker in self._workers:
-                self._feed(worker)
+        for _ in range(prefetch * count):
+            self._feed()
 
-    def _feed(self, worker: _Worker) -> None:
+    def _feed(self) -> None:
+        """Give a task to the worker that has the fewest, unless as many as allowed are ahead."""
+        if self._given - self._next >= self._prefetch * len(self._workers):
+            return
         for number, task in self._tasks:
-            worker.give(number, task)
+            self._given = number + 1
+            min(self._workers, key=lambda worker: len(worker.tasks)).give(number, task)
             return
 
     def __iter__(self) -> WorkerPool:
@@ -278,6 +283,7 @@ class WorkerPool:
             self._wait()
         good, result = self._ready.pop(self._next)
         self._next += 1
+        self._feed()
         self._idle_restarts = 0
         if not good:
             self.close()
@@ -301,7 +307,6 @@ class WorkerPool:
             self._ready[number] = (good, result)
             if self._killed:  # done this time
                 self._killed = {video: task for video, task in self._killed.items() if task != number}
-            self._feed(worker)
         now = time.monotonic()
         self._note_waits(now)
         for worker in list(self._workers):

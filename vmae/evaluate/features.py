@@ -210,7 +210,7 @@ def extract_videos(
 ) -> Iterator[np.ndarray | DecodeError]:
     """Features of each video, float32 [windows, D], in order; or its error. A worker process decodes ahead,
     and a batch holds windows of one video; see `features_of`."""
-    for found in embed_videos(model, entries, config, batch_size=batch_size, device=device, apart=True):
+    for found in embed_videos(model, entries, config, batch_size=batch_size, device=device):
         yield found if isinstance(found, DecodeError) else found.features
 
 
@@ -221,10 +221,9 @@ def embed_videos(
     *,
     batch_size: int,
     device: torch.device,
-    apart: bool = False,
 ) -> Iterator[VideoFeatures | DecodeError]:
     """Features of the windows of each video, in order; or its error. A worker process decodes files ahead;
-    see `features_of`."""
+    see `features_of`. Where there are files, a batch holds windows of one video only."""
     chunk = max(_STREAM_BYTES // (12 * math.prod(config.size)), 1)
     entries = [video for video in videos if isinstance(video, VideoEntry)]
     check_all_frames(entries, "extraction of features")
@@ -236,7 +235,7 @@ def embed_videos(
         else _array_frames(video, number, config)
         for number, video in enumerate(videos)
     )
-    results = features_of(model, streams, config, batch_size=batch_size, device=device, apart=apart)
+    results = features_of(model, streams, config, batch_size=batch_size, device=device, apart=bool(entries))
     for number, found in enumerate(results):
         if isinstance(found, DecodeError):
             yield found
@@ -492,8 +491,10 @@ def _finish(
     bad = {path.name: failed[path.name] for path in (targets[number] for number in own) if not path.exists()}
     others = {name: error for name, error in _read_undecodable(place.own).items() if name not in names}
     lines = [json.dumps({"file": name, "error": error}) + "\n" for name, error in {**others, **bad}.items()]
-    if lines or (place.own / UNDECODABLE).exists():
+    if lines:
         write_atomically(place.own / UNDECODABLE, lambda file: file.writelines(lines), binary=False)
+    else:
+        (place.own / UNDECODABLE).unlink(missing_ok=True)
     if merge:
         place.remove_parts()
     for error in bad.values():

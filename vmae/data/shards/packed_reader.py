@@ -7,7 +7,9 @@ for videos with the same set-up: a new one allocates its pictures anew, which to
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -69,7 +71,7 @@ class PackedReader(VideoReader):
         wanted = self._order[indices]
         failure: Exception | None = None
         try:
-            clip = self._decode_packets(self._needed(wanted), wanted, crop)
+            clip = self._decode_groups(wanted, crop)
             if not clip.missing:
                 return clip.frames()
         except (InputError, MemoryError):
@@ -77,7 +79,7 @@ class PackedReader(VideoReader):
         except Exception as error:
             failure = error
         try:  # as PyAV's reader does where pictures do not come out
-            return self._decode_packets(np.arange(int(wanted.max()) + 1), wanted, crop).frames()
+            return self._decode_from_start(wanted, crop).frames()
         except (InputError, MemoryError):
             if failure is None:
                 raise
@@ -85,55 +87,45 @@ class PackedReader(VideoReader):
             failure = failure or error
         raise DecodeError(f"{self.path}: cannot be decoded: {first_reason(av_text(failure), [])}") from None
 
-    def _needed(self, wanted: np.ndarray) -> np.ndarray:
-        """int64, ascending: places of the packets of the pictures at the places `wanted`, and of what they
-        need."""
+    def _decode_groups(self, wanted: np.ndarray, crop: Crop | None) -> FrameClip:
+        """The pictures at the places `wanted`, in their order: each group of them from the last picture
+        before it that decoding can start at, without packets that they do not need."""
+        clip = FrameClip(self.path, self.table.time[wanted].tolist(), crop, self._converter)
         starts = np.flatnonzero(self.table.start)
         groups = np.searchsorted(self.table.time[starts], self.table.time[wanted], side="right") - 1
-        send = np.zeros(len(self.table.size), bool)
-        for group in np.unique(groups).tolist():
-            part = slice(int(starts[group]), int(wanted[groups == group].max()) + 1)
-            send[part] = self.table.needed[part]
-        send[wanted] = True
-        return np.flatnonzero(send)
+        with _decoder(self.table) as context:
+            for group in dict.fromkeys(groups.tolist()):
+                self._send(context, int(starts[group]), set(wanted[groups == group].tolist()), clip)
+        return clip
 
-    def _decode_packets(self, places: np.ndarray, wanted: np.ndarray, crop: Crop | None) -> FrameClip:
-        """The pictures at the places `wanted`, in their order, out of the packets at `places`."""
+    def _decode_from_start(self, wanted: np.ndarray, crop: Crop | None) -> FrameClip:
+        """The same; every packet before them is decoded."""
+        clip = FrameClip(self.path, self.table.time[wanted].tolist(), crop, self._converter)
+        with _decoder(self.table) as context:
+            self._send(context, 0, set(wanted.tolist()), clip, skip=False)
+        return clip
+
+    def _send(
+        self, context: VideoCodecContext, first: int, wanted: set[int], clip: FrameClip, *, skip: bool = True
+    ) -> None:
+        """Decode packets from place `first` to the last of the places `wanted`, and keep these pictures."""
         import av
 
-        table, names = self.table, self.table.time[wanted].tolist()
-        clip = FrameClip(self.path, names, crop, self._converter)
-        key = (table.extradata, table.width, table.height, table.colours, table.reorder)
-        context = _idle.pop(key, None) or _open_decoder(table)
-        jumps = self._jumps(places)
-        columns = (table.offset[places], table.size[places], table.time[places], jumps)
-        for offset, size, time, jump in zip(*(column.tolist() for column in columns), strict=True):
-            if jump:  # what it holds back comes out, and nothing before is known any more
-                for frame in context.decode(None):
-                    clip.offer(frame.pts, frame, clip.missing)
-                context.flush_buffers()
-                context.reorder_depth = table.reorder
+        table, part = self.table, slice(first, max(wanted) + 1)
+        times = set(table.time[list(wanted)].tolist())
+        columns = (column[part].tolist() for column in (table.offset, table.size, table.time, table.needed))
+        for place, (offset, size, time, needed) in enumerate(zip(*columns, strict=True), first):
+            if skip and not needed and place not in wanted:
+                continue
             # a view, so that bytes stand after it; PyAV's stub knows bytes only
             packet = av.Packet(cast("bytes", self._packet(offset, size)))
             packet.pts = time
             for frame in context.decode(packet):
-                clip.offer(frame.pts, frame, clip.missing)
-        if clip.missing:
-            for frame in context.decode(None):
-                clip.offer(frame.pts, frame, clip.missing)
+                clip.offer(frame.pts, frame, times)
+        for frame in context.decode(None):  # those that it holds back to put them in order
+            clip.offer(frame.pts, frame, times)
         context.flush_buffers()
         context.reorder_depth = table.reorder
-        _idle[key] = context
-        while len(_idle) > _MOST_IDLE:
-            _idle.popitem(last=False)
-        return clip
-
-    def _jumps(self, places: np.ndarray) -> np.ndarray:
-        """bool: before which packets others are left out that their decoding could lean on."""
-        table = self.table
-        before = np.concatenate([[0], np.cumsum(table.needed)])  # needed packets before each place
-        left_out = np.diff(before[places], prepend=0) > np.concatenate([[0], table.needed[places[:-1]]])
-        return left_out & ~table.fresh[places] & (np.arange(len(places)) > 0)
 
     def _packet(self, offset: int, size: int) -> memoryview:
         assert self._video is not None  # `_decode_part` looked
@@ -143,6 +135,17 @@ class PackedReader(VideoReader):
 
     def close(self) -> None:
         self._video = None
+
+
+@contextlib.contextmanager
+def _decoder(table: PacketTable) -> Iterator[VideoCodecContext]:
+    """A decoder for the videos of a set-up that nobody else has meanwhile; kept unless it fails."""
+    key = (table.extradata, table.width, table.height, table.colours, table.reorder)
+    context = _idle.pop(key, None) or _open_decoder(table)
+    yield context
+    _idle[key] = context
+    while len(_idle) > _MOST_IDLE:
+        _idle.popitem(last=False)
 
 
 def _open_decoder(table: PacketTable) -> VideoCodecContext:

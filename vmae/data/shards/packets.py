@@ -6,13 +6,13 @@ it stands before the video in the shard. With it a clip's packets are cut out of
 to the decoder: no container is opened and no packet that a clip does not need is read. Other videos get no
 table, and are opened as files are.
 
-Bytes, little-endian (some 3.4 for a picture, and some 110):
+Bytes, little-endian (some 3.3 for a picture, and some 110):
 
     header      `_HEADER`: sizes, times, colours, counts
     set-up      of the decoder (`avcC`)
     columns     for each packet in decoding order: bytes; bytes between it and the one before; time, as steps
                 from the one before. A column is its width in bytes, then its values
-    flags       three rows of bits: decoding can start here; it is a fresh start (IDR); others need it
+    flags       two rows of bits: decoding can start here; other pictures need it
     CRC-32      of all before it
 """
 
@@ -42,8 +42,8 @@ _MAGIC, _VERSION = b"vmpt", 1
 # base; frames a second; packets; first offset; first time, step of times
 _HEADER = struct.Struct("<4sBBH4BIIIIIIIQqQ")
 _CRC = struct.Struct("<I")
-# kinds of H.264 units: slices of pictures, of those a fresh start, and set-ups
-_SLICES, _IDR, _SETUP = range(1, 6), 5, {7, 8, 13, 15}
+# kinds of H.264 units: slices of pictures, and set-ups
+_SLICES, _SETUP = range(1, 6), {7, 8, 13, 15}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class PacketTable:
         offset, size: int64 [N], bytes of each packet in the video, in decoding order.
         time: int64 [N], presentation times.
         start: bool [N], whether decoding can start here.
-        fresh: bool [N], whether nothing before it is needed by anything after it (IDR).
         needed: bool [N], whether other pictures refer to it.
     """
 
@@ -75,7 +74,6 @@ class PacketTable:
     size: np.ndarray
     time: np.ndarray
     start: np.ndarray
-    fresh: np.ndarray
     needed: np.ndarray
 
     @classmethod
@@ -103,8 +101,8 @@ class PacketTable:
         size, gap, steps = columns[0], _unfold(columns[1]), _unfold(columns[2])
         before = np.concatenate([[0], size[:-1]])
         row = -(-count // 8)
-        bits = np.frombuffer(data, np.uint8, 3 * row, place).reshape(3, row)
-        start, fresh, needed = np.unpackbits(bits, axis=1, count=count).astype(bool)
+        bits = np.frombuffer(data, np.uint8, 2 * row, place).reshape(2, row)
+        start, needed = np.unpackbits(bits, axis=1, count=count).astype(bool)
         return cls(
             data[_HEADER.size : _HEADER.size + setup],
             width,
@@ -117,7 +115,6 @@ class PacketTable:
             size,
             time + np.cumsum(steps) * step,
             start,
-            fresh,
             needed,
         )
 
@@ -152,7 +149,7 @@ class PacketTable:
             step,
         )
         columns = [_write_column(column) for column in (self.size, _fold(gap), _fold(delta // step))]
-        flags = np.packbits(np.stack([self.start, self.fresh, self.needed]), axis=1).tobytes()
+        flags = np.packbits(np.stack([self.start, self.needed]), axis=1).tobytes()
         data = b"".join([header, self.extradata, *columns, flags])
         return data + _CRC.pack(zlib.crc32(data))
 
@@ -184,21 +181,18 @@ def _read_column(data: bytes, place: int, count: int) -> tuple[np.ndarray, int]:
 def make_table(video: bytes) -> bytes:
     """The packet table of a video; empty where it does not suit, so that it is opened as a file is.
 
-    It suits where it is H.264 in MP4, alone in its file, upright, whole from its first picture on, with one
-    set-up for all of its pictures and a time of its own for each, none of them hidden by an edit list.
+    It suits where it is H.264 (4:2:0) in MP4, alone in its file, upright, whole from its first picture on,
+    with one set-up for all of its pictures and a time of its own for each, none hidden by an edit list.
 
     Args:
         video: content of the file.
-
-    Raises:
-        DecodeError: the video cannot be opened.
     """
     handle, path = memory_file(video)
     try:
         with PyavReader(VideoEntry(path)) as reader:
             table = _table_of(reader, video) if _suits(reader) else None
-    except DecodeError as error:
-        raise DecodeError(str(error).replace(path, "video")) from None
+    except DecodeError:  # whoever opens it learns why
+        return b""
     finally:
         os.close(handle)
     return (table and table.write()) or b""
@@ -214,6 +208,7 @@ def _suits(reader: PyavReader) -> bool:
         and not (packets.edited or packets.refreshed)
         and packets.complete
         and packets.times is not None
+        and "420" in reader.first_frame.format.name
         and read_orientation(reader.first_frame, reader.path) == UPRIGHT
     )
 
@@ -230,7 +225,7 @@ def _table_of(reader: PyavReader, video: bytes) -> PacketTable | None:
     rows = [row for row in found if row is not None]
     if not prefix or len(rows) < len(found) or len(found) != len(time) or (np.diff(time[start]) <= 0).any():
         return None
-    offset, size, needed, fresh = np.array(rows, np.int64).T
+    offset, size, needed = np.array(rows, np.int64).T
     return PacketTable(
         bytes(context.extradata or b""),
         reader.first_frame.width,
@@ -243,14 +238,13 @@ def _table_of(reader: PyavReader, video: bytes) -> PacketTable | None:
         size,
         time.astype(np.int64),
         start,
-        start & (fresh > 0),
         needed > 0,
     )
 
 
-def _find(packet: av.Packet, video: bytes, prefix: int) -> tuple[int, int, int, int] | None:
-    """(offset, bytes, whether others need it, whether it is a fresh start) of a packet; None where it is not
-    in `video` as it is, or brings another set-up."""
+def _find(packet: av.Packet, video: bytes, prefix: int) -> tuple[int, int, bool] | None:
+    """(offset, bytes, whether others need it) of a packet; None where it is not in `video` as it is, or
+    brings another set-up."""
     place, data = packet.pos, bytes(packet)
     if place is None or video[place : place + len(data)] != data or packet.has_sidedata("new_extradata"):
         return None
@@ -259,4 +253,4 @@ def _find(packet: av.Packet, video: bytes, prefix: int) -> tuple[int, int, int, 
     if kinds & _SETUP:
         return None
     needed = any(head >> 5 & 3 for head in heads if head & 31 in _SLICES)
-    return place, len(data), needed, _IDR in kinds
+    return place, len(data), needed

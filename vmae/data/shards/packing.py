@@ -40,7 +40,7 @@ from vmae.data.shards.index import (
     read_index,
     write_index,
 )
-from vmae.data.shards.look import Facts, look_at
+from vmae.data.shards.look import Facts, look_at, prepare
 from vmae.data.shards.packets import make_table
 from vmae.data.shards.plan import Origin, ShardPlan, hash_list, probes, videos_for
 from vmae.data.shards.tar import TarWriter
@@ -110,6 +110,7 @@ def pack_shards(job: ShardJob) -> tuple[int, int]:
     Raises:
         InputError: the folder is of another list or other settings, or cannot be written.
     """
+    prepare()
     plan = settle_plan(job)
     mine = job.place.share(len(plan))
     ready = {shard for shard in mine if _read_done(job, plan, shard) is not None}
