@@ -78,6 +78,11 @@ def _refuse_others(name: str) -> None:
             f"{name} is an address, and of those only an index of shards can be read (.../{INDEX_NAME}, made "
             "by `vmae pack --shards` or `vmae index`); download anything else first"
         )
+    refuse_folder_of_shards(name)
+
+
+def refuse_folder_of_shards(name: str) -> None:
+    """Raises InputError where a folder holds an index, which is what is meant."""
     inside = os.path.join(name, INDEX_NAME)
     if path_kind(name) == "a folder" and path_kind(inside) == "a file":
         raise InputError(f"folder {name} holds shards: give their index, {inside}")
