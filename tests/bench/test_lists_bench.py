@@ -31,6 +31,7 @@ def test_what_cannot_be_measured_is_said(benches, tmp_path, capsys):
     assert "no tree with a folder `vmae`" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_index_in_place_of_the_list(benches, tmp_path, capsys):
     file = tmp_path / "index.json"
     flags = ["--index", "--lines", "4000", "--repeats", "1", "--reads", "1000", "--json", str(file)]

@@ -81,6 +81,22 @@ def test_fine_tuning_tests_and_distillation(labelled_world, stored, tmp_path, ca
     assert "nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_teacher_on_shards(labelled_world, stored, tmp_path):
+    train = stored / "train" / "index.vmae"
+    where = ["--data", str(labelled_world / "train.txt"), "--no-test", "--output", str(tmp_path / "teacher")]
+    assert main(["finetune", *where, *TUNE]) == 0
+    own = [*TUNE, "--teacher", str(tmp_path / "teacher"), "--no-test", "--output"]
+    for name, data in (("files", labelled_world / "train.txt"), ("shards", train)):
+        assert main(["distil", "--data", str(data), *own, str(tmp_path / name)]) == 0
+    assert losses(tmp_path / "files") == losses(tmp_path / "shards")
+    logits = ["--logits", str(tmp_path / "logits"), "--mixup", "0", "--cutmix", "0"]
+    assert main(["distil", "--data", str(train), *own, str(tmp_path / "x"), *logits, "--store", "1"]) == 0
+    shutil.copytree(stored / "train", tmp_path / "moved")
+    moved = ["--data", str(tmp_path / "moved" / "index.vmae")]
+    assert main(["distil", *moved, *own, str(tmp_path / "taught"), *logits]) == 0
+
+
 @pytest.fixture(scope="module")
 def films(tmp_path_factory):
     """A list of two videos and its index."""
@@ -176,6 +192,10 @@ def test_shards_in_a_store_are_those_of_this_machine(store, pretrain, stored, tm
     assert pretrain(tmp_path / "mixed", data=mixed) == 0
     out = capsys.readouterr().out
     assert "train: 12 videos, 120 images" in out and "there: 12 videos, 120 images, 63.2% of samples" in out
+    check = ["check-data", address, "--workers", "1", "--output"]
+    assert main(check[:-1]) == 2 and "lies in a store: --output DIR says" in capsys.readouterr().err
+    assert main([*check, str(tmp_path / "check")]) == 0
+    assert "12 videos: 12 good, 0 bad" in capsys.readouterr().out
     local = shutil.copy(stored / "train" / "index.vmae", tmp_path / "copy.vmae")
     root = ["--data-root", address.rpartition("/")[0]]
     assert pretrain(tmp_path / "rooted", *root, data=local) == 0
