@@ -17,6 +17,7 @@ from harness.results.kill_runs import KillResult
 from harness.results.loop import LoopResult
 from harness.results.mask_ablation import MaskResult
 from harness.results.operations import OperationsResult
+from harness.results.packed import CodecsResult, PackedResult
 from harness.results.predict import PredictedKernelsResult, PredictResult
 from harness.results.progressive import ProgressiveResult
 from harness.results.sanitize import SanitizerResult
@@ -33,6 +34,8 @@ RESULTS: dict[str, type[Result]] = {
     "dual_vs_encoder": StepsResult,
     "step": ProfileResult,
     "data": DataResult,
+    "packed": PackedResult,
+    "packed_codecs": CodecsResult,
     "scaling": ScalingResult,
     "predict": PredictResult,
     "predicted_kernels": PredictedKernelsResult,
