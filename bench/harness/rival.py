@@ -38,7 +38,7 @@ def spdl_clip(job):
     steps = [
         f"trim=start={first}:end={last}",
         f"select=not(mod(n\\,{indices[1] - indices[0]}))",
-        f"crop={width}:{height}:{left}:{top}",
+        f"crop={width}:{height}:{left}:{top}:exact=1",
         f"scale={size}:{size}:flags=bilinear",
         "format=pix_fmts=rgb24",
     ]
@@ -47,11 +47,13 @@ def spdl_clip(job):
 
 
 def spdl_indexed_clip(job):
-    """By frame numbers, `sample_decode_video`: all packets are read, groups decoded up to the wanted frame."""
+    """By frame numbers: all packets are read, each group is decoded up to the last wanted frame."""
     import spdl.io
 
     (left, top, width, height), size = job["box"], job["size"]
-    steps = f"crop={width}:{height}:{left}:{top},scale={size}:{size}:flags=bilinear,format=pix_fmts=rgb24"
+    steps = (
+        f"crop={width}:{height}:{left}:{top}:exact=1,scale={size}:{size}:flags=bilinear,format=pix_fmts=rgb24"
+    )
     frames = spdl.io.sample_decode_video(spdl.io.demux_video(job["path"]), job["indices"], filter_desc=steps)
     return spdl.io.to_numpy(spdl.io.convert_frames(frames))
 

@@ -16,7 +16,7 @@ class PackedWay:
 
     Attributes:
         library: with its version; "vmae" for this one.
-        error_levels, mean_levels: largest and mean difference from clips of whole frames, cut and resized here.
+        error_levels, mean_levels: largest and mean difference from clips of whole frames.
         clip_cpu_ms: CPU milliseconds a clip, of each round.
         speedup: over `files, whole frames`, round by round.
     """
