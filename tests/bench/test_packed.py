@@ -23,6 +23,7 @@ def small(bench, tmp_path):
     return bench.make_videos(tmp_path, sample_videos()[2:3])
 
 
+@pytest.mark.slow
 def test_clips_of_every_way(bench, small, tmp_path):
     videos, sizes = small
     errors = bench.check(videos, range(2), [], tmp_path)
