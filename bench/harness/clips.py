@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def choose_input(source: str) -> str:
     return "real"
 
 
-def read_entries(source: str) -> list[VideoEntry]:
+def read_entries(source: str) -> Sequence[VideoEntry]:
     """Entries of the sample videos ("real") or of a list file."""
     from vmae.data import read_list
     from vmae.synthetic.samples import write_sample_list

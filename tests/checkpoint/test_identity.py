@@ -10,10 +10,11 @@ from torch import nn
 
 from vmae import InputError, ModelConfig, build_classifier
 from vmae.checkpoint.folder import export_weights
-from vmae.checkpoint.identity import check_same, fingerprint, list_hash, model_identity, settle
+from vmae.checkpoint.identity import fingerprint, list_hash, model_identity
 from vmae.cli import main
 from vmae.data.labels import convert_head
 from vmae.data.manifest import VideoEntry
+from vmae.files.settled import check_same, settle
 from vmae.synthetic.samples import sample_videos
 
 CONFIG = ModelConfig.preset("vit_tiny", img_size=32, num_frames=4, embed_dim=48, depth=1, num_heads=3)

@@ -11,13 +11,16 @@ from PIL import Image
 
 from tests.data.small_videos import LOSSLESS, make_video, picture, with_matrix, write_stream
 from vmae.cli import main
-from vmae.data import pack
+from vmae.data import pack_command, pack_lists
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.inspection import inspect_video
 from vmae.data.labels import read_labelled_list
 from vmae.data.manifest import VideoEntry, read_list
-from vmae.data.pack import PackConfig, measure_gain, pack_list, pack_video, packed_size
+from vmae.data.pack import PackConfig, pack_video, packed_size
+from vmae.data.pack_gain import measure_gain
+from vmae.data.pack_lists import pack_list
 from vmae.errors import InputError
+from vmae.files.folder_lock import FolderLock
 from vmae.synthetic.samples import sample_videos
 
 av = pytest.importorskip("av")
@@ -94,6 +97,14 @@ def test_command(source, tmp_path, capsys, monkeypatch):
     assert "choose another folder" in capsys.readouterr().err
 
 
+def test_the_same_bytes_each_time(tmp_path):
+    """x264's lookahead read what earlier work had left in memory: each packed file of a clip was another."""
+    config = PackConfig(short_side=128, preset="veryfast")
+    for name in ("a.mp4", "b.mp4"):
+        pack_video(sample_videos()[0], tmp_path / name, config)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
 def test_an_unfinished_video_is_made_again(bar_videos, tmp_path):
     target = tmp_path / "p.mp4"
     (tmp_path / "p.part.mp4").write_text("left by a kill")
@@ -113,7 +124,7 @@ def test_errors(tmp_path, bar_videos, monkeypatch):
     with pytest.raises(InputError, match="cannot write"):
         pack_list([], cut, PackConfig())
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / pack.SETTINGS_NAME).write_text("{")
+    (tmp_path / "out" / pack_lists.SETTINGS_NAME).write_text("{")
     with pytest.raises(InputError, match="is damaged"):
         pack_list([], tmp_path / "out", PackConfig())
     assert main(["pack", str(cut), str(tmp_path / "x"), "--workers", "0"]) == 2
@@ -311,13 +322,13 @@ def test_the_report_is_written_whatever_becomes_of_the_originals(upright, tmp_pa
         (tmp_path / name).write_bytes(upright.read_bytes())
     (tmp_path / "list.txt").write_text("a.mp4\nb.mp4\n")
     assert run_pack(tmp_path / "list.txt", tmp_path / "out") == 0
-    real = pack._write_report
+    real = pack_command._write_report
 
     def damage(folder, report):  # between packing and measuring
         (tmp_path / "a.mp4").write_bytes(b"not a video any more")
         real(folder, report)
 
-    monkeypatch.setattr(pack, "_write_report", damage)
+    monkeypatch.setattr(pack_command, "_write_report", damage)
     assert run_pack(tmp_path / "list.txt", tmp_path / "out") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (
@@ -336,3 +347,30 @@ def test_an_original_that_cannot_be_measured(upright, tmp_path):
     measured = measure_gain([(VideoEntry(path), good) for path in paths], rounds=1, hang_s=60)
     assert measured["videos"] == 1 and [failure["path"] for failure in measured["unmeasured"]] == paths[1:]
     assert measure_gain([(VideoEntry(paths[1]), good)], rounds=1)["videos"] == 0
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_make_the_list_of_one_run(source, tmp_path, capsys, parts):
+    for number in range(1, parts + 1):
+        bad = run_pack(source, tmp_path / "parts", "--part", f"{number}/{parts}")
+        assert bad == (number == 2)  # the bad video is the second one
+    assert (
+        f"part 1/{parts}: {4 - parts} of {4 - parts} videos packed; --merge joins" in capsys.readouterr().out
+    )
+    assert run_pack(source, tmp_path / "parts", "--merge") == 1
+    assert run_pack(source, tmp_path / "whole") == 1
+    for name in ("list.txt", "quarantine.jsonl", "pack.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    files = [{p.name: p.read_bytes() for p in (tmp_path / f).rglob("*.mp4")} for f in ("parts", "whole")]
+    assert files[0] == files[1] and len(files[0]) == 2
+    assert not (tmp_path / "parts" / "parts").exists()
+
+
+def test_missing_parts_are_named(source, tmp_path, capsys):
+    assert run_pack(source, tmp_path / "out", "--part", "3/3") == 0
+    assert run_pack(source, tmp_path / "out", "--merge") == 2
+    assert "parts 1/3 (1 videos, not started), 2/3 (1 videos, not started)" in capsys.readouterr().err
+    with FolderLock(tmp_path / "out" / "parts" / "2-of-3", "part 2/3"):
+        assert run_pack(source, tmp_path / "out", "--part", "2/3") == 2
+        assert "is in use by" in capsys.readouterr().err
+    assert run_pack(source, tmp_path / "out", "--part", "3/2") == 2

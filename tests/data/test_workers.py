@@ -21,7 +21,7 @@ from vmae.data.decode import DecodeError, VideoReader
 from vmae.data.loaders import build_loader
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure, Quarantine
-from vmae.data.workers import WorkerPool
+from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
 
 SETTINGS = dict(num_frames=4, stride=2, image_size=32, grid=(2, 4, 4), mask=MaskConfig(encoder_ratio=0.75))
@@ -216,6 +216,33 @@ def test_tensors_are_handed_over_where_the_folder_for_temporary_files_has_a_long
 def test_an_answer_that_cannot_be_handed_over_is_told():
     with pytest.raises(RuntimeError, match="_unsendable"):
         _answers(_tensor, _unsendable)
+
+
+class FirstIsSlow(VideoTask):
+    """Counts what was made while the first result takes long."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = multiprocessing.Value("i", 0)
+
+    def __getitem__(self, task):
+        if task == 0:
+            time.sleep(0.5)
+        with self.made.get_lock():
+            self.made.value += 1
+        return torch.full((2,), task)
+
+
+def test_what_is_made_ahead_of_a_slow_result_is_bounded():
+    """Each waiting result takes shared memory and open files."""
+    maker = FirstIsSlow()
+    pool = WorkerPool(maker, iter(range(40)), count=3, prefetch=2, hang_s=60)
+    files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    assert next(pool).tolist() == [0, 0]
+    assert maker.made.value <= 3 * 2 + 1  # the one that was taken makes room for one
+    if files is not None:
+        assert len(os.listdir("/proc/self/fd")) - files <= 3 * 2
+    assert [int(result[0]) for result in pool] == list(range(1, 40))
 
 
 @pytest.mark.slow

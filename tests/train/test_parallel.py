@@ -15,11 +15,12 @@ from vmae import DualMask, InputError, MaskConfig, ModelConfig, build_pretrainer
 from vmae.checkpoint.folder import CheckpointFolder
 from vmae.checkpoint.format import find_damage, read_group
 from vmae.checkpoint.saver import Saver
+from vmae.data.ranks import _LEFT
 from vmae.train.activations import prepare_blocks
 from vmae.train.loop import LoopConfig, NonFiniteError, Trainer
 from vmae.train.metrics import read_log
 from vmae.train.optim import CosineSchedule, OptimConfig, build_optimizer
-from vmae.train.parallel import _LEFT, allow_connections, open_parallel, resolve_kind
+from vmae.train.parallel import allow_connections, open_parallel, resolve_kind
 
 MODEL = ModelConfig(
     img_size=32,

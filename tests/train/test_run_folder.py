@@ -232,6 +232,40 @@ def test_a_job_started_again_elsewhere_takes_the_lock_of_its_earlier_start(tmp_p
     assert FolderLock(tmp_path).about["launches"] == {}
 
 
+@pytest.mark.parametrize(
+    ("holder_job", "squeue", "stale"),
+    [
+        ("4711", "exit 0", True),  # over, and not forgotten yet
+        ("4711", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", True),
+        ("4711", "echo RUNNING", False),
+        ("4711", "echo PENDING", False),  # to be started again
+        ("4711", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", False),
+        ("4711", "sleep 60", False),
+        (None, "exit 0", False),  # of no job
+        ("south 4711", "exit 0", False),  # of another cluster
+    ],
+)
+def test_a_slurm_job_asks_whether_another_one_is_over(tmp_path, monkeypatch, holder_job, squeue, stale):
+    """A node was lost, or memory was: the lock stays, and the same part is started on another machine."""
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(folder_lock, "_SQUEUE_S", 0.5)
+    about = {**FolderLock(tmp_path).about, "boot": "another", "host": "node7"}
+    about["launches"] = {} if holder_job is None else {f"SLURM_JOB_ID {holder_job}": 0}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK_NAME).write_text(json.dumps(about))
+    with pytest.raises(InputError, match="node7"):  # not inside a job: nobody is asked
+        refuse_if_locked(tmp_path / "run")
+    monkeypatch.setenv("SLURM_JOB_ID", "4712")
+    if stale:
+        with FolderLock(tmp_path / "run"):
+            pass
+    else:
+        with pytest.raises(InputError, match="node7"):
+            refuse_if_locked(tmp_path / "run")
+
+
 def test_a_lock_that_came_in_a_stale_ones_place_stays(tmp_path):
     late = FolderLock(tmp_path)
     stale = {**late.about, "boot": "another", "since": BOOTED - 60, "token": "stale"}

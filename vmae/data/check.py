@@ -1,24 +1,34 @@
 """`python -m vmae check-data LIST`: open every video of a list before a run does.
 
 Each video is opened, and one clip of it is decoded, in worker processes that are replaced if a file hangs or
-crashes them. What comes out: a table; `report.json` with a record for each video; `histogram.png`;
-`clean.txt`, the list without the bad ones, its labels kept. A list that cannot be read is explained instead.
-A folder is checked like a list.
+crashes them. What comes out: a table, and
+
+    report.json      a record for each video
+    histogram.png    durations, frame rates, groups of pictures
+    clean.txt        the list without the bad ones, its labels kept
+    timings.json     seconds that a clip of each video took
+
+All but the times depend on the list and the decoder alone: ranks and parts (`--part i/n`, then `--merge`)
+give the same. A check that was stopped goes on with the videos that are left; one that ended begins anew,
+since files may have been mended. A list that cannot be read is explained instead. A folder is checked like a
+list.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import hashlib
 import json
 import os
 import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -40,12 +50,22 @@ from vmae.data.manifest import (
     write_list,
 )
 from vmae.data.orientation import UPRIGHT, Orientation
+from vmae.data.part_folder import PartFolder, Records
+from vmae.data.parts import add_part_arguments
+from vmae.data.ranks import Ranks, open_ranks
 from vmae.data.sampling import sample_frame_indices
+from vmae.data.shards.entries import DamagedShard, ShardEntry
+from vmae.data.shards.index import ShardIndex, write_index
+from vmae.data.shards.opening import stored_file
+from vmae.data.shards.source import is_address
 from vmae.data.video_reader import memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
+from vmae.files.atomic import write_atomically
+from vmae.files.json_files import read_json
 from vmae.settings import PROCESSES, Real
 
+REPORT, TIMINGS = "report.json", "timings.json"
 _ROTATIONS = {  # degrees clockwise
     Orientation(transpose=True, mirror_x=True): 90,
     Orientation(mirror_x=True, mirror_y=True): 180,
@@ -117,16 +137,24 @@ def check_entry(entry: VideoEntry, backend: str = "auto") -> dict[str, Any]:
     try:
         with memory_as_decode_error(entry.path):
             record |= decode_clip(entry, np.random.default_rng(entry.line), backend=backend)
+            if entry.kind == "video":
+                record |= _about_file(entry)
     except DecodeError as error:
         return record | {"error": str(error), "library": error.library}
-    if entry.kind == "video":
-        record |= {
-            "bytes": os.path.getsize(entry.path),
-            "container": container_kind(entry.path),
-            **inspect_stream(entry.path),
-        }
+    except DamagedShard as error:  # here it is what is looked for
+        return record | {"error": str(error), "library": None}
     record["seconds"] = record["frames"] / record["fps"] if record["fps"] else None
     return record
+
+
+def _about_file(entry: VideoEntry) -> dict[str, Any]:
+    """What a video's file is, beside its frames."""
+    if isinstance(entry, ShardEntry):
+        with stored_file(entry) as path:
+            kind, stream = container_kind(path), inspect_stream(path)
+        return {"bytes": entry.video.length, "container": kind, **stream}
+    kind, stream = container_kind(entry.path), inspect_stream(entry.path)
+    return {"bytes": os.path.getsize(entry.path), "container": kind, **stream}
 
 
 class _Checker(VideoTask):
@@ -158,13 +186,29 @@ def check_entries(
     Raises:
         InputError: an unknown backend, or one that is not installed.
     """
-    for kind in {entry.kind for entry in entries}:
+    options: dict[str, Any] = {"backend": backend, "workers": workers, "hang_s": hang_s, "progress": progress}
+    return [record for _, record in check_each(entries, range(len(entries)), **options)]
+
+
+def check_each(
+    entries: Sequence[VideoEntry],
+    numbers: Sequence[int],
+    *,
+    backend: str,
+    workers: int,
+    hang_s: float,
+    progress: bool,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, record) of the entries with these numbers, in order; see `check_entries`."""
+    for kind in {entries[number].kind for number in numbers}:
         find_backends(kind, backend)
-    pool = WorkerPool(
-        _Checker(entries, backend), iter(range(len(entries))), count=workers, prefetch=4, hang_s=hang_s
-    )
+    if not numbers:
+        return
+    pool = WorkerPool(_Checker(entries, backend), iter(numbers), count=workers, prefetch=4, hang_s=hang_s)
     try:
-        return list(tqdm(pool, total=len(entries), unit="video", disable=None if progress else True))
+        yield from zip(
+            numbers, tqdm(pool, total=len(numbers), unit="video", disable=None if progress else True)
+        )
     finally:
         pool.close()
 
@@ -264,9 +308,10 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[str]:
                 f"{v:.{digits}f}" for v in (min(values), statistics.median(values), max(values))
             )
             lines.append(f"{title}: {low} to {high}, median {middle}")
-    if good:
-        rates = [1 / record["clip_s"] for record in good]
-        mean = len(rates) / sum(record["clip_s"] for record in good)
+    times = [record["clip_s"] for record in good if record.get("clip_s")]
+    if times:
+        rates = [1 / seconds for seconds in times]
+        mean = len(rates) / sum(times)
         lines.append(f"clips a second, one process: {mean:.1f} (slowest video {min(rates):.1f})")
     long_gops = [record for record in good if record.get("gop", 0) > 60]
     if long_gops:
@@ -304,11 +349,16 @@ def _notes(good: Sequence[dict[str, Any]]) -> list[str]:
 def write_clean_list(
     source: Path, target: Path, found: AnyList, bad_lines: set[int], data_root: str | None = None
 ) -> None:
-    """The list's text without the lines of bad videos; a folder's good videos as a list.
+    """The list's text without the lines of bad videos; a folder's good videos as a list, an index of the good
+    ones.
 
     Relative paths that start from the list's own folder become absolute ones: the new list is in another
     folder.
     """
+    if isinstance(found.entries, ShardIndex):
+        numbers = range(len(found.entries))
+        write_index(target, found.entries.chosen([n for n in numbers if n + 1 not in bad_lines]))
+        return
     if source.is_dir():
         write_list(target, [entry for entry in found.entries if entry.line not in bad_lines])
         return
@@ -322,7 +372,7 @@ def write_clean_list(
 
 
 def plot_histogram(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Durations, frame rates, GOPs and decode rates of the good videos."""
+    """Durations, frame rates and groups of pictures of the good videos."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -333,9 +383,8 @@ def plot_histogram(path: Path, records: Sequence[dict[str, Any]]) -> None:
         "seconds": [record["seconds"] for record in good if record["seconds"]],
         "frames a second": [record["fps"] for record in good if record["fps"]],
         "frames from key frame to key frame": [record["gop"] for record in good if record.get("gop")],
-        "ms for a clip": [1e3 * record["clip_s"] for record in good],
     }
-    figure, axes = plt.subplots(1, len(panels), figsize=(14, 3))
+    figure, axes = plt.subplots(1, len(panels), figsize=(10.5, 3))
     for axis, (title, values) in zip(axes, panels.items()):
         axis.hist(values, bins=30, color="#1f5fa8")
         axis.set_title(title, fontsize=10)
@@ -346,11 +395,28 @@ def plot_histogram(path: Path, records: Sequence[dict[str, Any]]) -> None:
     plt.close(figure)
 
 
+def _write_lines(file: IO, lines: list[str]) -> None:
+    file.writelines(lines)
+
+
+def write_report(
+    folder: Path, source: str | Path, settings: dict[str, Any], records: Sequence[dict[str, Any]]
+) -> None:
+    """Write what was found, and apart from it what took how long."""
+    videos = [{name: value for name, value in record.items() if name != "clip_s"} for record in records]
+    times = [record.get("clip_s") for record in records]
+    report = {"list": str(source), "settings": settings, "videos": videos}
+    for name, content in ((TIMINGS, {"clip_s": times}), (REPORT, report)):
+        lines = [json.dumps(content, indent=1), "\n"]
+        write_atomically(folder / name, functools.partial(_write_lines, lines=lines), binary=False)
+    plot_histogram(folder / "histogram.png", records)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "list",
         metavar="LIST",
-        help="list of videos and frame folders, labelled or not, or a folder of videos",
+        help="list of videos and frame folders, labelled or not, a folder of videos, or an index of shards",
     )
     parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
     add_labelled_argument(parser)
@@ -365,41 +431,142 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hang", type=Real(above=0, most=10**6), default=120.0, help="seconds that a video may take (120)"
     )
+    add_part_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """The command; 1 where a video is bad."""
-    source = Path(args.list)
-    found = _read_with_advice(source, args.data_root, LABELLED[args.labelled])
-    if source.is_dir():  # before hours of reading
-        for entry in found.entries:
-            check_listable(os.path.abspath(entry.path))
-    records = check_entries(found.entries, backend=args.backend, workers=args.workers, hang_s=args.hang)
-    for record, labels in zip(records, found.labels, strict=True):
-        record |= {} if labels is None else {"labels": list(labels)}
-    missing = {"path": None, "kind": None, "library": None}
-    records += [{**missing, "line": line, "error": problem} for line, problem in found.problems]
-    records.sort(key=lambda record: record["line"])
-    folder = Path(args.output) if args.output else _report_folder(source)
-    bad = [record for record in records if record["error"]]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(
-            json.dumps({"list": str(source), "videos": records}, indent=1) + "\n"
+    if is_address(args.list) and not args.output:
+        raise InputError(f"{args.list} lies in a store: --output DIR says where the report goes")
+    with open_ranks() as ranks:
+        source = Path(args.list)
+        found = _read_with_advice(args.list, args.data_root, LABELLED[args.labelled], ranks.is_main)
+        if source.is_dir():  # before hours of reading
+            for entry in found.entries:
+                check_listable(os.path.abspath(entry.path))
+        folder = Path(args.output) if args.output else _report_folder(source)
+        about = {"backend": args.backend, "videos": len(found.entries), "list": _list_hash(found)}
+        place = PartFolder(
+            folder, args.part, "a check of videos", "an unfinished check of another list", "check.json"
         )
-        write_clean_list(
-            source, folder / "clean.txt", found, {record["line"] for record in bad}, args.data_root
-        )
-        plot_histogram(folder / "histogram.png", records)
-    except OSError as error:
-        raise InputError(f"cannot write the report to {str(folder)!r}: {error.strerror}") from None
-    print("\n".join(summarise(records)))
+        records = Records(place, "videos.jsonl", "video", "videos-{}.part.jsonl")
+        with place.hold(ranks, merge=args.merge):
+            earlier = ranks.on_main(lambda: _begin(records, about, args.merge))
+            if earlier is None:
+                _check_share(records, found.entries, args, ranks)
+            return ranks.on_main(lambda: _end(records, earlier, source, found, about, args))
+
+
+def _begin(records: Records, about: dict[str, Any], merge: bool) -> list[dict[str, Any]] | None:
+    """Make the folder that of this check; None where videos are to be checked, or else (`merge`) the records
+    of all videos."""
+    place = records.place
+    if not merge:
+        if place.part.whole and not place.is_of(about):
+            print(f"note: an unfinished check of another list in {place.folder} is dropped", flush=True)
+            records.clear()
+        place.settle(about)
+        records.collect()
+        return None
+    if not place.found() and not records.read() and (joined := _read_report(place.folder, about)) is not None:
+        return joined  # done before
+    place.settle(about)
+    records.check_complete(about["videos"], "videos")
+    return records.join()
+
+
+def _check_share(
+    records: Records, entries: Sequence[VideoEntry], args: argparse.Namespace, ranks: Ranks
+) -> None:
+    """Check this rank's videos, and write a record of each at once."""
+    done = ranks.on_main(lambda: {record["video"] for record in records.read()})
+    left = [number for number in records.place.share(len(entries)) if number not in done]
+    if done and ranks.is_main:
+        print(f"goes on: {len(left)} videos are left", flush=True)
+    options: dict[str, Any] = {"backend": args.backend, "workers": args.workers, "hang_s": args.hang}
+    ranks.barrier()  # rank 0 has merged the files of an earlier start
+    with records.writer(ranks.rank) as write:
+        mine = left[ranks.rank :: ranks.world_size]
+        for number, record in check_each(entries, mine, progress=ranks.is_main, **options):
+            write({"video": number, **record})
+    ranks.barrier()
+
+
+def _end(
+    records: Records,
+    found_by: list[dict[str, Any]] | None,
+    source: Path,
+    found: AnyList,
+    about: dict[str, Any],
+    args: argparse.Namespace,
+) -> int:
+    """Print what was found, and of a whole list write it down; 1 where a video is bad.
+
+    Args:
+        found_by: records of all videos, where they are known; None: those of this part.
+    """
+    place = records.place
+    if found_by is None:
+        records.collect()
+        own = set(place.share(len(found.entries)))
+        found_by = [record for record in records.read() if record["video"] in own]
+    every = []
+    for record in found_by:
+        labels = found.labels[record["video"]]
+        about_video = {name: value for name, value in record.items() if name != "video"}
+        every.append(about_video | ({} if labels is None else {"labels": list(labels)}))
+    if place.part.whole:
+        missing = {"path": None, "kind": None, "library": None}
+        every += [{**missing, "line": line, "error": problem} for line, problem in found.problems]
+        every.sort(key=lambda record: record["line"])
+    bad = [record for record in every if record["error"]]
+    clean = "clean.vmae" if isinstance(found.entries, ShardIndex) else "clean.txt"
+    if place.part.whole:
+        try:
+            write_report(place.folder, args.list, about, every)
+            bad_lines = {record["line"] for record in bad}
+            write_clean_list(source, place.folder / clean, found, bad_lines, args.data_root)
+        except OSError as error:
+            raise InputError(f"cannot write the report to {str(place.folder)!r}: {error.strerror}") from None
+        records.clear()  # files may be mended: the next check reads them again
+    print("\n".join(summarise(every)))
     for record in bad[:10]:
-        print(f"bad: {'' if source.is_dir() else 'line {line}: '.format(**record)}{record['error']}")
+        line = f"line {record['line']}: " if clean == "clean.txt" and not source.is_dir() else ""
+        print(f"bad: {line}{record['error']}")
     if len(bad) > 10:
         print(f"bad: {len(bad) - 10} more")
-    print(f"report.json, histogram.png and clean.txt ({len(records) - len(bad)} videos) are in {folder}")
+    if place.part.whole:
+        kept = len(every) - len(bad)
+        print(f"{REPORT}, histogram.png and {clean} ({kept} videos) are in {place.folder}")
+    else:
+        print(f"part {place.part} is done: {place.own}")
     return 1 if bad else 0
+
+
+def _list_hash(found: AnyList) -> str:
+    """SHA-256 of the entries, their labels, and the lines that are none."""
+    total = hashlib.sha256()
+    for entry, labels in zip(found.entries, found.labels, strict=True):
+        line = (entry.path, entry.kind, entry.line, entry.stride, entry.start, entry.total, entry.pattern)
+        total.update(f"{line} {labels}\n".encode("utf-8", "surrogatepass"))
+    total.update(f"{list(found.problems)}".encode("utf-8", "surrogatepass"))
+    return total.hexdigest()
+
+
+def _read_report(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Records of an earlier check of the same list; None where there is none."""
+    if not (folder / REPORT).exists():
+        return None
+    report = read_json(folder / REPORT, "report")
+    if not isinstance(report, dict) or report.get("settings") != about:
+        return None
+    times = read_json(folder / TIMINGS, "table of times")["clip_s"]
+    records = [
+        record if seconds is None else {**record, "clip_s": seconds}
+        for record, seconds in zip(report["videos"], times)
+    ]
+    numbers = iter(range(len(records)))
+    return [{"video": next(numbers), **record} for record in records if record["path"] is not None]
 
 
 def _report_folder(source: Path) -> Path:
@@ -410,8 +577,10 @@ def _report_folder(source: Path) -> Path:
     return source.with_name(f"{source.stem}-check")
 
 
-def _read_with_advice(source: Path, data_root: str | None, labelled: bool | None) -> AnyList:
-    """The list; prints, or raises with, what is likely wrong with it."""
+def _read_with_advice(
+    source: str | Path, data_root: str | None, labelled: bool | None, show: bool
+) -> AnyList:
+    """The list; prints (`show`), or raises with, what is likely wrong with it."""
     try:
         found = read_any_list(source, data_root, labelled)
         failure = None
@@ -426,6 +595,6 @@ def _read_with_advice(source: Path, data_root: str | None, labelled: bool | None
             (hints,) = ask_files(lambda source: explain_list(source, data_root), [source])
     if failure:
         raise InputError("\n  likely: ".join([failure, *hints]))
-    for hint in hints:
+    for hint in hints if show else ():
         print(f"likely: {hint}")
     return found

@@ -19,6 +19,7 @@ from vmae.data.augment import CropBox, crop_and_resize, image_hw
 from vmae.data.augment_classify import AugmentConfig, erase_box, rand_augment, sample_resized_crop
 from vmae.data.batches import TensorBatch
 from vmae.data.decode import VideoReader
+from vmae.data.entry_table import LabelTable
 from vmae.data.labels import LabelledList
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure
@@ -28,6 +29,7 @@ from vmae.data.sampling import (
     sample_sparse_indices,
     sparse_view_indices,
 )
+from vmae.data.shards.facts import check_all_frames
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
 from vmae.data.workers import WorkerPool, hang_limit
 from vmae.errors import InputError
@@ -187,11 +189,18 @@ class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
         **options,
     ):
         super().__init__(labelled.entries, num_sample=num_sample, resize=FILTERS[clip.resize], **options)
+        check_all_frames(self.entries, "fine-tuning")
         self.labelled, self.clip, self.augment, self.cycle = labelled, clip, augment, cycle
         self.read_logits = read_logits
 
     def describe_labels(self, number: int) -> str:
         return ";".join(map(str, sorted(self.labelled.labels[number])))
+
+    def label_lines(self, first: int, last: int) -> str:
+        labels = self.labelled.labels
+        if not isinstance(labels, LabelTable) or labels.ends is not None:
+            return super().label_lines(first, last)
+        return "".join(f"{label}\n" for label in labels.values[first:last].tolist())
 
     def __getitem__(self, key: SampleKey | int) -> LabelledBatch:
         epoch, index = self._checked_key(key)
@@ -286,6 +295,7 @@ class ViewDataset(VideoDataset[VideoEntry, Tensor]):
         super().__init__(
             entries, num_sample=views.segments * views.crops, resize=FILTERS[clip.resize], **options
         )
+        check_all_frames(self.entries, "testing")
         self.clip, self.views = clip, views
 
     def set_watch(self, watch: Callable[[int], None]) -> None:

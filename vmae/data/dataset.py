@@ -35,7 +35,14 @@ from vmae.data.decode import open_video
 from vmae.data.guarded import guarded_each
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Failure, list_failures
-from vmae.data.sampling import SAMPLINGS, clip_starts, sample_exact_indices, sample_frame_indices
+from vmae.data.sampling import (
+    SAMPLINGS,
+    clip_starts,
+    permutation,
+    sample_exact_indices,
+    sample_frame_indices,
+)
+from vmae.data.shards.facts import check_all_frames, check_strides
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng, seed_sequence
 from vmae.data.workers import hang_limit
 from vmae.errors import InputError
@@ -157,6 +164,9 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
                 f"sampling by fps needs `fps` above 0, and only that does; not {sampling!r} with fps {fps}"
             )
         clip_starts(1, num_frames, stride)
+        if sampling == "fps":
+            check_all_frames(self.entries, "sampling by fps")
+        check_strides(self.entries, stride)
         self.sampling, self.fps, self.crop, self.flip = sampling, fps, crop, flip
         self.num_frames, self.stride, self.image_size = num_frames, stride, image_hw(image_size)
         self.grid, self.mask = grid, mask
@@ -194,6 +204,9 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
         if self.sampling == "fps" and fps and self.fps:
             return sample_exact_indices(total, self.num_frames, fps / self.fps, rng)
         return sample_exact_indices(total, self.num_frames, stride, rng)
+
+    def _frames_ahead(self, entry: VideoEntry, epoch: int, index: int) -> np.ndarray:
+        return self.pick_frames(entry, entry.total, None, epoch, index)
 
     def pick_crops(
         self, width: int, height: int, epoch: int, index: int, attempt: int = 0
@@ -343,10 +356,13 @@ class EpochSampler:
             step += 1
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
-        """int64 [at least steps_per_epoch * global_batch_size]"""
+        """int32 (int64 where that is too small) [at least steps_per_epoch * global_batch_size]"""
         if self._order[0] != epoch:
             rng = numpy_rng(self.seed, epoch, Purpose.ORDER)
             rounds = -(-self.global_batch_size // self.size) if self.fills_up else 1
-            order = [rng.permutation(self.size) + turn * self.size for turn in range(rounds)]
-            self._order = (epoch, np.concatenate(order))
+            self._order = (-1, self._order[1][:0])  # not two of them at once
+            order = [permutation(self.size, rng) for _ in range(rounds)]
+            for turn in range(1, rounds):  # of small lists only
+                order[turn] = order[turn] + np.int64(turn * self.size)
+            self._order = (epoch, order[0] if rounds == 1 else np.concatenate(order))
         return self._order[1]

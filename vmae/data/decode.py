@@ -19,7 +19,7 @@ from vmae.data import readers
 from vmae.data.files import check_regular
 from vmae.data.manifest import VideoEntry
 from vmae.data.readers import Backend
-from vmae.data.shards.entries import ShardEntry
+from vmae.data.shards.entries import DamagedShard, ShardEntry
 from vmae.data.shards.opening import open_stored
 from vmae.data.video_reader import DecodeError, VideoReader, memory_as_decode_error
 from vmae.errors import InputError
@@ -64,7 +64,15 @@ def open_video(source: VideoEntry | str | Path, backend: str = "auto") -> VideoR
     candidates = find_backends(entry.kind, backend)
     if isinstance(entry, ShardEntry):
         by_packets = candidates[0].name == "pyav"
-        return open_stored(entry, lambda video: _open(video, candidates), by_packets=by_packets)
+        reader = open_stored(entry, lambda video: _open(video, candidates), by_packets=by_packets)
+        if entry.frames and entry.kind == "video" and len(reader) != entry.frames:
+            found = len(reader)
+            reader.close()
+            raise DamagedShard(
+                f"{entry.path}: has {found} frames, its index says {entry.frames}: make the index anew with "
+                "`vmae index`"
+            )
+        return reader
     check_regular(entry.path, folder=entry.kind == "frames")
     return _open(entry, candidates)
 

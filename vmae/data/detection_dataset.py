@@ -27,6 +27,7 @@ from vmae.data.files import path_kind
 from vmae.data.guarded import guarded_each
 from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry
 from vmae.data.quarantine import Failure
+from vmae.data.shards.index import is_index
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng
 from vmae.data.video_files import is_video
 from vmae.data.workers import WorkerPool, hang_limit
@@ -153,6 +154,10 @@ def find_videos(
     Raises:
         InputError: `folder` is no folder, or has two videos of one id.
     """
+    if is_index(folder):
+        raise InputError(
+            f"key frames are read out of files, not shards: give the folder of videos, not {folder}"
+        )
     folder = Path(folder)
     if path_kind(folder) != "a folder":
         raise InputError(f"folder of videos {str(folder)!r} does not exist")

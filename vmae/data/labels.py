@@ -26,11 +26,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vmae.data.entry_table import EntryTable, LabelTable
 from vmae.data.files import path_kind
+from vmae.data.list_parsing import LABELLED_LINE, Grammar
+from vmae.data.long_lists import read_long_list
 from vmae.data.manifest import (
     DEFAULT_PATTERN,
     Line,
     VideoEntry,
+    check_pattern,
+    check_root,
     is_comment,
     make_entry,
     parse_lines,
@@ -44,6 +49,8 @@ from vmae.data.manifest import (
     whole,
     write_list,
 )
+from vmae.data.shards.index import ShardIndex
+from vmae.data.shards.source import check_labels, index_at
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
 from vmae.settings import CLASSES
@@ -67,10 +74,16 @@ class LabelledList:
         multi: whether a video can have several labels (a loss of its own for each class).
     """
 
-    entries: list[VideoEntry]
-    labels: list[tuple[int, ...]]
+    entries: Sequence[VideoEntry]
+    labels: Sequence[tuple[int, ...]]
     num_classes: int
     multi: bool
+
+    def count_classes(self) -> int:
+        """How many classes have a video."""
+        if isinstance(self.labels, LabelTable):
+            return len(self.labels.distinct())
+        return len({label for own in self.labels for label in own})
 
     def targets(self, numbers: Sequence[int]) -> Tensor:
         """float32 [B, num_classes] of these entries: 1 at each label."""
@@ -93,10 +106,12 @@ def read_labelled_list(
     frame_pattern: str = DEFAULT_PATTERN,
     first_frame: int = 1,
 ) -> LabelledList:
-    """Read a labelled list (format: see the module) and check that everything it names is there.
+    """Read a labelled list (format: see the module) and check that what it names is there; of a list of
+    20,000 lines or more, a sample (see `vmae.data.long_lists`). Or an index of shards, whose labels are those
+    of the list that was packed.
 
     Args:
-        data_root: see `read_list`.
+        data_root: see `read_list`; of an index, folder or address at which the names of its shards start.
         num_classes: size of the label space; None takes the largest label plus 1.
         frame_pattern: file names of frames where no `#!` line says them; one that is not the default counts
             before the published conventions.
@@ -105,42 +120,73 @@ def read_labelled_list(
     Raises:
         InputError: see `read_list`; a line without a label; a label out of range (with its line).
     """
-    entries, problems, labels = _read_labelled(path, data_root, num_classes, frame_pattern, first_frame)
-    raise_problems(path, data_root, problems, len(entries))
-    total = num_classes or max(max(own) for own in labels) + 1
-    return LabelledList(entries, labels, total, any(len(own) > 1 for own in labels))
+    index = index_at(path, data_root)
+    if index is not None:
+        labels = labels_of(index)
+        total = check_labels(str(path), index, num_classes, CLASSES.most)
+        return LabelledList(index, labels, total, labels.several)
+    grammar = _labelled_grammar(num_classes, frame_pattern, first_frame)
+    check_pattern(frame_pattern, "frame pattern")
+    check_root(data_root)
+    found = read_long_list(path, grammar, roots_of(path, data_root))
+    if found is None:
+        entries, problems, own = _read_labelled(path, data_root, grammar)
+        raise_problems(path, data_root, problems, len(entries))
+        found = EntryTable.of(entries), LabelTable.of(own)
+    table, classes = found
+    assert classes is not None
+    total = num_classes or classes.distinct()[-1] + 1
+    return LabelledList(table, classes, total, classes.several)
+
+
+def labels_of(index: ShardIndex) -> LabelTable:
+    """The classes of the samples of an index."""
+    values, ends = index.columns["labels"], index.columns["label_end"]
+    single = len(values) == len(ends) and np.array_equal(ends, np.arange(1, len(ends) + 1))
+    return LabelTable(values, None if single else ends)
 
 
 _Problems = list[tuple[int, str]]
 
 
-def _read_labelled(
-    path: str | Path,
-    data_root: str | Path | None,
-    num_classes: int | None,
-    frame_pattern: str = DEFAULT_PATTERN,
-    first_frame: int = 1,
-) -> tuple[list[VideoEntry], _Problems, list[tuple[int, ...]]]:
-    """Entries, problems (see `read_list_with_problems`), and the entries' labels."""
-    found: dict[int, tuple[int, ...]] = {}
+def _labelled_grammar(
+    num_classes: int | None, frame_pattern: str = DEFAULT_PATTERN, first_frame: int = 1
+) -> Grammar:
+    """That of labelled lists, see `read_labelled_list`."""
     named = None if frame_pattern == DEFAULT_PATTERN else frame_pattern
+    classes = num_classes or CLASSES.most
 
-    def parse_line(content: str, where: str, number: int, stride: int | None, pattern: str | None) -> Line:
+    def parse(
+        content: str, where: str, number: int, stride: int | None, pattern: str | None
+    ) -> tuple[Line, tuple[int, ...]]:
         match = _LABELS.fullmatch(content)
         if match is None:
             raise InputError(f"{where}: no label at the end of {content!r}; {_FORMATS}")
         labels = tuple(dict.fromkeys(whole(label) for label in match[2].split(";")))
-        wrong = next((label for label in labels if not 0 <= label < (num_classes or CLASSES.most)), None)
+        wrong = next((label for label in labels if not 0 <= label < classes), None)
         if wrong is not None:
             known = f"0 to {CLASSES.most - 1}"
             if num_classes is not None:
                 known = f"0 to {num_classes - 1} ({num_classes} classes)"
             raise InputError(f"{where}: label {wrong} is out of range; labels are {known}")
-        found[number] = labels
-        return Line(number, _readings(match[1], first_frame), stride, pattern or named)
+        return Line(number, _readings(match[1], first_frame), stride, pattern or named), labels
+
+    return Grammar(parse, LABELLED_LINE, frame_pattern, named, first_frame, classes)
+
+
+def _read_labelled(
+    path: str | Path, data_root: str | Path | None, grammar: Grammar
+) -> tuple[list[VideoEntry], _Problems, list[tuple[int, ...]]]:
+    """Entries, problems (see `read_list_with_problems`), and the entries' labels; line by line."""
+    found: dict[int, tuple[int, ...]] = {}
+
+    def parse_line(content: str, where: str, number: int, stride: int | None, pattern: str | None) -> Line:
+        line, labels = grammar.parse(content, where, number, stride, pattern)
+        found[number] = labels or ()
+        return line
 
     entries, problems = read_list_with_problems(
-        path, data_root, frame_pattern=frame_pattern, parse_line=parse_line
+        path, data_root, frame_pattern=grammar.frame_pattern, parse_line=parse_line
     )
     return entries, problems, [found[entry.line] for entry in entries]
 
@@ -170,8 +216,8 @@ class AnyList:
         problems: (line number, what is wrong) of the others.
     """
 
-    entries: list[VideoEntry]
-    labels: list[tuple[int, ...] | None]
+    entries: Sequence[VideoEntry]
+    labels: Sequence[tuple[int, ...] | None]
     labelled: bool
     problems: _Problems
 
@@ -179,7 +225,7 @@ class AnyList:
 def read_any_list(
     path: str | Path, data_root: str | Path | None = None, labelled: bool | None = None
 ) -> AnyList:
-    """Read a list of either kind, or a folder, and keep the labels.
+    """Read a list of either kind, a folder, or an index of shards, and keep the labels.
 
     Args:
         data_root: see `read_list`.
@@ -187,16 +233,20 @@ def read_any_list(
             decide).
 
     Raises:
-        InputError: see `read_list_with_problems`.
+        InputError: see `read_list_with_problems` and `index_at`.
     """
+    index = index_at(path, data_root)
+    if index is not None:
+        labels = [own or None for own in labels_of(index)]
+        return AnyList(index, labels, any(own is not None for own in labels), [])
     if path_kind(path) == "a folder":
         entries, problems = read_list_with_problems(path, data_root)
         return AnyList(entries, [None] * len(entries), False, problems)
     if labelled is None:
         labelled = _looks_labelled(path, data_root)
     if labelled:
-        entries, problems, labels = _read_labelled(path, data_root, None)
-        return AnyList(entries, list(labels), True, problems)
+        entries, problems, found = _read_labelled(path, data_root, _labelled_grammar(None))
+        return AnyList(entries, list(found), True, problems)
     entries, problems = read_list_with_problems(path, data_root)
     lines = split_lines(read_text(path))
     return AnyList(

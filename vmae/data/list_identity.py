@@ -5,19 +5,20 @@ Counted is what decides the samples, in order: of each entry its path (relative 
 starts from), kind, images and stride; its labels, or key frame and boxes; of a weighted mix the sizes and
 weights of its sources. Comments, blank lines, the writing of columns, names of sources and the place of the
 root (`--data-root`, the list's folder) don't count, so a folder may be moved. Which files are meant is
-compared, not what is in them.
+compared, not what is in them; of shards, the keys and checksums of the samples, wherever the shards lie.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vmae.data.manifest import VideoEntry
-from vmae.data.mix import Mix
+from vmae.data.entry_table import CHUNK, as_entries
+from vmae.data.mix import Mix, Source
+from vmae.data.shards.facts import indexes_in
 from vmae.data.video_dataset import VideoDataset
 
 BLOCKS = 128  # parts of a list with a hash of their own: a difference is found within so much of it
@@ -26,8 +27,8 @@ BLOCKS = 128  # parts of a list with a hash of their own: a difference is found 
 def identify_list(
     dataset: VideoDataset, root: str | Path = "", *, block: int | None = None
 ) -> dict[str, Any]:
-    """Plain containers: `videos` (their count), `entries` and `labels` (hashes), and `mix` where there is a
-    weighted one.
+    """Plain containers: `videos` (their count), `entries` and `labels` (hashes), `shards` where some lie in
+    shards, and `mix` where there is a weighted one.
 
     Args:
         root: folder that relative paths start from, where the mix's sources have none of their own.
@@ -38,42 +39,55 @@ def identify_list(
     found: dict[str, Any] = {
         "videos": videos,
         "block": block,
-        "entries": _hashes(_entry_lines(dataset, str(root)), block),
+        "entries": _hashes(_entry_lines(dataset, str(root)), videos, block),
     }
+    if indexes_in(dataset.entries):
+        found["shards"] = True
     if type(dataset).describe_labels is not VideoDataset.describe_labels:
-        found["labels"] = _hashes((f"{dataset.describe_labels(number)}\n" for number in range(videos)), block)
+        found["labels"] = _hashes(
+            lambda first, last: dataset.label_lines(first, last).encode("utf-8", "surrogatepass"),
+            videos,
+            block,
+        )
     if isinstance(dataset.data, Mix) and dataset.data.mixing != "natural":
         found["mix"] = [[source.count, source.weight] for source in dataset.data.sources]
     return found
 
 
-def _hashes(lines: Iterable[str], block: int) -> dict[str, Any]:
-    """SHA-256 of all lines, and the first 8 digits of each part's."""
-    lines, whole, parts = iter(lines), hashlib.sha256(), []
-    while part := list(itertools.islice(lines, block)):
-        data = "".join(part).encode("utf-8", "surrogatepass")
-        whole.update(data)
-        parts.append(hashlib.sha256(data).hexdigest()[:8])
+def _hashes(lines: Callable[[int, int], bytes], count: int, block: int) -> dict[str, Any]:
+    """SHA-256 of the lines of all entries, and the first 8 digits of each part's.
+
+    Args:
+        lines: of the entries from a number to before another one.
+    """
+    whole, parts = hashlib.sha256(), []
+    for begin in range(0, count, block):
+        part, end = hashlib.sha256(), min(begin + block, count)
+        for first in range(begin, end, CHUNK):
+            data = lines(first, min(first + CHUNK, end))
+            whole.update(data)
+            part.update(data)
+        parts.append(part.hexdigest()[:8])
     return {"sha256": whole.hexdigest(), "parts": parts}
 
 
-def _entry_lines(dataset: VideoDataset, root: str) -> Iterator[str]:
-    if not isinstance(dataset.data, Mix):
-        yield from _lines_of(dataset.entries, root)
-        return
-    for source in dataset.data.sources:
-        yield from _lines_of(dataset.entries[source.first : source.first + source.count], source.root or root)
+def _entry_lines(dataset: VideoDataset, root: str) -> Callable[[int, int], bytes]:
+    entries = as_entries(dataset.entries)
+    sources = [Source("list", 0, len(entries), 1.0)]
+    if isinstance(dataset.data, Mix):
+        sources = dataset.data.sources
 
+    def lines(first: int, last: int) -> bytes:
+        found = []
+        for source in sources:
+            begin, end = max(first, source.first), min(last, source.first + source.count)
+            start = source.root or root
+            if begin < end:
+                start = start.rstrip("/") + "/" if start else "./"
+                found.append(entries.identity_lines(begin, end, start))
+        return b"".join(found)
 
-def _lines_of(entries: Sequence[VideoEntry], root: str) -> Iterator[str]:
-    start = root.rstrip("/") + "/" if root else "./"
-    length = len(start)
-    for entry in entries:
-        path = entry.path[length:] if entry.path.startswith(start) else entry.path
-        if entry.kind == "video":
-            yield f"{path}\0{entry.stride}\n"
-        else:
-            yield f"{path}\0{entry.stride}\0{entry.start}\0{entry.total}\0{entry.pattern}\n"
+    return lines
 
 
 def list_changes(
@@ -90,6 +104,9 @@ def list_changes(
     if all(before.get(key) == now.get(key) for key in keys):
         return []
     changes = []
+    if before.get("shards", False) != now.get("shards", False):
+        kinds = ("files", "shards") if now.get("shards") else ("shards", "files")
+        changes.append("its videos lay in {} then and lie in {} now".format(*kinds))
     if before["videos"] != now["videos"]:
         changes.append(f"{before['videos']} videos then, {now['videos']} now")
     if before["block"] != now["block"]:

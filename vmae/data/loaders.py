@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import torch
 
 from vmae.data.dali import DaliLoader, dali_missing
 from vmae.data.dataset import Batch, EpochSampler, PretrainDataset
+from vmae.data.entry_table import as_entries
+from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Quarantine
+from vmae.data.shards.entries import ShardError
+from vmae.data.shards.facts import indexes_in
 from vmae.data.shared_memory import PREFETCH
 from vmae.data.video_dataset import SampleKey, VideoDataset
 from vmae.data.workers import WorkerPool, hang_limit
@@ -30,8 +34,13 @@ class _BatchSource:
         try:
             samples = [self.dataset[key] for key in keys]
             return type(samples[0]).cat(samples)
+        except ShardError as error:
+            return ShardError(str(error))
         except InputError as error:
             return InputError(str(error))
+
+    def ahead(self, keys: list[SampleKey]) -> None:
+        self.dataset.ask_ahead(keys)
 
     def block(self, video: int, reason: str) -> None:
         self.dataset.block(video, reason)
@@ -90,6 +99,11 @@ class PretrainLoader:
             raise
         return batch.pin_memory() if self._pin else batch
 
+    @property
+    def store_s(self) -> float:
+        """Seconds that the workers have waited for object stores so far, together."""
+        return self._iterator.waited_s if isinstance(self._iterator, WorkerPool) else 0.0
+
     def interrupt(self) -> None:
         """End iteration soon, also where another thread waits for a batch."""
         if isinstance(self._iterator, WorkerPool):
@@ -108,17 +122,19 @@ class PretrainLoader:
         self.close()
 
 
-def check_loader(name: str) -> None:
-    """See that a loader can be had.
+def check_loader(name: str, entries: Sequence[VideoEntry] = ()) -> None:
+    """See that a loader can be had, for these videos.
 
     Raises:
-        InputError: an unknown name, or DALI is not installed.
+        InputError: an unknown name, or DALI is not installed, or would have to read shards.
     """
     if name not in LOADERS:
         raise InputError(f"unknown loader {name!r}; known: {', '.join(LOADERS)}")
     if name == "dali":
         if lack := dali_missing():
             raise InputError(lack)
+        if indexes_in(entries):
+            raise InputError("DALI reads files, not shards: take --loader cpu with an index")
 
 
 def _warn_of_repeats(dataset: VideoDataset, sampler: EpochSampler) -> None:
@@ -199,10 +215,11 @@ def build_loader(
     if epochs is not None:
         sampler.total_steps = epochs * sampler.steps_per_epoch
     _warn_of_repeats(dataset, sampler)
-    bad = Quarantine(quarantine, max_bad_share, len({entry.path for entry in dataset.entries}))
+    bad = Quarantine(quarantine, max_bad_share, as_entries(dataset.entries).count_paths())
     if loader == "dali":
         if not isinstance(dataset, PretrainDataset):
             raise TypeError("DALI decodes for a PretrainDataset only")
+        check_loader(loader, dataset.entries)
         return DaliLoader(dataset, sampler, bad, device=device, num_threads=max(num_workers, 1))
     return PretrainLoader(
         dataset,

@@ -26,6 +26,7 @@ from typing import Any
 
 from vmae.data.labels import LabelledList, read_class_names, read_labelled_list, write_labelled_list
 from vmae.data.manifest import VideoEntry, read_text
+from vmae.data.shards.index import is_index
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
 
@@ -404,6 +405,12 @@ def _read_source(name: str, classes: str, train: str, val: str, root: str | None
     names = read_class_names(classes)
     if train == "-":
         raise InputError(f"source {name!r} has no list to train on")
+    for path in (train, val):
+        if is_index(path):
+            raise InputError(
+                f"source {name!r}: a merged list names files, not shards: give the lists that {path} was "
+                "packed from, and pack the merged one"
+            )
     to_train = read_labelled_list(train, root, num_classes=len(names))
     to_test = None if val == "-" else read_labelled_list(val, root, num_classes=len(names))
     return LabelSource(name=name, classes=names, train=to_train, val=to_test)

@@ -6,7 +6,7 @@ A YAML file names them (relative paths start from its own folder):
     mixing: weighted             # or natural (each video equally often): the default without weights
     sources:
       - name: kinetics
-        list: k710_train.txt     # see vmae.data.manifest; a folder of videos too
+        list: k710_train.txt     # see vmae.data.manifest; a folder of videos or an index of shards too
         root: /data/kinetics     # where the list's relative paths start; else as without --data-root
         kind: video              # optional: refuse a list that holds anything else
         stride: 4                # optional, as are the others below; what the list itself says comes first
@@ -26,7 +26,6 @@ once.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import os
@@ -40,9 +39,14 @@ from typing import Any
 import numpy as np
 
 from vmae.data.decode import DecodeError, open_video
+from vmae.data.entry_table import Entries, EntryChain, as_entries
 from vmae.data.files import Unanswered, ask_files
 from vmae.data.guarded import guarded_each
 from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry, read_list
+from vmae.data.sampling import permutation
+from vmae.data.shards.index import ShardIndex, is_index
+from vmae.data.shards.rows import ShardRows
+from vmae.data.shards.source import folder_of, index_at, is_address, join_place
 from vmae.data.workers import hang_limit
 from vmae.errors import InputError
 from vmae.files.json_files import check_depth
@@ -77,7 +81,7 @@ class Mix(Sequence):
     """The entries of all sources, one after the other, and how often each comes.
 
     Args:
-        entries: videos of all sources, in order.
+        entries: videos of all sources, in order; any sequence, which is not copied.
         sources: cover the entries, in order.
         mixing: "natural" or "weighted".
     """
@@ -87,7 +91,7 @@ class Mix(Sequence):
     ) -> None:
         if mixing not in MIXINGS:
             raise InputError(f"unknown mixing {shown(mixing)}; known: {', '.join(MIXINGS)}")
-        self.entries, self.sources, self.mixing = list(entries), list(sources), mixing
+        self.entries, self.sources, self.mixing = entries, list(sources), mixing
         self._orders: dict[int, tuple[tuple[int, ...], np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -154,7 +158,7 @@ class Mix(Sequence):
             generator = np.random.default_rng(
                 np.random.SeedSequence(seed, spawn_key=(_MIX_ORDER, number, turn, cycle))
             )
-            cached = (key, generator.permutation(self.sources[number].count))
+            cached = (key, permutation(self.sources[number].count, generator))
             self._orders[2 * number + cycle % 2] = cached
         return cached[1]
 
@@ -162,17 +166,22 @@ class Mix(Sequence):
 def read_data(
     path: str | Path, data_root: str | Path | None = None, *, frame_pattern: str = DEFAULT_PATTERN
 ) -> Mix:
-    """Read a mix (YAML), or a single list or folder of videos as a mix of one source.
+    """Read a mix (YAML), or a single list, folder of videos or index of shards as a mix of one source.
 
     Args:
-        path: ends in .yaml or .yml for a mix; anything else is a list file or a folder.
-        data_root: see `read_list`; for a mix, where relative roots and lists start.
+        path: ends in .yaml or .yml for a mix, in .vmae for an index (a file, or an address in a store);
+            anything else is a list file or a folder.
+        data_root: see `read_list`; for a mix, where relative roots and lists start; for an index, folder or
+            address at which the names of its shards start.
         frame_pattern: see `read_list`; a source of a mix has its own.
 
     Raises:
-        InputError: see `read_list`; a mix that is no YAML, lacks a key or has an unknown one, or a wrong
-            value.
+        InputError: see `read_list` and `index_at`; a mix that is no YAML, lacks a key or has an unknown one,
+            or a wrong value.
     """
+    index = index_at(path, data_root)
+    if index is not None:
+        return Mix(index, [Source(_name_of(path), 0, len(index), 1.0, index.base)])
     if Path(path).suffix.lower() in MIX_SUFFIXES and not Path(path).is_dir():
         return _read_mix(Path(path), data_root)
     entries = read_list(path, data_root, frame_pattern=frame_pattern)
@@ -183,14 +192,16 @@ def read_data(
 
 
 def _name_of(path: str | Path) -> str:
-    """What a list or folder is called without a name of its own."""
+    """What a list, folder or index is called without a name of its own; an index, after its folder."""
+    if is_index(path):
+        return os.path.basename(folder_of(path if is_address(path) else os.path.abspath(path))) or "index"
     path = Path(path)
     return path.resolve().name if path.is_dir() else path.stem
 
 
 def _root_of(path: str | Path) -> str:
     """Where the relative paths of a list start, or the folder itself."""
-    return str(path) if os.path.isdir(path) else os.path.dirname(path)
+    return str(path) if os.path.isdir(path) else folder_of(path)
 
 
 def _read_mix(path: Path, data_root: str | Path | None) -> Mix:
@@ -201,21 +212,24 @@ def _read_mix(path: Path, data_root: str | Path | None) -> Mix:
         if unknown:
             wrong = f"unknown {', '.join(sorted(map(str, unknown)))}"
         raise InputError(f"mix {str(path)!r}: {wrong}; a mix has `sources`, a list, and maybe `mixing`")
-    start = Path(data_root) if data_root is not None else path.parent
-    entries: list[VideoEntry] = []
+    start = str(data_root) if data_root is not None else str(path.parent)
+    parts: list[Sequence[VideoEntry]] = []
     sources: list[Source] = []
+    count = 0
     for number, given in enumerate(content["sources"], 1):
         where = f"mix {str(path)!r}, source {number}"
         _check_source(given, where)
         found = _read_source(given, start, where)
-        name = str(given.get("name", _name_of(start / str(given["list"]))))
+        place = join_place(start, str(given["list"]))
+        name = str(given.get("name", _name_of(place)))
         if name in {source.name for source in sources}:
             raise InputError(f"{where}: the name {name!r} is taken; give each source a `name` of its own")
-        root = os.path.join(start, str(given.get("root") or _root_of(start / str(given["list"]))))
-        sources.append(Source(name, len(entries), len(found), float(given.get("weight", 1.0)), root))
-        entries += found
+        root = join_place(start, str(given.get("root") or _root_of(place)))
+        sources.append(Source(name, count, len(found), float(given.get("weight", 1.0)), root))
+        parts.append(found)
+        count += len(found)
     weighted = any("weight" in given for given in content["sources"])
-    return Mix(entries, sources, content.get("mixing", "weighted" if weighted else "natural"))
+    return Mix(EntryChain(parts), sources, content.get("mixing", "weighted" if weighted else "natural"))
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
@@ -260,32 +274,46 @@ def _check_source(given: Any, where: str) -> None:
     STRIDE.check(f"{where}: stride", given.get("stride", 1))
 
 
-def _read_source(given: dict[str, Any], start: Path, where: str) -> list[VideoEntry]:
+def _read_source(given: dict[str, Any], start: str, where: str) -> Sequence[VideoEntry]:
     root = None
     if given.get("root") is not None:
-        root = os.path.join(start, str(given["root"]))
+        root = join_place(start, str(given["root"]))
+    place = join_place(start, str(given["list"]))
     try:
+        index = index_at(place, root)
+        if index is not None:
+            return _read_index_source(index, given)
         entries = read_list(
-            os.path.join(start, str(given["list"])),
+            place,
             root,
             frame_pattern=str(given.get("pattern", DEFAULT_PATTERN)),
         )
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    others = [entry for entry in entries if entry.kind != given.get("kind", entry.kind)]
-    if others:
-        first = others[0]
+    other = {"video": "frames", "frames": "video"}.get(given.get("kind", ""))
+    others = entries.numbers_of(other) if other else []
+    if len(others):
+        first = entries[int(others[0])]
         raise InputError(
             f"{where}: line {first.line} of its list is of kind {first.kind}, not {given['kind']}, as are "
             f"{len(others)} of "
             f"{len(entries)}; a video is `path 0 -1`, frames are `folder start total`"
         )
-    stride = given.get("stride")
+    return entries.with_stride(given.get("stride"))
 
-    def with_stride(entry: VideoEntry) -> VideoEntry:
-        return dataclasses.replace(entry, stride=stride) if entry.stride is None else entry
 
-    return [with_stride(entry) for entry in entries]
+def _read_index_source(index: ShardIndex, given: dict[str, Any]) -> ShardRows:
+    """The samples of an index, of the kind and with the stride that a source of a mix says."""
+    kind = given.get("kind")
+    if kind is not None:
+        others = np.flatnonzero(~index.are(kind))
+        if len(others):
+            other = index[int(others[0])]
+            raise InputError(
+                f"{other.key} of its index is of kind {other.kind}, not {kind}, as are {len(others)} of "
+                f"{len(index)}"
+            )
+    return index.with_stride(given.get("stride"))
 
 
 def describe_data(data: Sequence[VideoEntry], *, backend: str = "auto", probes: int = 24) -> list[str]:
@@ -298,8 +326,8 @@ def describe_data(data: Sequence[VideoEntry], *, backend: str = "auto", probes: 
         data = Mix(data, [Source("list", 0, len(data), 1.0)])
     lines = []
     for source, share in zip(data.sources, data.shares(), strict=True):
-        entries = data.entries[source.first : source.first + source.count]
-        strides = sorted({entry.stride for entry in entries if entry.stride is not None})
+        entries = as_entries(data.entries[source.first : source.first + source.count])
+        strides = entries.strides()
         stride = f", stride {', '.join(map(str, strides))}" if strides else ""
         lines.append(
             f"{source.name}: {source.count} videos{_length(entries, backend, probes)}, {share:.1%} of "
@@ -315,11 +343,12 @@ def _seconds(entry: VideoEntry, backend: str) -> float:
         return len(reader) / reader.fps if reader.fps else 0.0
 
 
-def _length(entries: Sequence[VideoEntry], backend: str, probes: int) -> str:
-    frames = sum(entry.total for entry in entries if entry.kind == "frames")
-    videos = [entry for entry in entries if entry.kind == "video"]
+def _length(entries: Entries[VideoEntry], backend: str, probes: int) -> str:
+    frames, videos = entries.images(), entries.numbers_of("video")
+    if isinstance(entries, ShardRows):
+        return _length_text(*entries.length(), len(videos), frames)
     count = min(probes, len(videos))
-    probed = [videos[place * len(videos) // count] for place in range(count)]
+    probed = [entries[int(videos[place * len(videos) // count])] for place in range(count)]
     seconds: list[float] = []
     began = time.monotonic()
     for found in guarded_each(functools.partial(_seconds, backend=backend), probed):
@@ -327,10 +356,15 @@ def _length(entries: Sequence[VideoEntry], backend: str, probes: int) -> str:
             seconds.append(found)
         if time.monotonic() - began > hang_limit():  # an estimate is not worth more
             break
+    return _length_text(sum(seconds), len(seconds), len(videos), frames)
+
+
+def _length_text(seconds: float, known: int, videos: int, images: int) -> str:
+    """Hours of videos, of which `known` last `seconds`, and images of folders."""
     texts = []
-    if seconds:
-        about = "" if len(seconds) == len(videos) else "about "
-        texts.append(f"{about}{sum(seconds) / len(seconds) * len(videos) / 3600:.3g} hours")
-    if frames:
-        texts.append(f"{frames} images")
+    if known:
+        about = "" if known == videos else "about "
+        texts.append(f"{about}{seconds / known * videos / 3600:.3g} hours")
+    if images:
+        texts.append(f"{images} images")
     return "".join(f", {text}" for text in texts)

@@ -7,7 +7,9 @@ under torchrun divide a part further.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -27,12 +29,32 @@ class Part:
         return self.count == 1
 
     def among_ranks(self, rank: int, world_size: int) -> Part:
-        """What rank `rank` does of this part."""
-        return Part((self.number - 1) * world_size + rank + 1, self.count * world_size)
+        """What rank `rank` does of this part. The ranks' items are those of the part, whatever their number:
+        a part may go on with another one."""
+        return Part(self.number + rank * self.count, self.count * world_size)
 
-    def share(self, items: int) -> range:
-        """Numbers of this part's items: every `count`-th, so that neighbours of a list are spread."""
-        return range(self.number - 1, items, self.count)
+    def share(self, items: int, together: int = 1) -> Sequence[int]:
+        """Numbers of this part's items: every `count`-th, so that neighbours of a list are spread.
+
+        Args:
+            together: neighbours that go to the same part, in blocks from the first item on.
+        """
+        if together == 1:
+            return range(self.number - 1, items, self.count)
+        blocks = self.share(-(-items // together))
+        return list(
+            itertools.chain.from_iterable(
+                range(block * together, min((block + 1) * together, items)) for block in blocks
+            )
+        )
+
+    @staticmethod
+    def having(item: int, count: int, together: int = 1) -> Part:
+        """The part that has this item, of `count` parts; see `share`."""
+        return Part(item // together % count + 1, count)
+
+
+WHOLE = Part()
 
 
 def read_part(text: str) -> Part:
@@ -43,12 +65,23 @@ def read_part(text: str) -> Part:
     return Part(int(match[1]), int(match[2]))
 
 
-def add_part_argument(parser: argparse.ArgumentParser, merged_by: str) -> None:
+def add_part_argument(parser: argparse._ActionsContainer, merged_by: str) -> None:
     """`--part i/n`; `merged_by` is the command that joins the parts, for the help."""
     parser.add_argument(
         "--part",
         type=read_part,
-        default=Part(),
+        default=WHOLE,
         metavar="i/n",
-        help=f"do the i-th of n parts, as in a Slurm array; `{merged_by}` joins them (1/1)",
+        help=f"do the i-th of n parts, as in a Slurm array; {merged_by} joins them (1/1)",
+    )
+
+
+def add_part_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--part i/n`, or `--merge` in its place."""
+    group = parser.add_argument_group("one of many machines").add_mutually_exclusive_group()
+    add_part_argument(group, "--merge in its place")
+    group.add_argument(
+        "--merge",
+        action="store_true",
+        help="join what the parts wrote, as one job would; says which parts are missing",
     )

@@ -96,11 +96,15 @@ class Prefetcher:
                 tensor.record_stream(stream)
         return batch
 
+    def interrupt(self) -> None:
+        """Make a `next` that waits end soon, where `source` can."""
+        getattr(self.source, "interrupt", lambda: None)()
+
     def close(self) -> None:
         """Stop reading ahead and close `source`; iteration is over."""
         self._closing = True
         if self._thread is not None:
-            getattr(self.source, "interrupt", lambda: None)()
+            self.interrupt()
             self._thread.join()
             self._thread, self._ready = None, queue.Queue()
         getattr(self.source, "close", lambda: None)()

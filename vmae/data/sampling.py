@@ -183,3 +183,11 @@ def sparse_view_indices(total: int, num_frames: int, segments: int) -> np.ndarra
 def _check_segments(segments: int) -> None:
     if segments < 1:
         raise InputError(f"a test needs at least 1 segment, not {segments}")
+
+
+def permutation(count: int, rng: np.random.Generator) -> np.ndarray:
+    """The numbers below `count` in the order of `rng.permutation(count)`, in half of its memory: int32 where
+    they fit, else int64."""
+    numbers = np.arange(count, dtype=np.int32 if count < 1 << 31 else np.int64)
+    rng.shuffle(numbers)
+    return numbers

@@ -6,7 +6,7 @@ from __future__ import annotations
 import enum
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -16,6 +16,8 @@ from vmae.data.decode import DecodeError, VideoReader, open_video
 from vmae.data.manifest import VideoEntry
 from vmae.data.mix import Mix
 from vmae.data.quarantine import Failure, list_failures
+from vmae.data.shards.entries import ShardEntry
+from vmae.data.shards.reading import ask_ahead
 from vmae.data.video_reader import memory_as_decode_error
 from vmae.errors import InputError
 
@@ -56,7 +58,7 @@ class VideoDataset(Dataset, Generic[EntryT, Decoded]):
     what a sample is made of (`__getitem__`).
 
     Args:
-        entries: result of `read_list` or `read_data`, at least one.
+        entries: result of `read_list` or `read_data`, at least one; not copied.
         num_sample: clips of one decode.
         seed: not negative.
         repeat: visits of a video in an epoch.
@@ -94,7 +96,9 @@ class VideoDataset(Dataset, Generic[EntryT, Decoded]):
         if min_frames < 1:
             raise InputError(f"min_frames must be at least 1, not {min_frames}")
         self.data = entries
-        self.entries: list[EntryT] = list(entries)
+        self.entries: Sequence[EntryT] = entries
+        if isinstance(entries, Mix):
+            self.entries = cast(Sequence[EntryT], entries.entries)
         self.num_sample, self.seed, self.repeat = num_sample, seed, repeat
         self.backend, self.resize, self.min_frames = backend, resize, min_frames
         self.watch: Callable[[int], None] | None = None
@@ -111,6 +115,10 @@ class VideoDataset(Dataset, Generic[EntryT, Decoded]):
     def describe_labels(self, number: int) -> str:
         """What decides an entry's samples beside its video: labels, boxes."""
         return ""
+
+    def label_lines(self, first: int, last: int) -> str:
+        """`describe_labels` of the entries from `first` to before `last`, a line each."""
+        return "".join(f"{self.describe_labels(number)}\n" for number in range(first, last))
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -156,6 +164,19 @@ class VideoDataset(Dataset, Generic[EntryT, Decoded]):
         if isinstance(self.data, Mix):
             return self.data.pick(self.seed, epoch, index, len(self))
         return index % len(self.entries), range(len(self.entries))
+
+    def ask_ahead(self, keys: Sequence[SampleKey]) -> None:
+        """Start to read what these samples are made of, as far as it lies in object stores."""
+        for epoch, index in keys:
+            number, _ = self.pick_video(epoch, index)
+            entry = self.entries[number]
+            if number not in self._blocked and isinstance(entry, ShardEntry):
+                frames = self._frames_ahead(entry, epoch, index) if entry.kind == "frames" else None
+                ask_ahead(entry, frames)
+
+    def _frames_ahead(self, entry: EntryT, epoch: int, index: int) -> np.ndarray | None:
+        """Images that a sample takes of a folder of frames; None where a subclass does not say."""
+        return None
 
     def _decode_with_replacement(self, epoch: int, index: int) -> tuple[Decoded, int, list[Failure]]:
         """(what is decoded, number of the entry that it comes from, the failures before it)."""

@@ -9,6 +9,7 @@ outside, most often because memory runs out, counts against its video only when 
 
 from __future__ import annotations
 
+import logging
 import math
 import multiprocessing.connection
 import multiprocessing.sharedctypes
@@ -29,8 +30,10 @@ from typing import Any, Protocol
 import torch
 import torch.multiprocessing
 
+from vmae.data.waiting import tell_waits
 from vmae.errors import InputError
 
+_log = logging.getLogger(__name__)
 HANG_S = 120.0  # that one video may take, where nothing else is said
 
 CRASHES = {
@@ -41,6 +44,7 @@ CRASHES = {
 # Restarts of workers for which no video is to blame, in a row without a batch; one each where they are more.
 MAX_IDLE_RESTARTS = 5
 _POLL_S, _GRACE_S = 1.0, 5.0
+_NOTE_S = 30.0  # waits for a store that are said
 # Forked also where Python's default is another (3.14): workers share the list's memory, and start in
 # milliseconds.
 _START_METHOD = "fork" if sys.platform.startswith("linux") else None
@@ -73,6 +77,9 @@ class Maker(Protocol):
 
     def block(self, video: int, reason: str) -> None:
         """Treat a video as undecodable from now on."""
+
+    # ahead(task), where a maker has it: called as soon as a worker knows of a task, before those that it got
+    # earlier are done; starts what needs no work of this thread.
 
 
 class VideoTask(ABC):
@@ -118,7 +125,9 @@ class _Worker:
         self.tasks: deque[tuple[int, Any]] = deque()
         # (when its video began, when that was found too long)
         self.suspected: tuple[float, float] | None = None
-        self.slot = multiprocessing.sharedctypes.RawArray("d", [-1.0, 0.0])
+        # Its video (-1: none, or it waits for a store) and since when; seconds of waits for stores so far,
+        # and since when it waits (0: it does not).
+        self.slot = multiprocessing.sharedctypes.RawArray("d", [-1.0, 0.0, 0.0, 0.0])
         self.pipe, theirs = context.Pipe()
         # A worker that is killed cannot remove the folder of the socket by which its tensors are handed over.
         folder = tempfile.mkdtemp(prefix="pymp-", dir=_folder_for_sockets())
@@ -171,18 +180,37 @@ def _work(maker: Maker, pipe, slot, parent: int, folder: str) -> None:
         slot[1] = time.monotonic()
         slot[0] = video
 
+    at: list[float] = []  # the video and its begin while a store is waited for
+
+    def waits(begins: bool, seconds: float) -> None:
+        if begins:
+            at[:] = slot[:2]
+            slot[0], slot[3] = -1, time.monotonic()
+        else:
+            slot[2], slot[3] = slot[2] + seconds, 0
+            slot[1] = at[1] + seconds
+            slot[0] = at[0]
+
     maker.set_watch(watch)
+    tell_waits(waits)
+    ahead: Callable[[Any], None] = getattr(maker, "ahead", lambda task: None)
+    tasks: deque[tuple[int, Any]] = deque()
     while True:
         try:
-            kind, *content = pipe.recv()
+            while not tasks or pipe.poll():  # all that has come, so that `ahead` knows of it
+                kind, *content = pipe.recv()
+                if kind == "block":
+                    maker.block(*content)
+                else:
+                    tasks.append((content[0], content[1]))
+                    ahead(content[1])
         except EOFError:
             return
-        if kind == "block":
-            maker.block(*content)
-            continue
-        number, task = content
+        number, task = tasks.popleft()
         try:
             answer = (number, True, maker[task])
+        except InputError as error:
+            answer = (number, False, error)
         except Exception:
             answer = (number, False, traceback.format_exc())
         watch(-1)
@@ -201,15 +229,16 @@ class WorkerPool:
         maker: copied into each process.
         tasks: arguments of `maker[task]`; drawn as workers become free.
         count: processes.
-        prefetch: tasks that each has at a time.
+        prefetch: results for each that may be under way or made before they are taken; what is made while one
+            video takes long is bounded by it, and so are shared memory and open files.
         hang_s: seconds that one video may take.
 
     Attributes:
         lost: (video number, reason) of each video that hung or crashed a worker; its reader empties it.
 
     Raises:
-        RuntimeError: on iteration: `maker` raised, a worker was stopped by somebody else, or workers keep
-            dying.
+        InputError: on iteration: `maker` did, or workers keep dying.
+        RuntimeError: `maker` raised something else, or a worker was stopped by somebody else.
     """
 
     def __init__(
@@ -220,19 +249,25 @@ class WorkerPool:
         self._tasks: Iterator[tuple[int, Any]] = enumerate(tasks)
         self._prefetch, self._hang_s = prefetch, hang_s
         self._context = torch.multiprocessing.get_context(_START_METHOD)
+        self._given = 0  # tasks so far
         self._ready: dict[int, Any] = {}
         # Video -> the task at which it was there when its worker was killed.
         self._killed: dict[int, int] = {}
         self._next = self._idle_restarts = 0
+        self._waited_s = 0.0  # of workers that were replaced
+        self._noted = False
         self._interrupted = False
         self._workers = [_Worker(self._context, maker) for _ in range(count)]
-        for _ in range(prefetch):
-            for worker in self._workers:
-                self._feed(worker)
+        for _ in range(prefetch * count):
+            self._feed()
 
-    def _feed(self, worker: _Worker) -> None:
+    def _feed(self) -> None:
+        """Give a task to the worker that has the fewest, unless as many as allowed are ahead."""
+        if self._given - self._next >= self._prefetch * len(self._workers):
+            return
         for number, task in self._tasks:
-            worker.give(number, task)
+            self._given = number + 1
+            min(self._workers, key=lambda worker: len(worker.tasks)).give(number, task)
             return
 
     def __iter__(self) -> WorkerPool:
@@ -248,9 +283,12 @@ class WorkerPool:
             self._wait()
         good, result = self._ready.pop(self._next)
         self._next += 1
+        self._feed()
         self._idle_restarts = 0
         if not good:
             self.close()
+            if isinstance(result, InputError):
+                raise result
             raise RuntimeError(f"a data worker failed:\n{result}")
         return result
 
@@ -269,8 +307,8 @@ class WorkerPool:
             self._ready[number] = (good, result)
             if self._killed:  # done this time
                 self._killed = {video: task for video, task in self._killed.items() if task != number}
-            self._feed(worker)
         now = time.monotonic()
+        self._note_waits(now)
         for worker in list(self._workers):
             if not worker.process.is_alive() and not worker.pipe.poll():
                 self._replace(worker, None)
@@ -279,10 +317,20 @@ class WorkerPool:
                     worker, f"took more than {self._hang_s:g} s (VMAE_HANG_S); its worker was stopped"
                 )
 
+    def _note_waits(self, now: float) -> None:
+        """Say once that a store does not answer, while it does not."""
+        longest = max((now - worker.slot[3] for worker in self._workers if worker.slot[3]), default=0.0)
+        if longest > _NOTE_S and not self._noted:
+            _log.warning(
+                f"note: data workers have waited for an object store for {longest:.0f} s; they go on when it "
+                "answers"
+            )
+        self._noted = longest > _NOTE_S
+
     def _hangs(self, worker: _Worker, now: float) -> bool:
         """Whether its video takes too long, also a moment after that was first seen (all may have been
         suspended)."""
-        video, began = worker.slot
+        video, began = worker.slot[:2]
         if video < 0 or now - began < self._hang_s:
             worker.suspected = None
             return False
@@ -296,6 +344,7 @@ class WorkerPool:
         if reason is None:
             reason = self._cause_of_death(worker)
         worker.kill()
+        self._waited_s += worker.slot[2]
         if reason is not None and video >= 0:
             self.lost.append((video, reason))
             self._maker.block(video, reason)
@@ -331,6 +380,11 @@ class WorkerPool:
             self._killed[video] = worker.tasks[0][0]
         return None
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds that the workers have waited for object stores so far, together."""
+        return self._waited_s + sum(worker.slot[2] for worker in self._workers)
+
     def interrupt(self) -> None:
         """End iteration within a second, also where another thread waits in `next`; the processes stay until
         `close`."""
@@ -340,6 +394,7 @@ class WorkerPool:
         """End the processes; iteration is over."""
         for worker in self._workers:
             worker.kill()
+        self._waited_s = self.waited_s
         self._workers, self._tasks = [], iter(())
 
     def __del__(self) -> None:

@@ -1,8 +1,8 @@
 """`python -m vmae evaluate LIST`: the multi-view test of a fine-tuned classifier, with the published views.
 
 Each video gives segments x crops views; the softmax of their logits is averaged. Each video is tested once,
-by one rank, with any number of ranks. Predictions are written at once, so a test that was stopped continues
-with the videos that are left.
+by one rank, with any number of ranks and of parts (`--part i/n`, then `--merge`). Predictions are written at
+once, so a test that was stopped continues with the videos that are left.
 
     predictions.jsonl   a line for each video: index, path, labels, the five best classes
     results.json        scores and settings
@@ -26,23 +26,28 @@ from tqdm import tqdm
 
 from vmae.checkpoint.arguments import add_model_arguments, load_from_args
 from vmae.checkpoint.classifier import LoadedClassifier
-from vmae.checkpoint.identity import differences, list_hash, model_identity, settle
+from vmae.checkpoint.identity import list_hash, model_identity
 from vmae.config import DTYPE, SpeedConfig, _Checked
 from vmae.data.classify_dataset import ClipConfig, ViewConfig, ViewDataset
 from vmae.data.label_maps import KINETICS_710, check_mapped_names, is_kinetics, map_name
 from vmae.data.labels import LabelledList, read_class_names, read_labelled_list
 from vmae.data.manifest import DEFAULT_PATTERN
+from vmae.data.part_folder import PartFolder, Records
+from vmae.data.parts import WHOLE, Part, add_part_arguments
 from vmae.data.quarantine import Failure
+from vmae.data.ranks import PATIENCE
+from vmae.data.shards.rows import result_name
 from vmae.errors import InputError
 from vmae.evaluate.scores import TOP, Record, class_table, confusion, draw_confusion, score, write_table
 from vmae.evaluate.views import named, view_probabilities
 from vmae.files.atomic import write_atomically
 from vmae.files.json_files import read_json
+from vmae.files.settled import differences
 from vmae.flags import add_settings
 from vmae.settings import BATCH, limits, ranged
-from vmae.train.checks import check_backend, check_output
+from vmae.train.checks import check_backend, check_output, take_cpu
 from vmae.train.finetune_settings import TEST_LISTS, FinetuneConfig, list_of
-from vmae.train.metrics import code_version, read_log
+from vmae.train.metrics import code_version
 from vmae.train.parallel import Parallel, open_parallel
 from vmae.train.pretrain_settings import RunConfig, TrainingConfig
 
@@ -96,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(test, ViewConfig, "segments crops")
     add_settings(test, TrainingConfig, "dtype")
     test.add_argument("--scores", action="store_true", help="write the probabilities of all classes")
+    add_part_arguments(parser)
     speed = parser.add_argument_group("settings that change speed only")
     speed.add_argument("--batch-size", type=BATCH, default=16, help="views at once (16)")
     add_settings(speed, RunConfig, "device")
@@ -104,7 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit code is 1 where a video could not be decoded."""
-    with open_parallel("auto", args.device) as parallel:
+    if args.merge:
+        take_cpu(args)
+    with open_parallel("auto", args.device, timeout=PATIENCE) as parallel:
         check_backend(args.backend, parallel.device)
         check_output(Path(args.output))
         loaded = load_from_args(args, backend=args.backend, attention=args.attention)
@@ -122,8 +130,11 @@ def run(args: argparse.Namespace) -> int:
         if args.label_map is None:
             parallel.on_main(lambda: refuse_other_kinetics(loaded, config))
         speed = {"batch_size": args.batch_size, "workers": args.workers}
-        with parallel.hold(args.output, "a test"):
-            results = evaluate(loaded, config, args.output, parallel=parallel, class_names=names, **speed)
+        joined = {"part": args.part, "merge": args.merge}
+        with _place(args.output, args.part).hold(parallel, merge=args.merge):
+            results = evaluate(
+                loaded, config, args.output, parallel=parallel, class_names=names, **joined, **speed
+            )
     return 1 if results["undecodable"] else 0
 
 
@@ -179,6 +190,8 @@ def evaluate(
     batch_size: int = 16,
     workers: int = 0,
     move_other: bool = False,
+    part: Part = WHOLE,
+    merge: bool = False,
 ) -> dict[str, Any]:
     """Test a classifier on a list, or continue a test that was stopped. All ranks must call it.
 
@@ -189,12 +202,16 @@ def evaluate(
         workers: processes of each rank that decode videos; 0 decodes in this process.
         move_other: move what `output` holds of another test to `previous-N` beside it, instead of an error.
 
+        part: test this part of the list only, beside other parts.
+        merge: join what the parts have predicted; no model runs.
+
     Returns:
-        Scores, see `vmae.evaluate.scores.score`; the same on every rank.
+        Scores, see `vmae.evaluate.scores.score`; the same on every rank. Of a part, only `videos` and
+        `undecodable`.
 
     Raises:
         InputError: the list cannot be read, it has labels that the head does not have, or `output` holds
-            another test.
+            another test, or parts of one, or parts of another number; `merge`: videos are missing.
     """
     parallel, folder, model = parallel or Parallel(), Path(output), loaded.model
     data = list_of(config.data, TEST_LISTS)
@@ -205,15 +222,21 @@ def evaluate(
     settings = _identity(loaded, config, views, labelled)
     if move_other:
         parallel.on_main(lambda: _move_other(folder, settings))
-    parallel.on_main(lambda: settle(folder / SETTINGS, settings, "another test", data=data))
+    place, count = _place(folder, part), len(labelled.entries)
+    records = _records(place)
+    parallel.on_main(lambda: place.settle(settings, data=data))
+    if merge:
+        parallel.on_main(lambda: _join(records, count))
+    about = {**settings, "data": data}
     if parallel.is_main:
-        print(f"list: {data}, {len(labelled.entries)} videos", flush=True)
+        print(f"list: {data}, {count} videos{'' if part.whole else f', part {part}'}", flush=True)
         if loaded.note:
             print(loaded.note, flush=True)
-    done = parallel.on_main(lambda: {record["video"] for record in _collect(folder)})
-    todo = [video for video in range(len(labelled.entries)) if video not in done]
-    if parallel.is_main and not todo:
-        print(f"nothing to do: {folder} has the predictions of all videos", flush=True)
+    done = parallel.on_main(lambda: (records.collect(), {record["video"] for record in records.read()})[1])
+    todo = [video for video in place.share(count) if video not in done]
+    if parallel.is_main and not todo and not merge:
+        which = "videos" if part.whole else f"videos of part {part}"
+        print(f"nothing to do: {folder} has the predictions of all {which}", flush=True)
     dataset = ViewDataset(labelled.entries, loaded.clip, views)
     model.to(parallel.device)
 
@@ -228,22 +251,54 @@ def evaluate(
         )
         return describe_prediction(probabilities, settings["scores"])
 
-    parallel.barrier()  # rank 0 has merged the files of an earlier start
-    write_share(
-        folder,
-        labelled,
-        dataset,
-        todo,
-        predict,
-        rank=parallel.rank,
-        world_size=parallel.world_size,
-        workers=workers,
-    )
-    parallel.barrier()
-    results = None
-    if parallel.is_main:
-        results = finish(folder, labelled, {**settings, "data": data}, class_names)
-    return parallel.from_main(results)
+    if todo:
+        parallel.barrier()  # rank 0 has merged the files of an earlier start
+        write_share(
+            place.own,
+            labelled,
+            dataset,
+            todo,
+            predict,
+            rank=parallel.rank,
+            world_size=parallel.world_size,
+            workers=workers,
+        )
+        parallel.barrier()
+
+    def end() -> dict[str, Any]:
+        return finish(folder, labelled, about, class_names) if part.whole else _finish_part(records, count)
+
+    return parallel.on_main(end)
+
+
+def _place(folder: str | Path, part: Part) -> PartFolder:
+    return PartFolder(Path(folder), part, "a test", "another test", SETTINGS)
+
+
+def _records(place: PartFolder) -> Records:
+    return Records(place, PREDICTIONS, "video", "predictions-{}.part.jsonl")
+
+
+def _join(records: Records, count: int) -> None:
+    records.check_complete(count, "videos")
+    records.join()
+
+
+def _finish_part(records: Records, count: int) -> dict[str, Any]:
+    """Say what this part has found."""
+    records.collect()
+    own = set(records.place.share(count))
+    found = [record for record in records.read() if record["video"] in own]
+    _say_undecodable(found)
+    bad = sum("error" in record for record in found)
+    print(f"part {records.place.part}: {len(found) - bad} videos tested, {bad} could not be decoded")
+    return {"videos": len(found) - bad, "undecodable": bad}
+
+
+def _say_undecodable(records: Sequence[Record]) -> None:
+    for record in records:
+        if "error" in record:
+            print(f"could not be decoded, and does not count: {record['error']}")
 
 
 def _move_other(folder: Path, settings: dict[str, Any]) -> None:
@@ -302,23 +357,19 @@ def write_share(
     """
     own = todo[rank::world_size]
     hide_bar = True if rank else None  # None: tqdm hides it where there is no terminal
-    try:
-        with open(folder / f"predictions-{rank}.part.jsonl", "w", encoding="utf-8") as part:
-            videos = dataset.read(own, workers)
-            for video, clips in tqdm(videos, total=len(own), unit="video", disable=hide_bar):
-                path = labelled.entries[video].path
-                record: Record = {"video": video, "path": path, "labels": labelled.labels[video]}
-                try:
-                    if isinstance(clips, Failure):
-                        record["error"] = clips.error
-                    else:
-                        record |= predict(clips)
-                except InputError as error:
-                    raise InputError(f"{path}: {error}") from error
-                part.write(json.dumps(record) + "\n")
-                part.flush()
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    with _records(_place(folder, WHOLE)).writer(rank) as write:
+        videos = dataset.read(own, workers)
+        for video, clips in tqdm(videos, total=len(own), unit="video", disable=hide_bar):
+            path = result_name(labelled.entries[video])
+            record: Record = {"video": video, "path": path, "labels": labelled.labels[video]}
+            try:
+                if isinstance(clips, Failure):
+                    record["error"] = clips.error
+                else:
+                    record |= predict(clips)
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from error
+            write(record)
 
 
 def describe_prediction(probabilities: Tensor, keep_scores: bool) -> Record:
@@ -329,23 +380,6 @@ def describe_prediction(probabilities: Tensor, keep_scores: bool) -> Record:
     if keep_scores:
         record["scores"] = probabilities.tolist()
     return record
-
-
-def _collect(folder: Path) -> list[Record]:
-    """All predictions so far, sorted by video; merges the files of the ranks into one."""
-    parts = sorted(folder.glob("predictions-*.part.jsonl"))
-    records = {
-        record["video"]: record
-        for path in (folder / PREDICTIONS, *parts)
-        for record in read_log(path, video=int)
-    }
-    ordered = [records[video] for video in sorted(records)]
-    if parts:
-        text = "".join(json.dumps(record) + "\n" for record in ordered)
-        write_atomically(folder / PREDICTIONS, lambda file: file.write(text), binary=False)
-        for path in parts:
-            path.unlink()
-    return ordered
 
 
 def finish(
@@ -359,15 +393,13 @@ def finish(
     Raises:
         InputError: no video could be decoded, or a file can't be written.
     """
-    records = _collect(folder)
+    records = _records(_place(folder, WHOLE)).collect()
     results = score(records, labelled.labels, labelled.num_classes)
     about = {**results, "settings": settings, "torch": torch.__version__, **code_version()}
     write_atomically(
         folder / RESULTS, lambda file: file.write(json.dumps(about, indent=1) + "\n"), binary=False
     )
-    for record in records:
-        if "error" in record:
-            print(f"could not be decoded, and does not count: {record['error']}")
+    _say_undecodable(records)
     if not results["videos"]:
         raise InputError(f"no video of {settings['data']} could be decoded")
     matrix = confusion(records, labelled.labels, labelled.num_classes)

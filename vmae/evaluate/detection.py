@@ -8,7 +8,8 @@
     key_frame_*.png   some key frames with their boxes and actions
 
 Boxes are those of --persons; without it, the annotated ones. Scores are written at once, so a test that was
-stopped continues with the key frames that are left. With --detections no model runs: these are scored.
+stopped continues with the key frames that are left; ranks and parts (`--part i/n`, then `--merge`) share
+them. With --detections no model runs: these are scored.
 
 The frame mAP is that of VideoMAE's evaluation code, unless --per-frame or --unannotated say otherwise;
 `results.json` has it by every rule that AVA's scripts have had (`vmae.evaluate.frame_map`).
@@ -32,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vmae.checkpoint.arguments import add_source_arguments
-from vmae.checkpoint.identity import check_same, content_hash, frames_identity, model_identity
+from vmae.checkpoint.identity import content_hash, frames_identity, model_identity
 from vmae.checkpoint.models import to_model
 from vmae.checkpoint.source import read_checkpoint
 from vmae.config import ModelConfig, SpeedConfig
@@ -52,21 +53,31 @@ from vmae.data.ava import (
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.detection_dataset import KeyClipConfig, KeyFrame, KeyFrameReader, find_videos, key_frames
 from vmae.data.guarded import guarded
+from vmae.data.part_folder import PartFolder, Records
+from vmae.data.parts import Part, add_part_arguments
 from vmae.data.quarantine import Failure
+from vmae.data.ranks import PATIENCE
 from vmae.errors import InputError
 from vmae.evaluate.frame_map import RULES, UNANNOTATED, FrameScores, Rule, frame_map
 from vmae.evaluate.views import NO_NUMBERS
 from vmae.files.atomic import write_atomically
 from vmae.files.folder_lock import FolderLock
+from vmae.files.settled import check_same
 from vmae.flags import add_settings
 from vmae.model.detector import Detector
 from vmae.settings import BATCH, COUNT, Real, Whole
-from vmae.train.checks import check_backend, check_output, resolve_device
+from vmae.train.checks import check_backend, check_output, take_cpu
 from vmae.train.detection_settings import DetectionConfig
 from vmae.train.metrics import code_version, read_log
+from vmae.train.parallel import Parallel, open_parallel
 from vmae.train.pretrain_settings import RunConfig, TrainingConfig
 
-DETECTIONS, RESULTS, PARTS = "detections.csv", "results.json", "scores.part.jsonl"
+DETECTIONS, RESULTS = "detections.csv", "results.json"
+SETTINGS, SCORES = "detection.json", "scores.part.jsonl"
+# Neighbouring key frames that one part has, in order. A batch has frames of one block: which frames are
+# together in it, on which the last bits of a score depend, is the same for any number of parts and after any
+# stop.
+BLOCK = 16
 SHOWN = 0.5  # least score of an action that a picture names
 CLIP_FLAGS = ("stride", "origin", "preprocess", "num_frames", "image_size")
 SAID = 3  # wrong rows that are shown
@@ -142,8 +153,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(clip, ModelConfig, "num_frames img_size", unset="as in training")
     add_settings(clip, TrainingConfig, "dtype")
     add_source_arguments(parser, "official files; they need --actions")
+    add_part_arguments(parser)
     speed = parser.add_argument_group("settings that change speed only")
-    speed.add_argument("--batch-size", type=BATCH, default=8, help="clips at once (8)")
+    speed.add_argument("--batch-size", type=BATCH, default=8, help=f"clips at once, {BLOCK} at most (8)")
     add_settings(speed, RunConfig, "device")
     add_settings(speed, SpeedConfig, "num_workers backend attention")
 
@@ -157,8 +169,15 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"the following arguments are required: {', '.join(missing)} (or --detections)")
     if args.persons is None and args.annotations is None:
         raise InputError("which boxes? Give --persons, or --annotations for the annotated ones")
-    device = resolve_device(args.device)
-    check_backend(args.backend, device)
+    if args.merge:
+        take_cpu(args)
+    with open_parallel("auto", args.device, timeout=PATIENCE) as parallel:
+        return _test(args, parallel)
+
+
+def _test(args: argparse.Namespace, parallel: Parallel) -> int:
+    """Score key frames by the model of a checkpoint."""
+    check_backend(args.backend, parallel.device)
     listed = read_actions(args.actions) if args.actions else None
     loaded = load_detector(
         args.checkpoint,
@@ -174,32 +193,69 @@ def run(args: argparse.Namespace) -> int:
     truth = read_ground_truth(args.annotations, counted, skip_unlisted=True) if args.annotations else None
     excluded = read_excluded(args.excluded) if args.excluded else set()
     frames, dropped = _frames_to_test(args, loaded, truth, excluded)
-    print(loaded.note, flush=True)
-    with FolderLock(args.output, "a test of a detector"):
+    if parallel.is_main:
+        _say_dropped(args.persons, dropped)
+        print(loaded.note, flush=True)
+    place = PartFolder(Path(args.output), args.part, "a test of a detector", "another test", SETTINGS, BLOCK)
+
+    def end(records: list[dict[str, Any]]) -> int:
+        if not args.part.whole:
+            return _say_part(args.part, records)
+        about = {"checkpoint": str(loaded.path), "dropped": len(dropped), "first_dropped": dropped[:SAID]}
+        return _finish(args, loaded, frames, records, truth, counted, excluded, about)
+
+    with place.hold(parallel, merge=args.merge):
         records = score_frames(
             loaded,
             frames,
-            args.output,
-            device=device,
+            place,
+            parallel=parallel,
             dtype=args.dtype,
             batch_size=args.batch_size,
             workers=args.workers,
+            merge=args.merge,
         )
-        folder = Path(args.output)
-        rows = detections_of(frames, records, list(loaded.actions))
-        write_detections(folder / DETECTIONS, rows)
-        failed = [record["error"] for record in records if "error" in record]
-        for error in failed:
-            print(f"could not be decoded, and has no detections: {error}")
-        print(f"{len(rows)} detections on {len(frames) - len(failed)} key frames: {folder / DETECTIONS}")
-        if truth is not None:
-            # Scored from the file, whose numbers are rounded: scoring it again gives the same result.
-            found = read_detections(folder / DETECTIONS, loaded.actions)
-            about = {"checkpoint": str(loaded.path), "dropped": len(dropped), "first_dropped": dropped[:SAID]}
-            report(folder, truth, found, counted, excluded, _rule_of(args), about)
-        boxes = None if truth is None else truth.rows
-        for path in draw_frames(folder, frames, records, boxes, loaded.actions, args.pictures):
-            print(f"picture: {path}")
+        return parallel.on_main(lambda: end(records))
+
+
+def _say_failed(records: Sequence[dict[str, Any]]) -> int:
+    """How many key frames could not be decoded; prints which."""
+    failed = [record["error"] for record in records if "error" in record]
+    for error in failed:
+        print(f"could not be decoded, and has no detections: {error}")
+    return len(failed)
+
+
+def _say_part(part: Part, records: Sequence[dict[str, Any]]) -> int:
+    """What a part has done; the command's exit code."""
+    failed = _say_failed(records)
+    print(f"part {part}: {len(records) - failed} key frames scored, {failed} could not be decoded")
+    return 1 if failed else 0
+
+
+def _finish(
+    args: argparse.Namespace,
+    loaded: LoadedDetector,
+    frames: Sequence[KeyFrame],
+    records: Sequence[dict[str, Any]],
+    truth: GroundTruth | None,
+    counted: dict[int, str],
+    excluded: set[Key],
+    about: dict[str, Any],
+) -> int:
+    """Write detections, scores and pictures of all key frames; the command's exit code."""
+    folder = Path(args.output)
+    rows = detections_of(frames, records, list(loaded.actions))
+    write_detections(folder / DETECTIONS, rows)
+    failed = _say_failed(records)
+    print(f"{len(rows)} detections on {len(frames) - failed} key frames: {folder / DETECTIONS}")
+    if truth is not None:
+        # Scored from the file, whose numbers are rounded: scoring it again gives the same result.
+        found = read_detections(folder / DETECTIONS, loaded.actions)
+        report(folder, truth, found, counted, excluded, _rule_of(args), about)
+    boxes = None if truth is None else truth.rows
+    for path in draw_frames(folder, frames, records, boxes, loaded.actions, args.pictures):
+        print(f"picture: {path}")
     return 1 if failed else 0
 
 
@@ -209,6 +265,8 @@ def _score_file(args: argparse.Namespace) -> int:
         raise InputError("--detections is scored with --annotations and --actions: give both")
     if args.checkpoint is not None or args.persons is not None:
         raise InputError("--detections runs no model: leave out --checkpoint and --persons")
+    if args.merge or not args.part.whole:
+        raise InputError("--detections runs no model, and has no parts: leave out --part and --merge")
     actions = read_actions(args.actions)
     truth = read_ground_truth(args.annotations, actions, skip_unlisted=True)
     excluded = read_excluded(args.excluded) if args.excluded else set()
@@ -249,7 +307,6 @@ def _frames_to_test(
     boxes = [] if truth is None else truth.rows
     if args.persons:
         boxes = read_person_boxes(args.persons, args.min_score, dropped=dropped)
-        _say_dropped(args.persons, dropped)
     rows = [row for row in boxes if row.key not in excluded]
     if not rows:
         raise InputError(f"{source}: all boxes are on excluded key frames")
@@ -318,49 +375,75 @@ def load_detector(
 def score_frames(
     loaded: LoadedDetector,
     frames: Sequence[KeyFrame],
-    output: str | Path,
+    place: PartFolder,
     *,
-    device: torch.device,
+    parallel: Parallel,
     dtype: str = "float32",
     batch_size: int = 8,
     workers: int = 0,
+    merge: bool = False,
 ) -> list[dict[str, Any]]:
-    """Record of each key frame, in order: `frame` (its index) and `scores` (for each box, a list over the
-    actions), or `error`.
+    """Record of each key frame of this part, in order: `frame` (its index) and `scores` (for each box, a list
+    over the actions), or `error`. All ranks must call it; those but the main one get nothing.
 
-    Records that an earlier start of the same test has written to `output` are kept.
+    Records that an earlier start of the same test has written are kept.
+
+    Args:
+        place: where the part writes; who calls this holds it.
+        merge: join what the parts have scored; no model runs.
 
     Raises:
-        InputError: `output` holds another test, or can't be written.
+        InputError: the folder holds another test, can't be written, or key frames are missing (`merge`).
     """
-    folder, model = Path(output), loaded.model.to(device)
+    model = loaded.model.to(parallel.device)
     boxes = content_hash([(*frames_identity(frame), frame.frame, frame.boxes) for frame in frames])
     clip = {**loaded.clip.to_dict(), "image_size": model.config.image_hw}
     about = {**model_identity(model), "clip": clip, "roi": model.roi, "dtype": dtype}
     about |= {"key_frames": len(frames), "boxes": boxes}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        before = read_log(folder / PARTS)
-        done: dict[int, dict[str, Any]] = {}
-        if before:
-            header, *records = before
-            header = {"roi": "aligned", **header}  # of versions that had no other
-            if isinstance(header.get("clip"), dict):
-                header["clip"] = {"preprocess": "resize", **header["clip"]}
-            remedy = f"choose another --output, or remove {folder / PARTS}"
-            check_same(header, about, f"{folder} holds another test", remedy)
-            done = {record["frame"]: record for record in records if type(record.get("frame")) is int}
-        with open(folder / PARTS, "a" if before else "w", encoding="utf-8") as part:
-            # A line break first: the last line of a test that was stopped may be incomplete.
-            part.write("\n" if before else json.dumps(about) + "\n")
-            todo = [number for number in range(len(frames)) if number not in done]
-            for record in _score(model, frames, todo, loaded.clip, device, dtype, batch_size, workers):
-                part.write(json.dumps(record) + "\n")
-                part.flush()
-                done[record["frame"]] = record
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-    return [done[number] for number in range(len(frames))]
+    records = Records(place, SCORES, "frame", "scores-{}.part.jsonl", header=about)
+
+    def begin() -> dict[int, bool]:
+        """Whether each key frame that is done could be decoded."""
+        _check_header(place.folder, about)
+        place.settle(about)
+        if merge:
+            records.check_complete(len(frames), "key frames")
+            records.join()
+        records.collect()
+        return {record["frame"]: "error" not in record for record in records.read()}
+
+    done = parallel.on_main(begin)
+    own = place.share(len(frames))
+    left = sorted({number // BLOCK for number in own if number not in done})
+    mine = set(left[parallel.rank :: parallel.world_size])
+    # A block that is not done is done whole; of its frames, those that cannot be decoded are known.
+    todo = [number for number in own if number // BLOCK in mine and done.get(number, True)]
+    if left:
+        parallel.barrier()  # rank 0 has merged the files of an earlier start
+        show = None if parallel.is_main else True
+        with records.writer(parallel.rank) as write:
+            for record in _score(
+                model, frames, todo, loaded.clip, parallel.device, dtype, batch_size, workers, show
+            ):
+                write(record)
+        parallel.barrier()
+    if not parallel.is_main:
+        return []
+    records.collect()
+    found = {record["frame"]: record for record in records.read()}
+    return [found[number] for number in own]
+
+
+def _check_header(folder: Path, about: dict[str, Any]) -> None:
+    """Raises InputError where the scores in `folder` are of another test, or of no test; earlier versions
+    wrote down what they depend on at their head alone."""
+    before = read_log(folder / SCORES)
+    if before:
+        header = {"roi": "aligned", **before[0]}  # of versions that had no other
+        if isinstance(header.get("clip"), dict):
+            header["clip"] = {"preprocess": "resize", **header["clip"]}
+        remedy = f"choose another --output, or remove {folder / SCORES}"
+        check_same(header, about, f"{folder} holds another test", remedy)
 
 
 @torch.no_grad()
@@ -373,11 +456,19 @@ def _score(
     dtype: str,
     batch_size: int,
     workers: int,
+    hide_bar: bool | None,
 ) -> Iterator[dict[str, Any]]:
-    """Record of each key frame of `todo`: of a failure at once, of others as soon as their batch is done."""
+    """Record of each key frame of `todo`: of a failure at once, of others as soon as their batch is done; a
+    batch has frames of one block."""
     reader = KeyFrameReader(frames, clip)
     waiting: dict[torch.Size, list[_Sample]] = {}  # a batch has clips of one shape
-    for number, sample in tqdm(reader.read(todo, workers), total=len(todo), unit="clip", disable=None):
+    samples = reader.read(todo, workers)
+    block = None
+    for number, sample in tqdm(samples, total=len(todo), unit="clip", disable=hide_bar):
+        if number // BLOCK != block:
+            for batch in waiting.values():
+                yield from _score_batch(model, frames, batch, device, dtype)
+            waiting, block = {}, number // BLOCK
         if isinstance(sample, Failure):
             yield {"frame": number, "error": sample.error}
             continue

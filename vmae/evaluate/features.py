@@ -4,7 +4,13 @@ As published for THUMOS14 and FineAction (VideoMAE V2, section 4.4, and its rele
 consecutive frames, frames stretched to a square, values in [0, 1] and not normalised, the pooled features
 before the head (of a pre-trained encoder: the mean of its normed tokens). `DIR/VIDEO.npy` is float32
 [windows, D]; ActionFormer reads it unchanged. Each frame is decoded and resized once, each tubelet is
-embedded once where windows share tubelets, and windows go through the model in batches.
+embedded once where windows share tubelets, and windows go through the model in batches. A batch is of one
+video: its features depend on no other one, so ranks and parts (`--part i/n`, then `--merge`) give the same.
+
+    NAME.npy            features of a video
+    features.json       model and windows
+    videos.json         the video behind each file
+    undecodable.jsonl   a line for each video that cannot be decoded
 """
 
 from __future__ import annotations
@@ -26,28 +32,33 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vmae.checkpoint.arguments import add_model_arguments, load_from_args
-from vmae.checkpoint.identity import frames_identity, model_identity, settle
+from vmae.checkpoint.identity import frames_identity, list_hash, model_identity
 from vmae.config import DTYPE, IMAGENET_MEAN, IMAGENET_STD, SpeedConfig, _Checked
 from vmae.data.batches import sent
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.files import path_kind
 from vmae.data.guarded import guarded_streams
 from vmae.data.manifest import VideoEntry, read_list
+from vmae.data.part_folder import PartFolder
+from vmae.data.parts import add_part_arguments
+from vmae.data.ranks import PATIENCE
+from vmae.data.shards.facts import check_all_frames
+from vmae.data.shards.source import index_at
 from vmae.data.video_files import is_video
 from vmae.errors import InputError
 from vmae.evaluate.views import NO_NUMBERS
 from vmae.files.atomic import write_atomically
-from vmae.files.json_files import read_json
+from vmae.files.json_files import read_json, read_json_lines
 from vmae.flags import add_settings
 from vmae.model import Classifier
 from vmae.settings import BATCH, FRAMES, SIDE, STRIDE, limits, ranged
-from vmae.train.checks import check_backend, check_output
+from vmae.train.checks import check_backend, check_output, take_cpu
 from vmae.train.guard import LateNumbers
 from vmae.train.parallel import open_parallel
 from vmae.train.pretrain_settings import RunConfig, TrainingConfig
 
 Frame = np.ndarray | Tensor  # uint8 [H, W, 3]; or resized, float32 [3, H, W]
-SETTINGS, SOURCES = "features.json", "videos.json"
+SETTINGS, SOURCES, UNDECODABLE = "features.json", "videos.json", "undecodable.jsonl"
 PUBLISHED_STEPS = {"thumos14": 4, "fineaction": 16}
 # Bytes of frames that the worker sends at once: shared memory may be as small as 64 MiB in all.
 _STREAM_BYTES = 8 << 20
@@ -197,8 +208,8 @@ def extract_videos(
     batch_size: int,
     device: torch.device,
 ) -> Iterator[np.ndarray | DecodeError]:
-    """Features of each video, float32 [windows, D], in order; or its error. A worker process decodes ahead;
-    see `features_of`."""
+    """Features of each video, float32 [windows, D], in order; or its error. A worker process decodes ahead,
+    and a batch holds windows of one video; see `features_of`."""
     for found in embed_videos(model, entries, config, batch_size=batch_size, device=device):
         yield found if isinstance(found, DecodeError) else found.features
 
@@ -212,9 +223,10 @@ def embed_videos(
     device: torch.device,
 ) -> Iterator[VideoFeatures | DecodeError]:
     """Features of the windows of each video, in order; or its error. A worker process decodes files ahead;
-    see `features_of`."""
+    see `features_of`. Where there are files, a batch holds windows of one video only."""
     chunk = max(_STREAM_BYTES // (12 * math.prod(config.size)), 1)
     entries = [video for video in videos if isinstance(video, VideoEntry)]
+    check_all_frames(entries, "extraction of features")
     rates: dict[int, float | None] = {}
     files = guarded_streams(functools.partial(_read_frames, config=config), entries, chunk=chunk)
     streams = (
@@ -223,7 +235,7 @@ def embed_videos(
         else _array_frames(video, number, config)
         for number, video in enumerate(videos)
     )
-    results = features_of(model, streams, config, batch_size=batch_size, device=device)
+    results = features_of(model, streams, config, batch_size=batch_size, device=device, apart=bool(entries))
     for number, found in enumerate(results):
         if isinstance(found, DecodeError):
             yield found
@@ -275,6 +287,7 @@ def features_of(
     *,
     batch_size: int,
     device: torch.device,
+    apart: bool = False,
 ) -> Iterator[Tensor | DecodeError]:
     """Features of each video, float32 [windows, D] on the CPU, in order; or the error met while reading its
     frames.
@@ -286,6 +299,8 @@ def features_of(
 
     Args:
         videos: frames of each video, see `resized`.
+        apart: a batch holds windows of one video only. The last bits of features depend on what else is in
+            their batch; so they depend on no other video.
     """
     shares = config.step < config.frames and config.step % model.config.tubelet_size == 0
     windows_of = _embedded if shares else _clips
@@ -335,6 +350,8 @@ def features_of(
         except DecodeError as error:
             errors[number] = error
             waiting = [(video, clip) for video, clip in waiting if video != number]
+        if waiting and apart:
+            flush()
         if not waiting:
             yield from complete(number + 1)
     if waiting:
@@ -379,7 +396,11 @@ def _features(model: Classifier, clips: Tensor, config: WindowConfig, embedded: 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("data", metavar="LIST|DIR|VIDEO", help="a list of videos, a folder of them, or one")
+    parser.add_argument(
+        "data",
+        metavar="LIST|DIR|VIDEO",
+        help="a list of videos, an index of shards, a folder of videos, or one",
+    )
     parser.add_argument("--data-root", metavar="DIR", help="folder at which the list's relative paths start")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the features, NAME.npy for each video"
@@ -400,6 +421,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="normalise with ImageNet's mean and standard deviation (published: not)",
     )
     add_settings(result, TrainingConfig, "dtype")
+    add_part_arguments(parser)
     speed = parser.add_argument_group("settings that change speed only")
     speed.add_argument("--batch-size", type=BATCH, default=8, help="windows at once (8)")
     add_settings(speed, RunConfig, "device")
@@ -408,7 +430,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit code is 1 where a video could not be decoded."""
-    with open_parallel("auto", args.device) as parallel:
+    if args.merge:
+        take_cpu(args)
+    with open_parallel("auto", args.device, timeout=PATIENCE) as parallel:
         check_backend(args.backend, parallel.device)
         folder = Path(args.output)
         check_output(folder)
@@ -420,21 +444,72 @@ def run(args: argparse.Namespace) -> int:
         if step is None:
             step = PUBLISHED_STEPS[args.like]
         config = window_config(model, step=step, normalize=args.normalize, dtype=args.dtype)
-        with parallel.hold(folder, "features being made"):
-            parallel.on_main(
-                lambda: settle_folder(folder, config, model, dict(zip(targets, entries)), str(loaded.path))
-            )
+        place = PartFolder(
+            folder, args.part, "features being made", "features of other weights or windows", SETTINGS
+        )
+        own = place.share(len(entries))
+        with place.hold(parallel, merge=args.merge):
+            of_parts = {"videos": len(entries), "list": list_hash(entries)}
+            about = features_identity(config, model)
+            parallel.on_main(lambda: place.settle(about, of_parts, checkpoint=str(loaded.path)))
+            sources = {targets[number]: entries[number] for number in own}
+            parallel.on_main(lambda: settle_sources(place, sources))
             if parallel.is_main:
                 print(loaded.note, flush=True)
-            mine = list(zip(entries, targets))[parallel.rank :: parallel.world_size]
-            failed = extract_all(
-                model, mine, config, batch_size=args.batch_size, device=parallel.device, show=parallel.is_main
-            )
-            bad = int(parallel.exchange([len(failed)]).sum())
-    for line in failed:
-        print(f"cannot be decoded: {line}")
-    print(f"{len(entries) - bad} videos in {folder}" + (f", {bad} cannot be decoded" if bad else ""))
+            failed: dict[str, str] = {}
+            if not args.merge:
+                mine = [(entries[number], targets[number]) for number in own]
+                failed = extract_all(
+                    model,
+                    mine[parallel.rank :: parallel.world_size],
+                    config,
+                    batch_size=args.batch_size,
+                    device=parallel.device,
+                    show=parallel.is_main,
+                )
+                failed = dict(pair for some in parallel.gather(failed) for pair in some.items())
+            return parallel.on_main(lambda: _finish(place, targets, own, failed, merge=args.merge))
+
+
+def _finish(
+    place: PartFolder, targets: Sequence[Path], own: Sequence[int], failed: dict[str, str], *, merge: bool
+) -> int:
+    """Write down and print what could not be decoded; the command's exit code.
+
+    Args:
+        targets: file of each video's features.
+        own: numbers of this part's videos.
+        failed: why a video cannot be decoded, by the name of its file of features.
+        merge: take that from the parts, and see that no other video is missing.
+    """
+    if merge:
+        for folder in (place.folder, *place.folders()):
+            failed |= _read_undecodable(folder)
+        made = {number for number, path in enumerate(targets) if path.name in failed or path.exists()}
+        place.check_complete(len(targets), made, "videos")
+    names = {targets[number].name for number in own}
+    bad = {path.name: failed[path.name] for path in (targets[number] for number in own) if not path.exists()}
+    others = {name: error for name, error in _read_undecodable(place.own).items() if name not in names}
+    lines = [json.dumps({"file": name, "error": error}) + "\n" for name, error in {**others, **bad}.items()]
+    if lines:
+        write_atomically(place.own / UNDECODABLE, lambda file: file.writelines(lines), binary=False)
+    else:
+        (place.own / UNDECODABLE).unlink(missing_ok=True)
+    if merge:
+        place.remove_parts()
+    for error in bad.values():
+        print(f"cannot be decoded: {error}")
+    part = "" if place.part.whole else f"part {place.part}: "
+    print(
+        f"{part}{len(own) - len(bad)} videos in {place.folder}"
+        + (f", {len(bad)} cannot be decoded" if bad else "")
+    )
     return 1 if bad else 0
+
+
+def _read_undecodable(folder: Path) -> dict[str, str]:
+    records = read_json_lines(folder / UNDECODABLE, file=str, error=str).records
+    return {record["file"]: record["error"] for record in records}
 
 
 def extract_all(
@@ -445,34 +520,39 @@ def extract_all(
     batch_size: int,
     device: torch.device,
     show: bool = True,
-) -> list[str]:
+) -> dict[str, str]:
     """Write the features of each video that has none yet, each file at once and whole.
 
     Args:
         pairs: each video, and the file of its features.
 
     Returns:
-        Errors of the videos that cannot be decoded.
+        Errors of the videos that cannot be decoded, by the name of the file.
     """
     left = [(entry, path) for entry, path in pairs if not path.exists()]
     videos = extract_videos(model, [entry for entry, _ in left], config, batch_size=batch_size, device=device)
-    failed = []
+    failed = {}
     with tqdm(zip(left, videos), total=len(left), desc="features", unit="video", disable=not show) as bar:
         for (_, path), found in bar:
             if isinstance(found, DecodeError):
-                failed.append(str(found))
+                failed[path.name] = str(found)
                 continue
             write_atomically(path, functools.partial(np.save, arr=found))
             bar.set_postfix(windows=len(found))
     return failed
 
 
-def find_videos(data: str, data_root: str | None) -> list[VideoEntry]:
-    """Entries of a list, of a folder of videos (by suffix, see `vmae.data.video_files`), or of one video.
+def find_videos(data: str, data_root: str | None) -> Sequence[VideoEntry]:
+    """Entries of a list, of an index of shards, of a folder of videos (by suffix, see
+    `vmae.data.video_files`), or of one video.
 
     Raises:
-        InputError: there is no video; see also `read_list`.
+        InputError: there is no video; see also `read_list` and `index_at`.
     """
+    index = index_at(data, data_root)
+    if index is not None:
+        check_all_frames(index, "extraction of features")
+        return index
     path = Path(data)
     kind = path_kind(path)
     if is_video(path) and kind != "a folder":
@@ -501,38 +581,35 @@ def name_targets(entries: Sequence[VideoEntry], folder: Path) -> list[Path]:
     return [folder / f"{name}.npy" for name in names]
 
 
-def settle_folder(
-    folder: Path, config: WindowConfig, model: Classifier, videos: dict[Path, VideoEntry], checkpoint: str
-) -> None:
-    """Write the source of the features (model, windows, videos), or check that existing features have the
-    same.
+def features_identity(config: WindowConfig, model: Classifier) -> dict[str, Any]:
+    """What decides the features of a video; they do not depend on the head."""
+    return {
+        "windows": {**config.__dict__, "size": list(config.size)},
+        **model_identity(model, without=("head.",)),
+    }
+
+
+def settle_sources(place: PartFolder, videos: dict[Path, VideoEntry]) -> None:
+    """Write the videos of this part's features, or check that existing features are of the same.
 
     Args:
         videos: video by the file of its features; new ones are added to those of earlier starts.
 
     Raises:
-        InputError: the folder holds features of another model or of other windows, or a file holds those of
-            another video of the same name.
+        InputError: a file holds the features of another video of the same name.
     """
-    # Features do not depend on the head.
-    about = {
-        "windows": {**config.__dict__, "size": list(config.size)},
-        **model_identity(model, without=("head.",)),
-    }
-    settle(folder / SETTINGS, about, "features of other weights or windows", checkpoint=checkpoint)
-    before = _read_sources(folder)
+    known = {name: own for folder in place.folders() for name, own in _read_sources(folder).items()}
+    known |= _read_sources(place.folder)
     sources = {path.name: frames_identity(entry) for path, entry in videos.items()}
     for path in videos:
-        if path.exists() and before.get(path.name) != sources[path.name]:
-            known = f"a video that {SOURCES} does not name"
-            if path.name in before:
-                known, *_ = before[path.name]
+        if path.exists() and known.get(path.name) != sources[path.name]:
+            of = f"a video that {SOURCES} does not name"
+            if path.name in known:
+                of, *_ = known[path.name]
             own, *_ = sources[path.name]
-            raise InputError(
-                f"{path} is of {known}, not of {own}; choose another --output, or remove the file"
-            )
-    text = json.dumps({**before, **sources}) + "\n"
-    write_atomically(folder / SOURCES, lambda file: file.write(text), binary=False)
+            raise InputError(f"{path} is of {of}, not of {own}; choose another --output, or remove the file")
+    text = json.dumps({**_read_sources(place.own), **sources}) + "\n"
+    write_atomically(place.own / SOURCES, lambda file: file.write(text), binary=False)
 
 
 def _read_sources(folder: Path) -> dict[str, list]:

@@ -26,6 +26,8 @@ from vmae.config import DTYPE, ModelConfig
 from vmae.data.decode import DecodeError
 from vmae.data.frame_arrays import ArrayReader, check_frames, is_array, path_entry
 from vmae.data.labels import read_class_names
+from vmae.data.manifest import VideoEntry
+from vmae.data.shards.index import is_index
 from vmae.errors import InputError
 from vmae.evaluate.classify import published_views
 from vmae.evaluate.encoder import middle_clip, middle_of
@@ -55,7 +57,7 @@ _ARGUMENTS = (
     "attention",
 )
 _FLAG = re.compile(rf"--({'|'.join(_ARGUMENTS)})\b")
-One = str | os.PathLike | np.ndarray | Tensor
+One = str | os.PathLike | VideoEntry | np.ndarray | Tensor
 Result = TypeVar("Result")
 
 
@@ -92,9 +94,10 @@ class Prediction:
 class VideoModel:
     """A model that embeds videos and names their classes; `vmae.load` makes it.
 
-    A video is a path (of a file, or of a folder of numbered images) or frames in memory: uint8 [T, H, W, 3],
-    RGB, numpy or torch. A list of videos gives a list of results; one that cannot be decoded gives its
-    `DecodeError` in its place, and a line on the log says so. A single one raises it.
+    A video is a path (of a file, or of a folder of numbered images), an entry of a list or index
+    (`vmae.data.read_data`), or frames in memory: uint8 [T, H, W, 3], RGB, numpy or torch. A list of videos
+    gives a list of results; one that cannot be decoded gives its `DecodeError` in its place, and a line on
+    the log says so. A single one raises it.
 
     Attributes:
         loaded: see `LoadedClassifier`: path, how videos are seen, class names, what was loaded.
@@ -271,7 +274,7 @@ class VideoModel:
 
 def _entries(videos: Any) -> tuple[list[Video], bool]:
     """Each video as an entry or an array, checked before any of them is read; and whether it is one alone."""
-    if isinstance(videos, (str, os.PathLike)) or is_array(videos):
+    if isinstance(videos, (str, os.PathLike, VideoEntry)) or is_array(videos):
         return [_entry(videos, "frames")], True
     try:
         several = list(videos)
@@ -288,7 +291,12 @@ def _entries(videos: Any) -> tuple[list[Video], bool]:
 def _entry(video: Any, name: str) -> Video:
     if is_array(video):
         return check_frames(video, name)
+    if isinstance(video, VideoEntry):
+        return video
     if isinstance(video, (str, os.PathLike)):
+        path = os.fspath(video)
+        if is_index(path):
+            raise InputError(f"{path} is an index of many videos: give `vmae.data.read_data({path!r})`")
         return path_entry(video)
     raise InputError(_none(video))
 

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from vmae.checkpoint.identity import check_same
 from vmae.config import SpeedConfig
 from vmae.errors import InputError
 from vmae.evaluate.temporal import (
@@ -43,6 +42,7 @@ from vmae.evaluate.temporal_settings import DetectorConfig
 from vmae.evaluate.temporal_task import DETECTOR, TemporalTask
 from vmae.files.atomic import write_atomically
 from vmae.files.folder_lock import FolderLock, refuse_if_locked
+from vmae.files.settled import check_same
 from vmae.flags import add_settings
 from vmae.model.temporal_head import TemporalHead
 from vmae.settings import SHARE_ABOVE_0, Whole, limits

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +19,8 @@ from vmae.errors import InputError
 def _replacing(path: Path, mode: str) -> Iterator[IO]:
     """A file that becomes `path` when the block ends, at once and on the disk; when it fails, `path` stays as
     it was."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    # Not the process's number alone: on a shared file system, those of two containers may be the same.
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.unfinished")
     try:
         with open(beside, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

@@ -4,8 +4,8 @@ The lock is complete or absent: it is written beside and linked into place, whic
 where a file system has no links, it is created exclusively (atomic on NFS from version 3 on). A holder that
 has ended without removing it (kill -9, a reboot) is recognised by its process id and the time at which that
 process started, on the same machine since the same boot, or by a boot since; a job that its scheduler or
-torchrun started again ended before. Of any other machine or container nothing can be known: its lock is
-respected until someone deletes it.
+torchrun started again ended before; of another job of its cluster, a Slurm job asks `squeue`. Of any other
+machine or container nothing can be known: its lock is respected until someone deletes it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import socket
+import subprocess
 import sys
 import time
 import uuid
@@ -30,6 +31,7 @@ except ImportError:
     fcntl = None  # type: ignore[assignment]  # Windows has no such module
 
 LOCK_NAME = "run.lock"
+_SQUEUE_S = 30.0  # that `squeue` may take to answer
 _HELD: set[str] = set()  # tokens of the locks that this process holds
 
 
@@ -256,6 +258,26 @@ def _launches() -> dict[str, int]:
     return found
 
 
+def _slurm_job_ended(launches: dict[str, int], own: dict[str, int]) -> bool:
+    """Whether a lock is of a Slurm job of the cluster that this job is in, and `squeue` says that it is over.
+
+    Args:
+        launches, own: of the lock and of this process, see `_launches`.
+    """
+    here = [job.split() for job in own if job.startswith("SLURM_JOB_ID")]
+    theirs = [job.split() for job in launches if job.startswith("SLURM_JOB_ID") and job not in own]
+    if not here or not theirs or theirs[0][:-1] != here[0][:-1] or not theirs[0][-1].isdigit():
+        return False
+    command = ["squeue", "--noheader", "--format", "%T", "--jobs", theirs[0][-1]]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=_SQUEUE_S)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    if told.returncode:  # jobs that ended some minutes ago are forgotten
+        return "Invalid job id" in told.stderr
+    return not told.stdout.strip()
+
+
 def _boot_time() -> float:
     """Seconds since the epoch; 0 where it is not known."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
@@ -271,6 +293,8 @@ def _why_alive(holder: dict[str, Any], own: dict[str, Any]) -> str | None:
         return "Its lock is not to be understood: if you are sure that no run writes there, delete {path}"
     if any(count > launches.get(job, count) for job, count in own["launches"].items()):
         return None  # started again by its launcher, which has ended it before
+    if _slurm_job_ended(launches, own["launches"]):
+        return None
     wait = "Wait for its end, stop it, or choose another --output"
     sure = ": if you are sure that it has ended, delete {path}"
     if own["boot"] is not None and holder.get("boot") == own["boot"]:

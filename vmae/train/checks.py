@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import os
@@ -39,6 +40,11 @@ def resolve_device(name: str) -> torch.device:
             "GPUs here"
         )
     return device
+
+
+def take_cpu(args: argparse.Namespace) -> None:
+    """Change the flags to those of a command that loads a model and does not run it: any machine will do."""
+    args.device, args.backend, args.attention = "cpu", "auto", "auto"
 
 
 def check_backend(backend: str, device: torch.device) -> None:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmae.checkpoint.identity import check_same
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 from vmae.files.json_files import parse_json
+from vmae.files.settled import check_same
 
 ABOUT = "logits.json"
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vmae.checkpoint.saver import Saver
 from vmae.config import CLIP_GRAD, _Checked
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, list_failures
+from vmae.data.shards.entries import ShardError
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 from vmae.settings import BATCH, SEED, STEPS, Whole, ranged
@@ -39,6 +40,12 @@ from vmae.train.validation import Stopped, Validation
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NONFINITE_NAME = "nonfinite.json"
 _STEPS = Whole(1, 2**63 - 1)
+
+
+class StoreStop(InputError):
+    """A shard, or the store that it lies in, cannot be read; the run can go on when that is mended."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: a launcher may start the same command again
 
 
 class NonFiniteError(InputError):
@@ -151,7 +158,7 @@ class Trainer:
         self.stopped_by: int | None = None
         self.bad_videos: set[str] = set()  # that this rank met since it started
         self.failed_reads = 0  # of all ranks
-        self._data_error: str | None = None
+        self._data_error: InputError | None = None
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint: weights, optimizer state, companions, step and counts.
@@ -174,16 +181,27 @@ class Trainer:
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; the step's samples stand in `nonfinite.json`.
+            StoreStop: a shard can't be read; after a checkpoint.
             InputError: no video decodes, or a file can't be written.
         """
         with self.opened() as batches:
-            self.validate()  # what a kill or a stop has cut short
-            while self.step < self.config.total_steps and self.stopped_by is None and not self.ended_early:
-                self.train_step(batches)
-                self.validate()
+            total = self.config.total_steps
+            fault: ShardError | None = None
+            try:
+                self.validate()  # what a kill or a stop has cut short
+                while self.step < total and self.stopped_by is None and not self.ended_early:
+                    self.train_step(batches)
+                    self.validate()
+            except ShardError as error:  # on every rank, between two steps
+                self.optimizer.zero_grad(set_to_none=True)
+                fault = error
             self.settle()
-            if self.saved_step != self.step:
+            if self.saved_step != self.step and (self.step or fault is None):
                 self.checkpoint()
+        if fault is not None:
+            raise StoreStop(
+                f"{fault}. The run has stopped after step {self.step}; the same command goes on from there"
+            )
         return self.stopped_by
 
     @property
@@ -202,6 +220,7 @@ class Trainer:
             batches = self.open_batches(self.step)  # before the logs, which start threads: workers are forked
             stack.callback(getattr(batches, "close", lambda: None))
             self.stop.guard_workers()
+            self.stop.interrupt = getattr(batches, "interrupt", self.stop.interrupt)
             self.log_file = self._open_log()
             stack.push(self.log_file.close)
             stack.push(self.saver.close)
@@ -294,7 +313,7 @@ class Trainer:
             self.stopped_by = asked
             return False
         if not ranks.all_present:
-            raise InputError(next(error for error in self.parallel.gather(self._data_error) if error))
+            raise next(error for error in self.parallel.gather(self._data_error) if error)
         self._note_failures(read.replaced, ranks.replaced)
         record.data_s += ranks.waited_s
         record.weight += ranks.weight
@@ -309,9 +328,12 @@ class Trainer:
         try:
             return next(batches)
         except InputError as error:  # raised once all ranks know
-            self._data_error = str(error)
-            if self.parallel.world_size > 1:
-                self._data_error = f"rank {self.parallel.rank}: {error}"
+            text = f"rank {self.parallel.rank}: {error}" if self.parallel.world_size > 1 else str(error)
+            self._data_error = (ShardError if isinstance(error, ShardError) else InputError)(text)
+            return None
+        except StopIteration:  # interrupted by a signal
+            if self.stop.received is None:
+                raise
             return None
         except RuntimeError:
             time.sleep(0.2)  # a signal to the whole process group may reach a worker first

@@ -8,57 +8,43 @@ numbers, and all tensors of a CPU, by gloo, so that agreeing on a number never w
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from vmae.config import PARALLEL
+from vmae.data.ranks import Ranks, process_group
 from vmae.errors import InputError
-from vmae.files.folder_lock import FolderLock
 from vmae.train.checks import resolve_device
 from vmae.train.pretrain_settings import world_size
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
-# Groups that were left, one a run, kept until the process ends. A DDP model that outlives its group would be
-# the last to hold it, and takes it down holding Python's lock; gloo's thread may want that lock to drop a
-# collective's tensors, while it holds the group's: both wait for ever (torch 2.13, one end in some 40 on a
-# busy machine). Python's own reference is dropped without the lock.
-_LEFT: list[Any] = []
-
 
 @dataclass(eq=False)
-class Parallel:
+class Parallel(Ranks):
     """This process among those of a run; as it is constructed, the only one. Made by `open_parallel`.
 
     Attributes:
         kind: "none", "ddp" (each rank holds all), "fsdp" (each holds its part of weights, gradients and
             optimizer state), or "hybrid" (parts within a group of ranks, copies across groups).
         device: of this rank.
-        rank, world_size: among all processes.
+        rank, world_size: see `Ranks`.
         mesh: of the ranks, for "fsdp" [ranks] and "hybrid" [groups, ranks of a group].
         save_group: for the numbers that background saves exchange.
     """
 
     kind: str = "none"
     device: torch.device = torch.device("cpu")
-    rank: int = 0
-    world_size: int = 1
     mesh: Any = None
     save_group: Any = None
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank writes logs and manifests."""
-        return self.rank == 0
 
     @property
     def copy(self) -> tuple[int, int]:
@@ -116,60 +102,11 @@ class Parallel:
         else:
             yield
 
-    def exchange(self, numbers: Sequence[float]) -> Tensor:
-        """Host numbers of all ranks: float64 [world_size, len(numbers)], on the CPU."""
-        own = torch.tensor(list(numbers), dtype=torch.float64)
-        if self.world_size == 1:
-            return own[None]
-        found = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(found, own)
-        return torch.stack(found)
-
     def sum(self, value: Tensor) -> Tensor:
         """`value` summed over the ranks, in place, on its device; nothing waits for it."""
         if self.world_size > 1:
             dist.all_reduce(value)
         return value
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self.exchange([0.0])
-
-    def gather(self, value: Any, group: Any = None) -> list[Any]:
-        """Small picklable `value` of every rank, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        found = [None] * self.world_size
-        dist.all_gather_object(found, value, group=group)
-        return found
-
-    def on_main(self, work: Callable[[], Any]) -> Any:
-        """What `work` gives on rank 0 (small, picklable), on every rank; an `InputError` there is one on
-        every rank."""
-        result = failure = None
-        if self.is_main:
-            try:
-                result = work()
-            except InputError as error:
-                if self.world_size == 1:
-                    raise
-                failure = str(error)
-        result, failure = self.from_main((result, failure))
-        if failure is not None:
-            raise InputError(failure)
-        return result
-
-    @contextlib.contextmanager
-    def hold(self, folder: str | Path, what: str) -> Iterator[None]:
-        """Be the only ones who write to `folder` (rank 0 has its lock); where someone else does, all ranks
-        raise InputError."""
-        with contextlib.ExitStack() as stack:
-            self.on_main(lambda: (stack.enter_context(FolderLock(folder, what)), None)[1])
-            yield
-
-    def from_main(self, value: Any, group: Any = None) -> Any:
-        """Rank 0's small picklable `value`, on every rank."""
-        return self.gather(value if self.is_main else None, group)[0]
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -217,22 +154,6 @@ def _rank_device(name: str) -> torch.device:
     return resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
 
 
-def _meeting_place() -> dict[str, Any]:
-    """Where the ranks find each other, when the launcher's environment alone does not say it well."""
-    given = os.environ
-    if "RANK" not in given:
-        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    # torchrun (2.5 to 2.13) keeps its store over restarts: without a name of its own, a start may find the
-    # addresses of the one before, and fail. With --rdzv-backend c10d on several nodes the counts may differ
-    # from node to node: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun there, and each start has a
-    # store of its own.
-    if given.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        shared = dist.TCPStore(given["MASTER_ADDR"], int(given["MASTER_PORT"]), is_master=False)
-        store = dist.PrefixStore(f"start-{given['TORCHELASTIC_RESTART_COUNT']}", shared)
-        return {"store": store, "rank": int(given["RANK"]), "world_size": int(given["WORLD_SIZE"])}
-    return {}
-
-
 # Of a rank beside its connections to the others: data workers' pipes, shared tensors, libraries, files.
 _OTHER_FILES = 1024
 _GROUPS = 2  # over all ranks: the default one, and that of background saves
@@ -266,7 +187,11 @@ def allow_connections(ranks: int) -> str | None:
 
 @contextlib.contextmanager
 def open_parallel(
-    kind: str = "auto", device: str = "auto", *, shard_size: int | None = None
+    kind: str = "auto",
+    device: str = "auto",
+    *,
+    shard_size: int | None = None,
+    timeout: datetime.timedelta | None = None,
 ) -> Iterator[Parallel]:
     """Join the other processes of this run, as the launcher's environment describes them, and leave them at
     the end.
@@ -275,6 +200,7 @@ def open_parallel(
         kind: see `Parallel`; "auto" is "ddp" with several processes, else "none".
         device: "auto", "cpu" or "cuda" (each rank takes the GPU of its LOCAL_RANK).
         shard_size: ranks that share one copy, for "hybrid"; None means those of a node.
+        timeout: that a rank waits for another one; None: torch's own, for the steps of a training.
 
     Raises:
         InputError: a kind, device or shard size that does not fit what was started.
@@ -291,16 +217,13 @@ def open_parallel(
     said = allow_connections(ranks)
     if said is not None and os.environ.get("RANK", "0") == "0":
         print(said, flush=True)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo", **_meeting_place())
-    mesh = None
-    if shape is not None:
-        from torch.distributed.device_mesh import init_device_mesh
+    with process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo", timeout):
+        mesh = None
+        if shape is not None:
+            from torch.distributed.device_mesh import init_device_mesh
 
-        mesh = init_device_mesh(found.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
-    try:
-        yield Parallel(kind, found, dist.get_rank(), ranks, mesh, dist.new_group(backend="gloo"))
-    except Exception as error:
-        get_error_handler().record_exception(error)  # for torchrun, which shows the first rank's that failed
-        raise
-    _LEFT.append(dist.group.WORLD)
-    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+            mesh = init_device_mesh(found.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
+        save_group = dist.new_group(backend="gloo")
+        yield Parallel(
+            rank=dist.get_rank(), world_size=ranks, kind=kind, device=found, mesh=mesh, save_group=save_group
+        )

@@ -311,9 +311,12 @@ def _compare_lists(task: Task, path: Path, manifest: dict[str, Any], listing: di
         return []
     text = f"{name} is not the list that {path} was trained on: {'; '.join(changes)}"
     if not task.run.allow_list_change:
+        moved = ""
+        if before.get("shards", False) != listing.get("shards", False):
+            moved = " (none do where the shards were packed of that list, in its order)"
         raise InputError(
             f"{text}. Bring the list back, or choose another --output; with --allow-list-change the run goes "
             f"on from step {manifest['step']} with samples of the new list: where videos moved, came or "
-            "went, some of this epoch's come twice and others not at all"
+            f"went, some of this epoch's come twice and others not at all{moved}"
         )
     return [f"note: {text}; allowed: from step {manifest['step']} on, samples are drawn from the new list"]

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from vmae.train.metrics import (
     read_log,
     write_run_file,
 )
+from vmae.train.needs import warn_of_shortages
 from vmae.train.parallel import open_parallel
 from vmae.train.prepare import Prepared, prepare
 from vmae.train.pretrain_settings import RunConfig
@@ -126,8 +128,10 @@ def run_task(task: Task, run: RunConfig, args: argparse.Namespace, at_end: AtEnd
             raise
         prepared.settings = args.settings.resolved(args, prepared.config, run)
         if args.dry_run:
+            shortages = warn_of_shortages(prepared)
             if parallel.is_main:
                 print(json.dumps(prepared.describe(), indent=2))
+                print("\n".join(shortages), end="\n" * bool(shortages), file=sys.stderr)
             return 0
         stopped_by = carry_out(prepared).stopped_by
         if stopped_by is None and at_end is not None:
@@ -165,8 +169,9 @@ def carry_out(prepared: Prepared) -> Result:
 def _train(prepared: Prepared) -> Result:
     """`carry_out`, once the folder is open."""
     parallel, folder = prepared.parallel, prepared.folder
+    shortages = warn_of_shortages(prepared)
     if parallel.is_main:
-        for line in (*prepared.notes, *banner(prepared)):
+        for line in (*prepared.notes, *banner(prepared), *shortages):
             print(line, flush=True)
     trainer = build_trainer(prepared)
     began, first_step = time.monotonic(), trainer.step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 # A scheduler's end, its warning (no such signal on Windows), Ctrl-C.
@@ -17,6 +18,9 @@ class StopSignals:
     """While open, SIGTERM, SIGUSR1 and Ctrl-C ask for a stop between two steps; a second Ctrl-C interrupts at
     once.
 
+    One that comes while `waiting` for a batch does not wait for it (a store may be gone): `interrupt` ends
+    that.
+
     A data worker that dies (of the same signal, most often) must not interrupt a step half done either: its
     error is raised only while `waiting` for a batch.
     """
@@ -24,6 +28,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
         self.waiting = False
+        self.interrupt: Callable[[], None] = lambda: None
         self._before: dict[int, Any] = {}
         self._owner = os.getpid()
 
@@ -52,3 +57,5 @@ class StopSignals:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        if self.waiting:
+            self.interrupt()

@@ -29,6 +29,7 @@ from vmae.checkpoint.identity import list_hash
 from vmae.data.classify_dataset import ClipConfig, MiddleClipDataset
 from vmae.data.labels import LabelledList
 from vmae.data.quarantine import Failure, list_failures
+from vmae.data.shards.entries import ShardError
 from vmae.data.workers import WorkerPool, hang_limit
 from vmae.errors import InputError
 from vmae.train.average_precision import mean_average_precision
@@ -158,7 +159,7 @@ class ValidationSet:
         if signal is not None:
             raise Stopped(signal)
         if wrong:
-            raise InputError(next(text for text in self.parallel.gather(error) if text))
+            raise next(one for one in self.parallel.gather(error) if one)
         failed = [(v, clip) for v, clip in zip(videos, found) if isinstance(clip, Failure)]
         share.failed += failed
         good = {v: clip for v, clip in zip(videos, found) if isinstance(clip, Tensor)}
@@ -167,17 +168,17 @@ class ValidationSet:
 
     def _read(
         self, videos: Sequence[int], clips: Iterator[Tensor | Failure], stop: StopSignals | None
-    ) -> tuple[list[Tensor | Failure], str | None]:
+    ) -> tuple[list[Tensor | Failure], InputError | None]:
         """The next clips, one for each of `videos`; or what is wrong with this rank's workers."""
         if stop is not None:
             stop.waiting = True
         try:
             return [next(clips) for _ in videos], None
         except InputError as error:
-            return [], str(error)
+            return [], (ShardError if isinstance(error, ShardError) else InputError)(str(error))
         except RuntimeError as error:
             time.sleep(0.2)  # a signal to the whole process group may reach a worker first
-            return [], str(error)
+            return [], InputError(str(error))
         finally:
             if stop is not None:
                 stop.waiting = False

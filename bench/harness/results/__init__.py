@@ -14,8 +14,10 @@ from harness.results.features import FeaturesResult
 from harness.results.gpu import GpuResult
 from harness.results.kernel_scores import KernelScoresResult
 from harness.results.kill_runs import KillResult
+from harness.results.lists import ListsResult
 from harness.results.loop import LoopResult
 from harness.results.mask_ablation import MaskResult
+from harness.results.needs import NeedsResult
 from harness.results.operations import OperationsResult
 from harness.results.packed import CodecsResult, PackedResult
 from harness.results.predict import PredictedKernelsResult, PredictResult
@@ -41,6 +43,7 @@ RESULTS: dict[str, type[Result]] = {
     "predicted_kernels": PredictedKernelsResult,
     "features": FeaturesResult,
     "loop": LoopResult,
+    "lists": ListsResult,
     "training_run": TrainingResult,
     "device_tests": DeviceTestsResult,
     "sanitize": SanitizerResult,
@@ -50,6 +53,7 @@ RESULTS: dict[str, type[Result]] = {
     "mask_ablation": MaskResult,
     "temporal": TemporalResult,
     "kill_runs": KillResult,
+    "needs": NeedsResult,
 }
 # Other names: of the README's tables, and of a command before it was renamed.
 ALIASES = {"steps": "dual_vs_encoder", "masks": "mask_ablation", "kernels": "operations"}

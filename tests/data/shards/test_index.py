@@ -60,7 +60,9 @@ def folder(tmp_path, video):
     images = {f"frames.img_{number:05}.png": png(image) for number, image in enumerate(IMAGES, 1)}
     shard, places = make_shard(tmp_path / "shard-00000.tar", {"grüße.mp4": content, **images})
     samples = [
-        Sample("grüße", 0, places["grüße.mp4"], labels=(3, 1), source="k400", stride=2, frames=96, fps=29.97),
+        Sample(
+            "grüße", 0, places["grüße.mp4"], labels=(3, 1), source="k400", stride=2, frames=120, fps=29.97
+        ),
         Sample(
             "frames", 0, Place(0, 0, 0), suffix="", images=[places[name] for name in images], source="ssv2"
         ),
@@ -76,7 +78,7 @@ def test_entries_are_what_was_written(folder):
     index = read_index(folder / "index.vmae")
     first, second = index
     assert (first.path, first.key) == (f"{folder}/shard-00000.tar/grüße.mp4", "grüße")
-    assert (first.kind, first.total, first.stride, first.frames, first.fps) == ("video", -1, 2, 96, 29.97)
+    assert (first.kind, first.total, first.stride, first.frames, first.fps) == ("video", -1, 2, 120, 29.97)
     assert (second.kind, second.total, second.stride, second.line) == ("frames", 3, None, 2)
     assert [index.labels(0), index.labels(1)] == [(3, 1), ()]
     assert [index.source(0), index.source(1)] == ["k400", "ssv2"]

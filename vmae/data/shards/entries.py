@@ -19,6 +19,10 @@ class ShardError(InputError):
     """
 
 
+class DamagedShard(ShardError):
+    """Bytes that are not those that the index describes; a store that does not answer is none."""
+
+
 class Shard(NamedTuple):
     """A tar file as an index names it.
 

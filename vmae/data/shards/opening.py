@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from vmae.data.manifest import VideoEntry
 from vmae.data.readers.frames import FrameFolderReader
-from vmae.data.shards.entries import ShardEntry, ShardError
+from vmae.data.shards.entries import DamagedShard, ShardEntry
 from vmae.data.shards.memory_file import memory_file
 from vmae.data.shards.packed_reader import PackedReader
 from vmae.data.shards.packets import PacketTable
-from vmae.data.shards.reading import read_image, read_video
+from vmae.data.shards.reading import read_images, read_video
 from vmae.data.video_reader import Crop, DecodeError, VideoReader
 
 
 class StoredFrames(FrameFolderReader):
     """Images of a shard; only those that are wanted are read."""
 
-    def _image(self, index: int) -> tuple[str, io.BytesIO]:
+    def _decode(self, indices: np.ndarray) -> np.ndarray:
         assert isinstance(self._entry, ShardEntry)
-        return f"{self.path}, image {index}", io.BytesIO(read_image(self._entry, index))
+        self._images = read_images(self._entry, indices.tolist())
+        return super()._decode(indices)
+
+    def _image(self, index: int) -> tuple[str, io.BytesIO]:
+        return f"{self.path}, image {index}", io.BytesIO(self._images.pop(index))
 
 
 class KeptFrames(VideoReader):
@@ -117,7 +122,21 @@ def _read_table(entry: ShardEntry, table: bytes) -> PacketTable | None:
     try:
         return PacketTable.read(table)
     except ValueError as error:
-        raise ShardError(
+        raise DamagedShard(
             f"shard {entry.shard.name}: the packet table of {entry.key} is not what was written ({error}): "
             "the shard was changed or damaged; restore it, or make the index anew with `vmae index`"
         ) from None
+
+
+@contextlib.contextmanager
+def stored_file(entry: ShardEntry) -> Iterator[str]:
+    """The path of a video's bytes as a file, for what reads files only; it is there within this context.
+
+    Raises:
+        ShardError: see `open_stored`.
+    """
+    handle, name = memory_file(read_video(entry)[1])
+    try:
+        yield name
+    finally:
+        os.close(handle)

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,8 @@ from vmae.data.labels import (
     read_label_map,
     read_labelled_list,
 )
+from vmae.data.manifest import VideoEntry
+from vmae.data.shards.facts import contents, indexes_in
 from vmae.data.video_dataset import SampleKey
 from vmae.errors import InputError
 from vmae.model import Classifier, build_classifier
@@ -157,6 +160,14 @@ def _count_classes(args: argparse.Namespace) -> int:
     return found
 
 
+def _count_shared(entries: Sequence[VideoEntry], others: Sequence[VideoEntry]) -> int:
+    """How many of `entries` are videos of `others` too: of files by their paths, of shards by content."""
+    if indexes_in(entries) or indexes_in(others):
+        return len(contents(entries) & contents(others))
+    paths = Counter(os.path.abspath(entry.path) for entry in entries)
+    return sum(paths.pop(os.path.abspath(entry.path), 0) for entry in others)
+
+
 def classification_loss(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
     """Cross entropy with soft targets [B, K], the mean over clips; with `multi_label` a loss for each class,
     their mean."""
@@ -217,7 +228,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
         )
         failed = check_decodable(labelled.entries)
         notes = [f"note: skipped, cannot be decoded: {error}" for _, error in failed]
-        lacking = config.num_classes - len({label for own in labelled.labels for label in own})
+        lacking = config.num_classes - labelled.count_classes()
         if lacking:
             notes.append(f"note: {lacking} of {config.num_classes} classes have no video in {config.data}")
         if labelled.multi and not config.multi_label:
@@ -247,8 +258,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
         notes: list[str] = []
         if config.val is not None:
             self.validated, notes = self.read_list("validate", config.val, "--no-val")
-            known = {os.path.abspath(entry.path) for entry in trained.entries}
-            shared = sum(os.path.abspath(entry.path) in known for entry in self.validated.entries)
+            shared = _count_shared(self.validated.entries, trained.entries)
             if shared:
                 notes.append(
                     f"note: {shared} of the {len(self.validated.entries)} videos of {config.val} are trained "

@@ -53,6 +53,7 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
     def read_data(self) -> tuple[PretrainDataset, list[str]]:
         config = self.config
         entries = read_data(config.data, config.data_root, frame_pattern=config.frame_pattern)
+        check_loader(config.loader, entries)
         notes = [f"note: skipped, cannot be decoded: {error}" for _, error in check_decodable(entries)]
         dataset = PretrainDataset(
             entries,

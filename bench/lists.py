@@ -1,0 +1,171 @@
+"""How long a run takes to start on a list of a million videos, and what memory that needs: cold (nothing kept
+of the list), warm, and in a worker that reads entries.
+
+Lists of distinct paths are made in a temporary folder; all of them lead, by links, to one file. A start is
+what pre-training does up to the samples of its first batch: `read_data`, `PretrainDataset`, `build_loader`,
+`identify_list` (on rank 0 only), the first epoch's order. Each one is a fresh process; its imports are not
+counted. Memory is what /proc tells (anonymous, private dirty): pages of the mapped list are shared by all
+processes, and are not counted.
+
+    python bench/lists.py                      # 1.35 and 10 million lines; some two minutes
+    python bench/lists.py --before TREE        # an older tree too, on lists of up to two million lines
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import ROOT
+from harness.command import add_json, check_least, exit_code, write_result
+from harness.environment import find_environment
+from harness.json_records import Runs
+from harness.progress import at
+from harness.results.lists import ListsResult, LookupRecord, StartRecord, WorkerRecord
+from harness.table import MIB, show
+
+from vmae import InputError
+
+LINES = (1_350_000, 10_000_000)
+LINKS = 220  # folders that are links to their own folder: 220^3 paths
+MOST_BEFORE = 2_000_000  # lines; an older tree takes some GiB for more
+CHILD = Path(__file__).parent / "harness" / "list_start.py"
+
+
+def make_list(folder: Path, lines: int) -> Path:
+    """A list of so many distinct paths, as long as those of published lists."""
+    videos, path = folder / "videos", folder / f"list_{lines}.txt"
+    videos.mkdir(exist_ok=True)
+    (videos / "clip_0001.mp4").write_bytes(bytes(1 << 17))  # too large to be looked into as a playlist
+    for number in range(LINKS):
+        if not (videos / f"part_{number:03}").is_symlink():
+            (videos / f"part_{number:03}").symlink_to(".")
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(lines):
+            rest, last = divmod(number, LINKS)
+            first, middle = divmod(rest, LINKS)
+            parts = (f"part_{part:03}" for part in (first, middle, last))
+            file.write(f"{videos}/{'/'.join(parts)}/clip_0001.mp4 0 -1\n")
+    return path
+
+
+def forget(path: Path) -> None:
+    for cache in path.parent.glob(f".{path.name}.*"):
+        cache.unlink()
+
+
+def run(tree: Path, kind: str, path: Path, *more: int, rank: int = 0) -> dict[str, Any]:
+    """What `list_start.py` says, of the code in `tree`."""
+    paths = os.pathsep.join((str(tree), str(tree / "kernels")))
+    environment = {**os.environ, "PYTHONPATH": paths, "RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(CHILD), kind, str(path), *map(str, more)]
+    done = subprocess.run(words, env=environment, cwd=path.parent, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"list_start.py {kind}, code of {tree}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def start_record(lines: int, code: str, start: str, runs: Sequence[dict[str, Any]]) -> StartRecord:
+    laps = {name: statistics.median(run["laps"][name] for run in runs) for name in runs[0]["laps"]}
+    return StartRecord(
+        lines=lines,
+        code=code,
+        start=start,
+        seconds=Runs.of([run["seconds"] for run in runs]),
+        laps_s=laps,
+        memory_mib=Runs.of([run["memory"] / MIB for run in runs]),
+        peak_mib=Runs.of([run["peak"] / MIB for run in runs]),
+    )
+
+
+def measure(
+    path: Path, lines: int, trees: dict[str, Path], repeats: int, reads: int
+) -> list[StartRecord | WorkerRecord | LookupRecord]:
+    """Cold and warm starts in turn, then a worker, then the questions to the file system."""
+    records: list[StartRecord | WorkerRecord | LookupRecord] = []
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for turn in range(repeats):
+        for code, tree in trees.items():
+            if code != "now" and turn:
+                continue  # once: it takes a minute
+            forget(path)
+            for start in ("cold", "warm") if code == "now" else ("cold",):
+                at(f"{lines:,} lines, {code}, {start}, {turn + 1} of {repeats}")
+                runs.setdefault((code, start), []).append(run(tree, "time", path))
+    records += [start_record(lines, *key, found) for key, found in runs.items()]
+    for code, tree in trees.items():
+        at(f"{lines:,} lines, {code}, a worker")
+        found = run(tree, "worker", path, reads)
+        records.append(WorkerRecord(lines=lines, code=code, reads=reads, private_mib=found["private"] / MIB))
+        for start, rank in (("cold", 0), ("warm", 0), ("warm", 1)):
+            if start == "cold":
+                forget(path)
+            at(f"{lines:,} lines, {code}, questions of rank {rank}")
+            calls = run(tree, "count", path, rank=rank)["calls"]
+            records.append(LookupRecord(lines=lines, code=code, start=start, rank=rank, calls=calls))
+            if code != "now":
+                break  # it is the same for every start and rank
+    return records
+
+
+def hash_seconds(path: Path) -> float:
+    began = time.perf_counter()
+    content = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(1 << 22):
+            content.update(data)
+    return time.perf_counter() - began
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lines", type=int, nargs="+", default=list(LINES), help="lengths of the lists")
+    parser.add_argument("--repeats", type=int, default=3, help="starts of each kind")
+    parser.add_argument("--reads", type=int, default=400_000, help="entries that the worker reads")
+    parser.add_argument("--before", metavar="TREE", help="an older tree to compare with")
+    parser.add_argument("--folder", metavar="DIR", help="where the lists are made, and removed (temporary)")
+    add_json(parser)
+    args = parser.parse_args(argv)
+
+    def work() -> int:
+        check_least(args, "lines", "repeats", "reads")
+        if max(args.lines) > LINKS**3:
+            raise InputError(f"--lines: at most {LINKS**3:,}")
+        if args.before and not (Path(args.before) / "vmae").is_dir():
+            raise InputError(f"--before {args.before}: no tree with a folder `vmae`")
+        records: list[StartRecord | WorkerRecord | LookupRecord] = []
+        hashes = {}
+        environment = find_environment()
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            for lines in args.lines:
+                at(f"writing a list of {lines:,} lines")
+                path = make_list(Path(folder), lines)
+                trees = {"now": ROOT}
+                if args.before and lines <= MOST_BEFORE:
+                    trees["before"] = Path(args.before).absolute()
+                hashes[str(lines)] = hash_seconds(path)
+                records += measure(path, lines, trees, args.repeats, args.reads)
+                forget(path)
+                path.unlink()
+        result = ListsResult(environment=environment, records=records, hash_s=hashes)
+        show(*result.tables())
+        write_result(result, args.json)
+        return 0
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

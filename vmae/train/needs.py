@@ -1,0 +1,87 @@
+"""What a prepared run needs of its machine, and a warning for each thing that is short; see
+`vmae.data.needs`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from vmae.data.needs import RANK_BYTES, Load, find_needs, open_files
+from vmae.files.limits import raise_open_files
+from vmae.model.cost import peak_flops
+from vmae.train.prepare import Prepared
+from vmae.train.pretrain_settings import local_ranks
+from vmae.train.task import ModelTask
+
+MFU = 0.35  # of a GPU's peak, assumed
+CPU_RANK_BYTES = 512 << 20  # a rank's main process without CUDA; then 16 bytes a parameter
+
+
+def load_of(prepared: Prepared) -> Load | None:
+    """What the ranks of this machine ask of it; None for a task that reads no videos."""
+    task, run, parallel = prepared.task, prepared.run, prepared.parallel
+    if not isinstance(task, ModelTask):
+        return None
+    parameters = list(prepared.model.parameters())
+    elements = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    checkpoint = 4 * (elements + 2 * trained + (elements if task.averaged else 0))
+    on_gpu = prepared.device.type == "cuda"
+    rank_bytes = RANK_BYTES if on_gpu else CPU_RANK_BYTES + 16 * elements
+    workers = run.speed.num_workers if task.loader == "cpu" else 0
+    return Load(
+        workers=workers,
+        batch_bytes=task.batch_bytes() if task.loader == "cpu" else 0,
+        ranks=local_ranks(),
+        world=parallel.world_size,
+        videos_per_s=_videos_per_s(prepared) if task.loader == "cpu" else None,
+        num_sample=prepared.config.num_sample,
+        checkpoint_bytes=checkpoint,
+        checkpoints=_new_checkpoints(prepared),
+        staged_bytes=checkpoint // parallel.world_size if run.async_save else 0,
+        rank_bytes=max(0, rank_bytes - _resident_bytes()),
+        output=run.output,
+        pinned=on_gpu,
+    )
+
+
+def warn_of_shortages(prepared: Prepared) -> list[str]:
+    """Raise the limit of open files to what this rank needs; on rank 0, a line for each shortage."""
+    load = load_of(prepared)
+    if load is None:
+        return []
+    raise_open_files(open_files(load.workers, load.world))
+    if not prepared.parallel.is_main:
+        return []
+    return [f"warning: {need.describe()}" for need in find_needs(load) if need.short]
+
+
+def _videos_per_s(prepared: Prepared) -> float | None:
+    """That the model of one rank takes, predicted; None where its device's peak is not known."""
+    if prepared.device.type != "cuda":
+        return None
+    flops = prepared.task.flops_per_clip()
+    peak = peak_flops(torch.cuda.get_device_name(prepared.device), prepared.config.dtype)
+    if not flops or peak is None:
+        return None
+    return MFU * peak / flops / prepared.config.num_sample
+
+
+def _new_checkpoints(prepared: Prepared) -> int:
+    """How many more the run's folder will hold at once than it does now."""
+    run, steps = prepared.run, prepared.total_steps - prepared.start_step
+    written = -(-steps // run.save_every)
+    kept = run.keep + 1 + prepared.task.validates - len(prepared.checkpoints.paths())
+    more = steps // run.keep_every if run.keep_every else 0
+    return max(0, min(written + 1, max(1, kept) + more))
+
+
+def _resident_bytes() -> int:
+    """Memory that this process has already; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
