@@ -184,7 +184,7 @@ def _told(shard: Shard, group: Group, video: str) -> _Told:
         source=str(about["source"]),
         stride=stride if STRIDE.allows(stride) else None,
         keep_every=step if _STEP.allows(step) and _STEP.allows(phase) and step else 1,
-        phase=phase if _STEP.allows(phase) else 0,
+        phase=phase if isinstance(phase, int) and _STEP.allows(phase) else 0,
     )
 
 
