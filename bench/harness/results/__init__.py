@@ -19,6 +19,7 @@ from harness.results.loop import LoopResult
 from harness.results.mask_ablation import MaskResult
 from harness.results.needs import NeedsResult
 from harness.results.operations import OperationsResult
+from harness.results.parts import PartsResult
 from harness.results.predict import PredictedKernelsResult, PredictResult
 from harness.results.progressive import ProgressiveResult
 from harness.results.sanitize import SanitizerResult
@@ -41,6 +42,7 @@ RESULTS: dict[str, type[Result]] = {
     "features": FeaturesResult,
     "loop": LoopResult,
     "lists": ListsResult,
+    "parts": PartsResult,
     "training_run": TrainingResult,
     "device_tests": DeviceTestsResult,
     "sanitize": SanitizerResult,
