@@ -21,6 +21,7 @@ from harness.results.needs import NeedsResult
 from harness.results.operations import OperationsResult
 from harness.results.pack_shards import PackShardsResult
 from harness.results.packed import CodecsResult, PackedResult
+from harness.results.parts import PartsResult
 from harness.results.predict import PredictedKernelsResult, PredictResult
 from harness.results.progressive import ProgressiveResult
 from harness.results.sanitize import SanitizerResult
@@ -46,6 +47,7 @@ RESULTS: dict[str, type[Result]] = {
     "loop": LoopResult,
     "lists": ListsResult,
     "pack_shards": PackShardsResult,
+    "parts": PartsResult,
     "training_run": TrainingResult,
     "device_tests": DeviceTestsResult,
     "sanitize": SanitizerResult,
