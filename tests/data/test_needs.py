@@ -15,6 +15,7 @@ from vmae.cli import main
 from vmae.data import build_loader, read_list
 from vmae.data.dataset import PretrainDataset
 from vmae.data.needs import LIBRARY_FILES, ORIGINAL, PACKED, WORKER_BYTES, Load, find_needs, open_files
+from vmae.data.shards.ahead import MOST_BYTES
 from vmae.data.shared_memory import batches_bytes
 from vmae.synthetic.samples import sample_videos
 
@@ -70,6 +71,8 @@ def test_memory_of_workers_and_batches():
     one = Load(workers=4, batch_bytes=10, rank_bytes=1000, pinned=False)
     assert one.memory_bytes == 1000 + 4 * (WORKER_BYTES + 10) + batches_bytes(10, 4)
     assert Load(workers=4, batch_bytes=10, rank_bytes=1000).memory_bytes == one.memory_bytes + 20
+    stored = Load(workers=4, batch_bytes=10, rank_bytes=1000, pinned=False, remote=True)
+    assert stored.memory_bytes == one.memory_bytes + 4 * MOST_BYTES
     eight = Load(workers=4, batch_bytes=10, rank_bytes=1000, pinned=False, ranks=8, staged_bytes=7)
     assert eight.memory_bytes == 8 * (one.memory_bytes + 7)
 

@@ -104,9 +104,10 @@ def test_what_a_machine_needs():
 def test_rates_are_those_of_the_committed_results():
     records = json.loads((ROOT / "bench/results/cpu/needs.json").read_text())["records"]
     (clips,) = [record for record in records if record["kind"] == "clips"]
-    assert PACKED_BYTES_PER_S == pytest.approx(clips["packed_bytes"] / clips["seconds"], rel=0.05)
-    assert PACK_CPU_S == pytest.approx(clips["pack_cpu_s"]["median"] / clips["seconds"], rel=0.05)
-    assert CHECK_CPU_S == pytest.approx(clips["check_cpu_s"]["median"] / clips["videos"], rel=0.05)
+    assert PACKED_BYTES_PER_S == pytest.approx(clips["packed_bytes"] / clips["seconds"], rel=0.02)
+    # CPU seconds vary with what else the machine does
+    assert PACK_CPU_S == pytest.approx(clips["pack_cpu_s"]["median"] / clips["seconds"], rel=0.15)
+    assert CHECK_CPU_S == pytest.approx(clips["check_cpu_s"]["median"] / clips["videos"], rel=0.15)
 
 
 @pytest.mark.parametrize(

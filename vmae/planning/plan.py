@@ -19,6 +19,7 @@ from typing import Any
 from vmae.config import ModelSettings
 from vmae.data import VideoEntry, read_data
 from vmae.data.needs import Load, open_files
+from vmae.data.shards.source import is_address
 from vmae.data.shared_memory import FOLDER, batches_bytes, remedy
 from vmae.data.shared_memory import describe as describe_bytes
 from vmae.errors import InputError
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     config, plan, entries = plan_from_args(args)
     storage = Storage(**chosen(Storage, args))
     data = plan_storage(plan, storage, args.videos or len(entries) or UNLABELED_HYBRID)
-    load = node_load(plan, node_batch_bytes(plan, config), args.keep + 1)
+    load = node_load(plan, node_batch_bytes(plan, config), args.keep + 1, is_address(args.data or ""))
     content = describe(plan, config, data, load)
     if args.json == "-":
         print(json.dumps(content, indent=1))

@@ -20,8 +20,8 @@ from vmae.settings import Real, Whole, setting
 # --- Measured: bench/results/cpu/needs.json ---
 
 PACKED_BYTES_PER_S = 72_500.0  # of a second of video, short side 256
-PACK_CPU_S = 0.12  # of a second of video
-CHECK_CPU_S = 0.015  # of a video
+PACK_CPU_S = 0.13  # of a second of video
+CHECK_CPU_S = 0.016  # of a video
 
 # --- Given ---
 
@@ -174,12 +174,13 @@ def plan_storage(plan: Plan, storage: Storage, videos: int) -> StoragePlan:
     )
 
 
-def node_load(plan: Plan, batch_bytes: int, checkpoints: int) -> Load:
+def node_load(plan: Plan, batch_bytes: int, checkpoints: int, remote: bool = False) -> Load:
     """What the ranks of one of the planned machines ask of it.
 
     Args:
         batch_bytes: clips of a micro-batch; 0 where no workers make them.
         checkpoints: kept at once.
+        remote: whether shards are read from an object store.
     """
     work, cluster, best = plan.workload, plan.cluster, plan.best
     rate = None if best is None or best.clips_per_s is None else best.clips_per_s / work.num_sample
@@ -192,6 +193,7 @@ def node_load(plan: Plan, batch_bytes: int, checkpoints: int) -> Load:
         num_sample=work.num_sample,
         checkpoint_bytes=12 * plan.parameters,
         checkpoints=checkpoints,
+        remote=remote,
     )
 
 

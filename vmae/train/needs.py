@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from vmae.data.needs import RANK_BYTES, Load, find_needs, open_files
+from vmae.data.shards.source import is_address
 from vmae.files.limits import raise_open_files
 from vmae.model.cost import peak_flops
 from vmae.train.prepare import Prepared
@@ -29,6 +30,7 @@ def load_of(prepared: Prepared) -> Load | None:
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     checkpoint = 4 * (elements + 2 * trained + (elements if task.averaged else 0))
     workers = run.speed.num_workers if task.loader == "cpu" else 0
+    entries = prepared.dataset.entries
     return Load(
         workers=workers,
         batch_bytes=task.batch_bytes() if task.loader == "cpu" else 0,
@@ -41,6 +43,7 @@ def load_of(prepared: Prepared) -> Load | None:
         staged_bytes=checkpoint // parallel.world_size if run.async_save else 0,
         rank_bytes=max(0, rank_bytes(prepared.device, elements) - _resident_bytes()),
         output=run.output,
+        remote=is_address(entries[0].path) or is_address(entries[-1].path),
         pinned=prepared.device.type == "cuda",
     )
 
