@@ -42,6 +42,7 @@ from vmae.planning.storage import (
     node_load,
     plan_storage,
     storage_lines,
+    with_known_bytes,
 )
 from vmae.settings import Real, setting
 from vmae.train import pretrain_settings
@@ -102,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config, plan, entries = plan_from_args(args)
-    storage = Storage(**chosen(Storage, args))
+    storage = with_known_bytes(Storage(**chosen(Storage, args)), entries)
     data = plan_storage(plan, storage, args.videos or len(entries) or UNLABELED_HYBRID)
     load = node_load(plan, node_batch_bytes(plan, config), args.keep + 1, is_address(args.data or ""))
     content = describe(plan, config, data, load)

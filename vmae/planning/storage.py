@@ -8,11 +8,14 @@ your own in their place. Prices are inputs only.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vmae.config import _Checked
+from vmae.data.manifest import VideoEntry
+from vmae.data.mix import Mix
 from vmae.data.needs import PACKED, Load, open_files
-from vmae.data.shards.index import bytes_per_sample
+from vmae.data.shards.index import ShardIndex, bytes_per_sample
 from vmae.data.shared_memory import PREFETCH, describe
 from vmae.planning.budget import MemorySize, Plan
 from vmae.settings import Real, Whole, setting
@@ -124,6 +127,15 @@ class StoragePlan:
     checkpoint_bytes: int
     month_price: float | None
     epoch_price: float | None
+
+
+def with_known_bytes(storage: Storage, entries: Sequence[VideoEntry]) -> Storage:
+    """`storage` with the mean bytes of a video and its packet table, where `entries` are those of an index."""
+    index = entries.entries if isinstance(entries, Mix) else entries
+    if storage.packed_bytes is not None or not isinstance(index, ShardIndex) or not len(index):
+        return storage
+    mean = float(index.columns["length"].mean() + index.columns["table_length"].mean())
+    return storage.replace(packed_bytes=mean)
 
 
 def plan_storage(plan: Plan, storage: Storage, videos: int) -> StoragePlan:
