@@ -130,7 +130,7 @@ class StoragePlan:
 
 
 def with_known_bytes(storage: Storage, entries: Sequence[VideoEntry]) -> Storage:
-    """`storage` with the mean bytes of a video and its packet table, where `entries` are those of an index."""
+    """`storage` with the mean bytes of a video and its packet table, of an index."""
     index = entries.entries if isinstance(entries, Mix) else entries
     if storage.packed_bytes is not None or not isinstance(index, ShardIndex) or not len(index):
         return storage
