@@ -264,7 +264,7 @@ def test_another_list_or_other_settings_are_refused(clips, packed, tmp_path, cap
     assert "is not the shard that was packed here" in capsys.readouterr().err
 
 
-def test_a_mix_keeps_its_sources(clips, tmp_path):
+def test_a_mix_keeps_its_sources(clips, tmp_path, capsys):
     one, two = f"{{name: one, list: one.txt, root: {clips}, stride: 3}}", f"{{list: two.txt, root: {clips}}}"
     (tmp_path / "mix.yaml").write_text(f"sources:\n- {one}\n- {two}\n")
     (tmp_path / "one.txt").write_text("".join(f"v.{n} ü.mp4 0 -1\n" for n in range(3)))
@@ -275,6 +275,9 @@ def test_a_mix_keeps_its_sources(clips, tmp_path):
     assert [index.source(n) for n in range(4)] == ["one", "one", "one", "two"]
     assert [entry.stride for entry in index] == [3, 3, 3, None]
     assert len(index.shards) == 3  # a shard has one source
+    (tmp_path / "again.yaml").write_text(f"sources:\n- {one}\n- {{list: out/index.vmae}}\n")
+    assert main(["pack", str(tmp_path / "again.yaml"), str(tmp_path / "x"), "--shards"]) == 2
+    assert "has an index among its sources" in capsys.readouterr().err
 
 
 def test_videos_go_in_as_they_are(clips, bar_videos, tmp_path, capsys):
