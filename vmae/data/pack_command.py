@@ -154,10 +154,6 @@ def _check_flags(args: argparse.Namespace, config: PackConfig) -> None:
 
 
 def _read(args: argparse.Namespace) -> _Found:
-    if is_index(args.list):
-        raise InputError(
-            f"{args.list} is an index: its videos are packed already; give the list that they came from"
-        )
     path = Path(args.list)
     if path.suffix.lower() in MIX_SUFFIXES and not path.is_dir():
         mix = read_data(path, args.data_root)
