@@ -197,6 +197,10 @@ def test_an_index_that_is_there(tars, video, capsys):
     write_tar(tars / "2.tar", [("z.mp4", video)])
     assert run(tars, "-o", output) == 2
     assert "is the index of other tars: remove it" in capsys.readouterr().err
+    (tars / "2.tar").unlink()
+    os.utime(tars / "1.tar", (2e9, 2e9))
+    assert run(tars, "-o", output) == 2
+    assert "1.tar was changed since: remove it" in capsys.readouterr().err
     output.write_bytes(b"something")
     assert run(tars, "-o", output) == 2
 
