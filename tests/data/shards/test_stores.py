@@ -23,7 +23,7 @@ from vmae.data.manifest import VideoEntry
 from vmae.data.mix import read_data
 from vmae.data.shards import reading, remote, stores
 from vmae.data.shards.entries import ShardError
-from vmae.data.shards.index import read_index
+from vmae.data.shards.index import join_name, read_index
 from vmae.errors import InputError
 from vmae.synthetic.samples import sample_videos
 
@@ -110,8 +110,9 @@ def test_addresses_in_parts(address, root, key):
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf", ""])
 def test_patience_must_be_seconds(monkeypatch, text):
     monkeypatch.setenv("VMAE_STORE_PATIENCE_S", text)
-    with pytest.raises(InputError, match="VMAE_STORE_PATIENCE_S must be seconds above 0"):
-        stores.patience()
+    for call in (stores.patience, lambda: remote.fetch_index("s3://b/i.vmae")):
+        with pytest.raises(InputError, match="VMAE_STORE_PATIENCE_S must be seconds above 0"):
+            call()
 
 
 # --- Faults before a run ---
@@ -265,12 +266,14 @@ def test_every_kind_of_reader_gives_the_same_bytes(store, local):
 @pytest.mark.slow
 def test_plain_web_servers_are_read_by_range(store, local):
     """SeaweedFS' filer, which asks for no key: another code path than S3's, with no ETag in the index."""
-    store.upload(local, "web", etags=False)
-    address = f"{store.files}/tests/web/index.vmae"
+    store.upload(local, "a web ü", etags=False)
+    address = f"{store.files}/tests/a%20web%20%C3%BC/index.vmae"
     same(batches(read_data(address), 2), batches(read_data(local), 0))
     assert remote.head(address).size == local.stat().st_size
     with pytest.raises(InputError, match="there is no such object .404"):
         remote.head(f"{store.files}/tests/web/other.vmae")
+    assert join_name("https://h/d", "a b%.tar") == "https://h/d/a%20b%25.tar"
+    assert join_name("s3://b/d", "a b%.tar") == "s3://b/d/a b%.tar"
 
 
 @pytest.fixture(scope="module")

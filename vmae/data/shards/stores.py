@@ -103,6 +103,12 @@ def patience() -> float:
     return seconds_of("VMAE_STORE_PATIENCE_S", PATIENCE_S)
 
 
+def check_limits() -> None:
+    """Raises InputError where the environment says no good limit of time; before a run."""
+    patience()
+    seconds_of("VMAE_STORE_TIMEOUT_S", TIMEOUT_S)
+
+
 def split_address(address: str) -> tuple[str, str]:
     """(address of the bucket or server, name of the object in it).
 
