@@ -91,6 +91,9 @@ def test_addresses_that_are_refused(address, told):
         stores.split_address(address)
     text = str(error.value)
     assert told in text and CANARY not in text and "\n" not in text
+    with pytest.raises(InputError) as error:
+        read_data(address)
+    assert CANARY not in str(error.value)
 
 
 @pytest.mark.parametrize(
