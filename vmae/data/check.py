@@ -475,8 +475,7 @@ def _begin(records: Records, about: dict[str, Any], merge: bool) -> list[dict[st
     if not place.found() and not records.read() and (joined := _read_report(place.folder, about)) is not None:
         return joined  # done before
     place.settle(about)
-    records.check_complete(about["videos"], "videos")
-    return records.join()
+    return records.join(about["videos"], "videos")
 
 
 def _check_share(
