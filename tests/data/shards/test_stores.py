@@ -1,6 +1,7 @@
 """Shards in object stores: the same samples, one line for each fault, no secret in any."""
 
 import http.server
+import multiprocessing
 import os
 import shutil
 import socket
@@ -422,3 +423,23 @@ def test_each_sample_is_one_request(store, local, asker):
         assert relay.requests == 4 * len(data)
         records = check_entries(data, workers=1, progress=False)
         assert not any(record.get("error") for record in records)
+
+
+@pytest.mark.slow
+def test_processes_of_a_machine_fetch_an_index_once(store, asker):
+    """The others wait for the one that does, and what a killed one left is removed."""
+    content = os.urandom(20_000_000)
+    store.put("tests/once/index.vmae", content)
+    folder = remote.cache_folder() / "indexes"
+    folder.mkdir()
+    context = multiprocessing.get_context("fork")
+    with Relay(store.port, delay_s=0.1) as relay:
+        asker.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{relay.port}")
+        with context.Pool(3) as pool:
+            found = set(pool.map(remote.fetch_index, ["s3://tests/once/index.vmae"] * 6, chunksize=1))
+    (path,) = found
+    assert path.read_bytes() == content and relay.bytes < 1.1 * len(content)
+    piece = folder / f".{path.name}.99999.unfinished"
+    piece.write_bytes(b"half")
+    remote.fetch_index("s3://tests/once/index.vmae")
+    assert not piece.exists() and len(list(folder.glob("*.vmae"))) == 1
