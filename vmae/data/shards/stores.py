@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SCHEMES = ("s3", "gs", "az", "https", "http")
 PATIENCE_S, TIMEOUT_S = 600.0, 30.0  # where the environment says nothing else
 CONNECT_S = 10.0
-FIRST_PAUSE_S, MOST_PAUSE_S, QUICK_PAUSE_S = 0.2, 15.0, 0.5
+FIRST_PAUSE_S, MOST_PAUSE_S, QUICK_PAUSE_S = 0.2, 5.0, 0.5
 GUIDE = 'see docs/data_at_scale.md, "Object stores"'
 
 Answer = TypeVar("Answer")
