@@ -15,6 +15,7 @@ import numpy as np
 from vmae.data.files import Unanswered, ask_files, path_kind
 from vmae.data.shards.entries import Shard, ShardError
 from vmae.data.shards.index import INDEX_NAME, ShardIndex, is_index, read_index
+from vmae.data.shards.stores import split_address
 from vmae.errors import InputError
 
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
@@ -52,6 +53,8 @@ def index_at(path: str | Path, root: str | Path | None = None) -> ShardIndex | N
             of anything else.
     """
     name = str(path)
+    if is_address(name):
+        split_address(name)  # before any line repeats it
     if not is_index(name) or (not is_address(name) and path_kind(name) == "a folder"):
         _refuse_others(name)
         return None
