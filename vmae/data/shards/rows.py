@@ -148,11 +148,9 @@ class ShardRows(Entries[ShardEntry]):
     def _identities(self) -> np.ndarray:
         found = np.zeros(len(self), _IDENTITY)
         found["key"] = self.key_hashes()
-        suffixes = [suffix.encode() for suffix in self.whole.suffixes]
-        data = np.frombuffer(b"".join(suffixes), "u1")
-        found["suffix"] = hash_each(data, np.cumsum([len(suffix) for suffix in suffixes]))[
-            self.column("suffix")
-        ]
+        texts = [suffix.encode() for suffix in self.whole.suffixes]
+        hashes = hash_each(np.frombuffer(b"".join(texts), "u1"), np.cumsum([len(text) for text in texts]))
+        found["suffix"] = hashes[self.column("suffix")]
         for name in ("length", "crc", "stride"):
             found[name] = self.column(name)
         folders = self.are("frames")
@@ -162,11 +160,9 @@ class ShardRows(Entries[ShardEntry]):
             content = (images.astype(np.uint64) << np.uint64(32)) | sums
             found["length"][folders] = hash_each(content, np.cumsum(counts))[folders]
             found["crc"][folders] = counts[folders]
-        kept = self.column("keep_every") > 1
-        found["every"][kept], found["phase"][kept] = (
-            self.column("keep_every")[kept],
-            self.column("phase")[kept],
-        )
+        every = self.column("keep_every")
+        found["every"] = np.where(every > 1, every, 0)
+        found["phase"] = np.where(every > 1, self.column("phase"), 0)
         return found
 
     def key_hashes(self) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 from vmae.data.files import Unanswered, ask_files, path_kind
 from vmae.data.shards.entries import Shard, ShardError
 from vmae.data.shards.index import INDEX_NAME, ShardIndex, is_index, read_index
+from vmae.data.shards.stores import split_address
 from vmae.errors import InputError
 
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
@@ -69,6 +70,8 @@ def index_at(path: str | Path, root: str | Path | None = None) -> ShardIndex | N
 
 def _refuse_others(name: str) -> None:
     """Raises InputError for what somebody may take for an index."""
+    if is_address(name):
+        split_address(name)  # refuses what may hold a credential, without saying it
     if name.endswith(_TAR) and (is_address(name) or path_kind(name) != "a folder"):
         raise InputError(
             f"{name} is a tar file: make an index of it and its neighbours with `vmae index`, and give that"
