@@ -228,7 +228,7 @@ def evaluate(
     records = _records(place)
     parallel.on_main(lambda: place.settle(settings, data=data))
     if merge:
-        parallel.on_main(lambda: _join(records, count))
+        parallel.on_main(lambda: (records.join(count, "videos"), None)[1])
     about = {**settings, "data": data}
     if parallel.is_main:
         print(f"list: {data}, {count} videos{'' if part.whole else f', part {part}'}", flush=True)
@@ -279,11 +279,6 @@ def _place(folder: str | Path, part: Part) -> PartFolder:
 
 def _records(place: PartFolder) -> Records:
     return Records(place, PREDICTIONS, "video", "predictions-{}.part.jsonl")
-
-
-def _join(records: Records, count: int) -> None:
-    records.check_complete(count, "videos")
-    records.join()
 
 
 def _finish_part(records: Records, count: int) -> dict[str, Any]:

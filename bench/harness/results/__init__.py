@@ -19,6 +19,8 @@ from harness.results.loop import LoopResult
 from harness.results.mask_ablation import MaskResult
 from harness.results.needs import NeedsResult
 from harness.results.operations import OperationsResult
+from harness.results.pack_shards import PackShardsResult
+from harness.results.packed import CodecsResult, PackedResult
 from harness.results.predict import PredictedKernelsResult, PredictResult
 from harness.results.progressive import ProgressiveResult
 from harness.results.sanitize import SanitizerResult
@@ -35,12 +37,15 @@ RESULTS: dict[str, type[Result]] = {
     "dual_vs_encoder": StepsResult,
     "step": ProfileResult,
     "data": DataResult,
+    "packed": PackedResult,
+    "packed_codecs": CodecsResult,
     "scaling": ScalingResult,
     "predict": PredictResult,
     "predicted_kernels": PredictedKernelsResult,
     "features": FeaturesResult,
     "loop": LoopResult,
     "lists": ListsResult,
+    "pack_shards": PackShardsResult,
     "training_run": TrainingResult,
     "device_tests": DeviceTestsResult,
     "sanitize": SanitizerResult,
