@@ -53,6 +53,8 @@ def index_at(path: str | Path, root: str | Path | None = None) -> ShardIndex | N
             of anything else.
     """
     name = str(path)
+    if is_address(name):
+        split_address(name)  # before any line repeats it
     if not is_index(name) or (not is_address(name) and path_kind(name) == "a folder"):
         _refuse_others(name)
         return None
@@ -70,8 +72,6 @@ def index_at(path: str | Path, root: str | Path | None = None) -> ShardIndex | N
 
 def _refuse_others(name: str) -> None:
     """Raises InputError for what somebody may take for an index."""
-    if is_address(name):
-        split_address(name)  # refuses what may hold a credential, without saying it
     if name.endswith(_TAR) and (is_address(name) or path_kind(name) != "a folder"):
         raise InputError(
             f"{name} is a tar file: make an index of it and its neighbours with `vmae index`, and give that"
