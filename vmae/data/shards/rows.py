@@ -46,7 +46,7 @@ def hash_each(data: np.ndarray, ends: np.ndarray) -> np.ndarray:
     places = np.arange(len(data)) - np.repeat(starts, lengths)
     values = np.zeros(len(data) + 1, np.uint64)  # one more: an empty sequence may stand at the end
     values[:-1] = _OF_BYTE[data] if data.dtype == np.uint8 else _scrambled(data)
-    values[:-1] *= _OF_PLACE[places % len(_OF_PLACE)]
+    values[:-1] *= _OF_PLACE[places & (len(_OF_PLACE) - 1)]
     sums = np.add.reduceat(values, starts)
     sums[lengths == 0] = 0
     return sums
