@@ -47,6 +47,7 @@ from vmae.data.pyav_frames import FrameClip, FrameConverter
 from vmae.data.shards.entries import Place, Shard
 from vmae.data.shards.index import Sample, ShardIndex, columns_of
 from vmae.data.shards.packets import make_table
+from vmae.settings import limits
 from vmae.synthetic.samples import sample_videos
 
 NUM_FRAMES, STRIDE, SIZE = 16, 4, 224
@@ -75,7 +76,9 @@ class Packed:
 # --- the videos ---------------------------------------------------------------------------------------------
 
 
-def make_videos(folder: Path, sources: Sequence[Path]) -> tuple[list[Packed], list[PackedBytes]]:
+def make_videos(
+    folder: Path, sources: Sequence[Path], gop: int = PackConfig.gop
+) -> tuple[list[Packed], list[PackedBytes]]:
     """The videos, packed and in shards."""
     contents: dict[str, list[bytes]] = {"full": [], "kept": []}
     samples: dict[str, list[dict[str, Any]]] = {"full": [], "kept": []}
@@ -84,7 +87,7 @@ def make_videos(folder: Path, sources: Sequence[Path]) -> tuple[list[Packed], li
         for name, keep_every in (("full", 1), ("kept", 4)):
             at(f"packing {source.name}, {name}")
             path = folder / f"{source.stem}_{name}.mp4"
-            frames = pack_video(source, path, PackConfig(keep_every=keep_every), key)
+            frames = pack_video(source, path, PackConfig(keep_every=keep_every, gop=gop), key)
             phase = draw_phase(key, keep_every, frames)
             contents[name].append(path.read_bytes())
             with open_video(path) as reader:
@@ -320,7 +323,7 @@ def measure(args: argparse.Namespace) -> PackedResult:
     seeds = range(args.clips)
     with tempfile.TemporaryDirectory() as name, one_core():
         folder = Path(name)
-        videos, sizes = make_videos(folder, sources)
+        videos, sizes = make_videos(folder, sources, args.gop)
         jobs = folder / "jobs.json"
         jobs.write_text(json.dumps(jobs_of(videos, seeds)), encoding="utf-8")
         rivals, absent = start_rivals(args.rival, jobs)
@@ -349,7 +352,9 @@ def measure(args: argparse.Namespace) -> PackedResult:
             speedup=Spread.of_ratios(runs[BASE], times),
         )
         ways.append(record)
-    return PackedResult(environment=find_environment(), records=[*ways, *parts, *sizes], absent=absent)
+    return PackedResult(
+        environment=find_environment(), records=[*ways, *parts, *sizes], gop=args.gop, absent=absent
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -386,6 +391,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="two small clips")
     add("--rounds", type=int, help="times that every clip is made (default: 7, quick 2)")
     add("--clips", type=int, help="places in each video (default: 8, quick 2)")
+    add("--gop", type=limits(PackConfig, "gop"), default=PackConfig.gop, help="see `vmae pack --gop`")
     add(
         "--rival",
         action="append",

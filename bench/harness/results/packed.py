@@ -8,6 +8,7 @@ from typing import ClassVar
 from harness.json_records import Runs, Spread
 from harness.results.base import Result
 from harness.table import Table, median_of, number, spread_text
+from vmae.data.pack import PackConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +58,14 @@ class PackedBytes:
 @dataclass(frozen=True, kw_only=True)
 class PackedResult(Result):
     """Attributes:
+    gop: frames from one key frame to the next.
     absent: libraries that could not run, with the reason.
     """
 
     title: ClassVar[str] = "Clips of packed videos"
 
     records: list[PackedWay | PackedParts | PackedBytes]
+    gop: int = PackConfig.gop
     absent: dict[str, str] = field(default_factory=dict)
 
     def tables(self) -> list[Table]:
@@ -86,7 +89,7 @@ class PackedResult(Result):
             "levels off (mean)",
         ]
         return [
-            Table(self.title, head, ways, self.conditions),
+            Table(self.title, head, ways, f"A key frame every {self.gop} frames; {self.conditions}"),
             Table("Parts, CPU ms a clip", ["way", "open", "decode", "convert", "resize"], parts),
             Table("Sizes", ["videos", "kB", "kB of tables", "bytes a picture"], sizes),
         ]

@@ -19,7 +19,7 @@ from vmae.data.shards.entries import Place, Shard, ShardError
 from vmae.data.shards.index import Sample, ShardIndex, columns_of
 from vmae.data.shards.opening import KeptFrames
 from vmae.data.shards.packed_reader import PackedReader
-from vmae.data.shards.packets import make_table
+from vmae.data.shards.packets import PacketTable, make_table
 from vmae.data.video_reader import DecodeError
 from vmae.errors import InputError
 from vmae.synthetic.samples import sample_videos
@@ -101,6 +101,17 @@ def test_samples_are_those_of_the_file(packed, tmp_path):
 
     for one, two in zip(samples(VideoEntry(str(path))), samples(store(tmp_path, video, table)), strict=True):
         assert one.equal(two)
+
+
+def test_most_pictures_are_needed_by_no_other(packed, bar_videos, tmp_path):
+    """What a clip of stride 4 leaves out: whole runs of 7 fit between the needed ones of a group of 25."""
+    table = PacketTable.read(packed[2])
+    needed = np.flatnonzero(table.needed[np.argsort(table.time)])
+    assert needed.tolist()[:9] == [0, 8, 16, 24, 25, 33, 41, 49, 50]
+    pack_video(bar_videos["h264_closed"], tmp_path / "12.mp4", PackConfig(gop=12, **QUICK))
+    table = PacketTable.read(make_table((tmp_path / "12.mp4").read_bytes()))
+    needed = np.flatnonzero(table.needed[np.argsort(table.time)])
+    assert needed.tolist()[:8] == [0, 4, 8, 11, 12, 16, 20, 23]
 
 
 # --- Every fourth frame ---
