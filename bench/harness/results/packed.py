@@ -46,13 +46,18 @@ class PackedParts:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBytes:
-    """Bytes of all packed videos and of their packet tables."""
+    """Bytes of all packed videos and of their packet tables.
+
+    Attributes:
+        psnr: decibels of the frames that they have, all of a clip, the mean of the clips.
+    """
 
     kind: str = "bytes"
     videos: str
     bytes: int
     table_bytes: int
     pictures: int
+    psnr: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +84,9 @@ class PackedResult(Result):
                 parts.append([r.way, *(f"{value:.2f}" for value in (r.open, r.decode, r.convert, r.resize))])
             else:
                 each = f"{r.table_bytes / r.pictures:.1f}"
-                sizes.append([r.videos, number(r.bytes, 1e3), number(r.table_bytes, 1e3, 1), each])
+                sizes.append(
+                    [r.videos, number(r.bytes, 1e3), number(r.table_bytes, 1e3, 1), each, f"{r.psnr:.1f}"]
+                )
         head = [
             "way",
             "library",
@@ -91,7 +98,7 @@ class PackedResult(Result):
         return [
             Table(self.title, head, ways, f"A key frame every {self.gop} frames; {self.conditions}"),
             Table("Parts, CPU ms a clip", ["way", "open", "decode", "convert", "resize"], parts),
-            Table("Sizes", ["videos", "kB", "kB of tables", "bytes a picture"], sizes),
+            Table("Sizes", ["videos", "kB", "kB of tables", "bytes a picture", "PSNR, dB"], sizes),
         ]
 
 
