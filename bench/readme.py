@@ -1,4 +1,4 @@
-"""Tables of results in README.md and docs/: every number comes out of a result file.
+"""Tables of results in README.md and docs/results.md: every number comes out of a result file.
 
 A table stands in a Markdown file between two comments that name its kind (a command, see
 bench/harness/results) and its file; the first table of the result is written there:
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     check = "change nothing; exit 1 if a table differs from its file"
     parser.add_argument("--check", action="store_true", help=check)
     files = "Markdown files (README.md, docs/results.md, docs/data_at_scale.md)"
-    pages = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("results.md", "data_at_scale.md"))]
+    pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "data_at_scale"))]
     parser.add_argument("files", nargs="*", type=Path, default=pages, help=files)
     args = parser.parse_args(argv)
     differs = False

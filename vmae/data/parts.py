@@ -11,6 +11,9 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from vmae.settings import Limits
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,23 @@ class Part:
 WHOLE = Part()
 
 
-def read_part(text: str) -> Part:
-    """The part that `i/n` means: argparse's `type=`."""
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise argparse.ArgumentTypeError(f"must be i/n with i from 1 to n, as 3/8, not {text[:40]!r}")
-    return Part(int(match[1]), int(match[2]))
+class _PartText(Limits):
+    """`i/n` as a part: argparse's `type=`."""
+
+    def __str__(self) -> str:
+        return "i/n with i from 1 to n, as 3/8"
+
+    def allows(self, value: Any) -> bool:
+        return isinstance(value, Part)
+
+    def read(self, text: str) -> Part:
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise ValueError(text)
+        return Part(int(match[1]), int(match[2]))
+
+
+read_part = _PartText()
 
 
 def add_part_argument(parser: argparse._ActionsContainer, merged_by: str) -> None:

@@ -19,6 +19,7 @@ from harness.results.loop import LoopResult
 from harness.results.mask_ablation import MaskResult
 from harness.results.needs import NeedsResult
 from harness.results.operations import OperationsResult
+from harness.results.pack_shards import PackShardsResult
 from harness.results.packed import CodecsResult, PackedResult
 from harness.results.predict import PredictedKernelsResult, PredictResult
 from harness.results.progressive import ProgressiveResult
@@ -44,6 +45,7 @@ RESULTS: dict[str, type[Result]] = {
     "features": FeaturesResult,
     "loop": LoopResult,
     "lists": ListsResult,
+    "pack_shards": PackShardsResult,
     "training_run": TrainingResult,
     "device_tests": DeviceTestsResult,
     "sanitize": SanitizerResult,
