@@ -56,7 +56,7 @@ class PackConfig(_Checked):
         pictures = "bframes=3:b-adapt=0:b-pyramid=none"
         params = f"keyint={self.gop}:min-keyint={self.gop}:scenecut=0:open-gop=0:{pictures}"
         # x264's vector code for the lookahead (mbtree) reads what earlier work left in memory: other bytes
-        # each time that a process packs the clip bikes. Without it, one file, in the same time.
+        # each time that a process packs the clip bikes. Without it, one file, for 2 to 7 % more CPU time.
         params += ":cpu-independent=1"
         if self.keep_every > 1:  # else x264 gives pictures that last longer more bits: 0.6 of all
             params += ":force-cfr=1"
