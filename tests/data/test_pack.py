@@ -43,7 +43,7 @@ def test_frames_keep_number_and_time(bar_videos, read_numbers, tmp_path, name):
             assert read_numbers(reader.frames(read)) == read
     found = packets(target)
     keys = [place for place, (_, key) in enumerate(found) if key]
-    assert keys == list(range(0, 120, 12))
+    assert keys == list(range(0, 120, 25))
     assert inspect_video(target).open_gop is False
     if name == "vfr":
         before, after = (sorted(time for time, _ in packets(path)) for path in (bar_videos[name], target))

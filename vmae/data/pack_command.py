@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gop",
         type=limits(PackConfig, "gop"),
         default=PackConfig.gop,
-        help="frames from one key frame to the next (12)",
+        help="frames from one key frame to the next (25)",
     )
     parser.add_argument(
         "--crf",

@@ -101,7 +101,7 @@ def test_what_is_in_it(clips, packed, capsys):
     assert {(entry.width, entry.height) for entry in index if entry.kind == "video"} == {(128, 96)}
     assert index[0].fps == 25 and (index[4].width, index[4].height, index[4].total) == (24, 16, 3)
     assert all(entry.table is not None for entry in index if entry.kind == "video")
-    assert index.settings == {"short_side": 256, "gop": 12, "crf": 20, "preset": "ultrafast", "keep_every": 1}
+    assert index.settings == {"short_side": 256, "gop": 25, "crf": 20, "preset": "ultrafast", "keep_every": 1}
     (line,) = (packed / "quarantine.jsonl").read_text().splitlines()
     assert os.path.basename(json.loads(line)["path"]) == "bad.mp4"
     report = json.loads((packed / "report.json").read_text())
