@@ -161,6 +161,14 @@ PARTS = (
         without="names of the Hugging Face hub (hub:OWNER/NAME) are refused; files need a download by hand",
     ),
     Part(
+        name="obstore",
+        group="files",
+        module="obstore",
+        packages=("obstore",),
+        install="pip install 'vmae[store]'",
+        without="indexes and shards in object stores (s3://, gs://, az://, https://) are refused",
+    ),
+    Part(
         name="transformers",
         group="files",
         module="transformers",
