@@ -44,7 +44,7 @@ def commands(tmp_path_factory, labelled_world):
         + ["--workers", 0, "--batch-size", 3],
         "features": [root / "list.txt", "--checkpoint", root / "c.pth", "--step", 2, "--batch-size", 3],
         "detect": ["--checkpoint", root / "d.pth", "--videos", actors["videos"], "--workers", 0]
-        + ["--annotations", actors["val"], "--pictures", 2, "--batch-size", 2],
+        + ["--annotations", actors["val"], "--pictures", 1, "--batch-size", 2],
     }
     return {name: [name, *map(str, own), "--device", "cpu"] for name, own in words.items()}
 
@@ -95,9 +95,16 @@ def test_parts_give_the_files_of_one_job(job, tmp_path, capsys):
     told = capsys.readouterr().out.splitlines()
     assert told == said
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_what_comes_after_a_merge_changes_nothing(job, tmp_path):
+    for number in (1, 2):
+        job("parts", "--part", f"{number}/2")
+    assert job("parts", "--merge") == job.code
     before = files(tmp_path / "parts")
-    assert job("parts", "--merge") == job.code  # again: nothing changes
-    assert job("parts", "--part", "2/3") in (0, job.code)  # nor by a part that comes late
+    assert job("parts", "--merge") == job.code and files(tmp_path / "parts") == before
+    assert job("parts", "--part", "2/3") in (0, job.code)  # of another n even: all is there
     assert job("parts", "--merge") == job.code and files(tmp_path / "parts") == before
     assert job("parts") == job.code and files(tmp_path / "parts") == before
 

@@ -12,7 +12,7 @@ from vmae.data.labels import read_class_names, read_label_map
 from vmae.data.merge_labels import _read_same
 from vmae.evaluate.temporal import read_actionformer
 from vmae.evaluate.temporal_detect import read_about
-from vmae.files.json_files import MAX_DEPTH, parse_json
+from vmae.files.json_files import MAX_DEPTH, parse_json, read_json_lines
 from vmae.tools.curves import read_curve
 
 DEEP = [
@@ -67,3 +67,16 @@ def test_a_curve_is_drawn_without_a_damaged_description_of_its_run(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss_mean": 0.5}\n')
     (tmp_path / "run.json").write_text(nested(10_000))
     assert read_curve(tmp_path).about == {}
+
+
+def test_lines_of_a_long_file_are_those_read_one_by_one(tmp_path):
+    """Whole lines are parsed together: a bad one among them spoils no other, and moves no number."""
+    lines = [json.dumps({"item": number, "text": "},{"}) for number in range(1, 701)]
+    lines[300], lines[400], lines[401] = '{"item": 301, "te', "", '{"item": {"a": 1}'
+    lines[500], lines[501] = '{"item": 1}, {"item": 2}', DEEP[0]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    found = read_json_lines(tmp_path / "log.jsonl", item=int)
+    bad = {301, 401, 402, 501, 502}
+    assert found.numbers == [number for number in range(1, 701) if number not in bad]
+    assert [record["item"] for record in found.records] == found.numbers
+    assert [number for number, _ in found.skipped] == [301, 402, 501, 502]

@@ -57,6 +57,7 @@ from vmae.data.sampling import sample_frame_indices
 from vmae.data.shards.entries import DamagedShard, ShardEntry
 from vmae.data.shards.index import ShardIndex, write_index
 from vmae.data.shards.opening import stored_file
+from vmae.data.shards.reading import ask_ahead
 from vmae.data.shards.source import is_address
 from vmae.data.video_reader import memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool
@@ -163,6 +164,9 @@ class _Checker(VideoTask):
     def __init__(self, entries: Sequence[VideoEntry], backend: str) -> None:
         super().__init__()
         self.entries, self.backend = entries, backend
+
+    def ahead(self, video: int) -> None:
+        ask_ahead(self.entries[video])
 
     def __getitem__(self, video: int) -> dict[str, Any]:
         entry = self.entries[video]
@@ -437,7 +441,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command; 1 where a video is bad."""
     if is_address(args.list) and not args.output:
-        raise InputError(f"{args.list} lies in a store: --output DIR says where the report goes")
+        raise InputError("the list lies in a store: --output DIR says where the report goes")
     with open_ranks() as ranks:
         source = Path(args.list)
         found = _read_with_advice(args.list, args.data_root, LABELLED[args.labelled], ranks.is_main)
@@ -471,8 +475,7 @@ def _begin(records: Records, about: dict[str, Any], merge: bool) -> list[dict[st
     if not place.found() and not records.read() and (joined := _read_report(place.folder, about)) is not None:
         return joined  # done before
     place.settle(about)
-    records.check_complete(about["videos"], "videos")
-    return records.join()
+    return records.join(about["videos"], "videos")
 
 
 def _check_share(

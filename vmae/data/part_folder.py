@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vmae.data.parts import Part
 from vmae.data.ranks import Ranks
@@ -104,8 +104,11 @@ class PartFolder:
         if not self.part.whole:
             ranks.on_main(lambda: (refuse_if_locked(self.folder), None)[1])
             what = f"part {self.part} of {self.what}"
-        with _ends_by_sigterm(), ranks.hold(self.own, what):
-            yield
+        with _ends_by_sigterm():
+            with ranks.hold(self.own, what):
+                yield
+            # A rank that ends with 1 makes torchrun stop the others: the lock must be gone before.
+            ranks.barrier()
 
     def _check_count(self) -> None:
         found = self.found()
@@ -134,11 +137,12 @@ class PartFolder:
         whole = {**decides, **(of_parts or {})}
         for folder in self.folders():
             remedy = f"choose another --output, or remove {folder}"
+            files = sorted(folder.glob("*.json"))  # before: a part that begins writes its settings first
             if (folder / self.settings).exists():
                 before = read_json(folder / self.settings, "settings file")
                 check_same(before, whole, f"{folder} holds {self.other}", remedy)
-            elif settings := sorted(folder.glob("*.json")):
-                raise InputError(f"{folder} holds a part of something else ({settings[0].name}); {remedy}")
+            elif files:
+                raise InputError(f"{folder} holds a part of something else ({files[0].name}); {remedy}")
         settle(self.folder / self.settings, decides, self.other, **noted)
         if not self.part.whole:
             settle(self.own / self.settings, whole, self.other, **noted)
@@ -254,12 +258,9 @@ class Records:
 
     def collect(self) -> list[Record]:
         """Records of this part, or of the whole job; files of ranks become one."""
-        return self._collect(self.place.own, [self.place.own])
-
-    def check_complete(self, items: int, unit: str) -> None:
-        """Raises InputError where items of the whole job are missing; see `PartFolder.check_complete`."""
-        found = self._read(self.place.folder, *self.place.folders())
-        self.place.check_complete(items, {record[self.key] for record in found}, unit)
+        found = self._read(self.place.own)
+        self._write(found, self.place.own, [self.place.own])
+        return found
 
     def clear(self) -> None:
         """Remove all records of the whole job, and what they depend on."""
@@ -267,22 +268,34 @@ class Records:
             path.unlink(missing_ok=True)
         (self.place.folder / self.place.settings).unlink(missing_ok=True)
 
-    def join(self) -> list[Record]:
-        """All records; those of the parts are moved to the folder of the whole job."""
-        found = self._collect(self.place.folder, [self.place.folder, *self.place.folders()])
+    def join(self, items: int, unit: str) -> list[Record]:
+        """All records, of which those of the parts are moved to the folder of the whole job.
+
+        Args:
+            items, unit: see `PartFolder.check_complete`.
+
+        Raises:
+            InputError: items are missing.
+        """
+        folders = [self.place.folder, *self.place.folders()]
+        found = self._read(*folders)
+        self.place.check_complete(items, {record[self.key] for record in found}, unit)
+        self._write(found, self.place.folder, folders)
         self.place.remove_parts()
         return found
 
-    def _collect(self, target: Path, folders: list[Path]) -> list[Record]:
-        found = self._read(*folders)
+    def _write(self, found: list[Record], target: Path, folders: list[Path]) -> None:
+        """Write the records of these folders as one file, where they are in several."""
         pieces = [path for folder in folders for path in sorted(folder.glob(self.ranks.format("*")))]
         if pieces or len(folders) > 1:
             lines = ([] if self.header is None else [self.header]) + found
-            text = "".join(json.dumps(record) + "\n" for record in lines)
-            write_atomically(target / self.name, lambda file: file.write(text), binary=False)
+
+            def write(file: IO) -> None:
+                file.writelines(json.dumps(record) + "\n" for record in lines)
+
+            write_atomically(target / self.name, write, binary=False)
             for path in pieces:
                 path.unlink(missing_ok=True)
-        return found
 
     @contextlib.contextmanager
     def writer(self, rank: int) -> Iterator[Callable[[Record], None]]:

@@ -1,7 +1,7 @@
 """Parts of a job: `--part i/n`, for arrays of jobs that know nothing of one another.
 
-Which part does what depends on (number of items, n) alone, so every n gives the same results together; ranks
-under torchrun divide a part further.
+Which part does what depends on (number of items, n) alone, so every n gives the same results together. Ranks
+under torchrun divide what a part has left, so a part may go on with another number of them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from vmae.settings import Limits
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,6 @@ class Part:
     def whole(self) -> bool:
         """Whether it is all there is."""
         return self.count == 1
-
-    def among_ranks(self, rank: int, world_size: int) -> Part:
-        """What rank `rank` does of this part. The ranks' items are those of the part, whatever their number:
-        a part may go on with another one."""
-        return Part(self.number + rank * self.count, self.count * world_size)
 
     def share(self, items: int, together: int = 1) -> Sequence[int]:
         """Numbers of this part's items: every `count`-th, so that neighbours of a list are spread.
@@ -57,12 +55,23 @@ class Part:
 WHOLE = Part()
 
 
-def read_part(text: str) -> Part:
-    """The part that `i/n` means: argparse's `type=`."""
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise argparse.ArgumentTypeError(f"must be i/n with i from 1 to n, as 3/8, not {text[:40]!r}")
-    return Part(int(match[1]), int(match[2]))
+class _PartText(Limits):
+    """`i/n` as a part: argparse's `type=`."""
+
+    def __str__(self) -> str:
+        return "i/n with i from 1 to n, as 3/8"
+
+    def allows(self, value: Any) -> bool:
+        return isinstance(value, Part)
+
+    def read(self, text: str) -> Part:
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise ValueError(text)
+        return Part(int(match[1]), int(match[2]))
+
+
+read_part = _PartText()
 
 
 def add_part_argument(parser: argparse._ActionsContainer, merged_by: str) -> None:

@@ -88,7 +88,9 @@ class EvaluationConfig(_Checked):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    text = "labelled list, `path label` a line, or a folder: its test.csv, else its val.csv"
+    text = (
+        "labelled list, `path label` a line, an index of shards, or a folder: its test.csv, else its val.csv"
+    )
     parser.add_argument("data", metavar="LIST", help=text)
     parser.add_argument("--data-root", metavar="DIR", help="folder at which the list's relative paths start")
     add_settings(parser, FinetuneConfig, "frame_pattern first_frame")
@@ -226,7 +228,7 @@ def evaluate(
     records = _records(place)
     parallel.on_main(lambda: place.settle(settings, data=data))
     if merge:
-        parallel.on_main(lambda: _join(records, count))
+        parallel.on_main(lambda: (records.join(count, "videos"), None)[1])
     about = {**settings, "data": data}
     if parallel.is_main:
         print(f"list: {data}, {count} videos{'' if part.whole else f', part {part}'}", flush=True)
@@ -277,11 +279,6 @@ def _place(folder: str | Path, part: Part) -> PartFolder:
 
 def _records(place: PartFolder) -> Records:
     return Records(place, PREDICTIONS, "video", "predictions-{}.part.jsonl")
-
-
-def _join(records: Records, count: int) -> None:
-    records.check_complete(count, "videos")
-    records.join()
 
 
 def _finish_part(records: Records, count: int) -> dict[str, Any]:

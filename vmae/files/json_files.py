@@ -9,6 +9,7 @@ from typing import Any
 
 from vmae.errors import InputError
 
+_TOGETHER = 256  # lines
 MAX_DEPTH = 100  # the parsers, `repr` and `==` all recurse; what this project reads is at most 6 deep
 
 
@@ -98,19 +99,38 @@ def read_json_lines(path: str | Path, /, **keys: type | tuple[type, ...]) -> Jso
         lines = path.read_bytes().split(b"\n") if path.is_file() else []
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = parse_json(line.decode("utf-8"))
-        except ValueError:
-            record = None
-        if isinstance(record, dict) and all(_is_a(record.get(name), kind) for name, kind in keys.items()):
-            found.records.append(record)
-            found.numbers.append(number)
-        else:
-            found.skipped.append((number, line))
+    for first in range(0, len(lines), _TOGETHER):
+        chunk = enumerate(lines[first : first + _TOGETHER], first + 1)
+        some = [(number, line) for number, line in chunk if line.strip()]
+        for (number, line), record in zip(some, _parse_lines([line for _, line in some])):
+            if isinstance(record, dict) and all(_is_a(record.get(name), kind) for name, kind in keys.items()):
+                found.records.append(record)
+                found.numbers.append(number)
+            else:
+                found.skipped.append((number, line))
     return found
+
+
+def _parse_lines(lines: list[bytes]) -> list[Any]:
+    """The value of each line; None for a line that is none.
+
+    Whole lines are parsed together: the parser then keeps one copy of a name that many objects have.
+    """
+    if all(line.strip()[:1] == b"{" and line.strip()[-1:] == b"}" for line in lines):
+        try:
+            values = parse_json(f"[{b','.join(lines).decode('utf-8')}]")
+        except ValueError:
+            values = []
+        if len(values) == len(lines):
+            return values
+    return [_parse_line(line) for line in lines]
+
+
+def _parse_line(line: bytes) -> Any:
+    try:
+        return parse_json(line.decode("utf-8"))
+    except ValueError:
+        return None
 
 
 def _is_a(value: Any, kind: type | tuple[type, ...]) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from vmae.data.needs import RANK_BYTES, Load, find_needs, open_files
+from vmae.data.shards.source import is_address
 from vmae.files.limits import raise_open_files
 from vmae.model.cost import peak_flops
 from vmae.train.prepare import Prepared
@@ -16,7 +17,7 @@ from vmae.train.pretrain_settings import local_ranks
 from vmae.train.task import ModelTask
 
 MFU = 0.35  # of a GPU's peak, assumed
-CPU_RANK_BYTES = 512 << 20  # a rank's main process without CUDA; then 16 bytes a parameter
+CPU_RANK_BYTES = 512 << 20  # Python and torch, without CUDA
 
 
 def load_of(prepared: Prepared) -> Load | None:
@@ -28,9 +29,8 @@ def load_of(prepared: Prepared) -> Load | None:
     elements = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     checkpoint = 4 * (elements + 2 * trained + (elements if task.averaged else 0))
-    on_gpu = prepared.device.type == "cuda"
-    rank_bytes = RANK_BYTES if on_gpu else CPU_RANK_BYTES + 16 * elements
     workers = run.speed.num_workers if task.loader == "cpu" else 0
+    entries = prepared.dataset.entries
     return Load(
         workers=workers,
         batch_bytes=task.batch_bytes() if task.loader == "cpu" else 0,
@@ -41,9 +41,10 @@ def load_of(prepared: Prepared) -> Load | None:
         checkpoint_bytes=checkpoint,
         checkpoints=_new_checkpoints(prepared),
         staged_bytes=checkpoint // parallel.world_size if run.async_save else 0,
-        rank_bytes=max(0, rank_bytes - _resident_bytes()),
+        rank_bytes=max(0, rank_bytes(prepared.device, elements) - _resident_bytes()),
         output=run.output,
-        pinned=on_gpu,
+        remote=is_address(entries[0].path) or is_address(entries[-1].path),
+        pinned=prepared.device.type == "cuda",
     )
 
 
@@ -58,15 +59,29 @@ def warn_of_shortages(prepared: Prepared) -> list[str]:
     return [f"warning: {need.describe()}" for need in find_needs(load) if need.short]
 
 
+def rank_bytes(device: torch.device, parameters: int) -> int:
+    """Host memory of a rank's main process, beside its batches."""
+    if device.type == "cuda":
+        return RANK_BYTES
+    return CPU_RANK_BYTES + 16 * parameters  # weights, gradients, two moments
+
+
+def device_name(device: torch.device) -> str:
+    """Name of a GPU; "cpu" of anything else."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def predict_rate(name: str, dtype: str, flops_per_clip: float | None, num_sample: int) -> float | None:
+    """Videos a second that a model takes on the GPU `name` at `MFU` of its peak; None where that is not
+    known."""
+    peak = peak_flops(name, dtype)
+    return MFU * peak / flops_per_clip / num_sample if peak and flops_per_clip else None
+
+
 def _videos_per_s(prepared: Prepared) -> float | None:
     """That the model of one rank takes, predicted; None where its device's peak is not known."""
-    if prepared.device.type != "cuda":
-        return None
-    flops = prepared.task.flops_per_clip()
-    peak = peak_flops(torch.cuda.get_device_name(prepared.device), prepared.config.dtype)
-    if not flops or peak is None:
-        return None
-    return MFU * peak / flops / prepared.config.num_sample
+    config, name = prepared.config, device_name(prepared.device)
+    return predict_rate(name, config.dtype, prepared.task.flops_per_clip(), config.num_sample)
 
 
 def _new_checkpoints(prepared: Prepared) -> int:

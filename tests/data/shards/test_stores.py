@@ -1,8 +1,11 @@
 """Shards in object stores: the same samples, one line for each fault, no secret in any."""
 
 import http.server
+import multiprocessing
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import threading
 
@@ -13,11 +16,15 @@ from store_server import SECRET, Relay
 
 from vmae.config import MaskConfig
 from vmae.data import PretrainDataset, build_loader
+from vmae.data.augment_classify import AugmentConfig
+from vmae.data.check import check_entries
+from vmae.data.classify_dataset import ClassifyDataset, ClipConfig, ViewConfig, ViewDataset
+from vmae.data.labels import LabelledList
 from vmae.data.manifest import VideoEntry
 from vmae.data.mix import read_data
 from vmae.data.shards import reading, remote, stores
 from vmae.data.shards.entries import ShardError
-from vmae.data.shards.index import read_index
+from vmae.data.shards.index import join_name, read_index
 from vmae.errors import InputError
 from vmae.synthetic.samples import sample_videos
 
@@ -85,6 +92,9 @@ def test_addresses_that_are_refused(address, told):
         stores.split_address(address)
     text = str(error.value)
     assert told in text and CANARY not in text and "\n" not in text
+    with pytest.raises(InputError) as error:
+        read_data(address)
+    assert CANARY not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -104,8 +114,9 @@ def test_addresses_in_parts(address, root, key):
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf", ""])
 def test_patience_must_be_seconds(monkeypatch, text):
     monkeypatch.setenv("VMAE_STORE_PATIENCE_S", text)
-    with pytest.raises(InputError, match="VMAE_STORE_PATIENCE_S must be seconds above 0"):
-        stores.patience()
+    for call in (stores.patience, lambda: remote.fetch_index("s3://b/i.vmae")):
+        with pytest.raises(InputError, match="VMAE_STORE_PATIENCE_S must be seconds above 0"):
+            call()
 
 
 # --- Faults before a run ---
@@ -259,12 +270,59 @@ def test_every_kind_of_reader_gives_the_same_bytes(store, local):
 @pytest.mark.slow
 def test_plain_web_servers_are_read_by_range(store, local):
     """SeaweedFS' filer, which asks for no key: another code path than S3's, with no ETag in the index."""
-    store.upload(local, "web", etags=False)
-    address = f"{store.files}/tests/web/index.vmae"
+    store.upload(local, "a web ü", etags=False)
+    address = f"{store.files}/tests/a%20web%20%C3%BC/index.vmae"
     same(batches(read_data(address), 2), batches(read_data(local), 0))
     assert remote.head(address).size == local.stat().st_size
     with pytest.raises(InputError, match="there is no such object .404"):
         remote.head(f"{store.files}/tests/web/other.vmae")
+    assert join_name("https://h/d", "a b%.tar") == "https://h/d/a%20b%25.tar"
+    assert join_name("s3://b/d", "a b%.tar") == "s3://b/d/a b%.tar"
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """(certificate of an authority, certificate and key for localhost)."""
+    folder = tmp_path_factory.mktemp("certificates")
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl")
+
+    def openssl(*arguments):
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    new = ("req", "-newkey", "rsa:2048", "-nodes")
+    openssl(*new, "-x509", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=authority")
+    openssl(*new, "-keyout", "own.key", "-out", "own.csr", "-subj", "/CN=localhost")
+    (folder / "names").write_text("subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n")
+    openssl(
+        *("x509", "-req", "-in", "own.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"),
+        *("-extfile", "names", "-out", "own.crt", "-days", "9"),
+    )
+    (folder / "own.pem").write_text((folder / "own.crt").read_text() + (folder / "own.key").read_text())
+    return folder / "ca.pem", folder / "own.pem"
+
+
+@pytest.mark.slow
+def test_https(store, local, certificates, asker):
+    """Of S3 and of a plain web server; with an authority of one's own, and without."""
+    authority, own = certificates
+    store.upload(local, "tls")
+    expected = batches(read_data(local), 0)
+    with Relay(store.port, certificate=own) as s3, Relay(store.ports["filer.port"], certificate=own) as web:
+        asker.setenv("AWS_ENDPOINT_URL", f"https://localhost:{s3.port}")
+        asker.setenv("AWS_ALLOW_HTTP", "false")
+        addresses = (
+            "s3://tests/tls/index.vmae",
+            f"https://localhost:{web.port}/buckets/tests/tls/index.vmae",
+        )
+        for address in addresses:
+            assert "its certificate is not trusted (TLS); set SSL_CERT_FILE" in told_of(address)
+        for name, address in zip(("SSL_CERT_FILE", "AWS_CA_BUNDLE"), addresses, strict=True):
+            asker.setenv(name, str(authority))
+            same(batches(read_data(address), 2), expected)
+            asker.delenv(name)
+    asker.setenv("AWS_ENDPOINT_URL", f"https://localhost:{store.port}")
+    assert "the server does not speak https (TLS)" in told_of(addresses[0])
 
 
 @pytest.mark.slow
@@ -344,3 +402,44 @@ def test_wrong_keys(store, local):
         assert "access is refused (403 AccessDenied)" in told_of(address)
     finally:
         del os.environ["AWS_SKIP_SIGNATURE"]
+
+
+@pytest.mark.slow
+def test_each_sample_is_one_request(store, local, asker):
+    """What is asked for ahead is what the sample takes, also of folders of frames: nothing is read twice."""
+    data = entries(store.upload(local, "counted"))
+    clip = ClipConfig(num_frames=4, stride=2, image_size=32)
+    labels = LabelledList(list(data), [(0,)] * len(data), 2, False)
+    with Relay(store.port) as relay:
+        asker.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{relay.port}")
+        batches(data, 2)
+        assert relay.requests == 2 * len(data)
+        views = ViewDataset(list(data), clip, ViewConfig(segments=2, crops=1))
+        assert len(list(views.read(range(len(data)), 2))) == len(data)
+        assert relay.requests == 3 * len(data)
+        dataset = ClassifyDataset(labels, clip, AugmentConfig.none())
+        with build_loader(dataset, batch_size=2, epochs=1, num_workers=1) as loader:
+            assert len(list(loader)) == 3
+        assert relay.requests == 4 * len(data)
+        records = check_entries(data, workers=1, progress=False)
+        assert not any(record.get("error") for record in records)
+
+
+@pytest.mark.slow
+def test_processes_of_a_machine_fetch_an_index_once(store, asker):
+    """The others wait for the one that does, and what a killed one left is removed."""
+    content = os.urandom(20_000_000)
+    store.put("tests/once/index.vmae", content)
+    folder = remote.cache_folder() / "indexes"
+    folder.mkdir()
+    context = multiprocessing.get_context("fork")
+    with Relay(store.port, delay_s=0.1) as relay:
+        asker.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{relay.port}")
+        with context.Pool(3) as pool:
+            found = set(pool.map(remote.fetch_index, ["s3://tests/once/index.vmae"] * 6, chunksize=1))
+    (path,) = found
+    assert path.read_bytes() == content and relay.bytes < 1.1 * len(content)
+    piece = folder / f".{path.name}.99999.unfinished"
+    piece.write_bytes(b"half")
+    remote.fetch_index("s3://tests/once/index.vmae")
+    assert not piece.exists() and len(list(folder.glob("*.vmae"))) == 1
