@@ -100,6 +100,7 @@ def start_record(lines: int, code: str, start: str, runs: Sequence[dict[str, Any
         code=code,
         start=start,
         seconds=Runs.of([run["seconds"] for run in runs]),
+        cpu_s=Runs.of([run["cpu"] for run in runs]),
         laps_s=laps,
         memory_mib=Runs.of([run["memory"] / MIB for run in runs]),
         peak_mib=Runs.of([run["peak"] / MIB for run in runs]),
