@@ -223,7 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 records += measure(path, lines, trees, args.repeats, args.reads)
                 forget(path)
                 path.unlink()
-            records += kind_records(Path(folder), min(MOST_OF_A_KIND, *args.lines), args.repeats)
+            if not args.index:
+                records += kind_records(Path(folder), min(MOST_OF_A_KIND, *args.lines), args.repeats)
         result = ListsResult(environment=environment, records=records, hash_s=hashes)
         show(*result.tables())
         write_result(result, args.json)
