@@ -53,7 +53,7 @@ from harness.variants import PUBLISHED_PRESETS
 from harness.videos import ENCODERS, encode, group_options, size_of, true_frames
 
 from vmae import InputError, MaskConfig, ModelConfig
-from vmae.data import DecodeError, crop_and_resize, open_video, sample_crop, sample_frame_indices
+from vmae.data import CropBox, DecodeError, crop_and_resize, open_video, sample_crop, sample_frame_indices
 from vmae.data.augment import crop_boxes
 from vmae.data.decode import BACKENDS, find_backends
 from vmae.data.pack import PackConfig, pack_video, packed_size
@@ -90,8 +90,9 @@ def published_clip(path: str, rng: np.random.Generator) -> np.ndarray:
 def library_clip(path: str, rng: np.random.Generator, backend: str) -> np.ndarray:
     """Clip of this library's loader."""
     with open_video(path, backend) as reader:
-        frames = reader.frames(sample_frame_indices(len(reader), NUM_FRAMES, STRIDE, rng))
-    return crop_and_resize(frames, sample_crop(frames.shape[2], frames.shape[1], SIZE, rng), SIZE)
+        indices = sample_frame_indices(len(reader), NUM_FRAMES, STRIDE, rng)
+        frames = reader.frames(indices, lambda width, height: sample_crop(width, height, SIZE, rng))
+    return crop_and_resize(frames, CropBox(0, 0, frames.shape[2], frames.shape[1]), SIZE)
 
 
 def make_clip(variant: str, path: str, seed: int) -> np.ndarray:

@@ -9,6 +9,7 @@ processes, and are not counted.
 
     python bench/lists.py                      # 1.35 and 10 million lines; some two minutes
     python bench/lists.py --before TREE        # an older tree too, on lists of up to two million lines
+    python bench/lists.py --index              # an index of as many samples, in place of the list
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 from harness import ROOT
 from harness.command import add_json, check_least, exit_code, write_result
 from harness.environment import find_environment
+from harness.index_files import make_index
 from harness.json_records import Runs
 from harness.progress import at
 from harness.results.lists import ListsResult, LookupRecord, StartRecord, WorkerRecord
@@ -118,6 +120,18 @@ def measure(
     return records
 
 
+def measure_index(path: Path, samples: int, repeats: int, reads: int) -> list[StartRecord | WorkerRecord]:
+    """Starts on an index, of which nothing is kept beside itself, then a worker."""
+    runs = []
+    for turn in range(repeats):
+        at(f"an index of {samples:,} samples, {turn + 1} of {repeats}")
+        runs.append(run(ROOT, "time", path))
+    at(f"an index of {samples:,} samples, a worker")
+    found = run(ROOT, "worker", path, reads)["private"] / MIB
+    worker = WorkerRecord(lines=samples, code="now", reads=reads, private_mib=found)
+    return [start_record(samples, "now", "index", runs), worker]
+
+
 def hash_seconds(path: Path) -> float:
     began = time.perf_counter()
     content = hashlib.sha256()
@@ -134,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lines", type=int, nargs="+", default=list(LINES), help="lengths of the lists")
     parser.add_argument("--repeats", type=int, default=3, help="starts of each kind")
     parser.add_argument("--reads", type=int, default=400_000, help="entries that the worker reads")
+    parser.add_argument("--index", action="store_true", help="an index of shards in place of the list")
     parser.add_argument("--before", metavar="TREE", help="an older tree to compare with")
     parser.add_argument("--folder", metavar="DIR", help="where the lists are made, and removed (temporary)")
     add_json(parser)
@@ -149,7 +164,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hashes = {}
         environment = find_environment()
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            for lines in args.lines:
+            for samples in args.lines if args.index else ():
+                at(f"writing an index of {samples:,} samples")
+                records += measure_index(make_index(Path(folder), samples), samples, args.repeats, args.reads)
+            for lines in () if args.index else args.lines:
                 at(f"writing a list of {lines:,} lines")
                 path = make_list(Path(folder), lines)
                 trees = {"now": ROOT}

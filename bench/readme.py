@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     check = "change nothing; exit 1 if a table differs from its file"
     parser.add_argument("--check", action="store_true", help=check)
-    files = "Markdown files (README.md, docs/results.md)"
-    pages = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+    files = "Markdown files (README.md, docs/results.md, docs/data_at_scale.md)"
+    pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "data_at_scale"))]
     parser.add_argument("files", nargs="*", type=Path, default=pages, help=files)
     args = parser.parse_args(argv)
     differs = False

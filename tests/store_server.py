@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -174,9 +175,10 @@ class Relay:
         rate: bytes a second that all connections have together; 0 for no limit.
         fail_every: each n-th request is answered with `status`, and each 2n-th cut off by a reset in the
             middle of its answer instead; 0 for none.
-        status: answer of a failed request; 0 resets the connection each time.
+        status: answer of a failed request; 0 resets the connection each time, any but 503 never.
         flip_every: of each n-th answer a byte is changed.
         silent: take connections, and answer nothing.
+        certificate: PEM file of a certificate and its key, to speak https.
         requests, bytes: passed on so far.
     """
 
@@ -187,6 +189,7 @@ class Relay:
     status: int = 503
     flip_every: int = 0
     silent: bool = False
+    certificate: Path | None = None
     requests: int = 0
     failed: int = 0
     bytes: int = 0
@@ -215,6 +218,10 @@ class Relay:
     def _serve(self, client: socket.socket) -> None:
         server = None
         try:
+            if self.certificate is not None:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.load_cert_chain(self.certificate)
+                client = context.wrap_socket(client, server_side=True)
             while request := self._head(client):
                 while self.silent:
                     time.sleep(0.05)
@@ -222,7 +229,8 @@ class Relay:
                     self.requests += 1
                     number = self.requests
                     failing = self.fail_every > 0 and number % self.fail_every == 0
-                    reset = failing and (self.status == 0 or number // self.fail_every % 2 == 0)
+                    halves = self.status == 503 and number // (self.fail_every or 1) % 2 == 0
+                    reset = failing and (self.status == 0 or halves)
                     flipped = self.flip_every > 0 and number % self.flip_every == 0
                     self.failed += failing or flipped
                 if failing and not reset:

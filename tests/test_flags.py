@@ -297,7 +297,7 @@ SHARED = {  # setting: the commands where the words stand for something else
     (RunConfig, "device"): ("check-data", "pack"),
     (SpeedConfig, "attention"): ("parity",),
     (SpeedConfig, "backend"): ("parity", "check-data"),
-    (SpeedConfig, "num_workers"): ("check-data", "pack", "moving-shapes", "moving-actors"),
+    (SpeedConfig, "num_workers"): ("check-data", "pack", "index", "moving-shapes", "moving-actors"),
     (TrainingConfig, "dtype"): ("doctor",),
     (ModelConfig, "num_frames"): ("convert",),
     (ModelConfig, "img_size"): ("convert",),

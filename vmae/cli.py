@@ -89,7 +89,12 @@ GROUPS = {
         ),
         "pack": (
             "vmae.data.pack_command",
-            "re-encode a list's videos so that clips decode fast: short side 256, a key frame every 12",
+            "re-encode a list's videos so that clips decode fast: short side 256, a key frame every 12; "
+            "into tar files too",
+        ),
+        "index": (
+            "vmae.data.shards.index_command",
+            "make an index of tar files, as WebDataset has them, for --data; or compare them with it",
         ),
         "lists": (
             "vmae.data.lists",

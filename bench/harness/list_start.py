@@ -132,5 +132,7 @@ def in_worker(path: str, reads: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     kind, given, *more = sys.argv[1:]
-    found = {"time": timed, "count": counted, "worker": in_worker}[kind](given, *map(int, more))
-    print(json.dumps(found))
+    if kind == "worker":
+        print(json.dumps(in_worker(given, int(more[0]))))
+    else:
+        print(json.dumps(timed(given) if kind == "time" else counted(given)))

@@ -29,3 +29,13 @@ def test_what_cannot_be_measured_is_said(benches, tmp_path, capsys):
     )
     assert lists.main(["--before", str(tmp_path)]) == 2
     assert "no tree with a folder `vmae`" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_index_in_place_of_the_list(benches, tmp_path, capsys):
+    file = tmp_path / "index.json"
+    flags = ["--index", "--lines", "4000", "--repeats", "1", "--reads", "1000", "--json", str(file)]
+    assert benches("lists").main([*flags, "--folder", str(tmp_path)]) == 0
+    start, worker = json.loads(file.read_text())["records"]
+    assert (start["lines"], start["start"], worker["reads"]) == (4000, "index", 1000)
+    assert worker["private_mib"] < 8 and [path.name for path in tmp_path.iterdir()] == ["index.json"]

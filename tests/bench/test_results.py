@@ -69,7 +69,11 @@ def test_a_table_three_ways(benches):
     assert "<td class=text>a&lt;b</td><td>1.5</td>" in page and '<p class="note">Note</p>' in page
 
 
-@pytest.mark.parametrize("page", [README, README.parent / "docs" / "results.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [README, *(README.parent / "docs" / f"{name}.md" for name in ("results", "data_at_scale"))],
+    ids=lambda page: page.name,
+)
 def test_pages_are_what_their_results_say(benches, page):
     text = page.read_text()
     assert "<!-- table " in text and benches("readme").rewritten(text) == text

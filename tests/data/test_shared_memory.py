@@ -13,7 +13,8 @@ from vmae.synthetic.samples import sample_videos
 
 
 def mount(monkeypatch, free, total=64 << 20):
-    found = SimpleNamespace(f_frsize=4096, f_blocks=total // 4096, f_bavail=free // 4096)
+    sizes = {"f_blocks": total // 4096, "f_bavail": free // 4096, "f_bfree": free // 4096}
+    found = SimpleNamespace(f_frsize=4096, **sizes)
     monkeypatch.setattr(shared_memory.os, "statvfs", lambda path: found)
 
 

@@ -416,3 +416,39 @@ def test_summary(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write"):
         Quarantine(tmp_path / "file" / "quarantine.jsonl").add(0, [Failure("a", "b")])
+
+
+class Foresighted(VideoTask):
+    """Notes in a file what it does, and when it learns of its tasks."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def note(self, text):
+        with open(self.path, "a") as file:
+            file.write(f"{text}\n")
+
+    def ahead(self, task):
+        self.note(f"know {task}")
+        if task == 3:
+            raise RuntimeError("is raised again when the task is done, or never")
+
+    def __getitem__(self, task):
+        self.watch(task)
+        end = time.monotonic() + 5
+        while f"know {task + 1}" not in self.path.read_text() and task < 4 and time.monotonic() < end:
+            time.sleep(0.01)
+            self.watch(task)  # the next task is given meanwhile
+        self.note(f"done {task}")
+        return task
+
+
+def test_a_worker_knows_of_its_next_task_in_the_middle_of_one(tmp_path):
+    """So that what the next one needs can be asked for."""
+    pool = WorkerPool(Foresighted(tmp_path / "notes"), iter(range(5)), count=1, prefetch=2, hang_s=10)
+    assert list(pool) == list(range(5))
+    notes = (tmp_path / "notes").read_text().split("\n")
+    assert [notes.count(f"know {task}") for task in range(5)] == [1] * 5
+    for task in range(1, 5):
+        assert notes.index(f"know {task}") < notes.index(f"done {task - 1}")

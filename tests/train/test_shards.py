@@ -13,6 +13,7 @@ from shard_files import write_shards
 from vmae.cli import main
 from vmae.data.labels import read_labelled_list
 from vmae.data.manifest import read_list
+from vmae.files.flat_arrays import write_arrays
 from vmae.synthetic.samples import sample_videos
 from vmae.train.metrics import read_log
 
@@ -78,6 +79,22 @@ def test_fine_tuning_tests_and_distillation(labelled_world, stored, tmp_path, ca
     again = [str(tmp_path / "moved" / "index.vmae"), "--checkpoint", str(tmp_path / "shards"), "--output"]
     assert main(["evaluate", *again, str(tmp_path / "shards-test"), *test, "--scores"]) == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_teacher_on_shards(labelled_world, stored, tmp_path):
+    train = stored / "train" / "index.vmae"
+    where = ["--data", str(labelled_world / "train.txt"), "--no-test", "--output", str(tmp_path / "teacher")]
+    assert main(["finetune", *where, *TUNE]) == 0
+    own = [*TUNE, "--teacher", str(tmp_path / "teacher"), "--no-test", "--output"]
+    for name, data in (("files", labelled_world / "train.txt"), ("shards", train)):
+        assert main(["distil", "--data", str(data), *own, str(tmp_path / name)]) == 0
+    assert losses(tmp_path / "files") == losses(tmp_path / "shards")
+    logits = ["--logits", str(tmp_path / "logits"), "--mixup", "0", "--cutmix", "0"]
+    assert main(["distil", "--data", str(train), *own, str(tmp_path / "x"), *logits, "--store", "1"]) == 0
+    shutil.copytree(stored / "train", tmp_path / "moved")
+    moved = ["--data", str(tmp_path / "moved" / "index.vmae")]
+    assert main(["distil", *moved, *own, str(tmp_path / "taught"), *logits]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +175,52 @@ def test_check_data_finds_what_is_damaged(films, tmp_path, capsys):
     assert main(["check-data", str(clean), "--workers", "1", "--output", str(tmp_path / "d")]) == 0
     report = json.loads((tmp_path / "d" / "report.json").read_text())["videos"]
     assert [record["path"] for record in report] == [f"{folder}/shard-00000.tar/carphone_distorted.mp4"]
+
+
+@pytest.mark.slow
+def test_shards_in_a_store_are_those_of_this_machine(store, pretrain, stored, tmp_path, capsys, at_step):
+    address = store.upload(stored / "train" / "index.vmae", "commands")
+    assert pretrain(tmp_path / "files") == 0
+    run = tmp_path / "run"
+    at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert pretrain(run, data=stored / "train" / "index.vmae") == 0
+    assert pretrain(run, "--workers", "1", data=address) == 0
+    assert losses(run) == losses(tmp_path / "files")
+    assert f"data: {address}" in (run / "config.yaml").read_text()
+    mixed = tmp_path / "mix.yaml"
+    mixed.write_text(f"sources:\n- {{name: there, list: {address}}}\n- {{list: {stored}/val/index.vmae}}\n")
+    assert pretrain(tmp_path / "mixed", data=mixed) == 0
+    out = capsys.readouterr().out
+    assert "train: 12 videos, 120 images" in out and "there: 12 videos, 120 images, 63.2% of samples" in out
+    check = ["check-data", address, "--workers", "1", "--output"]
+    assert main(check[:-1]) == 2 and "lies in a store: --output DIR says" in capsys.readouterr().err
+    assert main([*check, str(tmp_path / "check")]) == 0
+    assert "12 videos: 12 good, 0 bad" in capsys.readouterr().out
+    local = shutil.copy(stored / "train" / "index.vmae", tmp_path / "copy.vmae")
+    root = ["--data-root", address.rpartition("/")[0]]
+    assert pretrain(tmp_path / "rooted", *root, data=local) == 0
+    assert losses(tmp_path / "rooted") == losses(tmp_path / "files")
+
+
+@pytest.mark.slow
+def test_stores_that_cannot_be_read_are_one_line_before_the_run(
+    store, pretrain, stored, tmp_path, capsys, asker
+):
+    address = store.upload(stored / "train" / "index.vmae", "refused")
+    write_arrays(tmp_path / "old.vmae", {}, {"format": "vmae-index", "version": "2"})
+    store.put("tests/old.vmae", (tmp_path / "old.vmae").read_bytes())
+
+    def told(data):
+        assert pretrain(tmp_path / "run", data=data) == 2 and not (tmp_path / "run").exists()
+        error = capsys.readouterr().err.strip()
+        assert "\n" not in error
+        return error
+
+    assert "s3://tests/old.vmae is of version 2" in told("s3://tests/old.vmae")
+    assert "s3://no-such-bucket/index.vmae" in told("s3://no-such-bucket/index.vmae")
+    assert "s3://tests/nothing/index.vmae" in told("s3://tests/nothing/index.vmae")
+    store.delete(address.removeprefix("s3://").replace("index.vmae", "shard-00001.tar"))
+    assert "shard-00001.tar" in told(address)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        asker.delenv(name)
+    assert address in told(address)

@@ -13,7 +13,7 @@ from store_server import SECRET, Relay
 from vmae.cli import main
 from vmae.config import PRESETS
 from vmae.data.manifest import VideoEntry
-from vmae.data.shards import source
+from vmae.data.shards import source, stores
 
 MICRO = dict(embed_dim=48, depth=1, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
 FLAGS = (
@@ -58,8 +58,11 @@ def later(seconds, action):
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_and_started_again(store, index, tmp_path, expected, at_step, capfd):
+def test_a_server_that_is_killed_and_started_again(
+    store, index, tmp_path, expected, at_step, capfd, monkeypatch
+):
     address = store.upload(index, "killed")
+    monkeypatch.setattr(stores, "MOST_PAUSE_S", 1.0)  # the workers are forked from here
     timers = []
 
     def kill():

@@ -57,6 +57,7 @@ from vmae.data.sampling import sample_frame_indices
 from vmae.data.shards.entries import DamagedShard, ShardEntry
 from vmae.data.shards.index import ShardIndex, write_index
 from vmae.data.shards.opening import stored_file
+from vmae.data.shards.reading import ask_ahead
 from vmae.data.shards.source import is_address
 from vmae.data.video_reader import memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool
@@ -163,6 +164,9 @@ class _Checker(VideoTask):
     def __init__(self, entries: Sequence[VideoEntry], backend: str) -> None:
         super().__init__()
         self.entries, self.backend = entries, backend
+
+    def ahead(self, video: int) -> None:
+        ask_ahead(self.entries[video])
 
     def __getitem__(self, video: int) -> dict[str, Any]:
         entry = self.entries[video]

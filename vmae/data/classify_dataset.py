@@ -212,6 +212,11 @@ class ClassifyDataset(VideoDataset[VideoEntry, Tensor]):
         taught = self.read_logits([(epoch, index)]) if self.read_logits else None
         return LabelledBatch(clips, targets, ids, replaced, taught)
 
+    def _frames_ahead(self, entry: VideoEntry, epoch: int, index: int) -> np.ndarray:
+        epoch = epoch if self.cycle is None else epoch % self.cycle
+        rng = numpy_rng(self.seed, epoch, index, 0, Purpose.FRAMES)
+        return self.clip.train_indices(entry.total, entry, rng)
+
     def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
         key = (self.seed, epoch, index, attempt)
         with self._open(entry) as reader:
@@ -309,6 +314,13 @@ class ViewDataset(VideoDataset[VideoEntry, Tensor]):
         failures: list[Failure] = []
         clips = self._try_twice(video, 0, video, 0, failures)
         return failures[0] if clips is None else clips
+
+    def ahead(self, video: int) -> None:
+        """Start to read a video, as far as it lies in an object store; for a worker."""
+        self.ask_ahead([(0, video)])
+
+    def _frames_ahead(self, entry: VideoEntry, epoch: int, index: int) -> np.ndarray:
+        return self.view_indices(entry.total, entry)
 
     def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
         with self._open(entry) as reader:

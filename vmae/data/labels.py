@@ -15,6 +15,7 @@ What `vmae.data.manifest` says of blanks in paths, comments and `#!` lines holds
 from __future__ import annotations
 
 import argparse
+import array
 import os
 import re
 from collections import Counter
@@ -28,8 +29,9 @@ from torch import Tensor
 
 from vmae.data.entry_table import EntryTable, LabelTable
 from vmae.data.files import path_kind
-from vmae.data.list_parsing import LABELLED_LINE, Grammar
-from vmae.data.long_lists import read_long_list
+from vmae.data.list_lines import LineReader
+from vmae.data.list_parsing import LABELLED_LINE, Grammar, list_contents, plain_grammar
+from vmae.data.long_lists import read_all_of_long_list, read_long_list
 from vmae.data.manifest import (
     DEFAULT_PATTERN,
     Line,
@@ -38,7 +40,6 @@ from vmae.data.manifest import (
     check_root,
     is_comment,
     make_entry,
-    parse_lines,
     raise_problems,
     read_columns,
     read_list_with_problems,
@@ -244,9 +245,15 @@ def read_any_list(
         return AnyList(entries, [None] * len(entries), False, problems)
     if labelled is None:
         labelled = _looks_labelled(path, data_root)
+    grammar = _labelled_grammar(None) if labelled else plain_grammar()
+    check_root(data_root)
+    found = read_all_of_long_list(path, grammar, roots_of(path, data_root))
+    if found is not None:
+        table, own, problems = found
+        return AnyList(table, _fourth_columns(path, table) if own is None else own, labelled, problems)
     if labelled:
-        entries, problems, found = _read_labelled(path, data_root, _labelled_grammar(None))
-        return AnyList(entries, list(found), True, problems)
+        entries, problems, classes = _read_labelled(path, data_root, grammar)
+        return AnyList(entries, list(classes), True, problems)
     entries, problems = read_list_with_problems(path, data_root)
     lines = split_lines(read_text(path))
     return AnyList(
@@ -275,6 +282,27 @@ def _fourth_column(content: str, entry: VideoEntry) -> tuple[int, ...] | None:
     return tuple(map(int, match[3].split(";")))
 
 
+class _SomeLabels(LabelTable):
+    """Labels of entries, None for one without."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) or None
+
+
+def _fourth_columns(path: str | Path, entries: Sequence[VideoEntry]) -> _SomeLabels:
+    """`_fourth_column` of each entry of a long list."""
+    labels, ends = array.array("i"), np.zeros(len(entries), np.int64)
+    wanted = zip(range(len(entries)), entries)
+    place, entry = next(wanted, (0, None))
+    for number, content in enumerate(list_contents(path), 1):
+        if entry is None or number != entry.line:
+            continue
+        labels.extend(_fourth_column(content, entry) or ())
+        ends[place] = len(labels)
+        place, entry = next(wanted, (0, None))
+    return _SomeLabels(np.frombuffer(labels, np.int32) if labels else np.empty(0, np.int32), ends)
+
+
 def _looks_labelled(path: str | Path, data_root: str | Path | None) -> bool:
     """Whether more lines can only be those of a labelled list than can only be those of one for
     pre-training."""
@@ -293,7 +321,14 @@ def _looks_labelled(path: str | Path, data_root: str | Path | None) -> bool:
             either.append((content, Line(number, (), stride, pattern)))
         return Line(number, (), stride, pattern)
 
-    parse_lines(read_text(path), str(path), look)
+    reader, contents = LineReader(str(path), look), list_contents(path)
+    try:
+        for content in contents:
+            reader.read(content)
+    except InputError:
+        for _ in contents:  # what is no text at all is said first
+            pass
+        raise
     if not votes:
         roots = roots_of(path, data_root)
         for content, line in either[:: max(len(either) // 64, 1)]:

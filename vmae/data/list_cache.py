@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -90,10 +91,26 @@ def read_cached(path: str | Path, grammar: Grammar, roots: Sequence[str]) -> Tab
                 found = _read(target, key, roots)
                 break
     if found is None:
-        arrays = _arrays(path, grammar, roots, key)
-        whole = {name: np.concatenate(list(pieces)) for name, pieces in arrays.items()}
-        found = _table(whole, roots)
+        found = _in_memory(_arrays(ListParser(str(path), grammar, roots), path, key), roots)
     return found
+
+
+def read_all(
+    path: str | Path, grammar: Grammar, roots: Sequence[str]
+) -> tuple[EntryTable, LabelTable | None, list[tuple[int, str]]]:
+    """Like `read_cached`, with a look at every line and without a file of its own: the entries that can be
+    used, their labels, and (line number, what is wrong) of the other lines.
+
+    Raises:
+        InputError: what `read_list` says of the list's text.
+    """
+    parser = ListParser(str(path), grammar, roots, every=True)
+    table, labels = _in_memory(_arrays(parser, path), roots)
+    return table, labels, sorted(parser.problems)
+
+
+def _in_memory(arrays: dict[str, Iterable[np.ndarray]], roots: Sequence[str]) -> Table:
+    return _table({name: np.concatenate(list(pieces)) for name, pieces in arrays.items()}, roots)
 
 
 def forget(path: str | Path, grammar: Grammar, roots: Sequence[str]) -> None:
@@ -190,7 +207,8 @@ def _write(path: str | Path, grammar: Grammar, roots: Sequence[str], key: Key, t
     about = {"format": FORMAT, "version": VERSION, "content": key.content, "settings": key.settings}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_arrays(part, _arrays(path, grammar, roots, key), about)
+        arrays = _arrays(ListParser(str(path), grammar, roots), path, key)
+        write_arrays(part, arrays, about)
         os.replace(part, target)
     except OSError:
         return False
@@ -220,19 +238,21 @@ class _Column:
         if len(same) == 1:
             yield self.parts[0].astype(dtype)
             return
+        yield np.empty(0, dtype)
         for part, count in zip(self.parts, self.counts):
             yield spread(part, count).astype(dtype)
 
 
-def _arrays(
-    path: str | Path, grammar: Grammar, roots: Sequence[str], key: Key
-) -> dict[str, Iterable[np.ndarray]]:
+def _arrays(parser: ListParser, path: str | Path, key: Key | None = None) -> dict[str, Iterable[np.ndarray]]:
     """The arrays of a cache in pieces; the first one reads the list, so they are to be taken in order.
+
+    Args:
+        key: of the list; with it, a file that cannot be used is an error, as is a list that has changed.
 
     Raises:
         InputError: while they are taken: see `read_cached`.
     """
-    parser, content = ListParser(str(path), grammar, roots), hashlib.sha256()
+    roots, content = parser.roots, hashlib.sha256()
     columns = {name: _Column() for name in COLUMNS}
     ends: list[np.ndarray] = []
     hashes: list[np.ndarray] = []
@@ -245,12 +265,13 @@ def _arrays(
             yield data
 
     def text() -> Iterator[np.ndarray]:
+        yield np.empty(0, np.uint8)
         for piece in parser.pieces(data()):
             keep(piece)
             yield np.frombuffer(piece.text, np.uint8)
-        if parser.problems:
+        if key is not None and parser.problems:
             raise_looked_up(path, parser.problems, parser.looked_up, roots)
-        if content.hexdigest() != key.content:
+        if key is not None and content.hexdigest() != key.content:
             raise InputError(f"list file {str(path)!r} changed while it was read; start again")
 
     def keep(piece: Piece) -> None:
@@ -267,6 +288,7 @@ def _arrays(
     def offsets(lengths: Callable[[], Iterable[np.ndarray]]) -> Iterator[np.ndarray]:
         total = sum(int(part.sum(dtype=np.int64)) for part in lengths())
         dtype, begin = np.uint32 if total < 1 << 32 else np.uint64, 0
+        yield np.empty(0, dtype)
         for part in lengths():
             places = part.cumsum(dtype=np.int64) + begin
             begin = int(places[-1]) if len(places) else begin
@@ -293,8 +315,8 @@ def _arrays(
 
     arrays: dict[str, Iterable[np.ndarray]] = {"text": text(), "ends": offsets(lambda: ends)}
     arrays |= {name: columns[name].pieces(dtype) for name, dtype in COLUMNS.items()}
-    if grammar.classes is not None:
-        arrays["labels"] = (values for values, _ in labels)
+    if parser.grammar.classes is not None:
+        arrays["labels"] = itertools.chain([np.empty(0, np.int32)], (values for values, _ in labels))
         arrays["label_ends"] = label_ends()
     arrays |= {"patterns": numbered(), "paths": paths()}
     found = {name: summed(pieces) for name, pieces in arrays.items()}

@@ -151,7 +151,7 @@ def decode_lines(data: bytes, name: str, before: int = 0) -> str:
     try:
         return data.decode("utf-8" if before else "utf-8-sig")
     except UnicodeDecodeError as error:
-        line = before + data[: error.start].count(b"\n") + 1
+        line = before + error.object[: error.start].count(b"\n") + 1
         raise InputError(f"list file {name!r}, line {line}: not UTF-8 text; save the list as UTF-8") from None
 
 

@@ -16,6 +16,7 @@ import string
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -32,6 +33,7 @@ from vmae.data.list_lines import (
     foreign_table,
     is_comment,
     parse_plain_line,
+    read_pieces,
     resolve_line,
     split_lines,
 )
@@ -137,17 +139,17 @@ class ListParser:
     Args:
         name: of the list, for messages.
         roots: see `roots_of`.
+        every: look up every line, and leave those out that cannot be used.
 
     Attributes:
-        entries: how many there are so far.
         patterns: those of the column `pattern`.
         looked_up: how many lines' files were looked up.
         problems: (line number, what is wrong) of those that cannot be used.
     """
 
-    def __init__(self, name: str, grammar: Grammar, roots: Sequence[str]) -> None:
-        self.name, self.grammar, self.roots = name, grammar, list(roots)
-        self.entries = self.looked_up = 0
+    def __init__(self, name: str, grammar: Grammar, roots: Sequence[str], *, every: bool = False) -> None:
+        self.name, self.grammar, self.roots, self._every = name, grammar, list(roots), every
+        self.looked_up = 0
         self.patterns: dict[str, int] = {}
         self.problems: list[tuple[int, str]] = []
         self._labels: tuple[int, ...] | None = None
@@ -179,7 +181,7 @@ class ListParser:
                 raise
             if len(piece.ends):
                 yield piece
-        if not self.entries:
+        if not self._reader.entries:
             raise InputError(f"list file {self.name!r} has no entries; {FORMATS}")
 
     def _parse_one(
@@ -189,9 +191,7 @@ class ListParser:
         return line
 
     def _piece(self, text: str) -> Piece:
-        if "\r" in text:
-            text = text.replace("\r\n", "\n").replace("\r", "\n")
-        text = text.removesuffix("\n")
+        text = _unended(text)
         before = copy.copy(self._reader)
         try:
             lines = self._read_lines(text)
@@ -201,9 +201,7 @@ class ListParser:
             raise
         first = self._reader.number - len(lines.path)
         self._settle(lines, first, text)
-        piece = self._columns(lines, first, text)
-        self.entries += len(piece.ends)
-        return piece
+        return self._columns(lines, first, text)
 
     def _read_lines(self, text: str) -> _Lines:
         """The lines of a part, without a look at any file."""
@@ -252,6 +250,15 @@ class ListParser:
             where = f"list file {self.name!r}, line {first + place + 1}"
             return self.grammar.parse(contents[place].strip(), where, first + place + 1, stride, pattern)[0]
 
+        if self._every:
+            lines.root = np.zeros(len(lines.path), np.uint8)
+            wrong = len(self.problems)
+            self._choose(lines, [place for place, path in enumerate(lines.path) if path], line_at)
+            for number, _ in self.problems[wrong:]:
+                lines.path[number - first - 1] = ""
+            if lines.labels is not None:
+                lines.labels = _parse_labels(list(itertools.compress(lines.last, lines.path)))
+            return
         odd = [place for place, line in lines.odd.items() if len(line.readings) > 1]
         relative: list[int] = []
         if len({os.path.join(root, "") for root in self.roots}) > 1:
@@ -357,7 +364,7 @@ class ListParser:
         It takes a tenth of the time, and most lists of millions of videos are of this kind.
         """
         count = part.count(b"\n")
-        if self.grammar.classes is not None or not part.endswith(b"\n"):
+        if self._every or self.grammar.classes is not None or not part.endswith(b"\n"):
             return None
         text = part.replace(_END, b"\n") if part.count(_END) == count else part
         if text.translate(None, _PLAIN_BYTES) or text.startswith(b"\n") or b"\n\n" in text:
@@ -380,7 +387,6 @@ class ListParser:
             return None
         self._reader.number += count
         self._reader.entries += count
-        self.entries += count
         stride, pattern = self._reader.stride, self._reader.pattern or self.grammar.frame_pattern
         values = {"kind": 0, "start": 0, "total": -1, "stride": stride or 0, "root": root}
         values["pattern"] = self.patterns.setdefault(pattern, len(self.patterns))
@@ -479,6 +485,25 @@ def spread_sample(items: Sequence[Item], count: int) -> list[Item]:
     """Up to `count` of some items, spread over them."""
     count = min(count, len(items))
     return [items[place * len(items) // count] for place in range(count)]
+
+
+def _unended(text: str) -> str:
+    """Whole lines with LF between them, and none behind the last one."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.removesuffix("\n")
+
+
+def list_contents(path: str | Path) -> Iterator[str]:
+    """The lines of a list, without blanks around them.
+
+    Raises:
+        InputError: see `read_text`.
+    """
+    before = 0
+    for part in whole_lines(read_pieces(path)):
+        yield from split_lines(_unended(decode_lines(part, str(path), before)))
+        before += part.count(b"\n")
 
 
 def whole_lines(data: Iterable[bytes]) -> Iterator[bytes]:

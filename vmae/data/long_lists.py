@@ -13,9 +13,9 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from vmae.data.entry_table import EntryTable
+from vmae.data.entry_table import EntryTable, LabelTable
 from vmae.data.files import Unanswered, ask_files
-from vmae.data.list_cache import Table, forget, raise_looked_up, read_cached
+from vmae.data.list_cache import Table, forget, raise_looked_up, read_all, read_cached
 from vmae.data.list_lines import Line, read_pieces
 from vmae.data.list_parsing import Grammar, ListParser, spread_sample
 from vmae.errors import InputError
@@ -52,6 +52,14 @@ def read_long_list(path: str | Path, grammar: Grammar, roots: Sequence[str]) -> 
         table, labels = read_cached(path, grammar, roots)
         _check_sample(path, table, grammar, roots)
     return table, labels
+
+
+def read_all_of_long_list(
+    path: str | Path, grammar: Grammar, roots: Sequence[str]
+) -> tuple[EntryTable, LabelTable | None, list[tuple[int, str]]] | None:
+    """Like `read_long_list`, with a look at every line on every rank; and (line number, what is wrong) of the
+    lines that cannot be used."""
+    return read_all(path, grammar, roots) if is_long(path) else None
 
 
 def is_long(path: str | Path) -> bool:

@@ -24,6 +24,7 @@ from vmae.data.shards.facts import indexes_in
 from vmae.data.shards.index import INDEX_NAME, is_index
 from vmae.data.shards.packing import ShardJob, Stored, join_shards, pack_shards
 from vmae.data.shards.plan import Origin
+from vmae.data.shards.stores import is_remote
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 from vmae.settings import PROCESSES, Whole, limits
@@ -99,7 +100,7 @@ class _Found:
 
 
 @dataclass(frozen=True)
-class _Encode:
+class Encode:
     """Packs a video for a shard."""
 
     config: PackConfig
@@ -124,6 +125,8 @@ def run(args: argparse.Namespace) -> int:
         keep_every=args.keep_every,
     )
     _check_flags(args, config)
+    if is_remote(args.output):
+        raise InputError(f"{args.output} is an address: pack into a folder of this machine, and copy that")
     folder = Path(args.output)
     if is_index(args.list):
         raise InputError(
@@ -151,10 +154,6 @@ def _check_flags(args: argparse.Namespace, config: PackConfig) -> None:
 
 
 def _read(args: argparse.Namespace) -> _Found:
-    if is_index(args.list):
-        raise InputError(
-            f"{args.list} is an index: its videos are packed already; give the list that they came from"
-        )
     path = Path(args.list)
     if path.suffix.lower() in MIX_SUFFIXES and not path.is_dir():
         mix = read_data(path, args.data_root)
@@ -201,7 +200,7 @@ def _pack_shards(args: argparse.Namespace, found: _Found, config: PackConfig) ->
         found.labels,
         found.sources,
         place,
-        encode=None if args.as_is else _Encode(config),
+        encode=None if args.as_is else Encode(config),
         settings={"as_is": True} if args.as_is else asdict(config),
         size=(args.shard_size or SHARD_MIB) << 20,
         workers=args.workers,

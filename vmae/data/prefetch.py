@@ -96,6 +96,11 @@ class Prefetcher:
                 tensor.record_stream(stream)
         return batch
 
+    @property
+    def store_s(self) -> float:
+        """What `source` says of its waits for object stores."""
+        return getattr(self.source, "store_s", 0.0)
+
     def interrupt(self) -> None:
         """Make a `next` that waits end soon, where `source` can."""
         getattr(self.source, "interrupt", lambda: None)()

@@ -9,6 +9,7 @@ outside, most often because memory runs out, counts against its video only when 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import multiprocessing.connection
@@ -78,8 +79,8 @@ class Maker(Protocol):
     def block(self, video: int, reason: str) -> None:
         """Treat a video as undecodable from now on."""
 
-    # ahead(task), where a maker has it: called as soon as a worker knows of a task, before those that it got
-    # earlier are done; starts what needs no work of this thread.
+    # ahead(task), where a maker has it: called as soon as a worker knows of a task, between two videos of an
+    # earlier one; starts what needs no work of this thread.
 
 
 class VideoTask(ABC):
@@ -168,6 +169,38 @@ def _end_with(parent: int, folder: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+class _Inbox:
+    """What a worker has been told and not done yet."""
+
+    def __init__(self, maker: Maker, pipe) -> None:
+        self.tasks: deque[tuple[int, Any]] = deque()
+        self._maker, self._pipe = maker, pipe
+        self._ahead: Callable[[Any], None] | None = getattr(maker, "ahead", None)
+
+    def next(self) -> tuple[int, Any]:
+        """The next task; raises EOFError where none will come."""
+        while not self.tasks or self._pipe.poll():
+            self._receive()
+        return self.tasks.popleft()
+
+    def look(self) -> None:
+        """Take in what has come meanwhile, where the maker wants to know of it."""
+        with contextlib.suppress(EOFError):
+            while self._ahead is not None and self._pipe.poll():
+                self._receive()
+
+    def _receive(self) -> None:
+        kind, *content = self._pipe.recv()
+        if kind == "block":
+            self._maker.block(*content)
+            return
+        number, task = content
+        self.tasks.append((number, task))
+        if self._ahead is not None:
+            with contextlib.suppress(Exception):  # it comes again when the task is done
+                self._ahead(task)
+
+
 def _work(maker: Maker, pipe, slot, parent: int, folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -176,7 +209,10 @@ def _work(maker: Maker, pipe, slot, parent: int, folder: str) -> None:
     process = multiprocessing.current_process()
     process._config["tempdir"] = folder  # type: ignore[attr-defined]  # private: where get_temp_dir() looks
 
+    inbox = _Inbox(maker, pipe)
+
     def watch(video: int) -> None:
+        inbox.look()
         slot[1] = time.monotonic()
         slot[0] = video
 
@@ -193,20 +229,11 @@ def _work(maker: Maker, pipe, slot, parent: int, folder: str) -> None:
 
     maker.set_watch(watch)
     tell_waits(waits)
-    ahead: Callable[[Any], None] = getattr(maker, "ahead", lambda task: None)
-    tasks: deque[tuple[int, Any]] = deque()
     while True:
         try:
-            while not tasks or pipe.poll():  # all that has come, so that `ahead` knows of it
-                kind, *content = pipe.recv()
-                if kind == "block":
-                    maker.block(*content)
-                else:
-                    tasks.append((content[0], content[1]))
-                    ahead(content[1])
+            number, task = inbox.next()
         except EOFError:
             return
-        number, task = tasks.popleft()
         try:
             answer = (number, True, maker[task])
         except InputError as error:

@@ -88,7 +88,9 @@ class EvaluationConfig(_Checked):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    text = "labelled list, `path label` a line, or a folder: its test.csv, else its val.csv"
+    text = (
+        "labelled list, `path label` a line, an index of shards, or a folder: its test.csv, else its val.csv"
+    )
     parser.add_argument("data", metavar="LIST", help=text)
     parser.add_argument("--data-root", metavar="DIR", help="folder at which the list's relative paths start")
     add_settings(parser, FinetuneConfig, "frame_pattern first_frame")

@@ -18,6 +18,7 @@ from typing import Any
 
 from vmae.config import ModelSettings
 from vmae.data import VideoEntry, read_data
+from vmae.data.needs import Load, open_files
 from vmae.data.shared_memory import FOLDER, batches_bytes, remedy
 from vmae.data.shared_memory import describe as describe_bytes
 from vmae.errors import InputError
@@ -32,6 +33,14 @@ from vmae.planning.budget import (
     Workload,
     make_plan,
     published_recipe,
+)
+from vmae.planning.storage import (
+    Storage,
+    StoragePlan,
+    need_line,
+    node_load,
+    plan_storage,
+    storage_lines,
 )
 from vmae.settings import Real, setting
 from vmae.train import pretrain_settings
@@ -75,6 +84,7 @@ SETTINGS = Settings(
     RunConfig,
     Cluster,
     Workload,
+    Storage,
     PlanSettings,
     defaults={**pretrain_settings.SETTINGS.defaults, "data": "", "output": ""},
     without_file=published_settings,
@@ -91,11 +101,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config, plan, entries = plan_from_args(args)
-    content = describe(plan, config)
+    storage = Storage(**chosen(Storage, args))
+    data = plan_storage(plan, storage, args.videos or len(entries) or UNLABELED_HYBRID)
+    load = node_load(plan, node_batch_bytes(plan, config), args.keep + 1)
+    content = describe(plan, config, data, load)
     if args.json == "-":
         print(json.dumps(content, indent=1))
         return 0
     for line in report(plan, config, args):
+        print(line)
+    for line in [need_line(load), *storage_lines(data, storage, plan.cluster.gpus)]:
         print(line)
     for line in list_lines(args.data, entries):
         print(line)
@@ -185,13 +200,16 @@ def report(plan: Plan, config: PretrainConfig, args: argparse.Namespace) -> list
     ]
 
 
+def node_batch_bytes(plan: Plan, config: PretrainConfig) -> int:
+    """A micro-batch's clips; 0 where no workers make them."""
+    work = plan.workload
+    return work.batch_size * work.num_sample * plan.config.clip_bytes if config.loader == "cpu" else 0
+
+
 def node_batches_bytes(plan: Plan, config: PretrainConfig) -> int:
     """The most that the workers' batches take of a node's shared memory."""
-    work, ranks = plan.workload, min(plan.cluster.gpus_per_node, plan.cluster.gpus)
-    clips = work.batch_size * work.num_sample
-    if config.loader != "cpu":
-        return 0
-    return ranks * batches_bytes(clips * plan.config.clip_bytes, work.num_workers)
+    ranks = min(plan.cluster.gpus_per_node, plan.cluster.gpus)
+    return ranks * batches_bytes(node_batch_bytes(plan, config), plan.workload.num_workers)
 
 
 def shared_memory(plan: Plan, config: PretrainConfig) -> list[str]:
@@ -294,7 +312,7 @@ def list_lines(data: str, entries: Sequence[VideoEntry], count: int = 3) -> list
 # --- For machines ---
 
 
-def describe(plan: Plan, config: PretrainConfig) -> dict[str, Any]:
+def describe(plan: Plan, config: PretrainConfig, data: StoragePlan, load: Load) -> dict[str, Any]:
     """Everything in plain containers; bytes, FLOPs, seconds."""
     work, cluster, best = plan.workload, plan.cluster, plan.best
     rows = [dataclasses.asdict(row) for row in plan.rows]
@@ -315,6 +333,14 @@ def describe(plan: Plan, config: PretrainConfig) -> dict[str, Any]:
         },
         "model_flops_per_step": plan.model_flops,
         "shared_memory_per_node": node_batches_bytes(plan, config),
+        "needs_per_node": {
+            "memory": load.memory_bytes,
+            "shared_memory": load.shared_bytes,
+            "open_files_per_process": open_files(load.workers, load.world),
+            "cores": load.cores,
+            "disk": load.disk_bytes,
+        },
+        "data": dataclasses.asdict(data),
         "rows": rows,
         "recommended": None
         if best is None

@@ -20,18 +20,24 @@ from typing import Any
 
 import torch
 
-from vmae.config import ModelConfig
+from vmae.config import ModelConfig, ModelSettings
 from vmae.data.dali import dali_missing
 from vmae.data.decode import BACKENDS as VIDEO_BACKENDS
 from vmae.data.decode import video_backends
+from vmae.data.needs import Load, find_needs
 from vmae.data.shared_memory import FOLDER, SharedMemory, batches_bytes, describe, find_shared_memory, remedy
 from vmae.errors import InputError
-from vmae.flags import add_settings
+from vmae.files.limits import find_cores, find_memory, find_open_files
+from vmae.flags import Settings, add_settings
+from vmae.model import build_pretrainer
 from vmae.model.attention.choice import BACKENDS, auto_order, runnable
 from vmae.model.attention.probes import Workload
+from vmae.model.cost import masked_macs
 from vmae.settings import Whole
+from vmae.train import pretrain_settings
 from vmae.train.compiled import why_not_compiled
-from vmae.train.pretrain_settings import RunConfig
+from vmae.train.needs import MFU, predict_rate, rank_bytes
+from vmae.train.pretrain_settings import PretrainConfig, RunConfig
 from vmae_kernels import resolve_backend
 from vmae_kernels.device import why_too_old
 from vmae_kernels.optional_triton import WHY_MISSING
@@ -284,9 +290,7 @@ def look_at_video() -> dict[str, Any]:
 def look_at_machine(device: torch.device) -> dict[str, Any]:
     """Record of the machine: Python, torch, GPUs, and what the fused operations run with."""
     gpus, shared = [], find_shared_memory()
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
+    memory, files = find_memory(), find_open_files()
     for index in range(torch.cuda.device_count()):
         known = torch.cuda.get_device_properties(index)
         capability = f"{known.major}.{known.minor}"
@@ -294,7 +298,10 @@ def look_at_machine(device: torch.device) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": cores,
+        "cores": find_cores(),
+        "machine_cores": os.cpu_count(),
+        "memory": memory and memory._asdict(),
+        "open_files": files and files._asdict(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
@@ -307,8 +314,69 @@ def look_at_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def planned_load(file: str | None, device: torch.device) -> tuple[Load, str]:
+    """What a pre-training run asks of this machine, one rank for each of its GPUs; and that run in words.
+
+    Args:
+        file: settings of the run; None: ViT-B, batches of 32 videos, 4 workers.
+    """
+    usual = {**pretrain_settings.SETTINGS.defaults, "data": "", "output": "."}
+    usual |= {"workers": 4} if file is None else {}
+    settings = Settings(ModelSettings, PretrainConfig, RunConfig, defaults=usual)
+    parser = argparse.ArgumentParser()
+    settings.add_to(parser)
+    args = settings.complete(parser.parse_args([] if file is None else ["--config", file]))
+    args.effective_batch = None  # of all machines
+    config, run = pretrain_settings.configs_from_args(args)
+    with torch.device("meta"):
+        model = build_pretrainer(config.model, backend="torch")
+    parameters = sum(p.numel() for p in model.parameters())
+    checkpoint = 12 * parameters
+    ranks = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
+    flops = 6.0 * masked_macs(config.model, config.mask)
+    reads = config.loader == "cpu"
+    load = Load(
+        workers=run.speed.num_workers if reads else 0,
+        batch_bytes=run.batch_size * config.num_sample * config.model.clip_bytes if reads else 0,
+        ranks=ranks,
+        world=ranks,
+        videos_per_s=predict_rate(device, config.dtype, flops, config.num_sample) if reads else None,
+        num_sample=config.num_sample,
+        checkpoint_bytes=checkpoint,
+        checkpoints=run.keep + 1,
+        rank_bytes=rank_bytes(device, parameters),
+        staged_bytes=checkpoint // ranks if run.async_save else 0,
+        output=run.output,
+        pinned=device.type == "cuda",
+    )
+    words = (
+        f"{args.model}, {ranks} rank{'s' * (ranks > 1)}, batches of {run.batch_size} videos x "
+        f"{config.num_sample} clips, {load.workers} workers a rank"
+    )
+    return load, words
+
+
+def look_at_needs(file: str | None, device: torch.device) -> dict[str, Any]:
+    """Record of what such a run needs, and of what is here."""
+    load, words = planned_load(file, device)
+    needs = [
+        {
+            "name": need.name,
+            "needed": need.needed,
+            "has": need.has,
+            "short": need.short,
+            "line": need.describe(),
+        }
+        for need in find_needs(load)
+    ]
+    return {"run": words, "needs": needs, "mfu": MFU}
+
+
 def examine(
-    device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...] = HEAD_DIMS
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dims: tuple[int, ...] = HEAD_DIMS,
+    settings_file: str | None = None,
 ) -> dict[str, Any]:
     """Everything that `doctor` prints, in containers that JSON can hold."""
     return {
@@ -319,6 +387,7 @@ def examine(
             "dtype": str(dtype).removeprefix("torch."),
             "head_dims": list(head_dims),
         },
+        "needs": look_at_needs(settings_file, device),
         "attention": look_at_attention(device, dtype, head_dims),
         "auto": look_at_auto(device, dtype, head_dims),
         "video": look_at_video(),
@@ -355,13 +424,17 @@ def _attention_row(record: dict[str, Any], head_dims: list[int]) -> tuple[str, .
 def report(found: dict[str, Any], say: Callable[[str], None] = print) -> None:
     """Print what `examine` found."""
     _report_machine(found["machine"], say)
+    _report_needs(found["needs"], say)
     _report_attention(found, say)
     _report_video(found["video"], say)
     _report_packages(found["parts"], bool(found["machine"]["gpus"]), say)
 
 
 def _report_machine(machine: dict[str, Any], say: Callable[[str], None]) -> None:
-    say(f"python {machine['python']}, {machine['system']}, {machine['cores']} cores")
+    cores = f"{machine['cores']:.3g} cores"
+    if machine["cores"] != machine["machine_cores"]:
+        cores += f" of the machine's {machine['machine_cores']}"
+    say(f"python {machine['python']}, {machine['system']}, {cores}")
     built = "built without CUDA"
     if machine["cuda"]:
         built = f"CUDA {machine['cuda']}, cuDNN {machine['cudnn']}"
@@ -383,6 +456,13 @@ def _report_machine(machine: dict[str, Any], say: Callable[[str], None]) -> None
         say("blocks: compiled unless --no-compile; norms and GELU kept where that fits (--recompute auto)")
     else:
         say(f"blocks: not compiled unless --compile: {note}")
+
+
+def _report_needs(found: dict[str, Any], say: Callable[[str], None]) -> None:
+    say(f"\nwhat a pre-training run needs ({found['run']})")
+    for need in found["needs"]:
+        if need["needed"] is not None:
+            say(f"  {need['line']}")
 
 
 def _report_shared_memory(found: SharedMemory, say: Callable[[str], None]) -> None:
@@ -454,6 +534,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="head dims of attention (default: those of the presets)",
     )
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="settings of a pre-training run: what it needs is held against this machine (vit_b)",
+    )
     parser.add_argument("--json", metavar="FILE", help="file for all results")
 
 
@@ -471,7 +556,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if args.dtype:
         dtype = DTYPES[args.dtype]
-    found = examine(device, dtype, tuple(dict.fromkeys(args.head_dim)))
+    found = examine(device, dtype, tuple(dict.fromkeys(args.head_dim)), args.config)
     report(found)
     if args.json:
         try:

@@ -16,6 +16,7 @@ from vmae.data.classify_dataset import ClipConfig, ViewConfig
 from vmae.data.data_sets import DATA_SETS
 from vmae.data.labels import read_class_names
 from vmae.data.manifest import DEFAULT_PATTERN
+from vmae.data.shards.source import refuse_folder_of_shards
 from vmae.errors import InputError
 from vmae.flags import Settings, chosen
 from vmae.settings import (
@@ -109,7 +110,7 @@ class FinetuneConfig(SupervisedConfig):
         PretrainConfig,
         "data",
         dataclasses.MISSING,
-        help="labelled list, `path label` a line, or a folder with train.csv",
+        help="labelled list, `path label` a line, a folder with train.csv, or an index of shards (.vmae)",
     )
     num_classes: int = setting(
         help="without --classes",
@@ -340,6 +341,7 @@ def list_of(path: str, names: Sequence[str] = TRAINING_LISTS) -> str:
         return path
     found = next((name for name in names if (Path(path) / name).is_file()), None)
     if found is None:
+        refuse_folder_of_shards(path)
         raise InputError(
             f"folder {path} holds no {' and no '.join(names)}; give a list, `path label` a line "
             "(docs/own_data.md has lines that make one of a folder for each class)"

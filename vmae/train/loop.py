@@ -159,6 +159,7 @@ class Trainer:
         self.bad_videos: set[str] = set()  # that this rank met since it started
         self.failed_reads = 0  # of all ranks
         self._data_error: InputError | None = None
+        self.store_s: Callable[[], float] = lambda: 0.0
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint: weights, optimizer state, companions, step and counts.
@@ -221,6 +222,7 @@ class Trainer:
             stack.callback(getattr(batches, "close", lambda: None))
             self.stop.guard_workers()
             self.stop.interrupt = getattr(batches, "interrupt", self.stop.interrupt)
+            self.store_s = lambda: getattr(batches, "store_s", 0.0)
             self.log_file = self._open_log()
             stack.push(self.log_file.close)
             stack.push(self.saver.close)
@@ -460,6 +462,8 @@ class Trainer:
                 "mfu": flops_utilisation(flops, self.device, self.config.dtype),
                 "memory": peak_memory_bytes(self.device),
                 **({"samples": dict(self.samples)} if self.sources else {}),
+                # seconds that this rank's workers have waited for object stores so far, together
+                **({"store_s": store_s} if (store_s := self.store_s()) else {}),
             }
         )
         self.meter = StepMeter()

@@ -16,7 +16,7 @@ from vmae.train.pretrain_settings import local_ranks
 from vmae.train.task import ModelTask
 
 MFU = 0.35  # of a GPU's peak, assumed
-CPU_RANK_BYTES = 512 << 20  # a rank's main process without CUDA; then 16 bytes a parameter
+CPU_RANK_BYTES = 512 << 20  # Python and torch, without CUDA
 
 
 def load_of(prepared: Prepared) -> Load | None:
@@ -28,8 +28,6 @@ def load_of(prepared: Prepared) -> Load | None:
     elements = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     checkpoint = 4 * (elements + 2 * trained + (elements if task.averaged else 0))
-    on_gpu = prepared.device.type == "cuda"
-    rank_bytes = RANK_BYTES if on_gpu else CPU_RANK_BYTES + 16 * elements
     workers = run.speed.num_workers if task.loader == "cpu" else 0
     return Load(
         workers=workers,
@@ -41,9 +39,9 @@ def load_of(prepared: Prepared) -> Load | None:
         checkpoint_bytes=checkpoint,
         checkpoints=_new_checkpoints(prepared),
         staged_bytes=checkpoint // parallel.world_size if run.async_save else 0,
-        rank_bytes=max(0, rank_bytes - _resident_bytes()),
+        rank_bytes=max(0, rank_bytes(prepared.device, elements) - _resident_bytes()),
         output=run.output,
-        pinned=on_gpu,
+        pinned=prepared.device.type == "cuda",
     )
 
 
@@ -58,15 +56,25 @@ def warn_of_shortages(prepared: Prepared) -> list[str]:
     return [f"warning: {need.describe()}" for need in find_needs(load) if need.short]
 
 
+def rank_bytes(device: torch.device, parameters: int) -> int:
+    """Host memory of a rank's main process, beside its batches."""
+    if device.type == "cuda":
+        return RANK_BYTES
+    return CPU_RANK_BYTES + 16 * parameters  # weights, gradients, two moments
+
+
+def predict_rate(
+    device: torch.device, dtype: str, flops_per_clip: float | None, num_sample: int
+) -> float | None:
+    """Videos a second that a model takes on one GPU at `MFU` of its peak; None where that is not known."""
+    peak = peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+    return MFU * peak / flops_per_clip / num_sample if peak and flops_per_clip else None
+
+
 def _videos_per_s(prepared: Prepared) -> float | None:
     """That the model of one rank takes, predicted; None where its device's peak is not known."""
-    if prepared.device.type != "cuda":
-        return None
-    flops = prepared.task.flops_per_clip()
-    peak = peak_flops(torch.cuda.get_device_name(prepared.device), prepared.config.dtype)
-    if not flops or peak is None:
-        return None
-    return MFU * peak / flops / prepared.config.num_sample
+    config = prepared.config
+    return predict_rate(prepared.device, config.dtype, prepared.task.flops_per_clip(), config.num_sample)
 
 
 def _new_checkpoints(prepared: Prepared) -> int:

@@ -84,13 +84,18 @@ class PretrainConfig(TrainingConfig):
     mask: MaskConfig
     optim: OptimConfig
     data: str = setting(
-        help="list file: one video or frame folder a line; a folder of videos; or a mix of lists (.yaml)",
+        help="list file: one video or frame folder a line; a folder of videos; an index of shards (.vmae); "
+        "or a mix of these (.yaml)",
         aliases=("--data_path",),
         metavar="LIST",
         group=DATA,
     )
     data_root: str | None = setting(
-        None, "where the list's relative paths start", aliases=("--data_root",), metavar="DIR", group=DATA
+        None,
+        "where the list's relative paths, or an index's shards, start",
+        aliases=("--data_root",),
+        metavar="DIR",
+        group=DATA,
     )
     frame_pattern: str = setting(
         DEFAULT_PATTERN,

@@ -19,6 +19,8 @@ from harness.results.loop import LoopResult
 from harness.results.mask_ablation import MaskResult
 from harness.results.needs import NeedsResult
 from harness.results.operations import OperationsResult
+from harness.results.pack_shards import PackShardsResult
+from harness.results.packed import CodecsResult, PackedResult
 from harness.results.parts import PartsResult
 from harness.results.predict import PredictedKernelsResult, PredictResult
 from harness.results.progressive import ProgressiveResult
@@ -36,6 +38,8 @@ RESULTS: dict[str, type[Result]] = {
     "dual_vs_encoder": StepsResult,
     "step": ProfileResult,
     "data": DataResult,
+    "packed": PackedResult,
+    "packed_codecs": CodecsResult,
     "scaling": ScalingResult,
     "predict": PredictResult,
     "predicted_kernels": PredictedKernelsResult,
@@ -43,6 +47,7 @@ RESULTS: dict[str, type[Result]] = {
     "loop": LoopResult,
     "lists": ListsResult,
     "parts": PartsResult,
+    "pack_shards": PackShardsResult,
     "training_run": TrainingResult,
     "device_tests": DeviceTestsResult,
     "sanitize": SanitizerResult,

@@ -117,10 +117,10 @@ def test_pixels_are_those_of_packed_files(clips, packed, tmp_path):
     index = read_index(packed / "index.vmae")
     files = sorted(tmp_path.glob("videos/*/*.mp4"))
     for file, entry in zip(files, [entry for entry in index if entry.kind == "video"], strict=True):
-        with open_video(file) as plain, open_video(entry) as stored:
+        with open_video(file, "pyav") as plain, open_video(entry, "pyav") as stored:
             assert len(plain) == len(stored)
             assert np.array_equal(plain.frames([0, 2]), stored.frames([0, 2]))
-    with open_video(index[4]) as stored, Image.open(clips / "frames" / "img_00002.jpg") as image:
+    with open_video(index[4], "pyav") as stored, Image.open(clips / "frames" / "img_00002.jpg") as image:
         assert np.array_equal(stored.frames([1])[0], np.asarray(image))
 
 
@@ -208,7 +208,7 @@ def test_a_killed_run_loses_no_video_and_changes_no_byte(clips, packed, tmp_path
             if os.path.exists({str(tmp_path / "kill")!r}):
                 os.kill(leader, 9)
             return written(*given)
-        written, packing._write_shard = packing._write_shard, write
+        written, packing.write_shard = packing.write_shard, write
         from vmae.cli import main
         sys.exit(main(sys.argv[1:]))
     """
@@ -290,7 +290,7 @@ def test_videos_go_in_as_they_are(clips, bar_videos, tmp_path, capsys):
         with open(entry.shard.name, "rb") as file:
             file.seek(entry.video.offset)
             assert file.read(entry.video.length) == bar_videos[name].read_bytes()
-        with open_video(entry) as stored, open_video(bar_videos[name]) as plain:
+        with open_video(entry, "pyav") as stored, open_video(bar_videos[name], "pyav") as plain:
             assert len(stored) == len(plain) == entry.frames
     assert "decoding" not in json.loads((out / "report.json").read_text())
     assert main(["pack", str(tmp_path / "list.txt"), str(tmp_path / "x"), "--as-is"]) == 2
@@ -304,7 +304,7 @@ def test_every_third_frame(clips, packed, tmp_path, capsys):
     for entry, whole in zip(read_index(out / "index.vmae"), read_index(packed / "index.vmae"), strict=True):
         assert (entry.frames, entry.fps, entry.key) == (whole.frames, whole.fps, whole.key)
         assert (entry.keep_every, entry.phase < 3) == (3 if entry.kind == "video" else 1, True)
-        with open_video(entry) as some, open_video(whole) as all_of_them:
+        with open_video(entry, "pyav") as some, open_video(whole, "pyav") as all_of_them:
             assert len(some) == len(all_of_them)
     with tarfile.open(out / "shard-00000.tar") as tar:
         about = json.load(tar.extractfile("000000_v_0__.json"))
@@ -333,6 +333,25 @@ def test_an_output_that_cannot_be_written(clips, tmp_path, capsys):
     assert run(clips, tmp_path / "file") == 2
     assert run(clips, tmp_path / "file" / "x") == 2
     assert capsys.readouterr().err.count("error: ") == 2
+
+
+def test_a_file_that_changes_or_goes_meanwhile(clips, tmp_path, monkeypatch, capsys):
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(clips / "v.0 ü.mp4", tmp_path / name)
+    (tmp_path / "list.txt").write_text("a.mp4 0\nb.mp4 1\n")
+    arguments = ["pack", str(tmp_path / "list.txt"), str(tmp_path / "out"), "--shards", "--as-is"]
+    real = packing._add_file
+    for change, told in (
+        (lambda: (tmp_path / "b.mp4").unlink(True), "b.mp4 cannot be read: No such file"),
+        (lambda: None, None),
+    ):
+        monkeypatch.setattr(packing, "_add_file", lambda *given, change=change: (change(), real(*given))[1])
+        assert main([*arguments, "--workers", "1"]) == (2 if told else 0)
+        assert (told or "") in capsys.readouterr().err
+        assert bool(list((tmp_path / "out").glob("*.tar"))) == (told is None)
+        shutil.copy(clips / "v.1 ü.mp4", tmp_path / "b.mp4")
+    assert main(["pack", str(tmp_path / "list.txt"), "s3://bucket/out", "--shards"]) == 2
+    assert "is an address: pack into a folder" in capsys.readouterr().err
 
 
 def test_no_good_video(clips, tmp_path, capsys):

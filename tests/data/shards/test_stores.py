@@ -2,7 +2,9 @@
 
 import http.server
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import threading
 
@@ -13,6 +15,10 @@ from store_server import SECRET, Relay
 
 from vmae.config import MaskConfig
 from vmae.data import PretrainDataset, build_loader
+from vmae.data.augment_classify import AugmentConfig
+from vmae.data.check import check_entries
+from vmae.data.classify_dataset import ClassifyDataset, ClipConfig, ViewConfig, ViewDataset
+from vmae.data.labels import LabelledList
 from vmae.data.manifest import VideoEntry
 from vmae.data.mix import read_data
 from vmae.data.shards import reading, remote, stores
@@ -267,6 +273,51 @@ def test_plain_web_servers_are_read_by_range(store, local):
         remote.head(f"{store.files}/tests/web/other.vmae")
 
 
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """(certificate of an authority, certificate and key for localhost)."""
+    folder = tmp_path_factory.mktemp("certificates")
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl")
+
+    def openssl(*arguments):
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    new = ("req", "-newkey", "rsa:2048", "-nodes")
+    openssl(*new, "-x509", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=authority")
+    openssl(*new, "-keyout", "own.key", "-out", "own.csr", "-subj", "/CN=localhost")
+    (folder / "names").write_text("subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n")
+    openssl(
+        *("x509", "-req", "-in", "own.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"),
+        *("-extfile", "names", "-out", "own.crt", "-days", "9"),
+    )
+    (folder / "own.pem").write_text((folder / "own.crt").read_text() + (folder / "own.key").read_text())
+    return folder / "ca.pem", folder / "own.pem"
+
+
+@pytest.mark.slow
+def test_https(store, local, certificates, asker):
+    """Of S3 and of a plain web server; with an authority of one's own, and without."""
+    authority, own = certificates
+    store.upload(local, "tls")
+    expected = batches(read_data(local), 0)
+    with Relay(store.port, certificate=own) as s3, Relay(store.ports["filer.port"], certificate=own) as web:
+        asker.setenv("AWS_ENDPOINT_URL", f"https://localhost:{s3.port}")
+        asker.setenv("AWS_ALLOW_HTTP", "false")
+        addresses = (
+            "s3://tests/tls/index.vmae",
+            f"https://localhost:{web.port}/buckets/tests/tls/index.vmae",
+        )
+        for address in addresses:
+            assert "its certificate is not trusted (TLS); set SSL_CERT_FILE" in told_of(address)
+        for name, address in zip(("SSL_CERT_FILE", "AWS_CA_BUNDLE"), addresses, strict=True):
+            asker.setenv(name, str(authority))
+            same(batches(read_data(address), 2), expected)
+            asker.delenv(name)
+    asker.setenv("AWS_ENDPOINT_URL", f"https://localhost:{store.port}")
+    assert "the server does not speak https (TLS)" in told_of(addresses[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("etags", [True, False])
 def test_shards_that_changed_are_told_before_a_run_and_in_it(store, local, etags):
@@ -344,3 +395,24 @@ def test_wrong_keys(store, local):
         assert "access is refused (403 AccessDenied)" in told_of(address)
     finally:
         del os.environ["AWS_SKIP_SIGNATURE"]
+
+
+@pytest.mark.slow
+def test_each_sample_is_one_request(store, local, asker):
+    """What is asked for ahead is what the sample takes, also of folders of frames: nothing is read twice."""
+    data = entries(store.upload(local, "counted"))
+    clip = ClipConfig(num_frames=4, stride=2, image_size=32)
+    labels = LabelledList(list(data), [(0,)] * len(data), 2, False)
+    with Relay(store.port) as relay:
+        asker.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{relay.port}")
+        batches(data, 2)
+        assert relay.requests == 2 * len(data)
+        views = ViewDataset(list(data), clip, ViewConfig(segments=2, crops=1))
+        assert len(list(views.read(range(len(data)), 2))) == len(data)
+        assert relay.requests == 3 * len(data)
+        dataset = ClassifyDataset(labels, clip, AugmentConfig.none())
+        with build_loader(dataset, batch_size=2, epochs=1, num_workers=1) as loader:
+            assert len(list(loader)) == 3
+        assert relay.requests == 4 * len(data)
+        records = check_entries(data, workers=1, progress=False)
+        assert not any(record.get("error") for record in records)

@@ -61,6 +61,14 @@ def test_others_read_what_is_written():
     assert members_of(written({}))[0] == {}
 
 
+def test_pieces_are_one_member():
+    one, other = io.BytesIO(), io.BytesIO()
+    assert TarWriter(one).add("a", b"123456") == TarWriter(other).add_pieces("a", 6, [b"123", b"456"])
+    assert one.getvalue() == other.getvalue()
+    with pytest.raises(ValueError, match="3 bytes came, not 6"):
+        TarWriter(other).add_pieces("a", 6, [b"123"])
+
+
 LONG = {"d" * 90 + "/" + "n" * 120 + ".mp4": b"long", **CONTENT, "é" * 80 + ".json": b"1"}
 
 

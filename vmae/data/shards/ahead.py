@@ -17,8 +17,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from vmae.data.shards import stores
 from vmae.data.shards.entries import Shard, ShardError
 
-# Of each worker. 64 MiB are some 200 packed clips. Threads: see bench/store.py.
-MOST_BYTES, AT_ONCE = 64 << 20, 8
+# Of each worker. 64 MiB are some 200 packed clips. Threads: with answers 100 ms late, 16 get twice as many as
+# 8 (bench/store.py); a worker decodes some 100 clips/s.
+MOST_BYTES, AT_ONCE = 64 << 20, 16
 _GRACE_S = 60.0
 
 Wanted = tuple[Shard, int, int]  # shard, offset, length

@@ -194,6 +194,11 @@ def _cells_of(columns: Mapping[str, np.ndarray]) -> dict[str, memoryview]:
     return found
 
 
+def bytes_per_sample(key_bytes: int) -> int:
+    """Bytes of an index for each video without a label, where a key has so many."""
+    return sum(np.dtype(code).itemsize for code in _EACH.values()) + key_bytes
+
+
 def is_index(path: str | Path) -> bool:
     """Whether a path or address names an index, by its suffix."""
     return str(path).endswith(INDEX_SUFFIX)

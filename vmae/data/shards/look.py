@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 from vmae.data.decode import find_backends, open_video
 from vmae.data.manifest import VideoEntry
+from vmae.data.shards.memory_file import memory_file
+from vmae.data.video_reader import DecodeError
 
 
 class Facts(NamedTuple):
@@ -35,3 +38,23 @@ def look_at(entry: VideoEntry) -> Facts:
     with open_video(entry, "pyav") as reader:
         height, width = reader.frames([0]).shape[1:3]
         return Facts(len(reader), float(reader.fps or 0), width, height)
+
+
+def look_into(content: bytes, name: str) -> Facts:
+    """The facts of a video in memory.
+
+    Args:
+        name: for messages.
+
+    Raises:
+        DecodeError: see `look_at`.
+    """
+    handle, path = memory_file(content)
+    try:
+        return look_at(VideoEntry(path))
+    except DecodeError as error:
+        told = DecodeError(str(error).replace(path, name))
+        told.library = error.library
+        raise told from None
+    finally:
+        os.close(handle)

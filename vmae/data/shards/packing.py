@@ -11,12 +11,13 @@ workers, the time, or how often it was stopped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from vmae.data.containers import container_kind
 from vmae.data.files import check_regular
 from vmae.data.manifest import VideoEntry
+from vmae.data.pack import VERSION
 from vmae.data.part_folder import PartFolder
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine
 from vmae.data.shards.entries import Place, Shard
@@ -53,6 +55,7 @@ from vmae.files.json_files import parse_json, read_json
 
 SETTINGS_NAME, UNFINISHED = "pack.json", "unfinished"
 _PREFETCH = 8  # videos that a worker has at a time: they go on while a shard is written
+_PIECE, _MOST_FOR_TABLE = 8 << 20, 1 << 28  # bytes
 _OTHER_SUFFIXES = {
     "Matroska": ".mkv", "AVI": ".avi", "MPEG-TS": ".ts", "MPEG-PS": ".mpg", "FLV": ".flv", "ASF": ".wmv",
     "Ogg": ".ogv", "GIF": ".gif", "MXF": ".mxf",
@@ -128,7 +131,7 @@ def pack_shards(job: ShardJob) -> tuple[int, int]:
             for _ in plan[shard][1]:
                 made.append(_checked(next(progress)))
                 quarantine.add(0, [made[-1]] if isinstance(made[-1], Failure) else [])
-            _write_shard(job, plan, shard, made)
+            write_shard(job, plan, shard, made)
             for number in plan[shard][1]:
                 for path in _work_files(job, number):
                     path.unlink(missing_ok=True)
@@ -192,6 +195,7 @@ def settle_plan(job: ShardJob) -> ShardPlan:
     """
     path = job.place.folder / SETTINGS_NAME
     decides = {
+        "version": VERSION,
         **job.settings,
         "shard_size": job.size,
         "sources": [[source.name, source.count] for source in job.sources],
@@ -322,10 +326,11 @@ class _Maker(VideoTask):
                 stored = self.job.encode(entry.path, path, self.job.key(video))
                 write_atomically(about, lambda file: file.write(json.dumps(stored)), binary=False)
         facts = look_at(VideoEntry(str(path)))
-        content = path.read_bytes()
-        table = make_table(content) if suffix == ".mp4" else b""
-        before = os.path.getsize(entry.path)
-        size = len(content) + len(table) + 3072
+        size, before = os.path.getsize(path), os.path.getsize(entry.path)
+        table = b""
+        if suffix == ".mp4" and size <= _MOST_FOR_TABLE:
+            table = make_table(path.read_bytes())
+        size += len(table) + 3072
         return Made(str(path), suffix, stored or Stored(facts.frames), facts, table, before, size)
 
 
@@ -385,7 +390,7 @@ def _suffix_of(path: str) -> str:
 # --- Shards -------------------------------------------------------------------------------------------------
 
 
-def _write_shard(job: ShardJob, plan: ShardPlan, shard: int, made: Sequence[Made | Failure]) -> None:
+def write_shard(job: ShardJob, plan: ShardPlan, shard: int, made: Sequence[Made | Failure]) -> None:
     """A tar file, complete or absent, and then its index."""
     source, numbers = plan[shard]
     samples: list[Sample] = []
@@ -445,16 +450,41 @@ def _add_sample(tar: TarWriter, job: ShardJob, number: int, made: Made, source: 
     if made.table:
         place = tar.add(f"{key}.packets", made.table)
         table = (place.offset, place.length)
-    return dataclasses.replace(sample, table=table, video=tar.add(f"{key}{made.suffix}", _content(made.path)))
+    return dataclasses.replace(sample, table=table, video=_add_file(tar, f"{key}{made.suffix}", made.path))
 
 
 def _add_image(tar: TarWriter, key: str, path: str, index: int) -> Place:
-    return tar.add(f"{key}.img_{index + 1:05}{os.path.splitext(path)[1].lower()}", _content(path))
+    return _add_file(tar, f"{key}.img_{index + 1:05}{os.path.splitext(path)[1].lower()}", path)
 
 
-def _content(path: str) -> bytes:
+def _add_file(tar: TarWriter, name: str, path: str) -> Place:
+    """Raises InputError where the file cannot be read: it was there a moment ago."""
+    with _readable(path), open(path, "rb") as file:
+        length = os.fstat(file.fileno()).st_size
     try:
-        return Path(path).read_bytes()
+        return tar.add_pieces(name, length, _pieces(path))
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} was changed while it was packed: start the command again") from None
+
+
+def _pieces(path: str) -> Iterator[bytes]:
+    with _readable(path):
+        file = open(path, "rb")  # noqa: SIM115  closed below, and what is between is not ours to explain
+    with file:
+        while True:
+            with _readable(path):
+                piece = file.read(_PIECE)
+            if not piece:
+                return
+            yield piece
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; start the command again") from None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -33,11 +34,12 @@ try:
 except ImportError:
     fcntl = None  # type: ignore[assignment]  # Windows has no such module
 
+_log = logging.getLogger(__name__)
 # Seconds for which faults that may pass are repeated before a run: long enough for a lost packet, short
 # enough for a mistyped name.
 BEFORE_S = 5.0
 MOST_CHECKED, AT_ONCE = 1000, 32  # shards, and requests, of `check_shards`
-_POLL_S, _UNUSED_S = 1.0, 86400.0
+_POLL_S, _UNUSED_S, _LARGE = 1.0, 86400.0, 100_000_000
 _DECIDING = ("AWS_", "GOOGLE_", "AZURE_", "VMAE_", "SSL_", "HTTP", "http", "NO_PROXY", "no_proxy")
 _START_METHOD = "fork" if sys.platform.startswith("linux") else None
 
@@ -181,12 +183,17 @@ def cache_folder() -> Path:
 def _fetch(address: str, cache: str) -> Path:
     found = stores.find_object(address, BEFORE_S)
     folder, place = Path(cache, "indexes"), hashlib.sha256(address.encode()).hexdigest()[:16]
-    version = hashlib.sha256(f"{found.etag} {found.size}".encode()).hexdigest()[:16]
+    written = found.etag or found.modified or time.time_ns()
+    version = hashlib.sha256(f"{written} {found.size}".encode()).hexdigest()[:16]
     path = folder / f"{place}-{version}.vmae"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{place}.lock"):
+            for piece in folder.glob(f".{place}-*"):  # of a process that was killed
+                piece.unlink(missing_ok=True)
             if not (path.is_file() and path.stat().st_size == found.size):
+                if found.size > _LARGE:
+                    _log.info(f"note: fetching {address}, {found.size / 1e6:.0f} MB, to {path}")
                 write_atomically(
                     path,
                     lambda file: stores.download(address, file, found, stores.patience()),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,43 @@ from vmae.data.shards.entries import ShardEntry
 
 FRAMES = ""  # the suffix of a folder of frames
 _AT_ONCE = 1 << 14  # rows that become Python's numbers at a time
+
+
+# Of `ShardRows.identity_lines`. Of a folder of frames, `length` is a hash of its images' lengths and
+# checksums, and `crc` their number.
+_IDENTITY = np.dtype(
+    [("key", "<u8"), ("suffix", "<u8"), ("length", "<u8"), ("crc", "<u4"), ("stride", "<u4"),
+     ("every", "<u4"), ("phase", "<u4")]
+)  # fmt: skip
+
+
+def _scrambled(values: np.ndarray) -> np.ndarray:
+    """uint64 that look random, of whole numbers (the finalizer of SplitMix64, Steele et al., 2014)."""
+    mixed = values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+_OF_BYTE = _scrambled(np.arange(256))
+_OF_PLACE = _scrambled(np.arange(256, 256 + 4096)) | np.uint64(1)
+
+
+def hash_each(data: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """uint64 [n]: a number for each of the n sequences in `data` (uint8 or uint64) that end at `ends`, equal
+    for equal ones and for others hardly ever: a sum of scrambled values, each times a number for its
+    place."""
+    if not len(ends):
+        return np.zeros(0, np.uint64)
+    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1].astype(np.int64)])
+    lengths = ends.astype(np.int64) - starts
+    places = np.arange(len(data)) - np.repeat(starts, lengths)
+    values = np.zeros(len(data) + 1, np.uint64)  # one more: an empty sequence may stand at the end
+    values[:-1] = _OF_BYTE[data] if data.dtype == np.uint8 else _scrambled(data)
+    values[:-1] *= _OF_PLACE[places % len(_OF_PLACE)]
+    sums = np.add.reduceat(values, starts)
+    sums[lengths == 0] = 0
+    return sums
 
 
 class ShardRows(Entries[ShardEntry]):
@@ -40,7 +76,11 @@ class ShardRows(Entries[ShardEntry]):
 
     def counts(self, end: str) -> np.ndarray:
         """int64: how long each sample's part of the flat arrays is that end at column `end`."""
-        return self._chosen(np.diff(self.whole.columns[end].astype(np.int64), prepend=0))
+        rows, ends = self.numbers, self.whole.columns[end]
+        if rows.step != 1:
+            return self._chosen(np.diff(ends.astype(np.int64), prepend=0))
+        first = int(ends[rows.start - 1]) if rows.start and rows else 0
+        return np.diff(ends[rows.start : rows.stop].astype(np.int64), prepend=first)
 
     def _chosen(self, column: np.ndarray) -> np.ndarray:
         rows = self.numbers
@@ -86,7 +126,7 @@ class ShardRows(Entries[ShardEntry]):
             zip(*(self.column(name)[videos].tolist() for name in ("length", "crc")), strict=True)
         )
         for place in np.flatnonzero(~videos).tolist():
-            found.add((-1, self._images_of(self.numbers[place])))
+            found.add(tuple(entry_identity(self[place])[1:3]))
         return found
 
     def count_paths(self) -> int:  # an index has no key twice
@@ -100,41 +140,51 @@ class ShardRows(Entries[ShardEntry]):
         return [shards[shard] + key + suffixes[suffix] for shard, key, suffix in names]
 
     def identity_lines(self, first: int, last: int, start: str = "") -> bytes:
-        """The `identities` of some samples."""
-        return b"".join(self.identities(first, last))
+        """40 bytes for each of these samples that tell which frames it is: by its key, stride, and the length
+        and checksum of its bytes. Where the shards lie, and which of them holds it, does not count."""
+        parts = (self.numbers[begin : min(begin + _AT_ONCE, last)] for begin in range(first, last, _AT_ONCE))
+        return b"".join(ShardPart(self.whole, part)._identities().tobytes() for part in parts)
 
-    def identities(self, first: int, last: int) -> Iterator[bytes]:
-        """A line for each of these samples that tells which frames it is: its key, stride, and the length and
-        checksum of its bytes. Where the shards lie, and which of them holds it, does not count."""
-        for begin in range(first, last, _AT_ONCE):
-            yield from ShardPart(self.whole, self.numbers[begin : min(begin + _AT_ONCE, last)])._identities()
+    def _identities(self) -> np.ndarray:
+        found = np.zeros(len(self), _IDENTITY)
+        found["key"] = self.key_hashes()
+        suffixes = [suffix.encode() for suffix in self.whole.suffixes]
+        data = np.frombuffer(b"".join(suffixes), "u1")
+        found["suffix"] = hash_each(data, np.cumsum([len(suffix) for suffix in suffixes]))[
+            self.column("suffix")
+        ]
+        for name in ("length", "crc", "stride"):
+            found[name] = self.column(name)
+        folders = self.are("frames")
+        if folders.any():
+            images, sums = self._flat("image_length", "image_end"), self._flat("image_crc", "image_end")
+            counts = self.counts("image_end")
+            content = (images.astype(np.uint64) << np.uint64(32)) | sums
+            found["length"][folders] = hash_each(content, np.cumsum(counts))[folders]
+            found["crc"][folders] = counts[folders]
+        kept = self.column("keep_every") > 1
+        found["every"][kept], found["phase"][kept] = (
+            self.column("keep_every")[kept],
+            self.column("phase")[kept],
+        )
+        return found
+
+    def key_hashes(self) -> np.ndarray:
+        """uint64: see `hash_each`."""
+        return hash_each(self._flat("keys", "key_end"), np.cumsum(self.counts("key_end")))
 
     def keys(self) -> list[bytes]:
         """Names of all samples, in UTF-8."""
-        rows, ends = self.numbers, self.whole.columns["key_end"]
-        if rows.step != 1 or not rows:
-            return [self.whole.part("keys", number).tobytes() for number in rows]
-        start = int(ends[rows.start - 1]) if rows.start else 0
-        places = [0, *(ends[rows.start : rows.stop].astype(np.int64) - start).tolist()]
-        data = self.whole.columns["keys"][start : start + places[-1]].tobytes()
+        places = [0, *np.cumsum(self.counts("key_end")).tolist()]
+        data = self._flat("keys", "key_end").tobytes()
         return [data[one:other] for one, other in itertools.pairwise(places)]
 
-    def _identities(self) -> Iterator[bytes]:
-        names = ("suffix", "stride", "length", "crc", "keep_every", "phase")
-        columns = (self.column(name).tolist() for name in names)
-        suffixes = self.whole.suffixes
-        for number, key, kind, stride, length, crc, every, phase in zip(
-            self.numbers, self.keys(), *columns, strict=True
-        ):
-            content = f"{length}\0{crc}"
-            if suffixes[kind] == FRAMES:
-                content = self._images_of(number)
-            kept = f"\0{every}\0{phase}" if every > 1 else ""
-            yield key + f"{suffixes[kind]}\0{stride or None}\0{content}{kept}\n".encode()
-
-    def _images_of(self, number: int) -> str:
-        lengths, sums = (self.whole.part(name, number) for name in ("image_length", "image_crc"))
-        return f"{len(lengths)}\0{images_identity(lengths, sums)}"
+    def _flat(self, name: str, end: str) -> np.ndarray:
+        """What a flat array holds of these samples, one after the other."""
+        rows, ends, values = self.numbers, self.whole.columns[end], self.whole.columns[name]
+        if rows.step != 1 or not rows:
+            return np.concatenate([values[:0], *(self.whole.part(name, number) for number in rows)])
+        return values[int(ends[rows.start - 1]) if rows.start else 0 : int(ends[rows.stop - 1])]
 
 
 class ShardPart(ShardRows):

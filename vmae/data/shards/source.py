@@ -18,7 +18,7 @@ from vmae.data.shards.index import INDEX_NAME, ShardIndex, is_index, read_index
 from vmae.errors import InputError
 
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
-_KEYS_AT_ONCE = 1 << 16
+_KEYS_AT_ONCE = 1 << 14
 _checked: set[tuple[str, str, float, int]] = set()  # indexes that this process has found good
 
 
@@ -55,7 +55,11 @@ def index_at(path: str | Path, root: str | Path | None = None) -> ShardIndex | N
     if not is_index(name) or (not is_address(name) and path_kind(name) == "a folder"):
         _refuse_others(name)
         return None
-    index = read_index(_local(name), folder_of(name) if root is None else str(root))
+    file = _local(name)
+    try:
+        index = read_index(file, folder_of(name) if root is None else str(root))
+    except InputError as error:  # it has an address, not the name of its copy
+        raise InputError(str(error).replace(str(file), name)) from None
     if not len(index):
         raise InputError(f"index {name} holds no samples")
     if os.environ.get("RANK", "0") == "0":
@@ -74,6 +78,11 @@ def _refuse_others(name: str) -> None:
             f"{name} is an address, and of those only an index of shards can be read (.../{INDEX_NAME}, made "
             "by `vmae pack --shards` or `vmae index`); download anything else first"
         )
+    refuse_folder_of_shards(name)
+
+
+def refuse_folder_of_shards(name: str) -> None:
+    """Raises InputError where a folder holds an index, which is what is meant."""
     inside = os.path.join(name, INDEX_NAME)
     if path_kind(name) == "a folder" and path_kind(inside) == "a file":
         raise InputError(f"folder {name} holds shards: give their index, {inside}")
@@ -112,12 +121,11 @@ def check_keys(name: str, index: ShardIndex) -> None:
     for first in range(0, len(ends), _KEYS_AT_ONCE):
         last = min(first + _KEYS_AT_ONCE, len(ends))
         start, stop = int(ends[first - 1]) if first else 0, int(ends[last - 1])
-        part = data[start:stop]
         try:
-            part.tobytes().decode("utf-8")
+            str(data[start:stop].data, "utf-8")
         except UnicodeDecodeError:
             raise InputError(f"index {name} is damaged (keys): make it anew with `vmae index`") from None
-        hashes[first:last] = _hash_each(part, ends[first:last].astype(np.int64) - start)
+        hashes[first:last] = index[first:last].key_hashes()
     order = np.argsort(hashes, kind="stable")
     for place in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]).tolist():
         one, other = int(order[place]), int(order[place + 1])
@@ -126,22 +134,6 @@ def check_keys(name: str, index: ShardIndex) -> None:
                 f"index {name}: key {index.key(one)!r} comes twice, as samples {one + 1} and {other + 1}; "
                 "give each sample a name of its own and make the index anew"
             )
-
-
-_WEIGHTS = np.random.default_rng(18).integers(1 << 63, size=(2, 4096), dtype=np.uint64)
-
-
-def _hash_each(data: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """uint64 [n]: a number for each of the n texts in `data` (uint8), which end at `ends`; equal for equal
-    ones, and for others hardly ever: the sum of a random number for each byte times one for its place."""
-    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
-    lengths = ends - starts
-    values = np.zeros(len(data) + 1, np.uint64)  # one more: an empty text may stand at the end
-    places = np.arange(len(data)) - np.repeat(starts, lengths)
-    values[:-1] = _WEIGHTS[0, data] * _WEIGHTS[1, places % _WEIGHTS.shape[1]]
-    sums = np.add.reduceat(values, starts) if len(starts) else np.zeros(0, np.uint64)
-    sums[lengths == 0] = 0
-    return sums
 
 
 def check_shards(name: str, index: ShardIndex) -> None:

@@ -56,10 +56,17 @@ class Fault(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a store says of an object: bytes, and its ETag, empty where it has none."""
+    """What a store says of an object.
+
+    Attributes:
+        size: bytes.
+        etag: name of its content; empty where the store gives none.
+        modified: when it was written, as the store says it; empty where it does not.
+    """
 
     size: int
     etag: str
+    modified: str = ""
 
 
 class Changed(InputError):
@@ -217,11 +224,11 @@ def explain(error: BaseException, root: str) -> Fault:
     text = str(error)
     scheme = root.partition("://")[0]
     source = _SOURCES.get(scheme, "credentials")
-    if "169.254.169.254" in text or "token request" in text:
-        return Fault(f"no credentials: set {source} ({GUIDE})", False)
+    status, code = _STATUS.search(text), _CODE.search(text)
+    if "169.254.169.254" in text or "token request" in text:  # the machine's own, which others may overload
+        return Fault(f"no credentials: set {source} ({GUIDE})", not (status and status[1].startswith("4")))
     if "MissingAccount" in text:
         return Fault(f"no account: set {source} ({GUIDE})", False)
-    status, code = _STATUS.search(text), _CODE.search(text)
     told = " ".join(found[1] for found in (status, code) if found)
     name = code[1] if code else ""
     if name in _REGION_CODES or "BareRedirect" in text:
@@ -326,7 +333,7 @@ def read_bytes(address: str, offset: int, length: int, etag: str, patience_s: fl
     """
     root, key = split_address(address)
     options: GetOptions = {"range": (offset, offset + length)}
-    if etag:
+    if etag and not etag.startswith("W/"):  # a weak one never matches (RFC 9110, 13.1.1)
         options["if_match"] = etag
     store = store_of(root)
     import obstore
@@ -362,7 +369,8 @@ def find_object(address: str, patience_s: float) -> Found:
             if _STATUS.findall(str(error))[:1] != ["416"]:
                 raise
             about = obstore.head(store, key)  # it is empty
-        return Found(about["size"], about["e_tag"] or "")
+        modified = about["last_modified"]
+        return Found(about["size"], about["e_tag"] or "", str(modified) if modified.timestamp() else "")
 
     return insist(ask, address, root, patience_s)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, NamedTuple
 
 from vmae.data.shards.entries import Place
@@ -41,15 +41,28 @@ class TarWriter:
 
     def add(self, name: str, content: bytes) -> Place:
         """Append a member; returns where its content stands."""
+        return self.add_pieces(name, len(content), [content])
+
+    def add_pieces(self, name: str, length: int, pieces: Iterable[bytes]) -> Place:
+        """Append a member that comes in pieces.
+
+        Raises:
+            ValueError: they are not `length` bytes together: the file is no tar file any more.
+        """
         about = tarfile.TarInfo(name)
-        about.size, about.mode = len(content), 0o644
+        about.size, about.mode = length, 0o644
         header = about.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-        place = Place(self._place + len(header), len(content), zlib.crc32(content))
-        padding = -len(content) % _BLOCK
         self._file.write(header)
-        self._file.write(content)
+        crc = written = 0
+        for piece in pieces:
+            self._file.write(piece)
+            crc, written = zlib.crc32(piece, crc), written + len(piece)
+        if written != length:
+            raise ValueError(f"{written} bytes came, not {length}")
+        padding = -length % _BLOCK
         self._file.write(bytes(padding))
-        self._place += len(header) + len(content) + padding
+        place = Place(self._place + len(header), length, crc)
+        self._place = place.offset + length + padding
         return place
 
     def finish(self) -> int:
