@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -47,6 +48,7 @@ from vmae.data.pyav_frames import FrameClip, FrameConverter
 from vmae.data.shards.entries import Place, Shard
 from vmae.data.shards.index import Sample, ShardIndex, columns_of
 from vmae.data.shards.packets import make_table
+from vmae.settings import limits
 from vmae.synthetic.samples import sample_videos
 
 NUM_FRAMES, STRIDE, SIZE = 16, 4, 224
@@ -75,7 +77,9 @@ class Packed:
 # --- the videos ---------------------------------------------------------------------------------------------
 
 
-def make_videos(folder: Path, sources: Sequence[Path]) -> tuple[list[Packed], list[PackedBytes]]:
+def make_videos(
+    folder: Path, sources: Sequence[Path], gop: int = PackConfig.gop
+) -> tuple[list[Packed], list[PackedBytes]]:
     """The videos, packed and in shards."""
     contents: dict[str, list[bytes]] = {"full": [], "kept": []}
     samples: dict[str, list[dict[str, Any]]] = {"full": [], "kept": []}
@@ -84,7 +88,7 @@ def make_videos(folder: Path, sources: Sequence[Path]) -> tuple[list[Packed], li
         for name, keep_every in (("full", 1), ("kept", 4)):
             at(f"packing {source.name}, {name}")
             path = folder / f"{source.stem}_{name}.mp4"
-            frames = pack_video(source, path, PackConfig(keep_every=keep_every), key)
+            frames = pack_video(source, path, PackConfig(keep_every=keep_every, gop=gop), key)
             phase = draw_phase(key, keep_every, frames)
             contents[name].append(path.read_bytes())
             with open_video(path) as reader:
@@ -99,18 +103,35 @@ def make_videos(folder: Path, sources: Sequence[Path]) -> tuple[list[Packed], li
         Packed(str(folder / f"{source.stem}_full.mp4"), *(entries[name][number] for name in ENTRIES))
         for number, source in enumerate(sources)
     ]
-    sizes = []
-    for name, label in (("full", "all frames"), ("kept", "every 4th frame")):
-        tables = [make_table(content) for content in contents[name]]
-        pictures = sum(len(range(s["phase"], s["frames"], s["keep_every"])) for s in samples[name])
-        record = PackedBytes(
-            videos=label,
-            bytes=sum(map(len, contents[name])),
-            table_bytes=sum(map(len, tables)),
-            pictures=pictures,
-        )
-        sizes.append(record)
-    return videos, sizes
+    return videos, [
+        measure_bytes("all frames", folder, sources, PackConfig(gop=gop)),
+        measure_bytes("every 4th frame", folder, sources, PackConfig(gop=gop, keep_every=4)),
+        measure_bytes("every 4th frame, crf 18", folder, sources, PackConfig(gop=gop, keep_every=4, crf=18)),
+    ]
+
+
+def measure_bytes(label: str, folder: Path, sources: Sequence[Path], config: PackConfig) -> PackedBytes:
+    """Bytes of packed videos and of their tables; PSNR of their frames against videos without loss."""
+    contents, tables, pictures, quality = 0, 0, 0, []
+    lossless, packed = folder / "lossless.mp4", folder / "measured.mp4"
+    for number, source in enumerate(sources):
+        at(f"sizes of {source.name}, {label}")
+        key = f"{number:06}_{source.stem}"
+        frames = pack_video(source, packed, config, key)
+        pack_video(source, lossless, PackConfig(crf=0, preset="ultrafast"))
+        kept = range(draw_phase(key, config.keep_every, frames), frames, config.keep_every)
+        with open_video(lossless) as true, open_video(packed) as found:
+            pairs = zip(itertools.islice(true.iterate(), kept.start, None, kept.step), found.iterate())
+            errors = [float(np.square(one.astype(np.float32) - two).mean()) for one, two in pairs]
+        if len(errors) != len(kept):
+            raise RuntimeError(f"{source.name}: {len(errors)} of {len(kept)} frames were compared")
+        quality.append(10 * float(np.log10(255**2 / np.mean(errors))))
+        pictures += len(kept)
+        contents += packed.stat().st_size
+        tables += len(make_table(packed.read_bytes()))
+    return PackedBytes(
+        videos=label, bytes=contents, table_bytes=tables, pictures=pictures, psnr=float(np.mean(quality))
+    )
 
 
 ENTRIES = ("stored", "plain", "kept")
@@ -320,7 +341,7 @@ def measure(args: argparse.Namespace) -> PackedResult:
     seeds = range(args.clips)
     with tempfile.TemporaryDirectory() as name, one_core():
         folder = Path(name)
-        videos, sizes = make_videos(folder, sources)
+        videos, sizes = make_videos(folder, sources, args.gop)
         jobs = folder / "jobs.json"
         jobs.write_text(json.dumps(jobs_of(videos, seeds)), encoding="utf-8")
         rivals, absent = start_rivals(args.rival, jobs)
@@ -349,7 +370,9 @@ def measure(args: argparse.Namespace) -> PackedResult:
             speedup=Spread.of_ratios(runs[BASE], times),
         )
         ways.append(record)
-    return PackedResult(environment=find_environment(), records=[*ways, *parts, *sizes], absent=absent)
+    return PackedResult(
+        environment=find_environment(), records=[*ways, *parts, *sizes], gop=args.gop, absent=absent
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -386,6 +409,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="two small clips")
     add("--rounds", type=int, help="times that every clip is made (default: 7, quick 2)")
     add("--clips", type=int, help="places in each video (default: 8, quick 2)")
+    add("--gop", type=limits(PackConfig, "gop"), default=PackConfig.gop, help="see `vmae pack --gop`")
     add(
         "--rival",
         action="append",

@@ -62,7 +62,7 @@ def x264(label: str, more: str = "", without: Sequence[str] = (), **changes: int
 
 
 def x265(label: str, crf: int, preset: str = "medium") -> Way:
-    params = "keyint=12:min-keyint=12:scenecut=0:open-gop=0:bframes=3:b-adapt=0:b-pyramid=0:pools=none"
+    params = "keyint=25:min-keyint=25:scenecut=0:open-gop=0:bframes=7:b-adapt=0:b-pyramid=0:pools=none"
     options = {"preset": preset, "crf": str(crf), "tune": "fastdecode"}
     return Way("H.265", label, "libx265", {**options, "x265-params": f"{params}:log-level=none"})
 
@@ -71,7 +71,7 @@ def vp9(crf: int) -> Way:
     options = {
         "crf": str(crf),
         "b:v": "0",
-        "g": "12",
+        "g": "25",
         "deadline": "good",
         "cpu-used": "4",
         "lag-in-frames": "0",
@@ -80,7 +80,7 @@ def vp9(crf: int) -> Way:
 
 
 def av1(crf: int) -> Way:
-    params = "keyint=12:fast-decode=1:lp=1:scd=0"
+    params = "keyint=25:fast-decode=1:lp=1:scd=0"
     return Way("AV1", f"crf {crf}", "libsvtav1", {"preset": "8", "crf": str(crf), "svtav1-params": params})
 
 
@@ -96,9 +96,11 @@ WAYS = (
     x264("crf 26", crf=26),
     x264("preset veryfast", preset="veryfast"),
     x264("preset slower", preset="slower"),
-    x264("GOP 6", gop=6),
-    x264("GOP 24", gop=24),
-    x264("GOP 48", gop=48),
+    x264("GOP 12, runs of 3 B", gop=12),
+    x264("GOP 25, runs of 3 B", ":bframes=3"),
+    x264("GOP 25, runs of 5 B", ":bframes=5"),
+    x264("GOP 9", gop=9),
+    x264("GOP 49", gop=49),
     x264("only key frames", gop=1),
     x264("no B-frames", ":bframes=0"),
     x264("not tuned", without=("tune",)),

@@ -89,7 +89,7 @@ GROUPS = {
         ),
         "pack": (
             "vmae.data.pack_command",
-            "re-encode a list's videos so that clips decode fast: short side 256, a key frame every 12; "
+            "re-encode a list's videos so that clips decode fast: short side 256, a key frame every 25; "
             "into tar files too",
         ),
         "index": (

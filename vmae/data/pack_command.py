@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gop",
         type=limits(PackConfig, "gop"),
         default=PackConfig.gop,
-        help="frames from one key frame to the next (12)",
+        help="frames from one key frame to the next (25)",
     )
     parser.add_argument(
         "--crf",
@@ -157,6 +157,8 @@ def _read(args: argparse.Namespace) -> _Found:
     path = Path(args.list)
     if path.suffix.lower() in MIX_SUFFIXES and not path.is_dir():
         mix = read_data(path, args.data_root)
+        if indexes_in(mix):
+            raise InputError(f"mix {path} has an index among its sources, whose videos are packed already")
         if indexes_in(mix):
             raise InputError(f"mix {path} has an index among its sources, whose videos are packed already")
         sources = [Origin(source.name, source.first, source.count, source.root) for source in mix.sources]

@@ -28,6 +28,7 @@ from harness.results.sanitize import SanitizerResult
 from harness.results.scaling import ScalingResult
 from harness.results.step import ProfileResult
 from harness.results.steps import StepsResult
+from harness.results.store import FaultsResult, StoreResult
 from harness.results.temporal import TemporalResult
 from harness.results.training_run import TrainingResult
 
@@ -46,8 +47,8 @@ RESULTS: dict[str, type[Result]] = {
     "features": FeaturesResult,
     "loop": LoopResult,
     "lists": ListsResult,
-    "parts": PartsResult,
     "pack_shards": PackShardsResult,
+    "parts": PartsResult,
     "training_run": TrainingResult,
     "device_tests": DeviceTestsResult,
     "sanitize": SanitizerResult,
@@ -58,6 +59,8 @@ RESULTS: dict[str, type[Result]] = {
     "temporal": TemporalResult,
     "kill_runs": KillResult,
     "needs": NeedsResult,
+    "store": StoreResult,
+    "store_faults": FaultsResult,
 }
 # Other names: of the README's tables, and of a command before it was renamed.
 ALIASES = {"steps": "dual_vs_encoder", "masks": "mask_ablation", "kernels": "operations"}

@@ -8,6 +8,7 @@ from typing import ClassVar
 from harness.json_records import Runs, Spread
 from harness.results.base import Result
 from harness.table import Table, median_of, number, spread_text
+from vmae.data.pack import PackConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,24 +46,31 @@ class PackedParts:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBytes:
-    """Bytes of all packed videos and of their packet tables."""
+    """Bytes of all packed videos and of their packet tables.
+
+    Attributes:
+        psnr: decibels of the frames that they have, all of a clip, the mean of the clips.
+    """
 
     kind: str = "bytes"
     videos: str
     bytes: int
     table_bytes: int
     pictures: int
+    psnr: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedResult(Result):
     """Attributes:
+    gop: frames from one key frame to the next.
     absent: libraries that could not run, with the reason.
     """
 
     title: ClassVar[str] = "Clips of packed videos"
 
     records: list[PackedWay | PackedParts | PackedBytes]
+    gop: int = PackConfig.gop
     absent: dict[str, str] = field(default_factory=dict)
 
     def tables(self) -> list[Table]:
@@ -76,7 +84,9 @@ class PackedResult(Result):
                 parts.append([r.way, *(f"{value:.2f}" for value in (r.open, r.decode, r.convert, r.resize))])
             else:
                 each = f"{r.table_bytes / r.pictures:.1f}"
-                sizes.append([r.videos, number(r.bytes, 1e3), number(r.table_bytes, 1e3, 1), each])
+                sizes.append(
+                    [r.videos, number(r.bytes, 1e3), number(r.table_bytes, 1e3, 1), each, f"{r.psnr:.1f}"]
+                )
         head = [
             "way",
             "library",
@@ -86,9 +96,9 @@ class PackedResult(Result):
             "levels off (mean)",
         ]
         return [
-            Table(self.title, head, ways, self.conditions),
+            Table(self.title, head, ways, f"A key frame every {self.gop} frames; {self.conditions}"),
             Table("Parts, CPU ms a clip", ["way", "open", "decode", "convert", "resize"], parts),
-            Table("Sizes", ["videos", "kB", "kB of tables", "bytes a picture"], sizes),
+            Table("Sizes", ["videos", "kB", "kB of tables", "bytes a picture", "PSNR, dB"], sizes),
         ]
 
 

@@ -34,9 +34,11 @@ class StoredFrames(FrameFolderReader):
 
 class KeptFrames(VideoReader):
     """A video of which every n-th frame is stored, with its frames' own numbers: for a frame that was left
-    out, the stored one before it stands in (the first one, where there is none).
+    out, the stored one before it stands in.
 
-    A clip whose stride is a multiple of n has its stride exactly; its start moves to a stored frame.
+    A clip whose stride is a multiple of n has its stride exactly; its start moves to a stored frame. Frames
+    that are read together and begin before the first stored one move to it together, where they then still
+    end within the video; else the first stored one stands in.
 
     Args:
         entry: says which frames are stored.
@@ -69,7 +71,10 @@ class KeptFrames(VideoReader):
         return self._stored.frames(self._places(indices), crop)
 
     def _places(self, indices: np.ndarray) -> np.ndarray:
-        """Numbers of stored frames."""
+        """Numbers of stored frames; `indices` ascend."""
+        late = max(self._entry.phase - int(indices[0]), 0)
+        if indices[-1] + late < self._entry.frames:
+            indices = indices + late
         return np.maximum(indices - self._entry.phase, 0) // self._entry.keep_every
 
     def close(self) -> None:
