@@ -7,7 +7,7 @@ what pre-training does up to the samples of its first batch: `read_data`, `Pretr
 counted. Memory is what /proc tells (anonymous, private dirty): pages of the mapped list are shared by all
 processes, and are not counted.
 
-    python bench/lists.py                      # 1.35 and 10 million lines; some two minutes
+    python bench/lists.py                      # 1.35 and 10 million lines; some three minutes
     python bench/lists.py --before TREE        # an older tree too, on lists of up to two million lines
     python bench/lists.py --index              # an index of as many samples, in place of the list
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import statistics
@@ -33,14 +34,29 @@ from harness.environment import find_environment
 from harness.index_files import make_index
 from harness.json_records import Runs
 from harness.progress import at
-from harness.results.lists import ListsResult, LookupRecord, StartRecord, WorkerRecord
+from harness.results.lists import KindRecord, ListsResult, LookupRecord, StartRecord, WorkerRecord
 from harness.table import MIB, show
 
 from vmae import InputError
+from vmae.data import read_list
+from vmae.data.labels import read_labelled_list
 
 LINES = (1_350_000, 10_000_000)
 LINKS = 220  # folders that are links to their own folder: 220^3 paths
 MOST_BEFORE = 2_000_000  # lines; an older tree takes some GiB for more
+MOST_OF_A_KIND = 300_000  # lines
+KINDS = {  # what a line is like, and how it is written
+    "path 0 -1": "videos/{path} 0 -1",
+    "path": "videos/{path}",
+    "path of SomethingV2 0 -1": "SomethingV2/{path} 0 -1",
+    "path with blanks 0 -1": "my videos/{path} 0 -1",
+    '"path",0,-1': '"videos/{path}",0,-1',
+    "path 0 -1 label": "videos/{path} 0 -1 {label}",
+    "path label": "videos/{path} {label}",
+    "path label;label": "videos/{path} {label};401",
+    "`#! stride=2` and path": "#! stride=2\nvideos/{path}",
+}
+LABELLED = ("path label", "path label;label")
 CHILD = Path(__file__).parent / "harness" / "list_start.py"
 
 
@@ -132,6 +148,35 @@ def measure_index(path: Path, samples: int, repeats: int, reads: int) -> list[St
     return [start_record(samples, "now", "index", runs), worker]
 
 
+def kind_records(folder: Path, lines: int, repeats: int) -> list[KindRecord]:
+    """Lists whose lines are written in different ways, read for the first time in this process, as by a rank
+    that looks up no file."""
+    make_list(folder, 1).unlink()
+    for name in ("SomethingV2", "my videos"):
+        (folder / name).symlink_to("videos")
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    path, before = folder / "kinds.txt", dict(os.environ)
+    os.environ["RANK"] = "1"
+    try:
+        for turn, kind in itertools.product(range(repeats), KINDS):
+            at(f"lines as {kind}, {turn + 1} of {repeats}")
+            with open(path, "w", encoding="utf-8") as file:
+                for number in range(lines):
+                    video = f"part_{number // LINKS % LINKS:03}/part_{number % LINKS:03}/clip_0001.mp4"
+                    file.write(KINDS[kind].format(path=video, label=number % 400) + "\n")
+            forget(path)
+            read = read_labelled_list if kind in LABELLED else read_list
+            began = time.process_time()
+            read(path, folder)
+            times[kind].append((time.process_time() - began) / lines * 1e6)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        forget(path)
+        path.unlink(missing_ok=True)
+    return [KindRecord(lines=lines, line=kind, line_us=Runs.of(runs)) for kind, runs in times.items()]
+
+
 def hash_seconds(path: Path) -> float:
     began = time.perf_counter()
     content = hashlib.sha256()
@@ -160,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"--lines: at most {LINKS**3:,}")
         if args.before and not (Path(args.before) / "vmae").is_dir():
             raise InputError(f"--before {args.before}: no tree with a folder `vmae`")
-        records: list[StartRecord | WorkerRecord | LookupRecord] = []
+        records: list[StartRecord | WorkerRecord | LookupRecord | KindRecord] = []
         hashes = {}
         environment = find_environment()
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -177,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 records += measure(path, lines, trees, args.repeats, args.reads)
                 forget(path)
                 path.unlink()
+            records += kind_records(Path(folder), min(MOST_OF_A_KIND, *args.lines), args.repeats)
         result = ListsResult(environment=environment, records=records, hash_s=hashes)
         show(*result.tables())
         write_result(result, args.json)

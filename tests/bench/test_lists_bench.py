@@ -19,6 +19,8 @@ def test_starts_are_timed_and_counted(benches, tmp_path, capsys):
     assert all(0 < record["memory_mib"]["median"] <= record["peak_mib"]["median"] for record in starts)
     calls = [record["calls"] for record in content["records"] if record["kind"] == "lookup"]
     assert calls == [500, 500, 0]  # rank 0 looks up a sample, whatever is kept; the others nothing
+    kinds = [record for record in content["records"] if record["kind"] == "lines"]
+    assert len(kinds) == 9 and all(record["line_us"]["median"] > 0 for record in kinds)
     assert list(tmp_path.iterdir()) == [file]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vmae.data import list_cache, list_parsing, long_lists
-from vmae.data.labels import read_labelled_list
+from vmae.data.labels import read_any_list, read_labelled_list
 from vmae.data.list_parsing import ListParser
 from vmae.data.manifest import read_list, read_list_with_problems
 from vmae.data.mix import read_data
@@ -292,6 +292,20 @@ def test_files_that_moved_between_the_roots(world, parsed, monkeypatch):
     for number in range(COUNT):
         (world / f"v{number}").rename(world / "data" / f"v{number}")
     assert [entry.path for entry in read_list(path)] == paths(world) and len(parsed) == 3
+
+
+def test_check_data_and_pack_look_at_every_line(world, asked, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    (world / "data" / "v41" / "clip.mp4").unlink()
+    for start, root in (("", world / "data"), (f"{world}/data/", None)):
+        found = read_any_list(write(world, start=start), root)
+        assert [entry.path for entry in found.entries] == paths(world, [*range(41), *range(42, COUNT)])
+        ((line, problem),) = found.problems
+        assert line == 42 and "v41/clip.mp4' does not exist" in problem and len(asked) >= COUNT
+        assert found.labels == [None] * (COUNT - 1) and not found.labelled
+        del asked[:]
+    labelled = read_any_list(write(world, end=" 3;5"), world / "data")
+    assert labelled.labels == [(3, 5)] * (COUNT - 1) and labelled.labelled and caches(world) == []
 
 
 # --- Mixes ---

@@ -26,6 +26,7 @@ FILES = (
     "deep/er/clip_7.webm",
     "-7",
     "v1",
+    "2024",
 )
 FOLDERS = ("frames", "SomethingV2/frames", "AVA2.2/frames", "my frames", "12/f 1")
 PATTERNS = {"AVA2.2/frames": "image_{:06}.jpg"}
@@ -88,7 +89,9 @@ def video_line(rng, root, labels):
 
 
 def plainest_line(rng, root, labels):
-    path = rng.choice(("a.mp4", "b.avi", "12/34.mp4", "deep/er/clip_7.webm", "v1", "-7", f"{root}/a.mp4"))
+    path = rng.choice(
+        ("a.mp4", "b.avi", "12/34.mp4", "deep/er/clip_7.webm", "v1", "-7", "2024", f"{root}/a.mp4")
+    )
     return f"{path} 3" if labels else f"{path}{rng.choice((' 0 -1', ' 0 -1', ''))}"
 
 

@@ -329,5 +329,8 @@ def test_list_file_itself(folder):
     with pytest.raises(InputError, match="looks like JSON"):
         read_list(folder / "j.txt")
     (folder / "latin.txt").write_bytes("a.mp4\nf\xfcr.mp4\n".encode("latin-1"))
+    (folder / "mark.txt").write_bytes(b"\xef\xbb\xbfa.mp4\n\xff.mp4\n")
+    with pytest.raises(InputError, match="line 2: not UTF-8 text"):
+        read_list(folder / "mark.txt")
     with pytest.raises(InputError, match="line 2: not UTF-8"):
         read_list(folder / "latin.txt")

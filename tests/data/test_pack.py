@@ -105,11 +105,17 @@ def test_the_same_bytes_each_time(tmp_path):
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
-def test_an_unfinished_video_is_made_again(bar_videos, tmp_path):
-    target = tmp_path / "p.mp4"
-    (tmp_path / "p.part.mp4").write_text("left by a kill")
-    pack_video(bar_videos["vp9"], target, PackConfig(preset="ultrafast"))
-    assert target.exists() and not (tmp_path / "p.part.mp4").exists()
+def test_an_unfinished_video_is_made_again(upright, tmp_path):
+    """What a kill left is removed, but not what another part is writing."""
+    (tmp_path / "list.txt").write_text(f"{upright}\n" * 2)
+    folder = tmp_path / "out" / "videos" / "000"
+    folder.mkdir(parents=True)
+    left, others = (folder / f"{number:06}_v_0123456789.77.part.mp4" for number in range(2))
+    left.write_text("left by a kill")
+    others.write_text("of another part")
+    assert run_pack(tmp_path / "list.txt", tmp_path / "out", "--part", "1/2") == 0
+    assert sorted(path.name[:8] for path in folder.iterdir()) == ["000000_v", "000001_v"]
+    assert not left.exists() and others.exists()
 
 
 def test_errors(tmp_path, bar_videos, monkeypatch):
@@ -261,7 +267,7 @@ def test_the_best_of_several_streams(tmp_path):
 
 
 def test_a_full_disk_is_no_fault_of_the_video(upright, tmp_path):
-    (tmp_path / "p.part.mp4").symlink_to("/dev/full")
+    (tmp_path / f"p.{os.getpid()}.part.mp4").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         pack_video(upright, tmp_path / "p.mp4", PackConfig(crf=0, preset="ultrafast"))
     assert not (tmp_path / "p.mp4").exists()

@@ -1,15 +1,16 @@
 """What packed clips take to make, keep and read; the page on 100 million clips is right."""
 
 import dataclasses
+import importlib.util
 import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
 from vmae import MaskConfig, ModelConfig
 from vmae.cli import main
+from vmae.data.mix import Mix, Source
 from vmae.data.needs import PACKED
 from vmae.data.shards.entries import Place, Shard
 from vmae.data.shards.index import Sample, ShardIndex, bytes_per_sample, columns_of, write_index
@@ -27,13 +28,10 @@ from vmae.planning.storage import (
     node_load,
     plan_storage,
     storage_lines,
+    with_known_bytes,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "hundred_million.md"
-COMMAND = re.compile(
-    r"<!-- run -->\n```bash\n(python -m vmae plan .*?)```\n(.*?)```text\n(.*?)```", re.DOTALL
-)
 
 
 def plan_with(clips_per_s, **work):
@@ -91,6 +89,15 @@ def test_the_index_is_as_large_as_planned(tmp_path):
     assert 2000 * bytes_per_sample(36) <= size < 2000 * bytes_per_sample(36) + 20_000
 
 
+def test_bytes_of_an_index_are_known():
+    samples = [Sample(str(number), 0, Place(0, size, 0), table=(0, 4)) for number, size in enumerate((6, 16))]
+    index = ShardIndex(columns_of(samples, [""], [".mp4"]), [Shard("0.tar", 100)])
+    mix = Mix(index, [Source("index", 0, 2, 1.0, "")])
+    assert with_known_bytes(Storage(), mix).packed_bytes == 15
+    assert with_known_bytes(Storage(packed_bytes=7.0), mix).packed_bytes == 7
+    assert with_known_bytes(Storage(), []).packed_bytes is None
+
+
 def test_what_a_machine_needs():
     load = node_load(plan_with(80.0), batch_bytes=2**20, checkpoints=4)
     assert (load.ranks, load.world, load.workers, load.videos_per_s) == (8, 16, 3, 80 / 4 / 16)
@@ -104,9 +111,10 @@ def test_what_a_machine_needs():
 def test_rates_are_those_of_the_committed_results():
     records = json.loads((ROOT / "bench/results/cpu/needs.json").read_text())["records"]
     (clips,) = [record for record in records if record["kind"] == "clips"]
-    assert PACKED_BYTES_PER_S == pytest.approx(clips["packed_bytes"] / clips["seconds"], rel=0.05)
-    assert PACK_CPU_S == pytest.approx(clips["pack_cpu_s"]["median"] / clips["seconds"], rel=0.05)
-    assert CHECK_CPU_S == pytest.approx(clips["check_cpu_s"]["median"] / clips["videos"], rel=0.05)
+    assert PACKED_BYTES_PER_S == pytest.approx(clips["packed_bytes"] / clips["seconds"], rel=0.02)
+    # CPU seconds vary with what else the machine does
+    assert PACK_CPU_S == pytest.approx(clips["pack_cpu_s"]["median"] / clips["seconds"], rel=0.15)
+    assert CHECK_CPU_S == pytest.approx(clips["check_cpu_s"]["median"] / clips["videos"], rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -138,13 +146,13 @@ def test_json_has_it_too(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_page_shows_what_its_commands_print(capsys, number):
-    command, _, shown = COMMAND.findall(PAGE.read_text("utf-8"))[number]
-    assert main(shlex.split(command.replace("\\\n", " "))[3:]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert len(shown.splitlines()) > 8
-    assert [line for line in shown.splitlines() if line not in printed] == []
+def test_the_page_shows_what_its_commands_print():
+    spec = importlib.util.spec_from_file_location("write_plans", ROOT / "docs" / "write_plans.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    text = script.PAGE.read_text("utf-8")
+    assert text.count("```text\nrecommendation: ") == 2
+    assert script.rewritten(text.replace("core hours", "hours")) == text, "run `python docs/write_plans.py`"
 
 
 @pytest.mark.slow

@@ -2,16 +2,20 @@ import importlib.machinery
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
+from vmae import ModelConfig
 from vmae.cli import main
 from vmae.model.attention.choice import BACKENDS
 from vmae.tools import doctor
 from vmae_kernels import device as kernel_device
 
 CPU = torch.device("cpu")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_prints_backends_packages_and_what_is_missing(capsys, tmp_path):
@@ -22,6 +26,9 @@ def test_prints_backends_packages_and_what_is_missing(capsys, tmp_path):
         *(part.name for part in doctor.PARTS),
         f"torch {torch.__version__}",
         "auto takes sdpa",
+        "what a pre-training run needs (vit_b, 1 rank, batches of 32 videos x 1 clips, 4 workers a rank)",
+        "open files of a process: ",
+        "disk for checkpoints: ",
     ):
         assert word in shown, word
     found = json.loads((tmp_path / "d.json").read_text())
@@ -105,6 +112,7 @@ def test_dtype_and_head_dims_are_settings(capsys):
         (["--device", "toaster"], "--device toaster: torch knows no such device"),
         (["--device", "cuda"], "torch sees no GPU here"),
         (["--head-dim", "0"], "--head-dim: must be a whole number from 1 to 4,096, not 0"),
+        (["--config", "/no/such/run.yaml"], "/no/such/run.yaml"),
         (["--json", "/no/such/folder/d.json"], "--json /no/such/folder/d.json: No such file or directory"),
     ],
 )
@@ -112,6 +120,22 @@ def test_bad_input_is_one_line(flags, message, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["doctor", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_a_run_needs_follows_from_its_settings(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: vit_tiny\nbatch_size: 3\nnum_sample: 2\nworkers: 5\nkeep: 1\nasync_save: true\n")
+    load, words = doctor.planned_load(str(file), torch.device("cpu"))
+    assert words == "vit_tiny, 1 rank, batches of 3 videos x 2 clips, 5 workers a rank"
+    clip = ModelConfig.preset("vit_tiny").clip_bytes
+    assert (load.workers, load.batch_bytes, load.checkpoints) == (5, 6 * clip, 2)
+    assert load.staged_bytes == load.checkpoint_bytes > 0 and load.videos_per_s is None
+    assert load.rank_bytes < 2**30  # no CUDA
+    recipe, words = doctor.planned_load(str(ROOT / "recipes" / "pretrain_vitb.yaml"), torch.device("cpu"))
+    assert recipe.num_sample == 4 and words.startswith("vit_b, ")
+    needs = doctor.look_at_needs(str(file), torch.device("cpu"))["needs"]
+    assert {need["name"] for need in needs if need["short"]} == set()
+    assert all(need["line"].startswith(need["name"]) for need in needs)
 
 
 def part_of(module: str) -> doctor.Part:

@@ -54,7 +54,8 @@ def test_pretraining_goes_on_where_the_shards_lie_now(pretrain, stored, tmp_path
     assert pretrain(run, "--steps", "7", "--allow-list-change") == 0
 
 
-def test_fine_tuning_tests_and_distillation(labelled_world, stored, tmp_path, capsys):
+@pytest.mark.slow
+def test_fine_tuning_and_tests(labelled_world, stored, tmp_path, capsys):
     lists = {"files": [labelled_world / f"{name}.txt" for name in ("train", "val")]}
     lists["shards"] = [stored / name / "index.vmae" for name in ("train", "val")]
     test = ["--segments", "2", "--crops", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"]

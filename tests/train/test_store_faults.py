@@ -1,5 +1,7 @@
 """A run whose shards lie in a store that fails: no sample is lost, and none is repeated or replaced."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -114,6 +116,43 @@ def test_a_store_that_is_gone_stops_the_run_which_goes_on(store, index, tmp_path
     assert pretrain(address, tmp_path / "run") == 0
     assert losses(tmp_path / "run") == expected and not (tmp_path / "run" / "quarantine.jsonl").exists()
     assert not secret_in(tmp_path / "run")
+
+
+def _on_a_rank(address, output, patience, first, killed):
+    """A run in a rank, whose server is killed by rank 0 after its first steps; (exit code, stderr)."""
+    from vmae.train.loop import Trainer
+
+    os.environ["VMAE_STORE_PATIENCE_S"] = patience
+    plain = Trainer.clip
+
+    def clip(self, record):
+        if first and self.step == 5 and os.environ["RANK"] == "0":
+            os.kill(killed, signal.SIGKILL)
+        return plain(self, record)
+
+    Trainer.clip = clip  # of this fork
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        code = pretrain(address, output, 40)
+    return code, err.getvalue()
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_with_one_checkpoint_and_go_on(store, index, tmp_path, run_ranks):
+    address = store.upload(index, "ranks")
+    (code, _), (other, _) = run_ranks(2, _on_a_rank, index, tmp_path / "local", "600", False, 0)
+    assert code == other == 0
+    found = run_ranks(2, _on_a_rank, address, tmp_path / "run", "1.5", True, store.process.pid)
+    store.kill()
+    store.start()
+    assert [code for code, _ in found] == [75, 75]
+    for _, err in found:
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert "error: rank " in line and "it cannot be reached" in line and SECRET not in err
+    done = len(losses(tmp_path / "run"))
+    assert 5 <= done < 40 and f"after step {done};" in line
+    found = run_ranks(2, _on_a_rank, address, tmp_path / "run", "600", False, 0)
+    assert [code for code, _ in found] == [0, 0]
+    assert losses(tmp_path / "run") == losses(tmp_path / "local")
 
 
 @pytest.mark.slow

@@ -441,7 +441,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command; 1 where a video is bad."""
     if is_address(args.list) and not args.output:
-        raise InputError(f"{args.list} lies in a store: --output DIR says where the report goes")
+        raise InputError("the list lies in a store: --output DIR says where the report goes")
     with open_ranks() as ranks:
         source = Path(args.list)
         found = _read_with_advice(args.list, args.data_root, LABELLED[args.labelled], ranks.is_main)

@@ -108,7 +108,7 @@ def _of_folder(folder: Path, videos: Path | None, path_key: str | None) -> Itera
     groups = [folder / name for name in ("metas", "metas_jsonl") if (folder / name).is_dir()]
     if groups:
         return _of_pipeline(groups, videos or folder)
-    manifests = sorted(path for path in folder.iterdir() if path.suffix.lower() in (*_LINES, _TABLE))
+    manifests = [folder / name for name in _names(folder, *_LINES, _TABLE)]
     if manifests:
         root = videos or folder
         return itertools.chain.from_iterable(_of_manifest(path, root, path_key) for path in manifests)
@@ -118,22 +118,34 @@ def _of_folder(folder: Path, videos: Path | None, path_key: str | None) -> Itera
 # --- Outputs of NeMo Curator and cosmos-curate ---
 
 
+def _names(folder: Path, *suffixes: str) -> list[str]:
+    """What is in a folder, in order; only with these suffixes, where there are any.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        found = os.listdir(folder)
+    except OSError as error:
+        raise InputError(f"folder {folder} cannot be read: {error.strerror}") from None
+    return sorted(name for name in found if not suffixes or name.lower().endswith(suffixes))
+
+
 def _of_pipeline(groups: list[Path], videos: Path) -> Iterator[Clip]:
     for group in groups:
-        versions = sorted(path for path in group.iterdir() if path.is_dir())
+        versions = [group / name for name in _names(group) if (group / name).is_dir()]
         if not versions:
             raise InputError(f"{group} holds no version (v0) of the records")
         yield from (_of_metas if group.name == "metas" else _of_meta_lines)(versions[-1], videos)
 
 
 def _of_metas(folder: Path, videos: Path) -> Iterator[Clip]:
-    names = sorted(name for name in os.listdir(folder) if name.endswith(".json"))
-    return in_groups(lambda name: _of_meta(folder / name, videos), names)
+    return in_groups(lambda name: _of_meta(folder / name, videos), _names(folder, ".json"))
 
 
 def _of_meta_lines(folder: Path, videos: Path) -> Iterator[Clip]:
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in _LINES):
-        for where, record in _lines_of(path):
+    for name in _names(folder, *_LINES):
+        for where, record in _lines_of(folder / name):
             yield _pipeline_clip(where, record, videos)
 
 
@@ -349,7 +361,7 @@ def read_duplicates(path: str | Path, similarity: float) -> Names:
         raise InputError(f"--without {path}: does not exist")
     files = [place]
     if place.is_dir():
-        files = sorted(file for file in place.iterdir() if file.suffix.lower() in (_TABLE, *_LINES))
+        files = [place / name for name in _names(place, _TABLE, *_LINES)]
         if not files:
             raise InputError(f"--without {path}: no .parquet and no .jsonl file in {place}")
     return Names(itertools.chain.from_iterable(_duplicates_of(file, similarity) for file in files))

@@ -36,16 +36,17 @@ from vmae.data.list_lines import (
     read_pieces,
     resolve_line,
     split_lines,
+    unquote,
 )
 from vmae.errors import InputError
 
 SAMPLE = 32  # lines of a part that are looked up where something is to be settled
 FEW = 1000  # lines up to which all are
 _GAP = r"(?:[ \t]*,[ \t]*|[ \t]+)"
-# A path whose last word is no number, so that the numbers behind it have one meaning each.
-_PATH = r'(?![\s"#])([^\n]*[^\s,\d+-][\d+-]*)'
+# A path, maybe in quotes, whose last word is no number, so that the numbers behind it have one meaning each.
+_PATH = r'("?)(?![\s"#])([^\n"]*[^\s",\d+-][\d+-]*)\1'
 _COUNT = r"(-1|0*[1-9]\d{0,8})"
-# Groups: path, start, total, last column, any other line.
+# Groups: the quote, path, start, total, last column, any other line.
 PLAIN_LINE = re.compile(
     rf"^(?:{_PATH}(?:{_GAP}(\d{{1,9}}){_GAP}{_COUNT}(?:{_GAP}(\d{{1,9}}))?)?|(.*))$", re.MULTILINE
 )
@@ -212,7 +213,7 @@ class ListParser:
                 raise InputError(foreign)
             reader.entries = len(begin)
         rows = grammar.plain.findall(text)
-        path, start, total, last, others = (list(column) for column in zip(*rows, strict=True))
+        _, path, start, total, last, others = (list(column) for column in zip(*rows, strict=True))
         lines, first = _Lines(path, start, total, last), reader.number
         lines.settings.append((0, reader.stride, reader.pattern))
         for place in [place for place, other in enumerate(others) if other]:
@@ -248,7 +249,8 @@ class ListParser:
                 contents.extend(text.split("\n"))
             _, stride, pattern = lines.settings[bisect_right(set_from, place) - 1]
             where = f"list file {self.name!r}, line {first + place + 1}"
-            return self.grammar.parse(contents[place].strip(), where, first + place + 1, stride, pattern)[0]
+            content = unquote(contents[place].strip())
+            return self.grammar.parse(content, where, first + place + 1, stride, pattern)[0]
 
         if self._every:
             lines.root = np.zeros(len(lines.path), np.uint8)
@@ -375,12 +377,7 @@ class ListParser:
             return None
         data = np.frombuffer(text, np.uint8)
         ends = np.flatnonzero(data == ord("\n")) + 1
-        # A letter among the last three bytes: no path is a number.
-        letters, begins = (data | 0x20) >= ord("a"), np.append(0, ends[:-1])
-        if int((ends - begins).min()) < 4:
-            return None
-        if not (letters[ends - 2] | letters[ends - 3] | letters[ends - 4]).all():
-            return None
+        begins = np.append(0, ends[:-1])
         first = self._reader.number
         root = self._root_of_all(text, begins, ends, np.flatnonzero(data[begins] != ord("/")))
         if root is None:

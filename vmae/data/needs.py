@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmae.data.shards.ahead import MOST_BYTES
 from vmae.data.shared_memory import FOLDER, PREFETCH, batches_bytes, describe, find_shared_memory, remedy
 from vmae.files.limits import CONTAINER, find_cores, find_memory, find_open_files, free_disk
 
@@ -74,6 +75,7 @@ class Load:
         staged_bytes: copies of a rank's state in host memory, while it is saved in the background.
         output: folder of the run; None where there is none yet.
         rank_bytes: of a rank's main process, beside its batches.
+        remote: whether shards are read from an object store.
         pinned: whether batches are copied to pinned memory, for a GPU.
         decode: cost of the videos.
     """
@@ -89,6 +91,7 @@ class Load:
     staged_bytes: int = 0
     rank_bytes: int = RANK_BYTES
     output: str | Path | None = None
+    remote: bool = False
     pinned: bool = True
     decode: DecodeCost = PACKED
 
@@ -100,7 +103,7 @@ class Load:
     @property
     def memory_bytes(self) -> int:
         """Memory of all ranks here, shared memory included: a container's limit counts that too."""
-        worker = WORKER_BYTES + self.batch_bytes
+        worker = WORKER_BYTES + self.batch_bytes + (MOST_BYTES if self.remote else 0)
         pinned = 2 * self.batch_bytes if self.pinned else 0
         rank = self.rank_bytes + self.workers * worker + pinned + self.staged_bytes
         return self.ranks * rank + self.shared_bytes

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from vmae.settings import SIDE, Whole, ranged
 
 # of what packed videos hold: files of another one are not taken for done. 1 lost rotation and colour tags
 VERSION = 2
+UNFINISHED_SUFFIX = ".part.mp4"
 _TARGET_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.ENOENT, errno.EIO}
 
 
@@ -107,7 +109,8 @@ def pack_video(source: str | Path, target: str | Path, config: PackConfig, key: 
         raise InputError(
             f"packing needs PyAV 17 or newer, to keep colours as they are; {av.__version__} is installed"
         )
-    part = Path(target).with_suffix(".part.mp4")
+    # of this process alone: a worker outlives a main process that is killed by a second, and goes on writing
+    part = Path(target).with_suffix(f".{os.getpid()}{UNFINISHED_SUFFIX}")
     try:
         with open_video(source, "pyav") as reader, av.open(str(part), "w") as out:
             assert isinstance(reader, PyavReader)

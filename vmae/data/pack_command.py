@@ -159,6 +159,8 @@ def _read(args: argparse.Namespace) -> _Found:
         mix = read_data(path, args.data_root)
         if indexes_in(mix):
             raise InputError(f"mix {path} has an index among its sources, whose videos are packed already")
+        if indexes_in(mix):
+            raise InputError(f"mix {path} has an index among its sources, whose videos are packed already")
         sources = [Origin(source.name, source.first, source.count, source.root) for source in mix.sources]
         return _Found(mix.entries, [None] * len(mix), False, sources)
     found = read_any_list(path, args.data_root, LABELLED[args.labelled])

@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vmae.data.manifest import VideoEntry, write_list
-from vmae.data.pack import VERSION, PackConfig, pack_video
+from vmae.data.pack import UNFINISHED_SUFFIX, VERSION, PackConfig, pack_video
 from vmae.data.part_folder import PartFolder
 from vmae.data.parts import WHOLE, Part
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine
@@ -126,8 +126,12 @@ def pack_part(
     videos = [entry for entry in entries if entry.kind == "video"]
     targets = [_target(place.folder, number, entry.path) for number, entry in enumerate(videos)]
     own = place.share(len(videos))
+    numbers = frozenset(own)
     for parent in {targets[number].parent for number in own}:
         parent.mkdir(parents=True, exist_ok=True)
+        for left in parent.glob(f"*{UNFINISHED_SUFFIX}"):  # by a kill
+            if left.name[:6].isdecimal() and int(left.name.split("_")[0]) in numbers:
+                left.unlink(missing_ok=True)
     quarantine = Quarantine(place.own / QUARANTINE_NAME, 1.0)
     packer = _Packer(videos, targets, config)
     pool = WorkerPool(packer, iter(own), count=workers, prefetch=2, hang_s=hang_s)

@@ -137,11 +137,12 @@ class PartFolder:
         whole = {**decides, **(of_parts or {})}
         for folder in self.folders():
             remedy = f"choose another --output, or remove {folder}"
+            files = sorted(folder.glob("*.json"))  # before: a part that begins writes its settings first
             if (folder / self.settings).exists():
                 before = read_json(folder / self.settings, "settings file")
                 check_same(before, whole, f"{folder} holds {self.other}", remedy)
-            elif settings := sorted(folder.glob("*.json")):
-                raise InputError(f"{folder} holds a part of something else ({settings[0].name}); {remedy}")
+            elif files:
+                raise InputError(f"{folder} holds a part of something else ({files[0].name}); {remedy}")
         settle(self.folder / self.settings, decides, self.other, **noted)
         if not self.part.whole:
             settle(self.own / self.settings, whole, self.other, **noted)

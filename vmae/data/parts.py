@@ -1,7 +1,7 @@
 """Parts of a job: `--part i/n`, for arrays of jobs that know nothing of one another.
 
-Which part does what depends on (number of items, n) alone, so every n gives the same results together; ranks
-under torchrun divide a part further.
+Which part does what depends on (number of items, n) alone, so every n gives the same results together. Ranks
+under torchrun divide what a part has left, so a part may go on with another number of them.
 """
 
 from __future__ import annotations
@@ -30,11 +30,6 @@ class Part:
     def whole(self) -> bool:
         """Whether it is all there is."""
         return self.count == 1
-
-    def among_ranks(self, rank: int, world_size: int) -> Part:
-        """What rank `rank` does of this part. The ranks' items are those of the part, whatever their number:
-        a part may go on with another one."""
-        return Part(self.number + rank * self.count, self.count * world_size)
 
     def share(self, items: int, together: int = 1) -> Sequence[int]:
         """Numbers of this part's items: every `count`-th, so that neighbours of a list are spread.

@@ -19,6 +19,7 @@ from typing import Any
 from vmae.config import ModelSettings
 from vmae.data import VideoEntry, read_data
 from vmae.data.needs import Load, open_files
+from vmae.data.shards.source import is_address
 from vmae.data.shared_memory import FOLDER, batches_bytes, remedy
 from vmae.data.shared_memory import describe as describe_bytes
 from vmae.errors import InputError
@@ -41,6 +42,7 @@ from vmae.planning.storage import (
     node_load,
     plan_storage,
     storage_lines,
+    with_known_bytes,
 )
 from vmae.settings import Real, setting
 from vmae.train import pretrain_settings
@@ -101,9 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config, plan, entries = plan_from_args(args)
-    storage = Storage(**chosen(Storage, args))
+    storage = with_known_bytes(Storage(**chosen(Storage, args)), entries)
     data = plan_storage(plan, storage, args.videos or len(entries) or UNLABELED_HYBRID)
-    load = node_load(plan, node_batch_bytes(plan, config), args.keep + 1)
+    load = node_load(plan, node_batch_bytes(plan, config), args.keep + 1, is_address(args.data or ""))
     content = describe(plan, config, data, load)
     if args.json == "-":
         print(json.dumps(content, indent=1))

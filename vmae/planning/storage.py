@@ -8,11 +8,14 @@ your own in their place. Prices are inputs only.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vmae.config import _Checked
+from vmae.data.manifest import VideoEntry
+from vmae.data.mix import Mix
 from vmae.data.needs import PACKED, Load, open_files
-from vmae.data.shards.index import bytes_per_sample
+from vmae.data.shards.index import ShardIndex, bytes_per_sample
 from vmae.data.shared_memory import PREFETCH, describe
 from vmae.planning.budget import MemorySize, Plan
 from vmae.settings import Real, Whole, setting
@@ -20,8 +23,8 @@ from vmae.settings import Real, Whole, setting
 # --- Measured: bench/results/cpu/needs.json ---
 
 PACKED_BYTES_PER_S = 72_500.0  # of a second of video, short side 256
-PACK_CPU_S = 0.12  # of a second of video
-CHECK_CPU_S = 0.015  # of a video
+PACK_CPU_S = 0.13  # of a second of video
+CHECK_CPU_S = 0.016  # of a video
 
 # --- Given ---
 
@@ -126,6 +129,15 @@ class StoragePlan:
     epoch_price: float | None
 
 
+def with_known_bytes(storage: Storage, entries: Sequence[VideoEntry]) -> Storage:
+    """`storage` with the mean bytes of a video and its packet table, of an index."""
+    index = entries.entries if isinstance(entries, Mix) else entries
+    if storage.packed_bytes is not None or not isinstance(index, ShardIndex) or not len(index):
+        return storage
+    mean = float(index.columns["length"].mean() + index.columns["table_length"].mean())
+    return storage.replace(packed_bytes=mean)
+
+
 def plan_storage(plan: Plan, storage: Storage, videos: int) -> StoragePlan:
     """What `videos` of a list take, while the recommended row of `plan` trains on them.
 
@@ -174,12 +186,13 @@ def plan_storage(plan: Plan, storage: Storage, videos: int) -> StoragePlan:
     )
 
 
-def node_load(plan: Plan, batch_bytes: int, checkpoints: int) -> Load:
+def node_load(plan: Plan, batch_bytes: int, checkpoints: int, remote: bool = False) -> Load:
     """What the ranks of one of the planned machines ask of it.
 
     Args:
         batch_bytes: clips of a micro-batch; 0 where no workers make them.
         checkpoints: kept at once.
+        remote: whether shards are read from an object store.
     """
     work, cluster, best = plan.workload, plan.cluster, plan.best
     rate = None if best is None or best.clips_per_s is None else best.clips_per_s / work.num_sample
@@ -192,6 +205,7 @@ def node_load(plan: Plan, batch_bytes: int, checkpoints: int) -> Load:
         num_sample=work.num_sample,
         checkpoint_bytes=12 * plan.parameters,
         checkpoints=checkpoints,
+        remote=remote,
     )
 
 

@@ -25,6 +25,7 @@ from vmae.data.dali import dali_missing
 from vmae.data.decode import BACKENDS as VIDEO_BACKENDS
 from vmae.data.decode import video_backends
 from vmae.data.needs import Load, find_needs
+from vmae.data.shards.source import is_address
 from vmae.data.shared_memory import FOLDER, SharedMemory, batches_bytes, describe, find_shared_memory, remedy
 from vmae.errors import InputError
 from vmae.files.limits import find_cores, find_memory, find_open_files
@@ -36,7 +37,7 @@ from vmae.model.cost import masked_macs
 from vmae.settings import Whole
 from vmae.train import pretrain_settings
 from vmae.train.compiled import why_not_compiled
-from vmae.train.needs import MFU, predict_rate, rank_bytes
+from vmae.train.needs import MFU, device_name, predict_rate, rank_bytes
 from vmae.train.pretrain_settings import PretrainConfig, RunConfig
 from vmae_kernels import resolve_backend
 from vmae_kernels.device import why_too_old
@@ -158,6 +159,14 @@ PARTS = (
         packages=("huggingface_hub",),
         install="pip install 'vmae[hub]'",
         without="names of the Hugging Face hub (hub:OWNER/NAME) are refused; files need a download by hand",
+    ),
+    Part(
+        name="obstore",
+        group="files",
+        module="obstore",
+        packages=("obstore",),
+        install="pip install 'vmae[store]'",
+        without="indexes and shards in object stores (s3://, gs://, az://, https://) are refused",
     ),
     Part(
         name="transformers",
@@ -334,19 +343,20 @@ def planned_load(file: str | None, device: torch.device) -> tuple[Load, str]:
     checkpoint = 12 * parameters
     ranks = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
     flops = 6.0 * masked_macs(config.model, config.mask)
-    reads = config.loader == "cpu"
+    reads, name = config.loader == "cpu", device_name(device)
     load = Load(
         workers=run.speed.num_workers if reads else 0,
         batch_bytes=run.batch_size * config.num_sample * config.model.clip_bytes if reads else 0,
         ranks=ranks,
         world=ranks,
-        videos_per_s=predict_rate(device, config.dtype, flops, config.num_sample) if reads else None,
+        videos_per_s=predict_rate(name, config.dtype, flops, config.num_sample) if reads else None,
         num_sample=config.num_sample,
         checkpoint_bytes=checkpoint,
         checkpoints=run.keep + 1,
         rank_bytes=rank_bytes(device, parameters),
         staged_bytes=checkpoint // ranks if run.async_save else 0,
         output=run.output,
+        remote=is_address(args.data),
         pinned=device.type == "cuda",
     )
     words = (

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from vmae.data.needs import RANK_BYTES, Load, find_needs, open_files
+from vmae.data.shards.source import is_address
 from vmae.files.limits import raise_open_files
 from vmae.model.cost import peak_flops
 from vmae.train.prepare import Prepared
@@ -29,6 +30,7 @@ def load_of(prepared: Prepared) -> Load | None:
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     checkpoint = 4 * (elements + 2 * trained + (elements if task.averaged else 0))
     workers = run.speed.num_workers if task.loader == "cpu" else 0
+    entries = prepared.dataset.entries
     return Load(
         workers=workers,
         batch_bytes=task.batch_bytes() if task.loader == "cpu" else 0,
@@ -41,6 +43,7 @@ def load_of(prepared: Prepared) -> Load | None:
         staged_bytes=checkpoint // parallel.world_size if run.async_save else 0,
         rank_bytes=max(0, rank_bytes(prepared.device, elements) - _resident_bytes()),
         output=run.output,
+        remote=is_address(entries[0].path) or is_address(entries[-1].path),
         pinned=prepared.device.type == "cuda",
     )
 
@@ -63,18 +66,22 @@ def rank_bytes(device: torch.device, parameters: int) -> int:
     return CPU_RANK_BYTES + 16 * parameters  # weights, gradients, two moments
 
 
-def predict_rate(
-    device: torch.device, dtype: str, flops_per_clip: float | None, num_sample: int
-) -> float | None:
-    """Videos a second that a model takes on one GPU at `MFU` of its peak; None where that is not known."""
-    peak = peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+def device_name(device: torch.device) -> str:
+    """Name of a GPU; "cpu" of anything else."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def predict_rate(name: str, dtype: str, flops_per_clip: float | None, num_sample: int) -> float | None:
+    """Videos a second that a model takes on the GPU `name` at `MFU` of its peak; None where that is not
+    known."""
+    peak = peak_flops(name, dtype)
     return MFU * peak / flops_per_clip / num_sample if peak and flops_per_clip else None
 
 
 def _videos_per_s(prepared: Prepared) -> float | None:
     """That the model of one rank takes, predicted; None where its device's peak is not known."""
-    config = prepared.config
-    return predict_rate(prepared.device, config.dtype, prepared.task.flops_per_clip(), config.num_sample)
+    config, name = prepared.config, device_name(prepared.device)
+    return predict_rate(name, config.dtype, prepared.task.flops_per_clip(), config.num_sample)
 
 
 def _new_checkpoints(prepared: Prepared) -> int:

@@ -21,12 +21,14 @@ from harness.results.needs import NeedsResult
 from harness.results.operations import OperationsResult
 from harness.results.pack_shards import PackShardsResult
 from harness.results.packed import CodecsResult, PackedResult
+from harness.results.parts import PartsResult
 from harness.results.predict import PredictedKernelsResult, PredictResult
 from harness.results.progressive import ProgressiveResult
 from harness.results.sanitize import SanitizerResult
 from harness.results.scaling import ScalingResult
 from harness.results.step import ProfileResult
 from harness.results.steps import StepsResult
+from harness.results.store import FaultsResult, StoreResult
 from harness.results.temporal import TemporalResult
 from harness.results.training_run import TrainingResult
 
@@ -46,6 +48,7 @@ RESULTS: dict[str, type[Result]] = {
     "loop": LoopResult,
     "lists": ListsResult,
     "pack_shards": PackShardsResult,
+    "parts": PartsResult,
     "training_run": TrainingResult,
     "device_tests": DeviceTestsResult,
     "sanitize": SanitizerResult,
@@ -56,6 +59,8 @@ RESULTS: dict[str, type[Result]] = {
     "temporal": TemporalResult,
     "kill_runs": KillResult,
     "needs": NeedsResult,
+    "store": StoreResult,
+    "store_faults": FaultsResult,
 }
 # Other names: of the README's tables, and of a command before it was renamed.
 ALIASES = {"steps": "dual_vs_encoder", "masks": "mask_ablation", "kernels": "operations"}

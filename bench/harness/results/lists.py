@@ -56,6 +56,20 @@ class LookupRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KindRecord:
+    """Microseconds of one core for a line of a kind of list that is read for the first time.
+
+    Attributes:
+        line: an example.
+    """
+
+    kind: str = "lines"
+    lines: int
+    line: str
+    line_us: Runs
+
+
+@dataclass(frozen=True, kw_only=True)
 class ListsResult(Result):
     """Attributes:
     hash_s: seconds for SHA-256 of each list's bytes, by its lines; part of every start.
@@ -63,12 +77,15 @@ class ListsResult(Result):
 
     title: ClassVar[str] = "The start of a run on a long list"
 
-    records: list[StartRecord | WorkerRecord | LookupRecord]
+    records: list[StartRecord | WorkerRecord | LookupRecord | KindRecord]
     hash_s: dict[str, float] = field(default_factory=dict)
 
     def tables(self) -> list[Table]:
-        starts, workers, lookups = [], [], []
+        starts, workers, lookups, kinds = [], [], [], []
         for r in self.records:
+            if isinstance(r, KindRecord):
+                kinds.append([r.line, f"{r.lines:,}", spread_text(r.line_us, 1)])
+                continue
             about = [f"{r.lines:,}", r.code]
             if isinstance(r, StartRecord):
                 cells = [spread_text(r.seconds, 2), spread_text(r.memory_mib, 0), spread_text(r.peak_mib, 0)]
@@ -93,4 +110,7 @@ class ListsResult(Result):
         if lookups:
             head = ["lines", "code", "start", "rank", "calls of stat"]
             tables.append(Table("Questions to the file system", head, lookups))
+        if kinds:
+            head = ["line", "lines", "us a line, one core"]
+            tables.append(Table("Reading a list for the first time", head, kinds))
         return tables

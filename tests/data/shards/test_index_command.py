@@ -197,6 +197,10 @@ def test_an_index_that_is_there(tars, video, capsys):
     write_tar(tars / "2.tar", [("z.mp4", video)])
     assert run(tars, "-o", output) == 2
     assert "is the index of other tars: remove it" in capsys.readouterr().err
+    (tars / "2.tar").unlink()
+    os.utime(tars / "1.tar", (2e9, 2e9))
+    assert run(tars, "-o", output) == 2
+    assert "1.tar was changed since: remove it" in capsys.readouterr().err
     output.write_bytes(b"something")
     assert run(tars, "-o", output) == 2
 
@@ -211,7 +215,7 @@ def test_an_index_that_is_there(tars, video, capsys):
         ([("a.mp4", b"1"), ("a.cls", b"99999999")], "label 99999999 of 'a' is out of range"),
         ([("a.jpg", b"1"), ("a.txt", b"2")], "no videos in 1 tars; 2 members are no part of a video"),
         ([("set/poster1.jpg", jpg(1))], "no videos in 1 tars; 1 members are no part of a video (.jpg 1)"),
-        ([("\udcff.mp4", b"1")], "is no UTF-8; give it another one"),
+        ([("\udcff.mp4", b"1")], "is no UTF-8; rename it"),
         ([], "no videos in 1 tars"),
         ([("a.mp4", b"no video")], "1 cannot be decoded, the first: "),
     ],

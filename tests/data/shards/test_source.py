@@ -11,7 +11,7 @@ from shard_files import write_shards
 
 from vmae.checkpoint.identity import list_hash
 from vmae.config import MaskConfig
-from vmae.data import PretrainDataset, check_decodable, describe_data, read_data
+from vmae.data import Batch, PretrainDataset, check_decodable, describe_data, read_data
 from vmae.data.augment_classify import AugmentConfig
 from vmae.data.classify_dataset import ClassifyDataset, ClipConfig, MiddleClipDataset, ViewConfig, ViewDataset
 from vmae.data.labels import read_any_list, read_labelled_list
@@ -112,6 +112,15 @@ def test_mixes_of_indexes_and_lists(mixes):
     assert [entry.kind for entry in stored] == [entry.kind for entry in plain]
     one, other = mixes
     assert all(same(one[0, index], other[0, index]) for index in range(0, 16, 2))
+
+
+def test_any_number_of_ranks_reads_the_same_samples(mixes):
+    plain, stored = mixes
+    (expected,) = build_loader(plain, batch_size=4, start_step=1, total_steps=2)
+    for ranks in (2, 4):
+        options = dict(batch_size=4 // ranks, world_size=ranks, start_step=1, total_steps=2)
+        parts = [next(build_loader(stored, rank=rank, **options)) for rank in range(ranks)]
+        assert same(expected, Batch.cat(parts)), ranks
 
 
 @pytest.mark.slow

@@ -106,6 +106,10 @@ def a_text_in_a_store(folder):
     return "s3://bucket/list.txt"
 
 
+def a_secret(folder):
+    return "https://user:canary@host/data.tar"
+
+
 CASES = [
     (version, "is of version 2, and this vmae reads version 1"),
     (text, "list.vmae is no file of arrays (safetensors); `vmae index` makes one of tar files"),
@@ -122,6 +126,7 @@ CASES = [
     (its_folder, "holds shards: give their index, "),
     (key_twice, "key '00000000_v00' comes twice, as samples 1 and 2; give each sample a name of its own"),
     (no_samples, "index.vmae holds no samples"),
+    (a_secret, "must hold no credential"),
     (
         a_text_in_a_store,
         "s3://bucket/list.txt is an address, and of those only an index of shards can be read",
@@ -137,7 +142,7 @@ def test_one_line_before_the_run(folder, tmp_path, capsys, make, words):
     )
     assert main(["pretrain", "--data", str(data), "--output", str(run), *flags.split()]) == 2
     error = capsys.readouterr().err.strip()
-    assert words in error and "\n" not in error and not run.exists()
+    assert words in error and "\n" not in error and "canary" not in error and not run.exists()
     for read in (read_labelled_list, lambda path: find_videos(path, None)):
         with pytest.raises(InputError) as told:
             read(str(data))

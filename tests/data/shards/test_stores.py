@@ -1,6 +1,7 @@
 """Shards in object stores: the same samples, one line for each fault, no secret in any."""
 
 import http.server
+import multiprocessing
 import os
 import shutil
 import socket
@@ -23,7 +24,7 @@ from vmae.data.manifest import VideoEntry
 from vmae.data.mix import read_data
 from vmae.data.shards import reading, remote, stores
 from vmae.data.shards.entries import ShardError
-from vmae.data.shards.index import read_index
+from vmae.data.shards.index import join_name, read_index
 from vmae.errors import InputError
 from vmae.synthetic.samples import sample_videos
 
@@ -91,6 +92,9 @@ def test_addresses_that_are_refused(address, told):
         stores.split_address(address)
     text = str(error.value)
     assert told in text and CANARY not in text and "\n" not in text
+    with pytest.raises(InputError) as error:
+        read_data(address)
+    assert CANARY not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -110,8 +114,9 @@ def test_addresses_in_parts(address, root, key):
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf", ""])
 def test_patience_must_be_seconds(monkeypatch, text):
     monkeypatch.setenv("VMAE_STORE_PATIENCE_S", text)
-    with pytest.raises(InputError, match="VMAE_STORE_PATIENCE_S must be seconds above 0"):
-        stores.patience()
+    for call in (stores.patience, lambda: remote.fetch_index("s3://b/i.vmae")):
+        with pytest.raises(InputError, match="VMAE_STORE_PATIENCE_S must be seconds above 0"):
+            call()
 
 
 # --- Faults before a run ---
@@ -265,12 +270,14 @@ def test_every_kind_of_reader_gives_the_same_bytes(store, local):
 @pytest.mark.slow
 def test_plain_web_servers_are_read_by_range(store, local):
     """SeaweedFS' filer, which asks for no key: another code path than S3's, with no ETag in the index."""
-    store.upload(local, "web", etags=False)
-    address = f"{store.files}/tests/web/index.vmae"
+    store.upload(local, "a web ü", etags=False)
+    address = f"{store.files}/tests/a%20web%20%C3%BC/index.vmae"
     same(batches(read_data(address), 2), batches(read_data(local), 0))
     assert remote.head(address).size == local.stat().st_size
     with pytest.raises(InputError, match="there is no such object .404"):
         remote.head(f"{store.files}/tests/web/other.vmae")
+    assert join_name("https://h/d", "a b%.tar") == "https://h/d/a%20b%25.tar"
+    assert join_name("s3://b/d", "a b%.tar") == "s3://b/d/a b%.tar"
 
 
 @pytest.fixture(scope="module")
@@ -416,3 +423,23 @@ def test_each_sample_is_one_request(store, local, asker):
         assert relay.requests == 4 * len(data)
         records = check_entries(data, workers=1, progress=False)
         assert not any(record.get("error") for record in records)
+
+
+@pytest.mark.slow
+def test_processes_of_a_machine_fetch_an_index_once(store, asker):
+    """The others wait for the one that does, and what a killed one left is removed."""
+    content = os.urandom(20_000_000)
+    store.put("tests/once/index.vmae", content)
+    folder = remote.cache_folder() / "indexes"
+    folder.mkdir()
+    context = multiprocessing.get_context("fork")
+    with Relay(store.port, delay_s=0.1) as relay:
+        asker.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{relay.port}")
+        with context.Pool(3) as pool:
+            found = set(pool.map(remote.fetch_index, ["s3://tests/once/index.vmae"] * 6, chunksize=1))
+    (path,) = found
+    assert path.read_bytes() == content and relay.bytes < 1.1 * len(content)
+    piece = folder / f".{path.name}.99999.unfinished"
+    piece.write_bytes(b"half")
+    remote.fetch_index("s3://tests/once/index.vmae")
+    assert not piece.exists() and len(list(folder.glob("*.vmae"))) == 1

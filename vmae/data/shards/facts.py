@@ -51,6 +51,8 @@ def check_strides(entries: Any, stride: int) -> None:
         stride: of samples that have none of their own.
     """
     for rows in indexes_in(entries):
+        if rows.column("keep_every").max() <= 1:
+            continue
         every = np.maximum(rows.column("keep_every").astype(np.int64), 1)
         own = rows.column("stride").astype(np.int64)
         strides = np.where(own == 0, stride, own)

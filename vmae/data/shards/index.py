@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -208,7 +209,7 @@ def join_name(base: str, name: str) -> str:
     """The complete name of a shard: `name` may be relative to `base`, a folder or address."""
     if "://" in name or os.path.isabs(name) or not base:
         return name
-    return f"{base}/{name}"
+    return f"{base}/{quote(name) if base.startswith(('http://', 'https://')) else name}"
 
 
 def read_index(path: str | Path, base: str | None = None) -> ShardIndex:

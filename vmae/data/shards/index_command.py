@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         Path(f"{output}{UNFINISHED}"), args.part, "an index being made", "an index of other tars", "tars.json"
     )
     with place.hold(Ranks(), merge=args.merge):
-        place.settle({"tars": [[shard.name, shard.size] for shard in shards], "quick": args.quick})
+        place.settle({"tars": [list(shard) for shard in shards], "quick": args.quick})
         if not args.merge:
             _scan_part(place, shards, output, args)
         if not args.part.whole:
@@ -102,11 +102,13 @@ def _compare(output: Path, shards: Sequence[Shard]) -> int:
     """What there is to say where the index is there."""
     index = read_index(output)
     before = [
-        (shard.name if is_remote(shard.name) else os.path.abspath(shard.name), shard.size)
+        shard if is_remote(shard.name) else shard._replace(name=os.path.abspath(shard.name))
         for shard in index.shards
     ]
-    if before != [(shard.name, shard.size) for shard in shards]:
+    if before != list(shards):
         raise InputError(f"{output} exists, and is the index of other tars: remove it, or choose another -o")
+    if changed := [shard.name for shard in shards if _is_newer(shard, output)]:
+        raise InputError(f"{output} exists, and {changed[0]} was changed since: remove it, to make it anew")
     same = f"{len(index)} samples in the same {len(shards)} tars"
     print(f"{output} exists: {same}; --verify compares all bytes")
     return 0
@@ -117,7 +119,7 @@ def _compare(output: Path, shards: Sequence[Shard]) -> int:
 
 def _scan_part(place: PartFolder, shards: Sequence[Shard], output: Path, args: argparse.Namespace) -> None:
     """Write the index of each tar of this part that has none yet."""
-    left = [number for number in place.share(len(shards)) if not _piece(place, number).exists()]
+    left = [number for number in place.share(len(shards)) if not _is_done(place, number, shards)]
     if not args.quick:
         prepare()
     skipped: Counter[str] = Counter()
@@ -189,9 +191,20 @@ def _piece(place: PartFolder, number: int) -> Path:
     return place.folder / f"{number:05}{INDEX_SUFFIX}"
 
 
+def _is_done(place: PartFolder, number: int, shards: Sequence[Shard]) -> bool:
+    """Whether a tar has its index, and was not changed since."""
+    piece = _piece(place, number)
+    return piece.exists() and not _is_newer(shards[number], piece)
+
+
+def _is_newer(shard: Shard, index: Path) -> bool:
+    """Whether a tar of this machine was changed after `index` was written; of a store, its ETag tells."""
+    return not is_remote(shard.name) and os.stat(shard.name).st_mtime > index.stat().st_mtime
+
+
 def _join(place: PartFolder, shards: Sequence[Shard], output: Path) -> int:
     """Write the index of all tars; the exit code."""
-    done = {number for number in range(len(shards)) if _piece(place, number).exists()}
+    done = {number for number in range(len(shards)) if _is_done(place, number, shards)}
     place.check_complete(len(shards), done, "tars")
     pieces = [_read_piece(_piece(place, number), output) for number in range(len(shards))]
     skipped: Counter[str] = Counter()

@@ -165,6 +165,7 @@ def fetch_index(address: str) -> Path:
     Raises:
         InputError: it is not there or cannot be read, or the copy cannot be written; the line says which.
     """
+    stores.check_limits()
     return ask_apart(_fetch, address, str(cache_folder()))
 
 
@@ -235,6 +236,7 @@ def check_shards(shards: Sequence[Shard]) -> None:
     remote = [shard for shard in chosen if stores.is_remote(shard.name)]
     wrong = [text for shard in chosen if not stores.is_remote(shard.name) and (text := _check_file(shard))]
     if remote:
+        stores.check_limits()
         wrong += ask_apart(_check_objects, remote)
     if wrong:
         more = f" (and {len(wrong) - 1} more of {len(chosen)} that were looked at)" if len(wrong) > 1 else ""

@@ -142,9 +142,8 @@ class Scanner(VideoTask):
         elif told.keep_every > 1 and (told.kept == facts.frames or not self.look):
             facts = Facts(told.facts.frames, told.facts.fps, facts.width, facts.height)
             sample = replace(sample, keep_every=told.keep_every, phase=told.phase)
-        return Scanned(
-            place, replace(sample, **facts._asdict()), None, _rest(group, sample, name), told.odd_label
-        )
+        sample = replace(sample, **facts._asdict())
+        return Scanned(place, sample, None, _rest(group, sample, name), told.odd_label)
 
 
 class _Told(NamedTuple):
@@ -175,16 +174,15 @@ def _told(shard: Shard, group: Group, video: str) -> _Told:
     frames, width, height = (about[name] if _COUNT.allows(about.get(name)) else 0 for name in _COUNTS)
     fps = float(about["fps"]) if _FPS.allows(about.get("fps")) else 0.0
     told = _Told(labels, odd, Facts(frames, fps, width, height))
-    if (
-        not {"source", "name", "fps", *_COUNTS} <= about.keys()
-    ):  # not written by `pack`: such words mean anything
+    if not {"source", "name", "fps", *_COUNTS} <= about.keys():  # others may mean anything by such words
         return told
-    stride, step, phase = (about.get(name) for name in ("stride", "keep_every", "phase"))
+    stride = about.get("stride")
+    step, phase = (about[name] if _STEP.allows(about.get(name)) else 0 for name in ("keep_every", "phase"))
     return told._replace(
         source=str(about["source"]),
         stride=stride if STRIDE.allows(stride) else None,
-        keep_every=step if _STEP.allows(step) and _STEP.allows(phase) and step else 1,
-        phase=phase if isinstance(phase, int) and _STEP.allows(phase) else 0,
+        keep_every=max(step, 1),
+        phase=phase,
     )
 
 
@@ -270,4 +268,4 @@ def _rest(group: Group, sample: Sample, video: str) -> list[str]:
 
 def _kind(name: str) -> str:
     """The last suffix of a member, in lower case."""
-    return "." + name.rpartition(".")[2].lower()
+    return "." + name.rpartition(".")[2].lower().encode("ascii", "replace").decode()[:20]

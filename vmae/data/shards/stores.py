@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SCHEMES = ("s3", "gs", "az", "https", "http")
 PATIENCE_S, TIMEOUT_S = 600.0, 30.0  # where the environment says nothing else
 CONNECT_S = 10.0
-FIRST_PAUSE_S, MOST_PAUSE_S, QUICK_PAUSE_S = 0.2, 15.0, 0.5
+FIRST_PAUSE_S, MOST_PAUSE_S, QUICK_PAUSE_S = 0.2, 5.0, 0.5
 GUIDE = 'see docs/data_at_scale.md, "Object stores"'
 
 Answer = TypeVar("Answer")
@@ -101,6 +101,12 @@ def patience() -> float:
         InputError: see `seconds_of`.
     """
     return seconds_of("VMAE_STORE_PATIENCE_S", PATIENCE_S)
+
+
+def check_limits() -> None:
+    """Raises InputError where the environment says no good limit of time; before a run."""
+    patience()
+    seconds_of("VMAE_STORE_TIMEOUT_S", TIMEOUT_S)
 
 
 def split_address(address: str) -> tuple[str, str]:
