@@ -14,7 +14,7 @@ from vmae.data import open_video
 from vmae.data.dataset import PretrainDataset
 from vmae.data.manifest import VideoEntry
 from vmae.data.pack import PackConfig, draw_phase, pack_video
-from vmae.data.shards.entries import Place, Shard, ShardError
+from vmae.data.shards.entries import DamagedShard, Place, Shard, ShardError
 from vmae.data.shards.index import Sample, ShardIndex, columns_of
 from vmae.data.shards.opening import KeptFrames
 from vmae.data.shards.packed_reader import PackedReader
@@ -196,7 +196,7 @@ def test_phases_are_drawn_evenly():
 
 def test_an_index_that_tells_another_number(bar_videos, tmp_path):
     entry, _ = keep(bar_videos["h264_closed"], tmp_path, frames=200)
-    with pytest.raises(DecodeError, match=r"has 30 frames, and its index says (49|50)"):
+    with pytest.raises(DamagedShard, match=r"has 30 frames, its index says (49|50)"):
         open_video(entry)
 
 
