@@ -46,6 +46,7 @@ from vmae.train.metrics import LOG_NAME, read_log
 FILES, SHARDS, STORE = "local files", "local shards", "store"
 BATCH, DELAYS_MS, THREADS = 8, (0.0, 20.0, 100.0), (1, 4, 8, 16)
 RANGE = 300_000  # bytes
+PARTS = ("loader", "ranges", "runs")
 DEMO = ["--config", str(ROOT / "recipes" / "pretrain_tiny.yaml"), "--log-every", "1", "--no-tensorboard"]
 
 
@@ -275,12 +276,16 @@ def measure(args: argparse.Namespace, folder: Path) -> StoreResult:
         known = read_index(index)
         mean = sum(int(length) for length in known.columns["length"]) / len(known)
         ways = {FILES: read_data(videos), SHARDS: read_data(index), STORE: read_data(address)}
-        records: list[Any] = list(measure_loader(ways, args, server.process.pid))
-        records += measure_ranges(f"{address.rpartition('/')[0]}/{shard}", args, server)
-        at("the demo's images")
-        images, of_images = make_demo(folder)
-        places = {FILES: str(images), SHARDS: str(of_images), STORE: server.upload(of_images, "demo")}
-        records += measure_runs(places, args, folder)
+        records: list[Any] = []
+        if "loader" in args.parts:
+            records += measure_loader(ways, args, server.process.pid)
+        if "ranges" in args.parts:
+            records += measure_ranges(f"{address.rpartition('/')[0]}/{shard}", args, server)
+        if "runs" in args.parts:
+            at("the demo's images")
+            images, of_images = make_demo(folder)
+            places = {FILES: str(images), SHARDS: str(of_images), STORE: server.upload(of_images, "demo")}
+            records += measure_runs(places, args, folder)
     return StoreResult(environment=find_environment(), records=records, video_bytes=mean)
 
 
@@ -301,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="one short round of each")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured (all)")
     add("--rounds", type=int, help="of every way, in turn (5; quick 1)")
     add("--workers", type=int, default=8, help="of the loader (8)")
     add("--videos", type=int, default=64, help="packed ones (64)")

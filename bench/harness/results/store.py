@@ -85,7 +85,7 @@ class StoreResult(Result):
     most_waiting: float = 0.02
 
     def tables(self) -> list[Table]:
-        return [self._loaders(), self._ranges(), self._runs()]
+        return [table for table in (self._loaders(), self._ranges(), self._runs()) if table.rows]
 
     def _loaders(self) -> Table:
         rows = []
@@ -101,9 +101,9 @@ class StoreResult(Result):
             )  # fmt: skip
         head = ["videos from", "clips/s", "/ local files", "CPU ms a clip", "clips a CPU s / local files"]
         head += ["CPU ms of the store", "workers wait", "same clips"]
-        first = next(r for r in self.records if isinstance(r, LoaderRecord))
-        note = f"{first.workers} workers on {first.cores} core, the store on another; {self.conditions}"
-        return Table(self.title, head, rows, note)
+        known = {(r.workers, r.cores) for r in self.records if isinstance(r, LoaderRecord)}
+        places = "; ".join(f"{workers} workers on {cores} core" for workers, cores in sorted(known))
+        return Table(self.title, head, rows, f"{places}, the store on another; {self.conditions}")
 
     def _ranges(self) -> Table:
         rows = []
