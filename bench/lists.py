@@ -100,6 +100,7 @@ def start_record(lines: int, code: str, start: str, runs: Sequence[dict[str, Any
         code=code,
         start=start,
         seconds=Runs.of([run["seconds"] for run in runs]),
+        cpu_s=Runs.of([run["cpu"] for run in runs]),
         laps_s=laps,
         memory_mib=Runs.of([run["memory"] / MIB for run in runs]),
         peak_mib=Runs.of([run["peak"] / MIB for run in runs]),
@@ -222,7 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 records += measure(path, lines, trees, args.repeats, args.reads)
                 forget(path)
                 path.unlink()
-            records += kind_records(Path(folder), min(MOST_OF_A_KIND, *args.lines), args.repeats)
+            if not args.index:
+                records += kind_records(Path(folder), min(MOST_OF_A_KIND, *args.lines), args.repeats)
         result = ListsResult(environment=environment, records=records, hash_s=hashes)
         show(*result.tables())
         write_result(result, args.json)

@@ -54,7 +54,9 @@ from vmae.synthetic.samples import sample_videos
 NUM_FRAMES, STRIDE, SIZE = 16, 4, 224
 BASE = "files, whole frames"
 EXACT = (BASE, "files", "shards, no table", "shards, whole frames", "shards")
-KEPT = "shards, every 4th frame"
+KEPT, SHORT = "shards, every 4th frame", "shards, groups of 12"
+OURS = (*EXACT, SHORT, KEPT)
+ENTRIES = ("stored", "plain", "kept", "short")
 RIVAL = Path(__file__).parent / "harness" / "rival.py"
 
 
@@ -66,12 +68,14 @@ class Packed:
         path: of its file.
         stored, plain: its entry in a shard, with its packet table and without.
         kept: its entry with every fourth frame.
+        short: its entry with a key frame every 12 frames.
     """
 
     path: str
     stored: VideoEntry
     plain: VideoEntry
     kept: VideoEntry
+    short: VideoEntry
 
 
 # --- the videos ---------------------------------------------------------------------------------------------
@@ -81,14 +85,19 @@ def make_videos(
     folder: Path, sources: Sequence[Path], gop: int = PackConfig.gop
 ) -> tuple[list[Packed], list[PackedBytes]]:
     """The videos, packed and in shards."""
-    contents: dict[str, list[bytes]] = {"full": [], "kept": []}
-    samples: dict[str, list[dict[str, Any]]] = {"full": [], "kept": []}
+    configs = {
+        "full": PackConfig(gop=gop),
+        "kept": PackConfig(gop=gop, keep_every=4),
+        "short": PackConfig(gop=12),
+    }
+    contents: dict[str, list[bytes]] = {name: [] for name in configs}
+    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
     for number, source in enumerate(sources):
         key = f"{number:06}_{source.stem}"
-        for name, keep_every in (("full", 1), ("kept", 4)):
+        for name, config in configs.items():
             at(f"packing {source.name}, {name}")
             path = folder / f"{source.stem}_{name}.mp4"
-            frames = pack_video(source, path, PackConfig(keep_every=keep_every, gop=gop), key)
+            frames, keep_every = pack_video(source, path, config, key), config.keep_every
             phase = draw_phase(key, keep_every, frames)
             contents[name].append(path.read_bytes())
             with open_video(path) as reader:
@@ -98,14 +107,16 @@ def make_videos(
         "stored": write_shard(folder / "full.tar", contents["full"], samples["full"]),
         "plain": write_shard(folder / "plain.tar", contents["full"], samples["full"], tables=False),
         "kept": write_shard(folder / "kept.tar", contents["kept"], samples["kept"]),
+        "short": write_shard(folder / "short.tar", contents["short"], samples["short"]),
     }
     videos = [
         Packed(str(folder / f"{source.stem}_full.mp4"), *(entries[name][number] for name in ENTRIES))
         for number, source in enumerate(sources)
     ]
     return videos, [
-        measure_bytes("all frames", folder, sources, PackConfig(gop=gop)),
-        measure_bytes("every 4th frame", folder, sources, PackConfig(gop=gop, keep_every=4)),
+        measure_bytes("all frames", folder, sources, configs["full"]),
+        measure_bytes("all frames, groups of 12", folder, sources, configs["short"]),
+        measure_bytes("every 4th frame", folder, sources, configs["kept"]),
         measure_bytes("every 4th frame, crf 18", folder, sources, PackConfig(gop=gop, keep_every=4, crf=18)),
     ]
 
@@ -132,9 +143,6 @@ def measure_bytes(label: str, folder: Path, sources: Sequence[Path], config: Pac
     return PackedBytes(
         videos=label, bytes=contents, table_bytes=tables, pictures=pictures, psnr=float(np.mean(quality))
     )
-
-
-ENTRIES = ("stored", "plain", "kept")
 
 
 def write_shard(
@@ -167,7 +175,9 @@ def make_clip(way: str, video: Packed, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     source: str | VideoEntry = video.path
     if way.startswith("shards"):
-        source = {"shards, no table": video.plain, KEPT: video.kept}.get(way, video.stored)
+        source = {"shards, no table": video.plain, KEPT: video.kept, SHORT: video.short}.get(
+            way, video.stored
+        )
     with open_video(source) as reader:
         indices = sample_frame_indices(len(reader), NUM_FRAMES, STRIDE, rng)
         if way.endswith("whole frames"):
@@ -269,8 +279,7 @@ def check(videos: Sequence[Packed], seeds: Sequence[int], rivals: Sequence[Rival
         RuntimeError: one of ours differs.
     """
     clips = {
-        way: np.stack([make_clip(way, video, seed) for video in videos for seed in seeds])
-        for way in (*EXACT, KEPT)
+        way: np.stack([make_clip(way, video, seed) for video in videos for seed in seeds]) for way in OURS
     }
     for rival in rivals:
         path = folder / "clips.npy"
@@ -289,10 +298,10 @@ def time_ways(
 ) -> dict[str, list[float]]:
     """CPU milliseconds a clip of each way, for each round."""
     count = len(videos) * len(seeds)
-    runs: dict[str, list[float]] = {way: [] for way in (*EXACT, KEPT, *(rival.name for rival in rivals))}
+    runs: dict[str, list[float]] = {way: [] for way in (*OURS, *(rival.name for rival in rivals))}
     for turn in range(rounds + 1):
         at(f"round {turn} of {rounds}")
-        sums = dict.fromkeys((*EXACT, KEPT), 0.0)
+        sums = dict.fromkeys(OURS, 0.0)
         ways = list(sums)
         for video in videos:
             for seed in seeds:

@@ -195,10 +195,11 @@ def _records(folder: Path, part: Part) -> Records:
 
 
 def join_records(folder: Path, items: int, pipe: Any) -> None:
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began, cpu = time.perf_counter(), time.process_time()
     _records(folder, WHOLE).join(items, "videos")
-    seconds = time.perf_counter() - began
-    pipe.send((seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    taken = time.perf_counter() - began, time.process_time() - cpu
+    pipe.send((*taken, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
 
 
 def measure_merge(folder: Path, items: int, parts: int, repeats: int) -> MergeRecord:
@@ -210,8 +211,8 @@ def measure_merge(folder: Path, items: int, parts: int, repeats: int) -> MergeRe
         finish(start(join_records, folder / "records", items, there), "joining")
         runs.append(here.recv())
         shutil.rmtree(folder / "records")
-    seconds, peaks = zip(*runs)
-    return MergeRecord(items=items, parts=parts, seconds=Runs.of(seconds), peak_mib=Runs.of(peaks))
+    seconds, cpu, peaks = (Runs.of(values) for values in zip(*runs))
+    return MergeRecord(items=items, parts=parts, seconds=seconds, cpu_s=cpu, peak_mib=peaks)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

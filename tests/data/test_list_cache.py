@@ -18,6 +18,7 @@ from vmae.data.mix import read_data
 from vmae.errors import InputError
 
 COUNT = 60
+IS_LOCAL = list_cache.is_local
 
 
 @pytest.fixture
@@ -29,6 +30,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(long_lists, "LONG", 50)
+    monkeypatch.setattr(list_cache, "is_local", lambda folder: True)
     monkeypatch.delenv("RANK", raising=False)
     write(tmp_path)
     return tmp_path
@@ -131,16 +133,56 @@ def test_a_damaged_cache_is_written_anew(world, parsed, damage):
 def test_a_folder_that_cannot_be_written(world, parsed, monkeypatch):
     read(world)
     (name,) = caches(world)
+    places = list_cache._places
     name.unlink()
     (world / "data" / name.name).mkdir()  # in the cache's place
     (world / "data" / name.name / "file").touch()
     assert read(world) == paths(world)
-    assert caches(world / "cache") == [world / "cache" / "vmae" / "lists" / name.name]
+    (kept,) = caches(world / "cache" / "vmae" / "lists")
     del parsed[:]
     assert read(world) == paths(world) and parsed == []
+    other = world / "other" / "list.txt"  # of the same name, in another such folder
+    other.parent.mkdir()
+    (other.parent / "data").symlink_to(world / "data")
+    other.write_text("".join(f"{path}\n" for path in paths(world, range(1, COUNT))))
+    monkeypatch.setattr(list_cache, "_places", lambda path: places(path)[1:])
+    assert [entry.path for entry in read_list(other)] == paths(world, range(1, COUNT))
+    assert len(caches(world / "cache")) == 2 and kept.exists() and read(world) == paths(world)
+    assert parsed == ["list.txt"]
     (world / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(world / "file"))
     assert read(world) == read(world) == paths(world) and parsed  # in memory
+
+
+def test_on_a_network_what_others_may_map_stays_for_a_month(world, monkeypatch):
+    monkeypatch.setattr(list_cache, "is_local", lambda folder: False)
+    assert read(world) == paths(world)
+    (before,) = caches(world)
+    write(world, range(1, COUNT))
+    assert read(world) == paths(world, range(1, COUNT)) and before.exists()
+    os.utime(before, (0, 0))
+    write(world)
+    assert read(world) == paths(world)  # used again: from now on a month
+    write(world, range(2, COUNT))
+    assert read(world) == paths(world, range(2, COUNT)) and before.exists()
+    os.utime(before, (0, 0))
+    write(world, range(3, COUNT))
+    assert read(world) == paths(world, range(3, COUNT)) and not before.exists()
+
+
+def test_which_file_systems_are_local(tmp_path):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "21 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
+        f"22 21 0:40 / {tmp_path} rw,relatime shared:1 - nfs4 server:/data rw\n"
+        f"23 22 0:41 / {tmp_path}/with\\040blank rw - xfs /dev/sdb rw\n"
+    )
+    (tmp_path / "with blank" / "in").mkdir(parents=True)
+    assert not IS_LOCAL(tmp_path / "data", mounts) and IS_LOCAL("/usr", mounts)
+    assert IS_LOCAL(tmp_path / "with blank" / "in", mounts)
+    assert not IS_LOCAL(f"{tmp_path}/with", mounts)
+    assert IS_LOCAL(f"{tmp_path}2", mounts)  # only its name begins so
+    assert not IS_LOCAL("/", tmp_path / "none")
 
 
 def start(function, *arguments):

@@ -94,6 +94,8 @@ def test_a_merge_that_was_stopped_goes_on(place, tmp_path, monkeypatch):
 def test_parts_of_something_else(place, tmp_path):
     other = tmp_path / "parts" / "1-of-2"
     other.mkdir()
+    (other / LOCK_NAME).write_text("{}")  # a part that begins: it has said nothing yet
+    place(2, 2).settle({"a": 1})
     (other / "other.json").write_text("{}")
     with pytest.raises(InputError, match="holds a part of something else .other.json.; choose another"):
         place(2, 2).settle({"a": 1})

@@ -37,7 +37,8 @@ except ImportError:
     fcntl = None  # type: ignore[assignment]  # Windows has no such module
 
 FORMAT, VERSION, SUFFIX = "vmae-list", "1", ".vmae-list"
-_DONE, _STALE_S = "check", 24 * 3600.0
+_DONE, _STALE_S, _UNUSED_S = "check", 24 * 3600.0, 30 * 24 * 3600.0
+_LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay"}
 Table = tuple[EntryTable, "LabelTable | None"]
 
 
@@ -63,9 +64,12 @@ class Key:
         content = hashlib.sha256()
         for data in read_pieces(path):
             content.update(data)
-        start = os.getcwd() if any(not os.path.isabs(root) for root in roots) else ""
+        start = ""
+        if not all(map(os.path.isabs, roots)):
+            with contextlib.suppress(OSError):  # the working directory was removed
+                start = os.getcwd()
         settings = repr((VERSION, grammar.settings, list(roots), start))
-        return cls(content.hexdigest(), hashlib.sha256(os.fsencode(settings)).hexdigest())
+        return cls(content.hexdigest(), hashlib.sha256(settings.encode()).hexdigest())
 
     @property
     def text(self) -> str:
@@ -84,11 +88,10 @@ def read_cached(path: str | Path, grammar: Grammar, roots: Sequence[str]) -> Tab
         return found
     with _locked(key):
         found = _find(path, key, roots)  # another process may have written it meanwhile
-        for folder in () if found else _folders(path):
-            target = folder / _name(path, key)
-            if _write(path, grammar, roots, key, target):
-                _clear(path, key, folder)
-                found = _read(target, key, roots)
+        for place in () if found else _places(path):
+            if _write(path, grammar, roots, key, place.of(key)):
+                place.clear(key)
+                found = _read(place.of(key), key, roots)
                 break
     if found is None:
         found = _in_memory(_arrays(ListParser(str(path), grammar, roots), path, key), roots)
@@ -116,54 +119,82 @@ def _in_memory(arrays: dict[str, Iterable[np.ndarray]], roots: Sequence[str]) ->
 def forget(path: str | Path, grammar: Grammar, roots: Sequence[str]) -> None:
     """Remove what is kept of a list, as far as that can be done."""
     key = Key.of(path, grammar, roots)
-    for folder in _folders(path):
+    for place in _places(path):
         with contextlib.suppress(OSError):
-            (folder / _name(path, key)).unlink()
+            place.of(key).unlink()
 
 
 # --- Where ---
 
 
-def _folders(path: str | Path) -> list[Path]:
-    """Where a list's cache may lie, the first one first."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return [Path(path).absolute().parent, Path(base) / "vmae" / "lists"]
+@dataclass(frozen=True)
+class _Place:
+    """A folder for what is kept of a list, and what the names of the files begin with."""
+
+    folder: Path
+    prefix: str
+
+    def of(self, key: Key) -> Path:
+        return self.folder / f"{self.prefix}{key.text}{SUFFIX}"
+
+    def clear(self, key: Key) -> None:
+        """Remove what is kept of the list as it was before, and what a killed process left.
+
+        Who maps a file of a network's file system may lose it when another machine removes it: there, only
+        what nobody began to use for a month is removed.
+        """
+        prefix, now = re.escape(self.prefix), time.time()
+        old = re.compile(rf"{prefix}([0-9a-f]{{16}})-[0-9a-f]{{8}}{re.escape(SUFFIX)}")
+        unfinished = re.compile(rf"\.?{prefix}[0-9a-f-]*{re.escape(SUFFIX)}\..*")
+        kept_s = 0.0 if is_local(self.folder) else _UNUSED_S
+        with contextlib.suppress(OSError), os.scandir(self.folder) as files:
+            for file in files:
+                match = old.fullmatch(file.name)
+                age_s = now - file.stat(follow_symlinks=False).st_mtime
+                gone = match is not None and match[1] != key.content[:16] and age_s >= kept_s
+                if gone or (unfinished.fullmatch(file.name) and age_s > _STALE_S):
+                    with contextlib.suppress(OSError):
+                        os.unlink(file.path)
 
 
-def _prefix(path: str | Path) -> str:
-    """What the names of a list's caches begin with."""
-    name = os.path.basename(path)
+def _places(path: str | Path) -> list[_Place]:
+    """Where a list may be kept, the first one first."""
+    name, whole = os.path.basename(path), os.path.abspath(path)
     if len(os.fsencode(name)) > 150:  # a name has 255 bytes at most
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    return f".{name}."
-
-
-def _name(path: str | Path, key: Key) -> str:
-    return f"{_prefix(path)}{key.text}{SUFFIX}"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    own = hashlib.sha256(os.fsencode(whole)).hexdigest()[:12]  # lists of many folders, maybe of one name
+    return [
+        _Place(Path(whole).parent, f".{name}."),
+        _Place(Path(base) / "vmae" / "lists", f".{name}.{own}."),
+    ]
 
 
 def _find(path: str | Path, key: Key, roots: Sequence[str]) -> Table | None:
-    for folder in _folders(path):
-        found = _read(folder / _name(path, key), key, roots)
+    for place in _places(path):
+        found = _read(place.of(key), key, roots)
         if found is not None:
+            with contextlib.suppress(OSError):
+                os.utime(place.of(key))
             return found
     return None
 
 
-def _clear(path: str | Path, key: Key, folder: Path) -> None:
-    """Remove what is kept of the list as it was before, and what a killed process left."""
-    prefix = re.escape(_prefix(path))
-    old = re.compile(rf"{prefix}([0-9a-f]{{16}})-[0-9a-f]{{8}}{re.escape(SUFFIX)}")
-    unfinished = re.compile(rf"\.?{prefix}[0-9a-f-]*{re.escape(SUFFIX)}\..*")
-    with contextlib.suppress(OSError), os.scandir(folder) as files:
-        for file in files:
-            match = old.fullmatch(file.name)
-            gone = match is not None and match[1] != key.content[:16]
-            if not gone and unfinished.fullmatch(file.name):
-                gone = time.time() - file.stat().st_mtime > _STALE_S
-            if gone:
-                with contextlib.suppress(OSError):
-                    os.unlink(file.path)
+def is_local(folder: str | Path, mounts: str | Path = "/proc/self/mountinfo") -> bool:
+    """Whether a folder lies on a disk of this machine, or in its memory; False where that is not known."""
+    try:
+        lines = Path(mounts).read_text(errors="surrogateescape").splitlines()
+        wanted = os.path.realpath(folder)
+    except OSError:
+        return False
+    best, kind = "", ""
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), before.split(" ")[4])
+        inside = wanted == point or wanted.startswith(os.path.join(point, ""))
+        if inside and len(point) >= len(best):  # the last one mounted there counts
+            best, kind = point, after.split(" ")[0]
+    return kind in _LOCAL
 
 
 @contextlib.contextmanager

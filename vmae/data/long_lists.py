@@ -44,7 +44,7 @@ def read_long_list(path: str | Path, grammar: Grammar, roots: Sequence[str]) -> 
     if not _check_sample(path, table, grammar, roots):
         # Files moved from one of the roots to the other since the list was read.
         forget(path, grammar, roots)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             raise InputError(
                 f"list file {str(path)!r}: its files moved since it was last read, and it will be read anew: "
                 "start again"

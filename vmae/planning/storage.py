@@ -22,8 +22,8 @@ from vmae.settings import Real, Whole, setting
 
 # --- Measured: bench/results/cpu/needs.json ---
 
-PACKED_BYTES_PER_S = 72_500.0  # of a second of video, short side 256
-PACK_CPU_S = 0.13  # of a second of video
+PACKED_BYTES_PER_S = 62_400.0  # of a second of video, short side 256
+PACK_CPU_S = 0.14  # of a second of video
 CHECK_CPU_S = 0.016  # of a video
 
 # --- Given ---

@@ -47,6 +47,7 @@ RESULTS: dict[str, type[Result]] = {
     "features": FeaturesResult,
     "loop": LoopResult,
     "lists": ListsResult,
+    "index_start": ListsResult,
     "pack_shards": PackShardsResult,
     "parts": PartsResult,
     "training_run": TrainingResult,

@@ -17,6 +17,7 @@ class StartRecord:
     Attributes:
         code: "now", or the tree that it was compared with.
         start: "cold" (nothing kept of the list) or "warm".
+        cpu_s: processor seconds of the same starts, which other work on the machine disturbs less.
         laps_s: median of each part: reading, data set and loader, the list's identity, the first order.
         memory_mib: anonymous or private dirty memory beyond imports, the larger one, after the start.
         peak_mib: largest anonymous memory beyond imports during it.
@@ -27,6 +28,7 @@ class StartRecord:
     code: str
     start: str
     seconds: Runs
+    cpu_s: Runs | None = None
     laps_s: dict[str, float]
     memory_mib: Runs
     peak_mib: Runs
@@ -88,7 +90,13 @@ class ListsResult(Result):
                 continue
             about = [f"{r.lines:,}", r.code]
             if isinstance(r, StartRecord):
-                cells = [spread_text(r.seconds, 2), spread_text(r.memory_mib, 0), spread_text(r.peak_mib, 0)]
+                cpu = "-" if r.cpu_s is None else spread_text(r.cpu_s, 2)
+                cells = [
+                    spread_text(r.seconds, 2),
+                    cpu,
+                    spread_text(r.memory_mib, 0),
+                    spread_text(r.peak_mib, 0),
+                ]
                 starts.append([*about, r.start, *cells])
             elif isinstance(r, WorkerRecord):
                 workers.append([*about, f"{r.reads:,}", f"{r.private_mib:.1f}"])
@@ -99,7 +107,7 @@ class ListsResult(Result):
         tables = [
             Table(
                 self.title,
-                ["lines", "code", "start", "seconds", "MiB beyond imports", "at most MiB"],
+                ["lines", "code", "start", "seconds", "of a core", "MiB beyond imports", "at most MiB"],
                 starts,
                 note + self.conditions,
             )

@@ -35,6 +35,7 @@ class MergeRecord:
     """Records of check-data that become one file.
 
     Attributes:
+        cpu_s: of its core, whatever else the machine did.
         peak_mib: largest resident memory of the process that joins, beyond its imports.
     """
 
@@ -42,6 +43,7 @@ class MergeRecord:
     items: int
     parts: int
     seconds: Runs
+    cpu_s: Runs
     peak_mib: Runs
 
 
@@ -59,12 +61,12 @@ class PartsResult(Result):
                 counts = (r.parts, r.ranks, r.kills, r.files)
                 same.append([r.command, *map(str, counts), verdict, r.sha256[:12]])
             else:
-                cells = [spread_text(r.seconds, 1), spread_text(r.peak_mib, 0)]
+                cells = [spread_text(r.seconds, 1), spread_text(r.cpu_s, 1), spread_text(r.peak_mib, 0)]
                 merges.append([f"{r.items:,}", str(r.parts), *cells])
         head = ["command", "parts", "ranks", "killed", "files", "against one job", "SHA-256"]
         note = "small models, every file but times; the killed part was started again; "
         tables = [Table(self.title, head, same, note + self.conditions)]
         if merges:
-            head = ["videos", "parts", "seconds", "MiB at most"]
+            head = ["videos", "parts", "seconds", "seconds of a core", "MiB at most"]
             tables.append(Table("Joining the records of check-data", head, merges))
         return tables

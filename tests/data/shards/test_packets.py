@@ -83,6 +83,14 @@ def test_other_videos_get_none(odd_videos, bar_videos, tmp_path):
     assert len(others) > 25
 
 
+def test_set_ups_among_the_pictures_get_none(tmp_path):
+    """Leaving out packets could leave out a set-up."""
+    for repeat in (0, 1):
+        options = {"preset": "ultrafast", "x264-params": f"keyint=3:repeat-headers={repeat}"}
+        path = make_video(tmp_path / f"{repeat}.mp4", options=options)
+        assert bool(make_table(path.read_bytes())) == (not repeat)
+
+
 def test_a_table_tells_what_the_packets_tell(odd_videos):
     table, content = read_table(odd_videos["open"])
     with av.open(str(odd_videos["open"])) as container:

@@ -45,7 +45,7 @@ class KeptFrames(VideoReader):
         stored: of these.
 
     Raises:
-        DecodeError: their number is not what `entry` says.
+        DamagedShard: their number is not what `entry` says.
     """
 
     def __init__(self, entry: ShardEntry, stored: VideoReader) -> None:
@@ -54,7 +54,10 @@ class KeptFrames(VideoReader):
         expected = len(range(entry.phase, entry.frames, entry.keep_every))
         if len(stored) != expected:
             stored.close()
-            raise DecodeError(f"{self.path}: has {len(stored)} frames, and its index says {expected}")
+            raise DamagedShard(
+                f"{self.path}: has {len(stored)} frames, its index says {expected}: make the index anew with "
+                "`vmae index`"
+            )
 
     @property
     def size(self) -> tuple[int, int] | None:
