@@ -34,6 +34,7 @@ def test_by_hand_and_by_budget_keep_less_than_plain_modules(module):
     assert 11 < by_hand < 11 + STATISTICS + 0.01
 
 
+@pytest.mark.slow  # 4 s
 def test_what_is_made_again_by_hand_is_kept_where_torch_merges_it(module, monkeypatch):
     """Why `--recompute on` turns torch's merging off."""
     import torch._functorch.config as functorch

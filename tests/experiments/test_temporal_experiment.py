@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 
+
+@pytest.mark.slow  # 3 s
 def test_the_chain(benches, tmp_path, capsys):
     temporal = benches("temporal")
     words = ["--out", str(tmp_path / "t"), "--scale", "smoke", "--json", str(tmp_path / "r.json")]

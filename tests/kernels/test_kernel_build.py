@@ -118,6 +118,7 @@ def test_widest_load():
     assert build.widest_load({"HGMMA.64x128x16.F32.BF16": 4}) == 0
 
 
+@pytest.mark.slow  # 3 s
 def test_interpreting_and_building_need_separate_processes():
     environment = os.environ | {"PYTHONPATH": str(KERNELS), "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "vmae_kernels.build"]

@@ -87,6 +87,7 @@ def test_count_by_hand():
     assert count_saved_bytes(lambda: model(x).relu().square().sum(), model) == 3 * 8 * 4 + 3 * 4 * 4
 
 
+@pytest.mark.slow  # 3 s
 def test_saved_activations_of_vit_b_are_below_the_reference():
     config = ModelConfig.preset("vit_b")
     ours = saved_activation_bytes_per_clip(build_torch, config, DUAL)

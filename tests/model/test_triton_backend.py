@@ -25,6 +25,7 @@ def test_vit_b_dual_keeps_at_most_59_mib_a_clip_in_bfloat16():
     assert kept <= 59 * 2**20
 
 
+@pytest.mark.slow  # 5 s
 def test_a_step_equals_torchs_and_compiles_without_a_graph_break(tiny, clips_of):
     fast, plain = (build_pretrainer(tiny, backend).to(DEVICE) for backend in ("triton", "torch"))
     plain.load_state_dict(fast.state_dict())

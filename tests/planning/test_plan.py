@@ -46,6 +46,7 @@ def test_every_checkpointing_with_every_sharding():
     assert fsdp.total == sum(dataclasses.astuple(fsdp))
 
 
+@pytest.mark.slow  # 4 s
 def test_flops_hours_and_clips_follow_from_each_other():
     plan = make_plan(TINY, MASK, NODES, WORK)
     assert plan.model_flops == 3 * 2 * forward_macs(TINY, 0.75, 0.5, fused=True) * 256

@@ -78,7 +78,7 @@ def assert_few(now: Compilations, told: list[str]) -> None:
         {},
         pytest.param({"checkpointing": "selective"}, marks=pytest.mark.slow),
         pytest.param({"checkpointing": "full"}, marks=pytest.mark.slow),
-        {"recompute": "on"},
+        pytest.param({"recompute": "on"}, marks=pytest.mark.slow),
         pytest.param({"recompute": "off"}, marks=pytest.mark.slow),
         pytest.param({"recompute": "budget"}, marks=pytest.mark.slow),
     ],

@@ -150,9 +150,9 @@ def test_accumulation_agrees(straight, tmp_path):
     [
         (1, "fsdp", {}),
         (2, "ddp", {}),
-        (2, "fsdp", {"accumulate": 2}),  # no exchange in between
+        pytest.param(2, "fsdp", {"accumulate": 2}, marks=pytest.mark.slow),  # no exchange in between
         (2, "fsdp", {"checkpointing": "full"}),  # gathered again, and run again, in the backward
-        (4, "ddp", {"accumulate": 2}),
+        pytest.param(4, "ddp", {"accumulate": 2}, marks=pytest.mark.slow),
         pytest.param(4, "fsdp", {}, marks=pytest.mark.slow),
         pytest.param(4, "hybrid", {}, marks=pytest.mark.slow),
     ],

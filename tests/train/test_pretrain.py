@@ -543,7 +543,7 @@ def start_process(videos: Path, output: Path) -> subprocess.Popen:
     ("number", "code"),
     [
         pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
-        (signal.SIGUSR1, 0),
+        pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
     ],
 )

@@ -53,6 +53,7 @@ def local(tmp_path_factory, labelled_world):
     return write_shards(folder, [*entries[:2], frames[0], *entries[2:], frames[1]])
 
 
+@pytest.mark.slow  # 11 s: it starts a server
 def test_samples_are_those_of_local_shards(store, local, tmp_path):
     """Videos and folders of frames, in workers and in this process, which forks afterwards."""
     address = store.upload(local, "same")
