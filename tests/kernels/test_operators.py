@@ -134,15 +134,8 @@ class Chain(torch.nn.Module):
         return patch_loss(self.head(x), clips, decode, weight, backend=backend)
 
 
-@pytest.mark.parametrize(
-    "fused_head, autocast",
-    [
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((True, True), (True, False), (False, True), (False, False))
-        ),
-    ],
-)
+@pytest.mark.slow  # 4 s each
+@pytest.mark.parametrize("fused_head, autocast", [(True, True), (True, False), (False, True), (False, False)])
 def test_compiled_chain(fused_head, autocast, device):
     """torch.compile(fullgraph=True): no graph break, the same loss and gradients as eager, close to plain
     PyTorch's."""

@@ -539,14 +539,8 @@ def start_process(videos: Path, output: Path) -> subprocess.Popen:
 
 
 # To the whole group, as `timeout`, Slurm and a terminal send it: the data workers get it too.
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
-        pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow  # 5 s each
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
 def test_a_signal_to_the_group_leaves_a_usable_checkpoint(videos, tmp_path, number, code):
     process = start_process(videos, tmp_path / "run")
     try:
