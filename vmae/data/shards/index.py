@@ -153,6 +153,10 @@ class ShardIndex(ShardRows):
         """Classes of a sample; empty for none."""
         return tuple(self.part("labels", number).tolist())
 
+    def in_memory(self) -> ShardIndex:
+        """The same in memory of its own: one that was read holds its file open."""
+        return self.with_columns(**{name: column.copy() for name, column in self.columns.items()})
+
     def with_columns(self, **columns: np.ndarray) -> ShardIndex:
         """The same samples with some columns of other values."""
         return ShardIndex(

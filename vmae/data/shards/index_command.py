@@ -233,16 +233,7 @@ def _join(place: PartFolder, shards: Sequence[Shard], output: Path) -> int:
 
 
 def _read_piece(path: Path, output: Path) -> ShardIndex:
-    index = read_index(path, os.path.dirname(os.path.abspath(output)))
-    columns = {name: column.copy() for name, column in index.columns.items()}  # a mapping holds a file open
-    return ShardIndex(
-        columns,
-        index.relative,
-        sources=index.sources,
-        suffixes=index.suffixes,
-        settings=index.settings,
-        base=index.base,
-    )
+    return read_index(path, os.path.dirname(os.path.abspath(output))).in_memory()
 
 
 def _told(skipped: Counter[str]) -> str:

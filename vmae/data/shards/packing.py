@@ -526,12 +526,4 @@ def _read_done(job: ShardJob, plan: ShardPlan, shard: int) -> ShardIndex | None:
             f"{path.with_suffix('.tar')} is not the shard that was packed here: it was changed; remove it "
             f"and {path.name}, and start the command again"
         )
-    columns = {name: column.copy() for name, column in index.columns.items()}  # a mapping holds a file open
-    return ShardIndex(
-        columns,
-        index.relative,
-        sources=index.sources,
-        suffixes=index.suffixes,
-        settings=index.settings,
-        base=index.base,
-    )
+    return index.in_memory()
