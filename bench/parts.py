@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import resource
 import shutil
-import signal
 import socket
 import tempfile
 import time
@@ -137,7 +136,7 @@ def do_job(words: list[str], folder: Path, parts: int, ranks: int, kill: bool) -
             time.sleep(KILL_S)
             for process in processes:
                 kills += process.is_alive()
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
             for process in processes:
                 process.join()
         finish(start(run_command, flags, ranks=ranks), f"{words[0]} --part {number}/{parts} on {ranks} ranks")
