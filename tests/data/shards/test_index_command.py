@@ -184,9 +184,18 @@ def test_a_stopped_run_goes_on(tars, video, capsys):
     assert len(before) == 2
     assert run(tars, "-o", tars / "x.vmae") == 2
     assert [piece.stat().st_mtime_ns for piece in pieces] == before
-    (tars / "2.tar").unlink()
+
+
+def test_other_tars_after_a_run_that_failed(tars, video, capsys):
+    """Who takes the bad tar away need not remove what the run left; a part of other tars is refused."""
+    write_tar(tars / "2.tar", [("a.mp4", video), ("a.mp4", video)])
     assert run(tars, "-o", tars / "x.vmae") == 2
+    (tars / "2.tar").unlink()
+    assert run(tars, "-o", tars / "x.vmae", "--part", "1/2") == 2
     assert "holds an index of other tars" in capsys.readouterr().err
+    assert run(tars, "-o", tars / "x.vmae") == 0
+    assert "unfinished index of other tars is dropped" in capsys.readouterr().out
+    assert not list(tars.glob("*.unfinished*"))
 
 
 def test_an_index_that_is_there(tars, video, capsys):

@@ -87,7 +87,14 @@ def run(args: argparse.Namespace) -> int:
         Path(f"{output}{UNFINISHED}"), args.part, "an index being made", "an index of other tars", "tars.json"
     )
     with place.hold(Ranks(), merge=args.merge):
-        place.settle({"tars": [list(shard) for shard in shards], "quick": args.quick})
+        decides = {"tars": [list(shard) for shard in shards], "quick": args.quick}
+        if args.part.whole and not args.merge and not place.found() and not place.is_of(decides):
+            print(
+                f"note: what {place.folder} holds of an unfinished index of other tars is dropped", flush=True
+            )
+            for piece in (*place.folder.glob(f"*{INDEX_SUFFIX}"), place.folder / place.settings):
+                piece.unlink(missing_ok=True)
+        place.settle(decides)
         if not args.merge:
             _scan_part(place, shards, output, args)
         if not args.part.whole:
