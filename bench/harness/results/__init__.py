@@ -61,7 +61,7 @@ RESULTS: dict[str, type[Result]] = {
     "kill_runs": KillResult,
     "needs": NeedsResult,
     "store": StoreResult,
-    "store_ranges": StoreResult,  # `store.py --parts ranges`
+    "store_runs": StoreResult,  # `store.py --parts runs`
     "store_faults": FaultsResult,
 }
 # Other names: of the README's tables, and of a command before it was renamed.
