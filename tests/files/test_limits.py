@@ -19,6 +19,7 @@ from vmae.files.limits import (
     find_open_files,
     free_disk,
     raise_open_files,
+    whole_cores,
 )
 
 GIB = 2**30
@@ -168,3 +169,9 @@ def test_no_limit_of_open_files(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda which: infinite)
     assert find_open_files() == OpenFiles(2**63 - 1, 2**63 - 1)
     raise_open_files(10**6)
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(0.5, 1), (2.7, 2), (64, 64)])
+def test_processes_for_a_share_of_cores(monkeypatch, cores, processes):
+    monkeypatch.setattr("vmae.files.limits.find_cores", lambda: cores)
+    assert whole_cores() == processes

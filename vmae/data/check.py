@@ -54,16 +54,16 @@ from vmae.data.part_folder import PartFolder, Records
 from vmae.data.parts import add_part_arguments
 from vmae.data.ranks import Ranks, open_ranks
 from vmae.data.sampling import sample_frame_indices
-from vmae.data.shards.entries import DamagedShard, ShardEntry
+from vmae.data.shards.entries import DamagedShard, ShardEntry, is_address
 from vmae.data.shards.index import ShardIndex, write_index
 from vmae.data.shards.opening import stored_file
 from vmae.data.shards.reading import ask_ahead
-from vmae.data.shards.source import is_address
 from vmae.data.video_reader import memory_as_decode_error
 from vmae.data.workers import VideoTask, WorkerPool
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 from vmae.files.json_files import read_json
+from vmae.files.limits import whole_cores
 from vmae.settings import PROCESSES, Real
 
 REPORT, TIMINGS = "report.json", "timings.json"
@@ -430,7 +430,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(("auto", *video_backends()))
     parser.add_argument("--backend", default="auto", help=f"decoder: {names} (auto)")
     parser.add_argument(
-        "--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)"
+        "--workers", type=PROCESSES, default=whole_cores(), help="processes (one for each core)"
     )
     parser.add_argument(
         "--hang", type=Real(above=0, most=10**6), default=120.0, help="seconds that a video may take (120)"

@@ -32,6 +32,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def cache_home() -> Path:
+    """Folder of what can be made again: $XDG_CACHE_HOME/vmae, or ~/.cache/vmae."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vmae")
+
+
 def special_kind(mode: int) -> str | None:
     """Name of a file's kind by its `st_mode`; None for a regular file."""
     if stat.S_ISREG(mode):

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from vmae.data.entry_table import COLUMNS, EntryTable, LabelTable, count_distinct, path_hashes, spread
+from vmae.data.files import cache_home
 from vmae.data.list_lines import read_pieces
 from vmae.data.list_parsing import Grammar, ListParser, Piece
 from vmae.errors import InputError
@@ -162,11 +163,10 @@ def _places(path: str | Path) -> list[_Place]:
     name, whole = os.path.basename(path), os.path.abspath(path)
     if len(os.fsencode(name)) > 150:  # a name has 255 bytes at most
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     own = hashlib.sha256(os.fsencode(whole)).hexdigest()[:12]  # lists of many folders, maybe of one name
     return [
         _Place(Path(whole).parent, f".{name}."),
-        _Place(Path(base) / "vmae" / "lists", f".{name}.{own}."),
+        _Place(cache_home() / "lists", f".{name}.{own}."),
     ]
 
 

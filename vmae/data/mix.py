@@ -44,9 +44,10 @@ from vmae.data.files import Unanswered, ask_files
 from vmae.data.guarded import guarded_each
 from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry, read_list
 from vmae.data.sampling import permutation
+from vmae.data.shards.entries import is_address
 from vmae.data.shards.index import ShardIndex, is_index
 from vmae.data.shards.rows import ShardRows
-from vmae.data.shards.source import folder_of, index_at, is_address, join_place
+from vmae.data.shards.source import folder_of, index_at, join_place
 from vmae.data.workers import hang_limit
 from vmae.errors import InputError
 from vmae.files.json_files import check_depth

@@ -20,13 +20,14 @@ from vmae.data.pack_lists import LIST_NAME, merge_list, pack_list, pack_part, pa
 from vmae.data.parts import add_part_arguments
 from vmae.data.quarantine import QUARANTINE_NAME
 from vmae.data.ranks import Ranks
+from vmae.data.shards.entries import is_address
 from vmae.data.shards.facts import indexes_in
 from vmae.data.shards.index import INDEX_NAME, is_index
 from vmae.data.shards.packing import ShardJob, Stored, join_shards, pack_shards
 from vmae.data.shards.plan import Origin
-from vmae.data.shards.stores import is_remote
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
+from vmae.files.limits import whole_cores
 from vmae.settings import PROCESSES, Whole, limits
 
 REPORT_NAME = "report.json"
@@ -84,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --shards: store every N-th frame, for clips whose stride is a multiple of N (1: all)",
     )
     parser.add_argument(
-        "--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)"
+        "--workers", type=PROCESSES, default=whole_cores(), help="processes (one for each core)"
     )
     add_part_arguments(parser)
 
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         keep_every=args.keep_every,
     )
     _check_flags(args, config)
-    if is_remote(args.output):
+    if is_address(args.output):
         raise InputError(f"{args.output} is an address: pack into a folder of this machine, and copy that")
     folder = Path(args.output)
     if is_index(args.list):

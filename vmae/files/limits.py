@@ -73,6 +73,11 @@ def find_cores(root: str | Path = "/") -> float:
     return cores
 
 
+def whole_cores() -> int:
+    """`find_cores` as a number of processes, at least 1."""
+    return max(int(find_cores()), 1)
+
+
 def find_open_files() -> OpenFiles | None:
     """None where the system has no such limit (Windows)."""
     try:

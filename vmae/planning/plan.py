@@ -19,7 +19,7 @@ from typing import Any
 from vmae.config import ModelSettings
 from vmae.data import VideoEntry, read_data
 from vmae.data.needs import Load, open_files
-from vmae.data.shards.source import is_address
+from vmae.data.shards.entries import is_address
 from vmae.data.shared_memory import FOLDER, batches_bytes, remedy
 from vmae.data.shared_memory import describe as describe_bytes
 from vmae.errors import InputError

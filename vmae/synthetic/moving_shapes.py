@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from vmae.data.workers import WorkerPool
 from vmae.data.write_video import write_video
 from vmae.errors import InputError
 from vmae.files.json_files import parse_json
+from vmae.files.limits import whole_cores
 from vmae.settings import COUNT, PROCESSES, SEED, Whole, limits, ranged
 
 _D = 0.5**0.5
@@ -361,7 +361,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}", type=limits(WorldConfig, name), default=default, help=f"{text} ({default})"
         )
     parser.add_argument(
-        "--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)"
+        "--workers", type=PROCESSES, default=whole_cores(), help="processes (one for each core)"
     )
 
 

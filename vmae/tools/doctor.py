@@ -25,7 +25,7 @@ from vmae.data.dali import dali_missing
 from vmae.data.decode import BACKENDS as VIDEO_BACKENDS
 from vmae.data.decode import video_backends
 from vmae.data.needs import Load, find_needs
-from vmae.data.shards.source import is_address
+from vmae.data.shards.entries import is_address
 from vmae.data.shared_memory import FOLDER, SharedMemory, batches_bytes, describe, find_shared_memory, remedy
 from vmae.errors import InputError
 from vmae.files.limits import find_cores, find_memory, find_open_files

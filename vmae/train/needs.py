@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from vmae.data.needs import RANK_BYTES, Load, find_needs, open_files
-from vmae.data.shards.source import is_address
+from vmae.data.shards.entries import is_address
 from vmae.files.limits import raise_open_files
 from vmae.model.cost import peak_flops
 from vmae.train.prepare import Prepared

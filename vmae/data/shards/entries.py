@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,11 @@ class ShardError(InputError):
 
 class DamagedShard(ShardError):
     """Bytes that are not those that the index describes; a store that does not answer is none."""
+
+
+def is_address(path: str | Path) -> bool:
+    """Whether it names something in a store (`s3://bucket/...`), not a file of this machine."""
+    return "://" in str(path)
 
 
 class Shard(NamedTuple):

@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from vmae.data.shards.entries import Place, Shard, ShardEntry
+from vmae.data.shards.entries import Place, Shard, ShardEntry, is_address
 from vmae.data.shards.rows import FRAMES, ShardRows
 from vmae.errors import InputError
 from vmae.files.flat_arrays import read_arrays, write_arrays
@@ -211,7 +211,7 @@ def is_index(path: str | Path) -> bool:
 
 def join_name(base: str, name: str) -> str:
     """The complete name of a shard: `name` may be relative to `base`, a folder or address."""
-    if "://" in name or os.path.isabs(name) or not base:
+    if is_address(name) or os.path.isabs(name) or not base:
         return name
     return f"{base}/{quote(name) if base.startswith(('http://', 'https://')) else name}"
 

@@ -20,7 +20,7 @@ from vmae.data.part_folder import PartFolder
 from vmae.data.parts import add_part_arguments
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, Quarantine
 from vmae.data.ranks import Ranks
-from vmae.data.shards.entries import Shard
+from vmae.data.shards.entries import Shard, is_address
 from vmae.data.shards.index import (
     FRAMES,
     INDEX_SUFFIX,
@@ -34,11 +34,11 @@ from vmae.data.shards.index import (
 )
 from vmae.data.shards.look import prepare
 from vmae.data.shards.scan import Scanned, Scanner, scan_groups
-from vmae.data.shards.stores import is_remote
 from vmae.data.shards.tar_places import find_tars
 from vmae.data.shards.verify import verify_index
 from vmae.data.workers import WorkerPool
 from vmae.errors import InputError
+from vmae.files.limits import whole_cores
 from vmae.settings import PROCESSES, Real
 
 UNFINISHED = ".unfinished"
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify", metavar="INDEX", help="compare all bytes of an index's shards with it, and make none"
     )
     parser.add_argument(
-        "--workers", type=PROCESSES, default=os.cpu_count() or 1, help="processes (one for each core)"
+        "--workers", type=PROCESSES, default=whole_cores(), help="processes (one for each core)"
     )
     parser.add_argument(
         "--hang", type=Real(above=0, most=10**6), default=120.0, help="seconds that a video may take (120)"
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.tars or not args.output:
         raise InputError("name tar files, or folders of them, and the index: `vmae index TAR... -o INDEX`")
     output = Path(args.output)
-    if not is_index(output) or is_remote(args.output):
+    if not is_index(output) or is_address(args.output):
         raise InputError(f"{args.output}: the index is a file of this machine that ends with {INDEX_SUFFIX}")
     shards = find_tars(args.tars)
     if output.exists():
@@ -109,7 +109,7 @@ def _compare(output: Path, shards: Sequence[Shard]) -> int:
     """What there is to say where the index is there."""
     index = read_index(output)
     before = [
-        shard if is_remote(shard.name) else shard._replace(name=os.path.abspath(shard.name))
+        shard if is_address(shard.name) else shard._replace(name=os.path.abspath(shard.name))
         for shard in index.shards
     ]
     if before != list(shards):
@@ -186,7 +186,7 @@ def _write_piece(
     }
     name = shard.name
     folder = os.path.dirname(os.path.abspath(output))
-    if not is_remote(name) and os.path.commonpath([folder, name]) == folder:
+    if not is_address(name) and os.path.commonpath([folder, name]) == folder:
         name = os.path.relpath(name, folder)
     index = ShardIndex(
         columns, [shard._replace(name=name)], sources=sources, suffixes=suffixes, settings=told, base=folder
@@ -206,7 +206,7 @@ def _is_done(place: PartFolder, number: int, shards: Sequence[Shard]) -> bool:
 
 def _is_newer(shard: Shard, index: Path) -> bool:
     """Whether a tar of this machine was changed after `index` was written; of a store, its ETag tells."""
-    return not is_remote(shard.name) and os.stat(shard.name).st_mtime > index.stat().st_mtime
+    return not is_address(shard.name) and os.stat(shard.name).st_mtime > index.stat().st_mtime
 
 
 def _join(place: PartFolder, shards: Sequence[Shard], output: Path) -> int:

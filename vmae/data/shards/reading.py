@@ -12,9 +12,8 @@ import numpy as np
 
 from vmae.data.manifest import VideoEntry
 from vmae.data.shards import ahead, stores
-from vmae.data.shards.entries import DamagedShard, Place, Shard, ShardEntry, ShardError
+from vmae.data.shards.entries import DamagedShard, Place, Shard, ShardEntry, ShardError, is_address
 from vmae.data.shards.remote import AGAIN, ask_apart
-from vmae.data.shards.stores import is_remote
 from vmae.data.waiting import waiting
 
 _MOST_OPEN = 64  # shards that a process keeps open
@@ -62,7 +61,7 @@ def read_images(entry: ShardEntry, numbers: Sequence[int]) -> dict[int, bytes]:
 
 def _spans(entry: ShardEntry, places: list[Place]) -> list[tuple[int, int]]:
     """(offset, length) of the requests that give these places."""
-    gap = _GAP if is_remote(entry.shard.name) else -1
+    gap = _GAP if is_address(entry.shard.name) else -1
     spans: list[list[int]] = []
     for offset, length, _ in sorted(places):
         if spans and offset - spans[-1][1] <= gap:
@@ -80,7 +79,7 @@ def ask_ahead(entry: VideoEntry, frames: np.ndarray | None = None) -> None:
         frames: int64, images that are wanted of a folder of frames; None where that is not known: then it is
             not read ahead.
     """
-    if not (isinstance(entry, ShardEntry) and is_remote(entry.shard.name)):
+    if not (isinstance(entry, ShardEntry) and is_address(entry.shard.name)):
         return
     requests = ahead.ahead_of(_read_object)
     if requests is None:
@@ -96,7 +95,7 @@ def ask_ahead(entry: VideoEntry, frames: np.ndarray | None = None) -> None:
 
 def _read_checked(shard: Shard, first: int, length: int, places: list[Place]) -> bytes:
     """Bytes of a shard in which `places` are what the index says."""
-    for left in reversed(range(_RETRIES + 1 if is_remote(shard.name) else 1)):
+    for left in reversed(range(_RETRIES + 1 if is_address(shard.name) else 1)):
         data = read_range(shard, first, length)
         views = [memoryview(data)[place.offset - first :][: place.length] for place in places]
         wrong = [place for place, view in zip(places, views, strict=True) if zlib.crc32(view) != place.crc]
@@ -118,7 +117,7 @@ def read_range(shard: Shard, offset: int, length: int) -> bytes:
         ShardError: the shard is missing or cannot be read, has fewer bytes than its index says, or was
             changed.
     """
-    if is_remote(shard.name):
+    if is_address(shard.name):
         requests = ahead.ahead_of(_read_object)
         future = None if requests is None else requests.take((shard, offset, length))
         if future is not None and future.done():

@@ -23,8 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from vmae.data.files import cache_home
 from vmae.data.shards import stores
-from vmae.data.shards.entries import Shard, ShardError
+from vmae.data.shards.entries import Shard, ShardError, is_address
 from vmae.data.shards.stores import Found
 from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
@@ -144,18 +145,6 @@ def head(address: str) -> Found:
     return ask_apart(stores.find_object, address, BEFORE_S)
 
 
-def read_remote(address: str, offset: int, length: int, etag: str = "") -> bytes:
-    """Bytes of an object, fewer where it ends before.
-
-    Raises:
-        InputError: it is not there, cannot be read, or has another ETag.
-    """
-    try:
-        return ask_apart(stores.read_bytes, address, offset, length, etag, BEFORE_S)[0]
-    except stores.Changed:
-        raise InputError(f"{address} was changed while it was read: start again") from None
-
-
 def fetch_index(address: str) -> Path:
     """A local copy of an index that lies in a store.
 
@@ -171,14 +160,15 @@ def fetch_index(address: str) -> Path:
 
 def cache_folder() -> Path:
     """Folder of what was fetched: $XDG_CACHE_HOME/vmae or ~/.cache/vmae, else one of the temporary files."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     own = f"vmae-{os.getuid()}" if hasattr(os, "getuid") else "vmae"
-    for folder in (Path(home, "vmae"), Path(tempfile.gettempdir(), own)):
+    for folder in (cache_home(), Path(tempfile.gettempdir(), own)):
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if os.access(folder, os.W_OK | os.X_OK):
                 return folder
-    raise InputError(f"no folder for fetched indexes: {home} and {tempfile.gettempdir()} cannot be written")
+    raise InputError(
+        f"no folder for fetched indexes: {cache_home()} and {tempfile.gettempdir()} cannot be written"
+    )
 
 
 def _fetch(address: str, cache: str) -> Path:
@@ -233,8 +223,8 @@ def check_shards(shards: Sequence[Shard]) -> None:
     """
     step = -(-len(shards) // MOST_CHECKED) or 1
     chosen = list(shards[::step])
-    remote = [shard for shard in chosen if stores.is_remote(shard.name)]
-    wrong = [text for shard in chosen if not stores.is_remote(shard.name) and (text := _check_file(shard))]
+    remote = [shard for shard in chosen if is_address(shard.name)]
+    wrong = [text for shard in chosen if not is_address(shard.name) and (text := _check_file(shard))]
     if remote:
         stores.check_limits()
         wrong += ask_apart(_check_objects, remote)

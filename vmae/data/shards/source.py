@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vmae.data.files import Unanswered, ask_files, path_kind
-from vmae.data.shards.entries import Shard, ShardError
+from vmae.data.shards.entries import Shard, ShardError, is_address
 from vmae.data.shards.index import INDEX_NAME, ShardIndex, is_index, read_index
 from vmae.data.shards.stores import split_address
 from vmae.errors import InputError
@@ -21,11 +21,6 @@ from vmae.errors import InputError
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 _KEYS_AT_ONCE = 1 << 12  # arrays that stay in the cache: four times as fast as 1 << 14
 _checked: set[tuple[str, str, float, int]] = set()  # indexes that this process has found good
-
-
-def is_address(path: str | Path) -> bool:
-    """Whether it names something in a store (`s3://bucket/...`), not a file of this machine."""
-    return "://" in str(path)
 
 
 def join_place(start: str | Path, name: str) -> str:

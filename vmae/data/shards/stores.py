@@ -73,11 +73,6 @@ class Changed(InputError):
     """The object has another ETag than the one asked for."""
 
 
-def is_remote(name: str) -> bool:
-    """Whether a name is an address and no path."""
-    return "://" in name
-
-
 def seconds_of(variable: str, default: float) -> float:
     """Seconds above 0 that a variable of the environment says, else `default`.
 

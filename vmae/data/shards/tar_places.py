@@ -11,9 +11,8 @@ from pathlib import Path
 
 from vmae.data.files import path_kind
 from vmae.data.shards import stores
-from vmae.data.shards.entries import Shard
+from vmae.data.shards.entries import Shard, is_address
 from vmae.data.shards.remote import BEFORE_S, ask_apart, head
-from vmae.data.shards.stores import is_remote
 from vmae.errors import InputError
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -29,7 +28,7 @@ def find_tars(names: Sequence[str]) -> list[Shard]:
     """
     found: dict[str, Shard] = {}
     for name in (one for given in names for one in expand_ranges(given)):
-        for shard in _in_store(name) if is_remote(name) else _on_disk(name):
+        for shard in _in_store(name) if is_address(name) else _on_disk(name):
             if shard.name in found:
                 raise InputError(f"tar {shard.name} is named twice")
             found[shard.name] = shard
@@ -43,7 +42,7 @@ def expand_ranges(name: str) -> Iterator[str]:
         InputError: the range is empty, or of more than a million numbers.
     """
     match = _RANGE.search(name)
-    if match is None or (not is_remote(name) and os.path.exists(name)):
+    if match is None or (not is_address(name) and os.path.exists(name)):
         yield name
         return
     first, last = int(match[1]), int(match[2])
