@@ -16,6 +16,7 @@ ORDER = (
     ("vmae.errors", "vmae.settings", "vmae.config", "vmae.masking", "vmae.files", "vmae.flags"),
     ("vmae.model", "vmae.data"),
     ("vmae.checkpoint",),
+    ("vmae.targets",),
     ("vmae.train",),
     ("vmae.evaluate", "vmae.planning"),
     ("vmae.tools", "vmae.synthetic"),

@@ -87,6 +87,7 @@ DTYPE = OneOf("dtype", ("float32", "bfloat16"))
 # Headings of settings.
 DATA, START = "data and output", "what to start from"
 RESULTS, SPEED = "settings that change results", "settings that change speed and housekeeping only"
+TEACHER = "teacher (changes results)"
 VALIDATION = "validation and test"
 
 MAX_TOKENS = 2**20  # of a clip: its fixed positions alone take 3 GiB for ViT-B

@@ -179,7 +179,7 @@ def test_trivial_losses_agree_with_a_plain_computation(kinds, normalize):
     mean = torch.stack([target[clip][~hidden_from_encoder[clip]].mean(0) for clip in range(2)])[:, None]
     found = trivial_losses(clips, mask, config, normalize)
     assert found["zero"] == pytest.approx(target.square().mean(-1)[counted].mean().item(), rel=1e-5)
-    assert found["visible_mean"] == pytest.approx(
+    assert found["mean of the visible tubelets"] == pytest.approx(
         (target - mean).square().mean(-1)[counted].mean().item(), rel=1e-5
     )
     if normalize:

@@ -193,7 +193,10 @@ def reconstruct(model: Pretrainer, clip: Tensor, mask: DualMask) -> Reconstructi
     )
     loss = model(clip, mask).item()
     return Reconstruction(
-        panels=panels, loss=loss, zero_loss=trivial["zero"], visible_mean_loss=trivial["visible_mean"]
+        panels=panels,
+        loss=loss,
+        zero_loss=trivial["zero"],
+        visible_mean_loss=trivial["mean of the visible tubelets"],
     )
 
 

@@ -87,8 +87,14 @@ def forward_macs(
     return masked_macs(config, mask, fused=fused)
 
 
-def masked_macs(config: ModelConfig, mask: MaskConfig, *, fused: bool = True) -> int:
-    """`forward_macs` for any mask."""
+def masked_macs(
+    config: ModelConfig, mask: MaskConfig, *, fused: bool = True, width: int | None = None
+) -> int:
+    """`forward_macs` for any mask.
+
+    Args:
+        width: values that the head predicts of a token; None are those of a tubelet's pixels.
+    """
     counts = token_counts(config, mask)
     tokens = counts.visible + counts.decoded
     embedded, predicted, last = counts.total, counts.decoded, tokens
@@ -100,7 +106,7 @@ def masked_macs(config: ModelConfig, mask: MaskConfig, *, fused: bool = True) ->
     macs += counts.visible * dim * decoder_dim
     macs += (config.decoder_depth - 1) * _block_macs(tokens, decoder_dim, config.mlp_ratio)
     macs += _block_macs(tokens, decoder_dim, config.mlp_ratio, last)
-    return macs + predicted * decoder_dim * config.tubelet_pixels
+    return macs + predicted * decoder_dim * (config.tubelet_pixels if width is None else width)
 
 
 def classifier_macs(config: ModelConfig, num_classes: int) -> int:

@@ -25,7 +25,8 @@ from vmae.masking import DualMask
 from vmae.model.attention.packed import Lengths
 from vmae.model.embed import sine_cosine_positions
 from vmae.model.rows import Rows
-from vmae_kernels import assemble_decoder_tokens, embed_visible, head_patch_loss
+from vmae.model.target import Target
+from vmae_kernels import assemble_decoder_tokens, embed_visible
 
 
 class Parts(Protocol):
@@ -36,7 +37,7 @@ class Parts(Protocol):
     decoder: Any
     pos_embed: Tensor
     backend: str
-    normalize_target: bool
+    target: Target
 
     @property
     def mask_token(self) -> Tensor: ...
@@ -175,17 +176,7 @@ def packed_loss(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[
     counted = [Rows(mask.hidden_rows, mask.hidden_uses, model.backend) for mask in masks]
     losses, weights = [], []
     for rows, group, mask in zip(_decoded(model, clips, masks, counted), clips, masks):
-        loss = head_patch_loss(
-            model.final_norm(rows),
-            head.weight,
-            head.bias,
-            group,
-            mask.target,
-            mask.target_weight,
-            model.normalize_target,
-            tubelet_size=model.config.tubelet_size,
-            backend=model.backend,
-        )
+        loss = model.target.loss(model.final_norm(rows), head, group, mask, backend=model.backend)
         weight = mask.target_weight.sum()
         losses.append(loss * weight)
         weights.append(weight)

@@ -1,8 +1,8 @@
 """The dual-masked autoencoder (VideoMAE V2, section 3): the encoder sees visible tokens, the decoder predicts
 decoded ones.
 
-Legend: B clips, Nv visible, Nd decoded, Nk counted tokens, D encoder width, Dd decoder width, P values of a
-tubelet.
+Legend: B clips, Nv visible, Nd decoded, Nk counted tokens, D encoder width, Dd decoder width, C values of a
+token's target.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from vmae.model.embed import PatchEmbed, register_positions, sine_cosine_positio
 from vmae.model.packed import packed_loss, packed_predict
 from vmae.model.recompute import LayerNorm, norm_linear
 from vmae.model.rows import Rows, norm_rows
-from vmae_kernels import assemble_decoder_tokens, embed_visible, head_patch_loss
+from vmae.model.target import Pixels, Target
+from vmae_kernels import assemble_decoder_tokens, embed_visible
 
 
 class Encoder(nn.Module):
@@ -41,14 +42,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Blocks, norm and the head that predicts a tubelet's values."""
+    """Blocks, norm and the head that predicts `width` values of a token."""
 
-    def __init__(self, config: ModelConfig, attention: str, recompute: bool, backend: str):
+    def __init__(self, config: ModelConfig, attention: str, recompute: bool, backend: str, width: int):
         super().__init__()
         dim, heads = config.decoder_embed_dim, config.decoder_num_heads
         self.blocks = build_blocks(config, dim, config.decoder_depth, heads, attention, recompute, backend)
         self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
-        self.head = nn.Linear(dim, config.tubelet_pixels)
+        self.head = nn.Linear(dim, width)
         self.apply(init_xavier)
 
 
@@ -60,6 +61,7 @@ class Pretrainer(nn.Module):
         backend: of the fused operations: "torch", "triton" or "auto" (triton on a GPU).
         attention: backend of attention, see `vmae.model.attention.attention`.
         normalize_target: predict tubelets normalised per channel (published default) or pixels in [0, 1].
+        target: what is predicted; None are these pixels.
         recompute: make results of LayerNorm and GELU again in the backward instead of keeping them: 0.65 x
             the bytes that a block keeps, no matrix product repeated (`vmae.model.recompute`).
     """
@@ -73,15 +75,16 @@ class Pretrainer(nn.Module):
         backend: str = "auto",
         attention: str = "auto",
         normalize_target: bool = True,
+        target: Target | None = None,
         recompute: bool = True,
     ):
         super().__init__()
         self.config = config
         self.backend = backend
-        self.normalize_target = normalize_target
+        self.target = target or Pixels(config, normalize_target)
         self.recompute = recompute
         self.encoder = Encoder(config, attention, recompute, backend)
-        self.decoder = Decoder(config, attention, recompute, backend)
+        self.decoder = Decoder(config, attention, recompute, backend, self.target.width)
         # Left at torch's default initialisation, as in the published code, whose `apply` covers the two
         # halves only.
         self.encoder_to_decoder = nn.Linear(config.embed_dim, config.decoder_embed_dim, bias=False)
@@ -89,6 +92,11 @@ class Pretrainer(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         positions = sine_cosine_positions(config.num_tokens, config.decoder_embed_dim)
         self.register_buffer("pos_embed", positions, persistent=False)
+
+    @property
+    def normalize_target(self) -> bool:
+        """Whether it predicts pixels that are normalised."""
+        return isinstance(self.target, Pixels) and self.target.normalize
 
     def encode(self, clips: Tensor, mask: DualMask) -> Tensor:
         """Encoded visible tokens [B, Nv, D], before the encoder's final norm."""
@@ -122,7 +130,12 @@ class Pretrainer(nn.Module):
         """The decoder's final norm of the rows that its last block gave, in their dtype."""
         return norm_rows(rows, self.decoder.norm, self.backend)
 
-    def forward(self, clips: Tensor | Sequence[Tensor], mask: DualMask | Sequence[DualMask]) -> Tensor:
+    def forward(
+        self,
+        clips: Tensor | Sequence[Tensor],
+        mask: DualMask | Sequence[DualMask],
+        values: Tensor | None = None,
+    ) -> Tensor:
         """The loss, a float32 scalar, over counted tokens: the decoded ones that the encoder did not see
         (equation 5).
 
@@ -130,23 +143,15 @@ class Pretrainer(nn.Module):
             clips: uint8 [B, T, H, W, 3], or normalised float [B, 3, T, H, W].
             mask: of B clips of the same grid, on the clips' device. A list of masks with unequal counts, with
                 clips of any sizes, goes through `vmae.model.packed.packed_loss`.
+            values: the target's [B, Nk, C], where they are known already; not with a list of masks.
         """
         if not isinstance(mask, DualMask):
             return packed_loss(self, clips, mask)
         clips = self._checked(clips, mask)
         counted = Rows(mask.hidden_rows, mask.hidden_uses, self.backend)
         rows = self.decode(self.encode(clips, mask), mask, counted)
-        head = self.decoder.head
-        return head_patch_loss(
-            self.final_norm(rows),
-            head.weight,
-            head.bias,
-            clips,
-            mask.target,
-            mask.target_weight,
-            self.normalize_target,
-            tubelet_size=self.config.tubelet_size,
-            backend=self.backend,
+        return self.target.loss(
+            self.final_norm(rows), self.decoder.head, clips, mask, values=values, backend=self.backend
         )
 
     @overload
@@ -156,8 +161,8 @@ class Pretrainer(nn.Module):
     def predict(
         self, clips: Tensor | Sequence[Tensor], mask: DualMask | Sequence[DualMask]
     ) -> Tensor | list[Tensor]:
-        """Predicted tubelets [B, Nd, P] of all decoded tokens, pixel order (t, h, w, c), in the target's
-        space.
+        """Predictions [B, Nd, C] of all decoded tokens, in the target's space; of pixels in the order
+        (t, h, w, c).
 
         With a list of masks, a list with one such tensor each.
         """

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vmae.config import MODEL
+from vmae.config import MODEL, TEACHER
 from vmae.errors import InputError
 from vmae.flags import Settings
 from vmae.settings import SHARE, Real, ranged, setting
 from vmae.train.finetune_settings import DEFAULTS, FinetuneConfig, FinetuneSettings
 from vmae.train.pretrain_settings import EPOCHS, RunConfig
 from vmae.train.published_flags import adapt_data_set
-
-TEACHER = "teacher (changes results)"
 
 
 @dataclass(frozen=True, kw_only=True)

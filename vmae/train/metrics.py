@@ -445,8 +445,8 @@ def trivial_losses(
         normalize: whether targets are normalised; then the zero predictor's loss is about 1.
 
     Returns:
-        `zero`: predicts 0. `visible_mean`: predicts, for each value of a tubelet, its mean over the clip's
-            visible tubelets.
+        `zero`: predicts 0. `mean of the visible tubelets`: predicts, for each value of a tubelet, its mean
+            over the clip's visible tubelets.
     """
 
     def loss_of(prediction_B1P: Tensor) -> float:
@@ -463,4 +463,4 @@ def trivial_losses(
 
     seen = patch_targets_ref(clips, mask.visible, config.patch_size, config.tubelet_size, normalize)
     mean = seen.mean(1, keepdim=True)
-    return {"zero": loss_of(torch.zeros_like(mean)), "visible_mean": loss_of(mean)}
+    return {"zero": loss_of(torch.zeros_like(mean)), "mean of the visible tubelets": loss_of(mean)}

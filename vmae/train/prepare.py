@@ -274,6 +274,11 @@ def _check_fit(task: Task, path: Path, manifest: dict[str, Any], changes: dict[s
         text for name, text in changes.items() if name.startswith("model.") and name not in _TRAINING_ONLY
     ]
     advice = "choose another --output, or --no-resume for a fresh start"
+    if predicted := [text for name, text in changes.items() if name.startswith("target.")]:
+        raise InputError(
+            f"checkpoint {path} learned another target: {'; '.join(predicted)}; {advice}, or start a new run "
+            f"with --init {path}"
+        )
     own = {name: value.shape for name, value in task.model.state_dict().items()}
     try:
         check_shapes(own, shapes_of(tensor_layouts(path), "model"), path)

@@ -29,6 +29,7 @@ from vmae.data.sampling import SAMPLINGS
 from vmae.errors import InputError
 from vmae.flags import Settings, chosen
 from vmae.settings import BATCH, COUNT, FPS, SEED, SHARE, STEPS, STRIDE, OneOf, Whole, setting, setting_like
+from vmae.targets import TargetConfig
 from vmae.train.published_flags import PRETRAIN_FLAGS, adapt_pretrain
 
 EPOCHS, WARMUP_STEPS, EFFECTIVE_BATCH = Whole(1, 10**9), Whole(0, STEPS.most), Whole(1, 2**40)
@@ -83,6 +84,7 @@ class PretrainConfig(TrainingConfig):
     model: ModelConfig
     mask: MaskConfig
     optim: OptimConfig
+    target: TargetConfig = TargetConfig()
     data: str = setting(
         help="list file: one video or frame folder a line; a folder of videos; an index of shards (.vmae); "
         "or a mix of these (.yaml)",
@@ -244,6 +246,7 @@ def configs_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, RunConf
     config = PretrainConfig(
         model=model_from_args(args),
         mask=MaskConfig(**chosen(MaskConfig, args)),
+        target=TargetConfig(**chosen(TargetConfig, args)),
         **training_from_args(args, PretrainConfig, run, usual),
     )
     return config, run

@@ -67,7 +67,9 @@ def with_defaults(saved: dict[str, Any], config: _Checked) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         own = getattr(config, field.name)
         if field.name not in saved:
-            if field.default is not dataclasses.MISSING:
+            if isinstance(field.default, _Checked):
+                whole[field.name] = json.loads(json.dumps(field.default.to_dict()))
+            elif field.default is not dataclasses.MISSING:
                 whole[field.name] = json.loads(json.dumps(field.default))
         elif isinstance(own, _Checked) and isinstance(saved[field.name], dict):
             whole[field.name] = with_defaults(saved[field.name], own)

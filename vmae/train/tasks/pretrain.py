@@ -16,6 +16,9 @@ from vmae.data.loaders import check_loader
 from vmae.masking import DualMask
 from vmae.model import Pretrainer, build_pretrainer
 from vmae.model.cost import masked_macs
+from vmae.model.target import Pixels, Target
+from vmae.targets import TARGETS
+from vmae.targets.kind import Wanted
 from vmae.train.checks import check_mask
 from vmae.train.dry_run import find_absent, show_settings, tell_absent
 from vmae.train.metrics import trivial_losses
@@ -37,9 +40,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 class PretrainTask(ModelTask[PretrainConfig, Batch]):
-    """Masked autoencoding: the loss is the patch loss on the tokens that the mask counts."""
+    """Masked autoencoding: the loss is the target's on the tokens that the mask counts."""
 
     model: Pretrainer
+    target: Target
 
     def check(self) -> list[str]:
         check_mask(self.config.mask, self.config.model.grid)
@@ -48,7 +52,15 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         fixed = torch.Generator().manual_seed(0)
         self.one = DualMask.sample(1, self.config.model.grid, **self.config.mask.to_dict(), generator=fixed)
         self.trivial: dict[str, float] = {}  # losses on the first batch, once they are known
-        return super().check()
+        lines = super().check()
+        self.build_target()
+        return lines
+
+    def build_target(self) -> None:
+        """Make what is predicted, from `config`; it is found wrong before anything is read or written."""
+        config = self.config
+        wanted = Wanted(config.model, config.target, config.normalize_target, self.run.speed)
+        self.target = TARGETS[config.target.name].build(wanted)
 
     def read_data(self) -> tuple[PretrainDataset, list[str]]:
         config = self.config
@@ -82,11 +94,12 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         return self.config.data_root or super().list_root
 
     def build_model(self) -> Pretrainer:
+        self.target.to(self.parallel.device)
         return build_pretrainer(
             self.config.model,
             backend=self.run.speed.backend,
             attention=self.run.speed.attention,
-            normalize_target=self.config.normalize_target,
+            target=self.target,
         )
 
     def start(self) -> str:
@@ -103,7 +116,8 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         return [visible] * encoder + [visible + decoded] * decoder
 
     def flops_per_clip(self) -> float:
-        return 6.0 * masked_macs(self.config.model, self.config.mask)
+        own = masked_macs(self.config.model, self.config.mask, width=self.target.width)
+        return 6.0 * own + 2.0 * self.target.macs()
 
     def weigh(self, batch: Batch) -> float:
         usual = self.one.keep.shape[1] * self.run.batch_size * self.config.num_sample
@@ -111,8 +125,11 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
 
     def on_first_batch(self, batch: Batch) -> None:
         if self.parallel.is_main:
-            model, normalize = self.config.model, self.config.normalize_target
-            self.trivial = trivial_losses(batch.clips, batch.mask, model, normalize)
+            if isinstance(self.target, Pixels):
+                of = (self.config.model, self.target.normalize)
+                self.trivial = trivial_losses(batch.clips, batch.mask, *of)
+            else:
+                self.trivial = self.target.trivial(batch.clips, batch.mask)
             tqdm.write(f"loss of trivial predictors on the first batch: zero {self._trivial()}")
 
     def compute_loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -121,8 +138,9 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
     # --- Words ---
 
     def _trivial(self) -> str:
-        zero, mean = self.trivial["zero"], self.trivial["visible_mean"]
-        return f"{zero:.4f}, mean of the visible tubelets {mean:.4f}"
+        """Losses of the zero predictor and of a mean, in words that follow "zero"."""
+        zero, (name, mean) = self.trivial["zero"], list(self.trivial.items())[1]
+        return f"{zero:.4f}, {name} {mean:.4f}"
 
     def describe_model(self) -> str:
         mask, one = self.config.mask, self.one
@@ -132,7 +150,8 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
             decoder = "all hidden"
         return (
             f"{super().describe_model()} ({mask.encoder} {mask.encoder_ratio:g}: {visible} visible; "
-            f"{decoder}: {decoded} decoded, {counted} counted by the loss)"
+            f"{decoder}: {decoded} decoded, {counted} counted by the loss); predicted: "
+            f"{self.target.describe()}"
         )
 
     def describe_data(self) -> list[str]:
