@@ -180,9 +180,7 @@ def test_a_lean_decoder_gets_the_counted_tokens_only():
 
 
 def test_a_lean_decoder_is_refused_where_counts_differ():
-    with pytest.raises(
-        InputError, match="lean decoder needs masks that count equally .* random with running_cell"
-    ):
+    with pytest.raises(InputError, match="lean decoder needs .* equally .* random with running_cell"):
         DualMask.sample(2, GRID_B, encoder="random", lean=True)
     with pytest.raises(InputError, match="running_cell on 6 frames"):
         DualMask.sample(2, (6, 14, 14), lean=True)

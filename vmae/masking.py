@@ -198,8 +198,8 @@ class DualMask:
         equal = _counts_equally(hiding, leaving, grid[0])
         if lean and not equal:
             raise InputError(
-                f"a lean decoder needs masks that count equally many tokens in every clip; {hiding.name} with "
-                f"{leaving.name} on {grid[0]} frames of tokens does not"
+                f"a lean decoder needs masks that count equally many tokens in every clip; {hiding.name} "
+                f"with {leaving.name} on {grid[0]} frames of tokens does not"
             )
         mask = cls._from_indices(visible, decode, draw.num_tokens, equal=equal)
         return mask.without_seen() if lean else mask
