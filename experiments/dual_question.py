@@ -1,0 +1,204 @@
+"""Does dual masking cost accuracy? Dual against encoder-only masking on moving shapes, with enough seeds.
+
+Two encoder masks. Half of the frames hidden, as in progressive.py: running cells decode as many tokens as
+encoder-only masking then, so equal steps take equal time, and half of what they decode is not counted. Three
+quarters hidden: running cells decode two thirds as many; there the third arm trains for as long as encoder-only
+masking, by the CPU time of a step, measured once, in turn.
+
+Each arm and seed: pre-training, then the same fine-tuning on a few labelled clips, then top-1 on 4,000 videos
+(400 of them, as progressive.py has, leave 3 points of noise on a difference). What counts is the difference of
+the arms of a seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import bench_path  # noqa: F401
+import torch
+from harness.command import exit_code
+from harness.environment import find_environment
+from harness.json_records import from_json, to_json, write_json
+from harness.results.dual_question import ArmRun, Difference, DualQuestionResult
+from harness.table import show
+from tiny_world import (
+    FULL,
+    SCALES,
+    Scale,
+    Stages,
+    about,
+    finetune,
+    make_world,
+    pretrain,
+    run_jobs,
+    test,
+    world_paths,
+)
+
+from vmae import DualMask, build_pretrainer
+from vmae.config import MaskConfig, ModelConfig
+from vmae.model.cost import masked_macs
+
+MODEL = ModelConfig.preset("vit_tiny", patch_size=8, img_size=32, num_frames=8)
+HIDDEN = (50, 75)  # percent of the frames, hidden from the encoder
+ARMS = ("dual", "encoder-only", "dual-longer")  # the last one only where it differs from the first
+MANY = {
+    **SCALES,
+    "full": replace(FULL, seeds=8, world=replace(FULL.world, validation=400)),
+}
+
+
+def mask_of(hidden: int, arm: str) -> MaskConfig:
+    decoder = "none" if arm == "encoder-only" else "running_cell"
+    return MaskConfig(encoder="frame", encoder_ratio=hidden / 100, decoder=decoder)
+
+
+def jobs_of(seeds: int) -> dict[str, int]:
+    """Stages of each job, by name: percent hidden, arm, seed."""
+    arms = {hidden: ARMS if hidden == 75 else ARMS[:2] for hidden in HIDDEN}
+    return {f"{hidden}_{arm}_{seed}": 3 for hidden in HIDDEN for seed in range(seeds) for arm in arms[hidden]}
+
+
+def measure_times(path: Path, rounds: int) -> dict[str, float]:
+    """CPU seconds of a pre-training step on one thread, by arm, with three quarters hidden: medians, the arms in
+    turn; kept in a file, so that all seeds train as long."""
+    if path.exists():
+        return json.loads(path.read_text())
+    torch.set_num_threads(1)
+    clips = torch.randint(0, 256, (32, 8, 32, 32, 3), dtype=torch.uint8)
+    models, times = {}, {}
+    for arm in ARMS[:2]:
+        drawn = DualMask.sample(32, MODEL.grid, **mask_of(75, arm).to_dict())
+        model = build_pretrainer(MODEL, normalize_target=False)
+        models[arm] = (model, drawn, torch.optim.AdamW(model.parameters(), fused=True))
+        times[arm] = []
+    for _ in range(rounds):
+        for arm, (model, drawn, optimizer) in models.items():
+            began = time.process_time()
+            optimizer.zero_grad()
+            model(clips, drawn).backward()
+            optimizer.step()
+            times[arm].append(time.process_time() - began)
+    found = {arm: statistics.median(values[rounds // 10 :]) for arm, values in times.items()}
+    write_json(path, found)
+    return found
+
+
+def steps_of(out: Path, scale: Scale, arm: str) -> int:
+    """Pre-training steps of an arm."""
+    if arm != "dual-longer":
+        return scale.pretrain_steps
+    times = json.loads((out / "times.json").read_text())
+    return round(scale.pretrain_steps * times["encoder-only"] / times["dual"])
+
+
+def run_arm(out: Path, scale: Scale, job: str) -> int:
+    """Top-1 of one arm and seed, to `out / JOB / scores.json`."""
+    hidden, arm, seed = job.split("_")
+    stages, paths, mask = Stages(out / job), world_paths(out), mask_of(int(hidden), arm)
+    flags = [
+        "--encoder-mask",
+        mask.encoder,
+        "--encoder-ratio",
+        mask.encoder_ratio,
+        "--decoder-mask",
+        mask.decoder,
+    ]
+    longer = replace(scale, pretrain_steps=steps_of(out, scale, arm))
+    trained = pretrain(stages, "pre-training", paths["unlabeled"], longer, int(seed), *flags)
+    data = (paths["train_a"], paths["classes_a"])
+    tuned = finetune(stages, "fine-tuning", *data, scale.supervised_steps, int(seed), trained)
+    top1 = test(stages, "test", tuned, paths["val_a"])
+    run = ArmRun(
+        hidden=int(hidden), arm=arm, seed=int(seed), steps=longer.pretrain_steps, top1=top1,
+        macs=masked_macs(MODEL, mask) / 1e6,
+    )  # fmt: skip
+    write_json(stages.folder / "scores.json", to_json(run))
+    return 0
+
+
+def differences(runs: list[ArmRun]) -> list[Difference]:
+    """Each dual arm minus encoder-only masking, paired by seed."""
+    top1 = {(run.hidden, run.arm, run.seed): run.top1 for run in runs}
+    found = []
+    for hidden in HIDDEN:
+        for arm in (ARMS[0], ARMS[2]):
+            seeds = sorted(seed for h, a, seed in top1 if (h, a) == (hidden, arm))
+            values = [top1[hidden, arm, seed] - top1[hidden, ARMS[1], seed] for seed in seeds]
+            if len(values) > 1:
+                spread = statistics.stdev(values)
+                found.append(
+                    Difference(
+                        hidden=hidden,
+                        arm=arm,
+                        mean=statistics.mean(values),
+                        std=spread,
+                        error=spread / math.sqrt(len(values)),
+                        values=values,
+                    )
+                )
+    return found
+
+
+def verdict(one: Difference) -> str:
+    """What a difference says, and whether its standard error is what was asked for."""
+    met = "ok" if one.error < 0.7 else "NOT MET"
+    says = "no difference is seen"
+    if abs(one.mean) > 2 * one.error:
+        says = "dual masking is better" if one.mean > 0 else "dual masking is worse"
+    return (
+        f"{one.hidden} % of the frames hidden, {one.arm} against encoder-only: {one.mean:+.1f} points, standard error "
+        f"{one.error:.2f} (asked for: under 0.7) {met}; {says}"
+    )
+
+
+def run_all(args: argparse.Namespace, scale: Scale) -> int:
+    began, count = time.monotonic(), args.seeds or scale.seeds
+    make_world(args.out, scale)
+    times = measure_times(args.out / "times.json", 2 if args.scale == "smoke" else 100)
+    jobs = jobs_of(count)
+    run_jobs(__file__, jobs, args.out, args.scale)
+    runs = [from_json(ArmRun, json.loads((args.out / job / "scores.json").read_text())) for job in jobs]
+    found = differences(runs)
+    result = DualQuestionResult(
+        environment=find_environment(),
+        records=found,
+        runs=runs,
+        step_s=times,
+        verdicts=[verdict(one) for one in found],
+        minutes=(time.monotonic() - began) / 60,
+        **about(scale),
+    )
+    show(*result.tables())
+    print("\n" + "\n".join(result.verdicts))
+    result.write(args.out / "dual_question.json")
+    print(f"\n{args.out}/dual_question.json")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("dual_question"), help="folder of everything (dual_question)"
+    )
+    parser.add_argument("--scale", default="full", choices=("full", "smoke"), help="smoke: of seconds")
+    parser.add_argument("--seeds", type=int, help=f"runs of everything ({MANY['full'].seeds})")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    scale = MANY[args.scale]
+    if args.job:
+        return exit_code(lambda: run_arm(args.out, scale, args.job))
+    return exit_code(lambda: run_all(args, scale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
