@@ -1,13 +1,13 @@
 """Does dual masking cost accuracy? Dual against encoder-only masking on moving shapes, with enough seeds.
 
 Two encoder masks. Half of the frames hidden, as in progressive.py: running cells decode as many tokens as
-encoder-only masking then, so equal steps take equal time, and half of what they decode is not counted. Three
-quarters hidden: running cells decode two thirds as many; there the third arm trains for as long as encoder-only
-masking, by the CPU time of a step, measured once, in turn.
+encoder-only masking then, so equal steps take equal time, and half of what they decode is not counted.
+Three quarters hidden: running cells decode two thirds as many; there the third arm trains for as long as
+encoder-only masking, by the CPU time of a step, measured once, in turn.
 
 Each arm and seed: pre-training, then the same fine-tuning on a few labelled clips, then top-1 on 4,000 videos
-(400 of them, as progressive.py has, leave 3 points of noise on a difference). What counts is the difference of
-the arms of a seed.
+(400 of them, as progressive.py has, leave 3 points of noise on a difference). What counts is the difference
+of the arms of a seed.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def jobs_of(seeds: int) -> dict[str, int]:
 
 
 def measure_times(path: Path, rounds: int) -> dict[str, float]:
-    """CPU seconds of a pre-training step on one thread, by arm, with three quarters hidden: medians, the arms in
-    turn; kept in a file, so that all seeds train as long."""
+    """CPU seconds of a pre-training step on one thread, by arm, with three quarters hidden: medians, the arms
+    in turn; kept in a file, so that all seeds train as long."""
     if path.exists():
         return json.loads(path.read_text())
     torch.set_num_threads(1)
@@ -154,8 +154,8 @@ def verdict(one: Difference) -> str:
     if abs(one.mean) > 2 * one.error:
         says = "dual masking is better" if one.mean > 0 else "dual masking is worse"
     return (
-        f"{one.hidden} % of the frames hidden, {one.arm} against encoder-only: {one.mean:+.1f} points, standard error "
-        f"{one.error:.2f} (asked for: under 0.7) {met}; {says}"
+        f"{one.hidden} % of the frames hidden, {one.arm} against encoder-only: {one.mean:+.1f} points, "
+        f"standard error {one.error:.2f} (asked for: under 0.7) {met}; {says}"
     )
 
 

@@ -30,8 +30,8 @@ class ArmRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """An arm's top-1 minus that of encoder-only masking, in points: of each seed, mean, spread, and the mean's
-    standard error."""
+    """An arm's top-1 minus that of encoder-only masking, in points: of each seed, mean, spread, and the
+    mean's standard error."""
 
     hidden: int
     arm: str
