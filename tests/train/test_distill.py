@@ -10,8 +10,8 @@ from vmae import InputError, ModelConfig, build_classifier
 from vmae.checkpoint.folder import export_weights
 from vmae.checkpoint.published import load_weights
 from vmae.cli import main
+from vmae.data.view_store import LogitStore, fill_store
 from vmae.files.folder_lock import FolderLock
-from vmae.train.logit_store import LogitStore, fill_store
 from vmae.train.tasks.distil import distillation_loss
 
 CONFIG = ModelConfig.preset("vit_tiny", img_size=32, num_frames=4)

@@ -6,6 +6,8 @@ Legend: B clips, N tokens, D width, K classes, H heads.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -131,15 +133,15 @@ class Classifier(nn.Module):
         Raises:
             InputError: clips of another size than the model's.
         """
-        self._check(clips)
-        every_token = self.every_token.expand(clips.shape[0], -1)
-        proj = self.patch_embed.proj
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self._encode(
-                embed_visible(
-                    clips, every_token, proj.weight, proj.bias, self.pos_embed, backend=self.backend
-                )
-            )
+            return self._encode(self._embedded(clips))
+
+    def layer_tokens(self, clips: Tensor) -> Iterator[Tensor]:
+        """Tokens [B, N, D] after each block in turn, before the final norm; see `tokens`."""
+        x_BND = self._embedded(clips)
+        for block in self.blocks:
+            x_BND = block(x_BND)
+            yield x_BND
 
     def features(self, clips: Tensor) -> Tensor:
         """Pooled features [B, D]."""
@@ -164,6 +166,13 @@ class Classifier(nn.Module):
         """Tokens [B, N, D] after the last block, of clips that `embed` has embedded; positions are added
         here."""
         return self._encode(x_BND + self.pos_embed.to(x_BND.dtype))
+
+    def _embedded(self, clips: Tensor) -> Tensor:
+        """All tubelets [B, N, D] embedded, with their positions."""
+        self._check(clips)
+        every_token = self.every_token.expand(clips.shape[0], -1)
+        proj = self.patch_embed.proj
+        return embed_visible(clips, every_token, proj.weight, proj.bias, self.pos_embed, backend=self.backend)
 
     def _encode(self, x_BND: Tensor) -> Tensor:
         if self.pos_dropout is not None:

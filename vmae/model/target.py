@@ -9,7 +9,7 @@ Legend: B clips, Nd decoded, Nk counted tokens, Dd decoder width, C values of a 
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,15 @@ class Target(abc.ABC):
 
     Args:
         config: of the model that predicts.
+
+    Attributes:
+        notes: lines for the user on what it is made of.
+        identity: what decides its values beside the settings, plain containers; None where nothing does.
     """
 
     name: ClassVar[str]
+    notes: tuple[str, ...] = ()
+    identity: dict[str, Any] | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -78,9 +84,10 @@ class Target(abc.ABC):
             return (errors * weight).sum() / weight.sum()
 
     @torch.no_grad()
-    def trivial(self, clips: Tensor, mask: DualMask) -> dict[str, float]:
+    def trivial(self, clips: Tensor, mask: DualMask, values: Tensor | None = None) -> dict[str, float]:
         """Losses of predictors that learn nothing, on one batch, by name: 0, and the mean of the batch."""
-        values, weight = self.values(clips, mask).float(), mask.target_weight
+        values = (self.values(clips, mask) if values is None else values).float()
+        weight = mask.target_weight
         mean = (values * weight[..., None]).sum((0, 1)) / weight.sum()
 
         def loss_of(one: Tensor) -> float:

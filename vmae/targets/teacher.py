@@ -1,7 +1,7 @@
 """Latents of a frozen encoder as the target: masked latent prediction with a static teacher (SALT, Li et al.,
 2025, arXiv 2509.24317, stage 2).
 
-Legend: B clips, N tokens, Nk counted tokens, D the teacher's width.
+Legend: B clips, N tokens, Nk counted tokens, C the teacher's width.
 """
 
 from __future__ import annotations
@@ -10,73 +10,95 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmae.checkpoint.models import to_model
-from vmae.checkpoint.source import Source, read_checkpoint
 from vmae.errors import InputError
 from vmae.masking import DualMask
-from vmae.model import Classifier
-from vmae.model.cost import classifier_macs
 from vmae.model.target import Target
-from vmae.targets.settings import Wanted
+from vmae.targets.frozen import FrozenEncoder, freeze, regridded
+from vmae.targets.settings import LAST, Wanted
+from vmae.targets.video_encoder import VideoEncoder
 
 ABOUT = "latents of a frozen encoder, layer-normalised (--teacher)"
+
+# Tokens that the teacher sees at once: 41 clips of ViT-B, whose MLP then holds 0.4 GB in bf16. More would
+# take memory beside the student's own, for few launches less.
+TOKENS_AT_ONCE = 2**16
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_LOSSES = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "l2": F.mse_loss}
 
 
 class TeacherTarget(Target):
     """The teacher sees the whole clip, once; its counted tokens, each normalised over its values, are what
-    the student predicts.
+    the student predicts. Latents of several layers are each normalised, and so is their mean.
 
     Args:
-        teacher: in eval mode; its token grid is the student's.
-        loss: a name of `TOKEN_LOSSES`.
+        wanted: settings of the target, and the student.
+        encoder: the teacher.
     """
 
     name = "teacher"
 
-    def __init__(self, wanted: Wanted, teacher: Classifier, source: Source) -> None:
+    def __init__(self, wanted: Wanted, encoder: FrozenEncoder) -> None:
         super().__init__(wanted.model)
-        self.teacher, self.source = teacher.requires_grad_(False).eval(), source
-        self.error = wanted.settings.target_loss
+        settings = wanted.settings
+        self.encoder, self.normalize, self.error = encoder, settings.normalize_latents, settings.target_loss
+        self.layers, self.dtype = settings.teacher_layers, _DTYPES[settings.teacher_dtype]
+        tokens = encoder.grid[0] * encoder.grid[1] * encoder.grid[2]
+        self.at_once = settings.teacher_batch or max(TOKENS_AT_ONCE // tokens, 1)
+        self.identity, notes = encoder.identity, list(encoder.notes)
+        if encoder.grid != wanted.model.grid:
+            grids = (" x ".join(map(str, grid)) for grid in (encoder.grid, wanted.model.grid))
+            notes.append(f"{encoder.path}: latents resampled from {' tokens to '.join(grids)}, trilinear")
+        self.notes = tuple(f"teacher: {note}" for note in notes)
+        freeze(encoder.module, self.dtype)
 
     @property
     def width(self) -> int:
-        return self.teacher.config.embed_dim
+        return self.encoder.width
 
+    @torch.no_grad()
     def values(self, clips: Tensor, mask: DualMask) -> Tensor:
-        with torch.autocast(clips.device.type, torch.bfloat16):
-            tokens = self.teacher.tokens(clips)
-        counted = mask.target.long()[..., None].expand(-1, -1, tokens.shape[-1])
-        return F.layer_norm(tokens.gather(1, counted).float(), (tokens.shape[-1],))
+        target = mask.target.long()
+        parts = zip(clips.split(self.at_once), target.split(self.at_once))
+        return torch.cat([self._latents(*part) for part in parts])
+
+    def _latents(self, clips: Tensor, counted: Tensor) -> Tensor:
+        """float32 [B, Nk, C] of some clips, all at once."""
+        device, total, layers = clips.device.type, None, 0
+        with torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            for tokens in self.encoder.layers(clips):
+                tokens = regridded(tokens, self.encoder.grid, self.config.grid)
+                rows = counted[..., None].expand(-1, -1, tokens.shape[-1])
+                own = self._normalized(tokens.gather(1, rows).float())
+                total, layers = own if total is None else total + own, layers + 1
+        assert total is not None  # a teacher has a layer at least
+        return total if layers == 1 else self._normalized(total / layers)
+
+    def _normalized(self, latents: Tensor) -> Tensor:
+        return F.layer_norm(latents, latents.shape[-1:]) if self.normalize else latents
 
     def compare(self, predicted: Tensor, values: Tensor) -> Tensor:
         if self.error == "cosine":
             return 1 - F.cosine_similarity(predicted, values, dim=-1)
-        losses = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "l2": F.mse_loss}
-        return losses[self.error](predicted, values, reduction="none").mean(-1)
+        return _LOSSES[self.error](predicted, values, reduction="none").mean(-1)
 
     def macs(self) -> int:
-        return classifier_macs(self.teacher.config, 0)
+        return self.encoder.macs
 
     def state_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.teacher.parameters())
+        module = self.encoder.module
+        return sum(one.numel() * one.element_size() for one in (*module.parameters(), *module.buffers()))
 
     def to(self, device: torch.device) -> None:
-        self.teacher.to(device)
+        self.encoder.check_device(device, self.dtype)
+        self.encoder.module.to(device)
 
     def describe(self) -> str:
-        return f"latents of {self.source.path}"
+        which = {LAST: "latents"}.get(self.layers, f"latents after block {self.layers.replace(',', ', ')}")
+        normed = ", layer-normalised" if self.normalize else ""
+        return f"{which} of {self.encoder.path}{normed} ({self.width} wide, {self.error})"
 
 
 def build(wanted: Wanted) -> TeacherTarget:
-    path = wanted.settings.teacher
-    if path is None:
+    if wanted.settings.teacher is None:
         raise InputError("--target teacher needs one: --teacher CHECKPOINT")
-    source, model = read_checkpoint(path), wanted.model
-    changes = {"num_frames": model.num_frames, "img_size": model.img_size}
-    speed = wanted.speed
-    teacher, _ = to_model(source, "encoder", changes, backend=speed.backend, attention=speed.attention)
-    if teacher.config.grid != model.grid:
-        raise InputError(
-            f"the teacher {source.path} has {teacher.config.grid} tokens, the student {model.grid}"
-        )
-    return TeacherTarget(wanted, teacher, source)
+    return TeacherTarget(wanted, VideoEncoder(wanted))

@@ -21,6 +21,7 @@ from vmae.data.video_dataset import VideoDataset
 from vmae.errors import InputError
 from vmae.files.folder_lock import FolderLock
 from vmae.settings import STEPS
+from vmae.targets.settings import PLACES
 from vmae.train.checks import check_output, resolve_compile
 from vmae.train.loop import LoopConfig
 from vmae.train.optim import CosineSchedule, OptimConfig, optimizer_notes, weight_decay_schedule
@@ -274,7 +275,10 @@ def _check_fit(task: Task, path: Path, manifest: dict[str, Any], changes: dict[s
         text for name, text in changes.items() if name.startswith("model.") and name not in _TRAINING_ONLY
     ]
     advice = "choose another --output, or --no-resume for a fresh start"
-    if predicted := [text for name, text in changes.items() if name.startswith("target.")]:
+    free = {f"target.{name}" for name in PLACES}
+    if predicted := [
+        text for name, text in changes.items() if name.startswith("target.") and name not in free
+    ]:
         raise InputError(
             f"checkpoint {path} learned another target: {'; '.join(predicted)}; {advice}, or start a new run "
             f"with --init {path}"

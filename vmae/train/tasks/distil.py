@@ -28,12 +28,11 @@ from vmae.data.augment_classify import AugmentConfig
 from vmae.data.classify_dataset import LabelledBatch
 from vmae.data.labels import LabelledList
 from vmae.data.manifest import VideoEntry
+from vmae.data.view_store import LogitStore, fill_store
 from vmae.errors import InputError
-from vmae.files.json_files import parse_json
 from vmae.flags import chosen
 from vmae.model import Classifier
 from vmae.train.distil_settings import DistilConfig, add_arguments
-from vmae.train.logit_store import LogitStore, fill_store
 from vmae.train.parallel import Parallel, open_parallel
 from vmae.train.run import AtEnd, run_task
 from vmae.train.tasks.finetune import FinetuneTask, settings_of, test_from_args
@@ -150,17 +149,7 @@ class DistilTask(FinetuneTask):
         store = open_store(self.config, labelled.entries)
         self.store, self.cycle, self.read_logits = store, store.about["epochs"], store.read
         self.config = dataclasses.replace(self.config, stored_epochs=self.cycle)
-        missing = store.missing()
-        if missing:
-            raise InputError(
-                f"{store.folder} lacks the logits of {len(missing)} samples; finish it with --store first"
-            )
-        samples, batch = store.shape[0], self.run.videos_per_step(self.parallel.world_size)
-        if samples < batch:
-            raise InputError(
-                f"an epoch of {samples} samples is less than a batch of {batch}; stored logits need whole "
-                "batches: lower --batch-size, or raise --repeat"
-            )
+        store.check_complete(self.run.videos_per_step(self.parallel.world_size))
 
     def build_model(self) -> Classifier:
         model = super().build_model()
@@ -224,15 +213,7 @@ def _about_views(config: DistilConfig, entries: Sequence[VideoEntry], epochs: in
 def open_store(config: DistilConfig, entries: Sequence[VideoEntry]) -> LogitStore:
     """The store of a run; how many epochs it has, it says itself, unless `config` does."""
     assert config.logits is not None
-    epochs = config.stored_epochs
-    if epochs is None:
-        try:
-            with open(f"{config.logits}/logits.json", encoding="utf-8") as file:
-                epochs = int(parse_json(file.read())["epochs"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{config.logits} holds no stored logits ({error}); --store EPOCHS makes them"
-            ) from error
+    epochs = config.stored_epochs or LogitStore.epochs_in(config.logits)
     return LogitStore(config.logits, _about_views(config, entries, epochs))
 
 
@@ -278,9 +259,8 @@ def store_logits(
     )
     parallel.barrier()
     if parallel.is_main:
-        samples, _, classes = store.shape
         print(
-            f"{config.logits}: bf16 logits of {store.about['epochs']} epochs x {samples} samples, "
-            f"{classes} classes"
+            f"{config.logits}: bf16 logits of {store.about['epochs']} epochs x {store.about['samples']} "
+            f"samples, {store.about['classes']} classes"
         )
     return store

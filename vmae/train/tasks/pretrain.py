@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,7 @@ from vmae.train.metrics import trivial_losses
 from vmae.train.pretrain_settings import PretrainConfig, add_arguments, configs_from_args
 from vmae.train.run import run_task
 from vmae.train.task import ModelTask
+from vmae.train.tasks.supervised import settled
 
 __all__ = ["PretrainConfig", "PretrainTask", "add_arguments", "run"]
 
@@ -54,14 +56,16 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         self.trivial: dict[str, float] = {}  # losses on the first batch, once they are known
         lines = super().check()
         self.build_target()
-        return lines
+        return [*lines, *self.target.notes]
 
     def build_target(self) -> None:
         """Make what is predicted, from `config`; it is found wrong before anything is read or written."""
-        config = self.config
-        self.target = build_target(
-            Wanted(config.model, config.target, config.normalize_target, self.run.speed)
-        )
+        config, settings = self.config, self.config.target
+        if settings.teacher is not None:
+            settings = dataclasses.replace(settings, teacher=settled(settings.teacher, self.run))
+        self.target = build_target(Wanted(config.model, settings, config.normalize_target, self.run.speed))
+        identity = dataclasses.replace(config.target, teacher_identity=self.target.identity)
+        self.config = dataclasses.replace(config, target=identity)
 
     def read_data(self) -> tuple[PretrainDataset, list[str]]:
         config = self.config

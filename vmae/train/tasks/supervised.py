@@ -21,7 +21,7 @@ from vmae.flags import chosen
 from vmae.model.cost import classifier_macs
 from vmae.train.layer_decay import build_layer_optimizer
 from vmae.train.optim import OptimConfig
-from vmae.train.pretrain_settings import model_from_args
+from vmae.train.pretrain_settings import RunConfig, model_from_args
 from vmae.train.task import BatchT, ModelTask, ModelTaskConfig
 
 
@@ -65,10 +65,10 @@ def model_for(args: argparse.Namespace, source: Source | None) -> ModelConfig:
     return model_from_args(args, source.settings.get("model"), shown=source.shown)
 
 
-def settled(checkpoint: str, args: argparse.Namespace) -> str:
+def settled(checkpoint: str, run: argparse.Namespace | RunConfig) -> str:
     """For a run that goes on: the cached copy of what a name of the hub meant when it began, where there is
     one. The hub is not asked, and what came to the repository since does not count."""
-    goes_on = args.resume is not None and CheckpointFolder(args.output).latest() is not None
+    goes_on = run.resume is not None and CheckpointFolder(run.output).latest() is not None
     if not (goes_on and is_hub_name(checkpoint)):
         return checkpoint
     return str(cached(checkpoint) or checkpoint)
