@@ -292,7 +292,7 @@ CLIP_GRAD = Real(above=0, most=1e30)
 # Nesterov's momentum goes by two names in the published code, whose names are read in any case.
 OPTIMIZERS = OneOf(
     "optimizer",
-    ("adamw", "sgd", "momentum"),
+    ("adamw", "sgd", "momentum", "muon"),
     {"nesterov": "sgd", "Nesterov": "sgd", "AdamW": "adamw", "SGD": "sgd", "Momentum": "momentum"},
 )
 
@@ -304,7 +304,12 @@ class OptimConfig(_Checked):
 
     group = "optimizer (changes results)"
 
-    opt: str = setting("adamw", "adamw; sgd (Nesterov's momentum); momentum (SGD with plain one)", OPTIMIZERS)
+    opt: str = setting(
+        "adamw",
+        "adamw; sgd (Nesterov's momentum); momentum (SGD with plain one); muon (Muon for the matrices of "
+        "blocks, AdamW for the rest)",
+        OPTIMIZERS,
+    )
     lr: float = setting(1.5e-4, "peak learning rate for 256 videos a step", Real(above=0, most=10_000))
     min_lr: float = setting(
         1e-5, "final learning rate for 256 videos", Real(least=0, most=10_000), aliases=("--min_lr",)
@@ -330,6 +335,21 @@ class OptimConfig(_Checked):
     eps: float = setting(
         1e-8, "of AdamW", Real(above=0, most=1), aliases=("--opt_eps",), unset_words=("None",)
     )
+    # Muon's defaults: torch.optim.Muon's momentum (Jordan et al., 2024), and the rule with which AdamW's rate
+    # and weight decay carry over (Liu et al., 2025, arXiv 2502.16982).
+    muon_lr: float | None = setting(
+        None,
+        "with --opt muon, peak learning rate of the matrices for 256 videos; it follows the schedule of --lr",
+        Real(above=0, most=10_000),
+        unset="that of --lr",
+    )
+    muon_momentum: float = setting(0.95, "of Muon (Nesterov's)", SHARE_BELOW_1)
+    muon_adjust: str = setting(
+        "match_rms_adamw",
+        "what multiplies Muon's learning rate: match_rms_adamw, 0.2 sqrt(max(rows, columns)), so that steps "
+        "are as long as AdamW's; original, sqrt(max(1, rows / columns))",
+        OneOf("rule", ("match_rms_adamw", "original")),
+    )
     weight_decay: float = setting(
         0.05,
         "pulls weights to 0; not 1-d parameters, biases, positions and the mask token",
@@ -354,6 +374,8 @@ class OptimConfig(_Checked):
                 "opt sgd has Nesterov's momentum, which must be above 0: --opt momentum --momentum 0 is SGD "
                 "without any"
             )
+        if self.muon_lr is not None and self.opt != "muon":
+            raise InputError(f"muon_lr {self.muon_lr:g} is for opt muon, not {self.opt}")
         if self.warmup_lr > self.lr:
             raise InputError(f"warmup_lr {self.warmup_lr:g} is above lr {self.lr:g}, where the warm-up ends")
         if self.weight_decay_end and not self.weight_decay:
@@ -364,8 +386,9 @@ class OptimConfig(_Checked):
 
     def scaled_to(self, total_batch: int) -> OptimConfig:
         """The learning rates of a total batch: `lr * total_batch / 256`."""
-        rates = {name: getattr(self, name) for name in ("lr", "min_lr", "warmup_lr")}
-        return self.replace(**{name: rate * total_batch / 256 for name, rate in rates.items()})
+        rates = {name: getattr(self, name) for name in ("lr", "min_lr", "warmup_lr", "muon_lr")}
+        scaled = {name: rate * total_batch / 256 for name, rate in rates.items() if rate is not None}
+        return self.replace(**scaled)
 
 
 @dataclass(frozen=True, kw_only=True)
