@@ -15,6 +15,7 @@ from vmae.settings import (
     SHARE_BELOW_1,
     SIDE,
     WORKERS,
+    Limits,
     OneOf,
     Real,
     Whole,
@@ -297,6 +298,34 @@ OPTIMIZERS = OneOf(
 )
 
 
+class NonfiniteRule(Limits):
+    """`stop`, or `skip:K`."""
+
+    count = Whole(1, 10**9)
+
+    @classmethod
+    def allowance(cls, rule: str) -> int:
+        """K, 0 for `stop`; raises ValueError for anything else."""
+        if rule == "stop":
+            return 0
+        word, _, number = rule.partition(":")
+        if word != "skip" or not number.isdecimal() or not cls.count.allows(int(number)):
+            raise ValueError(rule)
+        return int(number)
+
+    def allows(self, value: Any) -> bool:
+        try:
+            return isinstance(value, str) and self.allowance(value) >= 0
+        except ValueError:
+            return False
+
+    def read(self, text: str) -> str:
+        return text
+
+    def __str__(self) -> str:
+        return f"stop, or skip:K with K {self.count}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(_Checked):
     """Settings of the optimizer; all of them change results. The learning rates are for a total batch of 256
@@ -366,6 +395,32 @@ class OptimConfig(_Checked):
     clip_grad: float | None = setting(
         None, "largest gradient norm", CLIP_GRAD, aliases=("--clip_grad",), unset="no clipping"
     )
+
+    on_nonfinite: str = setting(
+        "stop",
+        "what a loss or gradient that is not finite does: stop the run before the step; skip:K leaves the "
+        "step out, K steps of a run at most, then stops",
+        NonfiniteRule(),
+        metavar="stop|skip:K",
+    )
+    skip_spikes: float | None = setting(
+        None,
+        "leave steps out whose loss or gradient norm is so many standard deviations above the mean of the "
+        "last steps taken (OLMo: 6)",
+        Real(least=1, most=1000),
+        unset="all finite steps are taken",
+    )
+    spike_window: int = setting(
+        128, "of --skip-spikes: steps that a loss is compared with", Whole(4, 100_000)
+    )
+    spike_limit: int = setting(
+        100, "of --skip-spikes: a run that would leave more steps out stops", Whole(1, 10**9)
+    )
+
+    @property
+    def nonfinite_allowed(self) -> int:
+        """Steps of a run that may be left out because something is not finite."""
+        return NonfiniteRule.allowance(self.on_nonfinite)
 
     def __post_init__(self) -> None:
         super().__post_init__()

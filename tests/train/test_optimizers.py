@@ -189,6 +189,7 @@ def test_a_run_from_before_these_settings_goes_on(command):
 
 NEW = {
     *("muon_lr", "muon_momentum", "muon_adjust"),
+    *("on_nonfinite", "skip_spikes", "spike_window", "spike_limit"),
     *("opt", "momentum", "warmup_lr", "weight_decay_end", "drop_rate", "attn_drop_rate"),
     *("increasing", "interpolation", "erase_mode", "erase_count"),
     *("cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode"),
