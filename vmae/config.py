@@ -15,6 +15,7 @@ from vmae.settings import (
     SHARE_BELOW_1,
     SIDE,
     WORKERS,
+    Limits,
     OneOf,
     Real,
     Whole,
@@ -297,9 +298,37 @@ CLIP_GRAD = Real(above=0, most=1e30)
 # Nesterov's momentum goes by two names in the published code, whose names are read in any case.
 OPTIMIZERS = OneOf(
     "optimizer",
-    ("adamw", "sgd", "momentum"),
+    ("adamw", "sgd", "momentum", "muon"),
     {"nesterov": "sgd", "Nesterov": "sgd", "AdamW": "adamw", "SGD": "sgd", "Momentum": "momentum"},
 )
+
+
+class NonfiniteRule(Limits):
+    """`stop`, or `skip:K`."""
+
+    count = Whole(1, 10**9)
+
+    @classmethod
+    def allowance(cls, rule: str) -> int:
+        """K, 0 for `stop`; raises ValueError for anything else."""
+        if rule == "stop":
+            return 0
+        word, _, number = rule.partition(":")
+        if word != "skip" or not number.isdecimal() or not cls.count.allows(int(number)):
+            raise ValueError(rule)
+        return int(number)
+
+    def allows(self, value: Any) -> bool:
+        try:
+            return isinstance(value, str) and self.allowance(value) >= 0
+        except ValueError:
+            return False
+
+    def read(self, text: str) -> str:
+        return text
+
+    def __str__(self) -> str:
+        return f"stop, or skip:K with K {self.count}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +338,12 @@ class OptimConfig(_Checked):
 
     group = "optimizer (changes results)"
 
-    opt: str = setting("adamw", "adamw; sgd (Nesterov's momentum); momentum (SGD with plain one)", OPTIMIZERS)
+    opt: str = setting(
+        "adamw",
+        "adamw; sgd (Nesterov's momentum); momentum (SGD with plain one); muon (Muon for the matrices of "
+        "blocks, AdamW for the rest)",
+        OPTIMIZERS,
+    )
     lr: float = setting(1.5e-4, "peak learning rate for 256 videos a step", Real(above=0, most=10_000))
     min_lr: float = setting(
         1e-5, "final learning rate for 256 videos", Real(least=0, most=10_000), aliases=("--min_lr",)
@@ -335,6 +369,21 @@ class OptimConfig(_Checked):
     eps: float = setting(
         1e-8, "of AdamW", Real(above=0, most=1), aliases=("--opt_eps",), unset_words=("None",)
     )
+    # Muon's defaults: torch.optim.Muon's momentum (Jordan et al., 2024), and the rule with which AdamW's rate
+    # and weight decay carry over (Liu et al., 2025, arXiv 2502.16982).
+    muon_lr: float | None = setting(
+        None,
+        "with --opt muon, peak learning rate of the matrices for 256 videos; it follows the schedule of --lr",
+        Real(above=0, most=10_000),
+        unset="that of --lr",
+    )
+    muon_momentum: float = setting(0.95, "of Muon (Nesterov's)", SHARE_BELOW_1)
+    muon_adjust: str = setting(
+        "match_rms_adamw",
+        "what multiplies Muon's learning rate: match_rms_adamw, 0.2 sqrt(max(rows, columns)), so that steps "
+        "are as long as AdamW's; original, sqrt(max(1, rows / columns))",
+        OneOf("rule", ("match_rms_adamw", "original")),
+    )
     weight_decay: float = setting(
         0.05,
         "pulls weights to 0; not 1-d parameters, biases, positions and the mask token",
@@ -352,6 +401,32 @@ class OptimConfig(_Checked):
         None, "largest gradient norm", CLIP_GRAD, aliases=("--clip_grad",), unset="no clipping"
     )
 
+    on_nonfinite: str = setting(
+        "stop",
+        "what a loss or gradient that is not finite does: stop the run before the step; skip:K leaves the "
+        "step out, K steps of a run at most, then stops",
+        NonfiniteRule(),
+        metavar="stop|skip:K",
+    )
+    skip_spikes: float | None = setting(
+        None,
+        "leave steps out whose loss or gradient norm is so many standard deviations above the mean of the "
+        "last steps taken (OLMo: 6)",
+        Real(least=1, most=1000),
+        unset="all finite steps are taken",
+    )
+    spike_window: int = setting(
+        128, "of --skip-spikes: steps that a loss is compared with", Whole(4, 100_000)
+    )
+    spike_limit: int = setting(
+        100, "of --skip-spikes: a run that would leave more steps out stops", Whole(1, 10**9)
+    )
+
+    @property
+    def nonfinite_allowed(self) -> int:
+        """Steps of a run that may be left out because something is not finite."""
+        return NonfiniteRule.allowance(self.on_nonfinite)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.opt == "sgd" and not self.momentum:
@@ -359,6 +434,8 @@ class OptimConfig(_Checked):
                 "opt sgd has Nesterov's momentum, which must be above 0: --opt momentum --momentum 0 is SGD "
                 "without any"
             )
+        if self.muon_lr is not None and self.opt != "muon":
+            raise InputError(f"muon_lr {self.muon_lr:g} is for opt muon, not {self.opt}")
         if self.warmup_lr > self.lr:
             raise InputError(f"warmup_lr {self.warmup_lr:g} is above lr {self.lr:g}, where the warm-up ends")
         if self.weight_decay_end and not self.weight_decay:
@@ -369,8 +446,9 @@ class OptimConfig(_Checked):
 
     def scaled_to(self, total_batch: int) -> OptimConfig:
         """The learning rates of a total batch: `lr * total_batch / 256`."""
-        rates = {name: getattr(self, name) for name in ("lr", "min_lr", "warmup_lr")}
-        return self.replace(**{name: rate * total_batch / 256 for name, rate in rates.items()})
+        rates = {name: getattr(self, name) for name in ("lr", "min_lr", "warmup_lr", "muon_lr")}
+        scaled = {name: rate * total_batch / 256 for name, rate in rates.items() if rate is not None}
+        return self.replace(**scaled)
 
 
 @dataclass(frozen=True, kw_only=True)

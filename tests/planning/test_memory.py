@@ -92,9 +92,13 @@ def test_checkpointing_trades_bytes_for_flops():
     assert none.flops < selective.flops < full.flops
 
 
-def test_state_is_that_of_a_real_optimizer():
+@pytest.mark.parametrize(
+    ("opt", "momentum"), [("adamw", 0.9), ("sgd", 0.9), ("momentum", 0.0), ("muon", 0.9)]
+)
+def test_state_is_that_of_a_real_optimizer(opt, momentum):
+    optim = OptimConfig(opt=opt, momentum=momentum)
     model = build_pretrainer(DEEP, backend="torch")
-    optimizer = build_optimizer(model, OptimConfig())
+    optimizer = build_optimizer(model, optim)
     clips = torch.zeros(1, DEEP.num_frames, *DEEP.image_hw, 3, dtype=torch.uint8)
     model(clips, DualMask.sample(1, DEEP.grid, **MASK.to_dict())).backward()
     optimizer.step()
@@ -102,14 +106,14 @@ def test_state_is_that_of_a_real_optimizer():
     def size(tensors):
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    states = [value for state in optimizer.state.values() for value in state.values()]
+    states = [value for state in optimizer.state.values() for value in state.values() if value is not None]
     held = (
         size([*model.parameters(), *model.buffers()]),
         size(p.grad for p in model.parameters()),
         size(states),
         0,
     )
-    assert state_bytes(model, 1, "bfloat16") == held
+    assert state_bytes(model, 1, "bfloat16", optim=optim) == held
 
 
 SHARDED = """

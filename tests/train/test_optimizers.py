@@ -130,7 +130,7 @@ def test_other_optimizers_are_refused_by_name(pretrain, tmp_path, capsys):
     for name in PUBLISHED_NAMES.split():
         assert pretrain(tmp_path / "run", "--opt", name) == 2
         error = capsys.readouterr().err
-        assert f"argument --opt: unknown optimizer '{name}'; known: adamw, sgd, momentum" in error
+        assert f"argument --opt: unknown optimizer '{name}'; known: adamw, sgd, momentum, muon" in error
         assert error.count("\n") == 1
 
 
@@ -188,6 +188,8 @@ def test_a_run_from_before_these_settings_goes_on(command):
 
 
 NEW = {
+    *("muon_lr", "muon_momentum", "muon_adjust"),
+    *("on_nonfinite", "skip_spikes", "spike_window", "spike_limit"),
     *("opt", "momentum", "warmup_lr", "weight_decay_end", "drop_rate", "attn_drop_rate"),
     *("increasing", "interpolation", "erase_mode", "erase_count"),
     *("cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode"),

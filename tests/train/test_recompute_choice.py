@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vmae import DualMask, InputError, MaskConfig, ModelConfig, build_classifier, build_pretrainer
-from vmae.config import SpeedConfig
+from vmae.config import OptimConfig, SpeedConfig
 from vmae.model.cost import count_saved_bytes
 from vmae.planning.memory import count_activations, state_bytes
 from vmae.train import recompute_choice
@@ -45,6 +45,20 @@ def test_the_need_is_the_plans(dtype):
     )
     assert shared.state == pytest.approx(sum(state_bytes(model, 8, dtype, accumulate=2)), rel=0.2)
     assert shared.kept == need.kept
+
+
+@pytest.mark.parametrize("opt", ["sgd", "muon"])
+def test_the_state_is_that_of_the_optimizer(opt):
+    config, optim = ModelConfig.preset("vit_tiny"), OptimConfig(opt=opt)
+    with torch.device("meta"):
+        model = build_pretrainer(config, backend="torch")
+    of_adamw, own = (
+        need_without(model, config, [], [], clips=1, dtype="float32", optim=one).state
+        for one in (OptimConfig(), optim)
+    )
+    planned = [state_bytes(model, 1, "float32", optim=one)[2] for one in (OptimConfig(), optim)]
+    assert of_adamw - own == pytest.approx(planned[0] - planned[1], rel=0.01)
+    assert own < of_adamw
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -97,7 +111,7 @@ def task_on(device: str, **speed):
     return SimpleNamespace(
         run=RunConfig(output="run", batch_size=8, speed=SpeedConfig(compile=True, **speed)),
         parallel=SimpleNamespace(device=torch.device(device), sharded=False),
-        config=SimpleNamespace(model=config, num_sample=2, dtype="float32"),
+        config=SimpleNamespace(model=config, num_sample=2, dtype="float32", optim=OptimConfig()),
         model=model,
         averaged=False,
         blocks=lambda: blocks_of(model),

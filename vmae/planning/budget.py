@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from vmae.config import CHECKPOINTING, DTYPE, MaskConfig, ModelConfig, _Checked
+from vmae.config import CHECKPOINTING, DTYPE, MaskConfig, ModelConfig, OptimConfig, _Checked
 from vmae.errors import InputError
 from vmae.model import build_pretrainer
 from vmae.model.cost import masked_macs
 from vmae.planning.memory import Activations, Memory, count_activations, state_bytes
 from vmae.settings import BATCH, SHARE_ABOVE_0, SHARE_BELOW_1, STEPS, WORKERS, Real, Whole, ranged, setting
+from vmae.train.optim import USUAL_OPTIM
 from vmae.train.recompute_choice import RESERVE
 
 UNLABELED_HYBRID = 1_350_000  # videos, VideoMAE V2, section 4.1
@@ -228,6 +229,7 @@ def make_plan(
     checkpointing: str | None = None,
     parallel: str = "auto",
     recompute: Sequence[str] = ("off", "budget"),
+    optim: OptimConfig = USUAL_OPTIM,
 ) -> Plan:
     """Every checkpointing with every sharding, or the named ones. Seconds for any model; nothing of its size
     is allocated.
@@ -235,6 +237,7 @@ def make_plan(
     Args:
         recompute: the first of these that fits, else the last, stands in a row without checkpointing; the
             last in the others.
+        optim: whose state is counted.
     """
     shardings = cluster.shardings(parallel)
     with torch.device("meta"):
@@ -245,7 +248,7 @@ def make_plan(
     rows = []
     for name in [checkpointing] if checkpointing else CHECKPOINTING:
         for sharding, sharers in shardings.items():
-            state = state_bytes(model, sharers, workload.dtype, workload.accumulate(cluster.gpus))
+            state = state_bytes(model, sharers, workload.dtype, workload.accumulate(cluster.gpus), optim)
             ways = []
             for way in recompute if name == "none" else recompute[-1:]:
                 activations = counted(config, mask, workload.dtype, name, recompute=way != "off")

@@ -7,11 +7,12 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from vmae.config import MaskConfig, ModelConfig
+from vmae.config import MaskConfig, ModelConfig, OptimConfig
 from vmae.model import Pretrainer, build_pretrainer
 from vmae.model.cost import StepCount, count_step, on_paper
 from vmae.train.activations import prepare_blocks
 from vmae.train.loop import DTYPES
+from vmae.train.optim import USUAL_OPTIM, moments
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class Memory:
         parameters: float32 master weights, and buffers.
         gradients: float32; there throughout, as they are from the second accumulated batch on. FSDP keeps
             them whole while it accumulates, and sums them over the GPUs at the step's last batch.
-        optimizer: AdamW's two float32 moments, and a step counter a tensor.
+        optimizer: float32 moments (AdamW's two, one of SGD and of Muon's matrices), and AdamW's step counter
+            a tensor.
         gathered: FSDP's whole parameters of the root and two blocks, and a block's gradient on its way.
         activations: kept between forward and backward, clips included.
         working: on top of that, at the worst moment of the step.
@@ -109,7 +111,11 @@ class Memory:
 
 
 def state_bytes(
-    model: Pretrainer, sharers: int, dtype: str, accumulate: int = 1
+    model: Pretrainer,
+    sharers: int,
+    dtype: str,
+    accumulate: int = 1,
+    optim: OptimConfig = USUAL_OPTIM,
 ) -> tuple[int, int, int, int]:
     """Bytes of parameters, gradients, optimizer state and gathered parameters, where `sharers` GPUs hold one
     copy of `model`.
@@ -121,13 +127,16 @@ def state_bytes(
     parameters = list(model.parameters())
     elements = sum(p.numel() for p in parameters)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    parts = {p: math.ceil(p.shape[0] / sharers) * p[0].numel() for p in parameters}
+    kept = moments(model, optim)
+    state = 4 * sum(each * parts[p] + beside for p, (each, beside) in kept.items())
     if sharers == 1:
-        return 4 * elements + buffers, 4 * elements, 8 * elements + 4 * len(parameters), 0
-    part = sum(math.ceil(p.shape[0] / sharers) * p[0].numel() for p in parameters)
+        return 4 * elements + buffers, 4 * elements, state, 0
+    part = sum(parts.values())
     blocks = [
         sum(p.numel() for p in block.parameters()) for block in (*model.encoder.blocks, *model.decoder.blocks)
     ]
     size = DTYPES[dtype].itemsize
     gathered = size * (elements - sum(blocks)) + max(blocks) * (2 * size + size + 4)
     gradients = 4 * part + (4 * elements if accumulate > 1 else 0)
-    return 4 * part + buffers, gradients, 8 * part + 4 * len(parameters), gathered
+    return 4 * part + buffers, gradients, state, gathered

@@ -156,6 +156,7 @@ def plan_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, Plan, Sequ
         checkpointing=given.get("checkpointing"),
         parallel=args.parallel,
         recompute=recompute_ways(args.recompute, args.device, compiled=args.compile is not False),
+        optim=config.optim,
     )
     return config, plan, entries
 

@@ -55,8 +55,16 @@ class FiniteGuard:
         """One optimizer step, unless this loss or norm, or an earlier one, is not finite."""
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         self.failed = torch.maximum(self.failed, (~finite).float())
+        self.take(self.failed)
+
+    def take(self, flag: Tensor) -> None:
+        """One optimizer step, unless the flag is up."""
         if self.on_device:
-            self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]  # fused steps read it
+            self.optimizer.found_inf = flag  # type: ignore[attr-defined]  # fused steps read it
             self.optimizer.step()
-        elif not self.failed.item():
+        elif not flag.item():
             self.optimizer.step()
+
+    def numbers(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """What the host reads of the step just done, float32 on the device."""
+        return torch.stack([loss, norm.float(), self.failed])

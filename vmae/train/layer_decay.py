@@ -48,4 +48,4 @@ def build_layer_optimizer(
     model: nn.Module, config: OptimConfig, depth: int, decay: float, *, fused: bool = True
 ) -> torch.optim.Optimizer:
     """The optimizer over the layers' groups; see `vmae.train.optim.optimizer_of`."""
-    return optimizer_of(layer_groups(model, config.weight_decay, depth, decay), config, fused=fused)
+    return optimizer_of(layer_groups(model, config.weight_decay, depth, decay), model, config, fused=fused)

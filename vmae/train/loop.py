@@ -11,7 +11,7 @@ one not be finite, a flag on the device has kept that step and the next from the
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ from vmae.config import CLIP_GRAD, _Checked
 from vmae.data.quarantine import QUARANTINE_NAME, Failure, list_failures
 from vmae.data.shards.entries import ShardError
 from vmae.errors import InputError
-from vmae.files.atomic import write_atomically
 from vmae.settings import BATCH, SEED, STEPS, Whole, ranged
 from vmae.train.guard import FiniteGuard, LateNumbers, device_is_idle
 from vmae.train.metrics import NoLog, RunLog, StepMeter, flops_utilisation, peak_memory_bytes
 from vmae.train.optim import clip_gradients, set_learning_rate, set_weight_decay
 from vmae.train.parallel import Parallel, bare
 from vmae.train.signals import STOP_SIGNALS, StopSignals
+from vmae.train.skipping import KINDS, Outcome, Skipping, SkippingGuard, write_report
 from vmae.train.state import Companion, TrainingState
 from vmae.train.step import Exchange, Read, StepRecord, TrainingBatch, seed_random
 from vmae.train.validation import Stopped, Validation
@@ -40,6 +40,7 @@ from vmae.train.validation import Stopped, Validation
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NONFINITE_NAME = "nonfinite.json"
 _STEPS = Whole(1, 2**63 - 1)
+STOPS = Skipping()  # leaves no step out
 
 
 class StoreStop(InputError):
@@ -111,6 +112,7 @@ class Trainer:
         board: folder of these; None means one in the run's folder.
         on_first_batch: called with the first micro-batch of this start, on the device.
         validation: tests the model between two steps, see `Validation`; its time is in no step.
+        skipping: steps that are left out where the run goes on.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class Trainer:
         board: Path | None = None,
         on_first_batch: Callable[[TrainingBatch], None] | None = None,
         validation: Validation | None = None,
+        skipping: Skipping = STOPS,
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.weight_decay = weight_decay
@@ -148,8 +151,13 @@ class Trainer:
         self.sources, self.count_sources = tuple(sources), count_sources
         self.tensorboard, self.board, self.on_first_batch = tensorboard, board, on_first_batch
         self.validation = validation
-        self.state = TrainingState(bare(model), optimizer, companions or {})
+        self.skipping, companions = skipping, dict(companions or {})
         self.guard = FiniteGuard(optimizer, self.device)
+        if skipping:
+            self.guard = SkippingGuard(optimizer, self.device, skipping, self.parallel.sum)
+            companions["guard"] = self.guard
+        optional = ("guard",) if skipping else ()
+        self.state = TrainingState(bare(model), optimizer, companions, optional)
         self.step = 0  # optimizer steps done
         self.samples = dict.fromkeys(self.sources, 0)
         self.pending: StepRecord | None = None
@@ -393,7 +401,7 @@ class Trainer:
         if self.weight_decay is not None:
             set_weight_decay(self.optimizer, self.weight_decay(record.step))
         self.guard.step(loss, norm)
-        record.numbers = LateNumbers(torch.stack([loss, norm.float(), self.guard.failed]))
+        record.numbers = LateNumbers(self.guard.numbers(loss, norm))
 
     def settle(self) -> None:
         """Read the numbers of the step before, and log it.
@@ -406,41 +414,70 @@ class Trainer:
             return
         start = time.perf_counter()
         assert record.numbers is not None  # `optimizer_step` came before
-        loss, norm, failed = record.numbers.read()
-        if failed:
-            raise self._nonfinite(record, loss, norm)
+        outcome = Outcome.of(record.numbers.read())
+        if outcome.failed or outcome.left_out:
+            self._leave_out(record, outcome)
         if (
             self.step == record.step + 1
         ):  # the device was waited for; else this falls into the next step's time
             record.step_s += time.perf_counter() - start
-        self.log(record, loss, norm)
+        self.log(record, outcome)
 
-    def _nonfinite(self, record: StepRecord, loss: float, norm: float) -> NonFiniteError:
-        """Write down which samples a bad step came from."""
-        self.step = record.step
-        folder = self.saver.folder
-        path = folder.folder / NONFINITE_NAME
+    def _leave_out(self, record: StepRecord, outcome: Outcome) -> None:
+        """Tell of a step that was not taken; of one that is not finite, the samples are written down.
+
+        Raises:
+            NonFiniteError: the run stops here.
+        """
+        if outcome.failed:
+            self.step = record.step
+        numbers = f"the loss is {outcome.loss} and the gradient's norm {outcome.norm}"
+        text = f"step {record.step}: {numbers}"
+        if outcome.left_out == "spike":
+            text += f", above what is no spike ({outcome.bounds[0]:g} and {outcome.bounds[1]:g})"
+        text += ", so the step was not taken. "
         ids = [key for rank in self.parallel.gather(record.ids) for key in rank]
-        report = {"step": record.step, "loss": str(loss), "grad_norm": str(norm), "lr": record.lr, "ids": ids}
-        where = f"The samples of the batch are in {path}"
+        about = {"loss": str(outcome.loss), "grad_norm": str(outcome.norm), "lr": record.lr, "ids": ids}
+        if outcome.left_out == "nonfinite":
+            text += f"{self._write_down({'step': record.step, **about})}. "
+        if outcome.failed:
+            raise NonFiniteError(text + self._why_stopped(outcome))
+        counts = dict(zip(KINDS, outcome.counts))
+        self.log_file.say(f"note: {text}{counts[outcome.left_out or '']} left out so far")
+        self.log_file.record({"step": record.step + 1, "left_out": {"why": outcome.left_out, **about}})
+
+    def _write_down(self, report: dict[str, Any]) -> str:
+        """Write down which samples a step came from; says where."""
+        path = self.saver.folder.folder / NONFINITE_NAME
         if self.parallel.is_main:
             try:
-                folder.check()
-                write_atomically(
-                    path, lambda file: file.write(json.dumps(report, indent=2) + "\n"), binary=False
-                )
+                self.saver.folder.check()
+                write_report(path, report)
             except InputError as error:
-                where = f"The samples of the batch are not written down: {error}"
-        latest = folder.latest()
-        start = f"the run can go on from {latest}" if latest else "there is no checkpoint yet"
-        return NonFiniteError(
-            f"step {record.step}: the loss is {loss} and the gradient's norm {norm}, so the step was not "
-            f"taken. {where}. A lower --lr or --clip-grad often helps; {start}"
+                return f"The samples of the batch are not written down: {error}"
+        return f"The samples of the batch are in {path}"
+
+    def _why_stopped(self, outcome: Outcome) -> str:
+        """What a person can do about a run that a step has stopped."""
+        advice = "A lower --lr or --clip-grad often helps"
+        if outcome.left_out == "spike":
+            advice = (
+                f"Spikes left out before it: {self.skipping.spikes}, as many as --spike-limit allows: the "
+                f"loss may have risen for good. {advice}"
+            )
+        elif self.skipping.nonfinite:
+            advice = (
+                f"Such steps left out before it: {self.skipping.nonfinite}, as many as --on-nonfinite "
+                f"allows. {advice}"
+            )
+        latest = self.saver.folder.latest()
+        return f"{advice}; " + (
+            f"the run can go on from {latest}" if latest else "there is no checkpoint yet"
         )
 
-    def log(self, record: StepRecord, loss: float, norm: float) -> None:
+    def log(self, record: StepRecord, outcome: Outcome) -> None:
         """Count a step; every `log_every` steps, and after the last, a line goes to the logs."""
-        done = record.step + 1
+        done, loss, norm = record.step + 1, outcome.loss, outcome.norm
         for name, count in zip(self.sources, record.samples):
             self.samples[name] += count
         clips, step_s, data_s = record.clips, record.step_s, record.data_s
@@ -454,14 +491,15 @@ class Trainer:
             {
                 "step": done,
                 "epoch": done / self.config.steps_per_epoch,
-                "loss": loss,
-                "grad_norm": norm,
+                "loss": loss if math.isfinite(loss) else None,
+                "grad_norm": norm if math.isfinite(norm) else None,
                 "lr": record.lr,
                 **({} if self.weight_decay is None else {"weight_decay": self.weight_decay(record.step)}),
                 **means,
                 "mfu": flops_utilisation(flops, self.device, self.config.dtype),
                 "memory": peak_memory_bytes(self.device),
                 **({"samples": dict(self.samples)} if self.sources else {}),
+                **({"skipped": sum(outcome.counts)} if self.skipping else {}),
                 # seconds that this rank's workers have waited for object stores so far, together
                 **({"store_s": store_s} if (store_s := self.store_s()) else {}),
             }

@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -58,10 +59,14 @@ class StepMeter:
     step_s: float = 0.0
     data_s: float = 0.0
     replaced: int = 0
+    lossless: int = 0  # steps that were left out because their loss is not finite
 
     def add(self, *, loss: float, clips: int, step_s: float, data_s: float, replaced: int = 0) -> None:
         self.steps += 1
-        self.loss += loss
+        if math.isfinite(loss):
+            self.loss += loss
+        else:
+            self.lossless += 1
         self.clips += clips
         self.step_s += step_s
         self.data_s += data_s
@@ -72,11 +77,12 @@ class StepMeter:
         """Share of the time in which the device waited for data."""
         return self.data_s / self.step_s if self.step_s else 0.0
 
-    def means(self) -> dict[str, float]:
-        """Mean loss and seconds a step, clips a second, and how many videos had to be replaced."""
+    def means(self) -> dict[str, Any]:
+        """Mean loss (None where none was finite) and seconds a step, clips a second, and how many videos had
+        to be replaced."""
         steps = max(self.steps, 1)
         return {
-            "loss_mean": self.loss / steps,
+            "loss_mean": None if steps == self.lossless else self.loss / (steps - self.lossless),
             "clips_per_s": self.clips / self.step_s if self.step_s else 0.0,
             "data_share": self.data_share,
             "step_s": self.step_s / steps,

@@ -1,4 +1,4 @@
-"""The published optimizers over the published parameter groups, and the published cosine schedules.
+"""The published optimizers, and Muon, over the published parameter groups; the published cosine schedules.
 
 Source: VideoMAE V2, appendix, and the behaviour of its released code (`optim_factory`, `cosine_scheduler`).
 """
@@ -14,7 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from vmae.config import OptimConfig
 from vmae.errors import InputError
+from vmae.train.muon import Muon, MuonAdamW, block_matrices
 
+USUAL_OPTIM = OptimConfig()
 NO_DECAY_NAMES = ("pos_embed", "cls_token", "mask_token", "bias", "scale")  # scale: of cosine attention
 
 
@@ -35,11 +37,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = True) -> torch.optim.Optimizer:
     """The optimizer over `model`; see `optimizer_of`."""
-    return optimizer_of(parameter_groups(model, config.weight_decay), config, fused=fused)
+    return optimizer_of(parameter_groups(model, config.weight_decay), model, config, fused=fused)
 
 
-def optimizer_of(groups: list[dict], config: OptimConfig, *, fused: bool = True) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum, over parameter groups.
+def optimizer_of(
+    groups: list[dict], model: nn.Module, config: OptimConfig, *, fused: bool = True
+) -> torch.optim.Optimizer:
+    """AdamW, SGD with momentum, or Muon with AdamW, over groups of the model's parameters.
 
     As published, "sgd" is torch's SGD with Nesterov's momentum and "momentum" the one without, both with
     weight decay in the gradient (AdamW's is apart from it).
@@ -48,6 +52,8 @@ def optimizer_of(groups: list[dict], config: OptimConfig, *, fused: bool = True)
         fused: one kernel for all parameters (CPU and GPU), with the same numbers. SGD of sharded parameters
             has none: torch 2.13 does not know how `_fused_sgd_` shards.
     """
+    if config.opt == "muon":
+        return _muon_of(groups, block_matrices(model), config, fused)
     if config.opt == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
     nesterov = config.opt == "sgd"
@@ -55,10 +61,43 @@ def optimizer_of(groups: list[dict], config: OptimConfig, *, fused: bool = True)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
 
 
+def _muon_of(
+    groups: list[dict], matrices: dict[nn.Parameter, int], config: OptimConfig, fused: bool
+) -> MuonAdamW:
+    """Groups cut by who moves them; those of matrices have their own rate, as a factor of the schedule's."""
+    factor = 1.0 if config.muon_lr is None else config.muon_lr / config.lr
+    moved: list[dict] = []
+    rest: list[dict] = []
+    for group in groups:
+        own = {"lr": config.lr * factor, "lr_scale": group.get("lr_scale", 1.0) * factor}
+        for stacked in (1, 3):
+            params = [p for p in group["params"] if matrices.get(p) == stacked]
+            moved += [{**group, **own, "params": params, "stacked": stacked}] if params else []
+        params = [p for p in group["params"] if p not in matrices]
+        rest += [{**group, "params": params}] if params else []
+    muon = Muon(moved, momentum=config.muon_momentum, adjust_lr_fn=config.muon_adjust)
+    adamw = torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    return MuonAdamW(muon, adamw)
+
+
+def moments(model: nn.Module, config: OptimConfig) -> dict[nn.Parameter, tuple[int, int]]:
+    """float32 values that the optimizer keeps of each trained parameter: for each element, and beside them (a
+    count of steps)."""
+    usual = {"adamw": (2, 1), "muon": (2, 1)}.get(config.opt, (1 if config.momentum else 0, 0))
+    matrices = block_matrices(model) if config.opt == "muon" else {}
+    return {p: (1, 0) if p in matrices else usual for p in model.parameters() if p.requires_grad}
+
+
 def optimizer_notes(config: OptimConfig) -> list[str]:
     """Lines for the user on settings that do nothing here, or that the published code reads and forgets."""
     notes = []
-    if config.opt != "adamw":
+    if config.opt == "muon":
+        peak = config.lr if config.muon_lr is None else config.muon_lr
+        notes.append(
+            f"note: --opt muon moves the matrices of blocks (momentum {config.muon_momentum:g}, {peak:g} for "
+            f"256 videos, {config.muon_adjust}), AdamW the rest ({config.lr:g})"
+        )
+    elif config.opt != "adamw":
         kind = f"SGD with {'Nesterov' if config.opt == 'sgd' else 'plain'} momentum {config.momentum:g}"
         notes.append(f"note: --opt {config.opt} is {kind}; --betas and --eps are AdamW's and change nothing")
     if config.warmup_lr:

@@ -24,6 +24,7 @@ from vmae.settings import STEPS
 from vmae.targets.settings import PLACES
 from vmae.train.checks import check_output, resolve_compile
 from vmae.train.loop import LoopConfig
+from vmae.train.muon import check_matrices
 from vmae.train.optim import CosineSchedule, OptimConfig, optimizer_notes, weight_decay_schedule
 from vmae.train.parallel import Parallel
 from vmae.train.pretrain_settings import RunConfig
@@ -151,6 +152,8 @@ def prepare(task: Task, run: RunConfig, parallel: Parallel) -> Prepared:
     optim, steps_per_epoch = resolve_lengths(task)
     torch.manual_seed(task.config.seed)
     task.model = task.build_model()
+    if optim.opt == "muon":
+        check_matrices(task.model)
     checkpoint, start_step, listing = find_start(task, notes)
     task.model.to(parallel.device)
     resolve_recompute(task)
@@ -173,6 +176,7 @@ def resolve_recompute(task: Task) -> None:
             sharers=parallel.mesh.shape[-1] if parallel.sharded else 1,
             accumulate=run.accumulate,
             averaged=task.averaged,
+            optim=config.optim,
         )
     chosen = choose_recompute(speed.recompute, parallel.device, compiled=bool(speed.compile), need=need)
     task.run = dataclasses.replace(run, speed=dataclasses.replace(speed, recompute=chosen))

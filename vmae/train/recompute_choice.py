@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vmae.config import ModelConfig
+from vmae.config import ModelConfig, OptimConfig
 from vmae.model.blocks import Block
 from vmae.model.cost import count_saved_bytes
+from vmae.train.optim import USUAL_OPTIM, moments
 
 RESERVE = 0.08  # of the memory: CUDA, NCCL, the allocator; of `plan` too
 
@@ -25,7 +26,7 @@ class Need:
     """Bytes of one rank's step, where nothing is made again.
 
     Attributes:
-        state: weights, gradients, AdamW's moments, an average of the weights; what FSDP gathers.
+        state: weights, gradients, the optimizer's moments, an average of the weights; what FSDP gathers.
         kept: by blocks, between forward and backward; a bit less where they are compiled.
         working: about what the backward of one block takes beside.
     """
@@ -65,6 +66,7 @@ def need_without(
     sharers: int = 1,
     accumulate: int = 1,
     averaged: bool = False,
+    optim: OptimConfig = USUAL_OPTIM,
 ) -> Need:
     """What a rank's step needs with every result kept.
 
@@ -74,10 +76,13 @@ def need_without(
         sharers: ranks that share one copy of the state.
         accumulate: micro-batches of a step; FSDP keeps whole gradients between them.
         averaged: an average of the weights is kept too.
+        optim: whose state is counted.
     """
     elements = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    state = (4 * elements + (16 if averaged else 12) * trained) / sharers
+    kept_of = moments(model, optim).items()
+    held = 4 * sum(each * p.numel() for p, (each, _) in kept_of)
+    state = (4 * elements + (8 if averaged else 4) * trained + held) / sharers
     if sharers > 1:
         largest = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
         state += 12 * largest + (4 * trained if accumulate > 1 else 0)

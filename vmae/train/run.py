@@ -42,6 +42,7 @@ from vmae.train.parallel import open_parallel
 from vmae.train.prepare import Prepared, prepare
 from vmae.train.pretrain_settings import RunConfig
 from vmae.train.report import banner, describe_bad_videos, summary
+from vmae.train.skipping import Skipping
 from vmae.train.task import Task, TaskConfig
 from vmae.train.tasks import task_of
 from vmae.train.validation import Validation
@@ -251,6 +252,7 @@ def build_trainer(prepared: Prepared) -> Trainer:
         board=board_folder(run),
         on_first_batch=task.on_first_batch,
         validation=task.build_validation(model, prepared.steps_per_epoch),
+        skipping=Skipping.of(config.optim),
     )
     if prepared.checkpoint:
         trainer.resume(prepared.checkpoint)

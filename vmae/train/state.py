@@ -7,6 +7,7 @@ it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,12 +41,19 @@ class TrainingState:
         model: without DDP's wrapper; sharded or not.
         optimizer: over its parameters, whose state is tensors of the parameter's shape, and scalars.
         companions: what else is saved, by a name other than "model" and "optimizer".
+        optional: those of them whose tensors stay as they are where a checkpoint lacks them, or has them in
+            other shapes.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, companions: dict[str, Companion]
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        companions: dict[str, Companion],
+        optional: Sequence[str] = (),
     ) -> None:
         self.modules: dict[str, Companion] = {"model": model, **companions}
+        self.optional = optional
         self.optimizer = optimizer
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self.names = {name: p for name, p in model.named_parameters() if id(p) in trained}
@@ -75,9 +83,14 @@ class TrainingState:
         layouts = tensor_layouts(path)
         for name, module in self.modules.items():
             own = {key: value.shape for key, value in module.state_dict().items()}
-            check_shapes(own, shapes_of(layouts, name), path)
+            if name not in self.optional:
+                check_shapes(own, shapes_of(layouts, name), path)
         self.optimizer.state.update(self._empty_moments(layouts, path))
-        load_tensors(path, self.tensors(), group)
+        wanted = self.tensors()
+        for name in self.optional:
+            found = shapes_of(layouts, name)
+            wanted[name] = {key: one for key, one in wanted[name].items() if found.get(key) == one.shape}
+        load_tensors(path, {name: tensors for name, tensors in wanted.items() if tensors}, group)
         return read_manifest(path)
 
     def _empty_moments(self, layouts: Layouts, path: Path) -> dict[Tensor, dict[str, Tensor]]:
