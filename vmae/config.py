@@ -268,6 +268,11 @@ class ModelConfig(_Checked):
         if (self.channel_mean is None) != (self.channel_std is None):
             raise InputError("channel_mean and channel_std belong together: give both, or none")
 
+    def check_rgb(self, what: str) -> None:
+        """Raises InputError where clips have other channels than three, which `what` cannot take."""
+        if self.in_channels != 3:
+            raise InputError(f"{what} is for clips of 3 channels, and the model takes {self.in_channels}")
+
     @property
     def has_imagenet_pixels(self) -> bool:
         """Whether clips have three channels, normalised with ImageNet's mean and deviation: what the Triton
