@@ -91,6 +91,7 @@ RESULTS, SPEED = "settings that change results", "settings that change speed and
 TEACHER = "teacher (changes results)"
 VALIDATION = "validation and test"
 
+MAX_CHANNELS = 256
 MAX_TOKENS = 2**20  # of a clip: its fixed positions alone take 3 GiB for ViT-B
 _Config = TypeVar("_Config", bound="_Checked")
 _WIDTH, _BLOCKS, _HEADS = Whole(1, 2**16), Whole(1, 256), Whole(1, 1024)
@@ -192,6 +193,31 @@ class ModelConfig(_Checked):
     )
     cos_attn: bool = setting(False, "cosine attention with a learned temperature per head", unset="{default}")
     layer_norm_eps: float = setting(1e-6, "of every LayerNorm", Real(above=0, most=1), unset="{default}")
+    in_channels: int = setting(
+        3,
+        "channels of a clip: 1 is grey, 4 may be RGB and depth, 12 bands of a satellite; not 3: frames are "
+        "numpy stacks or images of so many channels, and PyTorch operations take them",
+        Whole(1, MAX_CHANNELS),
+        unset="{default}, or the checkpoint's",
+        group=RESULTS,
+    )
+    channel_mean: tuple[float, ...] | None = setting(
+        None,
+        "mean of each channel; of uint8 over 255, of uint16 over 65535, of float32 as it is "
+        "(`vmae check-data --statistics` tells it)",
+        Real(least=-1e6, most=1e6),
+        metavar="MEAN",
+        unset="ImageNet's, or the checkpoint's",
+        group=RESULTS,
+    )
+    channel_std: tuple[float, ...] | None = setting(
+        None,
+        "standard deviation of each channel, in the same units",
+        Real(above=0, most=1e6),
+        metavar="STD",
+        unset="ImageNet's, or the checkpoint's",
+        group=RESULTS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -221,6 +247,7 @@ class ModelConfig(_Checked):
                 f"{self.num_tokens:,} tokens; "
                 f"a clip may have {MAX_TOKENS:,}: take a smaller --image-size or fewer --num-frames"
             )
+        self._check_channels()
         if self.cos_attn and self.qk_scale is not None:
             raise InputError("cosine attention learns its scale: qk_scale must be None with cos_attn")
 
@@ -231,11 +258,43 @@ class ModelConfig(_Checked):
             raise InputError(f"unknown model preset {name!r}; known: {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **overrides})
 
+    def _check_channels(self) -> None:
+        """Raises InputError unless mean and deviation are there together, one number for each channel."""
+        for name in ("channel_mean", "channel_std"):
+            given = getattr(self, name)
+            if given is not None and len(given) != self.in_channels:
+                raise InputError(
+                    f"{name} has {len(given)} numbers, but clips have {self.in_channels} channels"
+                )
+        if (self.channel_mean is None) != (self.channel_std is None):
+            raise InputError("channel_mean and channel_std belong together: give both, or none")
+
+    def check_rgb(self, what: str) -> None:
+        """Raises InputError where clips have other channels than three, which `what` cannot take."""
+        if self.in_channels != 3:
+            raise InputError(f"{what} is for clips of 3 channels, and the model takes {self.in_channels}")
+
+    @property
+    def has_imagenet_pixels(self) -> bool:
+        """Whether clips have three channels, normalised with ImageNet's mean and deviation: what the Triton
+        kernels read."""
+        own = (self.channel_mean or IMAGENET_MEAN, self.channel_std or IMAGENET_STD)
+        return self.in_channels == 3 and own == (IMAGENET_MEAN, IMAGENET_STD)
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of each channel. Other channels than three without any are taken as they are."""
+        if self.channel_mean is not None and self.channel_std is not None:
+            return self.channel_mean, self.channel_std
+        if self.in_channels == 3:
+            return IMAGENET_MEAN, IMAGENET_STD
+        return (0.0,) * self.in_channels, (1.0,) * self.in_channels
+
     @property
     def clip_bytes(self) -> int:
-        """Of a clip in uint8."""
+        """Of a clip in uint8; in uint16 it has twice as many, in float32 four times."""
         height, width = self.image_hw
-        return 3 * self.num_frames * height * width
+        return self.in_channels * self.num_frames * height * width
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -255,7 +314,7 @@ class ModelConfig(_Checked):
     @property
     def tubelet_pixels(self) -> int:
         """Values that describe one tubelet: what the head predicts."""
-        return 3 * self.tubelet_size * self.patch_size**2
+        return self.in_channels * self.tubelet_size * self.patch_size**2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,7 @@ class Key:
             if self.unset_words:
                 kind = OrUnset(kind, self.unset_words, self.default)
         if self.kind.startswith("tuple"):
-            count = self.length
+            count = self.length or "+"
             if self.unset_words:
                 count, action = "+", _action(_StoreTuple, length=self.length)
         common["metavar"] = about.metavar
@@ -163,15 +163,16 @@ class Key:
                 raise InputError(f"{self.name} must be {wanted}, not {shown(value)}")
             return value
         if "tuple" in self.kind and (isinstance(value, list) or self.kind.startswith("tuple")):
-            if not isinstance(value, list) or len(value) != self.length:
-                raise InputError(f"{self.name} must be {self.length} numbers, not {shown(value)}")
+            if not isinstance(value, list) or len(value) != (self.length or len(value)):
+                raise InputError(f"{self.name} must be {self.length or 'some'} numbers, not {shown(value)}")
             return tuple(_checked(part, within, self.name) for part in value)
         return _checked(value, self.type or within, self.name)
 
     @property
-    def length(self) -> int:
-        """Numbers of a tuple."""
-        return self.kind.split("tuple[")[1].split("]")[0].count(",") + 1
+    def length(self) -> int | None:
+        """Numbers of a tuple; None where there may be any number of them."""
+        inside = self.kind.split("tuple[")[1].split("]")[0]
+        return None if "..." in inside else inside.count(",") + 1
 
 
 def _action(kind: type[argparse.Action] | None = None, **more: Any) -> Any:
@@ -193,9 +194,10 @@ class _StoreText(argparse.Action):
 
 
 class _StoreTuple(argparse.Action):
-    """Keeps so many numbers, or the default that a word for "not set" stands for."""
+    """Keeps so many numbers (None: any number of them), or the default that a word for "not set" stands
+    for."""
 
-    def __init__(self, *args: Any, length: int, **more: Any) -> None:
+    def __init__(self, *args: Any, length: int | None, **more: Any) -> None:
         super().__init__(*args, **more)
         self.length = length
 
@@ -203,7 +205,7 @@ class _StoreTuple(argparse.Action):
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
     ) -> None:
         usual = len(values) == 1 and (values[0] is None or isinstance(values[0], tuple))
-        if not usual and len(values) != self.length:
+        if not usual and len(values) != (self.length or len(values)):
             raise argparse.ArgumentError(self, f"expected {self.length} numbers, not {len(values)}")
         setattr(namespace, self.dest, values[0] if usual else values)
 

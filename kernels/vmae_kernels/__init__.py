@@ -12,9 +12,10 @@ from vmae_kernels.head_patch_loss import head_patch_loss, head_patch_loss_ref
 from vmae_kernels.layer_norm import layer_norm, layer_norm_ref
 from vmae_kernels.patch_loss import patch_loss, patch_loss_ref, patch_targets_ref
 from vmae_kernels.select_decoded import select_decoded, select_decoded_ref
-from vmae_kernels.tubelets import gather_tubelets
+from vmae_kernels.tubelets import Statistics, gather_tubelets
 
 __all__ = [
+    "Statistics",
     "assemble_decoder_tokens",
     "assemble_decoder_tokens_ref",
     "embed_visible",

@@ -93,6 +93,22 @@ def resolve_backend(backend: str, operation: str, tensor: Tensor, dtype: torch.d
     return backend
 
 
+def backend_for(operation: str, backend: str, statistics: object) -> str:
+    """`backend`, or "torch" in place of "auto" where clips have statistics of their own.
+
+    Raises:
+        ValueError: "triton" was named for such clips.
+    """
+    if statistics is None:
+        return backend
+    if backend == "triton":
+        raise ValueError(
+            f"{operation}: the Triton kernels read 3 channels with ImageNet's statistics, no clips of other "
+            "channels, dtypes or statistics; use backend='torch' or 'auto'"
+        )
+    return "torch" if backend == "auto" else backend
+
+
 def choose_backend(
     operation: str, backend: str, dtype: torch.dtype, tensors: Mapping[str, Tensor | None]
 ) -> str:

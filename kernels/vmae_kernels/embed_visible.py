@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmae_kernels import device as dev
-from vmae_kernels.backend import choose_backend
+from vmae_kernels.backend import backend_for, choose_backend
 from vmae_kernels.device import (
     CENTRE,
     MEAN_B,
@@ -51,16 +51,23 @@ from vmae_kernels.device import (
     tubelet_offsets,
 )
 from vmae_kernels.optional_triton import TensorDescriptor, tl, triton
-from vmae_kernels.tubelets import clip_grid, gather_tubelets, normalise
+from vmae_kernels.tubelets import Statistics, clip_grid, gather_tubelets, normalise
 
 
 def embed_visible_ref(
-    clips: Tensor, visible: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor
+    clips: Tensor,
+    visible: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos: Tensor,
+    statistics: Statistics | None = None,
 ) -> Tensor:
     """Plain PyTorch; same arguments and result as `embed_visible`."""
     tubelet_size, patch_size = weight.shape[2], weight.shape[3]
-    pixels = gather_tubelets(clips, visible, patch_size, tubelet_size)
-    if clips.dtype == torch.uint8:
+    pixels = gather_tubelets(clips, visible, patch_size, tubelet_size, statistics)
+    if statistics is not None:
+        pixels = normalise(pixels, *statistics)
+    elif clips.dtype == torch.uint8:
         pixels = normalise(pixels)
     # Channel-first like the weight: the permuted copy is made of few pixels, not of the whole weight.
     flat = pixels.permute(0, 1, 5, 2, 3, 4).flatten(2).to(weight.dtype)
@@ -535,7 +542,14 @@ embed_visible_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def embed_visible(
-    clips: Tensor, visible: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor, *, backend: str = "auto"
+    clips: Tensor,
+    visible: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos: Tensor,
+    *,
+    backend: str = "auto",
+    statistics: Statistics | None = None,
 ) -> Tensor:
     """`W . normalise(tubelet(clip, v)) + bias + pos[v]` for every visible token v (VideoMAE V2, section 3.1).
 
@@ -547,6 +561,8 @@ def embed_visible(
         bias: [D] or None.
         pos: [N, D] or [1, N, D], positions; they get a gradient when they need one.
         backend: "torch", "triton" or "auto" (Triton on a GPU).
+        statistics: of stored clips, uint8, uint16 or float32 [B, T, H, W, C], with weight [D, C, t, p, p];
+            the kernels take none, so "auto" is PyTorch.
 
     Returns:
         [B, Nv, D] in the weight's dtype, or autocast's. Gradients reach weight, bias and pos, in their own
@@ -561,9 +577,10 @@ def embed_visible(
         ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when they are
             checked, "triton" where it cannot run or where clips need a gradient.
     """
-    if weight.ndim != 5 or weight.shape[1] != 3 or weight.shape[3] != weight.shape[4]:
-        raise ValueError(f"weight must be [D, 3, t, p, p], not {list(weight.shape)}")
-    frames, rows, columns = clip_grid(clips, weight.shape[3], weight.shape[2])
+    channels = 3 if statistics is None else len(statistics.mean)
+    if weight.ndim != 5 or weight.shape[1] != channels or weight.shape[3] != weight.shape[4]:
+        raise ValueError(f"weight must be [D, {channels}, t, p, p], not {list(weight.shape)}")
+    frames, rows, columns = clip_grid(clips, weight.shape[3], weight.shape[2], statistics)
     if pos.shape[-1] != weight.shape[0] or pos.numel() != frames * rows * columns * weight.shape[0]:
         raise ValueError(
             f"positions {list(pos.shape)} do not fit {frames * rows * columns} tokens of width "
@@ -574,9 +591,10 @@ def embed_visible(
     if visible.ndim != 2 or visible.shape[0] != clips.shape[0]:
         raise ValueError(f"visible must be [B={clips.shape[0]}, Nv], not {list(visible.shape)}")
     dtype = dev.working_dtype(clips.device.type, weight.dtype)
+    backend = backend_for("embed_visible", backend, statistics)
     tensors = dict(clips=clips, visible=visible, weight=weight, bias=bias, pos=pos)
     if choose_backend("embed_visible", backend, dtype, tensors) == "triton":
         return embed_visible_op(clips, visible.to(torch.int32), weight, bias, pos, dtype)[0]
     if dev.checking_indices():
         dev.check_indices(visible, frames * rows * columns, "visible")
-    return embed_visible_ref(clips, visible, weight, bias, pos)
+    return embed_visible_ref(clips, visible, weight, bias, pos, statistics)

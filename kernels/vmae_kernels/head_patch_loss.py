@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmae_kernels import device as dev
-from vmae_kernels.backend import choose_backend
+from vmae_kernels.backend import backend_for, choose_backend
 from vmae_kernels.device import round_to
 from vmae_kernels.optional_triton import tl, triton
 from vmae_kernels.patch_loss import (
@@ -43,7 +43,7 @@ from vmae_kernels.patch_loss import (
     tubelet_places,
     weighted_mean_of,
 )
-from vmae_kernels.tubelets import clip_grid
+from vmae_kernels.tubelets import Statistics, clip_grid
 
 
 def head_patch_loss_ref(
@@ -55,11 +55,11 @@ def head_patch_loss_ref(
     weight: Tensor,
     normalize: bool = True,
     tubelet_size: int = 2,
+    statistics: Statistics | None = None,
 ) -> Tensor:
     """Plain PyTorch; same arguments and result as `head_patch_loss`."""
-    return patch_loss_ref(
-        F.linear(hidden, head_weight, head_bias), clips, decode, weight, normalize, tubelet_size
-    )
+    pixels = F.linear(hidden, head_weight, head_bias)
+    return patch_loss_ref(pixels, clips, decode, weight, normalize, tubelet_size, statistics)
 
 
 @triton.jit
@@ -266,13 +266,14 @@ def head_patch_loss(
     *,
     tubelet_size: int = 2,
     backend: str = "auto",
+    statistics: Statistics | None = None,
 ) -> Tensor:
     """`patch_loss(hidden @ head_weight.T + head_bias, ...)` (VideoMAE V2, equation 5).
 
     Args:
         hidden: [B, Nk, D], normalised decoder rows of the counted tokens.
         head_weight: [P, D]; head_bias: [P] or None.
-        clips, decode, weight, normalize, tubelet_size: as in `patch_loss`.
+        clips, decode, weight, normalize, tubelet_size, statistics: as in `patch_loss`.
         backend: "torch", "triton" or "auto" (Triton on a GPU; PyTorch there too where gradients in float16
             are wanted).
 
@@ -298,7 +299,9 @@ def head_patch_loss(
         raise ValueError(
             f"head bias {list(head_bias.shape)} does not fit head weight {list(head_weight.shape)}"
         )
-    check_loss_shapes(hidden.shape[:-1], head_weight.shape[0], clips, decode, weight, tubelet_size)
+    values = head_weight.shape[0]
+    check_loss_shapes(hidden.shape[:-1], values, clips, decode, weight, tubelet_size, statistics)
+    backend = backend_for("head_patch_loss", backend, statistics)
     dtype = dev.working_dtype(hidden.device.type, hidden.dtype)
     learned = (hidden, head_weight) if head_bias is None else (hidden, head_weight, head_bias)
     with_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
@@ -318,5 +321,7 @@ def head_patch_loss(
         return head_patch_loss_op(
             hidden, head_weight, head_bias, clips, tokens, weight, normalize, tubelet_size, dtype, with_grad
         )[0]
-    check_tokens(decode, clips, head_weight.shape[0], tubelet_size)
-    return head_patch_loss_ref(hidden, head_weight, head_bias, clips, decode, weight, normalize, tubelet_size)
+    check_tokens(decode, clips, values, tubelet_size, statistics)
+    return head_patch_loss_ref(
+        hidden, head_weight, head_bias, clips, decode, weight, normalize, tubelet_size, statistics
+    )

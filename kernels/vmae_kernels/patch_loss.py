@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from vmae_kernels import device as dev
-from vmae_kernels.backend import choose_backend
+from vmae_kernels.backend import backend_for, choose_backend
 from vmae_kernels.device import (
     MEAN_B,
     MEAN_G,
@@ -39,23 +39,36 @@ from vmae_kernels.device import (
     tubelet_offsets,
 )
 from vmae_kernels.optional_triton import tl, triton, triton_version
-from vmae_kernels.tubelets import clip_grid, gather_tubelets, unit_pixels
+from vmae_kernels.tubelets import Statistics, clip_grid, gather_tubelets, stored_units, unit_pixels
 
 
-def patch_size_of(values: int, tubelet_size: int) -> int:
-    """Side of a tubelet of `values` = 3 * tubelet_size * side**2 values."""
-    side = math.isqrt(values // (3 * tubelet_size))
-    if 3 * tubelet_size * side * side != values:
-        raise ValueError(f"{values} values are no square tubelet of {tubelet_size} frames and 3 channels")
+def patch_size_of(values: int, tubelet_size: int, statistics: Statistics | None = None) -> int:
+    """Side of a tubelet of `values` = 3 * tubelet_size * side**2 values; with `statistics`, of their
+    channels."""
+    channels = 3 if statistics is None else len(statistics.mean)
+    side = math.isqrt(values // (channels * tubelet_size))
+    if channels * tubelet_size * side * side != values:
+        raise ValueError(
+            f"{values} values are no square tubelet of {tubelet_size} frames and {channels} channels"
+        )
     return side
 
 
 def patch_targets_ref(
-    clips: Tensor, tokens: Tensor, patch_size: int, tubelet_size: int = 2, normalize: bool = True
+    clips: Tensor,
+    tokens: Tensor,
+    patch_size: int,
+    tubelet_size: int = 2,
+    normalize: bool = True,
+    statistics: Statistics | None = None,
 ) -> Tensor:
     """float32 [B, n, P]: pixels in [0, 1]; with `normalize`, per tubelet and channel minus the mean, over
-    `sqrt(unbiased variance) + 1e-6` (MAE's normalised target, per channel as in VideoMAE's released code)."""
-    pixels = unit_pixels(gather_tubelets(clips, tokens, patch_size, tubelet_size)).flatten(2, 4)
+    `sqrt(unbiased variance) + 1e-6` (MAE's normalised target, per channel as in VideoMAE's released code).
+
+    Stored clips have `statistics`; of floats the pixels are the values as they are.
+    """
+    pixels = gather_tubelets(clips, tokens, patch_size, tubelet_size, statistics)
+    pixels = (unit_pixels(pixels) if statistics is None else stored_units(pixels)).flatten(2, 4)
     if normalize:
         variance, mean = torch.var_mean(pixels, dim=2, unbiased=True, keepdim=True)
         # The clamp moves no target; it makes the gradient of a tubelet of equal pixels finite.
@@ -75,19 +88,25 @@ def patch_loss_ref(
     weight: Tensor,
     normalize: bool = True,
     tubelet_size: int = 2,
+    statistics: Statistics | None = None,
 ) -> Tensor:
     """Plain PyTorch; same arguments and result as `patch_loss`."""
-    target = patch_targets_ref(
-        clips, decode, patch_size_of(pixels.shape[-1], tubelet_size), tubelet_size, normalize
-    )
+    patch = patch_size_of(pixels.shape[-1], tubelet_size, statistics)
+    target = patch_targets_ref(clips, decode, patch, tubelet_size, normalize, statistics)
     return weighted_mean((pixels.float() - target).square().mean(-1), weight.float())
 
 
 def check_loss_shapes(
-    rows, values: int, clips: Tensor, decode: Tensor, weight: Tensor, tubelet_size: int
+    rows,
+    values: int,
+    clips: Tensor,
+    decode: Tensor,
+    weight: Tensor,
+    tubelet_size: int,
+    statistics: Statistics | None = None,
 ) -> None:
     """Raises ValueError unless predictions `rows` x `values`, tokens, weights and clips fit together."""
-    clip_grid(clips, patch_size_of(values, tubelet_size), tubelet_size)
+    clip_grid(clips, patch_size_of(values, tubelet_size, statistics), tubelet_size, statistics)
     fit = tuple(rows) == tuple(decode.shape) == tuple(weight.shape)
     if not fit or decode.ndim != 2 or decode.shape[0] != clips.shape[0]:
         raise ValueError(
@@ -97,10 +116,13 @@ def check_loss_shapes(
         )
 
 
-def check_tokens(decode: Tensor, clips: Tensor, values: int, tubelet_size: int) -> None:
+def check_tokens(
+    decode: Tensor, clips: Tensor, values: int, tubelet_size: int, statistics: Statistics | None = None
+) -> None:
     """In a checked mode (VMAE_CHECK_INDICES=1): raises ValueError where a token is none of the clip's."""
     if dev.checking_indices():
-        frames, rows, columns = clip_grid(clips, patch_size_of(values, tubelet_size), tubelet_size)
+        patch = patch_size_of(values, tubelet_size, statistics)
+        frames, rows, columns = clip_grid(clips, patch, tubelet_size, statistics)
         dev.check_indices(decode, frames * rows * columns, "decode")
 
 
@@ -412,6 +434,7 @@ def patch_loss(
     *,
     tubelet_size: int = 2,
     backend: str = "auto",
+    statistics: Statistics | None = None,
 ) -> Tensor:
     """Weighted mean over tokens of the mean squared error over a tubelet (VideoMAE V2, equation 5).
 
@@ -422,6 +445,7 @@ def patch_loss(
         weight: float32 [B, Nk], not all zero.
         normalize: predict normalised tubelets (the published default) rather than pixels in [0, 1].
         backend: "torch", "triton" or "auto" (Triton on a GPU).
+        statistics: of stored clips, as in `embed_visible`.
 
     Returns:
         float32 scalar, whatever the dtype of `pixels`. The kernels form the gradient of `pixels`; where float
@@ -434,9 +458,10 @@ def patch_loss(
         ValueError: shapes or devices that do not fit, an unknown backend, indices out of range when
             VMAE_CHECK_INDICES=1, "triton" where it cannot run, or where clips or `weight` need a gradient.
     """
-    check_loss_shapes(pixels.shape[:-1], pixels.shape[-1], clips, decode, weight, tubelet_size)
+    check_loss_shapes(pixels.shape[:-1], pixels.shape[-1], clips, decode, weight, tubelet_size, statistics)
+    backend = backend_for("patch_loss", backend, statistics)
     tensors = dict(pixels=pixels, clips=clips, decode=decode, weight=weight)
     if choose_backend("patch_loss", backend, pixels.dtype, tensors) == "triton":
         return patch_loss_op(pixels, clips, decode.to(torch.int32), weight, normalize, tubelet_size)[0]
-    check_tokens(decode, clips, pixels.shape[-1], tubelet_size)
-    return patch_loss_ref(pixels, clips, decode, weight, normalize, tubelet_size)
+    check_tokens(decode, clips, pixels.shape[-1], tubelet_size, statistics)
+    return patch_loss_ref(pixels, clips, decode, weight, normalize, tubelet_size, statistics)

@@ -136,8 +136,10 @@ def test_a_box_of_the_final_size_is_cut_only(frames, resize):
 
 def test_bad_arguments(frames):
     box = CropBox(0, 0, 10, 10)
-    with pytest.raises(InputError, match="uint8"):
-        crop_and_resize(frames.astype(np.float32), box, 8)
+    with pytest.raises(InputError, match="uint8, uint16 or float32"):
+        crop_and_resize(frames.astype(np.float64), box, 8)
+    with pytest.raises(InputError, match="resize 'pil' is for RGB in 8 bits, and frames are float32 of 3"):
+        crop_and_resize(frames.astype(np.float32), box, 8, resize="pil")
     with pytest.raises(InputError, match="not inside"):
         crop_and_resize(frames, CropBox(0, 270, 10, 10), 8)
     with pytest.raises(InputError, match="unknown resize 'cubic'; known: torch, pil"):

@@ -229,6 +229,8 @@ def config_to_huggingface(
         refused.append(f"positions of a {config.pos_grid} grid (pos_grid)")
     if pooling == "attentive":
         refused.append(f"pooling {pooling!r}")
+    if not config.has_imagenet_pixels:
+        refused.append(f"{config.in_channels} channels with statistics of their own (in_channels)")
     if refused:
         raise InputError(f"transformers' VideoMAE cannot express {', '.join(refused)}")
     height, width = config.image_hw

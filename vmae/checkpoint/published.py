@@ -307,6 +307,13 @@ def check_shapes(own: dict[str, torch.Size], found: dict[str, torch.Size], path:
             f"checkpoint {path} has a class token ({tokens[0]}), which models of VideoMAE do not have: it is "
             "of another kind of model"
         )
+    for name in (name for name in own if name.endswith("patch_embed.proj.weight") and name in found):
+        theirs, ours = found[name], own[name]
+        if len(theirs) == len(ours) == 5 and theirs[1] != ours[1]:
+            raise InputError(
+                f"checkpoint {path} is of clips of {theirs[1]} channels, and the model takes {ours[1]} "
+                f"(--in-channels {theirs[1]} is as it was)"
+            )
     if missing or extra or differing:
         raise InputError(_mismatch(path, missing, extra, differing) + _hint(own, found))
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from vmae.data.channels import DTYPES, RGB
 from vmae.errors import InputError
 
 SCALES = (1.0, 0.875, 0.75, 0.66)
@@ -142,7 +143,7 @@ def crop_and_resize(
     """Cut `box` from every frame and resize it, bilinear; antialiased where `resize` does not say otherwise.
 
     Args:
-        frames: uint8 [T, H, W, 3].
+        frames: uint8, uint16 or float32 [T, H, W, C].
         size: side, or (height, width), of the result.
         resize: "torch", or "pil" for the bits of the published pre-training. Measured on the clips of
             `vmae.synthetic.samples` (16 frames to 224 x 224, one core, torch 2.13, Pillow 13): "torch" is
@@ -151,13 +152,15 @@ def crop_and_resize(
             tests on labels: half a level from the exact value at most.
 
     Returns:
-        uint8 [T, height, width, 3], contiguous.
+        [T, height, width, C] in the dtype of `frames`, contiguous.
 
     Raises:
         InputError: frames of another shape or dtype, a box that leaves the frame, or an unknown `resize`.
     """
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
-        raise InputError(f"frames must be uint8 [T, H, W, 3], not {frames.dtype} {list(frames.shape)}")
+    if frames.dtype not in DTYPES or frames.ndim != 4:
+        raise InputError(
+            f"frames must be uint8, uint16 or float32 [T, H, W, C], not {frames.dtype} {list(frames.shape)}"
+        )
     height, width = image_hw(size)
     left, top, box_width, box_height = box
     inside = (
@@ -169,6 +172,11 @@ def crop_and_resize(
     if resize == "torch":
         return _resize_torch(cut, height, width)
     if resize == "pil":
+        if frames.dtype != np.uint8 or frames.shape[3] != RGB:
+            raise InputError(
+                f"resize 'pil' is for RGB in 8 bits, and frames are {frames.dtype} of {frames.shape[3]} "
+                "channels: take resize 'torch'"
+            )
         return _resize_pil(cut, height, width)
     if resize == "bilinear":
         return _resize_bilinear(cut, height, width)
@@ -177,10 +185,13 @@ def crop_and_resize(
 
 def _resize_torch(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     if frames.shape[0] == 0 or frames.shape[1:3] == (height, width):
-        return np.ascontiguousarray(frames).reshape(frames.shape[0], height, width, 3)
+        return np.ascontiguousarray(frames).reshape(frames.shape[0], height, width, frames.shape[3])
     # Channels-last memory: what decoders give and what torch's vectorised uint8 kernel takes.
     pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    whole = pixels.dtype if pixels.dtype == torch.uint16 else None  # which torch does not resize
+    pixels = pixels.float() if whole else pixels
     pixels = torch.nn.functional.interpolate(pixels, size=(height, width), mode="bilinear", antialias=True)
+    pixels = pixels.round_().to(whole) if whole else pixels
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
@@ -196,11 +207,13 @@ def _resize_pil(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 def _resize_bilinear(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """In float32, frame by frame: 16 frames of 1280 x 720 to 398 x 224 take 27 ms of a core, at once 93.
     Torch's uint8 kernel takes 7, but rounds twice and is up to a level off (torch 2.13)."""
-    resized = torch.empty((frames.shape[0], height, width, 3), dtype=torch.uint8)
-    for source, target in zip(torch.from_numpy(np.ascontiguousarray(frames)), resized, strict=True):
+    sources = torch.from_numpy(np.ascontiguousarray(frames))
+    resized = torch.empty((frames.shape[0], height, width, frames.shape[3]), dtype=sources.dtype)
+    for source, target in zip(sources, resized, strict=True):
         pixels = source.permute(2, 0, 1)[None].float()
         pixels = torch.nn.functional.interpolate(
             pixels, size=(height, width), mode="bilinear", align_corners=False
         )
-        target.copy_(pixels[0].permute(1, 2, 0).round_())
+        pixels = pixels[0].permute(1, 2, 0)
+        target.copy_(pixels if target.is_floating_point() else pixels.round_())
     return resized.numpy()

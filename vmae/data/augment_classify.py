@@ -466,7 +466,7 @@ def partners(rows: Tensor) -> Tensor:
 
 
 def mix_clips(clips: Tensor, mixing: Mixing | list[Mixing]) -> Tensor:
-    """uint8 [B, T, H, W, 3] of clips mixed with their partners (rounded to whole levels)."""
+    """[B, T, H, W, C] of clips mixed with their partners, in their dtype (rounded to whole levels)."""
     if isinstance(mixing, Mixing) and mixing.box is not None:
         mixed = clips.clone()
         inside = _pixels_of(mixing.box)
@@ -478,7 +478,8 @@ def mix_clips(clips: Tensor, mixing: Mixing | list[Mixing]) -> Tensor:
         clips, mixed, each
     ):  # one at a time: as float32 a clip is four times as large
         if draw.box is None:
-            other.copy_(torch.lerp(other.float(), own.float(), draw.weight).round_())
+            blended = torch.lerp(other.float(), own.float(), draw.weight)
+            other.copy_(blended if other.is_floating_point() else blended.round_())
         else:
             inside = _pixels_of(draw.box)
             cut = other[inside].clone()

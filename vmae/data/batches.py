@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from vmae.data.channels import join_clips
+
 _B = TypeVar("_B", bound="TensorBatch")
 
 
@@ -31,7 +33,9 @@ class TensorBatch:
             parts = [getattr(batch, name) for batch in batches]
             if parts[0] is None:
                 continue
-            if isinstance(parts[0], Tensor):
+            if name == "clips":
+                joined[name] = join_clips(parts)
+            elif isinstance(parts[0], Tensor):
                 joined[name] = _cat_padded(parts)
             else:
                 joined[name] = [value for part in parts for value in part]

@@ -22,7 +22,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 import statistics
 import time
 from collections import Counter
@@ -33,17 +32,18 @@ from typing import IO, Any
 import numpy as np
 from tqdm import tqdm
 
+from vmae.config import ModelConfig
 from vmae.data.augment import CropBox, crop_and_resize, sample_crop
+from vmae.data.channels import RGB, channel_moments, describe_statistics, is_stack, reading_kind
 from vmae.data.containers import container_kind
 from vmae.data.decode import DecodeError, find_backends, open_video, video_backends
 from vmae.data.files import Unanswered, ask_files
 from vmae.data.inspection import inspect_video
 from vmae.data.labels import LABELLED, AnyList, add_labelled_argument, read_any_list
+from vmae.data.list_hints import explain_list
 from vmae.data.manifest import (
     VideoEntry,
     check_listable,
-    foreign_table,
-    is_comment,
     read_text,
     split_lines,
     unquote,
@@ -64,7 +64,7 @@ from vmae.errors import InputError
 from vmae.files.atomic import write_atomically
 from vmae.files.json_files import read_json
 from vmae.files.limits import whole_cores
-from vmae.settings import PROCESSES, Real
+from vmae.settings import PROCESSES, Real, limits
 
 REPORT, TIMINGS = "report.json", "timings.json"
 _ROTATIONS = {  # degrees clockwise
@@ -82,8 +82,14 @@ def decode_clip(
     num_frames: int = 16,
     stride: int = 4,
     size: int = 224,
+    channels: int | None = None,
+    statistics: bool = False,
 ) -> dict[str, Any]:
     """Decode, cut and resize one clip as a run does; says how long that took (`clip_s`) and what was opened.
+
+    Args:
+        channels: of the frames; None takes those of a stack, and RGB of all else.
+        statistics: add the mean of each channel's values and of their squares, over what counts as 1.
 
     Raises:
         DecodeError: see `open_video`.
@@ -95,14 +101,20 @@ def decode_clip(
         width, height = shape
         return sample_crop(width, height, size, rng)
 
-    find_backends(entry.kind, backend)  # imports the decoders, which is no part of a clip's time
+    find_backends(reading_kind(entry), backend)  # imports the decoders, which is no part of a clip's time
     began = time.perf_counter()
+    wanted = channels or (None if is_stack(entry) else RGB)
     with open_video(entry, backend) as reader:
+        reader.channels = wanted
         indices = sample_frame_indices(len(reader), num_frames, entry.stride or stride, rng)
         frames = reader.frames(indices, draw)
         crop_and_resize(frames, CropBox(0, 0, frames.shape[2], frames.shape[1]), size)
         seconds = time.perf_counter() - began
         about = {"library": reader.backend, "frames": len(reader), "fps": reader.fps}
+    if wanted != RGB:
+        about |= {"channels": frames.shape[3], "dtype": str(frames.dtype)}
+    if statistics:
+        about |= channel_moments(frames)
     return {**about, "width": width, "height": height, "clip_s": seconds}
 
 
@@ -132,13 +144,19 @@ def inspect_stream(path: str) -> dict[str, Any]:
     return {name: value for name, value in about.items() if value is not None}
 
 
-def check_entry(entry: VideoEntry, backend: str = "auto") -> dict[str, Any]:
-    """The record of one video: what it is, or its `error` and the `library` that gave it."""
+def check_entry(entry: VideoEntry, backend: str = "auto", **options: Any) -> dict[str, Any]:
+    """The record of one video: what it is, or its `error` and the `library` that gave it.
+
+    Args:
+        options: of `decode_clip`.
+    """
     record: dict[str, Any] = {"path": entry.path, "line": entry.line, "kind": entry.kind, "error": None}
     try:
         with memory_as_decode_error(entry.path):
-            record |= decode_clip(entry, np.random.default_rng(entry.line), backend=backend)
-            if entry.kind == "video":
+            record |= decode_clip(entry, np.random.default_rng(entry.line), backend=backend, **options)
+            if is_stack(entry):
+                record["bytes"] = os.path.getsize(entry.path)
+            elif entry.kind == "video":
                 record |= _about_file(entry)
     except DecodeError as error:
         return record | {"error": str(error), "library": error.library}
@@ -161,9 +179,9 @@ def _about_file(entry: VideoEntry) -> dict[str, Any]:
 class _Checker(VideoTask):
     """What runs in the workers."""
 
-    def __init__(self, entries: Sequence[VideoEntry], backend: str) -> None:
+    def __init__(self, entries: Sequence[VideoEntry], backend: str, clip: dict[str, Any]) -> None:
         super().__init__()
-        self.entries, self.backend = entries, backend
+        self.entries, self.backend, self.clip = entries, backend, clip
 
     def ahead(self, video: int) -> None:
         ask_ahead(self.entries[video])
@@ -174,7 +192,7 @@ class _Checker(VideoTask):
             about = {"path": entry.path, "line": entry.line, "kind": entry.kind}
             return {**about, "error": self.blocked[video], "library": "worker"}
         self.watch(video)
-        return check_entry(entry, self.backend)
+        return check_entry(entry, self.backend, **self.clip)
 
 
 def check_entries(
@@ -202,74 +220,23 @@ def check_each(
     workers: int,
     hang_s: float,
     progress: bool,
+    **clip: Any,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, record) of the entries with these numbers, in order; see `check_entries`."""
-    for kind in {entries[number].kind for number in numbers}:
+    """(number, record) of the entries with these numbers, in order; see `check_entries`, and `decode_clip`
+    for `clip`."""
+    for kind in {reading_kind(entries[number]) for number in numbers}:
         find_backends(kind, backend)
     if not numbers:
         return
-    pool = WorkerPool(_Checker(entries, backend), iter(numbers), count=workers, prefetch=4, hang_s=hang_s)
+    pool = WorkerPool(
+        _Checker(entries, backend, clip), iter(numbers), count=workers, prefetch=4, hang_s=hang_s
+    )
     try:
         yield from zip(
             numbers, tqdm(pool, total=len(numbers), unit="video", disable=None if progress else True)
         )
     finally:
         pool.close()
-
-
-# --- A list that cannot be read ---
-
-
-def explain_list(path: str | Path, data_root: str | None = None) -> list[str]:
-    """What is likely wrong with a list file, in sentences; empty where nothing is found."""
-    try:
-        lines = [unquote(line) for line in split_lines(read_text(path)) if line and not is_comment(line)]
-    except InputError:
-        return []
-    if lines and foreign_table(lines[0]):
-        return []
-    total, found = len(lines), []
-
-    def most(pattern: str) -> bool:
-        return sum(re.search(pattern, line) is not None for line in lines) > total / 2
-
-    for delimiter, pattern in ((";", r";(?!\d+(;\d+)*$)"), ("|", r"\|")):  # several labels are 3;17
-        if most(pattern):
-            found.append(f"columns seem to be apart by {delimiter!r}; use a blank or a comma")
-    if most(r"""^["']"""):
-        found.append("paths stand in quotes; write them without")
-    if lines and re.fullmatch(r"[A-Za-z_]+([,;\s]+[A-Za-z_]+)+", lines[0]) and most(r"\d\s*$|\.\w{2,4}$"):
-        found.append(
-            f"the first line, {lines[0]!r}, looks like a table's head; remove it, or put # and a blank "
-            "before it"
-        )
-    if most(r"\\"):
-        found.append("paths have backslashes; write / between folders")
-    return found + _explain_roots(lines, Path(path), data_root)
-
-
-def _explain_roots(lines: list[str], path: Path, data_root: str | None) -> list[str]:
-    names = [re.split(r"[,;|]|\s+-?\d+(?=\s|$)", line.strip("\"'"))[0].strip("\"' ") for line in lines[:50]]
-    start = path.resolve().parent
-    bases = [Path(data_root)] if data_root else [Path("."), start]
-    missing = [name for name in names if not any((base / name).exists() for base in bases)]
-    for name in missing:
-        parts = Path(name).parts
-        for base in dict.fromkeys([*bases, start, *list(start.parents)[:3]]):
-            for cut in range(len(parts)):
-                if (base / Path(*parts[cut:])).exists():
-                    if cut == 0:
-                        return [f"paths start from another folder; try --data-root {base}"]
-                    return [
-                        f"{name!r} is there as {str(base / Path(*parts[cut:]))!r}: the paths' beginnings "
-                        "differ"
-                    ]
-    if names and len(missing) == len(names):
-        return [
-            f"none of the first {len(names)} paths exists; --data-root sets the folder that relative paths "
-            "start from"
-        ]
-    return []
 
 
 # --- What comes out ---
@@ -301,7 +268,13 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[str]:
         rarest, count = min(labels.items(), key=lambda pair: (pair[1], pair[0]))
         which = f"{len(labels)} classes from {min(labels)} to {max(labels)}"
         lines.append(f"labels: {which}; the rarest, {rarest}, has {count} videos")
-    for title, key in (("codecs", "codec"), ("containers", "container"), ("decoded with", "library")):
+    for title, key in (
+        ("codecs", "codec"),
+        ("containers", "container"),
+        ("channels", "channels"),
+        ("values", "dtype"),
+        ("decoded with", "library"),
+    ):
         counts = Counter(record[key] for record in good if record.get(key))
         if counts:
             lines.append(f"{title}: " + ", ".join(f"{name} {count}" for name, count in counts.most_common()))
@@ -317,6 +290,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[str]:
         rates = [1 / seconds for seconds in times]
         mean = len(rates) / sum(times)
         lines.append(f"clips a second, one process: {mean:.1f} (slowest video {min(rates):.1f})")
+    lines += describe_statistics(good)
     long_gops = [record for record in good if record.get("gop", 0) > 60]
     if long_gops:
         lines.append(
@@ -435,6 +409,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hang", type=Real(above=0, most=10**6), default=120.0, help="seconds that a video may take (120)"
     )
+    parser.add_argument(
+        "--in-channels",
+        type=limits(ModelConfig, "in_channels"),
+        help="channels that frames must have (those of a numpy stack; 3 of all else)",
+    )
+    parser.add_argument(
+        "--statistics",
+        action="store_true",
+        help="mean and deviation of each channel, for --channel-mean and --channel-std, over a clip a video",
+    )
     add_part_arguments(parser)
 
 
@@ -450,6 +434,8 @@ def run(args: argparse.Namespace) -> int:
                 check_listable(os.path.abspath(entry.path))
         folder = Path(args.output) if args.output else _report_folder(source)
         about = {"backend": args.backend, "videos": len(found.entries), "list": _list_hash(found)}
+        if args.in_channels or args.statistics:
+            about |= {"in_channels": args.in_channels, "statistics": args.statistics}
         place = PartFolder(
             folder, args.part, "a check of videos", "an unfinished check of another list", "check.json"
         )
@@ -487,6 +473,7 @@ def _check_share(
     if done and ranks.is_main:
         print(f"goes on: {len(left)} videos are left", flush=True)
     options: dict[str, Any] = {"backend": args.backend, "workers": args.workers, "hang_s": args.hang}
+    options |= {"channels": args.in_channels, "statistics": args.statistics}
     ranks.barrier()  # rank 0 has merged the files of an earlier start
     with records.writer(ranks.rank) as write:
         mine = left[ranks.rank :: ranks.world_size]

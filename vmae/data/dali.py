@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from vmae.data.augment import CropBox
+from vmae.data.channels import reading_kind
 from vmae.data.dataset import Batch, EpochSampler, PretrainDataset, SampleKey
 from vmae.data.inspection import find_hazard
 from vmae.data.manifest import VideoEntry
@@ -163,7 +164,7 @@ class DaliLoader:
     def _plan(self, key: SampleKey) -> _Plan | None:
         """None for what the CPU path has to decode."""
         entry = self.dataset.entries[self.dataset.pick_video(*key)[0]]
-        if entry.kind != "video" or entry.path in self._avoided:
+        if reading_kind(entry) != "video" or entry.path in self._avoided:
             return None
         found = self._look(entry.path)
         if found is None or found[0] < self.dataset.min_frames:

@@ -31,6 +31,7 @@ from vmae.data.augment import (
     sample_crop,
 )
 from vmae.data.batches import pinned
+from vmae.data.channels import RGB, join_clips
 from vmae.data.decode import open_video
 from vmae.data.guarded import guarded_each
 from vmae.data.manifest import VideoEntry
@@ -54,7 +55,8 @@ class Batch:
     """What one training step reads.
 
     Attributes:
-        clips: uint8 [B*S, T, H, W, 3], RGB; the S crops of a video stand together.
+        clips: uint8 [B*S, T, H, W, 3], RGB; the S crops of a video stand together. Of other channels uint8,
+            uint16 or float32 [B*S, T, H, W, C].
         mask: DualMask of B*S clips.
         ids: (epoch, index, path) of each of the B videos; `path` is the one that was decoded.
         replaced: (path, error, library) of each video that could not be decoded, and that another one stands
@@ -76,7 +78,7 @@ class Batch:
     def cat(cls, batches: list[Batch]) -> Batch:
         """Join samples (batches of B = 1) or batches, in order."""
         return cls(
-            torch.cat([batch.clips for batch in batches]),
+            join_clips([batch.clips for batch in batches]),
             DualMask.cat([batch.mask for batch in batches]),
             [key for batch in batches for key in batch.ids],
             [failure for batch in batches for failure in batch.replaced],
@@ -120,6 +122,7 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
         flip: mirror half of the clips; off as published, and never right where left and right mean something
             (SSv2).
         min_frames: a video of fewer counts as bad.
+        channels: of the frames; a video of others counts as bad.
 
     Raises:
         InputError: no entries, a number below 1, or a mask that does not fit the grid. On access: no video of
@@ -145,6 +148,7 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
         crop: str = "published",
         flip: bool = False,
         min_frames: int = 1,
+        channels: int = RGB,
     ) -> None:
         super().__init__(
             entries,
@@ -154,6 +158,7 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
             backend=backend,
             resize=resize,
             min_frames=min_frames,
+            channels=channels,
         )
         if sampling not in SAMPLINGS:
             raise InputError(f"unknown sampling {sampling!r}; known: {', '.join(SAMPLINGS)}")
@@ -212,7 +217,7 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
         return [(box, bool(flip) and self.flip) for box, flip in zip(boxes, flips, strict=True)]
 
     def _decode_crops(self, entry: VideoEntry, epoch: int, index: int, attempt: int) -> Tensor:
-        """uint8 [S, T, H, W, 3]"""
+        """uint8 [S, T, H, W, 3]; of other channels as `Batch.clips`."""
         picked: list[tuple[CropBox, bool]] = []
 
         def whole_of_all(width: int, height: int) -> CropBox:
@@ -231,13 +236,14 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
         return torch.from_numpy(np.stack(crops) if len(crops) > 1 else np.ascontiguousarray(crops[0])[None])
 
 
-def _decode_first_frame(entry: VideoEntry, backend: str) -> None:
+def _decode_first_frame(entry: VideoEntry, backend: str, channels: int) -> None:
     with open_video(entry, backend) as reader:
+        reader.channels = channels
         reader.frames([0])
 
 
 def check_decodable(
-    entries: Sequence[VideoEntry], *, backend: str = "auto", limit: int = 20
+    entries: Sequence[VideoEntry], *, backend: str = "auto", limit: int = 20, channels: int = RGB
 ) -> list[tuple[str, str]]:
     """See, before a run writes anything, that some video can be decoded.
 
@@ -258,7 +264,8 @@ def check_decodable(
     failures: list[tuple[str, str]] = []
     began = time.monotonic()
     for entry, error in zip(
-        tried, guarded_each(functools.partial(_decode_first_frame, backend=backend), tried)
+        tried,
+        guarded_each(functools.partial(_decode_first_frame, backend=backend, channels=channels), tried),
     ):
         if error is None:
             return failures

@@ -16,6 +16,7 @@ import pkgutil
 from pathlib import Path
 
 from vmae.data import readers
+from vmae.data.channels import reading_kind
 from vmae.data.files import check_regular
 from vmae.data.manifest import VideoEntry
 from vmae.data.readers import Backend
@@ -48,7 +49,8 @@ def video_backends() -> list[str]:
 
 
 def open_video(source: VideoEntry | str | Path, backend: str = "auto") -> VideoReader:
-    """Open a video file or a folder of frames, or one that lies in a shard.
+    """Open a video file, a stack or a folder of frames, or one that lies in a shard. Frames have three
+    channels, unless the reader's `channels` is set to others.
 
     Args:
         source: an entry of a list file or an index, or the path of a video file.
@@ -61,7 +63,7 @@ def open_video(source: VideoEntry | str | Path, backend: str = "auto") -> VideoR
             installed.
     """
     entry = source if isinstance(source, VideoEntry) else VideoEntry(str(source))
-    candidates = find_backends(entry.kind, backend)
+    candidates = find_backends(reading_kind(entry), backend)
     if isinstance(entry, ShardEntry):
         by_packets = candidates[0].name == "pyav"
         reader = open_stored(entry, lambda video: _open(video, candidates), by_packets=by_packets)

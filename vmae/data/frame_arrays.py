@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vmae.data.channels import DTYPES, RGB
 from vmae.data.files import path_kind
 from vmae.data.manifest import VideoEntry
 from vmae.data.video_files import is_video
@@ -28,12 +29,13 @@ class ArrayReader(VideoReader):
     Args:
         frames: uint8 [T, H, W, 3], RGB; see `check_frames`.
         name: for messages.
+        channels: of the frames.
     """
 
     backend = "memory"
 
-    def __init__(self, frames: np.ndarray, name: str = "frames") -> None:
-        self._frames, self.path = frames, name
+    def __init__(self, frames: np.ndarray, name: str = "frames", channels: int = RGB) -> None:
+        self._frames, self.path, self.channels = frames, name, channels
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -53,8 +55,9 @@ def is_array(video: Any) -> bool:
     return isinstance(video, (np.ndarray, torch.Tensor))
 
 
-def check_frames(frames: Any, name: str = "frames") -> np.ndarray:
-    """uint8 [T, H, W, 3] from such a numpy array or a tensor on any device, contiguous and writable.
+def check_frames(frames: Any, name: str = "frames", channels: int = RGB) -> np.ndarray:
+    """uint8 [T, H, W, 3] from such a numpy array or a tensor on any device, contiguous and writable; of other
+    `channels` uint8, uint16 or float32 [T, H, W, C].
 
     BGR, as OpenCV gives it, cannot be told from RGB: `frames[..., ::-1]` turns it.
 
@@ -63,6 +66,13 @@ def check_frames(frames: Any, name: str = "frames") -> np.ndarray:
     """
     shape = list(frames.shape)
     kind = str(frames.dtype).removeprefix("torch.")
+    if channels != RGB:
+        if frames.ndim != 4 or shape[-1] != channels or 0 in shape or kind not in map(str, DTYPES):
+            raise InputError(
+                f"{name}: frames of a model of {channels} channels are uint8, uint16 or float32 "
+                f"[T, H, W, {channels}]; these are {kind} {shape}"
+            )
+        return _in_memory(frames)
     if frames.ndim == 4 and shape[-1] != 3:
         advice = "grey or with transparency? make them RGB"
         if shape[1] == 3:
@@ -84,6 +94,10 @@ def check_frames(frames: Any, name: str = "frames") -> np.ndarray:
         )
     if 0 in shape:
         raise InputError(f"{name}: {_LAYOUT}; these are {shape}: there is no pixel")
+    return _in_memory(frames)
+
+
+def _in_memory(frames: Any) -> np.ndarray:
     if isinstance(frames, torch.Tensor):
         frames = frames.detach().cpu().numpy()
     return np.require(frames, requirements=["C", "W"])

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vmae.data.channels import refuse_stacks
 from vmae.data.decode import open_video
 from vmae.data.labels import LABELLED, add_labelled_argument, read_any_list
 from vmae.data.manifest import VideoEntry, raise_problems
@@ -138,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
             f"{folder} is inside {args.list}, so its videos would be packed next time; choose another folder"
         )
     found = _read(args)
+    refuse_stacks(found.entries, "packing is for videos")
     return _pack_shards(args, found, config) if args.shards else _pack_list(args, found, config)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from vmae.data.augment import RESIZERS
+from vmae.data.channels import RGB
 from vmae.data.decode import DecodeError, VideoReader, open_video
 from vmae.data.manifest import VideoEntry
 from vmae.data.mix import Mix
@@ -65,6 +66,7 @@ class VideoDataset(Dataset, Generic[EntryT, Decoded]):
         backend: see `open_video`.
         resize: see `crop_and_resize`.
         min_frames: a video of fewer counts as bad.
+        channels: of the frames, see `VideoReader`; a video of others counts as bad.
 
     Attributes:
         data: `entries` as they were given.
@@ -84,6 +86,7 @@ class VideoDataset(Dataset, Generic[EntryT, Decoded]):
         backend: str = "auto",
         resize: str = "torch",
         min_frames: int = 1,
+        channels: int = RGB,
     ) -> None:
         if not entries:
             raise InputError("no videos to train on: the list has no entries")
@@ -101,6 +104,7 @@ class VideoDataset(Dataset, Generic[EntryT, Decoded]):
             self.entries = cast(Sequence[EntryT], entries.entries)
         self.num_sample, self.seed, self.repeat = num_sample, seed, repeat
         self.backend, self.resize, self.min_frames = backend, resize, min_frames
+        self.channels = channels
         self.watch: Callable[[int], None] | None = None
         self._blocked: dict[int, str] = {}
 
@@ -138,6 +142,7 @@ class VideoDataset(Dataset, Generic[EntryT, Decoded]):
     def _open(self, entry: VideoEntry) -> VideoReader:
         """An open reader; raises DecodeError also where the video has too few frames."""
         reader = open_video(entry, self.backend)
+        reader.channels = self.channels
         if len(reader) < self.min_frames:
             error = DecodeError(f"{entry.path}: has {len(reader)} frames, fewer than {self.min_frames}")
             error.library = reader.backend

@@ -87,12 +87,15 @@ class VideoReader(ABC):
         fps: frames a second, None where it is not known.
         codec: FFmpeg's name of it, None where it is not known.
         backend: name of the backend that opened it.
+        channels: that frames must have. With 3, images of a folder become RGB in 8 bits; with others, or
+            None (any), they keep their channels and dtype.
     """
 
     path: str
     fps: float | None = None
     codec: str | None = None
     backend: str = "?"
+    channels: int | None = 3
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -123,7 +126,8 @@ class VideoReader(ABC):
                 afterwards, in less time. None: all of them.
 
         Returns:
-            uint8 [T, H, W, 3], RGB; with `crop`, of its height and width.
+            uint8 [T, H, W, 3], RGB; with `crop`, of its height and width. Of images and stacks of other
+                `channels`, [T, H, W, C] in their dtype.
 
         Raises:
             IndexError: a frame that the video does not have, or no index.
@@ -141,10 +145,20 @@ class VideoReader(ABC):
         try:
             with memory_as_decode_error(self.path):
                 decoded = self._decode(distinct) if crop is None else self._decode_part(distinct, crop)
+                self._check_channels(decoded)
                 return decoded if np.array_equal(distinct, wanted) else decoded[places]
         except DecodeError as error:
             error.library = self.backend
             raise
+
+    def _check_channels(self, frames: np.ndarray) -> None:
+        """Raises DecodeError where frames have other channels than are wanted."""
+        found = frames.shape[-1]
+        if self.channels is not None and found != self.channels:
+            raise DecodeError(
+                f"{self.path}: has {found} channel{'s' * (found != 1)} ({frames.dtype} frames of "
+                f"{frames.shape[2]} x {frames.shape[1]}), and the model takes {self.channels} (--in-channels)"
+            )
 
     def iterate(self) -> Iterator[np.ndarray]:
         """Every frame once, in order: uint8 [H, W, 3], RGB.

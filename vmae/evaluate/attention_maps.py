@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
     query = None
     if args.query is not None:
         query = parse_query(args.query, config.grid)
+    config.check_rgb("a picture of attention")
     clip, indices = middle_clip(args.video, config, loaded.stride, loaded.sampling)
     maps_HN = attention_maps(model.to(device), clip.to(device), block, query).cpu()
     if args.heads == "mean":

@@ -239,7 +239,7 @@ def evaluate(
     if parallel.is_main and not todo and not merge:
         which = "videos" if part.whole else f"videos of part {part}"
         print(f"nothing to do: {folder} has the predictions of all {which}", flush=True)
-    dataset = ViewDataset(labelled.entries, loaded.clip, views)
+    dataset = ViewDataset(labelled.entries, loaded.clip, views, channels=model.config.in_channels)
     model.to(parallel.device)
 
     def predict(clips: Tensor) -> Record:

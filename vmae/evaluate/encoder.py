@@ -124,7 +124,7 @@ def middle_clip(
             video).
 
     Returns:
-        Clip, uint8 [1, T, H, W, 3], and its T frame numbers.
+        Clip, uint8 [1, T, H, W, 3] (of other channels in the frames' dtype), and its T frame numbers.
 
     Raises:
         InputError: the video can't be decoded, decoding takes too long, or the stride is below 1.
@@ -136,6 +136,7 @@ def _decode_middle(
     video: VideoEntry | str | Path, config: ModelConfig, stride: int, sampling: str
 ) -> tuple[Tensor, list[int]]:
     with open_video(video) as reader:
+        reader.channels = config.in_channels
         return middle_of(reader, config, stride, sampling)
 
 

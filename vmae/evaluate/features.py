@@ -56,8 +56,9 @@ from vmae.train.checks import check_backend, check_output, take_cpu
 from vmae.train.guard import LateNumbers
 from vmae.train.parallel import open_parallel
 from vmae.train.pretrain_settings import RunConfig, TrainingConfig
+from vmae_kernels.tubelets import STORED_RANGES
 
-Frame = np.ndarray | Tensor  # uint8 [H, W, 3]; or resized, float32 [3, H, W]
+Frame = np.ndarray | Tensor  # uint8 [H, W, 3] (of other channels their dtype); or resized, float32 [C, H, W]
 SETTINGS, SOURCES, UNDECODABLE = "features.json", "videos.json", "undecodable.jsonl"
 PUBLISHED_STEPS = {"thumos14": 4, "fineaction": 16}
 # Bytes of frames that the worker sends at once: shared memory may be as small as 64 MiB in all.
@@ -89,14 +90,14 @@ class WindowConfig(_Checked):
 
 
 def resized(frames: Sequence[Frame], config: WindowConfig) -> Tensor:
-    """Resized frames, float32 [T, 3, H, W] in [0, 1] or normalised; bilinear without antialiasing, as
-    published.
+    """Resized frames, float32 [T, C, H, W], over what counts as 1, or normalised; bilinear without
+    antialiasing, as published.
 
     Frames are resized one by one and divided by 255 afterwards: 4 frames of 1280 x 720 to 224 x 224 take 3 ms
     of a core instead of 38.
 
     Args:
-        frames: uint8 arrays [H, W, 3]; or tensors [3, H, W], which are frames that were resized before.
+        frames: arrays [H, W, C]; or tensors [3, H, W], which are frames that were resized before.
     """
     if isinstance(frames[0], Tensor):
         return torch.stack([torch.as_tensor(frame) for frame in frames])
@@ -104,7 +105,7 @@ def resized(frames: Sequence[Frame], config: WindowConfig) -> Tensor:
     for frame in frames:
         whole = torch.as_tensor(frame).permute(2, 0, 1)[None].float()
         small.append(F.interpolate(whole, size=config.size, mode="bilinear", align_corners=False))
-    pixels = torch.cat(small) / 255
+    pixels = torch.cat(small) / STORED_RANGES[torch.as_tensor(frames[0]).dtype]
     if config.normalize:
         mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         pixels = (pixels - mean) / std
@@ -181,8 +182,10 @@ Video = VideoEntry | np.ndarray  # an array is uint8 [T, H, W, 3], see `check_fr
 
 
 def window_config(model: Classifier, *, step: int, normalize: bool = False, dtype: str) -> WindowConfig:
-    """Windows of the model's own frames and size."""
+    """Windows of the model's own frames and size. A model of other channels or statistics than ImageNet's
+    normalises by itself, always."""
     own = model.config
+    normalize = normalize and own.has_imagenet_pixels
     return WindowConfig(frames=own.num_frames, step=step, size=own.image_hw, normalize=normalize, dtype=dtype)
 
 
@@ -228,7 +231,8 @@ def embed_videos(
     entries = [video for video in videos if isinstance(video, VideoEntry)]
     check_all_frames(entries, "extraction of features")
     rates: dict[int, float | None] = {}
-    files = guarded_streams(functools.partial(_read_frames, config=config), entries, chunk=chunk)
+    read = functools.partial(_read_frames, config=config, channels=model.config.in_channels)
+    files = guarded_streams(read, entries, chunk=chunk)
     streams = (
         _noted(number, next(files), rates)
         if isinstance(video, VideoEntry)
@@ -252,9 +256,10 @@ class _Rate:
     fps: float | None
 
 
-def _read_frames(entry: VideoEntry, config: WindowConfig) -> Iterator[_Rate | Tensor]:
-    """The rate of a video, then its resized frames, float32 [3, H, W] each; see `resized`."""
+def _read_frames(entry: VideoEntry, config: WindowConfig, channels: int) -> Iterator[_Rate | Tensor]:
+    """The rate of a video, then its resized frames, float32 [C, H, W] each; see `resized`."""
     with open_video(entry) as reader:
+        reader.channels = channels
         _check_length(len(reader), entry.path, config)
         yield _Rate(reader.fps)
         for frame in reader.iterate():
@@ -363,9 +368,14 @@ def features_of(
 def _clips(
     model: Classifier, frames: Iterable[Frame], config: WindowConfig, device: torch.device
 ) -> Iterator[Tensor]:
-    """Clip of each window, float32 [3, T, H, W]."""
+    """Clip of each window, float32, as the model takes it."""
     for window in windows(frames, config):
-        yield sent(torch.stack(window, dim=1), device)
+        yield sent(_laid_out(torch.stack(window, dim=1), model), device)
+
+
+def _laid_out(clip: Tensor, model: Classifier) -> Tensor:
+    """[C, T, H, W], or of a model that normalises by itself [T, H, W, C]."""
+    return clip if model.config.has_imagenet_pixels else clip.permute(1, 2, 3, 0)
 
 
 def _embedded(
@@ -375,7 +385,7 @@ def _embedded(
 
     @torch.inference_mode()
     def embed(some: list[Frame]) -> Iterable[Tensor]:
-        clip = sent(resized(some, config), device).transpose(0, 1)[None]
+        clip = _laid_out(sent(resized(some, config), device).transpose(0, 1), model)[None]
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             return model.embed(clip)[0].chunk(len(some) // model.config.tubelet_size)
 

@@ -95,7 +95,8 @@ class VideoModel:
     """A model that embeds videos and names their classes; `vmae.load` makes it.
 
     A video is a path (of a file, or of a folder of numbered images), an entry of a list or index
-    (`vmae.data.read_data`), or frames in memory: uint8 [T, H, W, 3], RGB, numpy or torch. A list of videos
+    (`vmae.data.read_data`), or frames in memory: uint8 [T, H, W, 3], RGB, numpy or torch; of a model of other
+    channels uint8, uint16 or float32 [T, H, W, C]. A list of videos
     gives a list of results; one that cannot be decoded gives its `DecodeError` in its place, and a line on
     the log says so. A single one raises it.
 
@@ -185,7 +186,7 @@ class VideoModel:
             InputError: a video that is none; a single one that cannot be decoded, or is shorter than a
                 window; features that are no numbers.
         """
-        entries, single = _entries(videos)
+        entries, single = _entries(videos, self.config.in_channels)
         if fps is not None and not 0 < fps < float("inf"):
             raise InputError(f"fps must be frames a second above 0, not {fps}")
         if batch_size < 1:
@@ -237,7 +238,7 @@ class VideoModel:
             )
         if top is not None and top < 1:
             raise InputError(f"top must be at least 1, not {top}")
-        entries, single = _entries(videos)
+        entries, single = _entries(videos, self.config.in_channels)
         views = published_views(self.loaded.clip.sampling, segments, crops)
         found = [
             one if isinstance(one, DecodeError) else self._prediction(one, top)
@@ -258,10 +259,13 @@ class VideoModel:
         Raises:
             InputError: the video is none, or cannot be decoded.
         """
-        (entry,), _ = _entries(video)
+        channels = self.config.in_channels
+        (entry,), _ = _entries(video, channels)
         seen = self.loaded.clip
         if isinstance(entry, np.ndarray):
-            clip, _ = middle_of(ArrayReader(entry), self.config, seen.stride, seen.sampling)
+            clip, _ = middle_of(
+                ArrayReader(entry, channels=channels), self.config, seen.stride, seen.sampling
+            )
         else:
             clip, _ = middle_clip(entry, self.config, seen.stride, seen.sampling)
         with (
@@ -272,10 +276,10 @@ class VideoModel:
         return tokens[0].float().cpu().unflatten(0, self.config.grid)
 
 
-def _entries(videos: Any) -> tuple[list[Video], bool]:
+def _entries(videos: Any, channels: int) -> tuple[list[Video], bool]:
     """Each video as an entry or an array, checked before any of them is read; and whether it is one alone."""
     if isinstance(videos, (str, os.PathLike, VideoEntry)) or is_array(videos):
-        return [_entry(videos, "frames")], True
+        return [_entry(videos, "frames", channels)], True
     try:
         several = list(videos)
     except TypeError:
@@ -285,12 +289,13 @@ def _entries(videos: Any) -> tuple[list[Video], bool]:
             "a list of frames: `numpy.stack(frames)` (or torch.stack) makes a video of them, uint8 "
             "[T, H, W, 3]; a list holds videos"
         )
-    return [_entry(one, f"frames of video {number}") for number, one in enumerate(several)], False
+    named = ((f"frames of video {number}", one) for number, one in enumerate(several))
+    return [_entry(one, name, channels) for name, one in named], False
 
 
-def _entry(video: Any, name: str) -> Video:
+def _entry(video: Any, name: str, channels: int) -> Video:
     if is_array(video):
-        return check_frames(video, name)
+        return check_frames(video, name, channels)
     if isinstance(video, VideoEntry):
         return video
     if isinstance(video, (str, os.PathLike)):

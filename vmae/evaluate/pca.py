@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
     outputs = outputs_of(args, folder_beside(args.checkpoint) / f"pca-{Path(args.video).stem}.png")
     loaded = load_encoder_from_args(args)
     model, config = loaded.model, loaded.model.config
+    config.check_rgb("a picture of features")
     clip, indices = middle_clip(args.video, config, loaded.stride, loaded.sampling)
     with torch.no_grad():
         tokens_ND = model.to(device).tokens(clip.to(device))[0]

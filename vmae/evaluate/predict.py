@@ -67,13 +67,14 @@ def predict_views(
     """Probabilities of all classes, float64 [K] on the CPU, of each video, in order: mean over its views; or
     the error of a video. A worker process decodes files ahead."""
     entries = [video for video in videos if isinstance(video, VideoEntry)]
-    dataset = ViewDataset(entries or [VideoEntry("frames")], loaded.clip, views)
+    channels = loaded.model.config.in_channels
+    dataset = ViewDataset(entries or [VideoEntry("frames")], loaded.clip, views, channels=channels)
     files = dataset.read(range(len(entries)), num_workers=0 if is_worker() else 1)
     for video in videos:
         if isinstance(video, VideoEntry):
             _, clips = next(files)
         else:
-            clips = dataset.views_of(ArrayReader(video), VideoEntry("frames"))
+            clips = dataset.views_of(ArrayReader(video, channels=channels), VideoEntry("frames"))
         if isinstance(clips, Failure):
             yield DecodeError(list_failures([clips]))
             continue

@@ -148,6 +148,7 @@ def load_model(
     """
     overrides: dict[str, Any] = {} if decoder_depth is None else {"decoder_depth": decoder_depth}
     read = read_checkpoint(path, preset=preset, frames=source[0], size=source[1], **overrides)
+    read.config.check_rgb("a picture of a reconstruction")
     model, _ = to_model(read, "pretrainer", attention=attention)
     for line in read.lines:
         print(line, flush=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vmae.config import NORMED, POOLINGS, ModelConfig
 from vmae.errors import InputError
 from vmae.model.blocks import build_blocks
-from vmae.model.embed import PatchEmbed, register_positions
+from vmae.model.embed import PatchEmbed, clip_sides, register_positions, statistics_of
 from vmae_kernels import embed_visible
 
 
@@ -150,12 +150,20 @@ class Classifier(nn.Module):
     def embed(self, clips: Tensor) -> Tensor:
         """Tubelets [B, N', D] embedded without positions, of clips of any number of frames that tubelets
         divide."""
-        frames, height, width = clips.shape[1:4] if clips.dtype == torch.uint8 else clips.shape[2:5]
+        frames, height, width = clip_sides(clips, self.config)
         depth, side, proj = self.config.tubelet_size, self.config.patch_size, self.patch_embed.proj
         count = (frames // depth) * (height // side) * (width // side)
         every_token = torch.arange(count, dtype=torch.int32, device=clips.device).expand(clips.shape[0], -1)
         nowhere = self.pos_embed.new_zeros(1, count, self.config.embed_dim)
-        return embed_visible(clips, every_token, proj.weight, proj.bias, nowhere, backend=self.backend)
+        return embed_visible(
+            clips,
+            every_token,
+            proj.weight,
+            proj.bias,
+            nowhere,
+            backend=self.backend,
+            statistics=statistics_of(clips, self.config),
+        )
 
     def features_of_embedded(self, x_BND: Tensor) -> Tensor:
         """Pooled features [B, D] of clips embedded by `embed`; positions are added here. For overlapping
@@ -172,7 +180,15 @@ class Classifier(nn.Module):
         self._check(clips)
         every_token = self.every_token.expand(clips.shape[0], -1)
         proj = self.patch_embed.proj
-        return embed_visible(clips, every_token, proj.weight, proj.bias, self.pos_embed, backend=self.backend)
+        return embed_visible(
+            clips,
+            every_token,
+            proj.weight,
+            proj.bias,
+            self.pos_embed,
+            backend=self.backend,
+            statistics=statistics_of(clips, self.config),
+        )
 
     def _encode(self, x_BND: Tensor) -> Tensor:
         if self.pos_dropout is not None:
@@ -192,8 +208,7 @@ class Classifier(nn.Module):
 
     def _check(self, clips: Tensor) -> None:
         shape = (self.config.num_frames, *self.config.image_hw)
-        given = tuple(clips.shape[1:4] if clips.dtype == torch.uint8 else clips.shape[2:5])
-        if given != shape:
+        if clip_sides(clips, self.config) != shape:
             raise InputError(
                 f"clips of shape {list(clips.shape)} do not fit a model of {shape} (frames, height, width)"
             )

@@ -182,7 +182,9 @@ def on_paper(
                 )
                 given = drawn.to_bool() if isinstance(model, ReferencePretrainer) else drawn
                 clips = torch.empty(1, dtype=torch.uint8)
-            clips = fake.from_tensor(clips).new_empty((batch, config.num_frames, *config.image_hw, 3))
+            clips = fake.from_tensor(clips).new_empty(
+                (batch, config.num_frames, *config.image_hw, config.in_channels)
+            )
             with _RealMasks(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
                 return model(clips, given)
 

@@ -1,6 +1,6 @@
 """Positions and the tubelet embedding's parameters.
 
-Legend: N tokens, D width.
+Legend: N tokens, D width, C channels.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmae.config import ModelConfig
+from vmae.errors import InputError
+from vmae_kernels import Statistics
 
 
 def sine_cosine_positions(num_tokens: int, dim: int) -> Tensor:
@@ -52,16 +54,55 @@ def interpolate_positions(
 
 
 class PatchEmbed(nn.Module):
-    """Holds the Conv3d whose weight `proj.weight` [D, 3, t, p, p] embeds tubelets; `forward` embeds all of
+    """Holds the Conv3d whose weight `proj.weight` [D, C, t, p, p] embeds tubelets; `forward` embeds all of
     them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         size = (config.tubelet_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(3, config.embed_dim, kernel_size=size, stride=size)
+        self.proj = nn.Conv3d(config.in_channels, config.embed_dim, kernel_size=size, stride=size)
 
     def forward(self, clips_BCTHW: Tensor) -> Tensor:
         return self.proj(clips_BCTHW).flatten(2).transpose(1, 2)
+
+
+def statistics_of(clips: Tensor, config: ModelConfig) -> Statistics | None:
+    """What operations need to know of these clips; None where the Triton kernels read them: uint8 [B, T, H,
+    W, 3] or normalised float [B, 3, T, H, W], with ImageNet's mean and deviation.
+
+    All others are values as files hold them, uint8, uint16 or float32 [B, T, H, W, C].
+    """
+    if config.has_imagenet_pixels:
+        normalised = clips.is_floating_point() and not (clips.ndim == 5 and clips.shape[4] == 3)
+        if clips.dtype == torch.uint8 or normalised:
+            return None
+    return Statistics(*config.statistics)
+
+
+def clip_sides(clips: Tensor, config: ModelConfig) -> tuple[int, int, int]:
+    """Frames, height and width of such clips.
+
+    Raises:
+        InputError: clips of other channels.
+    """
+    if statistics_of(clips, config) is None and clips.dtype != torch.uint8:
+        channels, sides = clips.shape[1], clips.shape[2:5]
+    else:
+        channels, sides = clips.shape[-1], clips.shape[1:4]
+    if clips.ndim != 5 or channels != config.in_channels:
+        raise InputError(
+            f"clips of shape {list(clips.shape)} do not fit a model of {config.in_channels} channels: they "
+            f"are {layouts(config)}"
+        )
+    frames, height, width = sides
+    return frames, height, width
+
+
+def layouts(config: ModelConfig) -> str:
+    """How clips of a model may lie, in words."""
+    if config.has_imagenet_pixels:
+        return "uint8 [B, T, H, W, 3] or normalised float [B, 3, T, H, W]"
+    return f"uint8, uint16 or float32 [B, T, H, W, {config.in_channels}]"
 
 
 def register_positions(module: nn.Module, config: ModelConfig) -> None:

@@ -23,7 +23,7 @@ from vmae.config import ModelConfig
 from vmae.errors import InputError
 from vmae.masking import DualMask
 from vmae.model.attention.packed import Lengths
-from vmae.model.embed import sine_cosine_positions
+from vmae.model.embed import clip_sides, sine_cosine_positions, statistics_of
 from vmae.model.rows import Rows
 from vmae.model.target import Target
 from vmae_kernels import assemble_decoder_tokens, embed_visible
@@ -62,7 +62,7 @@ def _checked(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[Dua
     if len(clips) != len(masks):
         raise InputError(f"{len(clips)} groups of clips do not fit {len(masks)} masks")
     for group, mask in zip(clips, masks):
-        frames, height, width = group.shape[1:4] if group.dtype == torch.uint8 else group.shape[2:5]
+        frames, height, width = clip_sides(group, model.config)
         size = (model.config.tubelet_size, model.config.patch_size, model.config.patch_size)
         tokens = (frames // size[0]) * (height // size[1]) * (width // size[2])
         if (
@@ -138,7 +138,18 @@ def _decoded(
     groups = []
     for group, mask in zip(clips, masks):
         positions = _positions(encoder.pos_embed, mask.num_tokens)
-        groups.append(embed_visible(group, mask.visible, proj.weight, proj.bias, positions, backend=backend))
+        statistics = statistics_of(group, model.config)
+        groups.append(
+            embed_visible(
+                group,
+                mask.visible,
+                proj.weight,
+                proj.bias,
+                positions,
+                backend=backend,
+                statistics=statistics,
+            )
+        )
     x, lengths = _pack(groups)
     for block in encoder.blocks:
         x = block(x, lengths)

@@ -17,7 +17,14 @@ from vmae.config import ModelConfig
 from vmae.errors import InputError
 from vmae.masking import DualMask
 from vmae.model.blocks import build_blocks, init_xavier
-from vmae.model.embed import PatchEmbed, register_positions, sine_cosine_positions
+from vmae.model.embed import (
+    PatchEmbed,
+    clip_sides,
+    layouts,
+    register_positions,
+    sine_cosine_positions,
+    statistics_of,
+)
 from vmae.model.packed import packed_loss, packed_predict
 from vmae.model.recompute import LayerNorm, norm_linear
 from vmae.model.rows import Rows, norm_rows
@@ -102,7 +109,13 @@ class Pretrainer(nn.Module):
         """Encoded visible tokens [B, Nv, D], before the encoder's final norm."""
         proj = self.encoder.patch_embed.proj
         x = embed_visible(
-            clips, mask.visible, proj.weight, proj.bias, self.encoder.pos_embed, backend=self.backend
+            clips,
+            mask.visible,
+            proj.weight,
+            proj.bias,
+            self.encoder.pos_embed,
+            backend=self.backend,
+            statistics=statistics_of(clips, self.config),
         )
         for block in self.encoder.blocks:
             x = block(x)
@@ -140,7 +153,8 @@ class Pretrainer(nn.Module):
         (equation 5).
 
         Args:
-            clips: uint8 [B, T, H, W, 3], or normalised float [B, 3, T, H, W].
+            clips: uint8 [B, T, H, W, 3], or normalised float [B, 3, T, H, W]; of a model of other channels or
+                statistics uint8, uint16 or float32 [B, T, H, W, C].
             mask: of B clips of the same grid, on the clips' device. A list of masks with unequal counts, with
                 clips of any sizes, goes through `vmae.model.packed.packed_loss`.
             values: the target's [B, Nk, C], where they are known already; not with a list of masks.
@@ -178,11 +192,10 @@ class Pretrainer(nn.Module):
             raise InputError(f"a list of {len(clips)} groups of clips needs a list of masks, one each")
         height, width = self.config.image_hw
         shape = (self.config.num_frames, height, width)
-        given = tuple(clips.shape[1:4] if clips.dtype == torch.uint8 else clips.shape[2:5])
-        if given != shape:
+        if clip_sides(clips, self.config) != shape:
             raise InputError(
                 f"clips of shape {list(clips.shape)} do not fit a model of {shape} (frames, height, width); "
-                "clips are uint8 [B, T, H, W, 3] or normalised float [B, 3, T, H, W]"
+                f"clips are {layouts(self.config)}"
             )
         if mask.num_tokens != self.config.num_tokens or mask.batch != clips.shape[0]:
             raise InputError(

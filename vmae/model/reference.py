@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vmae.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
+from vmae.config import ModelConfig
 from vmae.masking import DualMask
 from vmae.model.pretrainer import Pretrainer
 
@@ -48,10 +48,10 @@ class ReferencePretrainer(nn.Module):
         return self._predict(self._images(clips), *(mask.to_bool() if isinstance(mask, DualMask) else mask))
 
     def _images(self, clips: Tensor) -> Tensor:
-        """uint8 [B, T, H, W, 3] -> normalised float32 [B, 3, T, H, W]; floats pass."""
+        """uint8 [B, T, H, W, C] -> normalised float32 [B, C, T, H, W]; floats pass."""
         if clips.is_floating_point():
             return clips
-        mean, std = (torch.tensor(x, device=clips.device) for x in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (torch.tensor(x, device=clips.device) for x in self.config.statistics)
         return ((clips.float() / 255 - mean) / std).permute(0, 4, 1, 2, 3)
 
     def _predict(self, images: Tensor, encoder_mask: Tensor, decoder_mask: Tensor) -> Tensor:
@@ -74,14 +74,13 @@ class ReferencePretrainer(nn.Module):
     def _targets(self, images: Tensor) -> Tensor:
         """Targets [B, N, P] of the whole clip."""
         mean, std = (
-            torch.tensor(x, device=images.device)[None, :, None, None, None]
-            for x in (IMAGENET_MEAN, IMAGENET_STD)
+            torch.tensor(x, device=images.device)[None, :, None, None, None] for x in self.config.statistics
         )
         pixels = images * std + mean
         depth, patch = self.config.tubelet_size, self.config.patch_size
         time, height, width = self.config.grid
-        pixels = pixels.reshape(-1, 3, time, depth, height, patch, width, patch)
-        # [B, N, pixels of a tubelet, 3]
+        pixels = pixels.reshape(-1, self.config.in_channels, time, depth, height, patch, width, patch)
+        # [B, N, pixels of a tubelet, C]
         pixels = pixels.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4, 6).flatten(1, 3)
         if self.normalize_target:
             spread = pixels.var(dim=-2, unbiased=True, keepdim=True).sqrt() + 1e-6

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vmae.config import ModelConfig
 from vmae.masking import DualMask
+from vmae.model.embed import statistics_of
 from vmae_kernels import head_patch_loss, patch_targets_ref
 
 
@@ -51,7 +52,8 @@ class Target(abc.ABC):
         """[B, Nk, C] of the tokens `mask.target`; called without gradients.
 
         Args:
-            clips: uint8 [B, T, H, W, 3], or normalised float [B, 3, T, H, W].
+            clips: uint8 [B, T, H, W, 3], or normalised float [B, 3, T, H, W]; of other channels as
+                `vmae.model.embed.statistics_of` says.
         """
 
     def compare(self, predicted: Tensor, values: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ class Pixels(Target):
 
     def values(self, clips: Tensor, mask: DualMask) -> Tensor:
         size = (self.config.patch_size, self.config.tubelet_size)
-        return patch_targets_ref(clips, mask.target, *size, self.normalize)
+        return patch_targets_ref(clips, mask.target, *size, self.normalize, statistics_of(clips, self.config))
 
     def loss(
         self,
@@ -155,6 +157,7 @@ class Pixels(Target):
             self.normalize,
             tubelet_size=self.config.tubelet_size,
             backend=backend,
+            statistics=statistics_of(clips, self.config),
         )
 
     def describe(self) -> str:

@@ -77,6 +77,11 @@ def export_graph(model: ClipModel, path: Path, about: dict[str, Any] | None = No
             not kept.
     """
     check_packages(path)
+    if not model.model.config.has_imagenet_pixels:
+        raise InputError(
+            f"a graph is for clips of 3 channels with ImageNet's mean and deviation, and the model takes "
+            f"{model.model.config.in_channels} with statistics of its own"
+        )
     write, load = (_write_pt2, _load_pt2) if path.suffix == ".pt2" else (_write_onnx, _load_onnx)
     config = model.model.config
     shape = (3, config.num_frames, *config.image_hw)

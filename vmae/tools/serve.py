@@ -520,6 +520,7 @@ def build_studio(args: argparse.Namespace) -> Studio:
         if args.classifier_model:
             given = {"preset": args.classifier_model, "source": source}
         classifier = load_classifier(args.classifier, **given)
+        classifier.model.config.check_rgb("`vmae serve`")
         classifier.model.to(device)
         for line in classifier.assumed:
             print(line)

@@ -56,6 +56,24 @@ def check_backend(backend: str, device: torch.device) -> None:
             raise InputError(f"--backend {backend}: {error}") from error
 
 
+def check_channels(model: ModelConfig, backend: str) -> None:
+    """Raises InputError where the kernels cannot take a model's clips, or nothing says how its channels are
+    normalised."""
+    if model.has_imagenet_pixels:
+        return
+    if backend == "triton":
+        raise InputError(
+            "--backend triton: its kernels are for 3 channels with ImageNet's mean and deviation, and the "
+            f"model takes {model.in_channels} with statistics of its own: leave --backend out"
+        )
+    if model.channel_mean is None:
+        raise InputError(
+            f"--in-channels {model.in_channels} needs the mean and deviation of each channel: --channel-mean "
+            f"and --channel-std, {model.in_channels} numbers each (`vmae check-data LIST --in-channels "
+            f"{model.in_channels} --statistics` tells them)"
+        )
+
+
 def check_mask(mask: MaskConfig, grid: tuple[int, int, int]) -> None:
     """Raises InputError where a mask can't be drawn, or where some draws would leave the loss nothing to
     count."""

@@ -34,6 +34,7 @@ from vmae.files.atomic import why_not_written, write_atomically
 from vmae.files.json_files import read_json, read_json_lines
 from vmae.masking import DualMask
 from vmae.model.cost import peak_flops
+from vmae.model.embed import statistics_of
 from vmae.train.compiled import CompileWatch
 from vmae.train.pretrain_settings import RunConfig
 from vmae_kernels import patch_loss, patch_targets_ref
@@ -446,7 +447,7 @@ def trivial_losses(
     """Losses of two predictors that learn nothing, on the tokens that the loss counts.
 
     Args:
-        clips: uint8 [B, T, H, W, 3], or normalised float [B, 3, T, H, W].
+        clips: as the model takes them.
         mask: of the B clips.
         normalize: whether targets are normalised; then the zero predictor's loss is about 1.
 
@@ -454,6 +455,8 @@ def trivial_losses(
         `zero`: predicts 0. `mean of the visible tubelets`: predicts, for each value of a tubelet, its mean
             over the clip's visible tubelets.
     """
+
+    statistics = statistics_of(clips, config)
 
     def loss_of(prediction_B1P: Tensor) -> float:
         prediction = prediction_B1P.expand(-1, mask.target.shape[1], -1)
@@ -465,8 +468,10 @@ def trivial_losses(
             normalize,
             tubelet_size=config.tubelet_size,
             backend="torch",
+            statistics=statistics,
         ).item()
 
-    seen = patch_targets_ref(clips, mask.visible, config.patch_size, config.tubelet_size, normalize)
+    size = (config.patch_size, config.tubelet_size)
+    seen = patch_targets_ref(clips, mask.visible, *size, normalize, statistics)
     mean = seen.mean(1, keepdim=True)
     return {"zero": loss_of(torch.zeros_like(mean)), "mean of the visible tubelets": loss_of(mean)}

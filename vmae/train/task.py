@@ -19,7 +19,7 @@ from vmae.checkpoint.folder import WEIGHTS_NAME
 from vmae.config import ModelConfig
 from vmae.data.shared_memory import check_shared_memory
 from vmae.data.video_dataset import VideoDataset
-from vmae.train.checks import check_backend, check_speed
+from vmae.train.checks import check_backend, check_channels, check_speed
 from vmae.train.optim import OptimConfig, build_optimizer
 from vmae.train.parallel import Parallel
 from vmae.train.pretrain_settings import RunConfig, local_ranks
@@ -220,6 +220,7 @@ class ModelTask(Task[ModelConfigT, BatchT]):
     """A task that trains one of `vmae.model`: its settings have a `ModelConfig`, as `config.model`."""
 
     def check(self) -> list[str]:
+        check_channels(self.config.model, self.run.speed.backend)
         check_backend(self.run.speed.backend, self.parallel.device)
         use = (self.config.model, self.config.dtype, self.parallel.device)
         check_speed(self.run.speed, *use, dropout=self.drops_attention)
@@ -233,8 +234,10 @@ class ModelTask(Task[ModelConfigT, BatchT]):
         return False
 
     def batch_bytes(self) -> int:
-        """Of a micro-batch's clips, uint8."""
-        return self.run.batch_size * self.config.num_sample * self.config.model.clip_bytes
+        """Of a micro-batch's clips: uint8, or the most that values of other channels can take, float32."""
+        model = self.config.model
+        each = 1 if model.has_imagenet_pixels else 4
+        return self.run.batch_size * self.config.num_sample * model.clip_bytes * each
 
     def describe_model(self) -> str:
         model = self.config.model

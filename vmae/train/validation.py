@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from vmae.checkpoint.folder import BEST_NAME, BEST_WEIGHTS_NAME, CheckpointFolder
 from vmae.checkpoint.identity import list_hash
+from vmae.data.channels import RGB, join_clips
 from vmae.data.classify_dataset import ClipConfig, MiddleClipDataset
 from vmae.data.labels import LabelledList
 from vmae.data.quarantine import Failure, list_failures
@@ -76,6 +77,7 @@ class ValidationSet:
         multi_label: whether each class has a loss of its own.
         batch_size: clips of a forward pass on a rank.
         num_workers: processes of this rank that decode; 0 decodes in this one.
+        channels: of the clips.
     """
 
     def __init__(
@@ -88,10 +90,11 @@ class ValidationSet:
         multi_label: bool,
         batch_size: int,
         num_workers: int = 0,
+        channels: int = RGB,
     ) -> None:
         self.labelled, self.clip, self.parallel = labelled, clip, parallel
         self.dtype, self.multi_label = dtype, multi_label
-        self.dataset = MiddleClipDataset(labelled.entries, clip)
+        self.dataset = MiddleClipDataset(labelled.entries, clip, channels=channels)
         count, ranks = len(labelled.entries), parallel.world_size
         self.own = range(parallel.rank, count, ranks)
         longest = -(-count // ranks)
@@ -187,10 +190,10 @@ class ValidationSet:
     def _forward(self, model: nn.Module, clips: list[Tensor]) -> Tensor:
         """float32 logits [clips, K], on the device. All passes have the same shape: the rest of a batch is
         black."""
-        height, width = self._size
-        batch = torch.zeros(self.batch_size, self.clip.num_frames, height, width, 3, dtype=torch.uint8)
-        for number, clip in enumerate(clips):
-            batch[number] = clip[0]
+        shape = (self.clip.num_frames, *self._size, self.dataset.channels)
+        joined = join_clips(clips or [torch.zeros(0, *shape, dtype=torch.uint8)])
+        batch = joined.new_zeros(self.batch_size, *shape)
+        batch[: len(joined)] = joined
         device = self.parallel.device
         if device.type == "cuda":  # for blocks that are replayed as CUDA graphs
             torch.compiler.cudagraph_mark_step_begin()

@@ -62,6 +62,7 @@ class DetectionTask(SupervisedTask[DetectionConfig, DetectionBatch]):
 
     def check(self) -> list[str]:
         notes = super().check()
+        self.config.model.check_rgb("detection")
         before = {} if self.source is None else self.source.settings
         if "action_ids" in before:
             was = (before["clip"].get("preprocess", "resize"), before.get("roi", "aligned"))

@@ -127,6 +127,11 @@ class DistilTask(FinetuneTask):
                 f"the teacher {teacher.path} has {teacher.model.num_classes} classes, the labels have "
                 f"{self.config.num_classes}; --teacher-map FILE.json says which of the teacher's they are"
             )
+        if (channels := teacher.model.config.in_channels) != self.config.model.in_channels:
+            raise InputError(
+                f"the teacher {teacher.path} takes clips of {channels} channels, the student of "
+                f"{self.config.model.in_channels}"
+            )
         if teacher.multi_label:
             raise InputError(
                 f"the teacher {teacher.path} gives several labels a video; distillation needs one"

@@ -226,7 +226,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
             num_classes=config.num_classes,
             **config.frames,
         )
-        failed = check_decodable(labelled.entries)
+        failed = check_decodable(labelled.entries, channels=config.model.in_channels)
         notes = [f"note: skipped, cannot be decoded: {error}" for _, error in failed]
         lacking = config.num_classes - labelled.count_classes()
         if lacking:
@@ -234,6 +234,12 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
         if labelled.multi and not config.multi_label:
             notes.append("note: some videos have several labels; each class has a loss of its own")
         return labelled, notes
+
+    def check(self) -> list[str]:
+        lines, augment = super().check(), self.config.augment
+        if augment.operations or augment.erase:
+            self.config.model.check_rgb("published augmentation (--augment none, or --aa none --erase 0)")
+        return lines
 
     def read_data(self) -> tuple[ClassifyDataset, list[str]]:
         labelled, notes = self.read_labels()
@@ -284,7 +290,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
                 num_classes=config.num_classes,
                 **config.frames,
             )
-            failed = check_decodable(labelled.entries)
+            failed = check_decodable(labelled.entries, channels=config.model.in_channels)
         except InputError as error:
             raise InputError(f"list to {what} on: {error} ({without} goes on without one)") from None
         if labelled.multi and not config.multi_label:
@@ -306,6 +312,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
             multi_label=config.multi_label,
             batch_size=run.batch_size * config.num_sample,
             num_workers=run.speed.num_workers,
+            channels=config.model.in_channels,
         )
         assert config.steps is not None  # `resolve_lengths` came before
         return Validation(
@@ -329,6 +336,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
             read_logits=self.read_logits,
             seed=self.config.seed,
             repeat=self.config.repeat,
+            channels=self.config.model.in_channels,
         )
 
     def build_model(self) -> Classifier:

@@ -54,6 +54,10 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         fixed = torch.Generator().manual_seed(0)
         self.one = DualMask.sample(1, self.config.model.grid, **self.config.mask.to_dict(), generator=fixed)
         self.trivial: dict[str, float] = {}  # losses on the first batch, once they are known
+        if self.loader != "cpu":
+            self.config.model.check_rgb(f"--loader {self.loader}")
+        if self.config.resize == "pil":
+            self.config.model.check_rgb("--resize pil")
         lines = super().check()
         self.build_target()
         return [*lines, *self.target.notes]
@@ -71,7 +75,9 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         config = self.config
         entries = read_data(config.data, config.data_root, frame_pattern=config.frame_pattern)
         check_loader(config.loader, entries)
-        notes = [f"note: skipped, cannot be decoded: {error}" for _, error in check_decodable(entries)]
+        channels = config.model.in_channels
+        bad = check_decodable(entries, channels=channels)
+        notes = [f"note: skipped, cannot be decoded: {error}" for _, error in bad]
         dataset = PretrainDataset(
             entries,
             num_frames=config.model.num_frames,
@@ -87,6 +93,7 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
             crop=config.crop,
             flip=config.flip,
             resize=config.resize,
+            channels=channels,
         )
         return dataset, notes
 
