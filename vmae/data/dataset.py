@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,6 +62,7 @@ class Batch:
         replaced: (path, error, library) of each video that could not be decoded, and that another one stands
             in for.
         counted: sum of the mask's weights: tokens that the loss counts, known without asking a GPU.
+        values: [B*S, Nk, C], what the tokens `mask.target` are compared with, where that is stored.
     """
 
     clips: Tensor
@@ -69,6 +70,7 @@ class Batch:
     ids: list[tuple[int, int, str]]
     replaced: list[Failure] = field(default_factory=list)
     counted: float | None = None
+    values: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.counted is None:
@@ -77,19 +79,24 @@ class Batch:
     @classmethod
     def cat(cls, batches: list[Batch]) -> Batch:
         """Join samples (batches of B = 1) or batches, in order."""
+        values = [batch.values for batch in batches if batch.values is not None]
         return cls(
             join_clips([batch.clips for batch in batches]),
             DualMask.cat([batch.mask for batch in batches]),
             [key for batch in batches for key in batch.ids],
             [failure for batch in batches for failure in batch.replaced],
+            values=torch.cat(values) if values else None,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         mask = self.mask.to(device, non_blocking=non_blocking)
-        return dataclasses.replace(self, clips=self.clips.to(device, non_blocking=non_blocking), mask=mask)
+        values = None if self.values is None else self.values.to(device, non_blocking=non_blocking)
+        clips = self.clips.to(device, non_blocking=non_blocking)
+        return dataclasses.replace(self, clips=clips, mask=mask, values=values)
 
     def pin_memory(self) -> Batch:
-        return dataclasses.replace(self, clips=pinned(self.clips), mask=self.mask.pin_memory())
+        values = None if self.values is None else pinned(self.values)
+        return dataclasses.replace(self, clips=pinned(self.clips), mask=self.mask.pin_memory(), values=values)
 
 
 class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
@@ -123,6 +130,10 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
             (SSv2).
         min_frames: a video of fewer counts as bad.
         channels: of the frames; a video of others counts as bad.
+
+    Attributes:
+        cycle: epochs after which the same samples come again; None means never.
+        read_values: (epoch, index) keys -> stored values of these samples, for `Batch.values`.
 
     Raises:
         InputError: no entries, a number below 1, or a mask that does not fit the grid. On access: no video of
@@ -175,14 +186,23 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
         self.sampling, self.fps, self.crop, self.flip = sampling, fps, crop, flip
         self.num_frames, self.stride, self.image_size = num_frames, stride, image_hw(image_size)
         self.grid, self.mask = grid, mask
+        self.cycle: int | None = None
+        self.read_values: Callable[[Sequence[SampleKey]], Tensor] | None = None
         self.sample_mask(0, 0)
 
     def __getitem__(self, key: SampleKey | int) -> Batch:
-        epoch, index = self._checked_key(key)
+        epoch, index = self._seen(self._checked_key(key))
         clips, video, replaced = self._decode_with_replacement(epoch, index)
-        return Batch(
-            clips, self.sample_mask(epoch, index), [(epoch, index, self.entries[video].path)], replaced
-        )
+        values = None if self.read_values is None else self.read_values([(epoch, index)])
+        ids = [(epoch, index, self.entries[video].path)]
+        return Batch(clips, self.sample_mask(epoch, index), ids, replaced, values=values)
+
+    def _seen(self, key: SampleKey) -> SampleKey:
+        """The sample that comes at (epoch, index)."""
+        return key if self.cycle is None else (key[0] % self.cycle, key[1])
+
+    def ask_ahead(self, keys: Sequence[SampleKey]) -> None:
+        super().ask_ahead([self._seen(key) for key in keys])
 
     def sample_mask(self, epoch: int, index: int) -> DualMask:
         """The masks of a sample's S clips."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -120,6 +122,33 @@ class PretrainLoader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def open_batches(
+    dataset: VideoDataset, keys: Sequence[list[SampleKey]], *, num_workers: int, prefetch: int = PREFETCH
+) -> Generator[Iterator[Any], None, None]:
+    """Batches of given samples, in order; each raises InputError where no video can be read.
+
+    Args:
+        keys: (epoch, index) of the samples of each batch.
+        num_workers: processes that decode; 0 decodes in this one.
+    """
+    source = _BatchSource(dataset)
+    pool = None
+    if num_workers:
+        pool = WorkerPool(source, iter(keys), count=num_workers, prefetch=prefetch, hang_s=hang_limit())
+    try:
+        yield map(_raised, pool or (source[part] for part in keys))
+    finally:
+        if pool is not None:
+            pool.close()
+
+
+def _raised(batch: Any) -> Any:
+    if isinstance(batch, InputError):
+        raise batch
+    return batch
 
 
 def check_loader(name: str, entries: Sequence[VideoEntry] = ()) -> None:

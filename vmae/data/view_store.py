@@ -81,12 +81,12 @@ class ViewStore(abc.ABC):
     @classmethod
     def nothing_in(cls, folder: str | Path) -> InputError:
         return InputError(
-            f"{folder} holds no stored {cls.noun}; `{cls.command} --{cls.noun} {folder} --store EPOCHS` makes "
-            "them"
+            f"{folder} holds no stored {cls.noun}; `{cls.command} --{cls.noun} {folder} --store EPOCHS` "
+            "makes them"
         )
 
     @property
-    def bytes(self) -> int:
+    def size_bytes(self) -> int:
         """Of all epochs, marks left out."""
         return 2 * self.about["epochs"] * self.about["samples"] * int(np.prod(self.row))
 
@@ -97,10 +97,10 @@ class ViewStore(abc.ABC):
             InputError: a new store would not fit.
         """
         free = free_disk(self.folder)
-        if not self.exists and free is not None and free < self.bytes:
+        if not self.exists and free is not None and free < self.size_bytes:
             raise InputError(
-                f"the {self.noun} would take {self.bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in "
-                f"{self.folder}: store fewer epochs, or choose another --{self.noun} folder"
+                f"the {self.noun} would take {self.size_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are "
+                f"free in {self.folder}: store fewer epochs, or choose another --{self.noun} folder"
             )
         return free
 

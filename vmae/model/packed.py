@@ -170,7 +170,12 @@ def _decoded(
     return _unpack(x, [rows.keep for rows in groups_of_rows])
 
 
-def packed_loss(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> Tensor:
+def packed_loss(
+    model: Parts,
+    clips: Sequence[Tensor] | Tensor,
+    masks: Sequence[DualMask],
+    values: Sequence[Tensor] | Tensor | None = None,
+) -> Tensor:
     """The loss of clips with unequal counts: the weighted mean over the counted tokens of all of them, a
     float32 scalar.
 
@@ -178,16 +183,21 @@ def packed_loss(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[
         clips: one tensor per mask, uint8 [B, T, H, W, 3] or normalised float [B, 3, T, H, W]; sizes may
             differ from group to group. Or one tensor, whose clips are dealt out to the masks in order.
         masks: of the clips of each group.
+        values: the target's [B, Nk, C] of each group, where they are known already.
 
     Raises:
-        InputError: clips and masks that do not fit each other, or another size where positions are learned.
+        InputError: clips, masks and values that do not fit each other, or another size where positions are
+            learned.
     """
     clips = _checked(model, clips, masks)
+    known = [None] * len(masks) if values is None else list(values)
+    if isinstance(values, Tensor) or len(known) != len(masks):
+        raise InputError(f"{len(masks)} masks need as many groups of values, in a list")
     head = model.decoder.head
     counted = [Rows(mask.hidden_rows, mask.hidden_uses, model.backend) for mask in masks]
     losses, weights = [], []
-    for rows, group, mask in zip(_decoded(model, clips, masks, counted), clips, masks):
-        loss = model.target.loss(model.final_norm(rows), head, group, mask, backend=model.backend)
+    for rows, group, mask, own in zip(_decoded(model, clips, masks, counted), clips, masks, known):
+        loss = model.target.loss(model.final_norm(rows), head, group, mask, values=own, backend=model.backend)
         weight = mask.target_weight.sum()
         losses.append(loss * weight)
         weights.append(weight)

@@ -147,7 +147,7 @@ class Pretrainer(nn.Module):
         self,
         clips: Tensor | Sequence[Tensor],
         mask: DualMask | Sequence[DualMask],
-        values: Tensor | None = None,
+        values: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor:
         """The loss, a float32 scalar, over counted tokens: the decoded ones that the encoder did not see
         (equation 5).
@@ -157,10 +157,12 @@ class Pretrainer(nn.Module):
                 statistics uint8, uint16 or float32 [B, T, H, W, C].
             mask: of B clips of the same grid, on the clips' device. A list of masks with unequal counts, with
                 clips of any sizes, goes through `vmae.model.packed.packed_loss`.
-            values: the target's [B, Nk, C], where they are known already; not with a list of masks.
+            values: the target's [B, Nk, C], where they are known already; with a list of masks, as many.
         """
         if not isinstance(mask, DualMask):
-            return packed_loss(self, clips, mask)
+            return packed_loss(self, clips, mask, values)
+        if not (values is None or isinstance(values, Tensor)):
+            raise InputError(f"{len(values)} groups of values need a list of masks, one each")
         clips = self._checked(clips, mask)
         counted = Rows(mask.hidden_rows, mask.hidden_uses, self.backend)
         rows = self.decode(self.encode(clips, mask), mask, counted)

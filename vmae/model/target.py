@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmae.config import ModelConfig
+from vmae.errors import InputError
 from vmae.masking import DualMask
 from vmae.model.embed import statistics_of
 from vmae_kernels import head_patch_loss, patch_targets_ref
@@ -81,6 +82,11 @@ class Target(abc.ABC):
             with torch.no_grad():
                 values = self.values(clips, mask)
         predicted = F.linear(rows, head.weight, head.bias).float()
+        if values.shape != predicted.shape:
+            raise InputError(
+                f"values of shape {list(values.shape)} do not fit predictions of shape "
+                f"{list(predicted.shape)}"
+            )
         with torch.autocast(rows.device.type, enabled=False):
             errors, weight = self.compare(predicted, values.float()), mask.target_weight
             return (errors * weight).sum() / weight.sum()

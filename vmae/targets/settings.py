@@ -9,7 +9,7 @@ from typing import Any
 
 from vmae.config import DTYPE, MODEL, RESULTS, SPEED, TEACHER, ModelConfig, SpeedConfig, _Checked
 from vmae.errors import InputError
-from vmae.settings import BATCH, FRAMES, SIDE, Limits, OneOf, setting
+from vmae.settings import BATCH, FRAMES, SIDE, Limits, OneOf, Whole, ranged, setting
 from vmae.targets import TARGETS
 
 TOKEN_LOSSES = ("smooth_l1", "l1", "l2", "cosine")
@@ -103,6 +103,10 @@ class TargetConfig(_Checked):
         group=SPEED,
     )
     teacher_identity: dict[str, Any] | None = None
+    latents: str | None = setting(
+        None, "folder of stored latents, which stand for the teacher", metavar="DIR"
+    )
+    stored_epochs: int | None = ranged(None, Whole(1, 10**9))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,7 +114,8 @@ class TargetConfig(_Checked):
         if self.name == "teacher":
             return
         for one in dataclasses.fields(self):
-            if one.name.startswith("teacher") and getattr(self, one.name) != one.default:
+            own = one.name.startswith(("teacher", "latents", "normalize"))
+            if own and getattr(self, one.name) != one.default:
                 flag = one.name.replace("_", "-")
                 raise InputError(f"--{flag} is of --target teacher, and the target is {self.name}")
 

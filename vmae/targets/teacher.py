@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vmae.errors import InputError
 from vmae.masking import DualMask
-from vmae.model.target import Target
 from vmae.targets.frozen import FrozenEncoder, freeze, regridded
-from vmae.targets.settings import LAST, Wanted
+from vmae.targets.latents import Latents, StoredLatents
+from vmae.targets.settings import Wanted
 from vmae.targets.video_encoder import VideoEncoder
 
 ABOUT = "latents of a frozen encoder, layer-normalised (--teacher)"
@@ -23,10 +23,9 @@ ABOUT = "latents of a frozen encoder, layer-normalised (--teacher)"
 # take memory beside the student's own, for few launches less.
 TOKENS_AT_ONCE = 2**16
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_LOSSES = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "l2": F.mse_loss}
 
 
-class TeacherTarget(Target):
+class TeacherTarget(Latents):
     """The teacher sees the whole clip, once; its counted tokens, each normalised over its values, are what
     the student predicts. Latents of several layers are each normalised, and so is their mean.
 
@@ -35,25 +34,17 @@ class TeacherTarget(Target):
         encoder: the teacher.
     """
 
-    name = "teacher"
-
     def __init__(self, wanted: Wanted, encoder: FrozenEncoder) -> None:
-        super().__init__(wanted.model)
-        settings = wanted.settings
-        self.encoder, self.normalize, self.error = encoder, settings.normalize_latents, settings.target_loss
-        self.layers, self.dtype = settings.teacher_layers, _DTYPES[settings.teacher_dtype]
+        super().__init__(wanted, encoder.width, encoder.path)
+        self.encoder, self.dtype = encoder, _DTYPES[wanted.settings.teacher_dtype]
         tokens = encoder.grid[0] * encoder.grid[1] * encoder.grid[2]
-        self.at_once = settings.teacher_batch or max(TOKENS_AT_ONCE // tokens, 1)
+        self.at_once = wanted.settings.teacher_batch or max(TOKENS_AT_ONCE // tokens, 1)
         self.identity, notes = encoder.identity, list(encoder.notes)
         if encoder.grid != wanted.model.grid:
             grids = (" x ".join(map(str, grid)) for grid in (encoder.grid, wanted.model.grid))
             notes.append(f"{encoder.path}: latents resampled from {' tokens to '.join(grids)}, trilinear")
         self.notes = tuple(f"teacher: {note}" for note in notes)
         freeze(encoder.module, self.dtype)
-
-    @property
-    def width(self) -> int:
-        return self.encoder.width
 
     @torch.no_grad()
     def values(self, clips: Tensor, mask: DualMask) -> Tensor:
@@ -74,12 +65,7 @@ class TeacherTarget(Target):
         return total if layers == 1 else self._normalized(total / layers)
 
     def _normalized(self, latents: Tensor) -> Tensor:
-        return F.layer_norm(latents, latents.shape[-1:]) if self.normalize else latents
-
-    def compare(self, predicted: Tensor, values: Tensor) -> Tensor:
-        if self.error == "cosine":
-            return 1 - F.cosine_similarity(predicted, values, dim=-1)
-        return _LOSSES[self.error](predicted, values, reduction="none").mean(-1)
+        return F.layer_norm(latents, latents.shape[-1:]) if self.settings.normalize_latents else latents
 
     def macs(self) -> int:
         return self.encoder.macs
@@ -92,13 +78,15 @@ class TeacherTarget(Target):
         self.encoder.check_device(device, self.dtype)
         self.encoder.module.to(device)
 
-    def describe(self) -> str:
-        which = {LAST: "latents"}.get(self.layers, f"latents after block {self.layers.replace(',', ', ')}")
-        normed = ", layer-normalised" if self.normalize else ""
-        return f"{which} of {self.encoder.path}{normed} ({self.width} wide, {self.error})"
 
-
-def build(wanted: Wanted) -> TeacherTarget:
-    if wanted.settings.teacher is None:
-        raise InputError("--target teacher needs one: --teacher CHECKPOINT")
+def build(wanted: Wanted) -> Latents:
+    """The teacher; or with stored latents what stands for it, a teacher's identity checked beside them."""
+    settings = wanted.settings
+    if settings.latents is not None:
+        identity = None if settings.teacher is None else VideoEncoder(wanted).identity
+        return StoredLatents(wanted, identity)
+    if settings.teacher is None:
+        raise InputError(
+            "--target teacher needs one: --teacher CHECKPOINT, or --latents DIR of stored latents"
+        )
     return TeacherTarget(wanted, VideoEncoder(wanted))

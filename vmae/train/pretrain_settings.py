@@ -14,6 +14,7 @@ from vmae.config import (
     DTYPE,
     RESULTS,
     SPEED,
+    TEACHER,
     USUAL_MODEL,
     MaskConfig,
     ModelConfig,
@@ -221,10 +222,23 @@ class RunConfig(_Checked):
         return self.batch_size * self.accumulate * ranks
 
 
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(ModelSettings):
+    """Of `pretrain`, beside its configurations."""
+
+    store: int | None = setting(
+        None,
+        "store the teacher's latents of so many epochs in --latents, and end",
+        EPOCHS,
+        metavar="EPOCHS",
+        group=TEACHER,
+    )
+
+
 SETTINGS = Settings(
     PretrainConfig,
     RunConfig,
-    ModelSettings,
+    PretrainSettings,
     defaults={"model": USUAL_MODEL},
     others=PRETRAIN_FLAGS,
     adapt=adapt_pretrain,

@@ -14,6 +14,8 @@ from vmae.checkpoint.models import start_pretrainer
 from vmae.checkpoint.source import read_checkpoint
 from vmae.data import Batch, PretrainDataset, check_decodable, describe_data, read_data
 from vmae.data.loaders import check_loader
+from vmae.data.view_store import LatentStore
+from vmae.errors import InputError
 from vmae.masking import DualMask
 from vmae.model import Pretrainer, build_pretrainer
 from vmae.model.cost import masked_macs
@@ -22,8 +24,10 @@ from vmae.targets.building import build_target
 from vmae.targets.settings import Wanted
 from vmae.train.checks import check_mask
 from vmae.train.dry_run import find_absent, show_settings, tell_absent
+from vmae.train.latent_store import about_latents, describe_size, fill_latents
 from vmae.train.metrics import trivial_losses
-from vmae.train.pretrain_settings import PretrainConfig, add_arguments, configs_from_args
+from vmae.train.parallel import open_parallel
+from vmae.train.pretrain_settings import PretrainConfig, RunConfig, add_arguments, configs_from_args
 from vmae.train.run import run_task
 from vmae.train.task import ModelTask
 from vmae.train.tasks.supervised import settled
@@ -34,11 +38,51 @@ __all__ = ["PretrainConfig", "PretrainTask", "add_arguments", "run"]
 def run(args: argparse.Namespace) -> int:
     """The command."""
     config, run_config = configs_from_args(args)
+    if args.store is not None and config.target.latents is None:
+        raise InputError("--store needs the folder to store to: --latents DIR (and --target teacher)")
     absent = find_absent(args)
     if absent:
         show_settings(config, run_config)
         return tell_absent(absent)
+    if args.store is not None:
+        return store_latents(config, run_config, args.store, dry_run=args.dry_run)
     return run_task(PretrainTask(config), run_config, args)
+
+
+def store_latents(config: PretrainConfig, run: RunConfig, epochs: int, *, dry_run: bool = False) -> int:
+    """Run the teacher over all views of some epochs, and store what it makes of them in
+    `config.target.latents`; what a stopped pass has stored is not done again.
+
+    Args:
+        dry_run: check everything, tell the bytes, write nothing.
+
+    Raises:
+        InputError: the folder holds latents of other views, or the disk has no room for them; the list, its
+            videos or the teacher cannot be read.
+    """
+    folder = config.target.latents or ""
+    task = PretrainTask(config.replace(target=dataclasses.replace(config.target, latents=None)))
+    with open_parallel(run.speed.parallel, run.device, shard_size=run.speed.shard_size) as parallel:
+        task.run, task.parallel = run, parallel
+        notes = task.check()
+        dataset, about_data = task.read_data()
+        task.target.to(parallel.device)
+        about = about_latents(task.config, dataset, task.list_root, task.target, epochs)
+        store = LatentStore(folder, about)
+        told = parallel.on_main(lambda: describe_size(store))
+        if parallel.is_main:
+            print("\n".join([*notes, *about_data, told]), flush=True)
+        if dry_run:
+            return 0
+        with parallel.hold(folder, "a teacher's latents being stored"):
+            parallel.on_main(store.create)
+            store = LatentStore(folder, about)
+            sizes = {"batch_size": run.batch_size, "num_workers": run.speed.num_workers}
+            replaced = sum(parallel.gather(fill_latents(store, dataset, task.target, parallel, **sizes)))
+        if parallel.is_main:
+            bad = f"; {replaced} videos could not be read, others stood in" if replaced else ""
+            print(f"{folder}: bf16 latents of {epochs} epochs x {len(dataset)} samples are stored{bad}")
+    return 0
 
 
 class PretrainTask(ModelTask[PretrainConfig, Batch]):
@@ -50,6 +94,10 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
     def check(self) -> list[str]:
         check_mask(self.config.mask, self.config.model.grid)
         check_loader(self.config.loader)
+        if self.config.target.latents is not None and self.config.loader != "cpu":
+            raise InputError(
+                f"--loader {self.config.loader} brings no stored latents along: take --loader cpu"
+            )
         self.loader = self.config.loader
         fixed = torch.Generator().manual_seed(0)
         self.one = DualMask.sample(1, self.config.model.grid, **self.config.mask.to_dict(), generator=fixed)
@@ -58,9 +106,8 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
             self.config.model.check_rgb(f"--loader {self.loader}")
         if self.config.resize == "pil":
             self.config.model.check_rgb("--resize pil")
-        lines = super().check()
         self.build_target()
-        return [*lines, *self.target.notes]
+        return [*super().check(), *self.target.notes]
 
     def build_target(self) -> None:
         """Make what is predicted, from `config`; it is found wrong before anything is read or written."""
@@ -95,7 +142,24 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
             resize=config.resize,
             channels=channels,
         )
+        if config.target.latents is not None:
+            self.open_latents(dataset)
         return dataset, notes
+
+    def open_latents(self, dataset: PretrainDataset) -> None:
+        """Let `dataset` read stored latents.
+
+        Raises:
+            InputError: they are of other views or another teacher, or not complete; an epoch is less than a
+                batch.
+        """
+        folder, config = self.config.target.latents or "", self.config
+        epochs = config.target.stored_epochs or LatentStore.epochs_in(folder)
+        about = about_latents(config, dataset, self.list_root, self.target, epochs)
+        store = LatentStore(folder, about)
+        store.check_complete(self.run.videos_per_step(self.parallel.world_size))
+        dataset.cycle, dataset.read_values = epochs, store.read
+        self.config = config.replace(target=dataclasses.replace(config.target, stored_epochs=epochs))
 
     @property
     def list_file(self) -> str:
@@ -127,6 +191,12 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         encoder, decoder = self.config.model.depth, self.config.model.decoder_depth
         return [visible] * encoder + [visible + decoded] * decoder
 
+    def batch_bytes(self) -> int:
+        """Of a micro-batch's clips, uint8, and of the stored values that come with them, bf16."""
+        clips, stored = self.run.batch_size * self.config.num_sample, self.config.target.latents is not None
+        values = 2 * clips * self.one.keep.shape[1] * self.target.width if stored else 0
+        return super().batch_bytes() + values
+
     def flops_per_clip(self) -> float:
         own = masked_macs(self.config.model, self.config.mask, width=self.target.width)
         return 6.0 * own + 2.0 * self.target.macs()
@@ -141,10 +211,12 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
                 of = (self.config.model, self.target.normalize)
                 self.trivial = trivial_losses(batch.clips, batch.mask, *of)
             else:
-                self.trivial = self.target.trivial(batch.clips, batch.mask)
+                self.trivial = self.target.trivial(batch.clips, batch.mask, batch.values)
             tqdm.write(f"loss of trivial predictors on the first batch: zero {self._trivial()}")
 
     def compute_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        if batch.values is not None:
+            return model(batch.clips, batch.mask, values=batch.values)
         return model(batch.clips, batch.mask)
 
     # --- Words ---
