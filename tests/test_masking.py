@@ -167,6 +167,25 @@ def test_decoder_ratio_zero_is_encoder_only_masking():
     assert torch.equal(DualMask.from_bool(by_name.to_bool()[0]).decode, by_name.decode)
 
 
+def test_a_lean_decoder_gets_the_counted_tokens_only():
+    usual, lean = (DualMask.sample(5, GRID_B, lean=lean, generator=generator()) for lean in (False, True))
+    assert torch.equal(lean.visible, usual.visible)
+    assert torch.equal(lean.decode, usual.target) and torch.equal(lean.target, usual.target)
+    assert lean.weight.shape == (5, 704) and (lean.weight == 1).all() and (lean.target_weight == 1).all()
+    every = set(range(lean.num_tokens))
+    assert all(not set(d.tolist()) & set(v.tolist()) for d, v in zip(lean.decode, lean.visible))
+    assert set(lean.decode.flatten().tolist()) <= every
+    whole = dict(decoder="none", generator=generator())
+    assert DualMask.sample(2, GRID_B, lean=True, **whole).decode.shape[1] == 1408  # as without
+
+
+def test_a_lean_decoder_is_refused_where_counts_differ():
+    with pytest.raises(InputError, match="lean decoder needs .* equally .* random with running_cell"):
+        DualMask.sample(2, GRID_B, encoder="random", lean=True)
+    with pytest.raises(InputError, match="running_cell on 6 frames"):
+        DualMask.sample(2, (6, 14, 14), lean=True)
+
+
 def test_counts_that_differ_keep_every_row():
     """5 frames: how many decoded tokens a tube hides depends on the draw, so all of them reach the head, with
     weights."""

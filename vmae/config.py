@@ -286,6 +286,11 @@ class MaskConfig(_Checked):
         SHARE_BELOW_1,
         aliases=("--decoder_mask_ratio",),
     )
+    lean: bool = setting(
+        False,
+        "the decoder gets no mask token for what the encoder sees, which is not counted; not as published",
+        name="lean_decoder",
+    )
 
 
 CLIP_GRAD = Real(above=0, most=1e30)

@@ -166,6 +166,7 @@ class DualMask:
         encoder_ratio: float = 0.9,
         decoder: str = "running_cell",
         decoder_ratio: float = 0.5,
+        lean: bool = False,
         generator: torch.Generator | None = None,
     ) -> DualMask:
         """Draw masks for `batch` clips of `grid` = (frames, rows, columns) tokens, on the CPU.
@@ -175,10 +176,12 @@ class DualMask:
             encoder_ratio: share hidden, rounded down to whole tokens (of a frame for tube, frames for frame).
             decoder: a name in `DECODER_MASKS`. A `decoder_ratio` of 0 means "none", as in the published code.
             decoder_ratio: share of all tokens that the decoder leaves out.
+            lean: the decoder leaves out what the encoder sees, too: such tokens are not counted. As
+                published, it gets a mask token for them (80 of ViT-B's 784).
 
         Raises:
             InputError: an unknown kind, a ratio that leaves no token to one side, or a grid that the kind
-                can't tile.
+                can't tile; `lean` with masks that do not count equally many tokens in every clip.
         """
         if batch < 0 or min(grid) < 1:
             raise InputError(f"cannot mask {batch} clips of {grid} tokens: every number must be positive")
@@ -193,7 +196,13 @@ class DualMask:
         visible = hiding.draw(draw)
         decode = leaving.draw(dataclasses.replace(draw, ratio=decoder_ratio, visible=visible))
         equal = _counts_equally(hiding, leaving, grid[0])
-        return cls._from_indices(visible, decode, draw.num_tokens, equal=equal)
+        if lean and not equal:
+            raise InputError(
+                f"a lean decoder needs masks that count equally many tokens in every clip; {hiding.name} "
+                f"with {leaving.name} on {grid[0]} frames of tokens does not"
+            )
+        mask = cls._from_indices(visible, decode, draw.num_tokens, equal=equal)
+        return mask.without_seen() if lean else mask
 
     @classmethod
     def from_bool(cls, encoder_mask: Tensor, decoder_mask: Tensor | None = None) -> DualMask:
@@ -263,6 +272,11 @@ class DualMask:
         if decode.shape[0] and (keep.shape[1] == 0 or not counted.any()):
             raise InputError("the loss would count no token: the encoder sees all that the decoder rebuilds")
         return cls(visible, decode, counted.float(), keep.contiguous(), num_tokens)
+
+    def without_seen(self) -> DualMask:
+        """The mask whose decoder gets the tokens that reach the head only."""
+        keep = _all_rows(self.keep)
+        return dataclasses.replace(self, decode=self.target, weight=self.target_weight, keep=keep)
 
     @property
     def target(self) -> Tensor:

@@ -183,16 +183,7 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
         """The masks of a sample's S clips."""
         state = seed_sequence(self.seed, epoch, index, 0, Purpose.MASKS).generate_state(2, np.uint32)
         generator = torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
-        mask = self.mask
-        return DualMask.sample(
-            self.num_sample,
-            self.grid,
-            encoder=mask.encoder,
-            encoder_ratio=mask.encoder_ratio,
-            decoder=mask.decoder,
-            decoder_ratio=mask.decoder_ratio,
-            generator=generator,
-        )
+        return DualMask.sample(self.num_sample, self.grid, **self.mask.to_dict(), generator=generator)
 
     def pick_frames(
         self, entry: VideoEntry, total: int, fps: float | None, epoch: int, index: int, attempt: int = 0

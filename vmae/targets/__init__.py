@@ -1,36 +1,27 @@
-"""Targets of pre-training, one file each: the modules of this package have a `TARGET`, which `TARGETS` lists.
+"""Targets of pre-training, one file each, named as the target.
 
-A new target is a new file here: a subclass of `vmae.model.target.Target`, and a `TARGET` with its name, half
-a line on it and what builds it. `--target` and its help, `vmae plan`, docs/settings.md and the tests then
-know it.
+A new target is a new file here: a subclass of `vmae.model.target.Target`, half a line `ABOUT` it, and
+`build(wanted)`, which makes it. `--target` and its help, `vmae plan`, docs/settings.md and the tests then
+know it. No target is imported before it is built: the files are read for their `ABOUT`.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from dataclasses import dataclass
-
-from vmae.config import RESULTS
-from vmae.settings import OneOf, setting
-from vmae.targets.kind import TargetKind, TargetSettings
-
-# In the order of help texts: the published target first.
-_NAMES = sorted((module.name for module in pkgutil.iter_modules(__path__)), key=lambda name: name != "pixels")
-_MODULES = [importlib.import_module(f"{__name__}.{name}") for name in _NAMES]
-TARGETS: dict[str, TargetKind] = {
-    module.TARGET.name: module.TARGET for module in _MODULES if hasattr(module, "TARGET")
-}
+import ast
+from pathlib import Path
 
 
-@dataclass(frozen=True, kw_only=True)
-class TargetConfig(TargetSettings):
-    """What the decoder's predictions are compared with."""
+def _about(path: Path) -> str | None:
+    """The `ABOUT` of a file; None where it is of no target."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ABOUT":
+            return ast.literal_eval(node.value)
+    return None
 
-    name: str = setting(
-        "pixels",
-        f"what is predicted: {', '.join(f'{kind.name} ({kind.text})' for kind in TARGETS.values())}",
-        OneOf("target", TARGETS),
-        name="target",
-        group=RESULTS,
-    )
+
+def _find() -> dict[str, str]:
+    files = sorted(Path(__file__).parent.glob("*.py"), key=lambda path: (path.stem != "pixels", path.stem))
+    return {path.stem: about for path in files if (about := _about(path)) is not None}
+
+
+TARGETS: dict[str, str] = _find()  # name: what is predicted, in half a line; the published one first

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from vmae.model.target import Pixels
-from vmae.targets.kind import TargetKind, Wanted
+from vmae.targets.settings import Wanted
+
+ABOUT = "a tubelet's pixels, as published"
 
 
 def build(wanted: Wanted) -> Pixels:
     return Pixels(wanted.model, wanted.normalize)
-
-
-TARGET = TargetKind("pixels", "a tubelet's pixels, as published", build)

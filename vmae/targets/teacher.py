@@ -17,7 +17,9 @@ from vmae.masking import DualMask
 from vmae.model import Classifier
 from vmae.model.cost import classifier_macs
 from vmae.model.target import Target
-from vmae.targets.kind import TargetKind, Wanted
+from vmae.targets.settings import Wanted
+
+ABOUT = "latents of a frozen encoder, layer-normalised (--teacher)"
 
 
 class TeacherTarget(Target):
@@ -78,6 +80,3 @@ def build(wanted: Wanted) -> TeacherTarget:
             f"the teacher {source.path} has {teacher.config.grid} tokens, the student {model.grid}"
         )
     return TeacherTarget(wanted, teacher, source)
-
-
-TARGET = TargetKind("teacher", "latents of a frozen encoder, layer-normalised (--teacher)", build)

@@ -29,7 +29,7 @@ from vmae.data.sampling import SAMPLINGS
 from vmae.errors import InputError
 from vmae.flags import Settings, chosen
 from vmae.settings import BATCH, COUNT, FPS, SEED, SHARE, STEPS, STRIDE, OneOf, Whole, setting, setting_like
-from vmae.targets import TargetConfig
+from vmae.targets.settings import TargetConfig
 from vmae.train.published_flags import PRETRAIN_FLAGS, adapt_pretrain
 
 EPOCHS, WARMUP_STEPS, EFFECTIVE_BATCH = Whole(1, 10**9), Whole(0, STEPS.most), Whole(1, 2**40)

@@ -17,8 +17,8 @@ from vmae.masking import DualMask
 from vmae.model import Pretrainer, build_pretrainer
 from vmae.model.cost import masked_macs
 from vmae.model.target import Pixels, Target
-from vmae.targets import TARGETS
-from vmae.targets.kind import Wanted
+from vmae.targets.building import build_target
+from vmae.targets.settings import Wanted
 from vmae.train.checks import check_mask
 from vmae.train.dry_run import find_absent, show_settings, tell_absent
 from vmae.train.metrics import trivial_losses
@@ -59,8 +59,9 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
     def build_target(self) -> None:
         """Make what is predicted, from `config`; it is found wrong before anything is read or written."""
         config = self.config
-        wanted = Wanted(config.model, config.target, config.normalize_target, self.run.speed)
-        self.target = TARGETS[config.target.name].build(wanted)
+        self.target = build_target(
+            Wanted(config.model, config.target, config.normalize_target, self.run.speed)
+        )
 
     def read_data(self) -> tuple[PretrainDataset, list[str]]:
         config = self.config

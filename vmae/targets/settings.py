@@ -1,23 +1,29 @@
-"""What a target's file registers, and the settings that its builder is handed."""
+"""Settings of what pre-training predicts, and what a target's builder is handed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from vmae.config import TEACHER, ModelConfig, SpeedConfig, _Checked
-from vmae.model.target import Target
+from vmae.config import RESULTS, TEACHER, ModelConfig, SpeedConfig, _Checked
 from vmae.settings import OneOf, setting
+from vmae.targets import TARGETS
 
 TOKEN_LOSSES = ("smooth_l1", "l1", "l2", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetSettings(_Checked):
-    """What decides a target beside its name."""
+class TargetConfig(_Checked):
+    """What the decoder's predictions are compared with."""
 
     group = TEACHER
 
+    name: str = setting(
+        "pixels",
+        f"what is predicted: {', '.join(f'{name} ({about})' for name, about in TARGETS.items())}",
+        OneOf("target", TARGETS),
+        name="target",
+        group=RESULTS,
+    )
     teacher: str | None = setting(
         None,
         "of --target teacher: a run's folder, a checkpoint, a file, or a folder of the Hugging Face hub",
@@ -32,7 +38,7 @@ class TargetSettings(_Checked):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a builder is asked for.
+    """What `build` of a target is asked for.
 
     Attributes:
         model: the architecture that predicts.
@@ -42,21 +48,6 @@ class Wanted:
     """
 
     model: ModelConfig
-    settings: TargetSettings = field(default_factory=TargetSettings)
+    settings: TargetConfig = field(default_factory=TargetConfig)
     normalize: bool = True
     speed: SpeedConfig = field(default_factory=SpeedConfig)
-
-
-@dataclass(frozen=True)
-class TargetKind:
-    """A target by name.
-
-    Attributes:
-        name: name in settings.
-        text: what predictions are compared with, in half a line.
-        build: makes it, on the CPU; raises InputError for what a person can mend.
-    """
-
-    name: str
-    text: str
-    build: Callable[[Wanted], Target]
