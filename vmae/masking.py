@@ -65,11 +65,25 @@ class Draw:
         Raises:
             InputError: nothing would be kept of the `total` things, which `what` names.
         """
-        left_out = int(self.ratio * total)
-        if left_out >= total:
-            raise InputError(f"ratio {self.ratio} leaves none of {total} {what}")
+        kept = total - self.left_out(total, what)
         order = torch.rand(self.batch, total, generator=self.generator).argsort(1)
-        return order[:, : total - left_out].sort(1).values.int()
+        return order[:, :kept].sort(1).values.int()
+
+    def left_out(self, total: int, what: str) -> int:
+        """`int(ratio * total)`.
+
+        Raises:
+            InputError: nothing would be kept of the `total` things, which `what` names.
+        """
+        count = int(self.ratio * total)
+        if count >= total:
+            raise InputError(f"ratio {self.ratio} leaves none of {total} {what}")
+        return count
+
+    def in_all_frames(self, spots: Tensor) -> Tensor:
+        """Tokens at the spots int32 [B, kept] of each frame: int32 [B, frames * kept]."""
+        offsets = torch.arange(self.frames, dtype=torch.int32)[:, None] * self.per_frame
+        return (spots[:, None, :] + offsets).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -420,9 +434,7 @@ def _running_cell_indices(grid: Grid, ratio: float) -> Tensor:
 
 @encoder_mask("the same spots of all frames", even_frames=1)
 def tube(draw: Draw) -> Tensor:
-    spots = draw.subset(draw.per_frame, "tokens of a frame")
-    offsets = torch.arange(draw.frames, dtype=torch.int32)[:, None] * draw.per_frame
-    return (spots[:, None, :] + offsets).flatten(1)
+    return draw.in_all_frames(draw.subset(draw.per_frame, "tokens of a frame"))
 
 
 @decoder_mask(
@@ -448,3 +460,64 @@ def frame(draw: Draw) -> Tensor:
 @decoder_mask("what the encoder sees, whatever the ratio: encoder-only masking, VideoMAE V1")
 def none(draw: Draw) -> Tensor:
     return _complement(draw.visible, draw.num_tokens)
+
+
+@encoder_mask("a union of blocks, the same in all frames: as V-JEPA, with an exact ratio", even_frames=1)
+def multi_block(draw: Draw) -> Tensor:
+    """V-JEPA's multi-block mask (Bardes et al., 2024, arXiv 2404.08471; V-JEPA 2, arXiv 2506.09985), with the
+    exact ratio that equal counts need.
+
+    As there: blocks lie in all frames, anywhere within them, with an aspect ratio of 0.75 to 1.5, and cover
+    15 % of a frame (short range) or 70 % (long range).
+
+    Otherwise than there:
+
+    - V-JEPA hides the union of 8 short-range or 2 long-range blocks, whatever its area. Here blocks are added
+      in the order of their drawing until `ratio` is reached; the last one is hidden line by line, from its
+      top or its bottom, up to the exact count. Where even `MOST_BLOCKS` blocks leave too much, lines of the
+      rest follow.
+    - V-JEPA makes two masks of each clip, one of each range, and cuts each batch's to the smallest count.
+      Here a clip has one mask, and its range is drawn, each with probability 1/2.
+    - Each block has an aspect ratio of its own, not one a batch: a sample depends on no other.
+
+    Of 20,000 draws on 14 x 14 spots: 8 short blocks cover 0.63 of a frame, 2 long ones 0.84 (means). Ratio
+    0.75 takes 14 short blocks or 2 long ones, 0.9 takes 31 or 4. Blocks meet in the middle: at 0.9 a spot of
+    the inner 6 x 6 is visible in 0.03 % of draws, a corner in 71 %.
+    """
+    order = _blocks_first(draw)
+    hidden = draw.left_out(draw.per_frame, "tokens of a frame")
+    return draw.in_all_frames(order[:, hidden:].sort(1).values.int())
+
+
+BLOCK_SHARES = (0.15, 0.7)  # of a frame, short and long range
+BLOCK_ASPECTS = (0.75, 1.5)  # height over width
+MOST_BLOCKS = 64
+
+
+def block_places(draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Blocks of `multi_block`: first row, rows, first column, columns, each int64 [B, MOST_BLOCKS]."""
+    rows, columns = draw.grid[1:]
+    long_range, *numbers = torch.rand(draw.batch, 1 + 3 * MOST_BLOCKS, generator=draw.generator).split(
+        (1, *3 * [MOST_BLOCKS]), 1
+    )
+    area = torch.where(long_range < 0.5, *(float(int(share * draw.per_frame)) for share in BLOCK_SHARES))
+    least, most = BLOCK_ASPECTS
+    aspect = least + (most - least) * numbers[0]
+    height = (area * aspect).sqrt().round().clamp(1, rows)
+    width = (area / aspect).sqrt().round().clamp(1, columns)
+    top = (numbers[1] * (rows - height + 1)).floor()
+    left = (numbers[2] * (columns - width + 1)).floor()
+    return top.long(), height.long(), left.long(), width.long()
+
+
+def _blocks_first(draw: Draw) -> Tensor:
+    """int64 [B, spots]: the spots of a frame in the order in which `multi_block` hides them."""
+    top, height, left, width = (part[..., None] for part in block_places(draw))
+    row, column = (torch.arange(side) for side in draw.grid[1:])
+    in_rows, in_columns = ((row >= top) & (row < top + height)), ((column >= left) & (column < left + width))
+    covered = (in_rows[..., None] & in_columns[..., None, :]).flatten(2)
+    number = torch.arange(MOST_BLOCKS)[:, None]
+    block = torch.where(covered, number, MOST_BLOCKS).amin(1)
+    spot = torch.arange(draw.per_frame).expand(draw.batch, -1)
+    upwards = torch.rand(draw.batch, 1, generator=draw.generator) < 0.5
+    return (block * draw.per_frame + torch.where(upwards, draw.per_frame - 1 - spot, spot)).argsort(1)
