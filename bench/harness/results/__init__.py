@@ -19,6 +19,7 @@ from harness.results.loop import LoopResult
 from harness.results.mask_ablation import MaskResult
 from harness.results.needs import NeedsResult
 from harness.results.operations import OperationsResult
+from harness.results.optimizers import OptimizerResult
 from harness.results.pack_shards import PackShardsResult
 from harness.results.packed import CodecsResult, PackedResult
 from harness.results.parts import PartsResult
@@ -58,6 +59,7 @@ RESULTS: dict[str, type[Result]] = {
     "progressive": ProgressiveResult,
     "mask_ablation": MaskResult,
     "temporal": TemporalResult,
+    "optimizers": OptimizerResult,
     "kill_runs": KillResult,
     "needs": NeedsResult,
     "store": StoreResult,
