@@ -117,6 +117,7 @@ def test_predictions_grow_with_the_first_measured_point(benches):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_scaling_counts_what_dual_masking_saves_as_clips_grow(benches, tmp_path, capsys, monkeypatch):
     scaling = benches("scaling")
     monkeypatch.setitem(scaling.POINTS["clips"], "beyond", ["8x64", "16x96"])
