@@ -6,7 +6,10 @@ Predicted memory: parameters, gradients and two moments in float32, and the acti
 counted; what a process needs besides (on a CPU some 100 MiB of loaded code) is left out. Predicted time: the
 axis's first measured point, in proportion to the multiply-accumulates.
 
+The axis "clips" is counted only, with dual masking and without: what it saves as clips grow.
+
     python bench/scaling.py                    # a CPU: minutes; a GPU: larger points
+    python bench/scaling.py --axes clips --model vit_b    # no step is run: seconds
     python bench/scaling.py --axes frames size --variant reference
 """
 
@@ -14,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import itertools
 import os
 import tempfile
 import time
@@ -44,8 +49,9 @@ from harness.variants import MASKINGS, VARIANTS, resolve_variant
 
 from vmae import InputError, ModelConfig
 from vmae.config import PRESETS
+from vmae.model.cost import token_counts
 
-MASKING = "dual"
+MASKING, WITHOUT = "dual", "encoder_only"
 GPU = dict(model="vit_b", batch=16, variant="triton")
 CPU = dict(model="vit_s", batch=1, variant="torch")
 # What is measured; the rest of each axis is predicted.
@@ -60,21 +66,31 @@ POINTS: dict[str, dict[str, list[Any]]] = {
         "quick": ["vit_tiny", "vit_s"],
     },
     "ranks": {"cpu": [1, 2], "cuda": [1], "beyond": [], "quick": [1, 2]},
+    # Frames x side, with each masking.
+    "clips": {
+        "cpu": [],
+        "cuda": [],
+        "beyond": ["16x224", "32x224", "64x224", "16x288", "16x384", "64x288", "64x384"],
+        "quick": [],
+    },
 }
 
 
-def job_of(args: argparse.Namespace, axis: str, value: Any) -> StepJob:
+def job_of(args: argparse.Namespace, axis: str, value: Any, masking: str = MASKING) -> StepJob:
     """The model and the batch of a point."""
     config = ModelConfig.preset(value if axis == "model" else args.model)
     if axis == "frames":
         config = config.replace(num_frames=value)
     elif axis == "size":
         config = config.replace(img_size=value - value % config.patch_size)
+    elif axis == "clips":
+        frames, side = map(int, value.split("x"))
+        config = config.replace(num_frames=frames, img_size=side - side % config.patch_size)
     return StepJob(
         model=value if axis == "model" else args.model,
         config=config,
         variant=args.variant,
-        masking=MASKING,
+        masking=masking,
         device=args.device,
         dtype=args.dtype,
         batch=value if axis == "batch" else args.batch,
@@ -89,11 +105,13 @@ def predict(job: StepJob) -> Predicted:
     parameters = 4 * sum(p.numel() for p in model.parameters())
     saved, macs = count(job.variant, job.masking, job.config, job.dtype)
     activations = None if saved is None else job.batch * saved
+    tokens = token_counts(job.config, MASKINGS[job.masking])
     memory = {"parameters": parameters, "gradients": parameters, "optimizer": 2 * parameters}
     return Predicted(
         forward_macs=job.batch * macs,
         memory={**memory, "activations": activations},
         memory_bytes=None if activations is None else 4 * parameters + activations,
+        tokens=dataclasses.asdict(tokens),
     )
 
 
@@ -189,9 +207,10 @@ def measure_axis(
     kind = "cuda" if args.device.startswith("cuda") else "cpu"
     here = points["quick" if args.quick else kind]
     records: list[Point] = []
-    for value in dict.fromkeys([*here, *points["beyond"]]):
-        at(f"{axis} {value}")
-        job, measured = job_of(args, axis, value), None
+    maskings = (WITHOUT, MASKING) if axis == "clips" else (MASKING,)
+    for value, masking in itertools.product(dict.fromkeys([*here, *points["beyond"]]), maskings):
+        at(f"{axis} {value} {masking}")
+        job, measured = job_of(args, axis, value, masking), None
         if value in here and axis == "ranks":
             measured = measure_ranks(with_clips(job, folder), value, args.steps)
         elif value in here:

@@ -187,7 +187,8 @@ class ModelConfig(_Checked):
     )
     pos_grid: tuple[int, int, int] | None = setting(
         None,
-        "token grid (time, height, width) that the fixed positions are made for, then interpolated",
+        "token grid (time, height, width) that the fixed positions of encoder and decoder are made for, then "
+        "interpolated: that of --init",
         Whole(1, 2**14),
         unset="the model's own",
     )

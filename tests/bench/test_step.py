@@ -117,6 +117,27 @@ def test_predictions_grow_with_the_first_measured_point(benches):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_scaling_counts_what_dual_masking_saves_as_clips_grow(benches, tmp_path, capsys, monkeypatch):
+    scaling = benches("scaling")
+    monkeypatch.setitem(scaling.POINTS["clips"], "beyond", ["8x64", "16x96"])
+    words = ["--axes", "clips", "--model", "vit_tiny", "--json", str(tmp_path / "r.json")]
+    assert scaling.main(words) == 0
+    records = json.loads((tmp_path / "r.json").read_text())["records"]
+    assert [(r["value"], r["masking"]) for r in records] == [
+        (value, masking) for value in ("8x64", "16x96") for masking in ("encoder_only", "dual")
+    ]
+    assert all(r["measured"] is None and r["predicted"]["step_ms"] is None for r in records)
+    saved = [
+        a["predicted"]["forward_macs"] / b["predicted"]["forward_macs"] for a, b in zip(*[iter(records)] * 2)
+    ]
+    assert 1 < saved[0] < saved[1]
+    tokens = records[3]["predicted"]["tokens"]
+    assert tokens["total"] == 8 * 6 * 6 and tokens["decoded"] == tokens["total"] // 2
+    shown = capsys.readouterr().out
+    assert f"{saved[1]:.2f}" in shown and "16 x 96" in shown and "counted, not run" in shown
+
+
 def test_scaling_measures_and_predicts(benches, tmp_path, capsys):
     words = [
         "--quick",

@@ -53,6 +53,13 @@ def interpolate_positions(
     return x.permute(0, 2, 3, 1).reshape(1, -1, dim)
 
 
+def fixed_positions(config: ModelConfig, dim: int) -> Tensor:
+    """The sine-cosine table [1, N, dim] of a model's tokens; where `pos_grid` names another grid, that
+    grid's, interpolated."""
+    grid = config.pos_grid or config.grid
+    return interpolate_positions(sine_cosine_positions(math.prod(grid), dim), grid, config.grid)
+
+
 class PatchEmbed(nn.Module):
     """Holds the Conv3d whose weight `proj.weight` [D, C, t, p, p] embeds tubelets; `forward` embeds all of
     them."""
@@ -112,6 +119,4 @@ def register_positions(module: nn.Module, config: ModelConfig) -> None:
         module.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, config.embed_dim))
         nn.init.trunc_normal_(module.pos_embed, std=0.02, a=-0.02, b=0.02)
         return
-    grid = config.pos_grid or config.grid
-    table = sine_cosine_positions(math.prod(grid), config.embed_dim)
-    module.register_buffer("pos_embed", interpolate_positions(table, grid, config.grid), persistent=False)
+    module.register_buffer("pos_embed", fixed_positions(config, config.embed_dim), persistent=False)

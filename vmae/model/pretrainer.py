@@ -20,9 +20,9 @@ from vmae.model.blocks import build_blocks, init_xavier
 from vmae.model.embed import (
     PatchEmbed,
     clip_sides,
+    fixed_positions,
     layouts,
     register_positions,
-    sine_cosine_positions,
     statistics_of,
 )
 from vmae.model.packed import packed_loss, packed_predict
@@ -97,7 +97,7 @@ class Pretrainer(nn.Module):
         self.encoder_to_decoder = nn.Linear(config.embed_dim, config.decoder_embed_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        positions = sine_cosine_positions(config.num_tokens, config.decoder_embed_dim)
+        positions = fixed_positions(config, config.decoder_embed_dim)
         self.register_buffer("pos_embed", positions, persistent=False)
 
     @property

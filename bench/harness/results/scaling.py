@@ -19,12 +19,14 @@ class Predicted:
         forward_macs: of a step's forward.
         memory: bytes by part; None for activations that cannot be counted.
         step_ms: the axis's first measured point, in proportion to the multiply-accumulates.
+        tokens: of a clip: total, visible, decoded, counted.
     """
 
     forward_macs: int
     memory: dict[str, int | None]
     memory_bytes: int | None
     step_ms: float | None = None
+    tokens: dict[str, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +67,30 @@ class ScalingResult(Result):
     records: list[Point]
 
     def tables(self) -> list[Table]:
+        growth = [record for record in self.records if record.axis != "clips"]
+        clips = [record for record in self.records if record.axis == "clips"]
+        return [*([self._growth(growth)] if growth else []), *([self._clips(clips)] if clips else [])]
+
+    def _clips(self, records: list[Point]) -> Table:
+        """What dual masking saves of clips of growing size: each value has a record of both maskings."""
         rows = []
-        for r in self.records:
+        for plain, dual in zip(records[::2], records[1::2]):
+            row = [str(plain.value).replace("x", " x "), *_tokens(dual)]
+            for get, unit in ((_macs, 1e9), (_activations, MIB)):
+                without, with_it = get(plain) / plain.batch, get(dual) / dual.batch
+                row += [number(without, unit), number(with_it, unit), number(without / with_it, 1, 2)]
+            rows.append(row)
+        head = ["frames x side", "tokens", "visible", "decoded", "counted"]
+        for what in ("forward GMACs", "activations, MiB"):
+            head += [f"{what}: encoder-only", "dual", "ratio"]
+        about = f"{records[0].variant}, {records[0].dtype}, batch {records[0].batch}, counted, not run"
+        return Table(
+            "What dual masking saves as clips grow (counted)", head, rows, f"{about}; {self.conditions}"
+        )
+
+    def _growth(self, records: list[Point]) -> Table:
+        rows = []
+        for r in records:
             predicted, measured = r.predicted, r.measured
             ratios = r.measured_over_predicted or Ratios()
             row = [f"{r.axis} {r.value}", number(predicted.forward_macs, 1e9, 1), number(predicted.step_ms)]
@@ -77,4 +101,16 @@ class ScalingResult(Result):
         head = ["point", "forward GMACs", "predicted, ms", "measured, ms", "ratio"]
         head += ["predicted, MiB", "measured, MiB", "ratio"]
         title = "How time and memory grow (predictions and measurements apart)"
-        return [Table(title, head, rows, self.conditions)]
+        return Table(title, head, rows, self.conditions)
+
+
+def _tokens(point: Point) -> list[str]:
+    return [str(count) for count in (point.predicted.tokens or {}).values()]
+
+
+def _macs(point: Point) -> float:
+    return point.predicted.forward_macs
+
+
+def _activations(point: Point) -> float:
+    return point.predicted.memory["activations"] or 0

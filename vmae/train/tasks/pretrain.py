@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vmae.checkpoint.models import start_pretrainer
-from vmae.checkpoint.source import read_checkpoint
+from vmae.checkpoint.source import Source, read_checkpoint
 from vmae.data import Batch, PretrainDataset, check_decodable, describe_data, read_data
 from vmae.data.loaders import check_loader
 from vmae.data.view_store import LatentStore
@@ -181,7 +181,19 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
     def start(self) -> str:
         source = read_checkpoint(self.config.init or "")
         report = start_pretrainer(self.model, source)
-        return "\n".join(filter(None, (report, source.changed)))
+        return "\n".join(filter(None, (report, source.changed, self._other_positions(source))))
+
+    def _other_positions(self, source: Source) -> str:
+        """A line where a checkpoint's fixed positions are of another grid than the model's; else nothing."""
+        model = self.config.model
+        if source.known is None or model.learned_pos or source.grid == (model.pos_grid or model.grid):
+            return ""
+        theirs, ours = (" x ".join(map(str, grid)) for grid in (source.grid, model.grid))
+        flag = " ".join(map(str, source.grid))
+        return (
+            f"note: the checkpoint's positions are of {theirs} tokens, the model's of {ours}: "
+            f"--pos-grid {flag} interpolates them"
+        )
 
     def blocks(self) -> Sequence[nn.Module]:
         return [*self.model.encoder.blocks, *self.model.decoder.blocks]
