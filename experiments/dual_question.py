@@ -73,12 +73,12 @@ def measure_times(path: Path, rounds: int) -> dict[str, float]:
         return json.loads(path.read_text())
     torch.set_num_threads(1)
     clips = torch.randint(0, 256, (32, 8, 32, 32, 3), dtype=torch.uint8)
-    models, times = {}, {}
+    models: dict[str, tuple] = {}
+    times: dict[str, list[float]] = {arm: [] for arm in ARMS[:2]}
     for arm in ARMS[:2]:
         drawn = DualMask.sample(32, MODEL.grid, **mask_of(75, arm).to_dict())
         model = build_pretrainer(MODEL, normalize_target=False)
         models[arm] = (model, drawn, torch.optim.AdamW(model.parameters(), fused=True))
-        times[arm] = []
     for _ in range(rounds):
         for arm, (model, drawn, optimizer) in models.items():
             began = time.process_time()

@@ -11,7 +11,7 @@ from vmae.cli import main
 from vmae.evaluate.encoder import load_encoder
 from vmae.synthetic.samples import sample_videos
 from vmae.targets import TARGETS, TargetConfig
-from vmae.targets.kind import Wanted
+from vmae.targets.settings import Wanted
 
 CONFIG = ModelConfig.preset("vit_tiny", img_size=32, num_frames=4, depth=1, decoder_depth=1)
 HEAD = ("decoder.head.weight", "decoder.head.bias")
