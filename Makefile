@@ -76,7 +76,7 @@ test-decoders: setup
 
 test-interop: setup
 	@$(PIP) -c constraints.txt -e '.[hf,onnx]' webdataset pyarrow
-	@TEST_RELEASES=$(VENV)/releases $(PYTEST) tests/checkpoint tests/tools/test_export.py tests/tools/test_parity.py 'tests/test_docs.py::test_page[hugging_face]' \
+	@TEST_RELEASES=$(VENV)/releases $(PYTEST) tests/checkpoint tests/targets/test_image_encoder.py tests/tools/test_export.py tests/tools/test_parity.py 'tests/test_docs.py::test_page[hugging_face]' \
 	  tests/bench/test_dual_vs_encoder.py::test_transformers_own_model_does_the_same \
 	  tests/data/shards/test_packing.py tests/data/test_lists.py
 

@@ -23,6 +23,7 @@ from vmae.checkpoint import huggingface as hf
 from vmae.checkpoint.folder import find_weights, folder_beside
 from vmae.checkpoint.hub_names import HubName, is_hub_name, parse_hub_name, proposal
 from vmae.cli import main
+from vmae.targets.image_encoder import find_image_model
 
 ROOT = Path(__file__).resolve().parents[2]
 REPO, PATH = "OpenGVLab/VideoMAE2", "distill/vit_tiny_k710.pth"
@@ -220,6 +221,19 @@ def test_the_weights_of_other_models_are_not_fetched(served, folder):
         "hub:a/b: its config.json is of model_type 'vivit', not of a VideoMAE; the weights were not fetched"
     )
     assert not served.bodies()
+
+
+def test_models_of_other_kinds_come_where_they_are_asked_for(served, folder):
+    """Teachers of images; a run that goes on takes the cached one, whatever came to the repository since."""
+    config = folder["config.json"].replace(b'"videomae"', b'"dinov2"')
+    commit = served.repo("a/b").commit({**folder, "config.json": config})
+    path = find_image_model("hub:a/b")
+    assert path is not None and path.name == commit and (path / "model.safetensors").is_file()
+    assert refused("hub:a/b").endswith("not of a VideoMAE; the weights were not fetched")
+    assert hub.cached("hub:a/b") == path
+    served.repo("a/b").commit(folder)
+    hub.forget()
+    assert find_image_model("hub:a/b") is None
 
 
 def test_a_folder_in_a_repository_and_old_weights(served, folder, tmp_path):

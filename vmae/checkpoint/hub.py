@@ -52,11 +52,14 @@ class _Unreachable(InputError):
     """The hub was not asked or did not answer, and the cache does not have the file."""
 
 
-def fetch(checkpoint: str | Path) -> Path:
+def fetch(checkpoint: str | Path, *, any_kind: bool = False) -> Path:
     """A file or folder of the hub in the cache, downloaded first where it is not there.
 
     A process asks the hub once for each name. Where the hub can't be asked, the cached copy counts, and a
     line says so.
+
+    Args:
+        any_kind: folders of other models than VideoMAE too.
 
     Returns:
         The local path; its last folder `snapshots/COMMIT` says of which commit it is.
@@ -67,21 +70,21 @@ def fetch(checkpoint: str | Path) -> Path:
     """
     name = parse_hub_name(checkpoint)
     hub = _library(name)
-    return _fetch(name, (hub.constants.ENDPOINT, hub.constants.HF_HUB_CACHE))
+    return _fetch(name, (hub.constants.ENDPOINT, hub.constants.HF_HUB_CACHE), any_kind)
 
 
 def cached(checkpoint: str | Path) -> Path | None:
     """The cached copy of a file or folder of the hub, without asking the hub; None where it is not whole."""
     name = parse_hub_name(checkpoint)
     try:
-        return Repository(_library(name), name, offline=True).fetch()
+        return Repository(_library(name), name, offline=True, any_kind=True).fetch()
     except InputError:
         return None
 
 
 @functools.cache
-def _fetch(name: HubName, place: tuple[str, str]) -> Path:
-    return Repository(_library(name), name).fetch()
+def _fetch(name: HubName, place: tuple[str, str], any_kind: bool) -> Path:
+    return Repository(_library(name), name, any_kind=any_kind).fetch()
 
 
 def forget() -> None:
@@ -106,8 +109,8 @@ def _library(name: HubName) -> Any:
 class Repository:
     """A repository of the hub at a revision, through `huggingface_hub`."""
 
-    def __init__(self, library: Any, name: HubName, *, offline: bool = False) -> None:
-        self.library, self.name = library, name
+    def __init__(self, library: Any, name: HubName, *, offline: bool = False, any_kind: bool = False) -> None:
+        self.library, self.name, self.any_kind = library, name, any_kind
         self.why_offline = "the hub is not asked" if offline else ""  # then only the cache counts
         self.errors, self.utils = library.errors, library.utils
         self.cache = Path(library.constants.HF_HUB_CACHE)
@@ -129,7 +132,8 @@ class Repository:
             config = self.get(prefix + CONFIG)
         except _Missing:
             raise InputError(self._no_file(prefix + CONFIG)) from None
-        self._check_kind(config)
+        if not self.any_kind:
+            self._check_kind(config)
         pinned, commit = self, _commit_of(config, prefix + CONFIG)
         if re.fullmatch("[0-9a-f]{40}", commit):  # the other files of the same commit
             pinned = Repository(self.library, replace(self.name, revision=commit))

@@ -271,6 +271,14 @@ class StepCount:
     flops: int
 
 
+def count_macs(forward: Callable[[], object]) -> int:
+    """Multiply-accumulates of a forward pass: matrix products, convolutions and attention that PyTorch
+    runs."""
+    with _StepCounter([]) as counter:
+        forward()
+    return counter.flops // 2
+
+
 def count_step(forward: Callable[[], Tensor], model: nn.Module) -> StepCount:
     """Count a step of `forward() -> loss` and its backward, on real or fake tensors; gradients are added to
     the model's."""

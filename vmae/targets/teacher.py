@@ -13,6 +13,7 @@ from torch import Tensor
 from vmae.errors import InputError
 from vmae.masking import DualMask
 from vmae.targets.frozen import FrozenEncoder, freeze, regridded
+from vmae.targets.image_encoder import ImageEncoder, find_image_model
 from vmae.targets.latents import Latents, StoredLatents
 from vmae.targets.settings import Wanted
 from vmae.targets.video_encoder import VideoEncoder
@@ -83,10 +84,15 @@ def build(wanted: Wanted) -> Latents:
     """The teacher; or with stored latents what stands for it, a teacher's identity checked beside them."""
     settings = wanted.settings
     if settings.latents is not None:
-        identity = None if settings.teacher is None else VideoEncoder(wanted).identity
+        identity = None if settings.teacher is None else _encoder(wanted).identity
         return StoredLatents(wanted, identity)
     if settings.teacher is None:
         raise InputError(
             "--target teacher needs one: --teacher CHECKPOINT, or --latents DIR of stored latents"
         )
-    return TeacherTarget(wanted, VideoEncoder(wanted))
+    return TeacherTarget(wanted, _encoder(wanted))
+
+
+def _encoder(wanted: Wanted) -> FrozenEncoder:
+    folder = find_image_model(wanted.settings.teacher or "")
+    return VideoEncoder(wanted) if folder is None else ImageEncoder(wanted, folder)
