@@ -35,11 +35,11 @@ from tiny_world import (
 from vmae.train.metrics import read_log
 
 OPTIMIZERS, RATES = ("adamw", "muon"), (0.016, 0.064, 0.256)  # for 256 videos; 8 are taken a step
-STEPS = {"half": 600, "smoke": 4}
+STEPS = {"half": 600, "short": 120, "smoke": 4}
 
 
 def shortened(name: str) -> Scale:
-    return replace(SCALES[name], pretrain_steps=STEPS[name])
+    return replace(SCALES.get(name, SCALES["half"]), pretrain_steps=STEPS[name])
 
 
 def run_one(out: Path, scale: Scale, job: str) -> int:
