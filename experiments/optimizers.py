@@ -35,11 +35,11 @@ from tiny_world import (
 from vmae.train.metrics import read_log
 
 OPTIMIZERS, RATES = ("adamw", "muon"), (0.016, 0.064, 0.256)  # for 256 videos; 8 are taken a step
-STEPS = {"half": 600, "smoke": 4}
+STEPS = {"half": 600, "short": 120, "smoke": 4}
 
 
 def shortened(name: str) -> Scale:
-    return replace(SCALES[name], pretrain_steps=STEPS[name])
+    return replace(SCALES.get(name, SCALES["half"]), pretrain_steps=STEPS[name])
 
 
 def run_one(out: Path, scale: Scale, job: str) -> int:
@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("optimizers"), help="folder of videos and runs")
     parser.add_argument("--scale", default="half", choices=STEPS, help=f"steps: {STEPS}")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each optimizer and rate (2)")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="for 256 videos (three)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     scale = shortened(args.scale)
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_all(args: argparse.Namespace, scale: Scale) -> int:
     make_world(args.out, scale)
-    kinds = [(opt, rate) for opt in OPTIMIZERS for rate in RATES]
+    kinds = [(opt, rate) for opt in OPTIMIZERS for rate in args.rates]
     names = {kind: [f"{kind[0]}_{kind[1]}_{seed}" for seed in range(args.seeds)] for kind in kinds}
     run_jobs(__file__, {name: 1 for own in names.values() for name in own}, args.out, args.scale)
     records = []

@@ -6,10 +6,10 @@ import pytest
 
 
 @pytest.mark.slow
-def test_two_runs_to_the_table(benches, tmp_path, monkeypatch, capsys):
+def test_two_runs_to_the_table(benches, tmp_path, capsys):
     optimizers = benches("optimizers")
-    monkeypatch.setattr(optimizers, "RATES", (0.064,))
-    assert optimizers.main(["--scale", "smoke", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    flags = ["--scale", "smoke", "--seeds", "1", "--rates", "0.064"]
+    assert optimizers.main([*flags, "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "adamw" in out and "4 steps, 1 seeds" in out
     records = json.loads((tmp_path / "optimizers.json").read_text())["records"]

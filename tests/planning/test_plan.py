@@ -129,6 +129,12 @@ def test_recommended_batch_makes_up_the_effective_batch(capsys):
     assert int(chosen["--batch-size"]) <= row["largest_batch"] < 1024
 
 
+def test_the_optimizers_own_state_is_counted():
+    plans = {opt: plan_of("--opt", opt, "--checkpointing", "none") for opt in ("adamw", "sgd", "muon")}
+    held = {opt: plan.rows[0].memory.optimizer for opt, plan in plans.items()}
+    assert held["sgd"] == 4 * plans["sgd"].parameters < held["muon"] < 0.8 * held["adamw"]
+
+
 def test_table_and_json_say_the_same(tmp_path, capsys):
     out = tmp_path / "plan.json"
     flags = (

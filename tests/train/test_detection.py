@@ -9,12 +9,14 @@ import torch
 
 from vmae import ModelConfig, build_classifier, build_pretrainer
 from vmae.checkpoint.folder import CheckpointFolder, export_weights
+from vmae.checkpoint.format import read_group
 from vmae.checkpoint.published import load_weights, read_settings_and_weights
 from vmae.cli import main
 from vmae.data.ava import write_actions
 from vmae.synthetic.moving_actors import ACTIONS, ActorsConfig, write_actors
 from vmae.train.detection_settings import DetectionConfig
 from vmae.train.finetune_settings import model_from_args
+from vmae.train.loop import Trainer
 from vmae.train.resume import setting_changes, with_defaults
 from vmae.train.tasks.detection import detection_loss
 
@@ -296,6 +298,20 @@ def test_a_run_from_before_these_settings_goes_on(default_config):
     old["augment"] = {name: value for name, value in now["augment"].items() if name != "colours"}
     assert setting_changes(with_defaults(old, default_config), now) == {}
     assert DetectionConfig.from_dict(old) == default_config
+
+
+def test_muon_trains_and_goes_on_over_a_bad_step(finetune, tmp_path, monkeypatch):
+    plain = Trainer.clip
+    monkeypatch.setattr(
+        Trainer, "clip", lambda self, record: plain(self, record) * (float("nan") if record.step == 1 else 1)
+    )
+    flags = "--steps 3 --lr 0.01 --opt muon --on-nonfinite skip:1 --save-every 1 --keep 3".split()
+    assert finetune(*flags) == 0
+    steps = [read_group(path) for path in CheckpointFolder(tmp_path / "run").paths()]
+    name = "blocks.0.attn.qkv.weight"
+    assert torch.equal(steps[0][name], steps[1][name]) and not torch.equal(steps[1][name], steps[2][name])
+    held = read_group(CheckpointFolder(tmp_path / "run").latest(), "optimizer")
+    assert f"{name}.momentum_buffer" in held and "patch_embed.proj.weight.exp_avg" in held
 
 
 def test_sgd_and_dropouts_train_and_go_on(finetune, tmp_path, capsys):

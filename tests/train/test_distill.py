@@ -229,12 +229,11 @@ def test_a_store_that_another_process_fills_is_refused(distil, teachers, tmp_pat
     assert not (tmp_path / "logits").exists()
 
 
-def test_a_student_with_sgd_and_dropouts(distil, teachers, tmp_path):
+@pytest.mark.parametrize("opt", ["sgd", "muon"])
+def test_a_student_with_an_optimizer_and_dropouts(distil, teachers, tmp_path, opt):
     """The teacher beside it has neither."""
-    flags = (
-        "--steps 2 --warmup-steps 0 --lr 0.1 --opt sgd --drop 0.1 --attn_drop_rate 0.1 --kl-weight 1".split()
-    )
-    assert distil(teachers / "3.pth", *flags) == 0
+    flags = "--steps 2 --warmup-steps 0 --lr 0.1 --drop 0.1 --attn_drop_rate 0.1 --kl-weight 1".split()
+    assert distil(teachers / "3.pth", *flags, "--opt", opt) == 0
     seen = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(seen) == 2 and seen[0]["loss"] > 0 and seen[0]["grad_norm"] > 0
 

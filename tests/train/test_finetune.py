@@ -254,9 +254,12 @@ def test_averaged_weights(finetune, tmp_path):
 @pytest.mark.parametrize(
     "probe, trained", [("linear", ("fc_norm.", "head.")), ("attentive", ("fc_norm.", "head.", "pool."))]
 )
-def test_probes_leave_the_encoder(finetune, tmp_path, pretrained, probe, trained):
+def test_probes_leave_the_encoder(finetune, tmp_path, pretrained, probe, trained, capsys):
     flags = ["--init", pretrained, "--init-frames", "4", "--init-size", "32", "--probe", probe]
     assert finetune(*flags, "--steps", "2", "--warmup-steps", "0", "--lr", "0.1") == 0
+    assert finetune(*flags, "--opt", "muon", out="muon") == 2
+    assert "none is trained here (a probe's encoder is frozen)" in capsys.readouterr().err
+    assert not (tmp_path / "muon").exists()
     state, official = load_weights(tmp_path / "run" / "weights.pth"), load_weights(pretrained)
     kept = [name for name in state if not name.startswith(trained)]
     assert kept and all(torch.equal(state[name], official[f"encoder.{name}"]) for name in kept)
