@@ -21,11 +21,11 @@ from torch import Tensor
 from vmae.checkpoint.folder import CONFIG_NAME, find_weights
 from vmae.checkpoint.format import is_checkpoint
 from vmae.checkpoint.huggingface import CLASSIFICATION, PRETRAINING, from_huggingface
-from vmae.checkpoint.models import head_classes, kind_of
+from vmae.checkpoint.models import check_pixels, head_classes, kind_of, start_pretrainer
 from vmae.checkpoint.outline import Outline, TensorOutline, read_outline
-from vmae.checkpoint.published import is_fixed_table, load_into
+from vmae.checkpoint.published import is_fixed_table
 from vmae.checkpoint.shapes import DECIDED, contradictions, fitting_presets, shapes_of, shown_by
-from vmae.checkpoint.source import Source, read_checkpoint
+from vmae.checkpoint.source import HEAD, Source, read_checkpoint
 from vmae.checkpoint.start import start_classifier
 from vmae.config import MODEL, PRESETS, ModelConfig
 from vmae.data.labels import HEAD_NAMES
@@ -237,6 +237,8 @@ def _what(source: Source, outline: Outline, folder: Path) -> str:
     if source.pretrained:
         decoder = any(name.startswith("decoder.") for name in source.state)
         kind = "pre-trained weights" if decoder else "the encoder of pre-trained weights, without a decoder"
+        if source.predicted:
+            kind += f", whose decoder predicts {source.predicted}"
     elif HEAD_NAMES[0] in source.state:
         classes = head_classes(source)
         data = PUBLISHED_HEADS.get(classes)
@@ -363,10 +365,10 @@ def _uses(source: Source, config: ModelConfig | None) -> tuple[tuple[Use, ...], 
     def pretrainer(*, decoder: bool) -> str:
         if not source.pretrained:
             raise InputError("it is no pre-training: its names are those of a classifier")
-        if decoder and not any(name.startswith("decoder.") for name in source.state):
-            raise InputError("it has no decoder, so it rebuilds nothing")
         model = _meta(lambda: build_pretrainer(chosen))
-        return load_into(model, dict(source.state), "", allow_encoder_only=not decoder).removeprefix(": ")
+        if decoder:
+            check_pixels(source, "it")
+        return start_pretrainer(model, source, "").removeprefix(": ")
 
     def classifier() -> str:
         if HEAD_NAMES[0] not in source.state:
@@ -420,6 +422,8 @@ def _wanted(source: Source, config: ModelConfig) -> dict[str, torch.Size]:
     """Names and shapes of the model that holds all tensors of the checkpoint."""
     if source.pretrained:
         own = _meta(lambda: build_pretrainer(config)).state_dict()
+        if source.predicted:
+            own |= {name: source.state[name] for name in HEAD}
         if kind_of(source) != "pretrainer":
             own = {name: value for name, value in own.items() if name.startswith("encoder.")}
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -256,12 +257,18 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
 
 
 def load_into(
-    model: nn.Module, state: dict[str, Tensor], path: str | Path, *, allow_encoder_only: bool = False
+    model: nn.Module,
+    state: dict[str, Tensor],
+    path: str | Path,
+    *,
+    allow_encoder_only: bool = False,
+    left_out: Collection[str] = (),
 ) -> str:
     """Load `state` into `model`, strictly, and say in a line what was done.
 
     With `allow_encoder_only`, a file that holds all of the encoder and nothing of the decoder is accepted
-    too, and the rest of the model keeps its fresh weights.
+    too, and the rest of the model keeps its fresh weights. So do the tensors `left_out`, whatever the file
+    has under these names.
 
     Raises:
         InputError: keys that are missing or left over, or shapes that differ: all of them, by name (the first
@@ -276,12 +283,14 @@ def load_into(
         raise InputError(
             f"{path} is of a classifier; pre-training goes on from pre-trained weights (encoder.*)"
         )
-    wanted = {name: value.shape for name, value in own.items() if name not in fresh}
+    state = {name: value for name, value in state.items() if name not in left_out}
+    kept = {*fresh, *left_out}
+    wanted = {name: value.shape for name, value in own.items() if name not in kept}
     check_shapes(wanted, shapes_of(state), path)
-    model.load_state_dict(state, strict=not fresh)
+    model.load_state_dict(state, strict=not kept)
     if fresh:
         return f"{path}: encoder loaded; the file has no decoder, so {len(fresh)} other tensors start fresh"
-    return f"{path}: all {len(state)} tensors loaded"
+    return f"{path}: {'' if left_out else 'all '}{len(state)} tensors loaded"
 
 
 def check_shapes(own: dict[str, torch.Size], found: dict[str, torch.Size], path: str | Path) -> None:

@@ -38,6 +38,8 @@ from vmae.data.labels import HEAD_NAMES
 from vmae.errors import InputError
 
 PUBLISHED_FRAMES, PUBLISHED_SIZE = 16, 224
+HEAD = ("decoder.head.weight", "decoder.head.bias")  # of a pre-trainer's decoder
+PIXELS = "pixels"  # the published target
 _UNITS = {"num_frames": "frames", "img_size": "pixels"}
 
 
@@ -93,6 +95,42 @@ class Source:
     def pretrained(self) -> bool:
         """Whether it is of pre-training: its encoder has never seen a whole clip."""
         return any(name.startswith("encoder.") for name in self.state)
+
+    @property
+    def head_shape(self) -> tuple[int, int] | None:
+        """Values that the decoder's head gives of a token, and its width; None where there is none such."""
+        if not all(name in self.state for name in HEAD):
+            return None
+        weight, bias = (self.state[name].shape for name in HEAD)
+        return (weight[0], weight[1]) if len(weight) == 2 and weight[:1] == bias else None
+
+    @property
+    def target(self) -> str | None:
+        """Name of what its decoder predicts, "pixels" for the published models; None where it has no head, or
+        one of another width than pixels need and no name for what that predicts."""
+        if self.head_shape is None:
+            return None
+        told = self.settings.get("target")
+        if isinstance(told, dict) and told.get("name", PIXELS) != PIXELS:
+            return str(told["name"])
+        return PIXELS if self._pixels in (None, self.head_shape[0]) else None
+
+    @property
+    def _pixels(self) -> int | None:
+        """Values of a tubelet's pixels, as its encoder embeds them; None where that is not known."""
+        weight = self.state.get("encoder.patch_embed.proj.weight")
+        return None if weight is None or weight.ndim != 5 else math.prod(weight.shape[1:])
+
+    @property
+    def predicted(self) -> str:
+        """What its decoder predicts, in words; empty where these are pixels, or it has no head."""
+        if self.target == PIXELS or self.head_shape is None:
+            return ""
+        values = f"{self.head_shape[0]} values a token"
+        if self.target is None:
+            return f"{values} (a tubelet has {self._pixels} of pixels)"
+        of = f" ({told})" if (told := self.settings["target"].get("teacher")) else ""
+        return f"the target {self.target}{of}, {values}"
 
     @property
     def pooling(self) -> str:

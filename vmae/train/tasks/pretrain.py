@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vmae.checkpoint.published import load_into
+from vmae.checkpoint.models import start_pretrainer
 from vmae.checkpoint.source import read_checkpoint
 from vmae.data import Batch, PretrainDataset, check_decodable, describe_data, read_data
 from vmae.data.loaders import check_loader
@@ -105,7 +105,7 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
 
     def start(self) -> str:
         source = read_checkpoint(self.config.init or "")
-        report = load_into(self.model, source.state, source.path, allow_encoder_only=True)
+        report = start_pretrainer(self.model, source)
         return "\n".join(filter(None, (report, source.changed)))
 
     def blocks(self) -> Sequence[nn.Module]:
