@@ -31,7 +31,8 @@ from vmae.train.finetune_settings import FinetuneConfig
 from vmae.train.loop import Trainer
 from vmae.train.metrics import read_log
 from vmae.train.parallel import Parallel
-from vmae.train.validation import Stopped, ValidationSet
+from vmae.train.passes import Stopped
+from vmae.train.validation import ValidationSet
 
 ROOT = Path(__file__).parents[2]
 SIZE = dict(img_size=32, num_frames=4)

@@ -107,10 +107,18 @@ class Pretrainer(nn.Module):
 
     def encode(self, clips: Tensor, mask: DualMask) -> Tensor:
         """Encoded visible tokens [B, Nv, D], before the encoder's final norm."""
+        return self._encode(clips, mask.visible)
+
+    def tokens(self, clips: Tensor) -> Tensor:
+        """Every token [B, N, D] after the encoder's final norm: nothing is masked. What a probe reads."""
+        every = torch.arange(self.config.num_tokens, dtype=torch.int32, device=clips.device)
+        return self.encoder.norm(self._encode(clips, every.expand(clips.shape[0], -1)))
+
+    def _encode(self, clips: Tensor, tokens: Tensor) -> Tensor:
         proj = self.encoder.patch_embed.proj
         x = embed_visible(
             clips,
-            mask.visible,
+            tokens,
             proj.weight,
             proj.bias,
             self.encoder.pos_embed,

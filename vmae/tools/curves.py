@@ -1,5 +1,5 @@
 """`python -m vmae curves RUN...`: one picture of the loss, learning rate, gradient norm and clips per second
-of several runs; and where they validate, top-1 and loss of that.
+of several runs; where they validate, top-1 and loss of that; where they are probed, both accuracies.
 
 It reads the log that a run writes while it trains (`log.jsonl`), so a run need not be finished. `--reference
 NAME` adds a curve of `vmae/reference_curves`, to compare a loss with. `--export` writes such a file.
@@ -25,6 +25,11 @@ from vmae.train.metrics import LOG_NAME, loss_of_last_tenth, read_starts
 REFERENCES = Path(str(files("vmae"))) / "reference_curves"
 PANELS = {"loss_mean": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "clips_per_s": "clips/s"}
 VALIDATION_PANELS = {"val_top1": "top-1 of validations, %", "val_loss": "loss of validations"}
+PROBE_PANELS = {"probe_attentive": "attentive probe, top-1 in %", "probe_knn": "k-NN probe, top-1 in %"}
+PASS_PANELS = {
+    "val_top1": VALIDATION_PANELS,
+    "probe_list": PROBE_PANELS,
+}  # by a key of their lines in the log
 AXES = {"step": "step", "epoch": "epoch"}
 # Distinct without colour: line styles, and shades of different lightness.
 _STYLES = ("-", "--", "-.", ":")
@@ -62,7 +67,7 @@ class Curve:
 
     def summary(self) -> dict[str, Any]:
         """Last step, loss of the last tenth so far, lowest loss, median clips per second; best top-1 of the
-        validations, if there are any."""
+        validations and best attentive probe, if there are any."""
         _, losses = self.values("loss_mean")
         _, rates = self.values("clips_per_s")
         last = self.records[-1]["step"]
@@ -73,6 +78,7 @@ class Curve:
             "lowest_loss": min(losses, default=None),
             "clips_per_s": statistics.median(rates) if rates else None,
             **({"best_top1": max(top1)} if (top1 := self.values("val_top1")[1]) else {}),
+            **({"best_probe": max(found)} if (found := self.values("probe_attentive")[1]) else {}),
         }
 
 
@@ -95,7 +101,9 @@ def read_curve(path: str | Path, name: str | None = None, *, reference: bool = F
     found = read_json_lines(log)
     lines = [line for line in found.records if type(line.get("step")) is int or "about" in line]
     found.skipped += [(n, b"") for n, line in zip(found.numbers, found.records) if line not in lines]
-    records = [line for line in lines if "step" in line and ("loss_mean" in line or "val_top1" in line)]
+    records = [
+        line for line in lines if "step" in line and (PASS_PANELS.keys() | {"loss_mean"}) & line.keys()
+    ]
     if not records:
         raise InputError(f"log {log} has no line of a step yet; runs write one every --log-every steps")
     written = [line["about"] for line in lines if isinstance(line.get("about"), dict)]
@@ -142,8 +150,8 @@ def read_curves(runs: Sequence[str], references: Sequence[str]) -> list[Curve]:
 
 
 def draw(curves: Sequence[Curve], path: Path, by: str = "step") -> None:
-    """Write the picture, with a panel for each quantity of `PANELS`; and of `VALIDATION_PANELS`, if a run
-    validates.
+    """Write the picture, with a panel for each quantity of `PANELS`; and of `VALIDATION_PANELS` and
+    `PROBE_PANELS`, if a run has some.
 
     Raises:
         InputError: matplotlib is missing, or the file can't be written.
@@ -158,17 +166,20 @@ def draw(curves: Sequence[Curve], path: Path, by: str = "step") -> None:
     import matplotlib.pyplot as plt
 
     columns = [list(PANELS.items())[::2], list(PANELS.items())[1::2]]
-    if any(curve.values("val_top1")[0] for curve in curves):
-        columns.append(list(VALIDATION_PANELS.items()))
+    passes: dict[str, str] = {}
+    for more in PASS_PANELS.values():
+        if any(curve.values(key)[0] for curve in curves for key in more):
+            columns.append(list(more.items()))
+            passes |= more
     panels = [column[row] for row in range(2) for column in columns]
-    size = (11 if len(columns) == 2 else 16, 7)
+    size = (1 + 5 * len(columns), 7)
     figure, axes = plt.subplots(2, len(columns), figsize=size, sharex=True, layout="constrained")
     for axis, (key, label) in zip(axes.flat, panels):
         number = 0  # of the curve, reference curves not counted
         for curve in curves:
             style = _style(number, curve)
             number += not curve.reference
-            if key in VALIDATION_PANELS and len(curve.values(key)[0]) == 1:
+            if key in passes and len(curve.values(key)[0]) == 1:
                 style["marker"] = "o"
             axis.plot(*curve.values(key, by), label=curve.name, **style)
         axis.set_ylabel(label)
@@ -195,11 +206,12 @@ def _style(number: int, curve: Curve) -> dict[str, Any]:
 def table(curves: Sequence[Curve]) -> list[str]:
     """Lines of a table, one for each curve: name, steps, losses, clips per second."""
     summaries = [curve.summary() for curve in curves]
-    validated = any("best_top1" in s for s in summaries)
-    rows = [["run", "steps", "loss of the last tenth", "lowest", "clips/s", *["best top-1"] * validated]]
+    more = {"best_top1": "best top-1", "best_probe": "best probe"}
+    more = {key: title for key, title in more.items() if any(key in s for s in summaries)}
+    rows = [["run", "steps", "loss of the last tenth", "lowest", "clips/s", *more.values()]]
     for curve, s in zip(curves, summaries, strict=True):
         losses = [_number(s["loss_of_last_tenth"], 4), _number(s["lowest_loss"], 4)]
-        best = [_number(s.get("best_top1"), 2)] * validated
+        best = [_number(s.get(key), 2) for key in more]
         rows.append([curve.name, str(s["steps"]), *losses, _number(s["clips_per_s"], 1), *best])
     first_width, *widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
@@ -286,7 +298,8 @@ def describe(curves: Sequence[Curve], by: str = "step") -> dict[str, Any]:
     """All curves, in containers that JSON can hold."""
     described = []
     for curve in curves:
-        keys = (*PANELS, *(key for key in VALIDATION_PANELS if curve.values(key)[0]))
+        passes = [key for more in PASS_PANELS.values() for key in more if curve.values(key)[0]]
+        keys = (*PANELS, *passes)
         values = {key: dict(zip((by, "value"), curve.values(key, by))) for key in keys}
         described.append(
             {**curve.summary(), "reference": curve.reference, "about": curve.about, "values": values}

@@ -31,11 +31,12 @@ from vmae.train.guard import FiniteGuard, LateNumbers, device_is_idle
 from vmae.train.metrics import NoLog, RunLog, StepMeter, flops_utilisation, peak_memory_bytes
 from vmae.train.optim import clip_gradients, set_learning_rate, set_weight_decay
 from vmae.train.parallel import Parallel, bare
+from vmae.train.passes import Stopped
 from vmae.train.signals import STOP_SIGNALS, StopSignals
 from vmae.train.skipping import KINDS, Outcome, Skipping, SkippingGuard, write_report
 from vmae.train.state import Companion, TrainingState
 from vmae.train.step import Exchange, Read, StepRecord, TrainingBatch, seed_random
-from vmae.train.validation import Stopped, Validation
+from vmae.train.validation import Validation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NONFINITE_NAME = "nonfinite.json"

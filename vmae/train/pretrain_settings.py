@@ -31,6 +31,7 @@ from vmae.errors import InputError
 from vmae.flags import Settings, chosen
 from vmae.settings import BATCH, COUNT, FPS, SEED, SHARE, STEPS, STRIDE, OneOf, Whole, setting, setting_like
 from vmae.targets.settings import TargetConfig
+from vmae.train.probe_settings import ProbeConfig
 from vmae.train.published_flags import PRETRAIN_FLAGS, adapt_pretrain
 
 EPOCHS, WARMUP_STEPS, EFFECTIVE_BATCH = Whole(1, 10**9), Whole(0, STEPS.most), Whole(1, 2**40)
@@ -86,6 +87,7 @@ class PretrainConfig(TrainingConfig):
     mask: MaskConfig
     optim: OptimConfig
     target: TargetConfig = TargetConfig()
+    probe: ProbeConfig = ProbeConfig()
     data: str = setting(
         help="list file: one video or frame folder a line; a folder of videos; an index of shards (.vmae); "
         "or a mix of these (.yaml)",
@@ -261,6 +263,7 @@ def configs_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, RunConf
         model=model_from_args(args),
         mask=MaskConfig(**chosen(MaskConfig, args)),
         target=TargetConfig(**chosen(TargetConfig, args)),
+        probe=ProbeConfig(**chosen(ProbeConfig, args)),
         **training_from_args(args, PretrainConfig, run, usual),
     )
     return config, run

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from vmae.data.augment_classify import draw_mixing, mix_clips, mix_targets
 from vmae.data.classify_dataset import ClassifyDataset, LabelledBatch, ViewConfig
 from vmae.data.data_sets import DATA_SETS, USUAL
 from vmae.data.dataset import check_decodable
+from vmae.data.gallery import count_shared
 from vmae.data.label_maps import (
     check_mapped_names,
     describe_lack,
@@ -41,8 +41,6 @@ from vmae.data.labels import (
     read_label_map,
     read_labelled_list,
 )
-from vmae.data.manifest import VideoEntry
-from vmae.data.shards.facts import contents, indexes_in
 from vmae.data.video_dataset import SampleKey
 from vmae.errors import InputError
 from vmae.model import Classifier, build_classifier
@@ -160,14 +158,6 @@ def _count_classes(args: argparse.Namespace) -> int:
     return found
 
 
-def _count_shared(entries: Sequence[VideoEntry], others: Sequence[VideoEntry]) -> int:
-    """How many of `entries` are videos of `others` too: of files by their paths, of shards by content."""
-    if indexes_in(entries) or indexes_in(others):
-        return len(contents(entries) & contents(others))
-    paths = Counter(os.path.abspath(entry.path) for entry in entries)
-    return sum(paths.pop(os.path.abspath(entry.path), 0) for entry in others)
-
-
 def classification_loss(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
     """Cross entropy with soft targets [B, K], the mean over clips; with `multi_label` a loss for each class,
     their mean."""
@@ -264,7 +254,7 @@ class FinetuneTask(SupervisedTask[FinetuneConfig, LabelledBatch]):
         notes: list[str] = []
         if config.val is not None:
             self.validated, notes = self.read_list("validate", config.val, "--no-val")
-            shared = _count_shared(self.validated.entries, trained.entries)
+            shared = count_shared(self.validated.entries, trained.entries)
             if shared:
                 notes.append(
                     f"note: {shared} of the {len(self.validated.entries)} videos of {config.val} are trained "

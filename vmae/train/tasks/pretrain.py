@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from tqdm import tqdm
 from vmae.checkpoint.models import start_pretrainer
 from vmae.checkpoint.source import Source, read_checkpoint
 from vmae.data import Batch, PretrainDataset, check_decodable, describe_data, read_data
+from vmae.data.classify_dataset import ClipConfig
+from vmae.data.gallery import Gallery
+from vmae.data.labels import LabelledList, read_labelled_list
 from vmae.data.loaders import check_loader
 from vmae.data.view_store import LatentStore
 from vmae.errors import InputError
@@ -28,9 +32,11 @@ from vmae.train.latent_store import about_latents, describe_size, fill_latents
 from vmae.train.metrics import trivial_losses
 from vmae.train.parallel import open_parallel
 from vmae.train.pretrain_settings import PretrainConfig, RunConfig, add_arguments, configs_from_args
+from vmae.train.probe import ProbeSet, count_passes, describe_probe, pass_flops, read_gallery
 from vmae.train.run import run_task
 from vmae.train.task import ModelTask
 from vmae.train.tasks.supervised import settled
+from vmae.train.validation import Validation
 
 __all__ = ["PretrainConfig", "PretrainTask", "add_arguments", "run"]
 
@@ -106,8 +112,13 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
             self.config.model.check_rgb(f"--loader {self.loader}")
         if self.config.resize == "pil":
             self.config.model.check_rgb("--resize pil")
+        self.probed: Gallery | None = None
         self.build_target()
         return [*super().check(), *self.target.notes]
+
+    @property
+    def validates(self) -> bool:  # type: ignore[override]  # an attribute of tasks that know it
+        return self.config.probe.every is not None
 
     def build_target(self) -> None:
         """Make what is predicted, from `config`; it is found wrong before anything is read or written."""
@@ -144,7 +155,17 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         )
         if config.target.latents is not None:
             self.open_latents(dataset)
-        return dataset, notes
+        return dataset, notes + self.read_probe(dataset)
+
+    def read_probe(self, dataset: PretrainDataset) -> list[str]:
+        """Choose the videos to probe on, where the settings ask for it; lines on what is wrong with them."""
+
+        def read(path: str) -> LabelledList:
+            pattern = self.config.frame_pattern
+            return read_labelled_list(path, self.config.data_root, frame_pattern=pattern)
+
+        self.probed, notes = read_gallery(self.config.probe, read, dataset.data, self.parallel)
+        return notes
 
     def open_latents(self, dataset: PretrainDataset) -> None:
         """Let `dataset` read stored latents.
@@ -231,6 +252,43 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
             return model(batch.clips, batch.mask, values=batch.values)
         return model(batch.clips, batch.mask)
 
+    def build_validation(self, model: nn.Module, steps_per_epoch: int) -> Validation | None:
+        config, run, probe = self.config, self.run, self.config.probe
+        if self.probed is None:
+            return None
+        own = config.model
+        clip = ClipConfig(num_frames=own.num_frames, image_size=own.img_size, stride=config.stride)
+        videos = ProbeSet(
+            self.probed,
+            own,
+            clip,
+            measure=probe.measure,
+            parallel=self.parallel,
+            dtype=config.dtype,
+            batch_size=run.batch_size * config.num_sample,
+            num_workers=run.speed.num_workers,
+        )
+        assert config.steps is not None and probe.every is not None  # `resolve_lengths` came before
+        return Validation(
+            videos,
+            model,
+            every=probe.every,
+            total_steps=config.steps,
+            steps_per_epoch=steps_per_epoch,
+            patience=probe.patience,
+            margin=probe.margin,
+            at_start=True,
+        )
+
+    def probe_share(self) -> float:
+        """Of the run's FLOPs, that its probes take."""
+        config = self.config
+        assert self.probed is not None and config.probe.every is not None and config.steps is not None
+        once = pass_flops(self.probed, config.model)
+        probes = once * count_passes(config.probe.every, config.steps)
+        clips = (config.effective_batch or 1) * config.num_sample
+        return probes / (probes + config.steps * clips * self.flops_per_clip())
+
     # --- Words ---
 
     def _trivial(self) -> str:
@@ -252,7 +310,19 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
 
     def describe_data(self) -> list[str]:
         visits = f"{len(self.dataset.entries)} videos x {self.config.repeat} visits an epoch"
-        return [visits, *describe_data(self.dataset.data)]
+        return [visits, *describe_data(self.dataset.data), *self.describe_probe()]
+
+    def describe_probe(self) -> list[str]:
+        """Lines on the probe, if there is one; its cost is among them."""
+        return (
+            [] if self.probed is None else describe_probe(self.config.probe, self.probed, self.probe_share())
+        )
+
+    def describe_more(self) -> dict[str, Any]:
+        if self.probed is None:
+            return {}
+        sizes = {"gallery": self.probed.size, "queries": len(self.probed.queries)}
+        return {"probe": {**sizes, "flops_share": self.probe_share()}}
 
     def describe_loss(self) -> str:
         return f"; zero predictor {self._trivial()}" if self.trivial else ""
