@@ -18,7 +18,7 @@ from vmae.errors import InputError
 from vmae.masking import DualMask
 from vmae.model.blocks import build_blocks, init_xavier
 from vmae.model.embed import PatchEmbed, register_positions, sine_cosine_positions
-from vmae.model.packed import packed_loss, packed_predict
+from vmae.model.packed import check_groups, packed_loss, packed_predict, positions_of
 from vmae.model.recompute import LayerNorm, norm_linear
 from vmae.model.rows import Rows, norm_rows
 from vmae.model.target import Pixels, Target
@@ -101,9 +101,8 @@ class Pretrainer(nn.Module):
     def encode(self, clips: Tensor, mask: DualMask) -> Tensor:
         """Encoded visible tokens [B, Nv, D], before the encoder's final norm."""
         proj = self.encoder.patch_embed.proj
-        x = embed_visible(
-            clips, mask.visible, proj.weight, proj.bias, self.encoder.pos_embed, backend=self.backend
-        )
+        positions = positions_of(self.encoder.pos_embed, mask.num_tokens)
+        x = embed_visible(clips, mask.visible, proj.weight, proj.bias, positions, backend=self.backend)
         for block in self.encoder.blocks:
             x = block(x)
         return x
@@ -118,8 +117,9 @@ class Pretrainer(nn.Module):
         """`rows` of the decoder's sequence [B, Nv + Nd, Dd] before its final norm: its last block computes no
         others."""
         x = self.narrow(encoded)
+        positions = positions_of(self.pos_embed, mask.num_tokens)
         x = assemble_decoder_tokens(
-            x, self.mask_token, self.pos_embed, mask.visible, mask.decode, backend=self.backend
+            x, self.mask_token, positions, mask.visible, mask.decode, backend=self.backend
         )
         *blocks, last = self.decoder.blocks
         for block in blocks:
@@ -142,12 +142,16 @@ class Pretrainer(nn.Module):
         Args:
             clips: uint8 [B, T, H, W, 3], or normalised float [B, 3, T, H, W].
             mask: of B clips of the same grid, on the clips' device. A list of masks with unequal counts, with
-                clips of any sizes, goes through `vmae.model.packed.packed_loss`.
+                clips of any sizes, goes through `vmae.model.packed.packed_loss`; a list of one needs no
+                packing.
             values: the target's [B, Nk, C], where they are known already; not with a list of masks.
         """
-        if not isinstance(mask, DualMask):
+        if isinstance(mask, DualMask):
+            clips = self._checked(clips, mask)
+        elif len(mask) == 1:
+            (clips,), (mask,) = check_groups(self, clips, mask), mask
+        else:
             return packed_loss(self, clips, mask)
-        clips = self._checked(clips, mask)
         counted = Rows(mask.hidden_rows, mask.hidden_uses, self.backend)
         rows = self.decode(self.encode(clips, mask), mask, counted)
         return self.target.loss(

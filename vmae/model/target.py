@@ -28,9 +28,13 @@ class Target(abc.ABC):
 
     Args:
         config: of the model that predicts.
+
+    Attributes:
+        any_shape: whether clips may have other frames and sizes than the model's.
     """
 
     name: ClassVar[str]
+    any_shape: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -114,6 +118,7 @@ class Pixels(Target):
     """
 
     name = "pixels"
+    any_shape = True
 
     def __init__(self, config: ModelConfig, normalize: bool = True) -> None:
         super().__init__(config)

@@ -13,16 +13,17 @@ from vmae.checkpoint.published import load_into
 from vmae.checkpoint.source import read_checkpoint
 from vmae.data import Batch, PretrainDataset, check_decodable, describe_data, read_data
 from vmae.data.loaders import check_loader
+from vmae.data.shared_memory import check_shared_memory
 from vmae.masking import DualMask
 from vmae.model import Pretrainer, build_pretrainer
-from vmae.model.cost import masked_macs
 from vmae.model.target import Pixels, Target
 from vmae.targets import TARGETS
 from vmae.targets.kind import Wanted
 from vmae.train.checks import check_mask
 from vmae.train.dry_run import find_absent, show_settings, tell_absent
 from vmae.train.metrics import trivial_losses
-from vmae.train.pretrain_settings import PretrainConfig, add_arguments, configs_from_args
+from vmae.train.mix_shapes import MixShapes, check_mix_shapes
+from vmae.train.pretrain_settings import PretrainConfig, add_arguments, configs_from_args, local_ranks
 from vmae.train.run import run_task
 from vmae.train.task import ModelTask
 
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
 class PretrainTask(ModelTask[PretrainConfig, Batch]):
     """Masked autoencoding: the loss is the target's on the tokens that the mask counts."""
 
+    dataset: PretrainDataset
     model: Pretrainer
     target: Target
 
@@ -52,6 +54,7 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         fixed = torch.Generator().manual_seed(0)
         self.one = DualMask.sample(1, self.config.model.grid, **self.config.mask.to_dict(), generator=fixed)
         self.trivial: dict[str, float] = {}  # losses on the first batch, once they are known
+        self.shapes = MixShapes([self.config.model], [1.0])
         lines = super().check()
         self.build_target()
         return lines
@@ -83,7 +86,20 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
             flip=config.flip,
             resize=config.resize,
         )
+        self.shapes = check_mix_shapes(
+            dataset,
+            config.model,
+            config.mask,
+            target=self.target,
+            loader=config.loader,
+            cuda_graphs=self.run.speed.cuda_graphs,
+        )
+        if config.loader == "cpu":
+            check_shared_memory(self.batch_bytes(), self.run.speed.num_workers, local_ranks())
         return dataset, notes
+
+    def batch_bytes(self) -> int:
+        return self.run.batch_size * self.config.num_sample * self.shapes.clip_bytes
 
     @property
     def list_file(self) -> str:
@@ -111,12 +127,12 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         return [*self.model.encoder.blocks, *self.model.decoder.blocks]
 
     def block_tokens(self) -> Sequence[int]:
-        visible, decoded = self.one.visible.shape[1], self.one.decode.shape[1]
+        visible, decoded = self.shapes.most_tokens(self.config.mask)
         encoder, decoder = self.config.model.depth, self.config.model.decoder_depth
         return [visible] * encoder + [visible + decoded] * decoder
 
     def flops_per_clip(self) -> float:
-        own = masked_macs(self.config.model, self.config.mask, width=self.target.width)
+        own = self.shapes.macs(self.config.mask, self.target.width)
         return 6.0 * own + 2.0 * self.target.macs()
 
     def weigh(self, batch: Batch) -> float:
@@ -133,7 +149,9 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
             tqdm.write(f"loss of trivial predictors on the first batch: zero {self._trivial()}")
 
     def compute_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model(batch.clips, batch.mask)
+        if tuple(batch.clips.shape[1:4]) == self.dataset.usual_shape:
+            return model(batch.clips, batch.mask)
+        return model([batch.clips], [batch.mask])
 
     # --- Words ---
 
@@ -156,7 +174,7 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
 
     def describe_data(self) -> list[str]:
         visits = f"{len(self.dataset.entries)} videos x {self.config.repeat} visits an epoch"
-        return [visits, *describe_data(self.dataset.data)]
+        return [visits, *describe_data(self.dataset.data), *self.shapes.describe()]
 
     def describe_loss(self) -> str:
         return f"; zero predictor {self._trivial()}" if self.trivial else ""
