@@ -390,7 +390,8 @@ def describe_data(data: Sequence[VideoEntry], *, backend: str = "auto", probes: 
             f"{source.name}: {source.count} {what}, {share:.1%} of samples{stride}{_clips_of(source)}"
         )
     if len(lines) > 1:
-        lines.append(f"{data.mixing} mixing of {len(data.sources)} sources, {len(data)} videos")
+        what = "videos and images" if any(source.images for source in data.sources) else "videos"
+        lines.append(f"{data.mixing} mixing of {len(data.sources)} sources, {len(data)} {what}")
     return lines
 
 

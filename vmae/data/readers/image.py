@@ -76,4 +76,15 @@ def _as_shown(image: Image) -> Image:
     return Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
 
 
+def inspect_image(path: str) -> dict[str, str]:
+    """What an image that can be decoded is: its `container`, and its `pixels` where they are not RGB."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            found = {"container": image.format or "unknown"}
+            return found if image.mode == "RGB" else {**found, "pixels": f"mode {image.mode}"}
+
+
 BACKEND = Backend("image", ("image",), ImageReader, lambda: None)
