@@ -9,10 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vmae import DualMask, build_pretrainer
+from vmae import DualMask, ModelConfig, build_pretrainer
 from vmae.cli import main
-from vmae.config import MaskConfig
+from vmae.config import MaskConfig, OptimConfig
+from vmae.data import read_data
+from vmae.planning.plan import shape_lines
 from vmae.train.mix_shapes import MixShapes
+from vmae.train.pretrain_settings import PretrainConfig
 
 
 @pytest.fixture
@@ -112,13 +115,21 @@ def test_costs(tiny):
     assert found.most_tokens(mask) == (16, 32) and alone[0].describe() == []
 
 
-def test_plan_tells_of_the_shapes(mixed, tmp_path, capsys):
+def test_plan_tells_of_the_shapes(mixed, tmp_path):
     mix = tmp_path / "mix.yaml"
+    config = PretrainConfig(
+        model=ModelConfig.preset("vit_b"),
+        mask=MaskConfig(),
+        optim=OptimConfig(warmup_epochs=0),
+        data=str(mix),
+    )
+    assert shape_lines(config, read_data(tmp_path / "frames.txt")) == []
     mix.write_text(mix.read_text().replace("size: 16", "size: 160"))
-    assert main(["plan", "--data", str(mix), "--model", "vit_tiny", "--effective-batch", "16"]) == 0
-    told = capsys.readouterr().out
-    assert "photos: 25.0% of the clips, of 2 x 224 x 224, 196 tokens" in told
-    assert "all figures above are for clips of 16 x 224 x 224; those of this mix cost 0." in told
+    _, films, long, photos, last = shape_lines(config, read_data(mix))
+    assert "films: 50.0% of the clips, of 16 x 224 x 224, 1568 tokens" in films
+    assert "long: 25.0% of the clips, of 16 x 160 x 160, 800 tokens" in long
+    assert "photos: 25.0% of the clips, of 2 x 224 x 224, 196 tokens" in photos
+    assert last.startswith("all figures above are for clips of 16 x 224 x 224; those of this mix cost 0.")
 
 
 def test_pack_leaves_images_alone(mixed, tmp_path, capsys):
