@@ -166,9 +166,12 @@ LAUGHS = "mixing:\n- &a ha\n" + "".join(f"- &{new} [{', '.join([f'*{old}'] * 10)
         ("sources: []\n", "no list of sources"),
         ("sources:\n- {list: films.txt}\nspeed: 2\n", "unknown speed"),
         ("sources:\n- films.txt\n", "source 1: expected keys"),
-        ("sources:\n- {list: films.txt, rate: 2}\n", "source 1: unknown rate; known: kind, list"),
+        ("sources:\n- {list: films.txt, rate: 2}\n", "source 1: unknown rate; known: frames, kind, list"),
         ("sources:\n- {list: none.txt}\n", "source 1: list file .*none.txt"),
-        ("sources:\n- {list: films.txt, root: films, kind: clips}\n", "kind must be video or frames"),
+        (
+            "sources:\n- {list: films.txt, root: films, kind: clips}\n",
+            "kind must be one of video, frames, images, not .clips.",
+        ),
         (
             "sources:\n- {list: films.txt, root: films, kind: frames}\n",
             "line 1 .*is of kind video, not frames.*3 of 3",

@@ -66,7 +66,7 @@ def test_linked_folders_come_once(folder):
 
 def test_nothing_there(tmp_path):
     (tmp_path / "img_00001.jpg").touch()
-    with pytest.raises(InputError, match="holds no videos .*; 1 other files skipped .*images need a list"):
+    with pytest.raises(InputError, match="holds no videos .*; 1 other files skipped .*frames need a list"):
         find_videos(tmp_path)
     (tmp_path / "val.csv").touch()
     with pytest.raises(InputError, match="give the list .*val.csv"):

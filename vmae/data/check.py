@@ -38,6 +38,7 @@ from vmae.data.channels import RGB, channel_moments, describe_statistics, is_sta
 from vmae.data.containers import container_kind
 from vmae.data.decode import DecodeError, find_backends, open_video, video_backends
 from vmae.data.files import Unanswered, ask_files
+from vmae.data.image_lists import read_images_with_problems
 from vmae.data.inspection import inspect_video
 from vmae.data.labels import LABELLED, AnyList, add_labelled_argument, read_any_list
 from vmae.data.list_hints import explain_list
@@ -53,6 +54,7 @@ from vmae.data.orientation import UPRIGHT, Orientation
 from vmae.data.part_folder import PartFolder, Records
 from vmae.data.parts import add_part_arguments
 from vmae.data.ranks import Ranks, open_ranks
+from vmae.data.readers.image import inspect_image
 from vmae.data.sampling import sample_frame_indices
 from vmae.data.shards.entries import DamagedShard, ShardEntry, is_address
 from vmae.data.shards.index import ShardIndex, write_index
@@ -158,6 +160,8 @@ def check_entry(entry: VideoEntry, backend: str = "auto", **options: Any) -> dic
                 record["bytes"] = os.path.getsize(entry.path)
             elif entry.kind == "video":
                 record |= _about_file(entry)
+            elif entry.kind == "image":
+                record |= {"bytes": os.path.getsize(entry.path), **inspect_image(entry.path)}
     except DecodeError as error:
         return record | {"error": str(error), "library": error.library}
     except DamagedShard as error:  # here it is what is looked for
@@ -255,8 +259,9 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[str]:
     """The table: what the videos are, and how fast they decode."""
     good = [record for record in records if not record["error"]]
     bad = [record for record in records if record["error"]]
+    kind = "images" if all(record["kind"] == "image" for record in good) and good else "videos"
     lines = [
-        f"{len(records)} videos: {len(good)} good, {len(bad)} bad ({len(bad) / max(len(records), 1):.1%})"
+        f"{len(records)} {kind}: {len(good)} good, {len(bad)} bad ({len(bad) / max(len(records), 1):.1%})"
     ]
     seconds = [record["seconds"] for record in good if record["seconds"]]
     if seconds:
@@ -301,6 +306,11 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 _NOTES = (
+    (
+        "pixels",
+        "have other pixels than RGB of 8 bits",
+        "each is shown in it: what is transparent on white, colour profiles left out",
+    ),
     (
         "rotation",
         "are displayed rotated or mirrored",
@@ -399,6 +409,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-root", metavar="DIR", help="where the list's relative paths start")
     add_labelled_argument(parser)
     parser.add_argument(
+        "--images",
+        action="store_true",
+        help="LIST names single images, as that of a mix's source with `kind: images`",
+    )
+    parser.add_argument(
         "--output", metavar="DIR", help="where the report goes (default: LIST-check beside the list)"
     )
     names = ", ".join(("auto", *video_backends()))
@@ -428,7 +443,11 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("the list lies in a store: --output DIR says where the report goes")
     with open_ranks() as ranks:
         source = Path(args.list)
-        found = _read_with_advice(args.list, args.data_root, LABELLED[args.labelled], ranks.is_main)
+        if args.images:
+            entries, problems = read_images_with_problems(args.list, args.data_root)
+            found = AnyList(entries, [None] * len(entries), False, problems)
+        else:
+            found = _read_with_advice(args.list, args.data_root, LABELLED[args.labelled], ranks.is_main)
         if source.is_dir():  # before hours of reading
             for entry in found.entries:
                 check_listable(os.path.abspath(entry.path))

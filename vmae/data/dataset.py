@@ -35,6 +35,7 @@ from vmae.data.channels import RGB, join_clips
 from vmae.data.decode import open_video
 from vmae.data.guarded import guarded_each
 from vmae.data.manifest import VideoEntry
+from vmae.data.mix import Mix
 from vmae.data.quarantine import Failure, list_failures
 from vmae.data.sampling import (
     SAMPLINGS,
@@ -43,6 +44,7 @@ from vmae.data.sampling import (
     sample_exact_indices,
     sample_frame_indices,
 )
+from vmae.data.shapes import ClipShape, grid_of, source_shapes
 from vmae.data.shards.facts import check_all_frames, check_strides
 from vmae.data.video_dataset import Purpose, SampleKey, VideoDataset, numpy_rng, seed_sequence
 from vmae.data.workers import hang_limit
@@ -112,10 +114,10 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
 
     Args:
         entries: result of `read_list` or `read_data`, at least one.
-        num_frames: T.
+        num_frames: T, where a source of a mix says nothing else.
         stride: frames from one sampled frame to the next, for entries that have none of their own.
-        image_size: side, or (height, width), of the clips in pixels.
-        grid: tokens along time, height and width (`ModelConfig.grid`).
+        image_size: side, or (height, width), of the clips in pixels, where a source says nothing else.
+        grid: tokens of such a clip along time, height and width (`ModelConfig.grid`).
         mask: settings of the masks.
         num_sample: S.
         seed: not negative.
@@ -134,10 +136,13 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
     Attributes:
         cycle: epochs after which the same samples come again; None means never.
         read_values: (epoch, index) keys -> stored values of these samples, for `Batch.values`.
+        source_shapes: of the clips of each source of a mix.
+        shapes: each of these once; a sample's is `shape_at`.
 
     Raises:
-        InputError: no entries, a number below 1, or a mask that does not fit the grid. On access: no video of
-            the list (or none of `MAX_ATTEMPTS`) can be decoded, or no backend is installed.
+        InputError: no entries, a number below 1, a source's shape that tubelets do not divide, or a mask that
+            does not fit the grid. On access: no video of the list (or none of `MAX_ATTEMPTS`) can be decoded,
+            or no backend is installed.
     """
 
     def __init__(
@@ -188,7 +193,10 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
         self.grid, self.mask = grid, mask
         self.cycle: int | None = None
         self.read_values: Callable[[Sequence[SampleKey]], Tensor] | None = None
-        self.sample_mask(0, 0)
+        self.source_shapes = source_shapes(self.data, self.usual_shape, grid)
+        self.shapes = list(dict.fromkeys(self.source_shapes))
+        for number, shape in enumerate(self.source_shapes):
+            self._check_mask(number, shape)
 
     def __getitem__(self, key: SampleKey | int) -> Batch:
         epoch, index = self._seen(self._checked_key(key))
@@ -204,22 +212,66 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
     def ask_ahead(self, keys: Sequence[SampleKey]) -> None:
         super().ask_ahead([self._seen(key) for key in keys])
 
+    def _check_mask(self, number: int, shape: ClipShape) -> None:
+        """Raises InputError where the masks do not fit the clips of a source."""
+        try:
+            self._draw_mask(shape, torch.Generator())
+        except InputError as error:
+            if shape == self.usual_shape or not isinstance(self.data, Mix):
+                raise
+            name = self.data.sources[number].name
+            raise InputError(f"source {name!r} of the mix, clips of {shape}: {error}") from None
+
+    @property
+    def usual_shape(self) -> ClipShape:
+        """Of the clips where a source says nothing else."""
+        return ClipShape(self.num_frames, *self.image_size)
+
+    @property
+    def groups(self) -> list[list[range]]:
+        """For each of the `shapes`, the samples of an epoch that have it."""
+        assert isinstance(self.data, Mix)
+        groups: dict[ClipShape, list[range]] = {shape: [] for shape in self.shapes}
+        for number, shape in enumerate(self.source_shapes):
+            groups[shape] += self.data.ranges(number, len(self))
+        return list(groups.values())
+
+    def shape_at(self, epoch: int, index: int) -> ClipShape:
+        """The shape of a sample's clips."""
+        if not isinstance(self.data, Mix):
+            return self.usual_shape
+        if len(self.shapes) == 1:
+            return self.shapes[0]
+        return self.source_shapes[self.data.source_at(index, len(self))]
+
+    def pick_video(self, epoch: int, index: int) -> tuple[int, range]:
+        video, others = super().pick_video(epoch, index)
+        if len(self.shapes) > 1 and isinstance(self.data, Mix):  # none of another shape stands in
+            source = self.data.sources[self.data.source_of(video)]
+            others = range(source.first, source.first + source.count)
+        return video, others
+
     def sample_mask(self, epoch: int, index: int) -> DualMask:
         """The masks of a sample's S clips."""
         state = seed_sequence(self.seed, epoch, index, 0, Purpose.MASKS).generate_state(2, np.uint32)
         generator = torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
-        return DualMask.sample(self.num_sample, self.grid, **self.mask.to_dict(), generator=generator)
+        return self._draw_mask(self.shape_at(epoch, index), generator)
+
+    def _draw_mask(self, shape: ClipShape, generator: torch.Generator) -> DualMask:
+        grid = self.grid if shape == self.usual_shape else grid_of(shape, self.usual_shape, self.grid)
+        return DualMask.sample(self.num_sample, grid, **self.mask.to_dict(), generator=generator)
 
     def pick_frames(
         self, entry: VideoEntry, total: int, fps: float | None, epoch: int, index: int, attempt: int = 0
     ):
         """int64 [T]: which of `total` frames a sample's clips are made of."""
         rng, stride = numpy_rng(self.seed, epoch, index, attempt, Purpose.FRAMES), entry.stride or self.stride
+        num_frames = self.shape_at(epoch, index).frames
         if self.sampling == "published":
-            return sample_frame_indices(total, self.num_frames, stride, rng)
+            return sample_frame_indices(total, num_frames, stride, rng)
         if self.sampling == "fps" and fps and self.fps:
-            return sample_exact_indices(total, self.num_frames, fps / self.fps, rng)
-        return sample_exact_indices(total, self.num_frames, stride, rng)
+            return sample_exact_indices(total, num_frames, fps / self.fps, rng)
+        return sample_exact_indices(total, num_frames, stride, rng)
 
     def _frames_ahead(self, entry: VideoEntry, epoch: int, index: int) -> np.ndarray:
         return self.pick_frames(entry, entry.total, None, epoch, index)
@@ -228,11 +280,12 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
         self, width: int, height: int, epoch: int, index: int, attempt: int = 0
     ) -> list[tuple[CropBox, bool]]:
         """Box of each of a sample's S clips in frames of `width` x `height`, and whether it is mirrored."""
+        size = self.shape_at(epoch, index)[1:]
         if self.crop == "center":
-            boxes = [center_crop(width, height, self.image_size)] * self.num_sample
+            boxes = [center_crop(width, height, size)] * self.num_sample
         else:
             rng = numpy_rng(self.seed, epoch, index, attempt, Purpose.CROPS)
-            boxes = [sample_crop(width, height, self.image_size, rng) for _ in range(self.num_sample)]
+            boxes = [sample_crop(width, height, size, rng) for _ in range(self.num_sample)]
         flips = numpy_rng(self.seed, epoch, index, attempt, Purpose.FLIPS).integers(2, size=self.num_sample)
         return [(box, bool(flip) and self.flip) for box, flip in zip(boxes, flips, strict=True)]
 
@@ -248,10 +301,10 @@ class PretrainDataset(VideoDataset[VideoEntry, Tensor]):
             indices = self.pick_frames(entry, len(reader), reader.fps, epoch, index, attempt)
             frames = reader.frames(indices, whole_of_all)
         from_left, from_top, _, _ = bounding_box([box for box, _ in picked])
-        crops = []
+        crops, size = [], self.shape_at(epoch, index)[1:]
         for (left, top, width, height), flip in picked:
             box = CropBox(left - from_left, top - from_top, width, height)
-            crop = crop_and_resize(frames, box, self.image_size, resize=self.resize)
+            crop = crop_and_resize(frames, box, size, resize=self.resize)
             crops.append(crop[:, :, ::-1] if flip else crop)
         return torch.from_numpy(np.stack(crops) if len(crops) > 1 else np.ascontiguousarray(crops[0])[None])
 
@@ -354,9 +407,14 @@ class EpochSampler:
         return max(self.size // self.global_batch_size, 1)
 
     @property
+    def fewest(self) -> int:
+        """Samples of an epoch that a batch can be made of."""
+        return self.size
+
+    @property
     def fills_up(self) -> bool:
         """Whether a batch holds the same video more than once, because there are too few samples."""
-        return self.size < self.global_batch_size
+        return self.fewest < self.global_batch_size
 
     def __getitem__(self, step: int) -> list[SampleKey]:
         epoch, place = divmod(step, self.steps_per_epoch)

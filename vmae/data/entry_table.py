@@ -25,7 +25,7 @@ import numpy as np
 from vmae.data.list_lines import DEFAULT_PATTERN, VideoEntry
 
 CHUNK = 1 << 14  # entries that are looked at in one go
-KINDS = ("video", "frames")
+KINDS = ("video", "frames", "image")
 # Columns of a table beside its paths, and their types; a column of one value in a file holds it once.
 COLUMNS = {
     "kind": np.uint8,  # place in KINDS
@@ -36,6 +36,7 @@ COLUMNS = {
     "line": np.int32,
     "root": np.uint8,  # place in `roots`
 }
+_IDENTITY_ENDS = {0: "\n", 2: "\0image\n"}  # of what is one file, by its place in KINDS
 EntryT = TypeVar("EntryT", bound=VideoEntry, covariant=True)
 
 
@@ -95,8 +96,8 @@ class Entries(Sequence[EntryT]):
 
 def _identity_line(entry: VideoEntry, start: str) -> str:
     path = entry.path.removeprefix(start)
-    if entry.kind == "video":
-        return f"{path}\0{entry.stride}\n"
+    if entry.kind != "frames":
+        return f"{path}\0{entry.stride}{_IDENTITY_ENDS[KINDS.index(entry.kind)]}"
     return f"{path}\0{entry.stride}\0{entry.start}\0{entry.total}\0{entry.pattern}\n"
 
 
@@ -307,6 +308,14 @@ class EntryTable(Entries[VideoEntry]):
         table._stride, table._paths = self._stride or stride, self._paths
         return table
 
+    def as_images(self) -> EntryTable:
+        """The same paths as single images, which have no stride."""
+        table = self._part(0, len(self))
+        image, none = (np.array([value], COLUMNS["kind"]) for value in (KINDS.index("image"), 0))
+        table._columns |= {"kind": spread(image, len(self)), "stride": spread(none, len(self))}
+        table._paths = self._paths
+        return table
+
     def count_paths(self) -> int:
         if self._paths is None:
             self._paths = super().count_paths()
@@ -334,11 +343,12 @@ class EntryTable(Entries[VideoEntry]):
 
     def identity_lines(self, first: int, last: int, start: str) -> bytes:
         kind, stride = (_same(self._columns[name][first:last]) for name in ("kind", "stride"))
-        lines = self._path_lines(first, last) if kind == 0 and stride is not None else None
-        if lines is None:
+        end = None if kind is None or stride is None else _IDENTITY_ENDS.get(kind)
+        lines = None if end is None else self._path_lines(first, last)
+        if lines is None or end is None:
             return super().identity_lines(first, last, start)
         lines = (b"\n" + lines).replace(b"\n" + encode(start), b"\n")[1:]
-        return lines.replace(b"\n", encode(f"\0{stride or self._stride}\n"))
+        return lines.replace(b"\n", encode(f"\0{stride or self._stride}{end}"))
 
 
 def _unpickled(

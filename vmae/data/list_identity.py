@@ -3,9 +3,10 @@ seen.
 
 Counted is what decides the samples, in order: of each entry its path (relative to the root that its list
 starts from), kind, images and stride; its labels, or key frame and boxes; of a weighted mix the sizes and
-weights of its sources. Comments, blank lines, the writing of columns, names of sources and the place of the
-root (`--data-root`, the list's folder) don't count, so a folder may be moved. Which files are meant is
-compared, not what is in them; of shards, the keys and checksums of the samples, wherever the shards lie.
+weights of its sources; where they differ from the model's, the frames and sizes of their clips. Comments,
+blank lines, the writing of columns, names of sources and the place of the root (`--data-root`, the list's
+folder) don't count, so a folder may be moved. Which files are meant is compared, not what is in them; of
+shards, the keys and checksums of the samples, wherever the shards lie.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vmae.data.dataset import PretrainDataset
 from vmae.data.entry_table import CHUNK, as_entries
 from vmae.data.mix import Mix, Source
 from vmae.data.shards.facts import indexes_in
@@ -28,7 +30,7 @@ def identify_list(
     dataset: VideoDataset, root: str | Path = "", *, block: int | None = None
 ) -> dict[str, Any]:
     """Plain containers: `videos` (their count), `entries` and `labels` (hashes), `shards` where some lie in
-    shards, and `mix` where there is a weighted one.
+    shards, `mix` where there is a weighted one, and `shapes` where clips have others than the model's.
 
     Args:
         root: folder that relative paths start from, where the mix's sources have none of their own.
@@ -51,6 +53,8 @@ def identify_list(
         )
     if isinstance(dataset.data, Mix) and dataset.data.mixing != "natural":
         found["mix"] = [[source.count, source.weight] for source in dataset.data.sources]
+    if isinstance(dataset, PretrainDataset) and dataset.shapes != [dataset.usual_shape]:
+        found["shapes"] = [[*shape] for shape in dataset.source_shapes]
     return found
 
 
@@ -100,7 +104,7 @@ def list_changes(
         before, now: results of `identify_list`.
         dataset, root: arguments that gave `now`.
     """
-    keys = ("videos", "entries", "labels", "mix")
+    keys = ("videos", "entries", "labels", "mix", "shapes")
     if all(before.get(key) == now.get(key) for key in keys):
         return []
     changes = []
@@ -118,6 +122,9 @@ def list_changes(
     if before.get("mix") != now.get("mix"):
         old, new = (_describe_mix(found.get("mix")) for found in (before, now))
         changes.append(f"mixed by {old} then, by {new} now")
+    if before.get("shapes") != now.get("shapes"):
+        old, new = (_describe_shapes(found.get("shapes")) for found in (before, now))
+        changes.append(f"its sources' clips were {old} then, and are {new} now")
     return changes
 
 
@@ -135,6 +142,12 @@ def _first_difference(old: dict | None, new: dict | None, block: int, dataset: V
             f" (line {entry.line})" if entry.line else ""
         )
     return f"first among numbers {first + 1} to {last + 1}"
+
+
+def _describe_shapes(shapes: list[list[int]] | None) -> str:
+    if shapes is None:
+        return "of the model's shape"
+    return ", ".join(" x ".join(map(str, shape)) for shape in shapes)
 
 
 def _describe_mix(mix: list[list[float]] | None) -> str:

@@ -25,6 +25,7 @@ FORMATS = "write `path 0 -1` for a video, `folder start total` for frames, or a 
 _QUOTED = re.compile(r'"(?:[^"]|"")*"(?=[\s,]|$)')
 _JSON = re.compile(r'[\[{]\s*(?:$|[\[{"])')
 _KINETICS = re.compile(r'(?:"?label"?\s*,\s*)?"?youtube_id"?\s*,\s*"?time_start"?', re.IGNORECASE)
+_MIX = re.compile(r"(sources|mixing)\s*:")
 _Reading = tuple[str, int, int]
 _MOST_IMAGES = 10**9  # of a folder, and the largest number of one
 _PIPED: dict[
@@ -223,6 +224,11 @@ def foreign_table(content: str) -> str | None:
             "digits), the label "
             "being the class's number from 0 (docs/own_data.md has the lines for it); pre-training needs the "
             "paths alone"
+        )
+    if _MIX.match(content):
+        return (
+            "this is a mix (YAML), which `pretrain`, `plan` and `pack` read where its name ends in .yaml; "
+            "here, give one of its lists (single images have no labels, and are for `pretrain` alone)"
         )
     if _JSON.match(content):
         return f"this looks like JSON; a list is text, one video a line: {FORMATS}"

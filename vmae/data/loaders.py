@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from vmae.data.dataset import Batch, EpochSampler, PretrainDataset
 from vmae.data.entry_table import as_entries
 from vmae.data.manifest import VideoEntry
 from vmae.data.quarantine import Quarantine
+from vmae.data.shape_sampler import ShapeSampler
 from vmae.data.shards.entries import ShardError
 from vmae.data.shards.facts import indexes_in
 from vmae.data.shared_memory import PREFETCH
@@ -166,12 +168,23 @@ def check_loader(name: str, entries: Sequence[VideoEntry] = ()) -> None:
             raise InputError("DALI reads files, not shards: take --loader cpu with an index")
 
 
+def check_shapes(loader: str, dataset: PretrainDataset) -> None:
+    """Raises InputError where a loader cannot make the clips of a mix's sources."""
+    if loader == "dali" and dataset.shapes != [dataset.usual_shape]:
+        raise InputError(
+            f"DALI makes clips of {dataset.usual_shape}, and the mix has clips of "
+            f"{', '.join(map(str, dataset.shapes))}: take --loader cpu"
+        )
+
+
 def _warn_of_repeats(dataset: VideoDataset, sampler: EpochSampler) -> None:
     if sampler.fills_up:
-        times = -(-sampler.global_batch_size // len(dataset.entries))
+        times = -(-sampler.global_batch_size * dataset.repeat // sampler.fewest)
+        of_one = " of one shape" if isinstance(sampler, ShapeSampler) else ""
         warnings.warn(
-            f"{len(dataset)} samples an epoch are fewer than a batch of {sampler.global_batch_size}: a video "
-            f"comes up to {times} times in a batch, with other frames and crops",
+            f"{sampler.fewest} samples{of_one} an epoch are fewer than a batch of "
+            f"{sampler.global_batch_size}: a video comes up to {times} times in a batch, with other frames "
+            "and crops",
             stacklevel=3,
         )
 
@@ -231,7 +244,10 @@ def build_loader(
         quarantine = Path(quarantine).with_stem(f"{Path(quarantine).stem}-{rank}")
     if total_steps is not None and epochs is not None:
         raise InputError("give total_steps or epochs, not both")
-    sampler = EpochSampler(
+    of_size: Callable[..., EpochSampler] = EpochSampler
+    if isinstance(dataset, PretrainDataset) and len(dataset.shapes) > 1:
+        of_size = functools.partial(ShapeSampler, dataset.groups)
+    sampler = of_size(
         len(dataset),
         batch_size,
         seed=dataset.seed,
@@ -249,6 +265,7 @@ def build_loader(
         if not isinstance(dataset, PretrainDataset):
             raise TypeError("DALI decodes for a PretrainDataset only")
         check_loader(loader, dataset.entries)
+        check_shapes(loader, dataset)
         return DaliLoader(dataset, sampler, bad, device=device, num_threads=max(num_workers, 1))
     return PretrainLoader(
         dataset,

@@ -18,6 +18,12 @@ A YAML file names them (relative paths start from its own folder):
         pattern: img_{:05}.jpg
         stride: 2
         weight: 1
+        frames: 32               # of this source's clips, in place of the model's
+        size: 160                # side of its clips in pixels, or [height, width]
+      - name: photos
+        list: photos.txt         # one image a line, or a folder of images (see vmae.data.image_lists)
+        kind: images
+        weight: 1
 
 Weighted, an epoch still has as many samples as there are videos; each source gets its share of them, and goes
 through its videos in an order of its own, which goes on from epoch to epoch: none comes twice before all came
@@ -38,10 +44,12 @@ from typing import Any
 
 import numpy as np
 
+from vmae.data.augment import image_hw
 from vmae.data.decode import DecodeError, open_video
 from vmae.data.entry_table import Entries, EntryChain, as_entries
 from vmae.data.files import Unanswered, ask_files
 from vmae.data.guarded import guarded_each
+from vmae.data.image_lists import read_images
 from vmae.data.manifest import DEFAULT_PATTERN, VideoEntry, read_list
 from vmae.data.sampling import permutation
 from vmae.data.shards.entries import is_address
@@ -51,11 +59,12 @@ from vmae.data.shards.source import folder_of, index_at, join_place
 from vmae.data.workers import hang_limit
 from vmae.errors import InputError
 from vmae.files.json_files import check_depth
-from vmae.settings import STRIDE, Real, shown
+from vmae.settings import FRAMES, STRIDE, Real, shown
 
 MIX_SUFFIXES = (".yaml", ".yml")
 MIXINGS = ("natural", "weighted")
-_SOURCE_KEYS = {"name", "list", "root", "kind", "pattern", "stride", "weight"}
+SOURCE_KINDS = ("video", "frames", "images")
+_SOURCE_KEYS = {"name", "list", "root", "kind", "pattern", "stride", "weight", "frames", "size"}
 WEIGHT = Real(above=0, most=10**9)
 _MIX_ORDER = 7  # keeps these random numbers apart from the loader's
 
@@ -69,6 +78,9 @@ class Source:
         first, count: its place among the mix's entries.
         weight: its share before all shares are made to add up to 1.
         root: folder that its relative paths start from; empty where that is not known.
+        images: whether it is one of single images.
+        frames: of its clips; None where it says nothing.
+        size: height and width of its clips in pixels; None where it says nothing.
     """
 
     name: str
@@ -76,6 +88,9 @@ class Source:
     count: int
     weight: float
     root: str = ""
+    images: bool = False
+    frames: int | None = None
+    size: tuple[int, int] | None = None
 
 
 class Mix(Sequence):
@@ -140,17 +155,32 @@ class Mix(Sequence):
             number += 1
         return turn, number, place, samples[number]
 
+    def source_of(self, number: int) -> int:
+        """The source that entry `number` is of."""
+        return bisect_right([source.first for source in self.sources], number) - 1
+
+    def ranges(self, number: int, size: int) -> list[range]:
+        """Which of an epoch's samples 0 to `size` - 1 fall to a source."""
+        if self.mixing == "natural":
+            source, rounds = self.sources[number], range(0, size, len(self))
+            starts = [start + source.first for start in rounds]
+            return [range(start, min(start + source.count, size)) for start in starts if start < size]
+        samples = self.samples(size)
+        first = sum(samples[:number])
+        return [range(first, first + samples[number])]
+
     def count_sources(self, indices: Iterable[int], size: int) -> list[int]:
         """How many of the samples `indices` of an epoch of `size` fall to each source."""
         counts = [0] * len(self.sources)
-        starts = [source.first for source in self.sources]
         for index in indices:
-            if self.mixing == "natural":
-                number = bisect_right(starts, index % len(self)) - 1
-            else:
-                number = self._find_turn(index, size)[1]
-            counts[number] += 1
+            counts[self.source_at(index, size)] += 1
         return counts
+
+    def source_at(self, index: int, size: int) -> int:
+        """The source that sample `index` of an epoch of `size` falls to."""
+        if self.mixing == "natural":
+            return self.source_of(index % len(self))
+        return self._find_turn(index, size)[1]
 
     def _order(self, seed: int, number: int, turn: int, cycle: int) -> np.ndarray:
         key = (seed, number, turn, cycle)
@@ -226,7 +256,8 @@ def _read_mix(path: Path, data_root: str | Path | None) -> Mix:
         if name in {source.name for source in sources}:
             raise InputError(f"{where}: the name {name!r} is taken; give each source a `name` of its own")
         root = join_place(start, str(given.get("root") or _root_of(place)))
-        sources.append(Source(name, count, len(found), float(given.get("weight", 1.0)), root))
+        weight = float(given.get("weight", 1.0))
+        sources.append(Source(name, count, len(found), weight, root, **_clip_settings(given)))
         parts.append(found)
         count += len(found)
     weighted = any("weight" in given for given in content["sources"])
@@ -269,10 +300,27 @@ def _check_source(given: Any, where: str) -> None:
     for key in ("name", "list", "root", "pattern"):
         if isinstance(given.get(key), (dict, list)):
             raise InputError(f"{where}: {key} must be one word, not a list or keys")
-    if given.get("kind", "video") not in ("video", "frames"):
-        raise InputError(f"{where}: kind must be video or frames, not {shown(given['kind'])}")
+    kind = given.get("kind", "video")
+    if kind not in SOURCE_KINDS:
+        raise InputError(f"{where}: kind must be one of {', '.join(SOURCE_KINDS)}, not {shown(kind)}")
+    for key in ("stride", "pattern") if kind == "images" else ():
+        if key in given:
+            raise InputError(f"{where}: {key} means nothing for images, which are files of their own")
     WEIGHT.check(f"{where}: weight", given.get("weight", 1))
     STRIDE.check(f"{where}: stride", given.get("stride", 1))
+    FRAMES.check(f"{where}: frames", given.get("frames", 1))
+    size = given.get("size", 1)
+    if isinstance(size, list) and len(size) != 2:
+        raise InputError(f"{where}: size must be one side, or [height, width], not {shown(size)}")
+    for side in size if isinstance(size, list) else [size]:
+        FRAMES.check(f"{where}: size", side)
+
+
+def _clip_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """What a checked source says of its clips, as fields of `Source`."""
+    size = given.get("size")
+    sides = None if size is None else image_hw(size if isinstance(size, int) else tuple(size))
+    return {"images": given.get("kind") == "images", "frames": given.get("frames"), "size": sides}
 
 
 def _read_source(given: dict[str, Any], start: str, where: str) -> Sequence[VideoEntry]:
@@ -281,6 +329,13 @@ def _read_source(given: dict[str, Any], start: str, where: str) -> Sequence[Vide
         root = join_place(start, str(given["root"]))
     place = join_place(start, str(given["list"]))
     try:
+        if given.get("kind") == "images":
+            if is_index(place):
+                raise InputError(
+                    f"{place!r} is an index of shards, which hold videos and frames; single images are read "
+                    "from a list or a folder"
+                )
+            return read_images(place, root)
         index = index_at(place, root)
         if index is not None:
             return _read_index_source(index, given)
@@ -330,13 +385,24 @@ def describe_data(data: Sequence[VideoEntry], *, backend: str = "auto", probes: 
         entries = as_entries(data.entries[source.first : source.first + source.count])
         strides = entries.strides()
         stride = f", stride {', '.join(map(str, strides))}" if strides else ""
+        what = "images" if source.images else f"videos{_length(entries, backend, probes)}"
         lines.append(
-            f"{source.name}: {source.count} videos{_length(entries, backend, probes)}, {share:.1%} of "
-            f"samples{stride}"
+            f"{source.name}: {source.count} {what}, {share:.1%} of samples{stride}{_clips_of(source)}"
         )
     if len(lines) > 1:
-        lines.append(f"{data.mixing} mixing of {len(data.sources)} sources, {len(data)} videos")
+        what = "videos and images" if any(source.images for source in data.sources) else "videos"
+        lines.append(f"{data.mixing} mixing of {len(data.sources)} sources, {len(data)} {what}")
     return lines
+
+
+def _clips_of(source: Source) -> str:
+    """What a source says of its clips, in words that follow others."""
+    frames = "" if source.frames is None else f", clips of {source.frames} frames"
+    if source.size is None:
+        return frames
+    return (
+        f"{frames}{', clips' if source.frames is None else ''} of {source.size[0]} x {source.size[1]} pixels"
+    )
 
 
 def _seconds(entry: VideoEntry, backend: str) -> float:

@@ -162,8 +162,12 @@ def _read(args: argparse.Namespace) -> _Found:
         mix = read_data(path, args.data_root)
         if indexes_in(mix):
             raise InputError(f"mix {path} has an index among its sources, whose videos are packed already")
-        if indexes_in(mix):
-            raise InputError(f"mix {path} has an index among its sources, whose videos are packed already")
+        images = [source.name for source in mix.sources if source.images]
+        if images:
+            raise InputError(
+                f"mix {path}, source {images[0]!r}: single images are read as they are, and not packed; "
+                "pack a mix of the other sources"
+            )
         sources = [Origin(source.name, source.first, source.count, source.root) for source in mix.sources]
         return _Found(mix.entries, [None] * len(mix), False, sources)
     found = read_any_list(path, args.data_root, LABELLED[args.labelled])

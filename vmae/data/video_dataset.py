@@ -39,6 +39,7 @@ class Purpose(enum.IntEnum):
     AUGMENT = 8
     ERASE = 9
     MIXING = 10
+    SHAPES = 11
 
 
 def seed_sequence(seed: int, *key: int) -> np.random.SeedSequence:

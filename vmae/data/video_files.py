@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from vmae.errors import InputError
@@ -68,9 +69,17 @@ SMALL = 1 << 16  # bytes; a file below this may be a playlist, and is looked int
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
 def is_video(path: str | Path) -> bool:
     """Whether the suffix of `path` is a video's, in capitals too."""
     return os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether the suffix of `path` is an image's, in capitals too."""
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
 def find_videos(folder: str | Path) -> list[str]:
@@ -83,7 +92,43 @@ def find_videos(folder: str | Path) -> list[str]:
     Raises:
         InputError: a folder cannot be read, or there is no video.
     """
-    videos: list[str] = []
+    videos, rest = _find(folder, is_video)
+    start = str(Path(folder))
+    if not videos:
+        lists = [
+            name for name in ("train.csv", "val.csv", "test.csv") if os.path.isfile(os.path.join(start, name))
+        ]
+        advice = (
+            "numbered frames need a list with `folder start total`, other images a mix with `kind: images`"
+        )
+        if lists:
+            advice = f"give the list {os.path.join(start, lists[0])}"
+        raise InputError(f"folder {start!r} holds no videos ({', '.join(VIDEO_SUFFIXES)}){rest}; {advice}")
+    _log_found(start, f"{len(videos)} videos{rest}")
+    return videos
+
+
+def find_images(folder: str | Path) -> list[str]:
+    """Paths of all images under `folder`, as `find_videos` finds videos.
+
+    Raises:
+        InputError: a folder cannot be read, or there is no image.
+    """
+    images, rest = _find(folder, is_image)
+    if not images:
+        raise InputError(f"folder {str(folder)!r} holds no images ({', '.join(IMAGE_SUFFIXES)}){rest}")
+    _log_found(str(folder), f"{len(images)} images{rest}")
+    return images
+
+
+def _log_found(folder: str, what: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        _LOG.info("folder %s: %s", folder, what)
+
+
+def _find(folder: str | Path, wanted: Callable[[str], bool]) -> tuple[list[str], str]:
+    """(paths of the files under `folder` whose names are wanted, in order; words on the others, if any)."""
+    found: list[str] = []
     skipped: Counter[str] = Counter()
     start = str(Path(folder))
     pending: list[str] = [start]
@@ -99,8 +144,8 @@ def find_videos(folder: str | Path) -> list[str]:
                 (links if entry.is_symlink() else pending).append(path)
             elif not entry.is_file():
                 skipped["broken links and what is no file"] += 1
-            elif is_video(entry.name):
-                videos.append(path)
+            elif wanted(entry.name):
+                found.append(path)
             else:
                 skipped[os.path.splitext(entry.name)[1].lower() or "no suffix"] += 1
     kinds = ", ".join(f"{kind} {count}" for kind, count in skipped.most_common(6))
@@ -108,17 +153,7 @@ def find_videos(folder: str | Path) -> list[str]:
     if skipped:
         more = ", ..." if len(skipped) > 6 else ""
         rest = f"; {skipped.total()} other files skipped ({kinds}{more})"
-    if not videos:
-        lists = [
-            name for name in ("train.csv", "val.csv", "test.csv") if os.path.isfile(os.path.join(start, name))
-        ]
-        advice = "images need a list with `folder start total`"
-        if lists:
-            advice = f"give the list {os.path.join(start, lists[0])}"
-        raise InputError(f"folder {start!r} holds no videos ({', '.join(VIDEO_SUFFIXES)}){rest}; {advice}")
-    if os.environ.get("RANK", "0") == "0":
-        _LOG.info("folder %s: %d videos%s", start, len(videos), rest)
-    return sorted(videos, key=lambda path: path.split(os.sep))
+    return sorted(found, key=lambda path: path.split(os.sep)), rest
 
 
 def _scan(folder: str, seen: set[tuple[int, int]]) -> list[os.DirEntry]:

@@ -50,7 +50,7 @@ class Parts(Protocol):
 # --- the pre-trainer on groups of clips ---------------------------------------------------------------------
 
 
-def _checked(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> list[Tensor]:
+def check_groups(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> list[Tensor]:
     """Clips of each mask, or InputError."""
     if not masks:
         raise InputError("a packed batch needs at least one mask")
@@ -80,7 +80,7 @@ def _checked(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[Dua
     return list(clips)
 
 
-def _positions(table: Tensor, tokens: int) -> Tensor:
+def positions_of(table: Tensor, tokens: int) -> Tensor:
     """[1, N, D]: the positions that a model built for clips of N tokens has.
 
     The fixed table is a function of the token's index alone, so one of any size is at hand.
@@ -137,7 +137,7 @@ def _decoded(
     encoder, proj, backend = model.encoder, model.encoder.patch_embed.proj, model.backend
     groups = []
     for group, mask in zip(clips, masks):
-        positions = _positions(encoder.pos_embed, mask.num_tokens)
+        positions = positions_of(encoder.pos_embed, mask.num_tokens)
         statistics = statistics_of(group, model.config)
         groups.append(
             embed_visible(
@@ -156,7 +156,7 @@ def _decoded(
     x = model.narrow(x)
     sequences = []
     for part, mask in zip(_unpack(x, groups), masks):
-        positions = _positions(model.pos_embed, mask.num_tokens)
+        positions = positions_of(model.pos_embed, mask.num_tokens)
         sequences.append(
             assemble_decoder_tokens(
                 part, model.mask_token, positions, mask.visible, mask.decode, backend=backend
@@ -189,7 +189,7 @@ def packed_loss(
         InputError: clips, masks and values that do not fit each other, or another size where positions are
             learned.
     """
-    clips = _checked(model, clips, masks)
+    clips = check_groups(model, clips, masks)
     known = [None] * len(masks) if values is None else list(values)
     if isinstance(values, Tensor) or len(known) != len(masks):
         raise InputError(f"{len(masks)} masks need as many groups of values, in a list")
@@ -206,6 +206,6 @@ def packed_loss(
 
 def packed_predict(model: Parts, clips: Sequence[Tensor] | Tensor, masks: Sequence[DualMask]) -> list[Tensor]:
     """Predicted tubelets [B, Nd, P] of each group; see `packed_loss`."""
-    clips = _checked(model, clips, masks)
+    clips = check_groups(model, clips, masks)
     decoded = [Rows(mask.decoded_rows, None, model.backend) for mask in masks]
     return [model.decoder.head(model.final_norm(x)) for x in _decoded(model, clips, masks, decoded)]

@@ -25,7 +25,7 @@ from vmae.model.embed import (
     register_positions,
     statistics_of,
 )
-from vmae.model.packed import packed_loss, packed_predict
+from vmae.model.packed import check_groups, packed_loss, packed_predict, positions_of
 from vmae.model.recompute import LayerNorm, norm_linear
 from vmae.model.rows import Rows, norm_rows
 from vmae.model.target import Pixels, Target
@@ -107,21 +107,23 @@ class Pretrainer(nn.Module):
 
     def encode(self, clips: Tensor, mask: DualMask) -> Tensor:
         """Encoded visible tokens [B, Nv, D], before the encoder's final norm."""
-        return self._encode(clips, mask.visible)
+        return self._encode(clips, mask.visible, mask.num_tokens)
 
     def tokens(self, clips: Tensor) -> Tensor:
         """Every token [B, N, D] after the encoder's final norm: nothing is masked. What a probe reads."""
-        every = torch.arange(self.config.num_tokens, dtype=torch.int32, device=clips.device)
-        return self.encoder.norm(self._encode(clips, every.expand(clips.shape[0], -1)))
+        count = self.config.num_tokens
+        every = torch.arange(count, dtype=torch.int32, device=clips.device)
+        return self.encoder.norm(self._encode(clips, every.expand(clips.shape[0], -1), count))
 
-    def _encode(self, clips: Tensor, tokens: Tensor) -> Tensor:
+    def _encode(self, clips: Tensor, tokens: Tensor, total: int) -> Tensor:
+        """`tokens` [B, Nv] of the `total` ones of a clip, encoded: [B, Nv, D]."""
         proj = self.encoder.patch_embed.proj
         x = embed_visible(
             clips,
             tokens,
             proj.weight,
             proj.bias,
-            self.encoder.pos_embed,
+            positions_of(self.encoder.pos_embed, total),
             backend=self.backend,
             statistics=statistics_of(clips, self.config),
         )
@@ -139,8 +141,9 @@ class Pretrainer(nn.Module):
         """`rows` of the decoder's sequence [B, Nv + Nd, Dd] before its final norm: its last block computes no
         others."""
         x = self.narrow(encoded)
+        positions = positions_of(self.pos_embed, mask.num_tokens)
         x = assemble_decoder_tokens(
-            x, self.mask_token, self.pos_embed, mask.visible, mask.decode, backend=self.backend
+            x, self.mask_token, positions, mask.visible, mask.decode, backend=self.backend
         )
         *blocks, last = self.decoder.blocks
         for block in blocks:
@@ -164,14 +167,18 @@ class Pretrainer(nn.Module):
             clips: uint8 [B, T, H, W, 3], or normalised float [B, 3, T, H, W]; of a model of other channels or
                 statistics uint8, uint16 or float32 [B, T, H, W, C].
             mask: of B clips of the same grid, on the clips' device. A list of masks with unequal counts, with
-                clips of any sizes, goes through `vmae.model.packed.packed_loss`.
+                clips of any sizes, goes through `vmae.model.packed.packed_loss`; a list of one needs no
+                packing.
             values: the target's [B, Nk, C], where they are known already; with a list of masks, as many.
         """
-        if not isinstance(mask, DualMask):
+        if isinstance(mask, DualMask):
+            if not (values is None or isinstance(values, Tensor)):
+                raise InputError(f"{len(values)} groups of values need a list of masks, one each")
+            clips = self._checked(clips, mask)
+        elif len(mask) == 1 and values is None:
+            (clips,), (mask,) = check_groups(self, clips, mask), mask
+        else:
             return packed_loss(self, clips, mask, values)
-        if not (values is None or isinstance(values, Tensor)):
-            raise InputError(f"{len(values)} groups of values need a list of masks, one each")
-        clips = self._checked(clips, mask)
         counted = Rows(mask.hidden_rows, mask.hidden_uses, self.backend)
         rows = self.decode(self.encode(clips, mask), mask, counted)
         return self.target.loss(

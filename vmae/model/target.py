@@ -34,9 +34,11 @@ class Target(abc.ABC):
     Attributes:
         notes: lines for the user on what it is made of.
         identity: what decides its values beside the settings, plain containers; None where nothing does.
+        any_shape: whether clips may have other frames and sizes than the model's.
     """
 
     name: ClassVar[str]
+    any_shape: ClassVar[bool] = False
     notes: tuple[str, ...] = ()
     identity: dict[str, Any] | None = None
 
@@ -129,6 +131,7 @@ class Pixels(Target):
     """
 
     name = "pixels"
+    any_shape = True
 
     def __init__(self, config: ModelConfig, normalize: bool = True) -> None:
         super().__init__(config)

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from vmae.config import ModelSettings
-from vmae.data import VideoEntry, read_data
+from vmae.data import Mix, VideoEntry, read_data
 from vmae.data.needs import Load, open_files
+from vmae.data.shapes import ClipShape, source_shapes
 from vmae.data.shards.entries import is_address
 from vmae.data.shared_memory import FOLDER, batches_bytes, remedy
 from vmae.data.shared_memory import describe as describe_bytes
 from vmae.errors import InputError
 from vmae.flags import Settings, chosen
-from vmae.model.cost import peak_flops, token_counts
+from vmae.model.cost import masked_macs, peak_flops, token_counts
 from vmae.planning.budget import (
     MACHINES,
     UNLABELED_HYBRID,
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         print(line)
     for line in [need_line(load), *storage_lines(data, storage, plan.cluster.gpus)]:
         print(line)
-    for line in list_lines(args.data, entries):
+    for line in [*list_lines(args.data, entries), *shape_lines(config, entries)]:
         print(line)
     if args.json:
         _write(Path(args.json), content)
@@ -310,6 +311,30 @@ def list_lines(data: str, entries: Sequence[VideoEntry], count: int = 3) -> list
     shown = [entries[i] for i in range(min(count, len(entries)))]
     lines = [f"  {e.path}" + (f" ({e.total} frames)" if e.kind == "frames" else "") for e in shown]
     return [f"data: {data}, {len(entries)} entries, the first:", *lines]
+
+
+def shape_lines(config: PretrainConfig, entries: Sequence[VideoEntry]) -> list[str]:
+    """What the clips of a mix's sources cost, where some have another shape than the model's."""
+    model = config.model
+    usual = ClipShape(model.num_frames, *model.image_hw)
+    shapes = source_shapes(entries, usual, model.grid)
+    if not isinstance(entries, Mix) or {*shapes} == {usual}:
+        return []
+    lines, mean = [], 0.0
+    for source, share, shape in zip(entries.sources, entries.shares(), shapes):
+        one = model.replace(num_frames=shape.frames, img_size=shape[1:])
+        macs = masked_macs(one, config.mask)
+        mean += share * macs
+        lines.append(
+            f"  {source.name}: {share:.1%} of the clips, of {shape}, {one.num_tokens} tokens, "
+            f"{macs / 1e9:.3g} GMACs forward"
+        )
+    ratio = mean / masked_macs(model, config.mask)
+    return [
+        "clips of the sources:",
+        *lines,
+        f"all figures above are for clips of {usual}; those of this mix cost {ratio:.2f} of it in the mean",
+    ]
 
 
 # --- For machines ---

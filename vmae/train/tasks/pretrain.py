@@ -18,11 +18,11 @@ from vmae.data.classify_dataset import ClipConfig
 from vmae.data.gallery import Gallery
 from vmae.data.labels import LabelledList, read_labelled_list
 from vmae.data.loaders import check_loader
+from vmae.data.shared_memory import check_shared_memory
 from vmae.data.view_store import LatentStore
 from vmae.errors import InputError
 from vmae.masking import DualMask
 from vmae.model import Pretrainer, build_pretrainer
-from vmae.model.cost import masked_macs
 from vmae.model.target import Pixels, Target
 from vmae.targets.building import build_target
 from vmae.targets.settings import Wanted
@@ -30,8 +30,15 @@ from vmae.train.checks import check_mask
 from vmae.train.dry_run import find_absent, show_settings, tell_absent
 from vmae.train.latent_store import about_latents, describe_size, fill_latents
 from vmae.train.metrics import trivial_losses
+from vmae.train.mix_shapes import MixShapes, check_mix_shapes
 from vmae.train.parallel import open_parallel
-from vmae.train.pretrain_settings import PretrainConfig, RunConfig, add_arguments, configs_from_args
+from vmae.train.pretrain_settings import (
+    PretrainConfig,
+    RunConfig,
+    add_arguments,
+    configs_from_args,
+    local_ranks,
+)
 from vmae.train.probe import ProbeSet, count_passes, describe_probe, pass_flops, read_gallery
 from vmae.train.run import run_task
 from vmae.train.task import ModelTask
@@ -94,6 +101,7 @@ def store_latents(config: PretrainConfig, run: RunConfig, epochs: int, *, dry_ru
 class PretrainTask(ModelTask[PretrainConfig, Batch]):
     """Masked autoencoding: the loss is the target's on the tokens that the mask counts."""
 
+    dataset: PretrainDataset
     model: Pretrainer
     target: Target
 
@@ -113,6 +121,7 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         if self.config.resize == "pil":
             self.config.model.check_rgb("--resize pil")
         self.probed: Gallery | None = None
+        self.shapes = MixShapes([self.config.model], [1.0])
         self.build_target()
         return [*super().check(), *self.target.notes]
 
@@ -153,6 +162,16 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
             resize=config.resize,
             channels=channels,
         )
+        self.shapes = check_mix_shapes(
+            dataset,
+            config.model,
+            config.mask,
+            target=self.target,
+            loader=config.loader,
+            cuda_graphs=self.run.speed.cuda_graphs,
+        )
+        if config.loader == "cpu":
+            check_shared_memory(self.batch_bytes(), self.run.speed.num_workers, local_ranks())
         if config.target.latents is not None:
             self.open_latents(dataset)
         return dataset, notes + self.read_probe(dataset)
@@ -220,7 +239,7 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         return [*self.model.encoder.blocks, *self.model.decoder.blocks]
 
     def block_tokens(self) -> Sequence[int]:
-        visible, decoded = self.one.visible.shape[1], self.one.decode.shape[1]
+        visible, decoded = self.shapes.most_tokens(self.config.mask)
         encoder, decoder = self.config.model.depth, self.config.model.decoder_depth
         return [visible] * encoder + [visible + decoded] * decoder
 
@@ -228,10 +247,10 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         """Of a micro-batch's clips, uint8, and of the stored values that come with them, bf16."""
         clips, stored = self.run.batch_size * self.config.num_sample, self.config.target.latents is not None
         values = 2 * clips * self.one.keep.shape[1] * self.target.width if stored else 0
-        return super().batch_bytes() + values
+        return clips * self.shapes.clip_bytes + values
 
     def flops_per_clip(self) -> float:
-        own = masked_macs(self.config.model, self.config.mask, width=self.target.width)
+        own = self.shapes.macs(self.config.mask, self.target.width)
         return 6.0 * own + 2.0 * self.target.macs()
 
     def weigh(self, batch: Batch) -> float:
@@ -250,7 +269,9 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
     def compute_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         if batch.values is not None:
             return model(batch.clips, batch.mask, values=batch.values)
-        return model(batch.clips, batch.mask)
+        if tuple(batch.clips.shape[1:4]) == self.dataset.usual_shape:
+            return model(batch.clips, batch.mask)
+        return model([batch.clips], [batch.mask])
 
     def build_validation(self, model: nn.Module, steps_per_epoch: int) -> Validation | None:
         config, run, probe = self.config, self.run, self.config.probe
@@ -310,7 +331,7 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
 
     def describe_data(self) -> list[str]:
         visits = f"{len(self.dataset.entries)} videos x {self.config.repeat} visits an epoch"
-        return [visits, *describe_data(self.dataset.data), *self.describe_probe()]
+        return [visits, *describe_data(self.dataset.data), *self.shapes.describe(), *self.describe_probe()]
 
     def describe_probe(self) -> list[str]:
         """Lines on the probe, if there is one; its cost is among them."""
