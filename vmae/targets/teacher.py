@@ -75,6 +75,11 @@ def build(wanted: Wanted) -> TeacherTarget:
     changes = {"num_frames": model.num_frames, "img_size": model.img_size}
     speed = wanted.speed
     teacher, _ = to_model(source, "encoder", changes, backend=speed.backend, attention=speed.attention)
+    if teacher.config.in_channels != model.in_channels:
+        raise InputError(
+            f"the teacher {source.path} takes clips of {teacher.config.in_channels} channels, the student of "
+            f"{model.in_channels}"
+        )
     if teacher.config.grid != model.grid:
         raise InputError(
             f"the teacher {source.path} has {teacher.config.grid} tokens, the student {model.grid}"
