@@ -26,7 +26,7 @@ help:
 	@echo "make wheel      build the wheel in dist/, install it in an empty environment, use it away from the tree"
 	@echo "make build-versions  build the kernels for NVIDIA GPUs with triton 3.6, 3.7 and 3.9 (2.5 GB); no GPU is needed"
 	@echo "make gpu        on a machine with a GPU: test, measure, score, in four stages of at most 8 minutes; sets nothing up (STAGE=a: one)"
-	@echo "make test-decoders  install torchcodec (which needs FFmpeg's libraries) and DALI, run the tests that want them"
+	@echo "make test-decoders  install torchcodec (which needs FFmpeg's libraries), DALI and tifffile, run the tests that want them"
 	@echo "make test-interop   install transformers, ONNX, webdataset and pyarrow, run the tests that want them; ten releases of transformers (1 GB)"
 	@echo "make test-browser   install selenium, try the page of \`serve\` in Chromium (which must be there, with chromedriver)"
 	@echo "make clean      remove .venv and what the demo wrote"
@@ -71,8 +71,8 @@ test-all: setup
 	@$(PYTEST)
 
 test-decoders: setup
-	@$(PIP) -c constraints.txt -e '.[torchcodec,dali]'
-	@$(PYTEST) tests/data tests/bench/test_data.py tests/train/test_pretrain.py -k "torchcodec or dali"
+	@$(PIP) -c constraints.txt -e '.[torchcodec,dali,tiff]'
+	@$(PYTEST) tests/data tests/bench/test_data.py tests/train/test_pretrain.py -k "torchcodec or dali or tiff"
 
 test-interop: setup
 	@$(PIP) -c constraints.txt -e '.[hf,onnx]' webdataset pyarrow

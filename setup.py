@@ -47,6 +47,7 @@ setup(
         "torchcodec": ["torchcodec>=0.13,<0.14"],
         "hub": ["huggingface_hub>=0.34", "safetensors>=0.5"],
         "store": ["obstore>=0.12"],
+        "tiff": ["tifffile>=2023.7"],
         "hf": ["transformers>=4.50", "safetensors>=0.5"],
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "browser": ["selenium>=4.20"],

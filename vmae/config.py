@@ -293,9 +293,14 @@ class ModelConfig(_Checked):
 
     @property
     def clip_bytes(self) -> int:
-        """Of a clip in uint8; in uint16 it has twice as many, in float32 four times."""
+        """Of a clip in uint8."""
         height, width = self.image_hw
         return self.in_channels * self.num_frames * height * width
+
+    @property
+    def most_clip_bytes(self) -> int:
+        """Of a clip as a loader gives it: uint8, or the most that values of other channels take, float32."""
+        return self.clip_bytes * (1 if self.has_imagenet_pixels else 4)
 
     @property
     def image_hw(self) -> tuple[int, int]:

@@ -217,3 +217,63 @@ def test_packing_is_for_videos(stack, tmp_path, capsys):
     assert "a.npy: is a stack of frames, no video file; packing is for videos" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert len(read_list(tmp_path / "list.txt")) == 1
+
+
+# Pages in grey; pages of samples; ImageJ's series, time before channels; OME's, channels before time.
+@pytest.mark.parametrize(
+    "shape, axes, options",
+    [
+        ((5, 20, 24), "TYX", {}),
+        ((5, 20, 24, 3), "TYXS", {"photometric": "rgb"}),
+        ((5, 4, 20, 24), "TCYX", {"imagej": True, "metadata": {"axes": "TCYX"}}),
+        ((4, 5, 20, 24), "CTYX", {"ome": True, "metadata": {"axes": "CTYX"}, "photometric": "minisblack"}),
+    ],
+)
+def test_a_tiff_gives_its_frames(tmp_path, shape, axes, options):
+    tifffile = pytest.importorskip("tifffile")
+    array = values("uint16", *shape)
+    tifffile.imwrite(tmp_path / "a.tif", array, **options)
+    order = [axes.find(axis) for axis in "TYX"] + [max(axes.find("C"), axes.find("S"))]
+    whole = array[..., None] if order[3] < 0 else array.transpose(order)
+    with open_video(VideoEntry(str(tmp_path / "a.tif"))) as reader:
+        reader.channels = whole.shape[3]
+        assert (len(reader), reader.size, reader.backend) == (5, (24, 20), "tifffile")
+        found = reader.frames([4, 0, 2])
+    assert found.dtype == np.uint16 and np.array_equal(found, whole[[4, 0, 2]])
+
+
+def test_a_tiff_that_is_no_stack_is_named(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "a.tif", values("uint16", 2, 3, 8, 8), imagej=True, metadata={"axes": "TZYX"})
+    with pytest.raises(DecodeError, match=r"a\.tif: cannot be opened: axes TZYX of \[2, 3, 8, 8\] are no"):
+        open_video(VideoEntry(str(tmp_path / "a.tif")))
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((3, 8, 8), np.int16))
+    with pytest.raises(DecodeError, match="uint8, uint16 or float32, not int16"):
+        open_video(VideoEntry(str(tmp_path / "a.tif")))
+    (tmp_path / "a.tif").write_bytes(b"no picture")
+    with pytest.raises(DecodeError, match=r"a\.tif: cannot be opened: "):
+        open_video(VideoEntry(str(tmp_path / "a.tif")))
+
+
+def test_images_in_tiff_of_several_deep_channels(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    pixels = values("uint16", 2, 10, 12, 6)
+    for number, one in enumerate(pixels):
+        tifffile.imwrite(tmp_path / f"f_{number}.tif", one, photometric="minisblack", planarconfig="contig")
+    with open_video(VideoEntry(str(tmp_path), "frames", 0, 2, None, "f_{}.tif")) as reader:
+        reader.channels = 6
+        assert np.array_equal(reader.frames([0, 1]), pixels)
+    tifffile.imwrite(tmp_path / "f_1.tif", values("uint16", 3, 10, 12), photometric="minisblack")
+    with open_video(VideoEntry(str(tmp_path), "frames", 0, 2, None, "f_{}.tif")) as reader:
+        reader.channels = 1
+        with pytest.raises(DecodeError, match=r"f_1\.tif: has 3 frames, and an image of a folder is one"):
+            reader.frames([1])
+
+
+def test_a_tiff_without_its_library_is_told_what_to_install(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    Image.fromarray(values("uint16", 8, 8)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match="need tifffile .*: `pip install tifffile`"):
+        open_video(VideoEntry(str(tmp_path / "a.tif")))

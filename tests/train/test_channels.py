@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import vmae
+from vmae import ModelConfig
 from vmae.checkpoint.format import read_manifest
 from vmae.cli import main
-from vmae.config import PRESETS
+from vmae.config import PRESETS, MaskConfig
+from vmae.planning.memory import count_activations
 from vmae.train.metrics import read_log
 
 MICRO = dict(embed_dim=24, depth=1, num_heads=2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
@@ -118,6 +120,30 @@ def test_a_start_from_other_channels_is_refused(run, tmp_path, capsys):
     grey = "--in-channels 1 --channel-mean 0.5 --channel-std 0.3 --steps 1".split()
     assert pretrain(tmp_path / "list.txt", tmp_path / "run", *grey, "--init", str(run)) == 2
     assert "is of clips of 4 channels, and the model takes 1" in capsys.readouterr().err
+    taught = ["--target", "teacher", "--teacher", str(run)]
+    assert pretrain(tmp_path / "list.txt", tmp_path / "run", *grey, *taught) == 2
+    assert "takes clips of 4 channels, the student of 1" in capsys.readouterr().err
+
+
+def test_a_teacher_of_the_same_channels(run, stacks, tmp_path):
+    taught = ["--target", "teacher", "--teacher", str(run), "--steps", "1"]
+    assert pretrain(stacks / "list.txt", tmp_path / "run", *STATISTICS, *taught) == 0
+
+
+def test_bytes_of_a_clip_are_the_most_that_its_values_take():
+    many, usual = (ModelConfig.preset("vit_tiny", in_channels=count) for count in (12, 3))
+    assert many.most_clip_bytes == 4 * many.clip_bytes == 16 * usual.clip_bytes == 16 * usual.most_clip_bytes
+
+
+@pytest.mark.slow
+def test_memory_of_other_channels_is_planned():
+    size = {**MICRO, "img_size": 32, "patch_size": 8, "num_frames": 8}
+    mask = MaskConfig(encoder_ratio=0.75)
+    many, few = (
+        count_activations(ModelConfig.from_dict({**size, "in_channels": count}), mask, "float32", "none")
+        for count in (12, 1)
+    )
+    assert many.per_clip > few.per_clip > 0
 
 
 def test_pictures_and_other_programs_are_for_three_channels(run, stacks, tmp_path, capsys):

@@ -1,7 +1,7 @@
 """Frames of other channels and dtypes than RGB in 8 bits: files of them, and what a batch makes of them.
 
-A stack is a file with all frames of a video: a numpy array [T, H, W] or [T, H, W, C]. Frames are uint8,
-uint16 or float32. What counts as 1 is 255, 65535 and 1: `vmae_kernels.Statistics` are of such values.
+A stack is a file with all frames of a video: a numpy array [T, H, W] or [T, H, W, C], or a TIFF. Frames are
+uint8, uint16 or float32. What counts as 1 is 255, 65535 and 1: `vmae_kernels.Statistics` are of such values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from vmae.data.list_lines import VideoEntry
 from vmae.errors import InputError
 
-STACKS = {".npy": "npy"}  # suffix -> kind of backend that reads it
+STACKS = {".npy": "npy", ".tif": "tiff", ".tiff": "tiff"}  # suffix -> kind of backend that reads it
 DTYPES = tuple(map(np.dtype, ("uint8", "uint16", "float32")))
 RGB = 3
 

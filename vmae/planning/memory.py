@@ -51,9 +51,12 @@ def count_activations(
     All blocks of the encoder are alike, and the worst moment comes while all of them hold what they keep.
 
     Args:
-        backend: of the fused operations; "triton" is what runs on a GPU.
+        backend: of the fused operations; "triton" is what runs on a GPU. Of clips of other channels or
+            statistics than the kernels' all is counted as PyTorch's, a little more than a GPU keeps.
         recompute: norms and GELUs are made again in the backward, see `vmae.train.activations`.
     """
+
+    backend = backend if config.has_imagenet_pixels else "torch"
 
     def step(depth: int, clips: int) -> StepCount:
         def build(smaller: ModelConfig) -> Pretrainer:

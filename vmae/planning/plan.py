@@ -207,7 +207,7 @@ def report(plan: Plan, config: PretrainConfig, args: argparse.Namespace) -> list
 def node_batch_bytes(plan: Plan, config: PretrainConfig) -> int:
     """A micro-batch's clips; 0 where no workers make them."""
     work = plan.workload
-    return work.batch_size * work.num_sample * plan.config.clip_bytes if config.loader == "cpu" else 0
+    return work.batch_size * work.num_sample * plan.config.most_clip_bytes if config.loader == "cpu" else 0
 
 
 def node_batches_bytes(plan: Plan, config: PretrainConfig) -> int:

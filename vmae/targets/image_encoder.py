@@ -55,6 +55,7 @@ class ImageEncoder(FrozenEncoder):
     def __init__(self, wanted: Wanted, folder: Path) -> None:
         settings, student = wanted.settings, wanted.model
         self.path, self.notes = str(folder), []
+        student.check_rgb("a teacher of images")
         if settings.teacher_attention not in _ATTENTION:
             raise InputError(
                 f"--teacher-attention {settings.teacher_attention}: a model of transformers has "

@@ -39,6 +39,11 @@ class VideoEncoder(FrozenEncoder):
         settings, student = wanted.settings, wanted.model
         source, own = _read(settings)
         self.path = str(source.path)
+        if own.in_channels != student.in_channels:
+            raise InputError(
+                f"the teacher {self.path} takes clips of {own.in_channels} channels, the student of "
+                f"{student.in_channels}"
+            )
         self.notes = [_of_teacher(line) for line in source.lines]
         tubelet, patch = own.tubelet_size, own.patch_size
         size = settings.teacher_size

@@ -346,7 +346,7 @@ def planned_load(file: str | None, device: torch.device) -> tuple[Load, str]:
     reads, name = config.loader == "cpu", device_name(device)
     load = Load(
         workers=run.speed.num_workers if reads else 0,
-        batch_bytes=run.batch_size * config.num_sample * config.model.clip_bytes if reads else 0,
+        batch_bytes=run.batch_size * config.num_sample * config.model.most_clip_bytes if reads else 0,
         ranks=ranks,
         world=ranks,
         videos_per_s=predict_rate(name, config.dtype, flops, config.num_sample) if reads else None,

@@ -234,10 +234,8 @@ class ModelTask(Task[ModelConfigT, BatchT]):
         return False
 
     def batch_bytes(self) -> int:
-        """Of a micro-batch's clips: uint8, or the most that values of other channels can take, float32."""
-        model = self.config.model
-        each = 1 if model.has_imagenet_pixels else 4
-        return self.run.batch_size * self.config.num_sample * model.clip_bytes * each
+        """The most that a micro-batch's clips take."""
+        return self.run.batch_size * self.config.num_sample * self.config.model.most_clip_bytes
 
     def describe_model(self) -> str:
         model = self.config.model

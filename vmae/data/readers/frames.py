@@ -9,7 +9,7 @@ import numpy as np
 from vmae.data.channels import RGB
 from vmae.data.files import check_regular
 from vmae.data.manifest import VideoEntry
-from vmae.data.readers import Backend
+from vmae.data.readers import Backend, tiff
 from vmae.data.video_reader import DecodeError, VideoReader, first_reason
 
 if TYPE_CHECKING:
@@ -28,24 +28,30 @@ class FrameFolderReader(VideoReader):
         return self._entry.total
 
     def _decode(self, indices: np.ndarray) -> np.ndarray:
-        from PIL import Image
-
         images: list[np.ndarray] = []
         for index in indices.tolist():
             name, file = self._image(index)
-            try:
-                with Image.open(file) as image:
-                    images.append(self._pixels(image, name))
-            except DecodeError:
-                raise
-            except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError and more
-                raise DecodeError(f"{name}: cannot be decoded: {first_reason(str(error), [])}") from None
+            images.append(self._read(name, file))
             if images[-1].dtype != images[0].dtype or images[-1].shape[2:] != images[0].shape[2:]:
                 raise DecodeError(f"{name}: {_said(images[-1])}, unlike the frames before it")
             if images[-1].shape != images[0].shape:
                 height, width = images[-1].shape[:2]
                 raise DecodeError(f"{name}: {width} x {height} pixels, unlike the frames before it")
         return np.stack(images)
+
+    def _read(self, name: str, file: str | IO[bytes]) -> np.ndarray:
+        """An image, [H, W, C]."""
+        from PIL import Image
+
+        if self.channels != RGB and name.lower().endswith(tiff.SUFFIXES) and not tiff.missing():
+            return tiff.read_image(file, name)
+        try:
+            with Image.open(file) as image:
+                return self._pixels(image, name)
+        except DecodeError:
+            raise
+        except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError and more
+            raise DecodeError(f"{name}: cannot be decoded: {first_reason(str(error), [])}") from None
 
     def _pixels(self, image: Image.Image, name: str) -> np.ndarray:
         """RGB in 8 bits [H, W, 3], or what the image holds [H, W, C]."""
