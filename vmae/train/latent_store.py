@@ -48,11 +48,11 @@ def about_latents(
 def describe_size(store: LatentStore) -> str:
     """The bytes of a store, and how they come about."""
     about, free = store.about, store.check_room()
-    room = "" if free is None else f"; {free / 1e9:.2f} GB are free"
+    room = "" if free is None else f"; {free:,} are free"
     return (
         f"latents: {about['epochs']} epochs x {about['samples']} videos x {about['num_sample']} clips x "
-        f"{about['tokens']} counted tokens x {about['width']} values x 2 bytes = "
-        f"{store.size_bytes / 1e9:.3g} GB in {store.folder}{room}"
+        f"{about['tokens']} counted tokens x {about['width']} values x 2 = "
+        f"{store.size_bytes:,} bytes in {store.folder}{room}"
     )
 
 
