@@ -27,7 +27,7 @@ help:
 	@echo "make build-versions  build the kernels for NVIDIA GPUs with triton 3.6, 3.7 and 3.9 (2.5 GB); no GPU is needed"
 	@echo "make gpu        on a machine with a GPU: test, measure, score, in four stages of at most 8 minutes; sets nothing up (STAGE=a: one)"
 	@echo "make test-decoders  install torchcodec (which needs FFmpeg's libraries), DALI and tifffile, run the tests that want them"
-	@echo "make test-interop   install transformers, ONNX, webdataset and pyarrow, run the tests that want them; ten releases of transformers (1 GB)"
+	@echo "make test-interop   install transformers, ONNX, webdataset, pyarrow, W&B and trackio, run the tests that want them; ten releases of transformers (1 GB)"
 	@echo "make test-browser   install selenium, try the page of \`serve\` in Chromium (which must be there, with chromedriver)"
 	@echo "make clean      remove .venv and what the demo wrote"
 
@@ -75,10 +75,10 @@ test-decoders: setup
 	@$(PYTEST) tests/data tests/bench/test_data.py tests/train/test_pretrain.py -k "torchcodec or dali or tiff"
 
 test-interop: setup
-	@$(PIP) -c constraints.txt -e '.[hf,onnx]' webdataset pyarrow
+	@$(PIP) -c constraints.txt -e '.[hf,onnx,track]' webdataset pyarrow
 	@TEST_RELEASES=$(VENV)/releases $(PYTEST) tests/checkpoint tests/targets/test_image_encoder.py tests/tools/test_export.py tests/tools/test_parity.py 'tests/test_docs.py::test_page[hugging_face]' \
 	  tests/bench/test_dual_vs_encoder.py::test_transformers_own_model_does_the_same \
-	  tests/data/shards/test_packing.py tests/data/test_lists.py
+	  tests/data/shards/test_packing.py tests/data/test_lists.py tests/train/test_sinks.py
 
 test-browser: setup
 	@$(PIP) -c constraints.txt -e '.[browser]'

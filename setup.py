@@ -50,6 +50,7 @@ setup(
         "tiff": ["tifffile>=2023.7"],
         "hf": ["transformers>=4.50", "safetensors>=0.5"],
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
+        "track": ["wandb>=0.19", "trackio>=0.40"],
         "browser": ["selenium>=4.20"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.28"],
         "notebook": ["nbclient>=0.10", "ipykernel>=6.29"],

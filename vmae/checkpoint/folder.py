@@ -251,6 +251,8 @@ def set_aside(folder: str | Path, after_step: int | None = None) -> Path | None:
             "config.yaml",
             "nonfinite.json",
             "tensorboard",
+            "sinks.json",
+            "wandb",
             WEIGHTS_NAME,
             AVERAGED_NAME,
             BEST_WEIGHTS_NAME,

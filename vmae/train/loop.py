@@ -34,6 +34,7 @@ from vmae.train.parallel import Parallel, bare
 from vmae.train.passes import Stopped
 from vmae.train.signals import STOP_SIGNALS, StopSignals
 from vmae.train.skipping import KINDS, Outcome, Skipping, SkippingGuard, write_report
+from vmae.train.sinks import Service
 from vmae.train.state import Companion, TrainingState
 from vmae.train.step import Exchange, Read, StepRecord, TrainingBatch, seed_random
 from vmae.train.validation import Validation
@@ -111,6 +112,7 @@ class Trainer:
         flops_per_clip: of forward and backward, for the utilisation in the logs.
         tensorboard: also write TensorBoard files.
         board: folder of these; None means one in the run's folder.
+        service: a tracking service that gets the numbers of the log.
         on_first_batch: called with the first micro-batch of this start, on the device.
         validation: tests the model between two steps, see `Validation`; its time is in no step.
         skipping: steps that are left out where the run goes on.
@@ -138,6 +140,7 @@ class Trainer:
         flops_per_clip: float | None = None,
         tensorboard: bool = True,
         board: Path | None = None,
+        service: Service | None = None,
         on_first_batch: Callable[[TrainingBatch], None] | None = None,
         validation: Validation | None = None,
         skipping: Skipping = STOPS,
@@ -151,7 +154,7 @@ class Trainer:
         self.weigh, self.after_step, self.flops_per_clip = weigh, after_step, flops_per_clip
         self.sources, self.count_sources = tuple(sources), count_sources
         self.tensorboard, self.board, self.on_first_batch = tensorboard, board, on_first_batch
-        self.validation = validation
+        self.validation, self.service = validation, service
         self.skipping, companions = skipping, dict(companions or {})
         self.guard = FiniteGuard(optimizer, self.device)
         if skipping:
@@ -250,6 +253,7 @@ class Trainer:
             self.tensorboard,
             check=folder.check,
             board=self.board,
+            service=self.service,
         )
 
     def train_step(self, batches: Iterator[TrainingBatch]) -> None:

@@ -37,6 +37,7 @@ from vmae.model.cost import peak_flops
 from vmae.model.embed import statistics_of
 from vmae.train.compiled import CompileWatch
 from vmae.train.pretrain_settings import RunConfig
+from vmae.train.sinks import Background, Service, TensorBoard, numbers_of
 from vmae_kernels import patch_loss, patch_targets_ref
 
 try:
@@ -125,6 +126,14 @@ def loss_of_last_tenth(records: list[dict[str, Any]], total_steps: int) -> float
     return sum(losses) / len(losses) if losses else None
 
 
+def service_of(run: RunConfig, settings: dict[str, Any]) -> Service | None:
+    """Where `--log-to` sends the numbers of a run, and `settings`."""
+    if run.log_to == "none":
+        return None
+    name = run.log_name or Path(run.output).absolute().name
+    return Service(kind=run.log_to, project=run.log_project, name=name, settings=settings)
+
+
 def board_folder(run: RunConfig) -> Path:
     """Where TensorBoard files of a run go: `log_dir`, unless that is the run's own folder."""
     if run.log_dir is None or Path(run.log_dir).absolute() == Path(run.output).absolute():
@@ -147,6 +156,7 @@ class RunLog:
             `quiet_s` seconds.
         check: raises InputError where the folder is no longer the run's, see `FolderLock.check`.
         board: folder of TensorBoard files; None means `tensorboard` in `folder`.
+        service: a tracking service that gets the same numbers.
 
     Raises:
         InputError: a file cannot be written; also by `record` and `close`.
@@ -160,6 +170,7 @@ class RunLog:
     quiet_s: float = 10.0
     check: Callable[[], None] = lambda: None
     board: Path | None = None
+    service: Service | None = None
     whole_run: StepMeter = field(default_factory=StepMeter)
     compiled: CompileWatch = field(default_factory=CompileWatch)
 
@@ -170,6 +181,7 @@ class RunLog:
         self._cut_back()
         self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self._writer = self._open_tensorboard() if self.tensorboard else None
+        self._remote = self._open_service()
         self._bar = tqdm(
             total=self.total_steps,
             initial=self.start_step,
@@ -197,17 +209,23 @@ class RunLog:
             json.dumps(record) + "\n" for record in found.records if record["step"] <= self.start_step
         )
         write_atomically(self.path, lambda file: file.write(lines), binary=False)
+        self._logged_before = max((record["step"] for record in found.records), default=0)
 
-    def _open_tensorboard(self):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            self.say(f"note: no TensorBoard logs ({error}); `pip install tensorboard` brings them")
+    def _open_service(self) -> Background | None:
+        service, folder, say = self.service, self.folder, self.say
+        if service is None:
             return None
+        return Background(service.kind, lambda: service.open(folder, say), say, self._logged_before)
+
+    def _open_tensorboard(self) -> TensorBoard | None:
         self._thread_error, threading.excepthook = threading.excepthook, self._on_thread_error
         try:
             with self._telling(self._board):
-                return SummaryWriter(str(self._board), purge_step=self.start_step + 1)
+                return TensorBoard(self._board, self.start_step)
+        except ImportError as error:
+            threading.excepthook = self._thread_error
+            self.say(f"note: no TensorBoard logs ({error}); `pip install tensorboard` brings them")
+            return None
         except InputError:
             threading.excepthook = self._thread_error
             raise
@@ -257,15 +275,12 @@ class RunLog:
         if durable:
             with self._telling(self.path):
                 os.fsync(self._handle)
+        numbers = numbers_of(values)
         if self._writer is not None:
-            for key, value in values.items():
-                named = {key: value}
-                if isinstance(value, dict):
-                    named = {f"{key}/{name}": number for name, number in value.items()}
-                for name, number in named.items():
-                    if name != "step" and isinstance(number, (int, float)):
-                        with self._telling(self._board):
-                            self._writer.add_scalar(name, number, values["step"])
+            with self._telling(self._board):
+                self._writer.write(values["step"], numbers)
+        if self._remote is not None:
+            self._remote.write(values["step"], numbers)
 
     def _append(self, line: bytes) -> None:
         """Write a line whole or not at all, into the file that stands at `path`."""
@@ -325,6 +340,8 @@ class RunLog:
         covered."""
         self._bar.close()
         os.close(self._handle)
+        if self._remote is not None:
+            self._remote.close()
         if self._writer is None:
             return
         try:

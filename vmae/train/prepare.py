@@ -30,6 +30,7 @@ from vmae.train.parallel import Parallel
 from vmae.train.pretrain_settings import RunConfig
 from vmae.train.recompute_choice import choose_recompute, need_without
 from vmae.train.resume import choose_checkpoint, setting_changes, with_defaults
+from vmae.train.sinks import check_service
 from vmae.train.task import Task, TaskConfig
 
 # Settings under `model` that a resumed run may change: they concern training only.
@@ -143,6 +144,7 @@ def prepare(task: Task, run: RunConfig, parallel: Parallel) -> Prepared:
         InputError: names what is wrong: data, settings, output folder, device, weights, checkpoint.
     """
     speed, notes = resolve_compile(run.speed, parallel.device)
+    check_service(run.log_to)
     task.run, task.parallel = dataclasses.replace(run, speed=speed), parallel
     for folder in filter(None, (run.output, run.log_dir)):
         check_output(Path(folder))

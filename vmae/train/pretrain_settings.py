@@ -33,6 +33,7 @@ from vmae.settings import BATCH, COUNT, FPS, SEED, SHARE, STEPS, STRIDE, OneOf, 
 from vmae.targets.settings import TargetConfig
 from vmae.train.probe_settings import ProbeConfig
 from vmae.train.published_flags import PRETRAIN_FLAGS, adapt_pretrain
+from vmae.train.sinks import SERVICES
 
 EPOCHS, WARMUP_STEPS, EFFECTIVE_BATCH = Whole(1, 10**9), Whole(0, STEPS.most), Whole(1, 2**40)
 OPTIMIZER = OptimConfig.group
@@ -200,6 +201,17 @@ class RunConfig(_Checked):
     tensorboard: bool = setting(True, "TensorBoard files")
     log_dir: str | None = setting(
         None, "where they go", aliases=("--log_dir",), metavar="DIR", unset="tensorboard, in the run's folder"
+    )
+    log_to: str = setting(
+        "none",
+        "also send the numbers of the log, and the settings, to wandb or trackio",
+        OneOf("log service", ("none", *SERVICES)),
+    )
+    log_project: str | None = setting(
+        None, "project there", metavar="NAME", unset="WANDB_PROJECT or TRACKIO_PROJECT, else vmae"
+    )
+    log_name: str | None = setting(
+        None, "name of the run there", metavar="NAME", unset="that of the output folder"
     )
     max_bad_share: float = setting(0.05, "bad videos that do not stop a run, of all", SHARE)
     allow_list_change: bool = setting(

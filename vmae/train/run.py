@@ -35,6 +35,7 @@ from vmae.train.metrics import (
     board_folder,
     describe_start,
     read_log,
+    service_of,
     write_run_file,
 )
 from vmae.train.needs import warn_of_shortages
@@ -250,6 +251,7 @@ def build_trainer(prepared: Prepared) -> Trainer:
         flops_per_clip=task.flops_per_clip(),
         tensorboard=run.tensorboard,
         board=board_folder(run),
+        service=service_of(run, config.to_dict()),
         on_first_batch=task.on_first_batch,
         validation=task.build_validation(model, prepared.steps_per_epoch),
         skipping=Skipping.of(config.optim),
