@@ -33,8 +33,8 @@ from vmae.train.optim import clip_gradients, set_learning_rate, set_weight_decay
 from vmae.train.parallel import Parallel, bare
 from vmae.train.passes import Stopped
 from vmae.train.signals import STOP_SIGNALS, StopSignals
-from vmae.train.skipping import KINDS, Outcome, Skipping, SkippingGuard, write_report
 from vmae.train.sinks import Service
+from vmae.train.skipping import KINDS, Outcome, Skipping, SkippingGuard, write_report
 from vmae.train.state import Companion, TrainingState
 from vmae.train.step import Exchange, Read, StepRecord, TrainingBatch, seed_random
 from vmae.train.validation import Validation
