@@ -203,7 +203,7 @@ class ProbeSet(VideoPass):
             )
             right = (voted.numpy() == labels[asked]) & rows[1].isfinite().all(1).numpy()
             found["knn"] = 100 * int(right.sum()) / len(asked)
-            found["attentive"] = 100 * sum(answers[one] == labels[one] for one in asked) / len(asked)
+            found["attentive"] = 100 * sum(answers[one] == int(labels[one]) for one in asked) / len(asked)
         found |= {"videos": len(means), "undecodable": len(failed)}
         return found, [failure for _, failure in sorted(failed)]
 
