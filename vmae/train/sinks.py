@@ -96,7 +96,7 @@ class Service:
         return ids[self.kind]
 
 
-# What W&B would send by itself: terminal, git remote and diff, host, command, packages, machine load.
+# Not what W&B would send by itself: terminal, git remote and diff, host, command, packages, machine load.
 _WANDB_QUIET = {
     "console": "off",
     "disable_git": True,
@@ -108,6 +108,8 @@ _WANDB_QUIET = {
     "x_save_requirements": False,
     "host": "",
     "silent": True,
+    # Less than PATIENCE_S: a process whose W&B still tries to log in does not end.
+    "init_timeout": 20.0,
 }
 
 
