@@ -172,6 +172,7 @@ def resolve_recompute(task: Task) -> None:
             sharers=parallel.mesh.shape[-1] if parallel.sharded else 1,
             accumulate=run.accumulate,
             averaged=task.averaged,
+            beside=task.bytes_beside(),
         )
     chosen = choose_recompute(speed.recompute, parallel.device, compiled=bool(speed.compile), need=need)
     task.run = dataclasses.replace(run, speed=dataclasses.replace(speed, recompute=chosen))

@@ -65,6 +65,7 @@ def need_without(
     sharers: int = 1,
     accumulate: int = 1,
     averaged: bool = False,
+    beside: int = 0,
 ) -> Need:
     """What a rank's step needs with every result kept.
 
@@ -74,6 +75,7 @@ def need_without(
         sharers: ranks that share one copy of the state.
         accumulate: micro-batches of a step; FSDP keeps whole gradients between them.
         averaged: an average of the weights is kept too.
+        beside: bytes that each rank holds throughout and trains nothing of, such as a frozen teacher's.
     """
     elements = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -90,7 +92,7 @@ def need_without(
     kept = sum(number * sizes[kind] for kind, number in kinds.items())
     if dtype == "bfloat16":  # copies of the weights, which the backward reads
         kept += 2 * sum(p.numel() for block in blocks for p in block.parameters() if p.requires_grad)
-    return Need(state, kept, 2 * max(sizes.values(), default=0))
+    return Need(state + beside, kept, 2 * max(sizes.values(), default=0))
 
 
 def recompute_ways(asked: str, device: str, *, compiled: bool) -> tuple[str, ...]:
