@@ -180,8 +180,8 @@ def planned_bytes(args: argparse.Namespace, ranks: int) -> float:
     )
     cluster = Cluster(gpus=ranks, gpus_per_node=ranks)
     parallel = "none" if ranks == 1 else "ddp"
-    known = dict(checkpointing="none", parallel=parallel)
-    plan = make_plan(ModelConfig.preset(args.model), MaskConfig(), cluster, workload, **known)
+    model = ModelConfig.preset(args.model)
+    plan = make_plan(model, MaskConfig(), cluster, workload, checkpointing="none", parallel=parallel)
     return plan.rows[0].memory.total
 
 

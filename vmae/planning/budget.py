@@ -285,8 +285,16 @@ def _row(
     workload: Workload,
 ) -> Row:
     clips = workload.batch_size * workload.num_sample
-    *state, target = held
-    memory = Memory(*state, activations.saved(clips), activations.working(clips), target)
+    parameters, gradients, optimizer, gathered, target = held
+    memory = Memory(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        gathered=gathered,
+        activations=activations.saved(clips),
+        working=activations.working(clips),
+        target=target,
+    )
     usable = cluster.memory * (1 - cluster.reserve)
     fitting = activations.most_clips(usable - sum(held)) / workload.num_sample
     executed = model_flops + recomputed

@@ -75,8 +75,9 @@ def count_activations(
 
     def step(depth: int, clips: int) -> StepCount:
         def build(smaller: ModelConfig) -> Pretrainer:
-            ways = {"backend": backend, "attention": "sdpa", "recompute": recompute}
-            model = build_pretrainer(smaller, target=on_paper_target, **ways)
+            model = build_pretrainer(
+                smaller, backend=backend, attention="sdpa", recompute=recompute, target=on_paper_target
+            )
             prepare_blocks((*model.encoder.blocks, *model.decoder.blocks), checkpointing=checkpointing)
             return model
 
