@@ -10,8 +10,8 @@ from vmae.checkpoint.models import start_pretrainer
 from vmae.cli import main
 from vmae.evaluate.encoder import load_encoder
 from vmae.synthetic.samples import sample_videos
-from vmae.targets import TARGETS, TargetConfig
-from vmae.targets.settings import Wanted
+from vmae.targets.building import build_target
+from vmae.targets.settings import TargetConfig, Wanted
 
 CONFIG = ModelConfig.preset("vit_tiny", img_size=32, num_frames=4, depth=1, decoder_depth=1)
 HEAD = ("decoder.head.weight", "decoder.head.bias")
@@ -19,7 +19,7 @@ HEAD = ("decoder.head.weight", "decoder.head.bias")
 
 def target_of(teacher, config=CONFIG):
     settings = TargetConfig(name="teacher", teacher=str(teacher))
-    return TARGETS["teacher"].build(Wanted(config, settings)), settings.to_dict()
+    return build_target(Wanted(config, settings)), settings.to_dict()
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from vmae import InputError, MaskConfig, ModelConfig
+from vmae import InputError, MaskConfig, ModelConfig, build_pretrainer
+from vmae.checkpoint import export_weights
 from vmae.cli import build_parser, main
 from vmae.config import CHECKPOINTING
-from vmae.model.cost import forward_macs
+from vmae.model.cost import classifier_macs, forward_macs, masked_macs
 from vmae.planning import budget
 from vmae.planning.budget import Cluster, Workload, make_plan, published_recipe
 from vmae.planning.memory import count_activations
@@ -272,3 +273,30 @@ def test_settings_check_themselves():
         Workload(dtype="int8")
     with pytest.raises(InputError, match="epochs must be a whole number from 1"):
         Workload(epochs=0)
+
+
+def test_a_teacher_is_planned_as_an_entry_of_its_own(tmp_path, capsys):
+    """Its MACs once and the student's three times, its weights on each GPU whatever is sharded, and the room
+    that its tokens take; pixels have none of these."""
+    path = tmp_path / "teacher.pth"
+    export_weights(path, build_pretrainer(TINY).state_dict(), config={"model": TINY.to_dict()})
+    flags = "--gpus 8 --gpus-per-node 8 --batch-size 4 --checkpointing none --parallel fsdp --json -".split()
+    plans = {}
+    for name, more in (("pixels", ()), ("teacher", ("--teacher", str(path)))):
+        assert main(["plan", *SMALL, *flags, "--target", name, *more]) == 0
+        plans[name] = json.loads(capsys.readouterr().out)
+    pixels, teacher = plans["pixels"], plans["teacher"]
+    assert pixels["target"]["macs_per_clip"] == 0 and pixels["rows"][0]["memory"]["target"] == 0
+    told, clips = teacher["target"], teacher["workload"]["clips_per_step"]
+    assert told["width"] == 128 and told["macs_per_clip"] == classifier_macs(TINY, 0)
+    assert told["student_macs_per_clip"] == masked_macs(TINY, MASK, width=128)
+    flops = 6 * told["student_macs_per_clip"] + 2 * told["macs_per_clip"]
+    assert teacher["model_flops_per_step"] == pytest.approx(flops * clips)
+    memory = teacher["rows"][0]["memory"]
+    assert memory["target"] > TINY.depth * 12 * 128**2 * 2  # in bf16 at least
+    assert memory["total"] == pytest.approx(sum(memory.values()) - memory["total"])
+
+
+def test_a_teacher_that_is_not_there_is_named(capsys):
+    assert main(["plan", *SMALL, "--target", "teacher", "--teacher", "gone.pth"]) == 2
+    assert "gone.pth does not exist" in capsys.readouterr().err

@@ -291,3 +291,10 @@ def count_step(forward: Callable[[], Tensor], model: nn.Module) -> StepCount:
         saved = counter.now
         loss.backward()
     return StepCount(saved, counter.peak, counter.flops)
+
+
+def count_forward(forward: Callable[[], object]) -> int:
+    """Bytes of what `forward()` makes, at its worst moment, on real or fake tensors."""
+    with _StepCounter([]) as counter:
+        forward()
+    return counter.peak

@@ -21,6 +21,7 @@ from vmae.config import CHECKPOINTING, DTYPE, MaskConfig, ModelConfig, OptimConf
 from vmae.errors import InputError
 from vmae.model import build_pretrainer
 from vmae.model.cost import masked_macs
+from vmae.model.target import Pixels, Target
 from vmae.planning.memory import Activations, Memory, count_activations, state_bytes
 from vmae.settings import BATCH, SHARE_ABOVE_0, SHARE_BELOW_1, STEPS, WORKERS, Real, Whole, ranged, setting
 from vmae.train.optim import USUAL_OPTIM
@@ -195,7 +196,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """All rows, and what they share: `model_flops` of a step (3 forward passes), the parameters' number."""
+    """All rows, and what they share: `model_flops` of a step (3 forward passes, and one of the target's), the
+    parameters' number, the target in words, the values that it has for a token, the MACs of a clip's."""
 
     config: ModelConfig
     mask: MaskConfig
@@ -204,6 +206,10 @@ class Plan:
     parameters: int
     model_flops: float
     rows: list[Row]
+    target: str = ""
+    target_width: int = 0
+    target_macs: int = 0
+    student_macs: int = 0
 
     @property
     def best(self) -> Row | None:
@@ -230,6 +236,7 @@ def make_plan(
     parallel: str = "auto",
     recompute: Sequence[str] = ("off", "budget"),
     optim: OptimConfig = USUAL_OPTIM,
+    target: Target | None = None,
 ) -> Plan:
     """Every checkpointing with every sharding, or the named ones. Seconds for any model; nothing of its size
     is allocated.
@@ -238,34 +245,42 @@ def make_plan(
         recompute: the first of these that fits, else the last, stands in a row without checkpointing; the
             last in the others.
         optim: whose state is counted.
+        target: what is predicted; None are pixels.
     """
     shardings = cluster.shardings(parallel)
+    predicted = target or Pixels(config)
+    target = None if isinstance(predicted, Pixels) else predicted  # counted alike, once
     with torch.device("meta"):
-        model = build_pretrainer(config, backend="torch")
-    model_flops = 6.0 * masked_macs(config, mask) * workload.clips_per_step
+        model = build_pretrainer(config, backend="torch", target=predicted)
+    student, values = masked_macs(config, mask, width=predicted.width), predicted.macs()
+    model_flops = (6.0 * student + 2.0 * values) * workload.clips_per_step
     counted = functools.lru_cache(count_activations)
-    plain = counted(config, mask, workload.dtype, "none")
+    plain = counted(config, mask, workload.dtype, "none", target=target)
     rows = []
     for name in [checkpointing] if checkpointing else CHECKPOINTING:
         for sharding, sharers in shardings.items():
             state = state_bytes(model, sharers, workload.dtype, workload.accumulate(cluster.gpus), optim)
             ways = []
             for way in recompute if name == "none" else recompute[-1:]:
-                activations = counted(config, mask, workload.dtype, name, recompute=way != "off")
+                activations = counted(
+                    config, mask, workload.dtype, name, recompute=way != "off", target=target
+                )
                 recomputed = (activations.flops - plain.flops) * workload.clips_per_step
                 kind = (name, way, sharding)
-                ways.append(_row(*kind, state, activations, model_flops, recomputed, cluster, workload))
+                held = (*state, predicted.state_bytes())
+                ways.append(_row(*kind, held, activations, model_flops, recomputed, cluster, workload))
             row = next((row for row in ways if row.fits), ways[-1])
             rows.append(dataclasses.replace(row, largest_batch=max(row.largest_batch for row in ways)))
     parameters = sum(p.numel() for p in model.parameters())
-    return Plan(config, mask, cluster, workload, parameters, model_flops, rows)
+    about = (predicted.describe(), predicted.width, values, student)
+    return Plan(config, mask, cluster, workload, parameters, model_flops, rows, *about)
 
 
 def _row(
     checkpointing: str,
     recompute: str,
     sharding: str,
-    state: tuple[int, int, int, int],
+    held: tuple[int, int, int, int, int],
     activations: Activations,
     model_flops: float,
     recomputed: float,
@@ -273,10 +288,18 @@ def _row(
     workload: Workload,
 ) -> Row:
     clips = workload.batch_size * workload.num_sample
-    memory = Memory(*state, activations.saved(clips), activations.working(clips))
+    parameters, gradients, optimizer, gathered, target = held
+    memory = Memory(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        gathered=gathered,
+        activations=activations.saved(clips),
+        working=activations.working(clips),
+        target=target,
+    )
     usable = cluster.memory * (1 - cluster.reserve)
-    left = usable - sum(state) - activations.fixed - activations.working_fixed
-    a_video = workload.num_sample * (activations.per_clip + activations.working_per_clip)
+    fitting = activations.most_clips(usable - sum(held)) / workload.num_sample
     executed = model_flops + recomputed
     rate = cluster.gpus * (cluster.peak_flops or 0) * cluster.mfu
     step_s = executed / rate if rate else None
@@ -287,7 +310,7 @@ def _row(
         workload.batch_size,
         memory,
         memory.total <= usable,
-        max(0, int(left // a_video)),
+        max(0, math.floor(fitting)),
         executed,
         cluster.mfu * model_flops / executed,
         step_s,

@@ -7,9 +7,15 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from vmae.config import MaskConfig, ModelConfig, OptimConfig
+from vmae.masking import DualMask
 from vmae.model import Pretrainer, build_pretrainer
-from vmae.model.cost import StepCount, count_step, on_paper
+from vmae.model.cost import StepCount, count_forward, count_step, on_paper
+from vmae.model.target import Target
 from vmae.train.activations import prepare_blocks
 from vmae.train.loop import DTYPES
 from vmae.train.optim import USUAL_OPTIM, moments
@@ -22,6 +28,7 @@ class Activations:
     Attributes:
         fixed, per_clip: kept between forward and backward.
         working_fixed, working_per_clip: on top of that, at the worst moment; the first may be below 0.
+        values_fixed, values_per_clip: instead of these while the target's values are made.
         flops: of a clip's forward and backward, recomputation included, as far as PyTorch runs them.
     """
 
@@ -30,12 +37,21 @@ class Activations:
     working_fixed: float
     working_per_clip: float
     flops: float
+    values_fixed: float = 0.0
+    values_per_clip: float = 0.0
 
     def saved(self, clips: float) -> float:
         return self.fixed + self.per_clip * clips
 
     def working(self, clips: float) -> float:
-        return max(0.0, self.working_fixed + self.working_per_clip * clips)
+        """Made and freed: by the backward, or by the target before it, whichever is more."""
+        own = self.working_fixed + self.working_per_clip * clips
+        return max(0.0, own, self.values_fixed + self.values_per_clip * clips)
+
+    def most_clips(self, room: float) -> float:
+        """The clips whose activations fit `room` bytes."""
+        lines = [(self.working_fixed, self.working_per_clip), (self.values_fixed, self.values_per_clip)]
+        return min((room - self.fixed - fixed) / (self.per_clip + slope) for fixed, slope in lines)
 
 
 def count_activations(
@@ -45,6 +61,7 @@ def count_activations(
     checkpointing: str,
     backend: str = "triton",
     recompute: bool = True,
+    target: Target | None = None,
 ) -> Activations:
     """Counted on fake tensors at two batches and two depths; everything else is a straight line.
 
@@ -54,13 +71,17 @@ def count_activations(
         backend: of the fused operations; "triton" is what runs on a GPU. Of clips of other channels or
             statistics than the kernels' all is counted as PyTorch's, a little more than a GPU keeps.
         recompute: norms and GELUs are made again in the backward, see `vmae.train.activations`.
+        target: what is predicted, if no pixels.
     """
+    on_paper_target = None if target is None else _OnPaper(config, target)
 
     backend = backend if config.has_imagenet_pixels else "torch"
 
     def step(depth: int, clips: int) -> StepCount:
         def build(smaller: ModelConfig) -> Pretrainer:
-            model = build_pretrainer(smaller, backend=backend, attention="sdpa", recompute=recompute)
+            model = build_pretrainer(
+                smaller, backend=backend, attention="sdpa", recompute=recompute, target=on_paper_target
+            )
             prepare_blocks((*model.encoder.blocks, *model.decoder.blocks), checkpointing=checkpointing)
             return model
 
@@ -76,6 +97,10 @@ def count_activations(
         saved[clips] = two.saved + (config.depth - 2) * (two.saved - one.saved)
         working[clips] = two.peak - two.saved
         flops[clips] = two.flops + (config.depth - 2) * (two.flops - one.flops)
+    values = {
+        clips: 0 if target is None else count_values(target, config, mask, clips) for clips in (few, many)
+    }
+    values_slope = (values[many] - values[few]) / (many - few)
     slope, working_slope = ((line[many] - line[few]) / (many - few) for line in (saved, working))
     return Activations(
         fixed=saved[few] - few * slope,
@@ -83,7 +108,40 @@ def count_activations(
         working_fixed=working[few] - few * working_slope,
         working_per_clip=working_slope,
         flops=flops[few] / few,
+        values_fixed=values[few] - few * values_slope,
+        values_per_clip=values_slope,
     )
+
+
+class _OnPaper(Target):
+    """A target of the same width and error, whose values cost nothing to make: those that an optimizer step
+    keeps are counted, what making them takes is `count_values`."""
+
+    name = "on paper"
+
+    def __init__(self, config: ModelConfig, target: Target) -> None:
+        super().__init__(config)
+        self.target = target
+
+    @property
+    def width(self) -> int:
+        return self.target.width
+
+    def values(self, clips: Tensor, mask: DualMask) -> Tensor:
+        return clips.new_empty((*mask.target.shape, self.width), dtype=torch.float32)
+
+    def compare(self, predicted: Tensor, values: Tensor) -> Tensor:
+        return self.target.compare(predicted, values)
+
+
+def count_values(target: Target, config: ModelConfig, mask: MaskConfig, clips: int) -> int:
+    """Bytes at the worst moment of making the target's values of so many clips, on fake tensors; what it
+    holds throughout is not among them."""
+    drawn = DualMask.sample(clips, config.grid, **mask.to_dict(), generator=torch.Generator().manual_seed(0))
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+        one = fake.from_tensor(torch.empty(1, dtype=torch.uint8))
+        pixels = one.new_empty((clips, config.num_frames, *config.image_hw, 3))
+        return count_forward(lambda: target.values(pixels, drawn))
 
 
 @dataclass(frozen=True)
@@ -99,6 +157,7 @@ class Memory:
         gathered: FSDP's whole parameters of the root and two blocks, and a block's gradient on its way.
         activations: kept between forward and backward, clips included.
         working: on top of that, at the worst moment of the step.
+        target: what the target holds throughout, such as a frozen teacher's parameters; never sharded.
     """
 
     parameters: float
@@ -107,6 +166,7 @@ class Memory:
     gathered: float
     activations: float
     working: float
+    target: float = 0.0
 
     @property
     def total(self) -> float:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmae.config import ModelSettings
+from vmae.config import ModelSettings, SpeedConfig
 from vmae.data import Mix, VideoEntry, read_data
 from vmae.data.needs import Load, open_files
 from vmae.data.shapes import ClipShape, source_shapes
@@ -26,6 +26,7 @@ from vmae.data.shared_memory import describe as describe_bytes
 from vmae.errors import InputError
 from vmae.flags import Settings, chosen
 from vmae.model.cost import masked_macs, peak_flops, token_counts
+from vmae.model.target import Target
 from vmae.planning.budget import (
     MACHINES,
     UNLABELED_HYBRID,
@@ -46,6 +47,8 @@ from vmae.planning.storage import (
     with_known_bytes,
 )
 from vmae.settings import Real, setting
+from vmae.targets.building import build_target
+from vmae.targets.settings import Wanted
 from vmae.train import pretrain_settings
 from vmae.train.pretrain_settings import PretrainConfig, RunConfig
 from vmae.train.recompute_choice import recompute_ways
@@ -158,8 +161,19 @@ def plan_from_args(args: argparse.Namespace) -> tuple[PretrainConfig, Plan, Sequ
         parallel=args.parallel,
         recompute=recompute_ways(args.recompute, args.device, compiled=args.compile is not False),
         optim=config.optim,
+        target=planned_target(config),
     )
     return config, plan, entries
+
+
+def planned_target(config: PretrainConfig) -> Target:
+    """What is predicted, with attention that keeps what fused kernels on a GPU do.
+
+    Raises:
+        InputError: it cannot be built, see `vmae.targets`.
+    """
+    speed = SpeedConfig(backend="torch", attention="sdpa")
+    return build_target(Wanted(config.model, config.target, config.normalize_target, speed))
 
 
 def _peak_flops(args: argparse.Namespace) -> float | None:
@@ -189,10 +203,11 @@ def report(plan: Plan, config: PretrainConfig, args: argparse.Namespace) -> list
         f"{work.accumulate(cluster.gpus)} accumulated, {work.clips_per_step} clips; learning rate "
         f"{config.optim.lr:g} x {work.effective_batch} / 256 = {optim.lr:.4g} at its peak; "
         f"{_number(plan.model_flops / 1e12)} "
-        "TFLOP (3 x forward)",
+        f"TFLOP ({_passes(plan)})",
         f"run: {work.total_steps} steps, {work.total_steps * work.clips_per_step / 1e6:.4g} M clips"
         + (f" ({work.videos} videos x {work.epochs} epochs)" if work.steps is None else ""),
         *_mismatch(work, cluster),
+        *about_target(plan),
         "",
         f"memory of one GPU in GiB at {work.batch_size} videos ({work.batch_size * work.num_sample} clips), "
         "and a step's cost:",
@@ -201,6 +216,23 @@ def report(plan: Plan, config: PretrainConfig, args: argparse.Namespace) -> list
         assumptions(cluster),
         recommendation(plan),
         *shared_memory(plan, config),
+    ]
+
+
+def _passes(plan: Plan) -> str:
+    return "3 x forward, and the target's" if plan.target_macs else "3 x forward"
+
+
+def about_target(plan: Plan) -> list[str]:
+    """What is predicted and what that costs, in a line; nothing where these are pixels."""
+    held = plan.rows[0].memory.target
+    if plan.target_width == plan.config.tubelet_pixels and not plan.target_macs and not held:
+        return []
+    share = 2 * plan.target_macs / (6 * plan.student_macs + 2 * plan.target_macs)
+    return [
+        f"target: {plan.target}, {plan.target_width} values a token; forward GMACs of a clip: student "
+        f"{plan.student_macs / 1e9:.4g}, target {plan.target_macs / 1e9:.4g} ({share:.1%} of the FLOPs); "
+        f"it holds {describe_bytes(int(held))} on each GPU"
     ]
 
 
@@ -256,9 +288,10 @@ def gib(size: float) -> str:
 def table(plan: Plan) -> list[str]:
     """One line a row, columns aligned."""
     titles = ["TFLOP", "MFU %", "s/step", "hours", "clips/s"]
-    lines = [["checkpointing", "recompute", "sharding", *_MEMORY, "total", "fits", "largest batch", *titles]]
+    parts = (*_MEMORY, *(["target"] if any(row.memory.target for row in plan.rows) else []))
+    lines = [["checkpointing", "recompute", "sharding", *parts, "total", "fits", "largest batch", *titles]]
     for row in plan.rows:
-        memory = [gib(getattr(row.memory, name)) for name in _MEMORY]
+        memory = [gib(getattr(row.memory, name)) for name in parts]
         cost = [row.executed_flops / 1e12, 100 * row.mfu, row.step_s, row.hours, row.clips_per_s]
         fits = [gib(row.memory.total), "yes" if row.fits else "no", str(row.largest_batch)]
         lines.append([row.checkpointing, row.recompute, row.sharding, *memory, *fits, *map(_number, cost)])
@@ -360,6 +393,12 @@ def describe(plan: Plan, config: PretrainConfig, data: StoragePlan, load: Load) 
             "peak_lr": config.optim.scaled_to(work.effective_batch).lr,
         },
         "model_flops_per_step": plan.model_flops,
+        "target": {
+            "about": plan.target,
+            "width": plan.target_width,
+            "macs_per_clip": plan.target_macs,
+            "student_macs_per_clip": plan.student_macs,
+        },
         "shared_memory_per_node": node_batches_bytes(plan, config),
         "needs_per_node": {
             "memory": load.memory_bytes,

@@ -179,6 +179,7 @@ def resolve_recompute(task: Task) -> None:
             accumulate=run.accumulate,
             averaged=task.averaged,
             optim=config.optim,
+            beside=task.bytes_beside(),
         )
     chosen = choose_recompute(speed.recompute, parallel.device, compiled=bool(speed.compile), need=need)
     task.run = dataclasses.replace(run, speed=dataclasses.replace(speed, recompute=chosen))

@@ -67,6 +67,7 @@ def need_without(
     accumulate: int = 1,
     averaged: bool = False,
     optim: OptimConfig = USUAL_OPTIM,
+    beside: int = 0,
 ) -> Need:
     """What a rank's step needs with every result kept.
 
@@ -77,6 +78,7 @@ def need_without(
         accumulate: micro-batches of a step; FSDP keeps whole gradients between them.
         averaged: an average of the weights is kept too.
         optim: whose state is counted.
+        beside: bytes that each rank holds throughout and trains nothing of, such as a frozen teacher's.
     """
     elements = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -95,7 +97,7 @@ def need_without(
     kept = sum(number * sizes[kind] for kind, number in kinds.items())
     if dtype == "bfloat16":  # copies of the weights, which the backward reads
         kept += 2 * sum(p.numel() for block in blocks for p in block.parameters() if p.requires_grad)
-    return Need(state, kept, 2 * max(sizes.values(), default=0))
+    return Need(state + beside, kept, 2 * max(sizes.values(), default=0))
 
 
 def recompute_ways(asked: str, device: str, *, compiled: bool) -> tuple[str, ...]:

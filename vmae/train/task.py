@@ -140,6 +140,10 @@ class Task(abc.ABC, Generic[ConfigT, BatchT]):
         """Tokens of a clip in each of `blocks`; none where that is not known."""
         return ()
 
+    def bytes_beside(self) -> int:
+        """Of what each rank holds on its device throughout, beside model, gradients and optimizer."""
+        return 0
+
     def build_optimizer(self, optim: OptimConfig) -> torch.optim.Optimizer:
         """The optimizer of `model`, which is sharded already."""
         return build_optimizer(self.model, optim)
