@@ -26,6 +26,7 @@ from harness.results.predict import PredictedKernelsResult, PredictResult
 from harness.results.progressive import ProgressiveResult
 from harness.results.sanitize import SanitizerResult
 from harness.results.scaling import ScalingResult
+from harness.results.stage2 import Stage2Result
 from harness.results.step import ProfileResult
 from harness.results.steps import StepsResult
 from harness.results.store import FaultsResult, StoreResult
@@ -58,6 +59,7 @@ RESULTS: dict[str, type[Result]] = {
     "progressive": ProgressiveResult,
     "mask_ablation": MaskResult,
     "temporal": TemporalResult,
+    "stage2": Stage2Result,
     "kill_runs": KillResult,
     "needs": NeedsResult,
     "store": StoreResult,
