@@ -79,8 +79,9 @@ class Arm:
 #   49. So: width 64, where twice the budget gives pixels little; learning rate as it was.
 # - Latents, half of 3 TFLOP for the teacher: a fresh student 36, 21; one that starts from the teacher 62, 53.
 #   The latter with the teacher's block 3: 61, 55; block 2: 63, 52; mean of all four: 63, 52; running cells:
-#   61, 50; half of the tokens hidden: 62, 58; L1 in place of smooth L1: 66, 52. So: starts from the teacher,
-#   last block, L1.
+#   61, 50; half of the tokens hidden: 62, 58; twice the learning rate: 64, 58; L1 in place of smooth L1: 66,
+#   52 (the best of these for the attentive probe, and noise is in that). A fresh student with twice as many
+#   steps, 4.5 TFLOP in all: 61, 46. So: starts from the teacher, last block, L1.
 # - A teacher of 270 steps (width 128) knows no motion yet, nor does its student: 12, 14, which is chance.
 # - HOG, 3 TFLOP: 36, 15. Pixels normalised, 1.5 TFLOP: 45, 17; half of the frames hidden: 58, 38.
 # Not tried: fine-tuning, a deeper predictor, a smaller teacher, other patches, other shares for the teacher.
