@@ -27,6 +27,7 @@ from harness.results.predict import PredictedKernelsResult, PredictResult
 from harness.results.progressive import ProgressiveResult
 from harness.results.sanitize import SanitizerResult
 from harness.results.scaling import ScalingResult
+from harness.results.stage2 import Stage2Result
 from harness.results.step import ProfileResult
 from harness.results.steps import StepsResult
 from harness.results.store import FaultsResult, StoreResult
@@ -59,7 +60,11 @@ RESULTS: dict[str, type[Result]] = {
     "progressive": ProgressiveResult,
     "mask_ablation": MaskResult,
     "temporal": TemporalResult,
+<<<<<<< HEAD
     "optimizers": OptimizerResult,
+=======
+    "stage2": Stage2Result,
+>>>>>>> wt-evidence
     "kill_runs": KillResult,
     "needs": NeedsResult,
     "store": StoreResult,
