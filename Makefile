@@ -111,8 +111,4 @@ build-versions: setup
 	@PYTHON=$(abspath $(BIN))/python PIP_FLAGS="$(PIP_FLAGS)" .ci/build_versions.sh $(VENV)/triton 3.6.0 3.7.1 3.9.0
 
 clean:
-<<<<<<< HEAD
-	rm -rf $(VENV) demo progressive detection temporal mask_ablation optimizers build dist site *.egg-info
-=======
-	rm -rf $(VENV) demo progressive stage2 detection temporal mask_ablation build dist site *.egg-info
->>>>>>> wt-evidence
+	rm -rf $(VENV) demo progressive stage2 detection temporal mask_ablation dual_question optimizers build dist site *.egg-info

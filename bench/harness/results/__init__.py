@@ -10,6 +10,7 @@ from harness.results.attention import AttentionResult
 from harness.results.base import Result
 from harness.results.data import DataResult
 from harness.results.device_tests import DeviceTestsResult
+from harness.results.dual_question import DualQuestionResult
 from harness.results.features import FeaturesResult
 from harness.results.gpu import GpuResult
 from harness.results.kernel_scores import KernelScoresResult
@@ -59,12 +60,10 @@ RESULTS: dict[str, type[Result]] = {
     "gpu": GpuResult,
     "progressive": ProgressiveResult,
     "mask_ablation": MaskResult,
+    "dual_question": DualQuestionResult,
     "temporal": TemporalResult,
-<<<<<<< HEAD
     "optimizers": OptimizerResult,
-=======
     "stage2": Stage2Result,
->>>>>>> wt-evidence
     "kill_runs": KillResult,
     "needs": NeedsResult,
     "store": StoreResult,
