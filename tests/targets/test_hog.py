@@ -227,6 +227,12 @@ def test_a_patch_without_such_cells_is_refused(patch):
         HogTarget(ModelConfig(**WIDTHS, img_size=2 * patch, patch_size=patch, num_frames=8))
 
 
+def test_clips_of_other_channels_are_refused():
+    other = dict(in_channels=1, channel_mean=(0.5,), channel_std=(0.2,))
+    with pytest.raises(InputError, match="--target hog reads RGB clips"):
+        HogTarget(ModelConfig(**WIDTHS, img_size=16, patch_size=8, num_frames=8, **other))
+
+
 # --- a run -------------------------------------------------------------------------------------------------
 
 MICRO = dict(embed_dim=48, depth=2, num_heads=2, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)

@@ -83,6 +83,16 @@ def test_what_is_for_one_shape_is_refused(mixed, tmp_path, capsys, flags, messag
     assert re.search(message, capsys.readouterr().err) and not (tmp_path / "run").exists()
 
 
+def test_images_are_for_three_channels(mixed, tmp_path, capsys):
+    stack = np.zeros((20, 40, 36, 1), dtype=np.uint8)
+    np.save(tmp_path / "grey.npy", stack)
+    (tmp_path / "frames.txt").write_text("grey.npy\n" * 8)
+    flags = ["--in-channels", 1, "--channel-mean", 0.5, "--channel-std", 0.2]
+    assert mixed("run", *flags) == 2
+    message = "a source of images is for clips of 3 channels, and the model takes 1"
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_another_shape_is_another_list(mixed, tmp_path, capsys):
     assert mixed("run", "--steps", 1, "--warmup-steps", 0) == 0
     mix = tmp_path / "mix.yaml"

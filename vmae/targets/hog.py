@@ -87,9 +87,12 @@ class HogTarget(Target):
     degrees: bin 0 those along x, of a vertical edge; bin 4 those along y."""
 
     name = "hog"
+    any_shape = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
+        if not config.has_imagenet_pixels:
+            raise InputError("--target hog reads RGB clips, without --in-channels, --channel-mean and -std")
         self.cells = cells_of(config.patch_size)
         self.colours = config.tubelet_pixels // (config.tubelet_size * config.patch_size**2)
 

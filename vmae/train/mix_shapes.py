@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vmae.config import MaskConfig, ModelConfig
 from vmae.data.dataset import PretrainDataset
 from vmae.data.loaders import check_shapes
+from vmae.data.mix import Mix
 from vmae.data.shapes import ClipShape
 from vmae.errors import InputError
 from vmae.model.cost import masked_macs, token_counts
@@ -84,6 +85,8 @@ def check_mix_shapes(
         InputError: the loader, the positions, the target or CUDA graphs are for the model's own shape alone,
             or the mask does not fit a shape.
     """
+    if isinstance(dataset.data, Mix) and any(source.images for source in dataset.data.sources):
+        model.check_rgb("a source of images")
     check_shapes(loader, dataset)
     found, others = MixShapes.of(dataset, model), dataset.shapes != [dataset.usual_shape]
     reasons = {
