@@ -12,8 +12,9 @@ import torch
 
 from vmae import DualMask, MaskConfig, ModelConfig, build_pretrainer
 from vmae.config import CHECKPOINTING
-from vmae.model.cost import count_saved_bytes, count_step
-from vmae.planning.memory import count_activations, state_bytes
+from vmae.model.cost import count_saved_bytes, count_step, token_counts
+from vmae.model.target import Target
+from vmae.planning.memory import count_activations, count_values, state_bytes
 from vmae.train.activations import prepare_blocks
 from vmae.train.optim import OptimConfig, build_optimizer
 
@@ -176,3 +177,29 @@ def test_accumulation_keeps_whole_gradients_on_every_gpu():
 def _environment():
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def test_a_targets_width_and_its_own_room_are_counted():
+    """A narrower head keeps less; what a target makes on its way is the worst moment where it is more."""
+
+    class Wide(Target):
+        name = "wide"
+        width = 8
+
+        def values(self, clips, mask):
+            whole = clips.new_zeros((clips.shape[0], 10_000_000), dtype=torch.float32)
+            return whole[:, : mask.target.shape[1] * 8].unflatten(1, (-1, 8)) + 1
+
+    target = Wide(DEEP)
+    pixels = count_activations(DEEP, MASK, "float32", "none", "torch")
+    other = count_activations(DEEP, MASK, "float32", "none", "torch", target=target)
+    head = 2 * 3 * (DEEP.tubelet_pixels - 8)  # of each counted token and clip, and its gradient
+    assert other.flops == pytest.approx(pixels.flops - head * DEEP.decoder_embed_dim * counted_tokens())
+    assert other.working(CLIPS) == pytest.approx(40_000_000 * CLIPS, rel=0.01)
+    assert count_values(target, DEEP, MASK, CLIPS) == pytest.approx(40_000_000 * CLIPS, rel=0.01)
+    room = other.fixed + other.values_fixed + 7.5 * (other.per_clip + other.values_per_clip)
+    assert other.most_clips(room) == pytest.approx(7.5)
+
+
+def counted_tokens() -> int:
+    return token_counts(DEEP, MASK).counted

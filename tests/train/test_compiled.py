@@ -7,9 +7,13 @@ import torch
 from torch import nn
 
 from vmae import DualMask, InputError, MaskConfig, ModelConfig, build_pretrainer
+from vmae.checkpoint import export_weights
 from vmae.cli import build_parser
 from vmae.config import SpeedConfig
 from vmae.model.blocks import DropPath, build_blocks
+from vmae.model.target import Target
+from vmae.targets.building import build_target
+from vmae.targets.settings import TargetConfig, Wanted
 from vmae.train import compiled
 from vmae.train.activations import prepare_blocks
 from vmae.train.checks import resolve_compile
@@ -42,11 +46,13 @@ def _quick(monkeypatch):
     compiled.set_compiler()
 
 
-def count_run(kind: str, dtype: str, steps: int = 2, **options) -> tuple[Compilations, list[str], float]:
+def count_run(
+    kind: str, dtype: str, steps: int = 2, target: Target | None = None, **options
+) -> tuple[Compilations, list[str], float]:
     """What torch compiles in some steps of a deep model, why it stopped, and the last loss."""
     with open_parallel(kind, "cpu") as parallel:
         torch.manual_seed(0)
-        model = build_pretrainer(DEEP, backend="torch")
+        model = build_pretrainer(DEEP, backend="torch", target=target)
         blocks = [*model.encoder.blocks, *model.decoder.blocks]
         prepare_blocks(blocks, compiled=True, **options)
         wrapped = parallel.wrap(model, blocks, dtype)
@@ -86,6 +92,16 @@ def assert_few(now: Compilations, told: list[str]) -> None:
 )
 def test_twelve_drop_rates_are_a_few_graphs(options):
     now, told, _ = count_run("none", "float32", **options)
+    assert_few(now, told)
+
+
+def test_another_target_compiles_as_few_graphs(tmp_path):
+    """The student's blocks; a teacher's are not compiled."""
+    config = DEEP.replace(depth=1, decoder_depth=1)
+    weights = build_pretrainer(config).state_dict()
+    export_weights(tmp_path / "teacher.pth", weights, config={"model": config.to_dict()})
+    settings = TargetConfig(name="teacher", teacher=str(tmp_path / "teacher.pth"))
+    now, told, _ = count_run("none", "float32", target=build_target(Wanted(DEEP, settings)))
     assert_few(now, told)
 
 

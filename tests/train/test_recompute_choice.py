@@ -45,6 +45,10 @@ def test_the_need_is_the_plans(dtype):
     )
     assert shared.state == pytest.approx(sum(state_bytes(model, 8, dtype, accumulate=2)), rel=0.2)
     assert shared.kept == need.kept
+    beside = need_without(
+        model, config, blocks_of(model), tokens, clips=32, dtype=dtype, sharers=8, accumulate=2, beside=10**9
+    )
+    assert beside.state == shared.state + 10**9  # a teacher is on every rank, whole
 
 
 @pytest.mark.parametrize("opt", ["sgd", "muon"])

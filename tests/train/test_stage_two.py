@@ -192,3 +192,4 @@ def test_flops_of_a_step_are_those_of_student_and_teacher(stage_two, tmp_path, m
     head = task.one.keep.shape[1] * model.decoder_embed_dim * (model.tubelet_pixels - 48)
     assert student == masked_macs(model, mask) - head
     assert plain(task) == 6 * student + 2 * classifier_macs(model, 0)
+    assert task.bytes_beside() == task.target.state_bytes() > 0  # what `--recompute auto` leaves room for
