@@ -116,9 +116,6 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         encoder, decoder = self.config.model.depth, self.config.model.decoder_depth
         return [visible] * encoder + [visible + decoded] * decoder
 
-    def bytes_beside(self) -> int:
-        return self.target.state_bytes()
-
     def flops_per_clip(self) -> float:
         own = masked_macs(self.config.model, self.config.mask, width=self.target.width)
         return 6.0 * own + 2.0 * self.target.macs()
@@ -138,6 +135,9 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
 
     def compute_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(batch.clips, batch.mask)
+
+    def bytes_beside(self) -> int:
+        return self.target.state_bytes()
 
     # --- Words ---
 
