@@ -275,6 +275,7 @@ def test_settings_check_themselves():
         Workload(epochs=0)
 
 
+@pytest.mark.slow  # 2 s
 def test_a_teacher_is_planned_as_an_entry_of_its_own(tmp_path, capsys):
     """Its MACs once and the student's three times, its weights on each GPU whatever is sharded, and the room
     that its tokens take; pixels have none of these."""

@@ -95,6 +95,7 @@ def test_twelve_drop_rates_are_a_few_graphs(options):
     assert_few(now, told)
 
 
+@pytest.mark.slow
 def test_another_target_compiles_as_few_graphs(tmp_path):
     """The student's blocks; a teacher's are not compiled."""
     config = DEEP.replace(depth=1, decoder_depth=1)

@@ -118,6 +118,7 @@ def task_on(device: str, **speed):
         config=SimpleNamespace(model=config, num_sample=2, dtype="float32", optim=OptimConfig()),
         model=model,
         averaged=False,
+        bytes_beside=lambda: 0,
         blocks=lambda: blocks_of(model),
         block_tokens=lambda: [160] * config.depth + [944] * config.decoder_depth,
     )

@@ -249,9 +249,6 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         values = 2 * clips * self.one.keep.shape[1] * self.target.width if stored else 0
         return clips * self.shapes.clip_bytes + values
 
-    def bytes_beside(self) -> int:
-        return self.target.state_bytes()
-
     def flops_per_clip(self) -> float:
         own = self.shapes.macs(self.config.mask, self.target.width)
         return 6.0 * own + 2.0 * self.target.macs()
@@ -312,6 +309,9 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         probes = once * count_passes(config.probe.every, config.steps)
         clips = (config.effective_batch or 1) * config.num_sample
         return probes / (probes + config.steps * clips * self.flops_per_clip())
+
+    def bytes_beside(self) -> int:
+        return self.target.state_bytes()
 
     # --- Words ---
 
