@@ -117,7 +117,6 @@ def test_predictions_grow_with_the_first_measured_point(benches):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_scaling_counts_what_dual_masking_saves_as_clips_grow(benches, tmp_path, capsys, monkeypatch):
     scaling = benches("scaling")
     monkeypatch.setitem(scaling.POINTS["clips"], "beyond", ["8x64", "16x96"])
@@ -138,6 +137,7 @@ def test_scaling_counts_what_dual_masking_saves_as_clips_grow(benches, tmp_path,
     assert f"{saved[1]:.2f}" in shown and "16 x 96" in shown and "counted, not run" in shown
 
 
+@pytest.mark.slow
 def test_scaling_measures_and_predicts(benches, tmp_path, capsys):
     words = [
         "--quick",

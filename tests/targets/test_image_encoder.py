@@ -87,7 +87,7 @@ def batch(config=STUDENT):
 
 def expected_of(model, clips, mask, *, drop, layer=-1, mean=False):
     """By hand: each image alone, with the folder's own statistics."""
-    frames = frames_of(clips)
+    frames = frames_of(clips, STUDENT)
     each = []
     for number in range(frames.shape[1]):
         images = resized(frames[:, number], (28, 28))

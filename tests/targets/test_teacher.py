@@ -204,7 +204,7 @@ def test_fitted_clips():
     expected = (
         torch.stack([colour, colour, colour + 20, colour + 20]) / 255
     )  # frames of the middle of each fourth
-    torch.testing.assert_close(frames_of(found)[..., 20, 30], expected.expand(2, -1, -1))
+    torch.testing.assert_close(frames_of(found, config)[..., 20, 30], expected.expand(2, -1, -1))
     same = ModelConfig(**TINY, img_size=32, num_frames=8, patch_size=8)
     assert fitted(clips, same) is clips
     floats = fitted(clips, config.replace(num_frames=8))  # the other form of clips goes the same way

@@ -224,6 +224,7 @@ def scores_on_ranks(kind, path):
         return [videos.score(wrapped)[0] for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_finds_the_same(run_ranks, world):
     """One, two sharded, and more ranks than videos to ask; each video once."""
     (alone,) = run_ranks(1, scores_on_ranks, "none", world)

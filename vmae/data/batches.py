@@ -33,10 +33,8 @@ class TensorBatch:
             parts = [getattr(batch, name) for batch in batches]
             if parts[0] is None:
                 continue
-            if name == "clips":
-                joined[name] = join_clips(parts)
-            elif isinstance(parts[0], Tensor):
-                joined[name] = _cat_padded(parts)
+            if isinstance(parts[0], Tensor):
+                joined[name] = (join_clips if name == "clips" else torch.cat)(_filled_up(parts))
             else:
                 joined[name] = [value for part in parts for value in part]
         return cls(**joined)
@@ -63,12 +61,12 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return (pinned(tensor) if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def _cat_padded(parts: Sequence[Tensor]) -> Tensor:
-    """[B, M, ...] each -> [sum of B, most M, ...]"""
+def _filled_up(parts: list[Tensor]) -> list[Tensor]:
+    """[B, M, ...] each -> [B, most M, ...] each"""
     if parts[0].ndim < 2:
-        return torch.cat(list(parts))
+        return parts
     most = max(part.shape[1] for part in parts)
-    return torch.cat([_padded(part, most) for part in parts])
+    return [_padded(part, most) for part in parts]
 
 
 def _padded(part: Tensor, most: int) -> Tensor:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from vmae.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from vmae.errors import InputError
+from vmae.model.embed import clip_sides, statistics_of
 from vmae.targets.settings import LAST, TargetConfig
+from vmae_kernels.tubelets import STORED_RANGES
 
 Grid = tuple[int, int, int]
 
@@ -85,10 +87,10 @@ def nearest(length: int, step: int) -> int:
     return max(int(length / step + 0.5), 1) * step
 
 
-def frames_of(clips: Tensor) -> Tensor:
-    """float32 [B, T, 3, H, W] in [0, 1], of clips in either form."""
-    if clips.dtype == torch.uint8:
-        return clips.permute(0, 1, 4, 2, 3).float() / 255
+def frames_of(clips: Tensor, config: ModelConfig) -> Tensor:
+    """float32 [B, T, C, H, W], values over what counts as 1, of clips in any form that a model takes."""
+    if clips.dtype == torch.uint8 or statistics_of(clips, config) is not None:
+        return clips.permute(0, 1, 4, 2, 3).float() / STORED_RANGES[clips.dtype]
     mean, std = (
         clips.new_tensor(of, dtype=torch.float32).view(3, 1, 1) for of in (IMAGENET_MEAN, IMAGENET_STD)
     )
@@ -104,16 +106,18 @@ def resized(frames_FCHW: Tensor, size: tuple[int, int]) -> Tensor:
 
 def fitted(clips: Tensor, config: ModelConfig) -> Tensor:
     """Clips with the frames and the size that a video model takes: the nearest frames in time, resized; as
-    they are where they fit, else normalised float [B, 3, T, H, W]."""
-    shape = clips.shape[1:4] if clips.dtype == torch.uint8 else clips.shape[2:5]
-    wanted = (config.num_frames, *config.image_hw)
-    if tuple(shape) == wanted:
+    they are where they fit, else normalised float [B, 3, T, H, W], or float32 [B, T, H, W, C] of a model of
+    other channels or statistics."""
+    shape, wanted = clip_sides(clips, config), (config.num_frames, *config.image_hw)
+    if shape == wanted:
         return clips
-    frames = frames_of(clips)
+    frames = frames_of(clips, config)
     if shape[0] != wanted[0]:
         places = (torch.arange(wanted[0], device=clips.device) + 0.5) * (shape[0] / wanted[0])
         frames = frames[:, places.long()]
     x = resized(frames.flatten(0, 1), config.image_hw)
+    if not config.has_imagenet_pixels:
+        return x.unflatten(0, (-1, wanted[0])).permute(0, 1, 3, 4, 2)
     mean, std = (x.new_tensor(of).view(3, 1, 1) for of in (IMAGENET_MEAN, IMAGENET_STD))
     return ((x - mean) / std).unflatten(0, (-1, wanted[0])).transpose(1, 2)
 

@@ -55,7 +55,11 @@ class ImageEncoder(FrozenEncoder):
     def __init__(self, wanted: Wanted, folder: Path) -> None:
         settings, student = wanted.settings, wanted.model
         self.path, self.notes = str(folder), []
-        student.check_rgb("a teacher of images")
+        if not student.has_imagenet_pixels:
+            raise InputError(
+                f"--teacher {folder} is of RGB images: no --in-channels, --channel-mean and --channel-std"
+            )
+        self.student = student
         if settings.teacher_attention not in _ATTENTION:
             raise InputError(
                 f"--teacher-attention {settings.teacher_attention}: a model of transformers has "
@@ -151,7 +155,7 @@ class ImageEncoder(FrozenEncoder):
         return [tokens[:, self.prefix :] for tokens in found]
 
     def layers(self, clips: Tensor) -> Iterator[Tensor]:
-        frames = frames_of(clips if self.mean_of else _firsts(clips, self.depth))
+        frames = frames_of(clips if self.mean_of else _firsts(clips, self.depth), self.student)
         images = resized(frames.flatten(0, 1), self.size)
         mean, std = (images.new_tensor(of).view(3, 1, 1) for of in (self.mean, self.std))
         for tokens in self._of_images((images - mean) / std):

@@ -232,8 +232,8 @@ def test_commands_that_read_files_alone(folder, tmp_path, capsys):
     assert main(["pack", index, str(tmp_path / "out")]) == 2
     assert "is an index: its videos are packed already" in capsys.readouterr().err
     with pytest.raises(InputError, match="is an index of many videos: give `vmae.data.read_data"):
-        _entries(index)
-    entries, single = _entries(read_data(index))
+        _entries(index, 3)
+    entries, single = _entries(read_data(index), 3)
     assert [entry.key for entry in entries][:1] == ["00000000_v00"] and not single
 
 
