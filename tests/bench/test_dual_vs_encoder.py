@@ -164,6 +164,7 @@ def test_measures_checks_and_compares(run):
     assert ratios["torch dual", "reference+sdpa dual"]["fastest_competitor"]
 
 
+@pytest.mark.slow
 def test_a_wrong_variant_gets_no_speed(run):
     names = "reference,off=others:off,right=others:right"
     done, result = run(*QUICK, "--steps", "1", "--warmup", "0", "--variants", names, expect=1)
@@ -189,6 +190,7 @@ def test_what_does_not_fit_is_told_and_the_others_go_on(run):
     assert "- (does not fit at batch 1)" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_its_rounds(run, bench, tmp_path, monkeypatch):
     from harness import turns
 

@@ -71,6 +71,7 @@ def test_weight_by_pointer(device, monkeypatch):
     check_embed(*problem(SHAPES["patch 14: 42-byte lines, K no multiple of a block"], torch.bfloat16, device))
 
 
+@pytest.mark.slow
 def test_several_splits_of_the_weight_gradient(device):
     """600 rows: two parts, summed in a second stage."""
     check_embed(*problem(("uint8", 2, (6, 10, 10), 300, 2, 2, 8), torch.float32, device))

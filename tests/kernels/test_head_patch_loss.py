@@ -65,6 +65,7 @@ def test_pixels_in_unit_range_without_bias(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow
 def test_several_chunks(dtype, device, monkeypatch):
     """300 rows in chunks of 64: each adds to the loss and to all gradients; the last one is not full."""
     shape = ("uint8", 2, (2, 10, 10), 150, 2, 2, 8)
@@ -73,6 +74,7 @@ def test_several_chunks(dtype, device, monkeypatch):
     check_head(*problem(shape, dtype, device), True, 2, 2)
 
 
+@pytest.mark.slow
 def test_many_partial_sums(device, monkeypatch):
     """More programs than a sum in one step takes."""
     shape = ("uint8", 2, (2, 10, 10), 150, 2, 2, 8)

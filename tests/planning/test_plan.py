@@ -75,6 +75,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(number):
     assert fits(largest) and not fits(largest + 1)
 
 
+@pytest.mark.slow
 def test_norms_are_made_again_where_the_batch_does_not_fit_without():
     def rows(memory: float, **more):
         cluster = dataclasses.replace(NODES, memory=memory, reserve=0.0)

@@ -262,6 +262,7 @@ def test_each_tensor_is_copied_and_planned_once(tmp_path, run_ranks, count, kind
     assert {f"model.{name}" for name in read_group(last)} < names and find_damage(last) == []
 
 
+@pytest.mark.slow
 def test_fsdp_resumes_bit_for_bit(tmp_path, run_ranks):
     whole_run = run_ranks(2, train, "fsdp", tmp_path / "straight")[0]
     run_ranks(2, train, "fsdp", tmp_path / "halves", {"trainer_class": stop_after(9)})

@@ -184,6 +184,7 @@ def test_a_run_with_a_probe_trains_as_one_without(probed, pretrain, tmp_path, ca
 
 
 @pytest.mark.parametrize("owner, name, count", [(ProbeSet, "_round", 8), (Trainer, "clip", 4)])
+@pytest.mark.slow
 def test_a_run_that_is_cut_short_ends_as_the_whole_one(probed, tmp_path, monkeypatch, owner, name, count):
     """In a probe, and in the step after one; saved in the background."""
     flags = ["--save-every", "3", "--async-save"]
