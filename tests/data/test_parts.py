@@ -257,7 +257,7 @@ def test_a_killed_part_goes_on_in_another_process(words, tmp_path, number):
     out = [*words, str(tmp_path / "out")]
     slow = (
         f"import vmae.data.check as c, time; f = c.check_entry; "
-        "c.check_entry = lambda *a: (time.sleep(0.3), f(*a))[1]; "
+        "c.check_entry = lambda *a, **k: (time.sleep(0.3), f(*a, **k))[1]; "
         f"from vmae.cli import main; raise SystemExit(main({[*out, '--part', '1/2']!r}))"
     )
     victim = subprocess.Popen([sys.executable, "-c", slow], env=os.environ)
