@@ -215,7 +215,8 @@ def test_an_interrupted_run_keeps_its_rounds(run, bench, tmp_path, monkeypatch):
 
 def test_counts_only(run):
     done, result = run("--model", "vit_tiny", "--count")
-    assert all(r["step_ms"] is None and r["saved_activation_bytes_per_clip"] > 0 for r in result["records"])
+    own = [r for r in result["records"] if r["variant"] != "huggingface"]  # which is not counted
+    assert all(r["step_ms"] is None and r["saved_activation_bytes_per_clip"] > 0 for r in own)
     assert "times faster" in done.stdout and "Parts of a step" not in done.stdout
 
 

@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -119,6 +120,8 @@ def test_the_page(server):
     status, page = ask(server, method="GET", path="/")
     assert status == 200 and '"encoder_ratio": 0.75' in page and "/* ABOUT */" not in page
     assert "http://" not in page and "https://" not in page  # nothing is fetched from elsewhere
+    chosen = json.loads(re.search(r'"chosen": (\{[^}]*\})', page)[1])
+    assert all(f'id="{name}"' in page for name in chosen)  # the page's script fills in a field of each
     assert ask(server, method="GET", path="/etc/passwd")[0] == 404
 
 

@@ -184,7 +184,8 @@ class Studio:
 
     def page(self) -> str:
         """HTML of the page, with the mask of the model's training selected."""
-        chosen = {**self.mask.to_dict(), "seed": 0}
+        mask = {name: value for name, value in self.mask.to_dict().items() if name in _FIELDS}
+        chosen = {**mask, "seed": 0}
         about = {
             "chosen": chosen,
             "encoders": list(ENCODER_MASKS),
