@@ -243,6 +243,7 @@ def test_ratios_are_paired_run_by_run(bench):
     assert Spread.of_ratios([2, 6, 3], [1, 2, 3]) == Spread(median=2, min=1, max=3)
 
 
+@pytest.mark.slow
 def test_maskings(run):
     done, result = run("--model", "vit_tiny", "--count", "--variants", "torch", "--masking", "all")
     records = {r["masking"]: r for r in result["records"]}

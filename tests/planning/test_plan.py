@@ -62,6 +62,7 @@ def test_flops_hours_and_clips_follow_from_each_other():
 
 
 @pytest.mark.parametrize("number", range(9))
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_one_more_does_not(number):
     largest = make_plan(TINY, MASK, NODES, WORK).rows[number].largest_batch
     assert largest > 100

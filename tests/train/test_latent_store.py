@@ -76,6 +76,7 @@ def test_stored_epochs_come_again_and_a_run_goes_on(student, teachers, capsys):
     assert len(losses("run")) == 10 and "resuming from" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_latents_of_other_views_are_refused(student, teachers, tmp_path, labelled_world, capsys):
     teacher = ["--teacher", teachers / "a.pth"]
     assert student("none", *teacher, "--latents", "L", "--store", "1") == 0

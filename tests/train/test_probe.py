@@ -45,8 +45,9 @@ def world(labelled_world, tmp_path):
 
 
 @pytest.fixture
-def probed(pretrain, world):
-    """`probed(output, *flags)`: a run with a probe every two steps."""
+def probed(pretrain, world, monkeypatch):
+    """`probed(output, *flags)`: a run with a probe every two steps, whose reader is trained for a few."""
+    monkeypatch.setattr("vmae.train.probe_readers.READER_STEPS", 20)
     return lambda output, *flags: pretrain(output, "--probe-every", "2", "--probe-data", world, *flags)
 
 
@@ -256,6 +257,7 @@ def test_two_sharded_ranks_train_and_probe_as_one(run_ranks, world, labelled_wor
     )
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_that_can_go_on(probed, tmp_path, monkeypatch, capsys):
     """Better by the margin only counts; the run is complete, and a larger patience continues it."""
     found = iter([50.0, 60.0, 60.5, 60.9])
