@@ -50,8 +50,8 @@ MODEL = ModelConfig.preset("vit_tiny", patch_size=8, img_size=32, num_frames=8)
 HIDDEN = (50, 75)  # percent of the frames, hidden from the encoder
 ARMS = ("dual", "encoder-only", "dual-longer")  # the last one only where it differs from the first
 MANY = {
-    **SCALES,
     "full": replace(FULL, seeds=8, world=replace(FULL.world, validation=400)),
+    "smoke": SCALES["smoke"],
 }
 
 
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("dual_question"), help="folder of everything (dual_question)"
     )
-    parser.add_argument("--scale", default="full", choices=("full", "smoke"), help="smoke: of seconds")
+    parser.add_argument("--scale", default="full", choices=MANY, help="smoke: of seconds")
     parser.add_argument("--seeds", type=int, help=f"runs of everything ({MANY['full'].seeds})")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -14,11 +14,10 @@ import torch
 from vmae.data.channels import DTYPES, RGB
 from vmae.data.files import path_kind
 from vmae.data.manifest import VideoEntry
-from vmae.data.video_files import is_video
+from vmae.data.video_files import IMAGE_SUFFIXES, is_image, is_video
 from vmae.data.video_reader import VideoReader
 from vmae.errors import InputError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _NUMBERED = re.compile(r"(?P<prefix>.*?)(?P<number>\d+)(?P<suffix>\.[A-Za-z]+)")
 _LAYOUT = "frames are uint8 [T, H, W, 3], RGB from 0 to 255"
 
@@ -122,7 +121,7 @@ def frame_folder(path: str | Path) -> VideoEntry | None:
         names = [name for name in os.listdir(path) if not name.startswith(".")]
     except OSError as error:
         raise InputError(f"folder {str(path)!r} cannot be read: {error.strerror}") from None
-    images = [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+    images = [name for name in names if is_image(name)]
     if not images:
         if any(map(is_video, names)):
             raise InputError(

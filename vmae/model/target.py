@@ -90,8 +90,11 @@ class Target(abc.ABC):
                 f"{list(predicted.shape)}"
             )
         with torch.autocast(rows.device.type, enabled=False):
-            errors, weight = self.compare(predicted, values.float()), mask.target_weight
-            return (errors * weight).sum() / weight.sum()
+            return self._mean_error(predicted, values.float(), mask.target_weight)
+
+    def _mean_error(self, predicted: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+        """The error of the tokens, by their weights [B, Nk]."""
+        return (self.compare(predicted, values) * weight).sum() / weight.sum()
 
     @torch.no_grad()
     def trivial(self, clips: Tensor, mask: DualMask, values: Tensor | None = None) -> dict[str, float]:
@@ -100,11 +103,11 @@ class Target(abc.ABC):
         weight = mask.target_weight
         mean = (values * weight[..., None]).sum((0, 1)) / weight.sum()
 
-        def loss_of(one: Tensor) -> float:
-            errors = self.compare(one.expand_as(values), values)
-            return ((errors * weight).sum() / weight.sum()).item()
-
-        return {"zero": loss_of(torch.zeros_like(mean)), "mean of the batch": loss_of(mean)}
+        predictors = {"zero": torch.zeros_like(mean), "mean of the batch": mean}
+        return {
+            name: self._mean_error(one.expand_as(values), values, weight).item()
+            for name, one in predictors.items()
+        }
 
     def macs(self) -> int:
         """Multiply-accumulates of a clip's values: matrix products and attention, nothing else."""

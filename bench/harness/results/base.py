@@ -36,3 +36,13 @@ class Result:
     def write(self, path: str | Path) -> None:
         """Complete or absent; with the state of the GPU, where one was measured on."""
         write_json(path, to_json(replace(self, environment=with_gpu_after(self.environment))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniatureResult(Result):
+    """Of whole trainings on moving shapes: settings of the runs, of `about` in experiments/tiny_world.py."""
+
+    scale: dict[str, Any]
+    pretrain: list[str]
+    finetune: list[str]
+    lr: list[float]

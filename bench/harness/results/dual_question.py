@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from harness.results.base import Result
+from harness.results.base import MiniatureResult
 from harness.table import Table
 
 
@@ -42,12 +42,11 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DualQuestionResult(Result):
+class DualQuestionResult(MiniatureResult):
     """All arms and seeds.
 
     Attributes:
         step_s: CPU seconds of a step by arm, three quarters hidden.
-        scale, pretrain, finetune, lr: settings of the runs.
     """
 
     title: ClassVar[str] = "Dual against encoder-only masking, seed by seed"
@@ -57,10 +56,6 @@ class DualQuestionResult(Result):
     step_s: dict[str, float]
     verdicts: list[str]
     minutes: float
-    scale: dict[str, Any]
-    pretrain: list[str]
-    finetune: list[str]
-    lr: list[float]
 
     def tables(self) -> list[Table]:
         rows = []

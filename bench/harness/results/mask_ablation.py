@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from harness.results.base import Result
+from harness.results.base import MiniatureResult
 from harness.table import Table, number
 
 
@@ -38,22 +38,17 @@ class MaskRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskResult(Result):
+class MaskResult(MiniatureResult):
     """Every mask, over the seeds.
 
     Attributes:
         encoder: its `mask` and `ratio`.
-        scale, pretrain, finetune, lr: settings of the runs.
     """
 
     title: ClassVar[str] = "Decoder masks in miniature"
 
     records: list[MaskRecord]
     encoder: dict[str, Any]
-    scale: dict[str, Any]
-    pretrain: list[str]
-    finetune: list[str]
-    lr: list[float]
 
     def tables(self) -> list[Table]:
         rows = []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from harness.results.base import Result
+from harness.results.base import MiniatureResult
 from harness.table import Table, number
 
 
@@ -37,12 +37,11 @@ class SeedScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProgressiveResult(Result):
+class ProgressiveResult(MiniatureResult):
     """Every arm, over the seeds.
 
     Attributes:
         verdicts: what was asked for, and what came out.
-        scale, pretrain, finetune, lr: settings of the runs.
     """
 
     title: ClassVar[str] = "Progressive training in miniature"
@@ -51,10 +50,6 @@ class ProgressiveResult(Result):
     seeds: list[SeedScores]
     verdicts: list[str]
     minutes: float
-    scale: dict[str, Any]
-    pretrain: list[str]
-    finetune: list[str]
-    lr: list[float]
 
     def tables(self) -> list[Table]:
         rows = []
