@@ -51,6 +51,19 @@ def test_unfinished_folders_are_ignored_then_removed(tmp_path):
     assert not left_over.exists()
 
 
+def test_a_save_leaves_a_file_alone_that_another_thread_is_writing(tmp_path):
+    """The ids of log services are written by a thread, which the first save may meet."""
+    left_over = tmp_path / ".weights.pth.0-0123abcd.unfinished"  # of a killed process
+    left_over.write_bytes(b"half")
+
+    def write(file):
+        save(CheckpointFolder(tmp_path), 1)
+        file.write(b"whole")
+
+    write_atomically(tmp_path / "sinks.json", write)
+    assert (tmp_path / "sinks.json").read_bytes() == b"whole" and not left_over.exists()
+
+
 def test_a_deletion_cut_short_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
     folder = CheckpointFolder(tmp_path, keep=1)
     save(folder, 1)

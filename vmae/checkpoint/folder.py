@@ -24,7 +24,7 @@ from vmae.checkpoint.format import MANIFEST, find_damage, is_checkpoint
 from vmae.checkpoint.hub import fetch
 from vmae.checkpoint.hub_names import is_hub_name, proposal
 from vmae.errors import InputError
-from vmae.files.atomic import write_atomically
+from vmae.files.atomic import is_being_written, write_atomically
 
 WEIGHTS_NAME, AVERAGED_NAME, BEST_WEIGHTS_NAME = "weights.pth", "weights_ema.pth", "weights_best.pth"
 BEST_NAME = "checkpoint-best"  # a link to the checkpoint of the best validation
@@ -110,8 +110,10 @@ class CheckpointFolder:
         return None, problems
 
     def unfinished(self) -> list[Path]:
-        """Unfinished folders of killed runs; never read, deleted by the next save."""
-        return sorted(self.folder.glob(".*.unfinished")) if self.folder.is_dir() else []
+        """What killed runs left unfinished; never read, deleted by the next save. Files that another thread
+        is writing just now are not among it."""
+        found = self.folder.glob(".*.unfinished") if self.folder.is_dir() else ()
+        return sorted(path for path in found if not is_being_written(path))
 
     def remove(self, path: Path) -> None:
         """Delete a checkpoint; should that be cut short, it no longer has a checkpoint's name."""

@@ -15,12 +15,22 @@ from typing import IO, Any
 from vmae.errors import InputError
 
 
+def _mark() -> str:
+    """Of this process, in the names of files that it has not finished."""
+    return f".{os.getpid()}-"
+
+
+def is_being_written(path: Path) -> bool:
+    """Whether `path` is a file that a thread of this process has not finished (`write_atomically`)."""
+    return _mark() in path.name and path.suffix == ".unfinished"
+
+
 @contextlib.contextmanager
 def _replacing(path: Path, mode: str) -> Iterator[IO]:
     """A file that becomes `path` when the block ends, at once and on the disk; when it fails, `path` stays as
     it was."""
     # Not the process's number alone: on a shared file system, those of two containers may be the same.
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.unfinished")
+    beside = path.with_name(f".{path.name}{_mark()}{uuid.uuid4().hex[:8]}.unfinished")
     try:
         with open(beside, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
