@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -48,20 +49,40 @@ def test_an_arm_pays_for_its_teacher_and_gets_the_rest_in_steps(stage2):
 
 def test_differences_are_paired_and_verdicts_say_what_was_asked_for(stage2):
     records = [
+        record(stage2, "random", [10.0, 20.0, 30.0]),
         record(stage2, "pixels", [40.0, 50.0, 60.0]),
         record(stage2, "salt", [46.0, 57.0, 68.0]),
         record(stage2, "salt-cells", [44.0, 55.0, 66.0], steps=12, macs=8.0),
-        record(stage2, "hog", [10.0, 10.0, 10.0]),
+        record(stage2, "continued", [41.0, 51.0, 61.0]),
     ]
     found = stage2.differences(records)
-    first = found[0]
-    assert (first.better, first.worse) == ("salt", "pixels") and first.points.values == [6.0, 7.0, 8.0]
+    first = next(d for d in found if d.better == "salt")
+    assert first.worse == "pixels" and first.points.values == [6.0, 7.0, 8.0]
     assert first.points.mean == 7 and first.points.std == 1 and first.points.error == pytest.approx(3**-0.5)
+    assert ("random", "pixels") in {(d.better, d.worse) for d in found}
     lines = stage2.verdicts(records, found)
     assert lines[0].startswith("salt over pixels, attentive probe: +7.0 points, standard error 0.6")
-    assert lines[0].endswith("(asked for: +5 or more) ok")
-    assert lines[1].endswith("(asked for: -1 or more) NOT MET") and "-2.0 points" in lines[1]
-    assert "save 20 % of the student's MACs: 12 steps, not 10" in lines[2]
+    assert lines[0].endswith("(asked for: +5 or more) ok") and "linear probe" in lines[1]
+    assert lines[2].endswith("(asked for: +5 or more) NOT MET") and "continued over pixels" in lines[2]
+    assert lines[4].endswith("(asked for: -1 or more) NOT MET") and "-2.0 points" in lines[4]
+    assert "save 20 % of the student's MACs, 20 % of a step's FLOPs: 12 steps, not 10" in lines[6]
+
+
+def test_the_random_arm_is_the_seed_s_weights(stage2, tmp_path):
+    from vmae import build_pretrainer
+    from vmae.checkpoint.published import read_settings_and_weights
+
+    for seed in (0, 1):
+        stage2.write_random(tmp_path / f"{seed}.pth", seed)
+    settings, weights = read_settings_and_weights(tmp_path / "1.pth")
+    torch.manual_seed(1)
+    fresh = build_pretrainer(stage2.MODEL).state_dict()
+    assert settings["model"]["embed_dim"] == stage2.MODEL.embed_dim
+    assert all(torch.equal(weights[name], fresh[name]) for name in fresh)
+    other = read_settings_and_weights(tmp_path / "0.pth")[1]
+    assert not torch.equal(
+        weights["encoder.patch_embed.proj.weight"], other["encoder.patch_embed.proj.weight"]
+    )
 
 
 @pytest.mark.slow
@@ -75,7 +96,11 @@ def test_from_nothing_to_the_table(stage2, tmp_path, capsys):
     assert [r.arm for r in result.records] == list(stage2.ARMS)
     assert all(0 <= r.top1[kind].mean <= 100 for r in result.records for kind in stage2.EVALUATIONS)
     assert (tmp_path / "stage2.png").stat().st_size > 1000
-    log = (tmp_path / "0-salt" / "pre-training" / "log.jsonl").read_text().splitlines()
-    assert json.loads(log[-1])["step"] == result.records[1].steps
+    for record in result.records[1:]:
+        log = (tmp_path / f"0-{record.arm}" / "pre-training" / "log.jsonl").read_text().splitlines()
+        assert json.loads(log[-1])["step"] == record.steps > 0
+    assert result.records[0].steps == 0
+    first = {name: (tmp_path / f"0-{name}.log").read_text() for name in ("salt", "continued")}
+    assert "resuming" not in "".join(first.values())
     assert stage2.main(words) == 0  # everything is there: nothing is trained again
     assert read_result(tmp_path / "stage2.json", "stage2").seconds == result.seconds

@@ -95,10 +95,11 @@ class Stage2Result(Result):
         return [Table(self.title, head, rows, note), self.difference_table()]
 
     def difference_table(self) -> Table:
-        rows = []
+        kinds = list(self.records[0].top1)
+        rows: dict[str, list[str]] = {}
         for d in self.differences:
-            values = ", ".join(f"{value:+.1f}" for value in d.points.values)
-            rows.append([f"{d.better} - {d.worse}", d.evaluation, f"{d.points.mean:+.1f}"])
-            rows[-1] += [f"{d.points.error:.1f}", values]
-        head = ["arms", "evaluation", "points", "standard error", "by seed"]
-        return Table("Differences, paired by seed", head, rows)
+            name = f"{d.better} - {d.worse}"
+            text = f"{d.points.mean:+.1f} ± {d.points.error:.1f}"
+            rows.setdefault(name, [name]).append(text)
+        note = "Mean ± its standard error; every seed's is in the JSON."
+        return Table("Differences, paired by seed", ["arms", *kinds], list(rows.values()), note)
