@@ -14,14 +14,18 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import bench_path  # noqa: F401
+import numpy as np
 from harness.progress import at
 
 from vmae.cli import main
+from vmae.data import open_video
 from vmae.errors import InputError
+from vmae.files.atomic import write_atomically
 from vmae.synthetic.moving_shapes import WorldConfig, write_world
 from vmae.train.metrics import loss_of_last_tenth, read_log
 
@@ -226,6 +230,24 @@ def world_paths(out: Path) -> dict[str, Path]:
     count = len((folder / "merged" / "classes.txt").read_text().splitlines())
     files = {"merged": "train.txt", "classes": "classes.txt", "map": f"label_{count}toa.json"}
     return {**names, **{name: folder / "merged" / file for name, file in files.items()}}
+
+
+def write_stacks(world: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Decode the videos of a world's lists once: a numpy stack beside each video, and a list of the stacks
+    beside each list. Of videos as small as these, decoding takes longer than a step of training on them."""
+    lists = {}
+    for name in names:
+        text = (world / f"{name}.txt").read_text()
+        for line in text.splitlines():
+            video = world / line.split()[0]
+            stack = video.with_suffix(".npy")
+            if not stack.exists():
+                with open_video(video) as reader:
+                    frames = reader.frames(range(len(reader)))
+                write_atomically(stack, partial(np.save, arr=frames))
+        lists[name] = world / f"{name}_stacks.txt"
+        lists[name].write_text(text.replace(".mp4", ".npy"))
+    return lists
 
 
 def pretrain(stages: Stages, name: str, data: Path, scale: Scale, seed: int, *mask: object) -> Path:
