@@ -17,11 +17,12 @@ from vmae.checkpoint.models import to_model
 from vmae.checkpoint.published import load_weights
 from vmae.checkpoint.source import read_checkpoint
 from vmae.cli import main
-from vmae.config import PRESETS
+from vmae.config import PRESETS, MaskConfig
 from vmae.data.classify_dataset import ClipConfig, MiddleClipDataset
 from vmae.data.gallery import split_list
 from vmae.data.labels import read_labelled_list
 from vmae.model.classifier import AttentivePool
+from vmae.model.cost import masked_macs
 from vmae.tools.curves import describe, draw, read_curve, table
 from vmae.train.loop import Trainer
 from vmae.train.metrics import read_log
@@ -280,6 +281,32 @@ def test_patience_ends_a_run_that_can_go_on(probed, tmp_path, monkeypatch, capsy
     assert [line["step"] for line in probes(tmp_path / "run")] == [0, 1, 2, 3, 4, 5, 6]
 
 
+def test_a_goal_ends_a_run_that_a_higher_one_continues(probed, tmp_path, monkeypatch, capsys):
+    """The step of the first probe that reaches it, and the FLOPs of training until then, counted."""
+    found = iter([10.0, 49.9, 50.0])
+    plain = ProbeSet.score
+
+    def score(self, *args):
+        scores, failed = plain(self, *args)
+        return {**scores, "attentive": next(found)}, failed
+
+    monkeypatch.setattr(ProbeSet, "score", score)
+    flags = ["--probe-every", "1"]
+    assert probed(tmp_path / "run", *flags, "--probe-goal", "50") == 0
+    settings = read_manifest(tmp_path / "run" / "checkpoint-00000002")["config"]
+    model, mask = ModelConfig.from_dict(settings["model"]), MaskConfig(**settings["mask"])
+    flops = 2 * 6 * masked_macs(model, mask)  # two videos a step, a clip each
+    assert [line["probe_flops"] for line in probes(tmp_path / "run")] == [0, flops, 2 * flops]
+    said = capsys.readouterr().out
+    assert f"probe reached 50 % at step 2 of 6 after {2 * flops:.4g} FLOPs of training; without" in said
+    assert losses(tmp_path / "run")[-1][0] == 2 and (tmp_path / "run" / "weights.pth").is_file()
+    assert probed(tmp_path / "run", *flags, "--probe-goal", "50") == 0  # nothing more
+    assert losses(tmp_path / "run")[-1][0] == 2
+    found = iter([60.0, 71.0])
+    assert probed(tmp_path / "run", *flags, "--probe-goal", "70") == 0
+    assert [line["step"] for line in probes(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
 def test_the_measure_that_decides(probed, tmp_path):
     assert probed(tmp_path / "run", "--probe-measure", "knn") == 0
     found = probes(tmp_path / "run")
@@ -348,6 +375,8 @@ def test_videos_that_all_break_before_the_first_step(world):
     [
         ("--probe-every 3", "--probe-every 3 needs labelled videos: --probe-data LIST"),
         ("--probe-data x.txt", "--probe-data x.txt needs --probe-every N, in steps"),
+        ("--probe-goal 50", "are about probes: name --probe-every N and --probe-data LIST"),
+        ("--probe-goal 0", "--probe-goal: must be a number above 0 and at most 100"),
         ("--probe-patience 2", "are about probes: name --probe-every N and --probe-data LIST"),
         ("--probe-every 3 --probe-data x.txt --probe-margin 1", "--probe-margin 1 needs --probe-patience N"),
         ("--probe-every 3 --probe-data {plain}", "list to probe on"),

@@ -220,7 +220,7 @@ class Trainer:
     @property
     def ended_early(self) -> bool:
         """Whether the validations have ended the run."""
-        return self.validation is not None and self.validation.exhausted
+        return self.validation is not None and self.validation.ends_run
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Iterator[TrainingBatch]]:

@@ -13,7 +13,8 @@ MEASURES = ("attentive", "knn")
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig(_Checked):
-    """When a run is probed and on what. It decides no weights, but where a run with `patience` ends."""
+    """When a run is probed and on what. It decides no weights, but where a run with `patience` or a
+    `goal` ends."""
 
     group = VALIDATION
 
@@ -61,16 +62,26 @@ class ProbeConfig(_Checked):
         name="probe_margin",
     )
 
+    goal: float | None = setting(
+        None,
+        "end once a probe reaches so many percent",
+        Real(above=0, most=100),
+        name="probe_goal",
+        metavar="PERCENT",
+        unset="train to the end",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.every is not None and self.data is None:
             raise InputError(f"--probe-every {self.every} needs labelled videos: --probe-data LIST")
         if self.data is not None and self.every is None:
             raise InputError(f"--probe-data {self.data} needs --probe-every N, in steps")
-        if self.data is None and (self.val is not None or self.patience is not None or self.margin):
+        about = (self.val, self.patience, self.margin or None, self.goal)
+        if self.data is None and any(value is not None for value in about):
             raise InputError(
-                "--probe-val, --probe-patience and --probe-margin are about probes: name --probe-every N and "
-                "--probe-data LIST"
+                "--probe-val, --probe-patience, --probe-margin and --probe-goal are about probes: name "
+                "--probe-every N and --probe-data LIST"
             )
         if self.margin and self.patience is None:
             raise InputError(f"--probe-margin {self.margin:g} needs --probe-patience N")

@@ -181,6 +181,8 @@ class Validation:
         steps_per_epoch: for the log.
         patience: validations without a better one that end the run; None never does.
         margin: percent that one must be better by, to count as better for `patience`.
+        goal: percent that end the run once one reaches them; None never does.
+        step_flops: of training, for the log, which has their sum beside each pass.
         at_start: whether there is one before the first step. It must measure something.
     """
 
@@ -195,12 +197,15 @@ class Validation:
         average: WeightAverage | None = None,
         patience: int | None = None,
         margin: float = 0.0,
+        goal: float | None = None,
+        step_flops: float | None = None,
         at_start: bool = False,
     ) -> None:
         self.videos, self.model, self.average = videos, model, average
         self.every, self.total_steps, self.steps_per_epoch = every, total_steps, steps_per_epoch
         self.patience, self.parallel = patience, videos.parallel
-        self.margin, self.at_start = margin, at_start
+        self.margin, self.goal, self.at_start = margin, goal, at_start
+        self.step_flops = step_flops
         self.prefix, self.list = videos.prefix, videos.identity
         self.began, self.spent_s = time.perf_counter(), 0.0  # of this start
         self.folder: CheckpointFolder | None = None  # once `read`
@@ -251,6 +256,19 @@ class Validation:
                 after += 1
         return self.patience is not None and after >= self.patience
 
+    @property
+    def reached(self) -> Record | None:
+        """The first record that reached the goal."""
+        if self.goal is None:
+            return None
+        values = ((record, record.get(self.measure)) for record in self.records)
+        return next((record for record, value in values if value is not None and value >= self.goal), None)
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether no further step is to be made."""
+        return self.exhausted or self.reached is not None
+
     def opened(self) -> contextlib.AbstractContextManager[None]:
         """Its worker processes; see `ValidationSet.opened`."""
         return self.videos.opened()
@@ -275,6 +293,8 @@ class Validation:
             names = [name for name in averaged if name not in ("videos", "undecodable")]
             record |= {f"{prefix}ema_{name}": averaged[name] for name in names}
         self.notes = [f"  {left_out}"] if failed else []
+        if self.step_flops is not None:
+            record[f"{prefix}flops"] = step * self.step_flops
         now = time.perf_counter()
         self.spent_s += now - began
         record |= {f"{prefix}s": now - began, f"{prefix}list": self.list}
@@ -337,7 +357,15 @@ class Validation:
         if self.videos.tells_share and last is not best:
             found = self.videos.describe(last, self.prefix)
             lines.append(f"last {name}: step {last['step']}, {found}")
-        if self.exhausted and last["step"] < self.total_steps:
+        if reached := self.reached:
+            after = ""
+            if self.step_flops is not None:
+                after = f" after {reached['step'] * self.step_flops:.4g} FLOPs of training"
+            lines.append(
+                f"{name} reached {self.goal:g} % at step {reached['step']} of {self.total_steps}{after}; "
+                "without --probe-goal, or with a higher one, the run goes on from there"
+            )
+        elif self.exhausted and last["step"] < self.total_steps:
             better = f"better one (by {self.margin:g} points)" if self.margin else "better one"
             lines.append(
                 f"ended early at step {last['step']} of {self.total_steps}: {self.patience} {name}s without "

@@ -298,8 +298,15 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
             steps_per_epoch=steps_per_epoch,
             patience=probe.patience,
             margin=probe.margin,
+            goal=probe.goal,
+            step_flops=self.step_flops(),
             at_start=True,
         )
+
+    def step_flops(self) -> float:
+        """Of a step on all ranks: forward and backward, and the target's values."""
+        clips = (self.config.effective_batch or 1) * self.config.num_sample
+        return clips * self.flops_per_clip()
 
     def probe_share(self) -> float:
         """Of the run's FLOPs, that its probes take."""
@@ -307,8 +314,7 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         assert self.probed is not None and config.probe.every is not None and config.steps is not None
         once = pass_flops(self.probed, config.model)
         probes = once * count_passes(config.probe.every, config.steps)
-        clips = (config.effective_batch or 1) * config.num_sample
-        return probes / (probes + config.steps * clips * self.flops_per_clip())
+        return probes / (probes + config.steps * self.step_flops())
 
     def bytes_beside(self) -> int:
         return self.target.state_bytes()
