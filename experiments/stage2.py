@@ -101,13 +101,13 @@ class Arm:
 #   the tokens hidden 67, 58. So: L1, twice the learning rate.
 # - A quarter of the budget for the teacher: the last block, from the teacher: 69, 45; block 2, which costs
 #   half: fresh 68, 44, from the teacher 72, 47, running cells (fresh) 67, 47; block 1, fresh: 68, 52. Block 2
-#   and 15 % for the teacher: fresh 69, 45, from the teacher 69, 44. So: less than half, block 2; the pixels of
-#   as long a run (67, 49) are within the noise of most of these.
-# By the commands below, 3 TFLOP: pixels 60, 50. Latents, 0.4 for the teacher: fresh 58, 52; 0.3: fresh 63, 48,
-# from the teacher 64, 48. So: 0.3. For some 600 steps a loss of pixels stays at that of the mean of what is
-# seen, and the encoder knows no motion: a teacher of 500 steps (four clips of each of four videos a step) left
-# its students at chance, 10 to 13, and fine-tuned far below random weights.
-# - HOG, 3 TFLOP: 36, 15; by the commands below, at twice the learning rate, 1500 steps: 10, chance.
+#   and 15 % for the teacher: fresh 69, 45, from the teacher 69, 44. So: less than half, block 2; the pixels
+#   of as long a run (67, 49) are within the noise of most of these.
+# By the commands below, 3 TFLOP: pixels 60, 50. Latents, 0.4 for the teacher: fresh 58, 52; 0.3: fresh 63,
+# 48, from the teacher 64, 48. So: 0.3. For some 600 steps a loss of pixels stays at that of the mean of what
+# is seen, and the encoder knows no motion: a teacher of 500 steps (four clips of each of four videos a step)
+# left its students at chance, 10 to 13, and fine-tuned far below random weights.
+# HOG, 3 TFLOP: 36, 15; by the commands below, at twice the learning rate, 1500 steps: 10, chance.
 # Not tried: fine-tuning, a deeper predictor, a smaller teacher, other patches, HOG with other settings.
 LAYER = "2"  # of the teacher's four blocks
 STAGE_TWO: list[object] = [
@@ -403,7 +403,8 @@ def run_all(args: argparse.Namespace, scale: Stage2Scale) -> int:
     write_stacks(args.out / "world", ("unlabeled", "train_a", "val_a"))
     run_jobs(__file__, {f"{seed}-teacher": 1 for seed in range(count)}, args.out, args.scale)
     stages = 1 + 2 * len(EVALUATIONS)
-    jobs = {f"{seed}-{name}": stages for seed in range(count) for name in ARMS}
+    short_last = reversed(ARMS)  # so that no core is without work for long at the end
+    jobs = {f"{seed}-{name}": stages for name in short_last for seed in range(count)}
     run_jobs(__file__, jobs, args.out, args.scale)
     report(args.out, scale, count, (time.monotonic() - began) / 60)
     return 0

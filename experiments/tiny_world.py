@@ -154,7 +154,7 @@ def run_jobs(script: str, jobs: dict[str, int], out: Path, scale: str) -> None:
             while waiting and len(running) < (os.cpu_count() or 1):
                 name = waiting.pop(0)
                 running[name] = _start_job(script, name, out, scale)
-            time.sleep(0.2 if scale == "smoke" else 10)
+            time.sleep(0.2 if scale == "smoke" else 1)
             for name, process in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
