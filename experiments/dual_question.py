@@ -18,6 +18,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,10 +61,10 @@ def mask_of(hidden: int, arm: str) -> MaskConfig:
     return MaskConfig(encoder="frame", encoder_ratio=hidden / 100, decoder=decoder)
 
 
-def jobs_of(seeds: int) -> dict[str, int]:
+def jobs_of(shares: Sequence[int], seeds: int) -> dict[str, int]:
     """Stages of each job, by name: percent hidden, arm, seed."""
-    arms = {hidden: ARMS if hidden == 75 else ARMS[:2] for hidden in HIDDEN}
-    return {f"{hidden}_{arm}_{seed}": 3 for hidden in HIDDEN for seed in range(seeds) for arm in arms[hidden]}
+    arms = {hidden: ARMS if hidden == 75 else ARMS[:2] for hidden in shares}
+    return {f"{hidden}_{arm}_{seed}": 3 for hidden in shares for seed in range(seeds) for arm in arms[hidden]}
 
 
 def measure_times(path: Path, rounds: int) -> dict[str, float]:
@@ -163,7 +164,7 @@ def run_all(args: argparse.Namespace, scale: Scale) -> int:
     began, count = time.monotonic(), args.seeds or scale.seeds
     make_world(args.out, scale)
     times = measure_times(args.out / "times.json", 2 if args.scale == "smoke" else 100)
-    jobs = jobs_of(count)
+    jobs = jobs_of(args.hidden, count)
     run_jobs(__file__, jobs, args.out, args.scale)
     runs = [from_json(ArmRun, json.loads((args.out / job / "scores.json").read_text())) for job in jobs]
     found = differences(runs)
@@ -192,6 +193,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--scale", default="full", choices=MANY, help="smoke: of seconds")
     parser.add_argument("--seeds", type=int, help=f"runs of everything ({MANY['full'].seeds})")
+    parser.add_argument(
+        "--hidden", nargs="+", type=int, choices=HIDDEN, default=HIDDEN, help="percent of the frames (both)"
+    )
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     scale = MANY[args.scale]

@@ -45,14 +45,24 @@ def test_one_arm_trains_as_long_as_encoder_only_masking(question, tmp_path):
     steps = {arm: question.steps_of(tmp_path, scale, arm) for arm in question.ARMS}
     assert steps == {"dual": 2400, "encoder-only": 2400, "dual-longer": 3000}
     assert question.measure_times(tmp_path / "times.json", 1)["dual"] == 0.08  # measured once
-    counts = question.jobs_of(8)
+    counts = question.jobs_of(question.HIDDEN, 8)
     assert len(counts) == 8 * 5 and "50_dual-longer_0" not in counts
+    assert list(question.jobs_of([50], 1)) == ["50_dual_0", "50_encoder-only_0"]
 
 
 @pytest.mark.slow
 def test_a_seed_from_nothing(question, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(question, "HIDDEN", (75,))
-    command = ["dual_question.py", "--scale", "smoke", "--seeds", "1", "--out", str(tmp_path)]
+    command = [
+        "dual_question.py",
+        "--scale",
+        "smoke",
+        "--seeds",
+        "1",
+        "--hidden",
+        "75",
+        "--out",
+        str(tmp_path),
+    ]
     monkeypatch.setattr(sys, "argv", command)
     assert question.main() == 0
     assert "9 of 9 stages" in capsys.readouterr().out
