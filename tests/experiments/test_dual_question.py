@@ -14,7 +14,9 @@ def question(benches):
 def runs(question, hidden, **values):
     make = question.ArmRun
     return [
-        make(hidden=hidden, arm=arm.replace("_", "-"), seed=seed, steps=10, top1=top1, macs=1.0)
+        make(
+            hidden=hidden, arm=arm.replace("_", "-"), seed=seed, steps=10, top1=top1, scores=[top1], macs=1.0
+        )
         for arm, scores in values.items()
         for seed, top1 in enumerate(scores)
     ]
@@ -65,7 +67,9 @@ def test_a_seed_from_nothing(question, tmp_path, monkeypatch, capsys):
     ]
     monkeypatch.setattr(sys, "argv", command)
     assert question.main() == 0
-    assert "9 of 9 stages" in capsys.readouterr().out
+    assert "21 of 21 stages" in capsys.readouterr().out
     content = json.loads((tmp_path / "dual_question.json").read_text())
     assert {run["arm"] for run in content["runs"]} == set(question.ARMS) and content["records"] == []
+    for run in content["runs"]:
+        assert len(run["scores"]) == 3 and run["top1"] == pytest.approx(sum(run["scores"]) / 3)
     assert min(content["step_s"].values()) > 0

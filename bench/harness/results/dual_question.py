@@ -16,7 +16,7 @@ class ArmRun:
     Attributes:
         hidden: percent of the frames that the encoder does not see.
         steps: of pre-training.
-        top1: after fine-tuning, percent.
+        top1: after fine-tuning, percent; the mean of `scores`, those of several fine-tunings.
         macs: millions of multiply-accumulates of a clip's forward.
     """
 
@@ -25,6 +25,7 @@ class ArmRun:
     seed: int
     steps: int
     top1: float
+    scores: list[float]
     macs: float
 
 
@@ -70,5 +71,6 @@ class DualQuestionResult(MiniatureResult):
                     rows.append(row)
         head = ["frames hidden", "arm", "steps", "forward MMACs a clip", "top-1, %", "difference, points"]
         count = max((len(one.values) for one in self.records), default=0)
-        note = f"{count} seeds; ±: standard error of the mean paired difference; {self.conditions}."
+        note = f"{count} seeds, {len(self.runs[0].scores)} fine-tunings of each pre-training; ±: standard "
+        note += f"error of the mean paired difference; {self.conditions}."
         return [Table(self.title, head, rows, note)]
