@@ -159,7 +159,8 @@ def verdict(one: Difference) -> str:
     met = "ok" if one.error < 0.7 else "NOT MET"
     says = "no difference is seen"
     if abs(one.mean) > 2 * one.error:
-        says = "dual masking is better" if one.mean > 0 else "dual masking is worse"
+        side = "ahead" if one.mean > 0 else "behind"
+        says = f"dual masking is {side} by more than two standard errors"
     return (
         f"{one.hidden} % of the frames hidden, {one.arm} against encoder-only: {one.mean:+.1f} points, "
         f"standard error {one.error:.2f} (asked for: under 0.7) {met}; {says}"

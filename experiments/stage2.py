@@ -118,8 +118,10 @@ CELLS = MaskConfig(encoder="random", encoder_ratio=0.75, decoder="running_cell",
 EVERY = replace(CELLS, decoder="none")
 MODEL = ModelConfig.preset("vit_tiny", patch_size=8, img_size=32, num_frames=8, embed_dim=64, num_heads=2)
 # On top of those of tiny_world.py; the learning rate after scaling is the same.
-SIZE = ("--embed-dim", 64, "--num-heads", 2)
-STUDENT = [*SIZE, *("--batch-size", CLIPS, "--num-sample", 1, "--lr", 0.032, "--min-lr", 0.00015)]
+STUDENT = [
+    *("--embed-dim", 64, "--num-heads", 2),
+    *("--batch-size", CLIPS, "--num-sample", 1, "--lr", 0.032, "--min-lr", 0.00015),
+]
 ARMS = {
     "random": Arm("nothing", None, CELLS),
     "pixels": Arm("pixels", "pixels", CELLS),

@@ -1,5 +1,7 @@
 """A run's folder: names, what is kept, files that replace others at once, and one file of weights."""
 
+import os
+
 import pytest
 import torch
 
@@ -53,7 +55,8 @@ def test_unfinished_folders_are_ignored_then_removed(tmp_path):
 
 def test_a_save_leaves_a_file_alone_that_another_thread_is_writing(tmp_path):
     """The ids of log services are written by a thread, which the first save may meet."""
-    left_over = tmp_path / ".weights.pth.0-0123abcd.unfinished"  # of a killed process
+    # Of a killed process: in a container, the next one often has the same number.
+    left_over = tmp_path / f".weights.pth.{os.getpid()}-0123abcd.unfinished"
     left_over.write_bytes(b"half")
 
     def write(file):

@@ -37,7 +37,9 @@ def test_differences_are_paired_by_seed(question):
     assert question.verdict(first).endswith(
         "error 1.00 (asked for: under 0.7) NOT MET; no difference is seen"
     )
-    assert question.verdict(found[2]).endswith("(asked for: under 0.7) ok; dual masking is better")
+    assert question.verdict(found[2]).endswith(
+        "(asked for: under 0.7) ok; dual masking is ahead by more than two standard errors"
+    )
     assert question.differences(runs(question, 50, dual=[70], encoder_only=[71])) == []
 
 

@@ -100,7 +100,10 @@ def test_from_nothing_to_the_table(stage2, tmp_path, capsys):
         log = (tmp_path / f"0-{record.arm}" / "pre-training" / "log.jsonl").read_text().splitlines()
         assert json.loads(log[-1])["step"] == record.steps > 0
     assert result.records[0].steps == 0
-    first = {name: (tmp_path / f"0-{name}.log").read_text() for name in ("salt", "continued")}
-    assert "resuming" not in "".join(first.values())
+    inits = [
+        json.loads((tmp_path / f"0-{name}" / "pre-training" / "run.json").read_text())["init"]
+        for name in ("salt", "continued")
+    ]
+    assert inits == [None, str(tmp_path / "0-teacher" / "pre-training")]
     assert stage2.main(words) == 0  # everything is there: nothing is trained again
     assert read_result(tmp_path / "stage2.json", "stage2").seconds == result.seconds

@@ -14,15 +14,12 @@ from typing import IO, Any
 
 from vmae.errors import InputError
 
-
-def _mark() -> str:
-    """Of this process, in the names of files that it has not finished."""
-    return f".{os.getpid()}-"
+_WRITING: set[Path] = set()  # files that threads of this process have not finished
 
 
 def is_being_written(path: Path) -> bool:
-    """Whether `path` is a file that a thread of this process has not finished (`write_atomically`)."""
-    return _mark() in path.name and path.suffix == ".unfinished"
+    """Whether `path` is what a thread of this process writes just now (`write_atomically`)."""
+    return path.absolute() in _WRITING
 
 
 @contextlib.contextmanager
@@ -30,7 +27,8 @@ def _replacing(path: Path, mode: str) -> Iterator[IO]:
     """A file that becomes `path` when the block ends, at once and on the disk; when it fails, `path` stays as
     it was."""
     # Not the process's number alone: on a shared file system, those of two containers may be the same.
-    beside = path.with_name(f".{path.name}{_mark()}{uuid.uuid4().hex[:8]}.unfinished")
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.unfinished")
+    _WRITING.add(beside.absolute())
     try:
         with open(beside, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -40,6 +38,7 @@ def _replacing(path: Path, mode: str) -> Iterator[IO]:
         sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+        _WRITING.discard(beside.absolute())
 
 
 def sync_folder(folder: Path) -> None:

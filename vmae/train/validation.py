@@ -358,13 +358,12 @@ class Validation:
             found = self.videos.describe(last, self.prefix)
             lines.append(f"last {name}: step {last['step']}, {found}")
         if reached := self.reached:
-            after = ""
-            if self.step_flops is not None:
-                after = f" after {reached['step'] * self.step_flops:.4g} FLOPs of training"
-            lines.append(
-                f"{name} reached {self.goal:g} % at step {reached['step']} of {self.total_steps}{after}; "
-                "without --probe-goal, or with a higher one, the run goes on from there"
-            )
+            line = f"{name} reached {self.goal:g} % at step {reached['step']} of {self.total_steps}"
+            flops = reached.get(f"{self.prefix}flops")
+            line += f" after {flops:.4g} FLOPs of training" if flops is not None else ""
+            if last["step"] < self.total_steps:
+                line += "; without --probe-goal, or with a higher one, the run goes on from there"
+            lines.append(line)
         elif self.exhausted and last["step"] < self.total_steps:
             better = f"better one (by {self.margin:g} points)" if self.margin else "better one"
             lines.append(
