@@ -179,8 +179,23 @@ def test_a_lean_decoder_gets_the_counted_tokens_only():
     assert DualMask.sample(2, GRID_B, lean=True, **whole).decode.shape[1] == 1408  # as without
 
 
+@pytest.mark.parametrize("encoder", ENCODER_MASKS)
+def test_random_hidden_is_lean_with_any_encoder_mask(encoder):
+    draw = dict(encoder=encoder, encoder_ratio=0.75, decoder="random_hidden", decoder_ratio=0.25)
+    mask, lean = (DualMask.sample(40, (4, 4, 4), **draw, lean=lean, generator=generator()) for lean in (0, 1))
+    assert mask.decode.shape == (40, 36) and (mask.weight == 1).all()
+    assert mask.keep.tolist() == [list(range(36))] * 40
+    assert torch.equal(mask.decode, lean.decode) and torch.equal(mask.visible, lean.visible)
+    hidden, dropped = mask.to_bool()
+    assert not (~dropped & ~hidden).any() and (hidden.sum(1) == 48).all()
+    often = (~dropped).sum(0) / hidden.sum(0)  # each hidden token is as likely: 3 of 4 times
+    assert often.mean() == pytest.approx(0.75, abs=0.02) and (often > 0.3).all()
+    assert len({tuple(row) for row in mask.decode.tolist()}) > 30
+
+
 def test_a_lean_decoder_is_refused_where_counts_differ():
-    with pytest.raises(InputError, match="lean decoder needs .* equally .* random with running_cell"):
+    message = "lean decoder needs .* equally .* random with running_cell .*random_hidden"
+    with pytest.raises(InputError, match=message):
         DualMask.sample(2, GRID_B, encoder="random", lean=True)
     with pytest.raises(InputError, match="running_cell on 6 frames"):
         DualMask.sample(2, (6, 14, 14), lean=True)

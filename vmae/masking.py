@@ -98,6 +98,8 @@ class MaskKind:
         even_frames: length of a run of frames in which every spot (row, column) is kept equally often; 1
             where all frames keep the same spots; None where neither holds. It decides which pairs of masks
             count equally many tokens in every clip.
+        of_hidden: of a decoder's mask: whether it keeps nothing that the encoder sees. Then it counts all
+            that it keeps.
     """
 
     name: str
@@ -105,6 +107,7 @@ class MaskKind:
     draw: Callable[[Draw], Tensor]
     published: str | None = None
     even_frames: int | None = None
+    of_hidden: bool = False
 
 
 ENCODER_MASKS: dict[str, MaskKind] = {}  # by name, filled below
@@ -189,7 +192,8 @@ class DualMask:
             encoder: a name in `ENCODER_MASKS`.
             encoder_ratio: share hidden, rounded down to whole tokens (of a frame for tube, frames for frame).
             decoder: a name in `DECODER_MASKS`. A `decoder_ratio` of 0 means "none", as in the published code.
-            decoder_ratio: share of all tokens that the decoder leaves out.
+            decoder_ratio: share of all tokens that the decoder leaves out (`random_hidden`: of the hidden
+                ones).
             lean: the decoder leaves out what the encoder sees, too: such tokens are not counted. As
                 published, it gets a mask token for them (80 of ViT-B's 784).
 
@@ -213,7 +217,7 @@ class DualMask:
         if lean and not equal:
             raise InputError(
                 f"a lean decoder needs masks that count equally many tokens in every clip; {hiding.name} "
-                f"with {leaving.name} on {grid[0]} frames of tokens does not"
+                f"with {leaving.name} on {grid[0]} frames of tokens does not, any with random_hidden does"
             )
         mask = cls._from_indices(visible, decode, draw.num_tokens, equal=equal)
         return mask.without_seen() if lean else mask
@@ -361,9 +365,9 @@ def _counts_equally(hiding: MaskKind, leaving: MaskKind, frames: int) -> bool:
     """Whether every draw of this pair counts equally many tokens.
 
     The decoder rebuilds every spot equally often (in whole runs of `even_frames`), and the encoder hides the
-    same spots of all frames; or the decoder rebuilds all that the encoder hid.
+    same spots of all frames; or the decoder rebuilds nothing that the encoder sees.
     """
-    if leaving.name == "none":
+    if leaving.of_hidden:
         return True
     even = leaving.even_frames
     return hiding.even_frames == 1 and even is not None and frames % even == 0
@@ -457,9 +461,18 @@ def frame(draw: Draw) -> Tensor:
     return _tokens_of_frames(draw.subset(draw.frames, "frames"), draw.per_frame)
 
 
-@decoder_mask("what the encoder sees, whatever the ratio: encoder-only masking, VideoMAE V1")
+@decoder_mask("what the encoder sees, whatever the ratio: encoder-only masking, VideoMAE V1", of_hidden=True)
 def none(draw: Draw) -> Tensor:
     return _complement(draw.visible, draw.num_tokens)
+
+
+@decoder_mask(
+    "what the encoder sees and single tokens, the ratio being their share of the others", of_hidden=True
+)
+def random_hidden(draw: Draw) -> Tensor:
+    """As `random`, of hidden tokens only: a lean decoder with any encoder mask (not of the paper)."""
+    hidden = _complement(draw.visible, draw.num_tokens)
+    return hidden.gather(1, draw.subset(hidden.shape[1], "hidden tokens").long())
 
 
 @encoder_mask("a union of blocks, the same in all frames: as V-JEPA, with an exact ratio", even_frames=1)
