@@ -92,6 +92,23 @@ def test_exported_curves_are_short_and_name_their_run(tmp_path, capsys):
     assert "--export takes one RUN" in capsys.readouterr().err
 
 
+def test_losses_of_different_targets_are_told(tmp_path, capsys):
+    def start(what):
+        return {"config": {"derived": {"predicted": what}}}
+
+    names = {"a": "pixels in [0, 1]", "b": "pixels in [0, 1]", "c": "latents of /private/teacher (l1)"}
+    runs = {name: str(write_run(tmp_path / name, **start(what))) for name, what in names.items()}
+    older = str(write_run(tmp_path / "older", commit="c0ffee"))  # does not say what it predicts
+    picture = ["--output", str(tmp_path / "out.png")]
+    assert main(["curves", runs["a"], runs["b"], older, *picture]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["curves", *runs.values(), older, *picture]) == 0
+    both = "a: pixels in [0, 1]; b: pixels in [0, 1]; c: latents of /private/teacher (l1)"
+    assert capsys.readouterr().err == f"losses of different targets do not compare: {both}\n"
+    kept = tmp_path / "kept.jsonl"
+    assert main(["curves", runs["c"], "--export", str(kept)]) == 0 and "private" not in kept.read_text()
+
+
 def test_reference_curves_lie_below_the_runs(tmp_path):
     run = write_run(tmp_path / "mine")
     reference, mine = read_curves([str(run)], ["tiny"])

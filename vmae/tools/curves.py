@@ -44,7 +44,7 @@ class Curve:
     Attributes:
         name: name in the legend and the table.
         records: lines of the log that have a step, in order; at least one.
-        about: known facts about the run: commit, versions, device, command.
+        about: known facts about the run: commit, versions, device, command, what it predicts.
         reference: whether it is a reference curve: drawn wide and pale, below the others.
         note: one line on damaged lines of the log; None without any.
     """
@@ -114,14 +114,26 @@ def read_curve(path: str | Path, name: str | None = None, *, reference: bool = F
 
 
 def _last_start(folder: Path) -> dict[str, Any]:
-    """Commit, versions and device of a run's last start, where they are known."""
+    """Commit, versions, device and target of a run's last start, where they are known."""
     try:
         start = read_starts(folder)[-1]
     except (InputError, IndexError):
         return {}
-    return {
-        key: start[key] for key in ("date", "commit", "clean", "torch", "device", "threads") if key in start
-    }
+    keys = ("date", "commit", "clean", "torch", "device", "threads")
+    about = {key: start[key] for key in keys if key in start}
+    try:
+        return {**about, "predicted": start["config"]["derived"]["predicted"]}
+    except (KeyError, TypeError):  # of no pre-training, or of an older version
+        return about
+
+
+def note_targets(curves: Sequence[Curve]) -> list[str]:
+    """A line where curves are known to predict different things: their losses do not compare."""
+    found = {curve.name: about for curve in curves if (about := curve.about.get("predicted"))}
+    if len(set(found.values())) < 2:
+        return []
+    listed = "; ".join(f"{name}: {about}" for name, about in found.items())
+    return [f"losses of different targets do not compare: {listed}"]
 
 
 def read_curves(runs: Sequence[str], references: Sequence[str]) -> list[Curve]:
@@ -225,8 +237,8 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def export(curve: Curve, path: Path, note: str) -> None:
-    """Write a reference curve: a line `about` it (note, commit, versions, device), then at most 200 lines of
-    its log.
+    """Write a reference curve: a line `about` it (note, commit, versions, device; no paths), then at most
+    200 lines of its log.
 
     Raises:
         InputError: the file can't be written.
@@ -239,6 +251,7 @@ def export(curve: Curve, path: Path, note: str) -> None:
         {"about": {"note": note, **curve.about}},
         *({key: _short(r[key]) for key in keys if key in r} for r in kept),
     ]
+    lines[0]["about"].pop("predicted", None)  # may hold a teacher's path
     text = "".join(json.dumps(line) + "\n" for line in lines)
     write_atomically(path, lambda file: file.write(text), binary=False)
 
@@ -273,7 +286,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command: read the logs, print the table, write the picture or the file asked for."""
     curves = read_curves(args.runs, args.reference)
-    for note in [curve.note for curve in curves if curve.note]:
+    for note in [*(curve.note for curve in curves if curve.note), *note_targets(curves)]:
         print(note, file=sys.stderr)
     if args.export:
         if len(args.runs) != 1 or args.reference:

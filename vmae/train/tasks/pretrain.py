@@ -349,10 +349,11 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
         )
 
     def describe_more(self) -> dict[str, Any]:
-        if self.probed is None:
-            return {}
-        sizes = {"gallery": self.probed.size, "queries": len(self.probed.queries)}
-        return {"probe": {**sizes, "flops_share": self.probe_share()}}
+        more: dict[str, Any] = {"predicted": self.target.describe()}
+        if self.probed is not None:
+            sizes = {"gallery": self.probed.size, "queries": len(self.probed.queries)}
+            more["probe"] = {**sizes, "flops_share": self.probe_share()}
+        return more
 
     def describe_loss(self) -> str:
         return f"; zero predictor {self._trivial()}" if self.trivial else ""
