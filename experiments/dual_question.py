@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -140,17 +139,7 @@ def differences(runs: list[ArmRun]) -> list[Difference]:
             seeds = sorted(seed for h, a, seed in top1 if (h, a) == (hidden, arm))
             values = [top1[hidden, arm, seed] - top1[hidden, ARMS[1], seed] for seed in seeds]
             if len(values) > 1:
-                spread = statistics.stdev(values)
-                found.append(
-                    Difference(
-                        hidden=hidden,
-                        arm=arm,
-                        mean=statistics.mean(values),
-                        std=spread,
-                        error=spread / math.sqrt(len(values)),
-                        values=values,
-                    )
-                )
+                found.append(Difference.of(values, hidden=hidden, arm=arm))
     return found
 
 

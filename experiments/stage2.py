@@ -32,7 +32,8 @@ import bench_path  # noqa: F401
 import torch
 from harness.command import exit_code
 from harness.environment import find_environment
-from harness.results.stage2 import ArmRecord, DifferenceRecord, OverSeeds, Stage2Result
+from harness.results.base import OverSeeds
+from harness.results.stage2 import ArmRecord, DifferenceRecord, Stage2Result
 from harness.table import show
 from tiny_world import (
     FINETUNE,

@@ -4,6 +4,7 @@ hand."""
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from vmae.errors import InputError
@@ -75,6 +76,23 @@ def test_a_stage_that_was_stopped_is_not_done(tiny_world, tmp_path):
     with pytest.raises(InputError, match="training was stopped before its end"):
         stages.once("training", tmp_path / "weights.pth", lambda: None)
     assert not stages.seconds
+
+
+def test_stacks_hold_the_frames_of_a_world_s_videos_and_are_written_once(tiny_world, tmp_path):
+    from vmae.data import open_video
+
+    world = tiny_world.WorldConfig(size=32, frames=4, unlabeled=14, few=2, many=1, shared=0, validation=1)
+    tiny_world.write_world(tmp_path, world)
+    lists = tiny_world.write_stacks(tmp_path, ("val_a",))
+    lines = [line.split() for line in lists["val_a"].read_text().splitlines()]
+    videos = [line.split() for line in (tmp_path / "val_a.txt").read_text().splitlines()]
+    assert len(lines) == 10 and [label for _, label in lines] == [label for _, label in videos]
+    stack, video = tmp_path / lines[3][0], tmp_path / videos[3][0]
+    with open_video(video) as reader, open_video(stack) as stored:
+        expected = reader.frames(range(len(reader)))
+        assert np.array_equal(stored.frames(range(len(stored))), expected) and expected.std() > 1
+    stack.write_bytes(b"as it is")
+    assert tiny_world.write_stacks(tmp_path, ("val_a",)) == lists and stack.read_bytes() == b"as it is"
 
 
 def test_a_job_that_fails_shows_its_log(tiny_world, tmp_path):

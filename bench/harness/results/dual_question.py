@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from harness.results.base import MiniatureResult
+from harness.results.base import MiniatureResult, OverSeeds
 from harness.table import Table
 
 
@@ -30,16 +30,11 @@ class ArmRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
-    """An arm's top-1 minus that of encoder-only masking, in points: of each seed, mean, spread, and the
-    mean's standard error."""
+class Difference(OverSeeds):
+    """An arm's top-1 minus that of encoder-only masking, in points."""
 
     hidden: int
     arm: str
-    mean: float
-    std: float
-    error: float
-    values: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)

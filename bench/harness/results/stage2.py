@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from harness.results.base import Result
+from harness.results.base import OverSeeds, Result
 from harness.table import Table, number
-
-
-@dataclass(frozen=True, kw_only=True)
-class OverSeeds:
-    """Over the seeds: their values, mean, standard deviation, and the standard error of the mean."""
-
-    mean: float
-    std: float
-    error: float
-    values: list[float]
-
-    @classmethod
-    def of(cls, values: list[float]) -> OverSeeds:
-        std = statistics.stdev(values) if len(values) > 1 else 0.0
-        return cls(mean=statistics.mean(values), std=std, error=std / len(values) ** 0.5, values=values)
 
 
 @dataclass(frozen=True, kw_only=True)
