@@ -13,12 +13,13 @@ GPU_PYTHON = $(or $(PYTHON),$(wildcard $(BIN)/python),python3)
 STAGE ?=
 GPU_FLAGS ?=
 
-.PHONY: help setup gpu demo progressive stage2 detection temporal test test-slow test-all test-decoders test-interop test-browser lint docs notebook wheel build-versions clean
+.PHONY: help setup gpu demo progressive stage2 speedrun detection temporal test test-slow test-all test-decoders test-interop test-browser lint docs notebook wheel build-versions clean
 
 help:
 	@echo "make demo       set up, benchmark dual against encoder-only masking, pre-train a small model, draw a reconstruction"
 	@echo "make progressive  pre-train, merge labels, post-pre-train, fine-tune, test: on a CPU, 3 seeds, under 25 minutes"
 	@echo "make stage2     pixels, latents of a frozen teacher, HOG at equal FLOPs; probes, fine-tuning: on a CPU, 3 seeds"
+	@echo "make speedrun   FLOPs of pre-training until a frozen probe reaches a goal: the baseline, on a CPU, 3 seeds (ENTRY=name: another)"
 	@echo "make detection  actions of two actors, as on AVA: make videos, train, frame mAP, pictures: on a CPU, under 5 minutes"
 	@echo "make temporal   videos, features, temporal detection, mAP, from nothing: on a CPU, under 5 minutes"
 	@echo "make test       set up, run the tests (make test-slow: the long ones; make test-all: both; make lint: ruff, mypy)"
@@ -52,6 +53,12 @@ gpu:
 
 progressive: setup
 	@$(BIN)/python experiments/progressive.py --out progressive
+
+# Of docs/speedrun.md.
+ENTRY ?= baseline
+
+speedrun: setup
+	@$(BIN)/python experiments/speedrun.py --out speedrun --entry $(ENTRY)
 
 stage2: setup
 	@$(BIN)/python experiments/stage2.py --out stage2
@@ -114,4 +121,4 @@ build-versions: setup
 	@PYTHON=$(abspath $(BIN))/python PIP_FLAGS="$(PIP_FLAGS)" .ci/build_versions.sh $(VENV)/triton 3.6.0 3.7.1 3.9.0
 
 clean:
-	rm -rf $(VENV) demo progressive stage2 detection temporal mask_ablation dual_question optimizers build dist site *.egg-info
+	rm -rf $(VENV) demo progressive stage2 speedrun detection temporal mask_ablation dual_question optimizers build dist site *.egg-info

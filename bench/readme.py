@@ -43,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     check = "change nothing; exit 1 if a table differs from its file"
     parser.add_argument("--check", action="store_true", help=check)
-    files = "Markdown files (README.md, docs/results.md, docs/data_at_scale.md)"
-    pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "data_at_scale"))]
+    names = ("results", "data_at_scale", "speedrun")
+    pages = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in names)]
+    files = "Markdown files (README.md, and of docs/: results.md, data_at_scale.md, speedrun.md)"
     parser.add_argument("files", nargs="*", type=Path, default=pages, help=files)
     args = parser.parse_args(argv)
     differs = False

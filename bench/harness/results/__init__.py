@@ -28,6 +28,7 @@ from harness.results.predict import PredictedKernelsResult, PredictResult
 from harness.results.progressive import ProgressiveResult
 from harness.results.sanitize import SanitizerResult
 from harness.results.scaling import ScalingResult
+from harness.results.speedrun import SpeedrunResult
 from harness.results.stage2 import Stage2Result
 from harness.results.step import ProfileResult
 from harness.results.steps import StepsResult
@@ -64,6 +65,7 @@ RESULTS: dict[str, type[Result]] = {
     "temporal": TemporalResult,
     "optimizers": OptimizerResult,
     "stage2": Stage2Result,
+    "speedrun": SpeedrunResult,
     "kill_runs": KillResult,
     "needs": NeedsResult,
     "store": StoreResult,
