@@ -75,11 +75,12 @@ class Entry:
     legs: tuple[Leg, ...]
 
 
-# Trials, seed 100 (attentive probe, %; random weights: 46). Tubes with --lean-decoder, 3/4 or half of the spots
-# hidden: 50 and 46 at best in 1,600 and 2,000 steps; so the lean entry is random_hidden. Latents of a teacher of
-# 800 steps (54): a fresh student 46 and 47 at best, at both learning rates; one that starts from it 69 after 600
-# steps, 3.2 TFLOP in all; the same with half of the hidden tokens predicted 68 after 700, 3.3; that of a teacher
-# of 650 steps (49), still on its plateau, 38 at best. So: it starts from it, and the teacher has 1,000 steps.
+# Trials, seed 100 (attentive probe, %; random weights: 46). Tubes with --lean-decoder, 3/4 or half of the
+# spots hidden: 50 and 46 at best in 1,600 and 2,000 steps; so the lean entry is random_hidden. Latents of a
+# teacher of 800 steps (54): a fresh student 46 and 47 at best, at both learning rates; one that starts from
+# it 69 after 600 steps, 3.2 TFLOP in all; the same with half of the hidden tokens predicted 68 after 700,
+# 3.3; that of a teacher of 650 steps (49), still on its plateau, 38 at best. So: it starts from it, and the
+# teacher has 1,000 steps.
 ENTRIES = {
     "published": Entry("masks and target as published", (Leg(2000, PUBLISHED),)),
     "baseline": Entry("running cells; a random 3/4 hidden, pixels as they are", (Leg(2000, OURS),)),

@@ -404,11 +404,13 @@ def run_all(args: argparse.Namespace, scale: Stage2Scale) -> int:
     began, count = time.monotonic(), args.seeds or scale.seeds
     write_world(args.out / "world", scale.world, workers=os.cpu_count() or 1)
     write_stacks(args.out / "world", ("unlabeled", "train_a", "val_a"))
-    run_jobs(__file__, {f"{seed}-teacher": 1 for seed in range(count)}, args.out, args.scale)
-    stages = 1 + 2 * len(EVALUATIONS)
-    short_last = reversed(ARMS)  # so that no core is without work for long at the end
-    jobs = {f"{seed}-{name}": stages for name in short_last for seed in range(count)}
-    run_jobs(__file__, jobs, args.out, args.scale)
+    stages = {"teacher": 1}
+    # Short ones last, so that no core is without work for long at the end.
+    stages |= dict.fromkeys(reversed(ARMS), 1 + 2 * len(EVALUATIONS))
+    jobs = {f"{seed}-{name}": stages[name] for name in stages for seed in range(count)}
+    taught = [name for name, arm in ARMS.items() if arm.target == "teacher"]
+    after = {f"{seed}-{name}": f"{seed}-teacher" for name in taught for seed in range(count)}
+    run_jobs(__file__, jobs, args.out, args.scale, after)
     report(args.out, scale, count, (time.monotonic() - began) / 60)
     return 0
 

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -137,22 +137,26 @@ def read_seconds(folder: Path) -> dict[str, float]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def run_jobs(script: str, jobs: dict[str, int], out: Path, scale: str) -> None:
+def run_jobs(
+    script: str, jobs: dict[str, int], out: Path, scale: str, after: Mapping[str, str] | None = None
+) -> None:
     """Run `python SCRIPT --job NAME` for every job, one on each core, and say how far they are.
 
     Args:
         jobs: by name, how many stages each has; its folder is `out / name`, its output goes to `out /
             NAME.log`.
+        after: by name, the job that must have ended before this one starts.
 
     Raises:
         InputError: a job failed; the end of its log is in the message.
     """
-    waiting, progress = list(jobs), _Progress(jobs, out)
+    waiting, progress, after = list(jobs), _Progress(jobs, out), after or {}
     running: dict[str, subprocess.Popen] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < (os.cpu_count() or 1):
-                name = waiting.pop(0)
+            ready = [name for name in waiting if after.get(name) not in (*waiting, *running)]
+            for name in ready[: (os.cpu_count() or 1) - len(running)]:
+                waiting.remove(name)
                 running[name] = _start_job(script, name, out, scale)
             time.sleep(0.2 if scale == "smoke" else 1)
             for name, process in list(running.items()):

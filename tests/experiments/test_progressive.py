@@ -116,6 +116,18 @@ def test_jobs_say_how_far_they_are(tiny_world, benches, tmp_path, monkeypatch, c
     assert "  0.0 min: 1 of 3 stages; a: step 3 of 9; b: step 3 of 9\n" in found.err
 
 
+def test_a_job_waits_for_the_one_that_it_needs(tiny_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_world.os, "cpu_count", lambda: 3)
+    script, times = tmp_path / "script.py", {}
+    lines = "import sys, time\nprint(time.time(), flush=True)\ntime.sleep(0.5)\nprint(time.time())\n"
+    script.write_text(lines)
+    after = {"student": "teacher"}
+    tiny_world.run_jobs(str(script), {"student": 1, "teacher": 1, "other": 1}, tmp_path, "smoke", after)
+    for name in ("student", "teacher", "other"):
+        times[name] = [float(line) for line in (tmp_path / f"{name}.log").read_text().split()]
+    assert times["student"][0] > times["teacher"][1] > times["other"][0]
+
+
 def test_a_command_that_fails_ends_everything(tiny_world):
     with pytest.raises(InputError, match="ended with 2"):
         tiny_world.run("evaluate", "gone.txt", "--checkpoint", "gone", "--output", "out")
