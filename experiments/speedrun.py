@@ -108,6 +108,10 @@ class Race:
     own: list[str] | None = None
     steps: int | None = None
 
+    def told(self) -> dict[str, Any]:
+        """What a file of records holds: all, but not where the made world lies."""
+        return {**to_json(self), "flags": self.flags if self.own is not None else None}
+
 
 # --- A seed ---
 
@@ -212,6 +216,7 @@ def run_all(args: argparse.Namespace) -> int:
             f"a record has the seeds 0 to {SEEDS - 1}: no --seeds and no --first-seed with --records"
         )
     race = find_race(args)
+    before = read_records(args.records, race)
     jobs = {f"{name}_{seed}": len(ENTRIES[name].legs) for name in args.entry for seed in seeds}
     left = {job: legs for job, legs in jobs.items() if not (args.out / job / "run.json").exists()}
     if race.own is None:  # a core for each; of a user's machine, all of it for one after the other
@@ -222,15 +227,28 @@ def run_all(args: argparse.Namespace) -> int:
     environment = find_environment()
     records = [make_record(args.out, name, seeds, race.goal, environment) for name in args.entry]
     path = args.records or args.out / "speedrun.json"
-    if args.records is not None and path.exists():
-        before = read_result(path, "speedrun").records
-        records = [*(one for one in before if one.entry not in args.entry), *records]
-    result = SpeedrunResult(environment=environment, records=records, race=to_json(race))
+    records = [*(one for one in before if one.entry not in args.entry), *records]
+    result = SpeedrunResult(environment=environment, records=records, race=race.told())
     show(*result.tables())
     result.write(path)
     draw(result, args.out / "speedrun.png")
     print(f"\n{path}; {args.out}/speedrun.png")
     return 0
+
+
+def read_records(path: Path | None, race: Race) -> list[EntryRecord]:
+    """Of a file of records, if there is one.
+
+    Raises:
+        InputError: they are of another race.
+    """
+    if path is None or not path.exists():
+        return []
+    result = read_result(path, "speedrun")
+    assert isinstance(result, SpeedrunResult)
+    if result.race != race.told():
+        raise InputError(f"{path} holds records of another race: other videos, goal or settings")
+    return result.records
 
 
 def make_record(out: Path, name: str, seeds: range, goal: float, environment: Any) -> EntryRecord:

@@ -78,10 +78,13 @@ def test_an_entry_from_nothing_and_on_videos_of_one_s_own(speedrun, tmp_path, ca
     from harness.results import read_result
 
     own, file = tmp_path / "made", tmp_path / "records.json"
-    words = ["--scale", "smoke", "--seeds", "1", "--out", str(own), "--records", str(file)]
-    assert speedrun.main(words) == 0
+    words = ["--scale", "smoke", "--seeds", "1", "--records", str(file)]
+    assert speedrun.main([*words, "--out", str(own)]) == 0
     assert "TFLOP to" in capsys.readouterr().out
-    (found,) = read_result(file, "speedrun").records
+    again = ["--out", str(tmp_path / "elsewhere"), "--entry", "lean"]
+    assert speedrun.main([*words, *again]) == 0  # the same race, from another folder: its records stay
+    assert {one.entry for one in read_result(file, "speedrun").records} == {"baseline", "lean"}
+    found = read_result(file, "speedrun").records[0]
     (run,) = found.runs
     log = [json.loads(line) for line in (own / "baseline_0/leg-1/log.jsonl").read_text().splitlines()]
     assert [one.flops for one in run.passes] == [one["probe_flops"] for one in log if "probe_flops" in one]
@@ -90,9 +93,12 @@ def test_an_entry_from_nothing_and_on_videos_of_one_s_own(speedrun, tmp_path, ca
     lists = ["--data", f"{world}/unlabeled.txt", "--labels", f"{world}/train_a.txt", "--goal", "1"]
     model = "--model vit_tiny --patch-size 8 --num-frames 8 --image-size 32 --stride 1 --batch-size 2"
     rest = "--steps 2 --probe-every 1 --device cpu --workers 0 --no-tensorboard"
-    words = ["--seeds", "1", "--out", str(tmp_path / "own"), "--records", str(file), *lists]
-    assert speedrun.main([*words, "--", *model.split(), *rest.split()]) == 0
-    (found,) = read_result(file, "speedrun").records  # replaced: the same entry
+    words = ["--seeds", "1", "--out", str(tmp_path / "own"), *lists]
+    flags = ["--", *model.split(), *rest.split()]
+    assert speedrun.main([*words, "--records", str(file), *flags]) == 2
+    assert "records.json holds records of another race" in capsys.readouterr().err
+    assert speedrun.main([*words, *flags]) == 0
+    (found,) = read_result(tmp_path / "own" / "speedrun.json", "speedrun").records
     assert found.goal == 1 and 1 < len(found.runs[0].passes) <= 3
-    assert speedrun.main([*words, "--goal", "2", "--", *model.split(), *rest.split()]) == 2
+    assert speedrun.main([*words, "--goal", "2", *flags]) == 2
     assert "holds runs of another race" in capsys.readouterr().err
