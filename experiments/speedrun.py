@@ -240,11 +240,14 @@ def read_records(path: Path | None, race: Race) -> list[EntryRecord]:
     """Of a file of records, if there is one.
 
     Raises:
-        InputError: they are of another race.
+        InputError: they are of another race, or none can be read.
     """
     if path is None or not path.exists():
         return []
-    result = read_result(path, "speedrun")
+    try:
+        result = read_result(path, "speedrun")
+    except ValueError as error:
+        raise InputError(str(error)) from None
     assert isinstance(result, SpeedrunResult)
     if result.race != race.told():
         raise InputError(f"{path} holds records of another race: other videos, goal or settings")

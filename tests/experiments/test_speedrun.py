@@ -73,6 +73,15 @@ def test_what_does_not_fit_together_is_refused(speedrun, tmp_path, capsys, words
     assert text in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("text, message", [("{", "not a result of speedrun"), ("{}", "not a result of")])
+def test_a_file_of_records_that_holds_something_else_is_named(speedrun, tmp_path, text, message):
+    path, race = tmp_path / "records.json", speedrun.Race(goal=1.0, flags=[])
+    assert speedrun.read_records(None, race) == speedrun.read_records(path, race) == []
+    path.write_text(text)
+    with pytest.raises(speedrun.InputError, match=f"records.json: {message}"):
+        speedrun.read_records(path, race)
+
+
 @pytest.mark.slow
 def test_an_entry_from_nothing_and_on_videos_of_one_s_own(speedrun, tmp_path, capsys):
     from harness.results import read_result

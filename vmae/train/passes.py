@@ -53,14 +53,14 @@ class Measurement(Protocol):
     Attributes:
         name: in messages; "s" makes it several.
         prefix: of its keys in the log.
-        patience_flag: sets how many without a better one end a run.
+        flags: with what its flags start: "--probe-" for --probe-patience, which ends a run.
         tells_share: whether the log has its share of the time.
         parallel: this rank.
     """
 
     name: str
     prefix: str
-    patience_flag: str
+    flags: str
     tells_share: bool
     parallel: Parallel
 

@@ -86,7 +86,7 @@ class ProbeSet(VideoPass):
         num_workers: processes of this rank that decode; 0 decodes in this one.
     """
 
-    name, prefix, patience_flag = "probe", "probe_", "--probe-patience"
+    name, prefix, flags = "probe", "probe_", "--probe-"
     tells_share = True
 
     def __init__(

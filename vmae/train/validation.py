@@ -69,7 +69,7 @@ class ValidationSet(VideoPass):
         channels: of the clips.
     """
 
-    name, prefix, patience_flag = "validation", "val_", "--patience"
+    name, prefix, flags = "validation", "val_", "--"
     tells_share = False
 
     def __init__(
@@ -362,13 +362,13 @@ class Validation:
             flops = reached.get(f"{self.prefix}flops")
             line += f" after {flops:.4g} FLOPs of training" if flops is not None else ""
             if last["step"] < self.total_steps:
-                line += "; without --probe-goal, or with a higher one, the run goes on from there"
+                line += f"; without {self.videos.flags}goal, or with a higher one, the run goes on from there"
             lines.append(line)
         elif self.exhausted and last["step"] < self.total_steps:
             better = f"better one (by {self.margin:g} points)" if self.margin else "better one"
             lines.append(
                 f"ended early at step {last['step']} of {self.total_steps}: {self.patience} {name}s without "
-                f"a {better}; a larger {self.videos.patience_flag} goes on from there"
+                f"a {better}; a larger {self.videos.flags}patience goes on from there"
             )
         return lines
 
