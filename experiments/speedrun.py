@@ -136,8 +136,7 @@ def run_seed(out: Path, job: str) -> int:
         seconds, probe_s = seconds + stages.seconds[folder.name] - probed, probe_s + probed
         if passes[-1].top1 >= race.goal:
             break
-    reached = next((one.flops for one in passes if one.top1 >= race.goal), None)
-    result = SeedRun(seed=int(seed), flops=reached, seconds=seconds, probe_s=probe_s, passes=passes)
+    result = SeedRun(seed=int(seed), seconds=seconds, probe_s=probe_s, passes=passes)
     write_json(stages.folder / "run.json", to_json(result))
     return 0
 
