@@ -14,6 +14,7 @@ from vmae.cli import main
 from vmae.config import MaskConfig, OptimConfig
 from vmae.data import read_data
 from vmae.planning.plan import shape_lines
+from vmae.train import compiled
 from vmae.train.mix_shapes import MixShapes
 from vmae.train.pretrain_settings import PretrainConfig
 
@@ -69,6 +70,48 @@ def test_micro_batches_change_nothing(mixed, tmp_path):
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
     samples = [logged(tmp_path / name)[-1]["samples"] for name in ("one", "two")]
     assert samples[0] == samples[1]
+
+
+@pytest.mark.slow
+def test_blocks_are_compiled_for_every_shape(mixed, labelled_world, tmp_path, monkeypatch, capsys):
+    """Probes too: more graphs than torch's own limit of a function, 8."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    torch.compiler.reset()
+    labelled = tmp_path / "labelled.txt"
+    labelled.write_text((labelled_world / "train.txt").read_text())
+    probe = ["--probe-data", labelled, "--probe-every", 4]
+    try:
+        assert mixed("compiled", "--steps", 8, "--compile", "--drop-path", 0.2, *probe) == 0
+    finally:
+        torch.compiler.reset()
+        compiled.set_compiler()
+    told = capsys.readouterr().err
+    assert int(re.findall(r"(\d+) graphs", told)[-1]) > 8 and "warning: torch.compile" not in told, told
+    assert " 0 graph breaks\n" in told and "not compiled" not in told
+
+
+def train_on_ranks(mix, output, kind, batch):
+    torch.set_num_threads(1)
+    size = "--model vit_tiny --image-size 32 --patch-size 8 --num-frames 8 --stride 1".split()
+    run = "--encoder-ratio 0.75 --steps 6 --workers 0 --lr 0.01 --log-every 1 --device cpu".split()
+    where = ["--data", str(mix), "--output", str(output), "--parallel", kind, "--batch-size", batch]
+    return main(["pretrain", *where, *size, *run])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_ranks_train_on_the_shapes_as_one(mixed, run_ranks, tmp_path, kind):
+    """All ranks have clips of the same shape in a step, and the same samples as one process."""
+    assert mixed("for_its_files", "--steps", 1, "--warmup-steps", 0) == 0
+    mix = tmp_path / "mix.yaml"
+    assert run_ranks(1, train_on_ranks, mix, tmp_path / "one", "none", "4") == [0]
+    assert run_ranks(2, train_on_ranks, mix, tmp_path / "two", kind, "2") == [0, 0]
+    one, two = (
+        [line for line in logged(tmp_path / name) if "loss" in line and "step" in line]
+        for name in ("one", "two")
+    )
+    assert len(one) == 6 and [line["samples"] for line in two] == [line["samples"] for line in one]
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,10 @@ BACKEND = "inductor"  # tests take one that writes no code
 # solves a knapsack, whose answer is sometimes larger.
 MEMORY_BUDGET = 0.9
 
+# Most graphs of the blocks' forward, to torch one function, whose limit of 8 is too few: a shape of
+# clips has up to five (encoder and decoder; the first block, others, the last), and probes have theirs.
+GRAPHS = 64
+
 
 def why_not_compiled(device: torch.device) -> str | None:
     """Reason why blocks are not compiled on `device` unless that is asked for; None where they are."""
@@ -63,6 +67,7 @@ def set_compiler(recompute: str = "off", *, eager_random: bool = False) -> None:
 
     torch._inductor.config.fallback_random = eager_random
 
+    torch._dynamo.config.recompile_limit = GRAPHS
     # It would cut blocks at DDP's buckets, which a step of whole blocks fills in time anyway.
     torch._dynamo.config.optimize_ddp = False
     # What is computed by hand again in the backward is the same expression to torch, which would keep the
