@@ -54,11 +54,12 @@ gpu:
 progressive: setup
 	@$(BIN)/python experiments/progressive.py --out progressive
 
-# Of docs/speedrun.md.
+# Of docs/speedrun.md; SPEEDRUN_FLAGS="--data LIST ... -- --model ..." takes real videos.
 ENTRY ?= baseline
+SPEEDRUN_FLAGS ?=
 
 speedrun: setup
-	@$(BIN)/python experiments/speedrun.py --out speedrun --entry $(ENTRY)
+	@$(BIN)/python experiments/speedrun.py --out speedrun --entry $(ENTRY) $(SPEEDRUN_FLAGS)
 
 stage2: setup
 	@$(BIN)/python experiments/stage2.py --out stage2
