@@ -18,7 +18,7 @@ GPU_FLAGS ?=
 help:
 	@echo "make demo       set up, benchmark dual against encoder-only masking, pre-train a small model, draw a reconstruction"
 	@echo "make progressive  pre-train, merge labels, post-pre-train, fine-tune, test: on a CPU, 3 seeds, under 25 minutes"
-	@echo "make stage2     pixels, latents of a frozen teacher, HOG at equal FLOPs; probes, fine-tuning: on a CPU, 3 seeds"
+	@echo "make stage2     pixels, latents of a frozen teacher, HOG at equal FLOPs; probes, fine-tuning: on a CPU, 3 seeds, under 25 minutes"
 	@echo "make speedrun   FLOPs of pre-training until a frozen probe reaches a goal: the baseline, on a CPU, 3 seeds (ENTRY=name: another)"
 	@echo "make detection  actions of two actors, as on AVA: make videos, train, frame mAP, pictures: on a CPU, under 5 minutes"
 	@echo "make temporal   videos, features, temporal detection, mAP, from nothing: on a CPU, under 5 minutes"
