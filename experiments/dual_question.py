@@ -61,10 +61,10 @@ def mask_of(hidden: int, arm: str) -> MaskConfig:
     return MaskConfig(encoder="frame", encoder_ratio=hidden / 100, decoder=decoder)
 
 
-def jobs_of(shares: Sequence[int], seeds: int) -> dict[str, int]:
+def jobs_of(shares: Sequence[int], seeds: int, arms: Sequence[str] = ARMS) -> dict[str, int]:
     """Stages of each job, by name: percent hidden, arm, seed."""
-    arms = {hidden: ARMS if hidden == 75 else ARMS[:2] for hidden in shares}
-    names = [f"{hidden}_{arm}_{seed}" for hidden in shares for seed in range(seeds) for arm in arms[hidden]]
+    own = {hidden: [arm for arm in arms if hidden == 75 or arm in ARMS[:2]] for hidden in shares}
+    names = [f"{hidden}_{arm}_{seed}" for hidden in shares for seed in range(seeds) for arm in own[hidden]]
     return dict.fromkeys(names, 1 + 2 * FINETUNINGS)
 
 
@@ -137,6 +137,7 @@ def differences(runs: list[ArmRun]) -> list[Difference]:
     for hidden in HIDDEN:
         for arm in (ARMS[0], ARMS[2]):
             seeds = sorted(seed for h, a, seed in top1 if (h, a) == (hidden, arm))
+            seeds = [seed for seed in seeds if (hidden, ARMS[1], seed) in top1]
             values = [top1[hidden, arm, seed] - top1[hidden, ARMS[1], seed] for seed in seeds]
             if len(values) > 1:
                 found.append(Difference.of(values, hidden=hidden, arm=arm))
@@ -160,9 +161,9 @@ def run_all(args: argparse.Namespace, scale: Scale) -> int:
     began, count = time.monotonic(), args.seeds or scale.seeds
     make_world(args.out, scale)
     times = measure_times(args.out / "times.json", 2 if args.scale == "smoke" else 100)
-    jobs = jobs_of(args.hidden, count)
-    run_jobs(__file__, jobs, args.out, args.scale)
-    runs = [from_json(ArmRun, json.loads((args.out / job / "scores.json").read_text())) for job in jobs]
+    run_jobs(__file__, jobs_of(args.hidden, count, args.arms), args.out, args.scale)
+    files = sorted(args.out.glob("*/scores.json"))  # those of earlier starts too
+    runs = [from_json(ArmRun, json.loads(file.read_text())) for file in files]
     found = differences(runs)
     result = DualQuestionResult(
         environment=find_environment(),
@@ -192,6 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--hidden", nargs="+", type=int, choices=HIDDEN, default=HIDDEN, help="percent of the frames (both)"
     )
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="what runs (all)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     scale = MANY[args.scale]

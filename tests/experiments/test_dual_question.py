@@ -41,6 +41,8 @@ def test_differences_are_paired_by_seed(question):
         "(asked for: under 0.7) ok; dual masking is ahead by more than two standard errors"
     )
     assert question.differences(runs(question, 50, dual=[70], encoder_only=[71])) == []
+    (only,) = question.differences(runs(question, 50, dual=[70, 71, 72, 73], encoder_only=[71, 71]))
+    assert only.values == [-1, 0]  # seeds that both arms have
 
 
 def test_one_arm_trains_as_long_as_encoder_only_masking(question, tmp_path):
@@ -52,6 +54,8 @@ def test_one_arm_trains_as_long_as_encoder_only_masking(question, tmp_path):
     counts = question.jobs_of(question.HIDDEN, 8)
     assert len(counts) == 8 * 5 and "50_dual-longer_0" not in counts
     assert list(question.jobs_of([50], 1)) == ["50_dual_0", "50_encoder-only_0"]
+    some = question.jobs_of([50, 75], 1, ["encoder-only", "dual-longer"])
+    assert list(some) == ["50_encoder-only_0", "75_encoder-only_0", "75_dual-longer_0"]
 
 
 @pytest.mark.slow

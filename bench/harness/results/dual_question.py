@@ -61,11 +61,12 @@ class DualQuestionResult(MiniatureResult):
                 scores = [run.top1 for run in runs]
                 mean = f"{sum(scores) / len(scores):.1f} ({min(scores):.1f} to {max(scores):.1f})"
                 gap = f"{one.mean:+.1f} ± {one.error:.2f}" if arm == one.arm else ""
-                row = [f"{one.hidden} %", arm, str(runs[0].steps), f"{runs[0].macs:.1f}", mean, gap]
+                about = [f"{one.hidden} %", arm, str(len(runs)), str(runs[0].steps), f"{runs[0].macs:.1f}"]
+                row = [*about, mean, gap]
                 if row not in rows:
                     rows.append(row)
-        head = ["frames hidden", "arm", "steps", "forward MMACs a clip", "top-1, %", "difference, points"]
-        count = max((len(one.values) for one in self.records), default=0)
-        note = f"{count} seeds, {len(self.runs[0].scores)} fine-tunings of each pre-training; ±: standard "
+        head = ["frames hidden", "arm", "seeds", "steps", "forward MMACs a clip"]
+        head += ["top-1, %", "difference, points"]
+        note = f"{len(self.runs[0].scores)} fine-tunings of each pre-training; ±: standard "
         note += f"error of the mean paired difference; {self.conditions}."
         return [Table(self.title, head, rows, note)]
