@@ -36,6 +36,7 @@ def prepare_blocks(
     compiled: bool = False,
     cuda_graphs: bool = False,
     recompute: str | None = None,
+    shapes: int = 1,
 ) -> None:
     """Set up every block (mostly a `vmae.model.blocks.Block`) for training, before it is sharded.
 
@@ -47,6 +48,7 @@ def prepare_blocks(
         recompute: LayerNorm's and GELU's results are made again in the backward ("on"), kept ("off"), or, of
             compiled blocks, as torch's partitioner decides within a budget ("budget"); None leaves blocks as
             they were built.
+        shapes: of clips that they will see.
 
     Raises:
         InputError: an unknown kind of checkpointing, or one that these blocks do not have.
@@ -59,7 +61,7 @@ def prepare_blocks(
         # draws other random numbers in the backward than in the forward, so its gradients are wrong.
         no_budget = recompute == "budget" and checkpointing == "full"
         drops = any(isinstance(block, Block) and block.drops for block in blocks)
-        set_compiler("off" if no_budget else recompute or "on", eager_random=drops)
+        set_compiler("off" if no_budget else recompute or "on", eager_random=drops, shapes=shapes)
     for block in blocks:
         if isinstance(block, Block) and recompute is not None:
             block.recompute = recompute == "on"

@@ -25,9 +25,10 @@ BACKEND = "inductor"  # tests take one that writes no code
 # solves a knapsack, whose answer is sometimes larger.
 MEMORY_BUDGET = 0.9
 
-# Most graphs of the blocks' forward, to torch one function, whose limit of 8 is too few: a shape of
-# clips has up to five (encoder and decoder; the first block, others, the last), and probes have theirs.
-GRAPHS = 64
+# Most graphs of the blocks' forward, which is one function to torch, for each shape of clips, and once
+# more. A shape has up to five (encoder and decoder; the first block, others, the last), probes have
+# theirs; torch's own limit is 8 for all.
+GRAPHS = 8
 
 
 def why_not_compiled(device: torch.device) -> str | None:
@@ -53,13 +54,14 @@ def compile_forward(forward: Callable[..., Any], *, cuda_graphs: bool = False) -
     return torch.compile(forward, dynamic=False, backend=BACKEND, mode=mode)
 
 
-def set_compiler(recompute: str = "off", *, eager_random: bool = False) -> None:
+def set_compiler(recompute: str = "off", *, eager_random: bool = False, shapes: int = 1) -> None:
     """Set what torch.compile reads from this process when it compiles.
 
     Args:
         recompute: "on", "off" or "budget"; see `vmae.train.activations`.
         eager_random: draw random numbers by the kernels that draw them without it, so that dropout drops the
             same (stochastic depth does not, in either case: see `DropPath`).
+        shapes: of clips that the blocks will see.
     """
     import torch._dynamo.config
     import torch._functorch.config
@@ -67,7 +69,7 @@ def set_compiler(recompute: str = "off", *, eager_random: bool = False) -> None:
 
     torch._inductor.config.fallback_random = eager_random
 
-    torch._dynamo.config.recompile_limit = GRAPHS
+    torch._dynamo.config.recompile_limit = GRAPHS * (shapes + 1)
     # It would cut blocks at DDP's buckets, which a step of whole blocks fills in time anyway.
     torch._dynamo.config.optimize_ddp = False
     # What is computed by hand again in the backward is the same expression to torch, which would keep the

@@ -219,6 +219,7 @@ def build_trainer(prepared: Prepared) -> Trainer:
         compiled=bool(run.speed.compile),
         cuda_graphs=run.speed.cuda_graphs,
         recompute=run.speed.recompute,
+        shapes=task.shape_count,
     )
     model = prepared.parallel.wrap(prepared.model, blocks, config.dtype)
     trainer = Trainer(

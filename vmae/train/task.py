@@ -189,6 +189,11 @@ class Task(abc.ABC, Generic[ConfigT, BatchT]):
         """Whether the companion "ema" holds an average of the weights, to export too."""
         return False
 
+    @property
+    def shape_count(self) -> int:
+        """How many shapes the clips of its steps have."""
+        return 1
+
     # --- Words ---
 
     def describe_model(self) -> str:

@@ -319,6 +319,10 @@ class PretrainTask(ModelTask[PretrainConfig, Batch]):
     def bytes_beside(self) -> int:
         return self.target.state_bytes()
 
+    @property
+    def shape_count(self) -> int:
+        return len(self.shapes.models)
+
     # --- Words ---
 
     def _trivial(self) -> str:
