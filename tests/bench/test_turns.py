@@ -213,6 +213,7 @@ def test_a_parked_model_leaves_the_device_and_comes_back_the_same(turns, job):
     assert parked.gradients() == plain.gradients()
 
 
+@pytest.mark.slow
 def test_compiled_blocks_have_static_shapes_and_nothing_is_compiled_after_the_check(turns, job, monkeypatch):
     from harness.stepping import Stepper
 

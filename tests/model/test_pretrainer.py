@@ -229,6 +229,7 @@ def test_two_training_steps_lower_the_loss(tiny, clips_of):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break(tiny, clips_of):
     model, clips, mask = build_pretrainer(tiny), clips_of(tiny, 2), draw(tiny, MASKS["dual"], batch=2)
     expected, grads = gradients(model, clips, mask)

@@ -98,6 +98,7 @@ def again_largest(memory: float) -> int:
     return make_plan(TINY, MASK, cluster, WORK, parallel="ddp", recompute=["on"]).rows[0].largest_batch
 
 
+@pytest.mark.slow
 def test_flags_say_which_ways_are_planned():
     assert {row.recompute for row in plan_of("--gpus", "8").rows} == {"off", "budget"}
     assert {row.recompute for row in plan_of("--gpus", "8", "--no-compile").rows} == {"off", "on"}

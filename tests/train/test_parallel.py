@@ -151,7 +151,8 @@ def test_accumulation_agrees(straight, tmp_path):
         (1, "fsdp", {}),
         (2, "ddp", {}),
         pytest.param(2, "fsdp", {"accumulate": 2}, marks=pytest.mark.slow),  # no exchange in between
-        (2, "fsdp", {"checkpointing": "full"}),  # gathered again, and run again, in the backward
+        # Gathered again, and run again, in the backward.
+        pytest.param(2, "fsdp", {"checkpointing": "full"}, marks=pytest.mark.slow),
         pytest.param(4, "ddp", {"accumulate": 2}, marks=pytest.mark.slow),
         pytest.param(4, "fsdp", {}, marks=pytest.mark.slow),
         pytest.param(4, "hybrid", {}, marks=pytest.mark.slow),
@@ -164,6 +165,7 @@ def test_ranks_agree(straight, tmp_path, run_ranks, count, kind, options):
         assert all((other[0][name] == value).all() for other in found), f"{name} differs between ranks"
 
 
+@pytest.mark.slow
 def test_sgd_on_shards_agrees_and_goes_on(tmp_path, run_ranks):
     """On 2 ranks up to step 7, on 1 from there: the momentum of shards is that of the whole parameters."""
     options = {"optim": OptimConfig(opt="sgd", weight_decay=0.5)}
@@ -210,7 +212,7 @@ def stop_after(step):
     ("before", "after", "background"),
     [
         ((2, "fsdp"), (1, "none"), False),
-        ((1, "none"), (2, "fsdp"), False),
+        pytest.param((1, "none"), (2, "fsdp"), False, marks=pytest.mark.slow),
         pytest.param((2, "ddp"), (4, "fsdp"), True, marks=pytest.mark.slow),
         pytest.param((4, "hybrid"), (2, "fsdp"), True, marks=pytest.mark.slow),
     ],

@@ -156,6 +156,7 @@ def test_bfloat16_trains_close_to_float32(videos, tmp_path):
     assert losses(tmp_path / "bfloat16") != losses(tmp_path / "float32")
 
 
+@pytest.mark.slow
 def test_loss_falls_below_the_zero_predictors(videos, tmp_path):
     flags = "--steps 150 --batch-size 2 --num-sample 4 --lr 0.4 --warmup-steps 10 --encoder-ratio 0.5"
     flags += " --drop-path 0"

@@ -147,6 +147,7 @@ def test_a_pass_finds_what_its_readers_find_one_video_after_the_other(world):
     assert len(videos.kept) == 12 and videos.score(model)[0] == scores  # of the clips that were kept
 
 
+@pytest.mark.slow
 def test_workers_decode_once_or_for_each_pass(world, monkeypatch):
     config = ModelConfig(**CONFIG, **PRESETS["vit_tiny"])
     gallery, model = split_list(read_labelled_list(world), 100, "list"), build_pretrainer(config)

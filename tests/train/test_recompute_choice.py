@@ -29,7 +29,7 @@ def blocks_of(model) -> list[torch.nn.Module]:
     return [*model.encoder.blocks, *model.decoder.blocks]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_the_need_is_the_plans(dtype):
     """Blocks keep almost all of what a step keeps; the plan counts the whole step."""
     config = ModelConfig.preset("vit_b")
