@@ -132,6 +132,7 @@ def test_as_a_user_runs_it(tmp_path):
     assert "torch, dual" in done.stdout
 
 
+@pytest.mark.slow
 def test_measures_checks_and_compares(run):
     done, result = run(*TINY, "--steps", "3", "--warmup", "0", "--variants", "reference+sdpa,torch")
     records = {(r["variant"], r["masking"]): r for r in result["records"]}

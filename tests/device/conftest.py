@@ -17,7 +17,11 @@ HERE = torch.cuda.is_available()
 @pytest.fixture(
     params=[
         pytest.param(
-            "cpu", marks=pytest.mark.skipif(HERE, reason="kernels are not interpreted where there is a GPU")
+            "cpu",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(HERE, reason="kernels are not interpreted where there is a GPU"),
+            ],
         ),
         pytest.param("cuda", marks=[pytest.mark.device, pytest.mark.skipif(not HERE, reason=NEEDS_A_GPU)]),
     ]

@@ -274,7 +274,7 @@ def test_fsdp_resumes_bit_for_bit(tmp_path, run_ranks):
 
 
 # Autocast alone; weights gathered in bfloat16. Both beside float32, whose rounding is 2^-16 of theirs.
-@pytest.mark.parametrize(("count", "kind"), [(1, "none"), (2, "fsdp")])
+@pytest.mark.parametrize(("count", "kind"), [(1, "none"), pytest.param(2, "fsdp", marks=pytest.mark.slow)])
 def test_bfloat16_agrees_within_its_rounding(straight, tmp_path, run_ranks, count, kind):
     weights, losses = run_ranks(count, train, kind, tmp_path, {"dtype": "bfloat16"})[0]
     assert losses == pytest.approx(straight[1], rel=2**-7) and losses != straight[1]
@@ -386,7 +386,7 @@ def fail_in_a_step(kind, folder, good):
         return text, trainer.step, trainer.exchanges, same
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("good", "exchanges"), [(8, 1), (9, 2), pytest.param(11, 2, marks=pytest.mark.slow)])
 def test_a_rank_without_its_micro_batch_ends_all_between_two_steps(
     tmp_path, run_ranks, kind, good, exchanges

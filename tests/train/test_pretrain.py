@@ -111,6 +111,7 @@ def test_a_mix_is_described_and_its_samples_counted(tmp_path, capsys):
     assert [r["samples"] for r in records] == [{"one": 3 * n, "two": n} for n in (1, 2, 3)]
 
 
+@pytest.mark.slow
 def test_sampling_flip_and_resize_reach_the_clips(videos, tmp_path):
     def first_loss(*flags):
         output = tmp_path / str(len(list(tmp_path.iterdir())))
