@@ -201,7 +201,8 @@ def find_race(args: argparse.Namespace) -> Race:
     else:
         race = own_race(args)
     path = args.out / "race.json"
-    if path.exists() and json.loads(path.read_text()) != to_json(race):
+    begun = path.exists() and any(args.out.glob("*/leg-1"))  # what failed before its first leg binds nothing
+    if begun and json.loads(path.read_text()) != to_json(race):
         raise InputError(f"{args.out} holds runs of another race; remove it, or give another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(path, to_json(race))

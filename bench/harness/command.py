@@ -17,13 +17,16 @@ from vmae import InputError
 
 
 def exit_code(run: Callable[[], int]) -> int:
-    """What `run()` returns; 2, and a line on stderr, for wrong input or a dead worker."""
+    """What `run()` returns; 2, and a line on stderr, for wrong input or a dead worker; 130 after Ctrl-C."""
     try:
         with telling():
             return run()
     except (InputError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def find_device(name: str) -> str:

@@ -75,6 +75,24 @@ def test_what_does_not_fit_together_is_refused(speedrun, tmp_path, capsys, words
     assert text in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_corrected_command_may_take_the_folder(speedrun, tmp_path, capsys):
+    words = ["--out", str(tmp_path), "--seeds", "1", "--data", "gone.txt", "--labels", "x.txt", "--goal"]
+    flags = ["--", "--model", "vit_tiny", "--steps", "2", "--device", "cpu"]
+    for goal in ("5", "6"):
+        assert speedrun.main([*words, goal, *flags]) == 2
+        assert "list file 'gone.txt' does not exist" in capsys.readouterr().err
+    (tmp_path / "baseline_0" / "leg-1").mkdir(parents=True)
+    assert speedrun.main([*words, "7", *flags]) == 2
+    assert "holds runs of another race" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_a_line(speedrun, capsys):
+    def run():
+        raise KeyboardInterrupt
+
+    assert speedrun.exit_code(run) == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 @pytest.mark.parametrize("text, message", [("{", "not a result of speedrun"), ("{}", "not a result of")])
 def test_a_file_of_records_that_holds_something_else_is_named(speedrun, tmp_path, text, message):
     path, race = tmp_path / "records.json", speedrun.Race(goal=1.0, flags=[])
