@@ -91,6 +91,7 @@ def measure(
 ) -> Records:
     """Check, then time, all variants of an operation at a shape; then the kernels of ours."""
     at(f"{operation} {shape.name}, checked")
+    torch.manual_seed(0)
     calls = variants(operation, compiled=not ours_only, device=device)
     if ours_only:
         calls = {OURS: calls[OURS]}

@@ -77,6 +77,18 @@ def test_a_wrong_variant_is_found_and_gets_no_time(benches):
     assert wrong.median is None and right.over_floor == pytest.approx(2) and right.kind == "time"
 
 
+def test_a_reference_that_hits_a_loss_by_luck_fails_no_variant(benches):
+    """Ours may sum in another order; 10 roundings off is wrong all the same."""
+    calls_of = benches("operation_calls")
+    shape = calls_of.CHECK_SHAPES[0]
+    eager = calls_of.variants("patch_loss", compiled=False)["eager"]
+    eps = torch.finfo(torch.float32).eps
+    calls = {f"{n}": lambda *x, n=n: eager(*x) * (1 + n * eps) for n in (3, 10)}
+    torch.manual_seed(0)  # here the reference's loss is the float64 one, rounded
+    ratios = calls_of.error_ratios("patch_loss", shape, calls, "cpu", torch.bfloat16)
+    assert ratios["3"] <= 1 < ratios["10"]
+
+
 def test_measuring_times_what_is_right(benches, monkeypatch):
     """As on a GPU, but for the clock, which knows how long each variant takes."""
     operations, timing = benches("operations"), benches("device_timing")
