@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from harness import ROOT
-from harness.command import add_json, exit_code, write_partial, write_result
+from harness.command import add_json, check_least, exit_code, write_partial, write_result
 from harness.environment import find_environment, rehearsing
 from harness.json_records import from_json
 from harness.progress import at
@@ -136,6 +136,7 @@ def merged(parts: Iterable[Path]) -> list[TestOutcome]:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_least(args, "jobs")
     try:
         import pytest
     except ImportError:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from harness.clips import load_clips
-from harness.command import add_json, exit_code, write_result
+from harness.command import add_json, check_least, exit_code, write_result
 from harness.environment import find_environment
 from harness.json_records import Runs, Spread
 from harness.progress import at
@@ -138,6 +138,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_least(args, "batch", "steps")
+    check_least(args, "warmup", least=0)
     device, config = str(resolve_device(args.device)), ModelConfig.preset(args.model)
     with tempfile.TemporaryDirectory() as folder:
         clips = str(Path(folder) / "clips.pt")

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness.command import add_json, exit_code, write_partial, write_result
+from harness.command import add_json, check_least, exit_code, write_partial, write_result
 from harness.device_timing import (
     DeviceClock,
     DeviceTimer,
@@ -212,6 +212,7 @@ def make_records(args: argparse.Namespace, device: str) -> Records:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_least(args, "batch", "rounds")
     device = "cuda" if torch.cuda.is_available() and not rehearsing() else "cpu"
     autotuned = os.environ.get("VMAE_AUTOTUNE") == "1"
     result = OperationsResult(environment=find_environment(device), records=[], autotuned=autotuned)

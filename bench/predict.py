@@ -15,7 +15,7 @@ import argparse
 from dataclasses import replace
 
 from harness import step_parts
-from harness.command import add_json, exit_code, write_result
+from harness.command import add_json, check_least, exit_code, write_result
 from harness.environment import find_environment
 from harness.floors import DIRECTIONS, GPUS, floor_of, preset_shape
 from harness.progress import at
@@ -158,6 +158,7 @@ def read_steps(path: str) -> StepsResult:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_least(args, "batch")
     known = find_environment()
     if args.score:
         result = PredictResult(environment=known, records=[*score(read_steps(args.score), args.gpu)])

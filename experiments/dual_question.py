@@ -23,7 +23,7 @@ from pathlib import Path
 
 import bench_path  # noqa: F401
 import torch
-from harness.command import exit_code
+from harness.command import check_least, exit_code
 from harness.environment import find_environment
 from harness.json_records import from_json, to_json, write_json
 from harness.results.dual_question import ArmRun, Difference, DualQuestionResult
@@ -158,6 +158,7 @@ def verdict(one: Difference) -> str:
 
 
 def run_all(args: argparse.Namespace, scale: Scale) -> int:
+    check_least(args, "seeds")
     began, count = time.monotonic(), args.seeds or scale.seeds
     make_world(args.out, scale)
     times = measure_times(args.out / "times.json", 2 if args.scale == "smoke" else 100)

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import bench_path  # noqa: F401
-from harness.command import exit_code
+from harness.command import check_least, exit_code
 from harness.environment import find_environment
 from harness.json_records import from_json, to_json, write_json
 from harness.results.mask_ablation import MaskRecord, MaskResult, MaskRun
@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_all(args: argparse.Namespace, scale: Scale) -> int:
+    check_least(args, "seeds")
     make_world(args.out, scale)
     names = {key: [f"{key[0]}-{key[1] * 100:.0f}-{seed}" for seed in range(args.seeds)] for key in MASKS}
     run_jobs(__file__, {name: 3 for own in names.values() for name in own}, args.out, args.scale)

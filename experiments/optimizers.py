@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import bench_path  # noqa: F401
-from harness.command import exit_code
+from harness.command import check_least, exit_code
 from harness.environment import find_environment
 from harness.json_records import from_json, to_json, write_json
 from harness.results.optimizers import OptimizerRecord, OptimizerResult, OptimizerRun
@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_all(args: argparse.Namespace, scale: Scale) -> int:
+    check_least(args, "seeds")
     make_world(args.out, scale)
     kinds = [(opt, rate) for opt in OPTIMIZERS for rate in args.rates]
     names = {kind: [f"{kind[0]}_{kind[1]}_{seed}" for seed in range(args.seeds)] for kind in kinds}

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import bench_path  # noqa: F401
-from harness.command import exit_code
+from harness.command import check_least, exit_code
 from harness.environment import find_environment
 from harness.results.progressive import ArmRecord, ProgressiveResult, SeedScores
 from harness.table import show
@@ -173,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_all(args: argparse.Namespace, scale: Scale) -> int:
+    check_least(args, "seeds")
     began, count = time.monotonic(), args.seeds or scale.seeds
     make_world(args.out, scale)
     jobs = {f"{seed}-{part}": stages for seed in range(count) for part, stages in PARTS.items()}

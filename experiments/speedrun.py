@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_path  # noqa: F401
-from harness.command import exit_code
+from harness.command import check_least, exit_code
 from harness.environment import find_environment
 from harness.json_records import from_json, to_json, write_json
 from harness.results import read_result
@@ -172,7 +172,7 @@ def own_race(args: argparse.Namespace) -> Race:
     """
     if args.labels is None or args.goal is None:
         raise InputError("--data needs --labels LIST, to probe on, and --goal PERCENT, to reach")
-    own = list(args.own)
+    own = [word for each in args.own for word in (each.split("=", 1) if each[:2] == "--" else [each])]
     if "--steps" not in own[:-1]:
         raise InputError("--data needs a model and a length: -- --model NAME --steps N ...")
     at = own.index("--steps")
@@ -210,6 +210,8 @@ def find_race(args: argparse.Namespace) -> Race:
 
 
 def run_all(args: argparse.Namespace) -> int:
+    check_least(args, "seeds")
+    check_least(args, "first_seed", least=0)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     if args.records and args.data is None and args.scale == "full" and seeds != range(SEEDS):
         raise InputError(

@@ -30,7 +30,7 @@ from typing import Any
 
 import bench_path  # noqa: F401
 import torch
-from harness.command import exit_code
+from harness.command import check_least, exit_code
 from harness.environment import find_environment
 from harness.results.base import OverSeeds
 from harness.results.stage2 import ArmRecord, DifferenceRecord, Stage2Result
@@ -401,6 +401,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_all(args: argparse.Namespace, scale: Stage2Scale) -> int:
+    check_least(args, "seeds")
     began, count = time.monotonic(), args.seeds or scale.seeds
     write_world(args.out / "world", scale.world, workers=os.cpu_count() or 1)
     write_stacks(args.out / "world", ("unlabeled", "train_a", "val_a"))

@@ -67,7 +67,9 @@ def test_a_user_s_videos_keep_the_method_and_the_shares_of_the_legs(speedrun, tm
         ("--seeds 1 --records x.json", "a record has the seeds 0 to 2"),
         ("--data x.txt --labels y.txt", "--data needs --labels LIST, to probe on, and --goal PERCENT"),
         ("--data x.txt --labels y.txt --goal 50", "needs a model and a length: -- --model NAME --steps N"),
-        ("--data x --labels y --goal 50 -- --steps many", "--steps many: must be a whole number from 1"),
+        ("--seeds 0", "--seeds must be at least 1"),
+        ("--first-seed -1", "--first-seed must be at least 0"),
+        ("--data x --labels y --goal 50 -- --steps=many", "--steps many: must be a whole number from 1"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(speedrun, tmp_path, capsys, words, text):
