@@ -13,6 +13,7 @@ from torch import Tensor
 import vmae_kernels
 from harness.floors import Shape
 from vmae_kernels.backend import OPERATIONS
+from vmae_kernels.patch_loss import patch_size_of, weighted_mean
 from vmae_kernels.select_decoded import places_of
 from vmae_kernels.tubelets import MEAN, STD
 
@@ -148,16 +149,16 @@ def variants(operation: str, compiled: bool, device: str = "cpu") -> dict[str, C
     return found
 
 
-def _normalise(device: str) -> Call:
+def _normalise(device: str, dtype: torch.dtype = torch.float32) -> Call:
     """`(x / 255 - mean) / std` with constants made once: the reference copies them to the device at each
     call, and waits for that."""
-    mean, std = (torch.tensor(values, device=device) for values in (MEAN, STD))
-    return lambda pixels: (pixels.float() / 255 - mean) / std
+    mean, std = (torch.tensor(values, device=device, dtype=dtype) for values in (MEAN, STD))
+    return lambda pixels: (pixels.to(dtype) / 255 - mean) / std
 
 
-def _embed_eagerly(device: str) -> Call:
+def _embed_eagerly(device: str, dtype: torch.dtype = torch.float32) -> Call:
     """`embed_visible_ref` for uint8 clips, with `_normalise`."""
-    normalise = _normalise(device)
+    normalise = _normalise(device, dtype)
 
     def embed(clips: Tensor, visible: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
         pixels = normalise(vmae_kernels.gather_tubelets(clips, visible, weight.shape[-1]))
@@ -230,24 +231,40 @@ def differentiable(result: Any) -> list[Tensor]:
     return [x for x in results if isinstance(x, Tensor) and x.requires_grad]
 
 
+def _loss_exactly(pixels: Tensor, clips: Tensor, counted: Tensor, weight: Tensor) -> Tensor:
+    """`patch_loss_ref` for uint8 clips, with targets in float64."""
+    patch = patch_size_of(pixels.shape[-1], 2)
+    units = vmae_kernels.gather_tubelets(clips, counted, patch).double().flatten(2, 4) / 255
+    variance, mean = torch.var_mean(units, dim=2, unbiased=True, keepdim=True)
+    targets = ((units - mean) / (variance.sqrt() + 1e-6)).flatten(2)
+    return weighted_mean((pixels - targets).square().mean(-1), weight.double())
+
+
+def _exact(operation: str, device: str) -> Call:
+    """An operation in float64: its reference, or what stands for it where that is float32 inside."""
+    own: dict[str, Call] = {
+        "embed_visible": _embed_eagerly(device, torch.float64),
+        "patch_loss": _loss_exactly,
+        "head_patch_loss": lambda hidden, head, bias, *x: _loss_exactly(F.linear(hidden, head, bias), *x),
+    }
+    return own.get(operation, getattr(vmae_kernels, f"{operation}_ref"))
+
+
 def error_ratios(
     operation: str, shape: Shape, calls: dict[str, Call], device: str, dtype: torch.dtype
 ) -> dict[str, float]:
     """Largest ratio of each variant's error to twice the reference's own, both against float64; over 1 is a
-    failure. A reference is credited with one rounding of the truth, and with four for one float32 number (a
-    loss): it may hit a sum of thousands of terms by luck."""
-    inputs, reference = (
-        make_inputs(operation, shape, device, dtype),
-        getattr(vmae_kernels, f"{operation}_ref"),
-    )
-    exact, plain = (_outcome(reference, inputs, each) for each in (torch.float64, dtype))
+    failure. A reference is credited with one rounding of the truth."""
+    inputs = make_inputs(operation, shape, device, dtype)
+    exact = _outcome(_exact(operation, device), inputs, torch.float64)
+    plain = _outcome(getattr(vmae_kernels, f"{operation}_ref"), inputs, dtype)
     found = {name: _outcome(call, inputs, dtype) for name, call in calls.items()}
     ratios = {}
     for name, values in found.items():
         ratios[name] = 0.0
         for value, expected, truth in zip(values, plain, exact, strict=True):
             eps = torch.finfo(value.dtype).eps
-            rounding = eps / 5 if value.dtype != torch.float32 else eps if value.numel() > 1 else 4 * eps
+            rounding = eps if value.dtype == torch.float32 else eps / 5
             ratio = _error(value, truth) / (2 * max(_error(expected, truth), rounding))
             ratios[name] = max(ratios[name], ratio if ratio == ratio else float("inf"))
     return ratios

@@ -77,16 +77,21 @@ def test_a_wrong_variant_is_found_and_gets_no_time(benches):
     assert wrong.median is None and right.over_floor == pytest.approx(2) and right.kind == "time"
 
 
-def test_a_reference_that_hits_a_loss_by_luck_fails_no_variant(benches):
-    """Ours may sum in another order; 10 roundings off is wrong all the same."""
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_truth_is_float64_throughout(benches, operation):
+    """References normalise pixels in float32 whatever the dtype: beside their own result, they would have no
+    error."""
     calls_of = benches("operation_calls")
-    shape = calls_of.CHECK_SHAPES[0]
-    eager = calls_of.variants("patch_loss", compiled=False)["eager"]
-    eps = torch.finfo(torch.float32).eps
-    calls = {f"{n}": lambda *x, n=n: eager(*x) * (1 + n * eps) for n in (3, 10)}
-    torch.manual_seed(0)  # here the reference's loss is the float64 one, rounded
-    ratios = calls_of.error_ratios("patch_loss", shape, calls, "cpu", torch.bfloat16)
-    assert ratios["3"] <= 1 < ratios["10"]
+    inputs = calls_of.make_inputs(operation, calls_of.CHECK_SHAPES[0], "cpu", torch.float32)
+    reference = getattr(calls_of.vmae_kernels, f"{operation}_ref")
+    exact, widened = (
+        calls_of._outcome(call, inputs, torch.float64)
+        for call in (calls_of._exact(operation, "cpu"), reference)
+    )
+    errors = [calls_of._error(*pair) for pair in zip(widened, exact, strict=True)]
+    sees_pixels = operation in ("embed_visible", "patch_loss", "head_patch_loss")
+    assert all(truth.dtype == torch.float64 for truth in exact)
+    assert (max(errors) > 0) == sees_pixels and max(errors) < 1e-6
 
 
 def test_measuring_times_what_is_right(benches, monkeypatch):
