@@ -7,7 +7,7 @@ Kills come at random moments: while the run starts, between steps, and while a c
 (there its folder is waited for, and then a random part of the time that a write takes). Every other start
 saves in the background. After each kill, every checkpoint that looks complete is read and compared with its
 hashes. In the end the losses of all steps and the weights must be those of the undisturbed run, to the last
-bit. Exits with 1 where anything is not as it should be.
+bit. Exits with 1 where anything is not as it should be, with 2 where a run fails of itself.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from pathlib import Path
 
 import bench_path  # noqa: F401
 import torch
+from harness.command import add_json, check_least, exit_code, write_result
 from harness.environment import find_environment
-from harness.progress import at, telling
+from harness.progress import at
 from harness.results.kill_runs import Kill, KillResult
 from harness.table import show
 
@@ -236,30 +237,30 @@ def run(kills: int, steps: int, seed: int, folder: Path) -> tuple[list[Kill], li
     return done, wrong
 
 
+def run_all(args: argparse.Namespace) -> int:
+    check_least(args, "kills", "steps")
+    torch.set_num_threads(1)
+    importlib.import_module("vmae.train.tasks.pretrain")  # once, before the forks
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        done, wrong = run(args.kills, args.steps, args.seed, Path(folder))
+    known = find_environment()
+    result = KillResult(environment=known, records=done, steps=args.steps, seed=args.seed, differences=wrong)
+    show(*result.tables())
+    print(f"{len(done)} kills in {time.monotonic() - began:.0f} s")
+    write_result(result, args.json)
+    return 1 if wrong or len(done) < args.kills else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--kills", type=int, default=30, help="in total (30)")
     add("--steps", type=int, default=100, help="of a run (100)")
     add("--seed", type=int, default=0, help="of the moments (0)")
-    add("--json", metavar="FILE", help="write the results there")
+    add_json(parser)
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    importlib.import_module("vmae.train.tasks.pretrain")  # once, before the forks
-    began = time.monotonic()
-    with telling(), tempfile.TemporaryDirectory() as folder:
-        try:
-            done, wrong = run(args.kills, args.steps, args.seed, Path(folder))
-        except RuntimeError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    known = find_environment()
-    result = KillResult(environment=known, records=done, steps=args.steps, seed=args.seed, differences=wrong)
-    show(*result.tables())
-    print(f"{len(done)} kills in {time.monotonic() - began:.0f} s")
-    if args.json:
-        result.write(args.json)
-    return 1 if wrong or len(done) < args.kills else 0
+    return exit_code(lambda: run_all(args))
 
 
 if __name__ == "__main__":

@@ -88,13 +88,6 @@ def test_a_corrected_command_may_take_the_folder(speedrun, tmp_path, capsys):
     assert "holds runs of another race" in capsys.readouterr().err
 
 
-def test_ctrl_c_is_a_line(speedrun, capsys):
-    def run():
-        raise KeyboardInterrupt
-
-    assert speedrun.exit_code(run) == 130 and capsys.readouterr().err == "interrupted\n"
-
-
 @pytest.mark.parametrize("text, message", [("{", "not a result of speedrun"), ("{}", "not a result of")])
 def test_a_file_of_records_that_holds_something_else_is_named(speedrun, tmp_path, text, message):
     path, race = tmp_path / "records.json", speedrun.Race(goal=1.0, flags=[])

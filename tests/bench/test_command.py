@@ -1,4 +1,4 @@
-"""Counts of zero are refused before anything is made."""
+"""What all commands share: counts of zero are refused before anything is made; Ctrl-C is a line."""
 
 import pytest
 
@@ -9,6 +9,7 @@ FLAGS = [
     ("loop", "--steps"),
     ("predict", "--batch"),
     ("device_tests", "--jobs"),
+    ("kill_runs", "--kills"),
 ]
 
 
@@ -17,3 +18,10 @@ def test_none_are_refused(benches, tmp_path, capsys, monkeypatch, name, flag):
     monkeypatch.chdir(tmp_path)
     assert benches(name).main([flag, "0"]) == 2
     assert f"{flag} must be at least 1" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_is_a_line(benches, capsys):
+    def run():
+        raise KeyboardInterrupt
+
+    assert benches("command").exit_code(run) == 130 and capsys.readouterr().err == "interrupted\n"
